@@ -1,0 +1,167 @@
+use std::path::{Path, PathBuf};
+
+/// What this crate's functions return.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What can go wrong, each with the place, the value and what is allowed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A configuration's field has a value that it may not have.
+    #[error("{field} is {value}; it must be {expected}")]
+    Config {
+        /// The field's name, such as `hidden_dims`.
+        field: &'static str,
+        /// The value it has.
+        value: String,
+        /// What is allowed.
+        expected: String,
+    },
+
+    /// A tensor has a shape that it may not have.
+    #[error("{what} has shape {found:?}; it must be {expected}")]
+    Shape {
+        /// What the tensor is.
+        what: &'static str,
+        /// The shape it has.
+        found: Vec<usize>,
+        /// What is allowed.
+        expected: String,
+    },
+
+    /// The training loss, or the norm of its gradient, became infinite or NaN.
+    #[error("{what} is {value} at step {step}; nothing was saved since the last checkpoint")]
+    NonFinite {
+        /// `loss` or `gradient norm`.
+        what: &'static str,
+        /// The value it has.
+        value: f32,
+        /// The training step (counted from 1) that computed it.
+        step: u64,
+    },
+
+    /// A data file's content is not what its format demands.
+    #[error("{}: {reason}", path.display())]
+    Data {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what was expected.
+        reason: String,
+    },
+
+    /// There is no complete checkpoint in a directory.
+    #[error("{}: no checkpoint here: {reason}", path.display())]
+    NoCheckpoint {
+        /// The directory.
+        path: PathBuf,
+        /// What is missing.
+        reason: String,
+    },
+
+    /// A file of a checkpoint is truncated, malformed, or not consistent with the others.
+    #[error("{}: damaged checkpoint file: {reason}", path.display())]
+    DamagedCheckpoint {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// A checkpoint was written by a newer version of this crate.
+    #[error(
+        "{}: checkpoint format {found} is newer than {supported}, the newest that this version reads; \
+         use a newer version of ddpm",
+        path.display()
+    )]
+    NewerFormat {
+        /// The file that states the version.
+        path: PathBuf,
+        /// The version it states.
+        found: u32,
+        /// The newest version that can be read.
+        supported: u32,
+    },
+
+    /// A checkpoint belongs to another run than the one that would continue from it.
+    #[error("{field} is {found} in the checkpoint and {expected} in this run; a run continues only unchanged")]
+    ConfigMismatch {
+        /// The field's path, such as `train.batch_size`.
+        field: String,
+        /// The checkpoint's value.
+        found: String,
+        /// The value asked for.
+        expected: String,
+    },
+
+    /// A network needs a weight that a file does not hold.
+    #[error("{}: weight {name} is missing", path.display())]
+    MissingWeight {
+        /// The file.
+        path: PathBuf,
+        /// The weight's name.
+        name: String,
+    },
+
+    /// A file holds a weight that a network does not have.
+    #[error("{}: weight {name} is not one of the network's", path.display())]
+    UnknownWeight {
+        /// The file.
+        path: PathBuf,
+        /// The weight's name.
+        name: String,
+    },
+
+    /// A file holds a weight in another shape than the network's.
+    #[error("{}: weight {name} has shape {found:?}; the network's has {expected:?}", path.display())]
+    WeightShape {
+        /// The file.
+        path: PathBuf,
+        /// The weight's name.
+        name: String,
+        /// The shape in the file.
+        found: Vec<usize>,
+        /// The shape in the network.
+        expected: Vec<usize>,
+    },
+
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+
+    /// A user's [`Observer`](crate::Observer) or [`ImageSource`](crate::ImageSource) failed.
+    #[error(transparent)]
+    External(Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl Error {
+    /// Wraps an error of a user's own observer, image source or network.
+    pub fn external(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::External(error.into())
+    }
+
+    pub(crate) fn config(
+        field: &'static str,
+        value: impl ToString,
+        expected: impl Into<String>,
+    ) -> Self {
+        Self::Config { field, value: value.to_string(), expected: expected.into() }
+    }
+
+    pub(crate) fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.as_ref().to_owned();
+        move |source| Self::Io { path, source }
+    }
+
+    pub(crate) fn data(path: impl AsRef<Path>, reason: impl Into<String>) -> Self {
+        Self::Data { path: path.as_ref().to_owned(), reason: reason.into() }
+    }
+}
