@@ -1,0 +1,57 @@
+use candle_core::Tensor;
+
+use crate::{Dropout, Result};
+
+/// A network that predicts what was added to an image: all that training and sampling know of it.
+///
+/// A closure is one, too: `|x_t: &Tensor, t: &Tensor| ...`, through [`from_fn`].
+pub trait Denoiser {
+    /// The prediction for a batch: `x_t` (batch, channels, height, width), `t` (batch) of an
+    /// integer dtype; the answer has the shape of `x_t`.
+    fn forward(&self, x_t: &Tensor, t: &Tensor) -> Result<Tensor>;
+
+    /// The prediction while training, when it differs: networks with dropout draw their masks from
+    /// `dropout`.
+    fn forward_train(&self, x_t: &Tensor, t: &Tensor, dropout: &Dropout) -> Result<Tensor> {
+        let _ = dropout;
+        self.forward(x_t, t)
+    }
+}
+
+impl<D: Denoiser + ?Sized> Denoiser for &D {
+    fn forward(&self, x_t: &Tensor, t: &Tensor) -> Result<Tensor> {
+        (**self).forward(x_t, t)
+    }
+
+    fn forward_train(&self, x_t: &Tensor, t: &Tensor, dropout: &Dropout) -> Result<Tensor> {
+        (**self).forward_train(x_t, t, dropout)
+    }
+}
+
+/// A [`Denoiser`] of a closure: for guidance around another network, or a known solution in a test.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use ddpm::{Diffusion, Sampler, Solver, from_fn};
+///
+/// // Predicting the whole of x_t as noise leaves an image of zeros.
+/// let denoiser = from_fn(|x_t: &Tensor, _t: &Tensor| Ok(x_t.clone()));
+/// let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddim(), 10)?;
+/// let images = sampler.sample(&denoiser, (2, 1, 8, 8), 0, &Device::Cpu)?;
+/// assert_eq!(images.dims(), [2, 1, 8, 8]);
+/// # Ok::<(), ddpm::Error>(())
+/// ```
+pub fn from_fn<F>(f: F) -> impl Denoiser
+where
+    F: Fn(&Tensor, &Tensor) -> Result<Tensor>,
+{
+    struct FromFn<F>(F);
+
+    impl<F: Fn(&Tensor, &Tensor) -> Result<Tensor>> Denoiser for FromFn<F> {
+        fn forward(&self, x_t: &Tensor, t: &Tensor) -> Result<Tensor> {
+            (self.0)(x_t, t)
+        }
+    }
+
+    FromFn(f)
+}

@@ -1,0 +1,31 @@
+//! The heavy operations, behind one seam: networks call these functions and know nothing of how
+//! they are computed.
+//!
+//! Feature maps are channels-last in here, contiguous (batch, height, width, channels): a
+//! convolution is then a matrix product over pixels, and a normalisation reads memory in order.
+//! Weights keep PyTorch's layouts, which are those of the files.
+//!
+//! Each operation has a reference composition of plain candle operations, which runs wherever
+//! there is no kernel for it and is the oracle for the kernels' values and gradients.
+
+mod attention;
+mod conv;
+mod group_norm;
+mod upsample;
+
+use candle_core::{Result, Tensor};
+
+pub(crate) use attention::attention;
+pub(crate) use conv::conv2d;
+pub(crate) use group_norm::{Activation, group_norm};
+pub(crate) use upsample::upsample_nearest_2x;
+
+/// (batch, channels, height, width) to (batch, height, width, channels).
+pub(crate) fn to_channels_last(images: &Tensor) -> Result<Tensor> {
+    images.permute((0, 2, 3, 1))?.contiguous()
+}
+
+/// (batch, height, width, channels) to (batch, channels, height, width).
+pub(crate) fn to_channels_first(maps: &Tensor) -> Result<Tensor> {
+    maps.permute((0, 3, 1, 2))?.contiguous()
+}

@@ -1,0 +1,238 @@
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::{DType, Device, Shape, Tensor, Var};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder, init::NormalOrUniform};
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::noise::{Noise, Purpose};
+use crate::{Denoiser, Error, Result};
+
+/// A network's configuration: what a checkpoint remembers of it, and how it is built again.
+///
+/// Implemented by [`UNetConfig`](crate::UNetConfig), and by whoever brings a network of their own.
+pub trait Network: Serialize + DeserializeOwned + Clone {
+    /// The name of this family of networks in a checkpoint.
+    const KIND: &'static str;
+
+    /// The network itself.
+    type Model: Denoiser;
+
+    /// Builds it, taking every weight from `vb`.
+    ///
+    /// Called once for training, and again whenever other weights are wanted in the same network,
+    /// such as the averaged ones.
+    fn build(&self, vb: VarBuilder) -> Result<Self::Model>;
+}
+
+/// A network's weights by name, created as the network asks for them.
+///
+/// Initial values depend on the seed and the weight's name alone: not on the order of creation, nor
+/// on what other weights there are.
+#[derive(Clone)]
+pub struct Parameters {
+    store: Arc<Store>,
+    dtype: DType,
+    device: Device,
+}
+
+struct Store {
+    source: Source,
+    trainable: bool,
+    created: Mutex<BTreeMap<String, Var>>,
+    /// The first error, kept because a candle backend can only report candle's errors.
+    failure: Mutex<Option<Error>>,
+}
+
+enum Source {
+    Random(Noise),
+    /// Tensors that came from this file.
+    Given(PathBuf, BTreeMap<String, Tensor>),
+}
+
+impl Parameters {
+    /// Trainable weights of random initial values.
+    pub fn new(seed: u64, dtype: DType, device: &Device) -> Self {
+        Self::from_source(Source::Random(Noise::new(seed)), true, dtype, device)
+    }
+
+    /// Trainable weights with the values of `tensors`, which came from `path`.
+    pub(crate) fn trainable(
+        path: &Path,
+        tensors: BTreeMap<String, Tensor>,
+        dtype: DType,
+        device: &Device,
+    ) -> Self {
+        Self::from_source(Source::Given(path.to_owned(), tensors), true, dtype, device)
+    }
+
+    /// Weights that take no gradient, with the values of `tensors`, which came from `path`.
+    pub(crate) fn frozen(
+        path: &Path,
+        tensors: BTreeMap<String, Tensor>,
+        dtype: DType,
+        device: &Device,
+    ) -> Self {
+        Self::from_source(Source::Given(path.to_owned(), tensors), false, dtype, device)
+    }
+
+    fn from_source(source: Source, trainable: bool, dtype: DType, device: &Device) -> Self {
+        let (created, failure) = (Mutex::default(), Mutex::default());
+        let store = Arc::new(Store { source, trainable, created, failure });
+        Self { store, dtype, device: device.clone() }
+    }
+
+    /// Where a network takes its weights from. A name that is asked for twice is the same weight.
+    pub fn builder(&self) -> VarBuilder<'static> {
+        let backend = Box::new(Backend(self.store.clone()));
+        VarBuilder::from_backend(backend, self.dtype, self.device.clone())
+    }
+
+    /// The weights created so far, in the order of their names.
+    pub fn vars(&self) -> BTreeMap<String, Var> {
+        lock(&self.store.created).clone()
+    }
+
+    /// Builds a network of these weights.
+    ///
+    /// # Errors
+    /// If the weights come from a file, and one is missing from it, has another shape, or is none
+    /// of the network's.
+    pub fn build<N: Network>(&self, network: &N) -> Result<N::Model> {
+        let model = network.build(self.builder());
+        if let Some(failure) = lock(&self.store.failure).take() {
+            return Err(failure);
+        }
+        let model = model?;
+        if let Source::Given(path, tensors) = &self.store.source {
+            let created = lock(&self.store.created);
+            if let Some(name) = tensors.keys().find(|name| !created.contains_key(*name)) {
+                return Err(Error::UnknownWeight { path: path.clone(), name: name.clone() });
+            }
+        }
+        Ok(model)
+    }
+}
+
+/// A panic elsewhere while the lock was held leaves the map as good as before.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+struct Backend(Arc<Store>);
+
+impl Backend {
+    fn create(
+        &self,
+        shape: &Shape,
+        name: &str,
+        init: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Var> {
+        let tensor = match &self.0.source {
+            Source::Random(noise) => initial(*noise, name, shape, init)?,
+            Source::Given(path, tensors) => {
+                let Some(tensor) = tensors.get(name) else {
+                    return Err(Error::MissingWeight { path: path.clone(), name: name.into() });
+                };
+                if tensor.shape() != shape {
+                    return Err(Error::WeightShape {
+                        path: path.clone(),
+                        name: name.into(),
+                        found: tensor.dims().to_vec(),
+                        expected: shape.dims().to_vec(),
+                    });
+                }
+                tensor.clone()
+            }
+        };
+        // `from_tensor` copies, so no two networks share what one of them trains.
+        Ok(Var::from_tensor(&tensor.to_dtype(dtype)?.to_device(device)?)?)
+    }
+}
+
+impl SimpleBackend for Backend {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        init: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        let mut created = lock(&self.0.created);
+        let var = match created.get(name) {
+            Some(var) => var.clone(),
+            None => match self.create(&shape, name, init, dtype, device) {
+                Ok(var) => {
+                    created.insert(name.to_string(), var.clone());
+                    var
+                }
+                Err(error) => {
+                    let message = error.to_string();
+                    lock(&self.0.failure).get_or_insert(error);
+                    candle_core::bail!("{message}")
+                }
+            },
+        };
+        if var.shape() != &shape {
+            candle_core::bail!("weight {name} is asked for as {:?} and {shape:?}", var.shape())
+        }
+        Ok(if self.0.trainable { var.as_tensor().clone() } else { var.as_detached_tensor() })
+    }
+
+    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
+        match lock(&self.0.created).get(name) {
+            Some(var) => Ok(var.as_tensor().clone()),
+            None => candle_core::bail!("weight {name} has no shape yet: ask for it with one"),
+        }
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        match &self.0.source {
+            Source::Random(_) => lock(&self.0.created).contains_key(name),
+            Source::Given(_, tensors) => tensors.contains_key(name),
+        }
+    }
+}
+
+/// The initial value of a weight, on the CPU.
+fn initial(noise: Noise, name: &str, shape: &Shape, init: Init) -> Result<Tensor> {
+    let hash = fnv1a(name);
+    let mut stream = noise.stream(Purpose::Weights, hash, (hash >> 40) as u32);
+    let mut values = vec![0f32; shape.elem_count()];
+    let mut uniform = |values: &mut [f32], lo: f64, up: f64| {
+        values.iter_mut().for_each(|v| *v = (lo + (up - lo) * stream.uniform()) as f32);
+    };
+    match init {
+        Init::Const(c) => values.fill(c as f32),
+        Init::Uniform { lo, up } => uniform(&mut values, lo, up),
+        Init::Randn { mean, stdev } => {
+            stream.fill_normal(&mut values);
+            values.iter_mut().for_each(|v| *v = (mean + stdev * f64::from(*v)) as f32);
+        }
+        Init::Kaiming { dist, fan, non_linearity } => {
+            let std = non_linearity.gain() / (fan.for_shape(shape) as f64).sqrt();
+            match dist {
+                NormalOrUniform::Uniform => {
+                    let bound = 3f64.sqrt() * std;
+                    uniform(&mut values, -bound, bound);
+                }
+                NormalOrUniform::Normal => {
+                    stream.fill_normal(&mut values);
+                    values.iter_mut().for_each(|v| *v = (std * f64::from(*v)) as f32);
+                }
+            }
+        }
+    }
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+}
+
+/// A hash that is the same in every version and on every machine, as the standard library's is not.
+fn fnv1a(name: &str) -> u64 {
+    name.bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
+}

@@ -1,0 +1,98 @@
+use candle_core::Tensor;
+use candle_nn::VarBuilder;
+
+use super::layers::{Conv2d, GROUPS, GroupNorm, Linear};
+use crate::kernels::{self, Activation};
+use crate::{Dropout, Error, Result};
+
+/// Two convolutions, each after GroupNorm and SiLU, with the time embedding added between them and
+/// the input added at the end. Ho et al. 2020, appendix B.
+#[derive(Debug, Clone)]
+pub struct ResBlock {
+    norm1: GroupNorm,
+    conv1: Conv2d,
+    time: Linear,
+    norm2: GroupNorm,
+    conv2: Conv2d,
+    /// Where the number of channels changes.
+    shortcut: Option<Conv2d>,
+    channels: usize,
+    /// Probability, and which of the network's dropouts this is.
+    dropout: Option<(f64, u16)>,
+}
+
+impl ResBlock {
+    /// A block from `input` to `output` channels that is told the time by `time_dim` values.
+    ///
+    /// # Errors
+    /// Unless both numbers of channels are multiples of 8 and at least that, or if a weight cannot
+    /// be had from `vb`.
+    pub fn new(input: usize, output: usize, time_dim: usize, vb: VarBuilder) -> Result<Self> {
+        for channels in [input, output] {
+            if channels == 0 || !channels.is_multiple_of(GROUPS) {
+                return Err(Error::config("channels", channels, "a multiple of 8, at least 8"));
+            }
+        }
+        let (block1, block2) = (vb.pp("block1"), vb.pp("block2"));
+        let shortcut = (input != output)
+            .then(|| Conv2d::new(input, output, 1, vb.pp("shortcut")))
+            .transpose()?;
+        Ok(Self {
+            norm1: GroupNorm::new(input, Activation::Silu, block1.pp("0"))?,
+            conv1: Conv2d::new(input, output, 3, block1.pp("2"))?,
+            time: Linear::new(time_dim, output, vb.pp("time_emb").pp("1"))?,
+            norm2: GroupNorm::new(output, Activation::Silu, block2.pp("0"))?,
+            conv2: Conv2d::new(output, output, 3, block2.pp("2"))?,
+            shortcut,
+            channels: input,
+            dropout: None,
+        })
+    }
+
+    /// Drops whole feature maps between the two halves while training, with probability `p`; masks
+    /// are those of the network's `layer`-th dropout. A `p` of 0 drops nothing.
+    ///
+    /// # Errors
+    /// Unless `0 <= p < 1`.
+    pub fn with_dropout(self, p: f64, layer: u16) -> Result<Self> {
+        if !(0.0..1.0).contains(&p) {
+            return Err(Error::config("dropout", p, "at least 0 and less than 1"));
+        }
+        Ok(Self { dropout: (p > 0.0).then_some((p, layer)), ..self })
+    }
+
+    /// `x` (batch, in, height, width) and `t_emb` (batch, time_dim) to (batch, out, height,
+    /// width). Dropout is active where its masks are given.
+    ///
+    /// # Errors
+    /// If a shape does not fit.
+    pub fn forward(&self, x: &Tensor, t_emb: &Tensor, dropout: Option<&Dropout>) -> Result<Tensor> {
+        if x.rank() != 4 || x.dim(1)? != self.channels {
+            let expected = format!("(batch, {}, height, width)", self.channels);
+            return Err(Error::Shape { what: "x", found: x.dims().to_vec(), expected });
+        }
+        let y = self.forward_maps(&kernels::to_channels_last(x)?, t_emb, dropout)?;
+        Ok(kernels::to_channels_first(&y)?)
+    }
+
+    /// As [`forward`](Self::forward), of channels-last maps.
+    pub(super) fn forward_maps(
+        &self,
+        x: &Tensor,
+        t_emb: &Tensor,
+        dropout: Option<&Dropout>,
+    ) -> Result<Tensor> {
+        let time = self.time.forward(&t_emb.silu()?)?.unsqueeze(1)?.unsqueeze(1)?;
+        let mut h = self.conv1.forward(&self.norm1.forward(x)?)?.broadcast_add(&time)?;
+        if let (Some((p, layer)), Some(dropout)) = (self.dropout, dropout) {
+            let (batch, _, _, channels) = h.dims4()?;
+            let mask = dropout.mask(layer, batch, channels, p, h.dtype(), h.device())?;
+            h = h.broadcast_mul(&mask.unsqueeze(1)?.unsqueeze(1)?)?;
+        }
+        h = self.conv2.forward(&self.norm2.forward(&h)?)?;
+        Ok(match &self.shortcut {
+            Some(shortcut) => (shortcut.forward(x)? + h)?,
+            None => (x + h)?,
+        })
+    }
+}

@@ -1,0 +1,76 @@
+use candle_core::{DType, Tensor};
+use candle_nn::VarBuilder;
+
+use super::layers::Linear;
+use crate::{Error, Result};
+
+/// Tells the network how noisy its input is: sines and cosines of the timestep at geometrically
+/// falling frequencies (Vaswani et al. 2017), then Linear, GELU, Linear.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use ddpm::{Parameters, TimeEmbedding};
+///
+/// let parameters = Parameters::new(0, DType::F32, &Device::Cpu);
+/// let embedding = TimeEmbedding::new(128, parameters.builder())?;
+/// let t = Tensor::new(&[0u32, 500, 999], &Device::Cpu)?;
+/// assert_eq!(embedding.forward(&t)?.dims(), [3, 128]);
+/// # Ok::<(), ddpm::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct TimeEmbedding {
+    frequencies: Vec<f64>,
+    hidden: Linear,
+    output: Linear,
+    dtype: DType,
+}
+
+impl TimeEmbedding {
+    /// An embedding of `dim` values, through `4 dim` hidden ones.
+    ///
+    /// # Errors
+    /// Unless `dim` is even and at least 4, or if a weight cannot be had from `vb`.
+    pub fn new(dim: usize, vb: VarBuilder) -> Result<Self> {
+        check_dim(dim)?;
+        let half = dim / 2;
+        // Ho's divisor: the last frequency is exactly 1 / 10000.
+        let decay = libm::log(10000.0) / (half - 1) as f64;
+        let vb = vb.pp("mlp");
+        Ok(Self {
+            frequencies: (0..half).map(|i| libm::exp(-decay * i as f64)).collect(),
+            hidden: Linear::new(dim, 4 * dim, vb.pp("0"))?,
+            output: Linear::new(4 * dim, dim, vb.pp("2"))?,
+            dtype: vb.dtype(),
+        })
+    }
+
+    /// `t` (batch) of an integer dtype to (batch, dim).
+    ///
+    /// # Errors
+    /// If `t` is not one-dimensional.
+    pub fn forward(&self, t: &Tensor) -> Result<Tensor> {
+        let embedding = self.sinusoids(t)?.to_dtype(self.dtype)?;
+        let hidden = self.hidden.forward(&embedding)?.gelu_erf()?;
+        Ok(self.output.forward(&hidden)?)
+    }
+
+    /// `[sin | cos]` of `t` times each frequency: (batch, dim).
+    fn sinusoids(&self, t: &Tensor) -> Result<Tensor> {
+        if t.rank() != 1 {
+            let expected = "(batch)".to_string();
+            return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });
+        }
+        // Half precision would put the phase off by 0.1 rad. Metal has no f64.
+        let dtype = if t.device().is_metal() { DType::F32 } else { DType::F64 };
+        let frequencies = Tensor::new(self.frequencies.as_slice(), t.device())?.to_dtype(dtype)?;
+        let angles = t.to_dtype(dtype)?.unsqueeze(1)?.broadcast_mul(&frequencies.unsqueeze(0)?)?;
+        Ok(Tensor::cat(&[angles.sin()?, angles.cos()?], 1)?)
+    }
+}
+
+pub(super) fn check_dim(dim: usize) -> Result<()> {
+    if dim < 4 || !dim.is_multiple_of(2) {
+        return Err(Error::config("time_dim", dim, "even, and at least 4"));
+    }
+    Ok(())
+}

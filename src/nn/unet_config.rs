@@ -1,0 +1,106 @@
+use serde::{Deserialize, Serialize};
+
+use super::layers::GROUPS;
+use super::time_embedding::check_dim;
+use crate::{Error, Result};
+
+/// The shape of a [`UNet`](crate::UNet).
+///
+/// ```
+/// use ddpm::UNetConfig;
+///
+/// let wide = UNetConfig { hidden_dims: vec![64, 128, 256], ..UNetConfig::mnist() };
+/// wide.validate()?;
+/// # Ok::<(), ddpm::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UNetConfig {
+    /// Height and width of the images; divisible by 2 once for each halving.
+    pub image_size: usize,
+    /// Channels of the images: 1 for grey, 3 for colour.
+    pub channels: usize,
+    /// Channels of the feature maps: at full size, then after each block down. One level of
+    /// resolution fewer than entries; each a multiple of 8, the number of groups of a GroupNorm.
+    pub hidden_dims: Vec<usize>,
+    /// Length of the time embedding: even, at least 4.
+    pub time_dim: usize,
+    /// The levels that attend, besides the bottleneck: level `i` works at `image_size / 2^i`.
+    pub attention_resolutions: Vec<usize>,
+    /// Probability to drop a whole feature map inside a residual block while training.
+    pub dropout: f64,
+}
+
+impl UNetConfig {
+    /// For 28x28 grey digits: 2.0 million weights, attention at the bottleneck.
+    pub fn mnist() -> Self {
+        Self {
+            image_size: 28,
+            channels: 1,
+            hidden_dims: vec![32, 64, 128],
+            time_dim: 128,
+            attention_resolutions: vec![],
+            dropout: 0.0,
+        }
+    }
+
+    /// For 32x32 colour images: attention at 16x16 and at the bottleneck, dropout 0.02.
+    pub fn cifar10() -> Self {
+        Self {
+            image_size: 32,
+            channels: 3,
+            hidden_dims: vec![128, 256, 256, 256],
+            time_dim: 128,
+            attention_resolutions: vec![1],
+            dropout: 0.02,
+        }
+    }
+
+    /// How many times the size is halved.
+    pub fn levels(&self) -> usize {
+        self.hidden_dims.len().saturating_sub(1)
+    }
+
+    /// Whether a network can be built like this; [`UNet::new`](crate::UNet::new) asks as well.
+    ///
+    /// # Errors
+    /// Names the first field that does not fit, its value and what is allowed.
+    pub fn validate(&self) -> Result<()> {
+        const MAX: usize = 1 << 16;
+        let within = |field, value: usize, least: usize| {
+            if (least..=MAX).contains(&value) {
+                return Ok(());
+            }
+            Err(Error::config(field, value, format!("from {least} to {MAX}")))
+        };
+        within("channels", self.channels, 1)?;
+        within("image_size", self.image_size, 1)?;
+        within("time_dim", self.time_dim, 4)?;
+        check_dim(self.time_dim)?;
+        let dims = &self.hidden_dims;
+        if !(2..=16).contains(&dims.len()) {
+            return Err(Error::config("hidden_dims", format!("{dims:?}"), "2 to 16 numbers"));
+        }
+        if dims.iter().any(|&d| d == 0 || d > MAX || !d.is_multiple_of(GROUPS)) {
+            let expected = format!("multiples of {GROUPS} from {GROUPS} to {MAX}");
+            return Err(Error::config("hidden_dims", format!("{dims:?}"), expected));
+        }
+        let divisor = 1 << self.levels();
+        if !self.image_size.is_multiple_of(divisor) {
+            let expected = format!(
+                "a multiple of {divisor}, since hidden_dims halves it {} times",
+                self.levels()
+            );
+            return Err(Error::config("image_size", self.image_size, expected));
+        }
+        let attend = &self.attention_resolutions;
+        if attend.iter().any(|&level| level >= self.levels()) {
+            let expected = format!("levels less than {}", self.levels());
+            return Err(Error::config("attention_resolutions", format!("{attend:?}"), expected));
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return Err(Error::config("dropout", self.dropout, "at least 0 and less than 1"));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,297 @@
+//! All randomness of the crate: Philox4x32-10 (Salmon et al. 2011), keyed by seed and addressed by
+//! purpose, step and sample.
+//!
+//! No generator has a state that advances: whoever needs random numbers names what they are for,
+//! and gets the same ones wherever, whenever and in whatever order they are asked for. So a resumed
+//! run draws what the unbroken one would have drawn, sample `k` of a batch does not depend on the
+//! batch's size, and a GPU can draw the same numbers from the same counters. Logarithm and sine
+//! come from the portable `libm`, so normals are the same bits on every platform.
+
+use candle_core::{DType, Device, Tensor};
+use rand::RngCore;
+
+use crate::Result;
+
+/// A seed, from which every random number of a run follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Noise {
+    seed: u64,
+}
+
+/// What random numbers are for. Streams of different purposes never overlap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Initial weights; `step` is a hash of the weight's name.
+    Weights = 1,
+    /// The order of images; `step` is the epoch.
+    Shuffle = 2,
+    /// Training timesteps.
+    Timestep = 3,
+    /// Training noise.
+    Training = 4,
+    /// Horizontal flips.
+    Flip = 5,
+    /// Dropout masks; `index` is the layer.
+    Dropout = 6,
+    /// `x_T` of a sample.
+    Prior = 7,
+    /// Noise within the sampling loop; `step` is the timestep.
+    Sampling = 8,
+}
+
+impl Noise {
+    /// Everything that follows from `seed`.
+    pub fn new(seed: u64) -> Self {
+        Self { seed }
+    }
+
+    /// The numbers for one sample (its position within the batch) at one step.
+    pub(crate) fn stream(self, purpose: Purpose, step: u64, sample: u32) -> Stream {
+        self.indexed(purpose, 0, step, sample)
+    }
+
+    /// As [`stream`](Self::stream), for the `index`-th user of the same purpose.
+    pub(crate) fn indexed(self, purpose: Purpose, index: u16, step: u64, sample: u32) -> Stream {
+        // 8 bits of purpose, 16 of index, 40 of step: a trillion steps before one repeats.
+        let place = ((purpose as u64) << 56) | (u64::from(index) << 40) | (step & 0xff_ffff_ffff);
+        Stream {
+            key: [self.seed as u32, (self.seed >> 32) as u32],
+            counter: [0, sample, place as u32, (place >> 32) as u32],
+            block: [0; 4],
+            used: 4,
+        }
+    }
+
+    /// Standard normals of shape (batch, ...): sample `k` has its own stream.
+    pub(crate) fn normal(
+        self,
+        purpose: Purpose,
+        step: u64,
+        shape: &[usize],
+        device: &Device,
+    ) -> Result<Tensor> {
+        let count: usize = shape[1..].iter().product();
+        let mut values = vec![0f32; shape[0] * count];
+        for (k, sample) in values.chunks_mut(count.max(1)).enumerate() {
+            self.stream(purpose, step, k as u32).fill_normal(sample);
+        }
+        Ok(Tensor::from_vec(values, shape, device)?)
+    }
+}
+
+/// The random numbers of one purpose, step and sample, in order.
+#[derive(Debug, Clone)]
+pub(crate) struct Stream {
+    key: [u32; 2],
+    counter: [u32; 4],
+    block: [u32; 4],
+    used: usize,
+}
+
+impl Stream {
+    /// Uniform in `0..bound`, without bias (Lemire 2019). `bound` must not be 0.
+    pub fn below(&mut self, bound: u32) -> u32 {
+        let threshold = bound.wrapping_neg() % bound;
+        loop {
+            let product = u64::from(self.next_u32()) * u64::from(bound);
+            if product as u32 >= threshold {
+                return (product >> 32) as u32;
+            }
+        }
+    }
+
+    /// Uniform in the open interval (0, 1), with 32 bits.
+    pub fn uniform(&mut self) -> f64 {
+        (f64::from(self.next_u32()) + 0.5) / 4294967296.0
+    }
+
+    /// Standard normals, two from each pair of integers (Box and Muller 1958). None is farther
+    /// from 0 than 6.8, for want of a smaller uniform number than 2^-33.
+    pub fn fill_normal(&mut self, out: &mut [f32]) {
+        for pair in out.chunks_mut(2) {
+            let radius = (-2.0 * libm::log(self.uniform())).sqrt();
+            let (sin, cos) = libm::sincos(std::f64::consts::TAU * self.uniform());
+            pair[0] = (radius * cos) as f32;
+            if let Some(second) = pair.get_mut(1) {
+                *second = (radius * sin) as f32;
+            }
+        }
+    }
+
+    /// A random order of `0..n` (Fisher and Yates).
+    pub fn permutation(&mut self, n: usize) -> Vec<u32> {
+        let mut order: Vec<u32> = (0..n as u32).collect();
+        for i in (1..n).rev() {
+            order.swap(i, self.below(i as u32 + 1) as usize);
+        }
+        order
+    }
+}
+
+impl RngCore for Stream {
+    fn next_u32(&mut self) -> u32 {
+        if self.used == 4 {
+            self.block = philox(self.counter, self.key);
+            self.counter[0] = self.counter[0].wrapping_add(1);
+            self.used = 0;
+        }
+        self.used += 1;
+        self.block[self.used - 1]
+    }
+
+    fn next_u64(&mut self) -> u64 {
+        rand::rand_core::impls::next_u64_via_u32(self)
+    }
+
+    fn fill_bytes(&mut self, bytes: &mut [u8]) {
+        rand::rand_core::impls::fill_bytes_via_next(self, bytes)
+    }
+}
+
+/// The dropout masks of one training step: what [`Denoiser::forward_train`] draws from.
+///
+/// [`Denoiser::forward_train`]: crate::Denoiser::forward_train
+#[derive(Debug, Clone, Copy)]
+pub struct Dropout {
+    pub(crate) noise: Noise,
+    pub(crate) step: u64,
+    /// Position, within the update's whole batch, of the first image of this forward pass.
+    pub(crate) first_sample: usize,
+}
+
+impl Dropout {
+    /// The masks of training step `step` under `seed`, for one's own training loop.
+    pub fn new(seed: u64, step: u64) -> Self {
+        Self { noise: Noise::new(seed), step, first_sample: 0 }
+    }
+
+    /// A mask of shape (batch, channels), 0 with probability `p` and `1 / (1 - p)` otherwise, for
+    /// the network's `layer`-th dropout. It depends on seed, step, layer and sample alone.
+    pub fn mask(
+        &self,
+        layer: u16,
+        batch: usize,
+        channels: usize,
+        p: f64,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let keep = (1.0 / (1.0 - p)) as f32;
+        let mut mask = Vec::with_capacity(batch * channels);
+        for k in 0..batch {
+            let sample = (self.first_sample + k) as u32;
+            let mut stream = self.noise.indexed(Purpose::Dropout, layer, self.step, sample);
+            mask.extend((0..channels).map(|_| if stream.uniform() < p { 0.0 } else { keep }));
+        }
+        Ok(Tensor::from_vec(mask, (batch, channels), device)?.to_dtype(dtype)?)
+    }
+}
+
+/// Ten rounds of Philox4x32: four random words for each counter.
+fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+    let ([mut c0, mut c1, mut c2, mut c3], [mut k0, mut k1]) = (counter, key);
+    for _ in 0..10 {
+        let p0 = u64::from(c0) * 0xD251_1F53;
+        let p1 = u64::from(c2) * 0xCD9E_8D57;
+        (c0, c1, c2, c3) =
+            ((p1 >> 32) as u32 ^ c1 ^ k0, p1 as u32, (p0 >> 32) as u32 ^ c3 ^ k1, p0 as u32);
+        k0 = k0.wrapping_add(0x9E37_79B9);
+        k1 = k1.wrapping_add(0xBB67_AE85);
+    }
+    [c0, c1, c2, c3]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Known answers that the authors publish with their code (Random123, `kat_vectors`).
+    #[test]
+    fn philox_gives_the_published_answers() {
+        assert_eq!(philox([0; 4], [0; 2]), [0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8]);
+        assert_eq!(
+            philox([u32::MAX; 4], [u32::MAX; 2]),
+            [0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd]
+        );
+        assert_eq!(
+            philox([0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344], [0xa4093822, 0x299f31d0]),
+            [0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1]
+        );
+    }
+
+    /// A change here breaks the promise that old checkpoints resume exactly.
+    #[test]
+    fn values_never_change() {
+        let mut stream = Noise::new(7).stream(Purpose::Training, 3, 5);
+        let mut normals = [0f32; 3];
+        stream.fill_normal(&mut normals);
+        assert_eq!(normals.map(f32::to_bits), [0, 0, 0], "{normals:?}");
+        assert_eq!(Noise::new(7).stream(Purpose::Shuffle, 0, 0).permutation(6), [0u32; 0]);
+    }
+
+    #[test]
+    fn normals_are_standard() {
+        let mut values = vec![0f32; 400_000];
+        Noise::new(1).stream(Purpose::Prior, 0, 0).fill_normal(&mut values);
+        let n = values.len() as f64;
+        let moment = |k: i32| values.iter().map(|&v| f64::from(v).powi(k)).sum::<f64>() / n;
+        // Five standard errors of each moment.
+        for (k, expected, variance) in
+            [(1, 0.0, 1.0), (2, 1.0, 2.0), (3, 0.0, 15.0), (4, 3.0, 96.0)]
+        {
+            assert!((moment(k) - expected).abs() < 5.0 * (f64::sqrt(variance / n)), "moment {k}");
+        }
+        assert!(values.iter().all(|v| v.is_finite()));
+    }
+
+    #[test]
+    fn a_sample_does_not_depend_on_its_batch() -> Result<()> {
+        let noise = Noise::new(3);
+        let four = noise.normal(Purpose::Prior, 9, &[4, 3, 5], &Device::Cpu)?;
+        let two = noise.normal(Purpose::Prior, 9, &[2, 3, 5], &Device::Cpu)?;
+        let of = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(of(&four)[..30], of(&two));
+        assert_ne!(of(&four)[..15], of(&four)[15..30]);
+        Ok(())
+    }
+
+    #[test]
+    fn streams_of_every_address_differ() {
+        let noise = Noise::new(0);
+        let mut firsts = vec![Noise::new(1).stream(Purpose::Prior, 0, 0).next_u64()];
+        for (index, step, sample) in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1 << 39, 0)] {
+            firsts.push(noise.indexed(Purpose::Prior, index, step, sample).next_u64());
+            firsts.push(noise.indexed(Purpose::Dropout, index, step, sample).next_u64());
+        }
+        let count = firsts.len();
+        firsts.sort_unstable();
+        firsts.dedup();
+        assert_eq!(firsts.len(), count);
+    }
+
+    #[test]
+    fn permutations_hold_each_index_once_and_below_is_uniform() {
+        let mut order = Noise::new(2).stream(Purpose::Shuffle, 0, 0).permutation(1000);
+        assert_ne!(order[..10], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+        order.sort_unstable();
+        assert!(order.iter().enumerate().all(|(i, &v)| i as u32 == v));
+
+        let mut stream = Noise::new(2).stream(Purpose::Timestep, 0, 0);
+        let mut counts = [0f64; 7];
+        (0..70_000).for_each(|_| counts[stream.below(7) as usize] += 1.0);
+        // Chi-square with 6 degrees of freedom: 27.9 has probability 1e-4.
+        let chi_square: f64 = counts.iter().map(|c| (c - 1e4).powi(2) / 1e4).sum();
+        assert!(chi_square < 27.9, "{counts:?}");
+    }
+
+    #[test]
+    fn dropout_keeps_the_mean_and_its_own_layers() -> Result<()> {
+        let mask = |layer| Dropout::new(1, 4).mask(layer, 64, 512, 0.2, DType::F32, &Device::Cpu);
+        let values = mask(0)?.flatten_all()?.to_vec1::<f32>()?;
+        assert!(values.iter().all(|&v| v == 0.0 || v == 1.25));
+        let mean = values.iter().sum::<f32>() / values.len() as f32;
+        assert!((mean - 1.0).abs() < 0.015, "{mean}");
+        assert_ne!(values, mask(1)?.flatten_all()?.to_vec1::<f32>()?);
+        Ok(())
+    }
+}

@@ -1,0 +1,328 @@
+use candle_core::{Device, Shape, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::noise::{Noise, Purpose};
+use crate::{Denoiser, Diffusion, Error, Result};
+
+/// How a sampler goes from one timestep to the next.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Solver {
+    /// Ancestral sampling. Ho et al. 2020, algorithm 2.
+    Ddpm {
+        /// The variance of each step.
+        variance: Variance,
+    },
+    /// Denoising diffusion implicit models. Song et al. 2021, equation 12.
+    Ddim {
+        /// From 0 (deterministic) to 1 (as much noise as ancestral sampling with
+        /// [`Variance::Posterior`]).
+        eta: f64,
+    },
+}
+
+/// The fixed variance of an ancestral step; Ho et al. 2020, section 3.2.
+///
+/// The two give different results at any number of steps: neither is a better-rounded form of the
+/// other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Variance {
+    /// `beta_t`, right for data that is standard normal noise; also called "fixed large".
+    Beta,
+    /// `beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)`, right for data that is one point; also
+    /// called "fixed small".
+    Posterior,
+}
+
+impl Solver {
+    /// Ancestral sampling with `sigma_t^2 = beta_t`.
+    pub const fn ddpm() -> Self {
+        Self::Ddpm { variance: Variance::Beta }
+    }
+
+    /// Deterministic DDIM.
+    pub const fn ddim() -> Self {
+        Self::Ddim { eta: 0.0 }
+    }
+
+    /// The update from the timestep with `alpha_bar` to the one with `alpha_bar_prev`.
+    ///
+    /// Betas follow from the two, and so are right for any subset of the timesteps.
+    fn update(self, t: usize, alpha_bar: f64, alpha_bar_prev: f64) -> Update {
+        let (noise, noise_prev) = (1.0 - alpha_bar, 1.0 - alpha_bar_prev);
+        let alpha = alpha_bar / alpha_bar_prev;
+        let beta = 1.0 - alpha;
+        let (x_0, x_t, z) = match self {
+            // The mean of q(x_{t-1} | x_t, x_0): Ho et al. 2020, equation 7.
+            Self::Ddpm { variance } => (
+                alpha_bar_prev.sqrt() * beta / noise,
+                alpha.sqrt() * noise_prev / noise,
+                match variance {
+                    // The last step returns the mean: its image is seen, not denoised again.
+                    _ if alpha_bar_prev == 1.0 => 0.0,
+                    Variance::Beta => beta.sqrt(),
+                    Variance::Posterior => (beta * noise_prev / noise).sqrt(),
+                },
+            ),
+            // sqrt(abar') x_0 + sqrt(1 - abar' - sigma^2) eps, with eps = (x_t - sqrt(abar) x_0) /
+            // sqrt(1 - abar) written out, so that a clipped x_0 changes eps as well.
+            Self::Ddim { eta } => {
+                let sigma = eta * (beta * noise_prev / noise).sqrt();
+                let eps = (noise_prev - sigma * sigma).max(0.0).sqrt() / noise.sqrt();
+                (alpha_bar_prev.sqrt() - eps * alpha_bar.sqrt(), eps, sigma)
+            }
+        };
+        Update { t, alpha_bar, x_0, x_t, z }
+    }
+}
+
+/// One step of a solver: `x <- x_0 * x̂_0 + x_t * x + z * noise`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Update {
+    /// The timestep that the network is shown.
+    t: usize,
+    alpha_bar: f64,
+    x_0: f64,
+    x_t: f64,
+    z: f64,
+}
+
+/// Draws images from a [`Denoiser`].
+///
+/// ```no_run
+/// # use candle_core::Device;
+/// use ddpm::{Checkpoint, Sampler, Solver, UNetConfig};
+///
+/// let checkpoint = Checkpoint::open("out/mnist/checkpoint")?;
+/// let unet = checkpoint.ema::<UNetConfig>(&Device::Cpu)?;
+/// let sampler = Sampler::new(checkpoint.diffusion(), Solver::ddim(), 50)?.clip_denoised(true);
+/// let images = sampler.sample(&unet, (16, 1, 28, 28), 0, &Device::Cpu)?; // in [-1, 1]
+/// # Ok::<(), ddpm::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Sampler {
+    diffusion: Diffusion,
+    /// From the noisiest timestep to the cleanest.
+    updates: Vec<Update>,
+    clip: bool,
+}
+
+impl Sampler {
+    /// A sampler of `steps` timesteps, spread evenly over the schedule with both ends included.
+    ///
+    /// # Errors
+    /// Unless `1 <= steps <= T`, and a DDIM's `eta` lies in [0, 1].
+    pub fn new(diffusion: &Diffusion, solver: Solver, steps: usize) -> Result<Self> {
+        let total = diffusion.schedule().steps();
+        if !(1..=total).contains(&steps) {
+            let expected = format!("from 1 to {total}, the schedule's number of timesteps");
+            return Err(Error::config("sampling steps", steps, expected));
+        }
+        let timesteps: Vec<usize> = if steps == 1 {
+            vec![total - 1]
+        } else {
+            // round(i (T - 1) / (S - 1)) in integers
+            let (span, gaps) = (total - 1, steps - 1);
+            (0..steps).map(|i| (2 * i * span + gaps) / (2 * gaps)).collect()
+        };
+        Self::with_timesteps(diffusion, solver, &timesteps)
+    }
+
+    /// A sampler of just these timesteps, in increasing order.
+    ///
+    /// # Errors
+    /// Unless there is at least one, they increase strictly and stay below `T`, and a DDIM's `eta`
+    /// lies in [0, 1].
+    pub fn with_timesteps(
+        diffusion: &Diffusion,
+        solver: Solver,
+        timesteps: &[usize],
+    ) -> Result<Self> {
+        let schedule = diffusion.schedule();
+        if let Solver::Ddim { eta } = solver
+            && !(0.0..=1.0).contains(&eta)
+        {
+            return Err(Error::config("eta", eta, "from 0 to 1"));
+        }
+        let increasing = timesteps.windows(2).all(|w| w[0] < w[1]);
+        if !increasing || timesteps.last().is_none_or(|&t| t >= schedule.steps()) {
+            let expected =
+                format!("one or more, strictly increasing and less than {}", schedule.steps());
+            return Err(Error::config("timesteps", format!("{timesteps:?}"), expected));
+        }
+        let mut alpha_bar_prev = 1.0;
+        let mut updates: Vec<Update> = timesteps
+            .iter()
+            .map(|&t| {
+                let update = solver.update(t, schedule.alpha_bar(t), alpha_bar_prev);
+                alpha_bar_prev = schedule.alpha_bar(t);
+                update
+            })
+            .collect();
+        updates.reverse();
+        Ok(Self { diffusion: diffusion.clone(), updates, clip: false })
+    }
+
+    /// Whether each step's predicted `x_0` is clipped to [-1, 1] before it is used. Off unless
+    /// asked for, as in the paper's formulae; on is what most implementations do, and usually
+    /// gives better images with few steps.
+    #[must_use]
+    pub fn clip_denoised(self, clip: bool) -> Self {
+        Self { clip, ..self }
+    }
+
+    /// The timesteps, in the order in which they are taken: decreasing.
+    pub fn timesteps(&self) -> impl ExactSizeIterator<Item = usize> + '_ {
+        self.updates.iter().map(|update| update.t)
+    }
+
+    /// Images of this shape (batch, channels, height, width), clamped to [-1, 1].
+    ///
+    /// Image `k` depends on the seed and `k`, not on the batch's size.
+    ///
+    /// # Errors
+    /// Those of the denoiser.
+    pub fn sample(
+        &self,
+        denoiser: &impl Denoiser,
+        shape: impl Into<Shape>,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let mut x = None;
+        for step in self.steps(denoiser, shape, seed, device)? {
+            x = Some(step?.x);
+        }
+        let x = x.ok_or_else(|| Error::config("timesteps", "[]", "one or more"))?;
+        Ok(x.clamp(-1.0, 1.0)?)
+    }
+
+    /// The sampling loop as an iterator, for whoever wants to watch it or to stop early. The last
+    /// step's `x` is the image, not clamped.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # use ddpm::{Diffusion, Sampler, Solver, from_fn};
+    /// # let denoiser = from_fn(|x_t: &Tensor, _t: &Tensor| Ok(x_t.clone()));
+    /// let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddpm(), 5)?;
+    /// for step in sampler.steps(&denoiser, (1, 1, 8, 8), 0, &Device::Cpu)? {
+    ///     let step = step?;
+    ///     println!("left timestep {}: {:?}", step.t, step.x);
+    /// }
+    /// # Ok::<(), ddpm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// If the shape has no batch dimension. The iterator's own are those of the denoiser.
+    pub fn steps<'a, D: Denoiser>(
+        &'a self,
+        denoiser: &'a D,
+        shape: impl Into<Shape>,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Steps<'a, D>> {
+        let shape = shape.into().into_dims();
+        if shape.is_empty() {
+            let expected = "(batch, ...), such as (16, 1, 28, 28)".to_string();
+            return Err(Error::Shape { what: "sample", found: shape, expected });
+        }
+        let noise = Noise::new(seed);
+        let x_t = noise.normal(Purpose::Prior, 0, &shape, device)?;
+        let device = device.clone();
+        let z = move |t| noise.normal(Purpose::Sampling, t as u64, &shape, &device);
+        Ok(self.steps_from(denoiser, x_t, z))
+    }
+
+    /// The sampling loop from a given `x_T` (`start`), with noise of one's own: `z(t)` is asked for standard
+    /// normals of `x_T`'s shape at each timestep `t` that adds noise.
+    pub fn steps_from<'a, D: Denoiser>(
+        &'a self,
+        denoiser: &'a D,
+        start: Tensor,
+        z: impl FnMut(usize) -> Result<Tensor> + 'a,
+    ) -> Steps<'a, D> {
+        Steps { sampler: self, denoiser, x: start, z: Box::new(z), next: 0 }
+    }
+
+    fn step(
+        &self,
+        denoiser: &impl Denoiser,
+        z: &mut NoiseSource<'_>,
+        x: &Tensor,
+        i: usize,
+    ) -> Result<Step> {
+        let update = self.updates[i];
+        let t = Tensor::full(update.t as u32, x.dim(0)?, x.device())?;
+        let output = denoiser.forward(x, &t)?;
+        if output.dims() != x.dims() {
+            return Err(Error::Shape {
+                what: "the denoiser's output",
+                found: output.dims().to_vec(),
+                expected: format!("{:?}, that of its input", x.dims()),
+            });
+        }
+        // The sampler's arithmetic stays in x's precision, whatever the network's is.
+        let output = output.to_dtype(x.dtype())?;
+        let mut x_0 = self.diffusion.x_0(x, &output, update.alpha_bar)?;
+        if self.clip {
+            x_0 = x_0.clamp(-1.0, 1.0)?;
+        }
+        let mut next = (x_0.affine(update.x_0, 0.0)? + x.affine(update.x_t, 0.0)?)?;
+        if update.z != 0.0 {
+            next = (next + z(update.t)?.to_dtype(x.dtype())?.affine(update.z, 0.0)?)?;
+        }
+        Ok(Step { index: i, t: update.t, x: next.detach(), x_0: x_0.detach() })
+    }
+}
+
+type NoiseSource<'a> = dyn FnMut(usize) -> Result<Tensor> + 'a;
+
+/// The sampling loop; see [`Sampler::steps`].
+pub struct Steps<'a, D> {
+    sampler: &'a Sampler,
+    denoiser: &'a D,
+    x: Tensor,
+    z: Box<NoiseSource<'a>>,
+    next: usize,
+}
+
+/// Where the sampling loop stands after a step.
+#[derive(Debug, Clone)]
+pub struct Step {
+    /// How many steps were taken before this one.
+    pub index: usize,
+    /// The timestep that this step left.
+    pub t: usize,
+    /// The sample after the step: less noisy than at `t`, after the last step the image itself.
+    pub x: Tensor,
+    /// The image that the network saw in it.
+    pub x_0: Tensor,
+}
+
+impl<D: Denoiser> Iterator for Steps<'_, D> {
+    type Item = Result<Step>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.next == self.sampler.updates.len() {
+            return None;
+        }
+        let step = self.sampler.step(self.denoiser, &mut *self.z, &self.x, self.next);
+        match &step {
+            Ok(step) => {
+                self.x = step.x.clone();
+                self.next += 1;
+            }
+            // An error ends the loop: the next x is unknown.
+            Err(_) => self.next = self.sampler.updates.len(),
+        }
+        Some(step)
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        let left = self.sampler.updates.len() - self.next;
+        (left, Some(left))
+    }
+}
+
+impl<D: Denoiser> ExactSizeIterator for Steps<'_, D> {}

@@ -1,0 +1,208 @@
+use std::collections::BTreeMap;
+
+use candle_core::{Tensor, Var};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// Settings of [`AdamW`].
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdamConfig {
+    /// Step size, once warm-up is over.
+    pub learning_rate: f64,
+    /// Decay of the mean of gradients.
+    pub beta1: f64,
+    /// Decay of the mean of squared gradients.
+    pub beta2: f64,
+    /// Added to the root of the mean of squares.
+    pub eps: f64,
+    /// What pulls weights towards 0.
+    pub weight_decay: WeightDecay,
+}
+
+/// How [`AdamW`] pulls weights towards 0.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightDecay {
+    /// Not at all.
+    None,
+    /// Added to the gradient, as PyTorch's `Adam` does.
+    L2(f64),
+    /// Apart from the gradient, as `AdamW` does. Loshchilov and Hutter 2019.
+    Decoupled(f64),
+}
+
+impl AdamConfig {
+    /// Adam (Kingma and Ba 2015) with betas 0.9 and 0.999, eps 1e-8 and no weight decay.
+    pub const fn adam(learning_rate: f64) -> Self {
+        let weight_decay = WeightDecay::None;
+        Self { learning_rate, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay }
+    }
+
+    /// As [`adam`](Self::adam), with decoupled weight decay.
+    pub const fn adamw(learning_rate: f64, weight_decay: f64) -> Self {
+        let weight_decay = WeightDecay::Decoupled(weight_decay);
+        Self { weight_decay, ..Self::adam(learning_rate) }
+    }
+
+    pub(super) fn validate(&self) -> Result<()> {
+        let positive = |x: f64| x > 0.0 && x.is_finite();
+        if !positive(self.learning_rate) {
+            return Err(Error::config("learning_rate", self.learning_rate, "positive and finite"));
+        }
+        for (field, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
+            if !(0.0..1.0).contains(&beta) {
+                return Err(Error::config(field, beta, "at least 0 and less than 1"));
+            }
+        }
+        if !positive(self.eps) {
+            return Err(Error::config("eps", self.eps, "positive and finite"));
+        }
+        match self.weight_decay {
+            WeightDecay::L2(decay) | WeightDecay::Decoupled(decay)
+                if !(decay >= 0.0 && decay.is_finite()) =>
+            {
+                Err(Error::config("weight_decay", decay, "at least 0 and finite"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The optimiser: Adam, with either kind of weight decay or none, and a state that can be saved.
+///
+/// The same update as PyTorch's `Adam` and `AdamW`.
+#[derive(Debug)]
+pub struct AdamW {
+    config: AdamConfig,
+    step: u64,
+    slots: BTreeMap<String, Slot>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    var: Var,
+    /// Mean of gradients, and of their squares.
+    mean: Tensor,
+    square: Tensor,
+}
+
+/// PyTorch's names for the two, which begin the names in a checkpoint's file.
+const MEAN: &str = "exp_avg";
+const SQUARE: &str = "exp_avg_sq";
+
+impl AdamW {
+    /// An optimiser of these weights.
+    ///
+    /// # Errors
+    /// If a setting is out of its range.
+    pub fn new(config: AdamConfig, vars: &BTreeMap<String, Var>) -> Result<Self> {
+        config.validate()?;
+        let mut slots = BTreeMap::new();
+        for (name, var) in vars {
+            let zeros = var.as_tensor().zeros_like()?;
+            let slot = Slot { var: var.clone(), mean: zeros.clone(), square: zeros };
+            slots.insert(name.clone(), slot);
+        }
+        Ok(Self { config, step: 0, slots })
+    }
+
+    /// One update with these gradients, by the weights' names, at this learning rate. A weight
+    /// without a gradient stays as it is.
+    ///
+    /// # Errors
+    /// If a gradient has another shape than its weight.
+    pub fn step(&mut self, gradients: &BTreeMap<String, Tensor>, learning_rate: f64) -> Result<()> {
+        self.step += 1;
+        let AdamConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
+        let bias1 = 1.0 - beta1.powf(self.step as f64);
+        let bias2 = 1.0 - beta2.powf(self.step as f64);
+        for (name, slot) in &mut self.slots {
+            let Some(gradient) = gradients.get(name) else { continue };
+            let mut weight = slot.var.as_detached_tensor();
+            let mut gradient = gradient.clone();
+            match weight_decay {
+                WeightDecay::None => {}
+                WeightDecay::L2(decay) => gradient = (gradient + weight.affine(decay, 0.0)?)?,
+                WeightDecay::Decoupled(decay) => {
+                    weight = weight.affine(1.0 - learning_rate * decay, 0.0)?;
+                }
+            }
+            slot.mean =
+                (slot.mean.affine(beta1, 0.0)? + gradient.affine(1.0 - beta1, 0.0)?)?.detach();
+            slot.square = (slot.square.affine(beta2, 0.0)?
+                + gradient.sqr()?.affine(1.0 - beta2, 0.0)?)?
+            .detach();
+            let root = slot.square.sqrt()?.affine(1.0 / bias2.sqrt(), eps)?;
+            let update = slot.mean.affine(learning_rate / bias1, 0.0)?.div(&root)?;
+            slot.var.set(&(weight - update)?)?;
+        }
+        Ok(())
+    }
+
+    /// How many updates there were.
+    pub fn steps(&self) -> u64 {
+        self.step
+    }
+
+    /// The means of gradients (`exp_avg.<name>`) and of their squares (`exp_avg_sq.<name>`).
+    pub fn state(&self) -> BTreeMap<String, Tensor> {
+        let mut state = BTreeMap::new();
+        for (name, slot) in &self.slots {
+            state.insert(format!("{MEAN}.{name}"), slot.mean.clone());
+            state.insert(format!("{SQUARE}.{name}"), slot.square.clone());
+        }
+        state
+    }
+
+    /// Continues from a [`state`](Self::state) after `steps` updates.
+    ///
+    /// # Errors
+    /// If a weight's state is missing or has another shape than the weight.
+    pub fn restore(&mut self, steps: u64, state: &BTreeMap<String, Tensor>) -> Result<()> {
+        for (name, slot) in &mut self.slots {
+            for (prefix, value) in [(MEAN, &mut slot.mean), (SQUARE, &mut slot.square)] {
+                let key = format!("{prefix}.{name}");
+                let stored = state.get(&key).filter(|stored| stored.shape() == value.shape());
+                let Some(stored) = stored else {
+                    return Err(Error::Config {
+                        field: "optimizer state",
+                        value: format!("without a fitting {key}"),
+                        expected: format!("one {:?} of shape {:?}", key, value.dims()),
+                    });
+                };
+                *value = stored.to_dtype(value.dtype())?.to_device(value.device())?;
+            }
+        }
+        self.step = steps;
+        Ok(())
+    }
+}
+
+/// Scales all gradients so that their global L2 norm is at most `max_norm`, or not at all where it
+/// is infinite; gives the norm before. As PyTorch's `clip_grad_norm_`. Pascanu et al. 2013.
+///
+/// The norm stays on the device: nothing is read back.
+///
+/// # Errors
+/// If there are no gradients.
+pub fn clip_grad_norm(gradients: &mut BTreeMap<String, Tensor>, max_norm: f64) -> Result<Tensor> {
+    let squares: Vec<Tensor> =
+        gradients.values().map(|g| g.sqr()?.sum_all()).collect::<candle_core::Result<_>>()?;
+    if squares.is_empty() {
+        return Err(Error::config(
+            "gradients",
+            "empty",
+            "one or more: does the loss depend on any weight?",
+        ));
+    }
+    let norm = Tensor::stack(&squares, 0)?.sum_all()?.sqrt()?;
+    if max_norm.is_finite() {
+        let scale = (norm.affine(1.0, 1e-6)?.recip()? * max_norm)?.minimum(1.0)?;
+        for gradient in gradients.values_mut() {
+            *gradient = gradient.broadcast_mul(&scale)?;
+        }
+    }
+    Ok(norm)
+}

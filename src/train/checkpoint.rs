@@ -1,0 +1,466 @@
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use candle_core::safetensors::Load;
+use candle_core::{DType, Device, Tensor, Var};
+use safetensors::SafeTensors;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{AdamConfig, AdamW, Ema, EmaConfig, TrainConfig};
+use crate::{Diffusion, Error, Network, Parameters, Result};
+
+const MODEL: &str = "model.safetensors";
+const EMA: &str = "ema.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "checkpoint.json";
+
+/// The newest format that this version writes and reads.
+const FORMAT: u32 = 1;
+
+/// The largest `checkpoint.json` that is read; a custom schedule of a million steps fits.
+const MAX_STATE_BYTES: u64 = 64 << 20;
+
+/// `checkpoint.json`: everything but the tensors.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct State {
+    format_version: u32,
+    step: u64,
+    images_seen: u64,
+    /// Images in the source, once one was used.
+    dataset_len: Option<u64>,
+    ema_updates: u64,
+    network: NetworkState,
+    diffusion: Diffusion,
+    train: TrainConfig,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NetworkState {
+    kind: String,
+    config: Value,
+}
+
+/// A training run on disk: a directory of safetensors and JSON, enough to sample or to resume.
+///
+/// | file | content |
+/// | --- | --- |
+/// | `checkpoint.json` | format version, step, configuration of network, process and training |
+/// | `model.safetensors` | the weights |
+/// | `ema.safetensors` | their averages, where there are any |
+/// | `optimizer.safetensors` | the optimiser's state |
+pub struct Checkpoint {
+    dir: PathBuf,
+    state: State,
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint at `dir`; where writing it was cut off at the one moment when there is
+    /// none, the one before it.
+    ///
+    /// Only `checkpoint.json` is read until weights are asked for.
+    ///
+    /// # Errors
+    /// If there is no complete checkpoint, it is damaged, or of a newer format.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref();
+        let missing = match read_state(dir) {
+            Ok(state) => return Ok(Self { dir: dir.to_owned(), state }),
+            Err(error @ Error::NoCheckpoint { .. }) => error,
+            Err(error) => return Err(error),
+        };
+        // `save` moves the old checkpoint aside before it moves the new one in.
+        let Ok(mut older) = archived(dir) else { return Err(missing) };
+        let Some((_, dir)) = older.pop() else { return Err(missing) };
+        let state = read_state(&dir)?;
+        Ok(Self { dir, state })
+    }
+
+    /// The directory: the one asked for, or that of the checkpoint before it.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Updates of the weights so far.
+    pub fn step(&self) -> u64 {
+        self.state.step
+    }
+
+    /// The process that the network learned to reverse.
+    pub fn diffusion(&self) -> &Diffusion {
+        &self.state.diffusion
+    }
+
+    /// How the network was trained.
+    pub fn train_config(&self) -> &TrainConfig {
+        &self.state.train
+    }
+
+    /// The network's configuration.
+    ///
+    /// # Errors
+    /// If the checkpoint holds another kind of network.
+    pub fn network<N: Network>(&self) -> Result<N> {
+        let NetworkState { kind, config } = &self.state.network;
+        if kind != N::KIND {
+            return Err(mismatch("network.kind", kind, N::KIND));
+        }
+        serde_json::from_value(config.clone())
+            .map_err(|e| damaged(self.dir.join(STATE), format!("network.config: {e}")))
+    }
+
+    /// The network with its weights; it takes no gradients.
+    ///
+    /// # Errors
+    /// If the file is damaged, or does not hold just the weights of the network.
+    pub fn model<N: Network>(&self, device: &Device) -> Result<N::Model> {
+        self.frozen::<N>(MODEL, device)
+    }
+
+    /// The network with its averaged weights, which give the better samples; where none were
+    /// averaged, as [`model`](Self::model).
+    ///
+    /// # Errors
+    /// If the file is damaged, or does not hold just the weights of the network.
+    pub fn ema<N: Network>(&self, device: &Device) -> Result<N::Model> {
+        let file = if self.state.train.ema.is_some() { EMA } else { MODEL };
+        self.frozen::<N>(file, device)
+    }
+
+    fn frozen<N: Network>(&self, file: &str, device: &Device) -> Result<N::Model> {
+        let path = self.dir.join(file);
+        let tensors = read_tensors(&path, device)?;
+        Parameters::frozen(&path, tensors, DType::F32, device).build(&self.network::<N>()?)
+    }
+
+    pub(super) fn images_seen(&self) -> u64 {
+        self.state.images_seen
+    }
+
+    pub(super) fn dataset_len(&self) -> Option<u64> {
+        self.state.dataset_len
+    }
+
+    pub(super) fn parameters(&self, device: &Device) -> Result<Parameters> {
+        let path = self.dir.join(MODEL);
+        let tensors = read_tensors(&path, device)?;
+        Ok(Parameters::trainable(&path, tensors, DType::F32, device))
+    }
+
+    pub(super) fn optimizer(
+        &self,
+        config: AdamConfig,
+        vars: &BTreeMap<String, Var>,
+        device: &Device,
+    ) -> Result<AdamW> {
+        let path = self.dir.join(OPTIMIZER);
+        let state = read_tensors(&path, device)?;
+        let mut optimizer = AdamW::new(config, vars)?;
+        check_tensors(&path, &state, &optimizer.state())?;
+        optimizer.restore(self.state.step, &state)?;
+        Ok(optimizer)
+    }
+
+    pub(super) fn average(
+        &self,
+        config: EmaConfig,
+        vars: &BTreeMap<String, Var>,
+        device: &Device,
+    ) -> Result<Ema> {
+        let path = self.dir.join(EMA);
+        let averages = read_tensors(&path, device)?;
+        let ema = Ema::new(config, vars)?;
+        check_tensors(&path, &averages, ema.averages())?;
+        Ok(Ema::restore(config, self.state.ema_updates, averages))
+    }
+
+    /// # Errors
+    /// Unless a run of these configurations is the one that was saved.
+    pub(super) fn must_match<N: Network>(
+        &self,
+        network: &N,
+        train: &TrainConfig,
+        diffusion: &Diffusion,
+    ) -> Result<()> {
+        if self.state.network.kind != N::KIND {
+            return Err(mismatch("network.kind", &self.state.network.kind, N::KIND));
+        }
+        compare("network", &self.state.network.config, &to_value(network)?)?;
+        compare("diffusion", &to_value(&self.state.diffusion)?, &to_value(diffusion)?)?;
+        // These change how long a run goes on and what is told of it, not what it computes.
+        let TrainConfig { steps, log_every, keep_checkpoints, .. } = *train;
+        let saved = TrainConfig { steps, log_every, keep_checkpoints, ..self.state.train.clone() };
+        compare("train", &to_value(&saved)?, &to_value(train)?)
+    }
+}
+
+/// All that a checkpoint is written from.
+pub(super) struct Snapshot<'a, N> {
+    pub network: &'a N,
+    pub train: &'a TrainConfig,
+    pub diffusion: &'a Diffusion,
+    pub step: u64,
+    pub images_seen: u64,
+    pub dataset_len: Option<u64>,
+    pub vars: &'a BTreeMap<String, Var>,
+    pub optimizer: &'a AdamW,
+    pub ema: Option<&'a Ema>,
+}
+
+/// Writes a checkpoint so that at any moment a complete one can be opened at `dir`.
+///
+/// 1. Write all files into a directory beside `dir`, and flush them to disk.
+/// 2. Move the present checkpoint aside, under a name with its step.
+/// 3. Move the new directory to `dir`. Between 2 and 3, `open` finds the one moved aside.
+/// 4. Remove the oldest ones.
+pub(super) fn save<N: Network>(dir: &Path, keep: usize, snapshot: &Snapshot<N>) -> Result<()> {
+    let dir = absolute(dir)?;
+    let parent = dir.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(parent).map_err(Error::io(parent))?;
+
+    let new = sibling(&dir, ".saving");
+    remove_dir(&new)?;
+    fs::create_dir(&new).map_err(Error::io(&new))?;
+    let written = write_files(&new, snapshot).and_then(|()| replace(&dir, &new));
+    if written.is_err() {
+        // A full disk should have the room back; the error that matters is the one above.
+        let _ = remove_dir(&new);
+    }
+    written?;
+    sync_dir(parent)?;
+    prune(&dir, keep)
+}
+
+fn write_files<N: Network>(dir: &Path, snapshot: &Snapshot<N>) -> Result<()> {
+    let weights: BTreeMap<String, Tensor> =
+        snapshot.vars.iter().map(|(k, v)| (k.clone(), v.as_detached_tensor())).collect();
+    write_tensors(&dir.join(MODEL), &weights)?;
+    write_tensors(&dir.join(OPTIMIZER), &snapshot.optimizer.state())?;
+    if let Some(ema) = snapshot.ema {
+        write_tensors(&dir.join(EMA), ema.averages())?;
+    }
+    let state = State {
+        format_version: FORMAT,
+        step: snapshot.step,
+        images_seen: snapshot.images_seen,
+        dataset_len: snapshot.dataset_len,
+        ema_updates: snapshot.ema.map_or(0, Ema::updates),
+        network: NetworkState { kind: N::KIND.into(), config: to_value(snapshot.network)? },
+        diffusion: snapshot.diffusion.clone(),
+        train: snapshot.train.clone(),
+    };
+    let json = serde_json::to_vec_pretty(&state).map_err(Error::external)?;
+    write_synced(&dir.join(STATE), &json)?;
+    sync_dir(dir)
+}
+
+/// Moves what is at `dir` aside, and `new` in its place.
+fn replace(dir: &Path, new: &Path) -> Result<()> {
+    match read_state(dir) {
+        Ok(state) => {
+            let aside = sibling(dir, &format!("-{:09}", state.step));
+            // The same step saved again: the newer one counts.
+            remove_dir(&aside)?;
+            fs::rename(dir, &aside).map_err(Error::io(dir))?;
+        }
+        // Nothing here, or an empty directory that someone made in advance.
+        Err(Error::NoCheckpoint { .. }) => match fs::remove_dir(dir) {
+            Err(e) if e.kind() != ErrorKind::NotFound => return Err(Error::io(dir)(e)),
+            _ => {}
+        },
+        Err(error) => return Err(error),
+    }
+    fs::rename(new, dir).map_err(Error::io(dir))
+}
+
+/// Removes the oldest checkpoints moved aside from `dir`, until with `dir` itself `keep` are left.
+fn prune(dir: &Path, keep: usize) -> Result<()> {
+    let older = archived(dir)?;
+    let surplus = older.len().saturating_sub(keep.saturating_sub(1));
+    for (_, dir) in &older[..surplus] {
+        remove_dir(dir)?;
+    }
+    Ok(())
+}
+
+/// The checkpoints moved aside from `dir`, oldest first: `checkpoint-000000100` beside
+/// `checkpoint`. Whatever else lies there is none of ours.
+fn archived(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let dir = absolute(dir)?;
+    let parent = dir.parent().unwrap_or(Path::new("/"));
+    let prefix = format!("{}-", dir.file_name().unwrap_or_default().to_string_lossy());
+    let mut found = Vec::new();
+    for entry in fs::read_dir(parent).map_err(Error::io(parent))? {
+        let path = entry.map_err(Error::io(parent))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let Some(digits) = name.strip_prefix(&prefix) else { continue };
+        if digits.len() >= 9
+            && digits.bytes().all(|b| b.is_ascii_digit())
+            && let Ok(step) = digits.parse()
+            && path.join(STATE).is_file()
+        {
+            found.push((step, path));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn absolute(dir: &Path) -> Result<PathBuf> {
+    let dir = std::path::absolute(dir).map_err(Error::io(dir))?;
+    if dir.file_name().is_none() {
+        return Err(Error::config(
+            "checkpoint directory",
+            dir.display(),
+            "a path that ends in a name",
+        ));
+    }
+    Ok(dir)
+}
+
+fn sibling(dir: &Path, suffix: &str) -> PathBuf {
+    let mut name = dir.file_name().unwrap_or_default().to_owned();
+    name.push(suffix);
+    dir.with_file_name(name)
+}
+
+/// Removes a directory of ours and what is in it. It first loses its name, so that a half-removed
+/// one is never taken for a checkpoint.
+fn remove_dir(dir: &Path) -> Result<()> {
+    let doomed = sibling(dir, ".removing");
+    for (path, result) in [
+        (&doomed, fs::remove_dir_all(&doomed)),
+        (&doomed, fs::rename(dir, &doomed)),
+        (&doomed, fs::remove_dir_all(&doomed)),
+    ] {
+        match result {
+            Err(e) if e.kind() != ErrorKind::NotFound => return Err(Error::io(path)(e)),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn write_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+    let bytes = safetensors::serialize(tensors, None).map_err(Error::external)?;
+    write_synced(path, &bytes)
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || {
+        let mut file = File::create(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(Error::io(path))
+}
+
+/// Makes renames within `dir` last through a power cut. Only Unix can, and needs to.
+fn sync_dir(dir: &Path) -> Result<()> {
+    if cfg!(unix) {
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io(dir))?;
+    }
+    Ok(())
+}
+
+fn read_state(dir: &Path) -> Result<State> {
+    let path = dir.join(STATE);
+    let missing = |reason: String| Error::NoCheckpoint { path: dir.to_owned(), reason };
+    let length = match fs::metadata(&path) {
+        Ok(metadata) if metadata.is_file() => metadata.len(),
+        Ok(_) => return Err(missing(format!("{STATE} is not a file"))),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            return Err(missing(format!("there is no {STATE}")));
+        }
+        Err(e) => return Err(Error::io(&path)(e)),
+    };
+    if length > MAX_STATE_BYTES {
+        let reason = format!("{length} bytes long; at most {MAX_STATE_BYTES} are expected");
+        return Err(damaged(path, reason));
+    }
+    let json = fs::read(&path).map_err(Error::io(&path))?;
+    let value: Value = serde_json::from_slice(&json).map_err(|e| damaged(&path, e.to_string()))?;
+    // Before the rest, which a newer version may have changed.
+    match value.get("format_version").and_then(Value::as_u64) {
+        Some(found) if found > u64::from(FORMAT) => {
+            let found = u32::try_from(found).unwrap_or(u32::MAX);
+            return Err(Error::NewerFormat { path, found, supported: FORMAT });
+        }
+        Some(_) => {}
+        None => return Err(damaged(path, "format_version is missing".into())),
+    }
+    let state: State = serde_json::from_value(value).map_err(|e| damaged(&path, e.to_string()))?;
+    state.train.validate()?;
+    Ok(state)
+}
+
+/// Reads a safetensors file, which must be whole.
+pub(super) fn read_tensors(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+    let bytes = fs::read(path).map_err(Error::io(path))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| {
+        damaged(path, format!("{e}; is it truncated? It has {} bytes", bytes.len()))
+    })?;
+    let mut tensors = BTreeMap::new();
+    for (name, view) in file.iter() {
+        let tensor = view.load(device).map_err(|e| damaged(path, format!("{name}: {e}")))?;
+        tensors.insert(name.to_string(), tensor);
+    }
+    Ok(tensors)
+}
+
+/// # Errors
+/// Unless `found` has just the names and shapes of `expected`.
+fn check_tensors(
+    path: &Path,
+    found: &BTreeMap<String, Tensor>,
+    expected: &BTreeMap<String, Tensor>,
+) -> Result<()> {
+    let path = path.to_owned();
+    for (name, expected) in expected {
+        let name = name.clone();
+        let Some(found) = found.get(&name) else {
+            return Err(Error::MissingWeight { path, name });
+        };
+        if found.shape() != expected.shape() {
+            let (found, expected) = (found.dims().to_vec(), expected.dims().to_vec());
+            return Err(Error::WeightShape { path, name, found, expected });
+        }
+    }
+    match found.keys().find(|name| !expected.contains_key(*name)) {
+        Some(name) => Err(Error::UnknownWeight { path, name: name.clone() }),
+        None => Ok(()),
+    }
+}
+
+fn damaged(path: impl AsRef<Path>, reason: String) -> Error {
+    Error::DamagedCheckpoint { path: path.as_ref().to_owned(), reason }
+}
+
+fn mismatch(field: &str, found: &str, expected: &str) -> Error {
+    let (found, expected) = (found.into(), expected.into());
+    Error::ConfigMismatch { field: field.into(), found, expected }
+}
+
+fn to_value(config: &impl Serialize) -> Result<Value> {
+    serde_json::to_value(config).map_err(Error::external)
+}
+
+/// # Errors
+/// Names the first field in which two configurations differ.
+fn compare(field: &str, found: &Value, expected: &Value) -> Result<()> {
+    if let (Value::Object(found), Value::Object(expected)) = (found, expected)
+        && found.keys().eq(expected.keys())
+    {
+        return found.iter().try_for_each(|(key, value)| {
+            compare(&format!("{field}.{key}"), value, &expected[key])
+        });
+    }
+    if found == expected {
+        return Ok(());
+    }
+    Err(mismatch(field, &found.to_string(), &expected.to_string()))
+}

@@ -1,0 +1,90 @@
+use std::collections::BTreeMap;
+
+use candle_core::{Tensor, Var};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// Settings of [`Ema`].
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EmaConfig {
+    /// How much of the average stays at each update.
+    pub decay: f64,
+    /// Whether early updates use `(1 + n) / (10 + n)` where that is less than `decay` (`n` updates
+    /// before), so that the random initial weights are forgotten at once.
+    pub warmup: bool,
+}
+
+impl EmaConfig {
+    pub(super) fn validate(&self) -> Result<()> {
+        if !(0.0..1.0).contains(&self.decay) {
+            return Err(Error::config("ema.decay", self.decay, "at least 0 and less than 1"));
+        }
+        Ok(())
+    }
+
+    fn decay_at(&self, updates: u64) -> f64 {
+        let n = updates as f64;
+        if self.warmup { self.decay.min((1.0 + n) / (10.0 + n)) } else { self.decay }
+    }
+}
+
+/// An exponential moving average of weights, from which samples are drawn: its images are better
+/// than those of the weights themselves. Ho et al. 2020, appendix B.
+///
+/// It begins as a copy, and never touches the live weights.
+#[derive(Debug)]
+pub struct Ema {
+    config: EmaConfig,
+    updates: u64,
+    averages: BTreeMap<String, Tensor>,
+}
+
+impl Ema {
+    /// An average that begins at these weights.
+    ///
+    /// # Errors
+    /// Unless `0 <= decay < 1`.
+    pub fn new(config: EmaConfig, vars: &BTreeMap<String, Var>) -> Result<Self> {
+        config.validate()?;
+        let copy =
+            |(name, var): (&String, &Var)| Ok((name.clone(), var.as_detached_tensor().copy()?));
+        Ok(Self { config, updates: 0, averages: vars.iter().map(copy).collect::<Result<_>>()? })
+    }
+
+    /// Moves the average towards the weights as they are now.
+    ///
+    /// # Errors
+    /// If a weight changed its shape.
+    pub fn update(&mut self, vars: &BTreeMap<String, Var>) -> Result<()> {
+        let decay = self.config.decay_at(self.updates);
+        self.updates += 1;
+        for (name, average) in &mut self.averages {
+            if let Some(var) = vars.get(name) {
+                let new = var.as_detached_tensor().affine(1.0 - decay, 0.0)?;
+                *average = (average.affine(decay, 0.0)? + new)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// How many updates there were.
+    pub fn updates(&self) -> u64 {
+        self.updates
+    }
+
+    /// The averaged weights by name.
+    pub fn averages(&self) -> &BTreeMap<String, Tensor> {
+        &self.averages
+    }
+
+    /// Continues from these averages after `updates` updates.
+    pub(super) fn restore(
+        config: EmaConfig,
+        updates: u64,
+        averages: BTreeMap<String, Tensor>,
+    ) -> Self {
+        Self { config, updates, averages }
+    }
+}

@@ -1,0 +1,15 @@
+//! Training: the loop, the optimiser, the average of the weights, and what is kept on disk.
+
+mod adam;
+mod checkpoint;
+mod config;
+mod ema;
+mod observer;
+mod trainer;
+
+pub use adam::{AdamConfig, AdamW, WeightDecay, clip_grad_norm};
+pub use checkpoint::Checkpoint;
+pub use config::TrainConfig;
+pub use ema::{Ema, EmaConfig};
+pub use observer::{Metrics, Observer};
+pub use trainer::{Trainer, Update};

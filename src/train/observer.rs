@@ -1,0 +1,40 @@
+use std::ops::ControlFlow;
+
+use serde::Serialize;
+
+use super::Trainer;
+use crate::{Network, Result};
+
+/// What training reports every [`log_every`](crate::TrainConfig::log_every) updates.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Metrics {
+    /// Updates so far.
+    pub step: u64,
+    /// Mean loss of the updates since the last report.
+    pub loss: f32,
+    /// Learning rate of the last update.
+    pub lr: f64,
+    /// Global norm of the last update's gradient, before clipping.
+    pub grad_norm: f32,
+    /// Images a second since the last report, without the observer's own time.
+    pub images_per_second: f64,
+}
+
+/// Watches training: progress, pictures, checkpoints and the wish to stop are its business.
+///
+/// `()` watches nothing.
+pub trait Observer<N: Network> {
+    /// After every update. Breaking ends [`Trainer::fit`] without an error.
+    fn on_step(&mut self, trainer: &Trainer<N>) -> Result<ControlFlow<()>> {
+        let _ = trainer;
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// When the loss has been read, before `on_step`.
+    fn on_metrics(&mut self, trainer: &Trainer<N>, metrics: &Metrics) -> Result<()> {
+        let _ = (trainer, metrics);
+        Ok(())
+    }
+}
+
+impl<N: Network> Observer<N> for () {}

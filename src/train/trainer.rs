@@ -1,0 +1,434 @@
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Device, Tensor, Var};
+
+use super::checkpoint::{self, Checkpoint, Snapshot};
+use super::{AdamW, Ema, Metrics, Observer, TrainConfig, clip_grad_norm};
+use crate::noise::{Noise, Purpose};
+use crate::{Denoiser, Diffusion, Dropout, Error, ImageSource, Network, Parameters, Result};
+
+/// Trains a network: Ho et al. 2020, algorithm 1.
+///
+/// ```no_run
+/// use candle_core::Device;
+/// use ddpm::{Diffusion, TrainConfig, Trainer, UNetConfig, data};
+///
+/// let images = data::mnist("data/mnist", data::Split::Train)?;
+/// let mut trainer =
+///     Trainer::new(UNetConfig::mnist(), TrainConfig::mnist(), Diffusion::ddpm(), &Device::Cpu)?;
+/// trainer.fit(&images, &mut ())?;
+/// trainer.save("out/checkpoint")?;
+/// # Ok::<(), ddpm::Error>(())
+/// ```
+///
+/// Everything random in a step follows from the seed, the step's number and each image's position
+/// in its batch; so a run that was saved and [resumed](Self::resume) goes on as if it had never
+/// stopped.
+pub struct Trainer<N: Network> {
+    network: N,
+    config: TrainConfig,
+    diffusion: Diffusion,
+    device: Device,
+    model: N::Model,
+    vars: BTreeMap<String, Var>,
+    optimizer: AdamW,
+    ema: Option<Ema>,
+    step: u64,
+    images_seen: u64,
+    /// Images in the source, once one was used: the order of a run depends on it.
+    dataset_len: Option<u64>,
+    /// The order of the images in the epoch at hand: epoch, number of images, order.
+    order: Option<(u64, usize, Vec<u32>)>,
+    /// What has not been read since the last report.
+    unread: Vec<Update>,
+}
+
+/// How many updates may go unread in a loop of the user's own before they are checked.
+const MAX_UNREAD: usize = 10_000;
+
+/// What an update computed. The numbers are still on the device: reading one waits for it.
+#[derive(Debug, Clone)]
+pub struct Update {
+    /// The update's number, from 1.
+    pub step: u64,
+    /// The mean squared error, a scalar.
+    pub loss: Tensor,
+    /// The gradient's global norm before clipping, a scalar.
+    pub grad_norm: Tensor,
+}
+
+impl<N: Network> Trainer<N> {
+    /// A trainer of a new network, its weights drawn from `config.seed`.
+    ///
+    /// # Errors
+    /// If a configuration is not valid, naming the field.
+    pub fn new(
+        network: N,
+        config: TrainConfig,
+        diffusion: Diffusion,
+        device: &Device,
+    ) -> Result<Self> {
+        config.validate()?;
+        let parameters = Parameters::new(config.seed, DType::F32, device);
+        let model = parameters.build(&network)?;
+        let vars = parameters.vars();
+        let optimizer = AdamW::new(config.optimizer, &vars)?;
+        let ema = config.ema.map(|ema| Ema::new(ema, &vars)).transpose()?;
+        Ok(Self {
+            network,
+            config,
+            diffusion,
+            device: device.clone(),
+            model,
+            vars,
+            optimizer,
+            ema,
+            step: 0,
+            images_seen: 0,
+            dataset_len: None,
+            order: None,
+            unread: Vec::new(),
+        })
+    }
+
+    /// Goes on where the run that was [saved](Self::save) in `dir` stopped, bit for bit on the
+    /// CPU.
+    ///
+    /// # Errors
+    /// If `dir` holds no complete checkpoint, or one of another run: a run continues with the
+    /// network, the process and the training configuration it began with, but for
+    /// [`steps`](TrainConfig::steps), [`log_every`](TrainConfig::log_every) and
+    /// [`keep_checkpoints`](TrainConfig::keep_checkpoints). To train given weights in another way,
+    /// begin a new run with [`set_weights`](Self::set_weights).
+    pub fn resume(
+        dir: impl AsRef<Path>,
+        network: N,
+        config: TrainConfig,
+        diffusion: Diffusion,
+        device: &Device,
+    ) -> Result<Self> {
+        config.validate()?;
+        let checkpoint = Checkpoint::open(dir)?;
+        checkpoint.must_match(&network, &config, &diffusion)?;
+        let parameters = checkpoint.parameters(device)?;
+        let model = parameters.build(&network)?;
+        let vars = parameters.vars();
+        let optimizer = checkpoint.optimizer(config.optimizer, &vars, device)?;
+        let ema = config.ema.map(|ema| checkpoint.average(ema, &vars, device)).transpose()?;
+        Ok(Self {
+            network,
+            config,
+            diffusion,
+            device: device.clone(),
+            model,
+            vars,
+            optimizer,
+            ema,
+            step: checkpoint.step(),
+            images_seen: checkpoint.images_seen(),
+            dataset_len: checkpoint.dataset_len(),
+            order: None,
+            unread: Vec::new(),
+        })
+    }
+
+    /// Updates the weights until there have been [`steps`](TrainConfig::steps) updates in all, or
+    /// the observer wants to stop.
+    ///
+    /// # Errors
+    /// If the source is empty or its images are of another shape than the network takes; if a loss
+    /// or gradient is not finite; and whatever the source or the observer returns.
+    pub fn fit(&mut self, images: &dyn ImageSource, observer: &mut dyn Observer<N>) -> Result<()> {
+        let mut elapsed = Duration::ZERO;
+        while self.step < self.config.steps {
+            let start = Instant::now();
+            let batch = self.next_batch(images)?;
+            self.step(&batch)?;
+            let last = self.step == self.config.steps;
+            if self.step.is_multiple_of(self.config.log_every) || last {
+                let mut metrics = self.read_metrics()?;
+                elapsed += start.elapsed();
+                metrics.images_per_second /= elapsed.as_secs_f64();
+                observer.on_metrics(self, &metrics)?;
+                elapsed = Duration::ZERO;
+            } else {
+                elapsed += start.elapsed();
+            }
+            if observer.on_step(self)?.is_break() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// One update with a batch `x_0` (batch, channels, height, width) in [-1, 1]: `t` uniform,
+    /// `eps` standard normal.
+    ///
+    /// # Errors
+    /// If the batch does not fit the network, or its size not
+    /// [`accumulation`](TrainConfig::accumulation).
+    pub fn step(&mut self, x_0: &Tensor) -> Result<Update> {
+        let dims = x_0.dims();
+        if dims.is_empty() {
+            let expected = "(batch, channels, height, width)".to_string();
+            return Err(Error::Shape { what: "x_0", found: vec![], expected });
+        }
+        let t = self.timesteps(dims[0])?;
+        let eps = self.noise().normal(Purpose::Training, self.step, dims, &self.device)?;
+        self.step_with(x_0, &t, &eps)
+    }
+
+    /// One update with timesteps `t` (batch) and noise `eps` (as `x_0`) of one's own.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), and if the shapes do not fit each other.
+    pub fn step_with(&mut self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Update> {
+        let batch = x_0.dims().first().copied().unwrap_or(0);
+        let parts = self.config.accumulation;
+        if batch == 0 || !batch.is_multiple_of(parts) {
+            let expected = format!("(batch, ...), the batch a multiple of accumulation = {parts}");
+            return Err(Error::Shape { what: "x_0", found: x_0.dims().to_vec(), expected });
+        }
+        let part = batch / parts;
+        let mut gradients = BTreeMap::new();
+        let mut losses = Vec::with_capacity(parts);
+        for first in (0..batch).step_by(part) {
+            let (x_0, eps) = (x_0.narrow(0, first, part)?, eps.narrow(0, first, part)?);
+            let t = t.narrow(0, first, part)?;
+            let dropout = Dropout { noise: self.noise(), step: self.step, first_sample: first };
+
+            let x_t = self.diffusion.q_sample(&x_0, &t, &eps)?;
+            let output = self.model.forward_train(&x_t, &t, &dropout)?;
+            let target = self.diffusion.target(&x_0, &t, &eps)?;
+            let loss = ((output - target)?.sqr()?.mean_all()? / parts as f64)?;
+
+            self.accumulate(&loss, &mut gradients)?;
+            losses.push(loss.detach());
+        }
+        let max_norm = self.config.clip_norm.unwrap_or(f64::INFINITY);
+        let grad_norm = clip_grad_norm(&mut gradients, max_norm)?;
+        self.optimizer.step(&gradients, self.config.learning_rate(self.step))?;
+        if let Some(ema) = &mut self.ema {
+            ema.update(&self.vars)?;
+        }
+
+        self.step += 1;
+        self.images_seen += batch as u64;
+        let loss = Tensor::stack(&losses, 0)?.sum_all()?;
+        let update = Update { step: self.step, loss, grad_norm };
+        if self.unread.len() == MAX_UNREAD {
+            self.read_unread()?;
+            self.unread.clear();
+        }
+        self.unread.push(update.clone());
+        Ok(update)
+    }
+
+    /// The next `batch_size` images in the run's order, mirrored where the configuration asks.
+    ///
+    /// Every epoch is a new order of all images; a batch may span the end of one.
+    ///
+    /// # Errors
+    /// If the source is empty, or fails to read.
+    pub fn next_batch(&mut self, images: &dyn ImageSource) -> Result<Tensor> {
+        let (channels, height, width) = images.shape();
+        let size = channels * height * width;
+        if images.is_empty() || size == 0 || images.len() > u32::MAX as usize {
+            let value = format!("{} images of {size} values", images.len());
+            return Err(Error::config("image source", value, "1 to 2^32 images, none empty"));
+        }
+        let len = images.len() as u64;
+        if *self.dataset_len.get_or_insert(len) != len {
+            return Err(Error::ConfigMismatch {
+                field: "number of images".into(),
+                found: self.dataset_len.unwrap_or(len).to_string(),
+                expected: len.to_string(),
+            });
+        }
+        let batch = self.config.batch_size;
+        let mut pixels = vec![0f32; batch * size];
+        for (k, image) in pixels.chunks_mut(size).enumerate() {
+            let index = self.shuffled(self.images_seen + k as u64, images.len());
+            images.read(index, image)?;
+            if self.config.horizontal_flip {
+                let mut stream = self.noise().stream(Purpose::Flip, self.step, k as u32);
+                if stream.below(2) == 1 {
+                    image.chunks_mut(width).for_each(<[f32]>::reverse);
+                }
+            }
+        }
+        Ok(Tensor::from_vec(pixels, (batch, channels, height, width), &self.device)?)
+    }
+
+    /// Writes a checkpoint: afterwards `dir` is the latest one, and the ones before it are
+    /// `dir`'s siblings, of which [`keep_checkpoints`](TrainConfig::keep_checkpoints) - 1 stay.
+    ///
+    /// Whatever happens while it writes, a complete checkpoint can be
+    /// [opened](Checkpoint::open) there.
+    ///
+    /// # Errors
+    /// If a loss since the last report is not finite (then nothing is written), or a file cannot
+    /// be written.
+    pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
+        self.read_unread()?;
+        checkpoint::save(
+            dir.as_ref(),
+            self.config.keep_checkpoints,
+            &Snapshot {
+                network: &self.network,
+                train: &self.config,
+                diffusion: &self.diffusion,
+                step: self.step,
+                images_seen: self.images_seen,
+                dataset_len: self.dataset_len,
+                vars: &self.vars,
+                optimizer: &self.optimizer,
+                ema: self.ema.as_ref(),
+            },
+        )
+    }
+
+    /// Replaces the weights, and the averages with them, by those of a safetensors file: of a
+    /// checkpoint, or written by PyTorch.
+    ///
+    /// # Errors
+    /// If a weight is missing, unknown or of another shape; then nothing is changed.
+    pub fn set_weights(&mut self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let tensors = checkpoint::read_tensors(path, &self.device)?;
+        let parameters = Parameters::frozen(path, tensors, DType::F32, &self.device);
+        parameters.build(&self.network)?;
+        for (name, new) in parameters.vars() {
+            if let Some(var) = self.vars.get(&name) {
+                var.set(&new)?;
+            }
+        }
+        self.ema = self.config.ema.map(|ema| Ema::new(ema, &self.vars)).transpose()?;
+        Ok(())
+    }
+
+    /// The network being trained.
+    pub fn model(&self) -> &N::Model {
+        &self.model
+    }
+
+    /// The same network with the averaged weights as they are now, or with the weights themselves
+    /// where none are averaged. It takes no gradients.
+    ///
+    /// # Errors
+    /// Those of building it.
+    pub fn ema_model(&self) -> Result<N::Model> {
+        let weights = match &self.ema {
+            Some(ema) => ema.averages().clone(),
+            None => self.vars.iter().map(|(k, v)| (k.clone(), v.as_detached_tensor())).collect(),
+        };
+        Parameters::frozen(Path::new("ema"), weights, DType::F32, &self.device).build(&self.network)
+    }
+
+    /// The weights by name.
+    pub fn vars(&self) -> &BTreeMap<String, Var> {
+        &self.vars
+    }
+
+    /// The average of the weights, where there is one.
+    pub fn ema(&self) -> Option<&Ema> {
+        self.ema.as_ref()
+    }
+
+    /// How many updates there were.
+    pub fn steps(&self) -> u64 {
+        self.step
+    }
+
+    /// How the network is trained.
+    pub fn config(&self) -> &TrainConfig {
+        &self.config
+    }
+
+    /// The process that the network learns to reverse.
+    pub fn diffusion(&self) -> &Diffusion {
+        &self.diffusion
+    }
+
+    /// The device that computes.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn noise(&self) -> Noise {
+        Noise::new(self.config.seed)
+    }
+
+    /// Uniform timesteps for a batch.
+    fn timesteps(&self, batch: usize) -> Result<Tensor> {
+        let bound = self.diffusion.schedule().steps() as u32;
+        let t: Vec<u32> = (0..batch)
+            .map(|k| self.noise().stream(Purpose::Timestep, self.step, k as u32).below(bound))
+            .collect();
+        Ok(Tensor::from_vec(t, batch, &self.device)?)
+    }
+
+    /// Adds the loss's gradients to those there are.
+    fn accumulate(&self, loss: &Tensor, sum: &mut BTreeMap<String, Tensor>) -> Result<()> {
+        let mut gradients = loss.backward()?;
+        for (name, var) in &self.vars {
+            if let Some(new) = gradients.remove(var) {
+                let total = match sum.remove(name) {
+                    Some(old) => (old + new)?,
+                    None => new,
+                };
+                sum.insert(name.clone(), total);
+            }
+        }
+        Ok(())
+    }
+
+    /// The index of the `position`-th image of the run.
+    fn shuffled(&mut self, position: u64, len: usize) -> usize {
+        let (epoch, place) = (position / len as u64, (position % len as u64) as usize);
+        match &self.order {
+            Some((e, n, order)) if (*e, *n) == (epoch, len) => order[place] as usize,
+            _ => {
+                let order = self.noise().stream(Purpose::Shuffle, epoch, 0).permutation(len);
+                let index = order[place] as usize;
+                self.order = Some((epoch, len, order));
+                index
+            }
+        }
+    }
+
+    /// Losses and gradient norms since the last report.
+    ///
+    /// # Errors
+    /// If one of them is not finite.
+    fn read_unread(&self) -> Result<Vec<(f32, f32)>> {
+        let read = |update: &Update| -> Result<(f32, f32)> {
+            let scalar = |t: &Tensor| -> Result<f32> { Ok(t.to_dtype(DType::F32)?.to_scalar()?) };
+            let (loss, grad_norm) = (scalar(&update.loss)?, scalar(&update.grad_norm)?);
+            for (what, value) in [("loss", loss), ("gradient norm", grad_norm)] {
+                if !value.is_finite() {
+                    return Err(Error::NonFinite { what, value, step: update.step });
+                }
+            }
+            Ok((loss, grad_norm))
+        };
+        self.unread.iter().map(read).collect()
+    }
+
+    /// Reads what was not read; `images_per_second` is left as the number of images.
+    fn read_metrics(&mut self) -> Result<Metrics> {
+        let read = self.read_unread()?;
+        self.unread.clear();
+        let count = read.len().max(1);
+        let mean = read.iter().map(|(loss, _)| f64::from(*loss)).sum::<f64>() / count as f64;
+        Ok(Metrics {
+            step: self.step,
+            loss: mean as f32,
+            lr: self.config.learning_rate(self.step.saturating_sub(1)),
+            grad_norm: read.last().map_or(0.0, |(_, norm)| *norm),
+            images_per_second: (read.len() * self.config.batch_size) as f64,
+        })
+    }
+}
