@@ -98,7 +98,12 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn measure(name: &str, model: &str, args: &Args, run: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+fn measure(
+    name: &str,
+    model: &str,
+    args: &Args,
+    run: &mut dyn FnMut() -> Result<()>,
+) -> Result<()> {
     for _ in 0..3 {
         run()?;
     }
