@@ -1,8 +1,8 @@
 #![deny(missing_docs)]
 //! Denoising diffusion models.
 
-mod data;
+pub mod data;
 mod error;
 
-pub use data::ImageSource;
+pub use data::{ImageSource, Images};
 pub use error::{Error, Result};
