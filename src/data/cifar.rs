@@ -4,7 +4,7 @@ use std::slice;
 
 use super::file::{DataFile, buffer};
 use super::{Images, Split};
-use crate::Result;
+use crate::{Error, Result};
 
 const SHAPE: (usize, usize, usize) = (3, 32, 32);
 const PIXELS: u64 = 3 * 32 * 32;
@@ -19,11 +19,12 @@ const MAX_LABEL: u8 = 9;
 ///
 /// # Errors
 ///
-/// [`Error::Io`](crate::Error::Io) if a file is not there or cannot be read;
-/// [`Error::Data`](crate::Error::Data) if one is empty, is not whole records of 3,073 bytes, or has
+/// [`Error::Io`] if the directory or a file is not there or cannot be read;
+/// [`Error::Data`] if one is empty, is not whole records of 3,073 bytes, or has
 /// a label above 9.
 pub fn cifar10(dir: impl AsRef<Path>, split: Split) -> Result<Images> {
     let dir = dir.as_ref();
+    dir.metadata().map_err(Error::io(dir))?;
     let nested = dir.join("cifar-10-batches-bin");
     let dir = if nested.is_dir() { &nested } else { dir };
     let names: &[&str] = match split {
@@ -43,7 +44,7 @@ pub fn cifar10(dir: impl AsRef<Path>, split: Split) -> Result<Images> {
             let bytes = file.content_len(u64::MAX)?;
             if bytes == 0 || bytes % RECORD != 0 {
                 return Err(file.data(format!(
-                    "{bytes} bytes; a CIFAR-10 batch is at least one record of {RECORD} bytes"
+                    "{bytes} bytes; a CIFAR-10 batch is one or more records of {RECORD} bytes"
                 )));
             }
             Ok((file, bytes / RECORD))
