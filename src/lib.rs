@@ -1,10 +1,11 @@
 //! Denoising diffusion models.
-#![deny(missing_docs)]
+#![deny(missing_docs, unsafe_code)]
 
 pub mod data;
 mod denoiser;
 mod diffusion;
 mod error;
+#[allow(unsafe_code)]
 mod kernels;
 mod network;
 mod nn;
