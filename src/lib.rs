@@ -13,7 +13,7 @@ mod sampler;
 mod schedule;
 mod train;
 
-pub use data::ImageSource;
+pub use data::{ImageSource, Images};
 pub use denoiser::{Denoiser, from_fn};
 pub use diffusion::{Diffusion, Prediction};
 pub use error::{Error, Result};

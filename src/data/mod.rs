@@ -1,6 +1,27 @@
 //! Where training images come from.
+//!
+//! [`Images`] holds a set in memory, a byte a pixel; [`mnist`] and [`cifar10`] read one from the
+//! files in which those sets are distributed. Anything else is an [`ImageSource`] of your own.
+
+mod cifar;
+mod file;
+mod idx;
+mod images;
 
 use crate::Result;
+
+pub use cifar::cifar10;
+pub use idx::{mnist, read_idx_images, read_idx_labels};
+pub use images::Images;
+
+/// Which part of a data set to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Split {
+    /// The images to train on.
+    Train,
+    /// The images held back for evaluation.
+    Test,
+}
 
 /// Images to train on, each of the same shape, found by index.
 ///

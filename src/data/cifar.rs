@@ -1,0 +1,73 @@
+use std::io::{BufReader, Read};
+use std::path::Path;
+use std::slice;
+
+use super::file::{DataFile, buffer};
+use super::{Images, Split};
+use crate::{Error, Result};
+
+const SHAPE: (usize, usize, usize) = (3, 32, 32);
+const PIXELS: u64 = 3 * 32 * 32;
+/// A label and an image, its channels one after the other.
+const RECORD: u64 = 1 + PIXELS;
+const MAX_LABEL: u8 = 9;
+
+/// Reads CIFAR-10's binary version, with its labels (0 to 9).
+///
+/// `dir`, or `cifar-10-batches-bin` in it, holds `data_batch_1.bin` to `data_batch_5.bin`, for
+/// [`Split::Test`] `test_batch.bin`. A batch may have any number of images.
+///
+/// # Errors
+///
+/// [`Error::Io`] if the directory or a file is not there or cannot be read;
+/// [`Error::Data`] if one is empty, is not whole records of 3,073 bytes, or has
+/// a label above 9.
+pub fn cifar10(dir: impl AsRef<Path>, split: Split) -> Result<Images> {
+    let dir = dir.as_ref();
+    dir.metadata().map_err(Error::io(dir))?;
+    let nested = dir.join("cifar-10-batches-bin");
+    let dir = if nested.is_dir() { &nested } else { dir };
+    let names: &[&str] = match split {
+        Split::Train => &[
+            "data_batch_1.bin",
+            "data_batch_2.bin",
+            "data_batch_3.bin",
+            "data_batch_4.bin",
+            "data_batch_5.bin",
+        ],
+        Split::Test => &["test_batch.bin"],
+    };
+    let batches = names
+        .iter()
+        .map(|name| {
+            let file = DataFile::open(&dir.join(name))?;
+            let bytes = file.content_len(u64::MAX)?;
+            if bytes == 0 || bytes % RECORD != 0 {
+                return Err(file.data(format!(
+                    "{bytes} bytes; a CIFAR-10 batch is one or more records of {RECORD} bytes"
+                )));
+            }
+            Ok((file, bytes / RECORD))
+        })
+        .collect::<Result<Vec<_>>>()?;
+
+    let records = batches.iter().map(|(_, records)| records).sum::<u64>();
+    let mut pixels = buffer(dir, records * PIXELS)?;
+    let mut labels = buffer(dir, records)?;
+    let mut places = pixels.chunks_exact_mut(PIXELS as usize).zip(&mut labels);
+    for (file, records) in &batches {
+        let mut content = BufReader::with_capacity(64 << 10, file.content()?);
+        for (record, (image, label)) in (0..*records).zip(places.by_ref()) {
+            content
+                .read_exact(slice::from_mut(label))
+                .and_then(|()| content.read_exact(image))
+                .map_err(|e| file.failed(e))?;
+            if *label > MAX_LABEL {
+                return Err(file.data(format!(
+                    "record {record} has label {label}; CIFAR-10's are 0 to {MAX_LABEL}"
+                )));
+            }
+        }
+    }
+    Images::new(pixels, SHAPE)?.with_labels(labels)
+}

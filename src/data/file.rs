@@ -1,0 +1,80 @@
+//! Files whose content is not trusted: nothing is allocated because a header says so.
+
+use std::fs::File;
+use std::io::{self, ErrorKind, Read, Seek};
+use std::path::{Path, PathBuf};
+
+use flate2::read::MultiGzDecoder;
+
+use crate::{Error, Result};
+
+const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
+
+/// An open data file, perhaps gzipped.
+pub(super) struct DataFile {
+    path: PathBuf,
+    file: File,
+    /// Bytes on disk.
+    len: u64,
+    gzipped: bool,
+}
+
+impl DataFile {
+    pub fn open(path: &Path) -> Result<Self> {
+        // Asked before opening: opening a pipe would wait for its writer.
+        if !path.metadata().map_err(Error::io(path))?.is_file() {
+            return Err(Error::data(path, "not a regular file"));
+        }
+        let file = File::open(path).map_err(Error::io(path))?;
+        let len = file.metadata().map_err(Error::io(path))?.len();
+        let mut start = Vec::new();
+        (&file).take(2).read_to_end(&mut start).map_err(Error::io(path))?;
+        Ok(Self { path: path.to_owned(), file, len, gzipped: start == GZIP_MAGIC })
+    }
+
+    /// The content from its start, decompressed.
+    pub fn content(&self) -> Result<Box<dyn Read + '_>> {
+        let mut file = &self.file;
+        file.rewind().map_err(|e| self.failed(e))?;
+        Ok(if self.gzipped { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) })
+    }
+
+    /// The content's length; more than `enough` is told as `enough + 1`.
+    ///
+    /// Gzipped content is decompressed for this and thrown away. That is the time of one more
+    /// decompression, for which memory is only ever reserved for content that is really there.
+    pub fn content_len(&self, enough: u64) -> Result<u64> {
+        if !self.gzipped {
+            return Ok(self.len.min(enough.saturating_add(1)));
+        }
+        let mut content = self.content()?.take(enough.saturating_add(1));
+        io::copy(&mut content, &mut io::sink()).map_err(|e| self.failed(e))
+    }
+
+    pub fn data(&self, reason: impl Into<String>) -> Error {
+        Error::data(&self.path, reason)
+    }
+
+    /// The error for a failed read of the content.
+    pub fn failed(&self, error: io::Error) -> Error {
+        match error.kind() {
+            ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::UnexpectedEof
+                if self.gzipped =>
+            {
+                self.data(format!("damaged gzip data: {error}"))
+            }
+            _ => Error::io(&self.path)(error),
+        }
+    }
+}
+
+/// A zeroed buffer of exactly `len` bytes, which the caller knows to be there to fill it.
+pub(super) fn buffer(path: &Path, len: u64) -> Result<Vec<u8>> {
+    let mut buffer = Vec::new();
+    usize::try_from(len)
+        .ok()
+        .filter(|&len| buffer.try_reserve_exact(len).is_ok())
+        .map(|len| buffer.resize(len, 0))
+        .ok_or_else(|| Error::data(path, format!("no memory for its {len} bytes")))?;
+    Ok(buffer)
+}

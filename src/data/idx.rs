@@ -1,0 +1,143 @@
+//! The IDX format of MNIST: a magic number, a size for each dimension, both big-endian, and the
+//! bytes.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use super::file::{DataFile, buffer};
+use super::{ImageSource, Images, Split};
+use crate::{Error, Result};
+
+/// Two zero bytes, 8 for unsigned bytes, and the number of dimensions.
+const IMAGES: u32 = 0x0803;
+const LABELS: u32 = 0x0801;
+
+/// Reads MNIST, or a set in the same files such as Fashion-MNIST, with its labels.
+///
+/// `dir` holds `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`, for [`Split::Test`]
+/// `t10k-images-idx3-ubyte` and `t10k-labels-idx1-ubyte`; each may instead be gzipped, with `.gz`
+/// added to its name.
+///
+/// # Errors
+///
+/// Those of [`read_idx_images`] and [`read_idx_labels`]; [`Error::Data`] also if a file is not
+/// there, or if there are not as many labels as images.
+pub fn mnist(dir: impl AsRef<Path>, split: Split) -> Result<Images> {
+    let dir = dir.as_ref();
+    dir.metadata().map_err(Error::io(dir))?;
+    let part = match split {
+        Split::Train => "train",
+        Split::Test => "t10k",
+    };
+    let images = read_idx_images(find(dir, &format!("{part}-images-idx3-ubyte"))?)?;
+    let path = find(dir, &format!("{part}-labels-idx1-ubyte"))?;
+    let labels = read_idx_labels(&path)?;
+    if labels.len() != images.len() {
+        let reason = format!("{} labels, for {} images", labels.len(), images.len());
+        return Err(Error::data(path, reason));
+    }
+    images.with_labels(labels)
+}
+
+fn find(dir: &Path, name: &str) -> Result<PathBuf> {
+    let zipped = format!("{name}.gz");
+    [name, &zipped]
+        .map(|name| dir.join(name))
+        .into_iter()
+        .find(|path| path.exists())
+        .ok_or_else(|| Error::data(dir, format!("neither {name} nor {zipped} is here")))
+}
+
+/// Reads an IDX file of grey images of any size, gzipped or not, as images of one channel.
+///
+/// # Errors
+///
+/// [`Error::Io`] if the file cannot be read; [`Error::Data`] if it is not an IDX file of images of
+/// unsigned bytes, if it holds none, or if it is shorter or longer than its header says.
+pub fn read_idx_images(path: impl AsRef<Path>) -> Result<Images> {
+    let ([_, rows, columns], pixels) = read(path.as_ref(), IMAGES)?;
+    Images::new(pixels, (1, rows, columns))
+}
+
+/// Reads an IDX file of labels, gzipped or not.
+///
+/// # Errors
+///
+/// [`Error::Io`] if the file cannot be read; [`Error::Data`] if it is not an IDX file of labels of
+/// unsigned bytes, if it holds none, or if it is shorter or longer than its header says.
+pub fn read_idx_labels(path: impl AsRef<Path>) -> Result<Vec<u8>> {
+    let ([_], labels) = read(path.as_ref(), LABELS)?;
+    Ok(labels)
+}
+
+fn kind(magic: u32) -> &'static str {
+    match magic {
+        IMAGES => "IDX images",
+        LABELS => "IDX labels",
+        _ => "neither IDX images nor IDX labels",
+    }
+}
+
+/// The sizes of `D` dimensions and the bytes after them.
+fn read<const D: usize>(path: &Path, magic: u32) -> Result<([usize; D], Vec<u8>)> {
+    let file = DataFile::open(path)?;
+    let sizes: [u32; D] = read_header(&file, magic)?;
+
+    let claim = sizes.map(|size| size.to_string()).join(" x ");
+    if sizes.contains(&0) {
+        return Err(file.data(format!("its header says {claim} bytes; each must be at least 1")));
+    }
+    let header = header_len(D) as u64;
+    // Three 32-bit sizes cannot overflow 128 bits.
+    let claimed = sizes.iter().map(|&size| u128::from(size)).product::<u128>();
+    let expected = u128::from(header) + claimed;
+    let found = file.content_len(u64::try_from(expected).unwrap_or(u64::MAX))?;
+    if u128::from(found) != expected {
+        let found = match u128::from(found) > expected {
+            true => "more".to_owned(),
+            false => found.to_string(),
+        };
+        return Err(file.data(format!(
+            "{found} bytes; its header says {header} + {claim} = {expected} bytes"
+        )));
+    }
+
+    let mut bytes = buffer(path, found - header)?;
+    let mut content = file.content()?;
+    content
+        .read_exact(&mut vec![0; header_len(D)])
+        .and_then(|()| content.read_exact(&mut bytes))
+        .map_err(|e| file.failed(e))?;
+    // Lossless: their product is the length of `bytes`.
+    Ok((sizes.map(|size| size as usize), bytes))
+}
+
+fn header_len(dimensions: usize) -> usize {
+    4 * (1 + dimensions)
+}
+
+fn read_header<const D: usize>(file: &DataFile, magic: u32) -> Result<[u32; D]> {
+    let expected = header_len(D);
+    let mut header = Vec::with_capacity(expected);
+    file.content()?.take(expected as u64).read_to_end(&mut header).map_err(|e| file.failed(e))?;
+    let mut words =
+        header.chunks_exact(4).map(|word| word.iter().fold(0, |n, &byte| n << 8 | u32::from(byte)));
+    if let Some(found) = words.next().filter(|&found| found != magic) {
+        return Err(file.data(format!(
+            "starts with {found:#010x} ({}); {} start with {magic:#010x}",
+            kind(found),
+            kind(magic),
+        )));
+    }
+    if header.len() < expected {
+        let found = header.len();
+        return Err(
+            file.data(format!("{found} bytes; the header of {} has {expected}", kind(magic)))
+        );
+    }
+    let mut sizes = [0; D];
+    for (size, word) in sizes.iter_mut().zip(words) {
+        *size = word;
+    }
+    Ok(sizes)
+}
