@@ -264,7 +264,7 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
         ("mnist", &["--seed", "-1"], &["'-1'", "whole number from 0"]),
         ("mnist", &["--sample-count", "5000"], &["from 1 to 1024"]),
         ("mnist", &["--sampling-steps", "1001"], &["from 1 to 1000"]),
-        ("mnist", &["--stepz", "3"], &["'--stepz'", "'--steps' exists"]),
+        ("mnist", &["--stepz", "3"], &["'--stepz'", "exists: '--steps'"]),
         ("mnist", &["extra"], &["unexpected argument 'extra'", "--help"]),
         ("mnist", &["--out", &nothing, "--fashion"], &["--data", "fetch-data fashion-mnist"]),
         ("mnist", &["--out", &nothing, "--data", "absent"], &["scripts/fetch-data mnist absent"]),

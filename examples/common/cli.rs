@@ -18,7 +18,7 @@ pub fn main<C: Parser>(run: impl FnOnce(C) -> Result<ExitCode>) -> ExitCode {
         }
         // --help and --version
         Err(answer) => {
-            print!("{answer}");
+            let _ = answer.print();
             return ExitCode::SUCCESS;
         }
     };
@@ -36,7 +36,7 @@ fn usage_error(text: &str) -> String {
         .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
         .filter(|line| !line.is_empty() && !line.contains("as a value, use"))
         .collect();
-    lines.join(" ")
+    lines.join(" ").replace(" tip: ", "; tip: ")
 }
 
 /// An error with its causes, but for those that it quotes itself.

@@ -23,7 +23,9 @@ pub struct Progress {
     last_line: Instant,
     /// Steps and seconds, both averaged the same way.
     rate: (f64, f64),
-    loss: Smoothed,
+    /// Sum and weight of an exponential mean.
+    loss: (f64, f64),
+    loss_step: u64,
 }
 
 impl Progress {
@@ -38,8 +40,8 @@ impl Progress {
             bar
         });
         let now = Instant::now();
-        let loss = Smoothed::default();
-        Self { bar, total, at, last_step: now, last_line: now, rate: (0.0, 0.0), loss }
+        let (rate, loss) = ((0.0, 0.0), (0.0, 0.0));
+        Self { bar, total, at, last_step: now, last_line: now, rate, loss, loss_step: at }
     }
 
     /// After each step.
@@ -63,9 +65,12 @@ impl Progress {
         }
     }
 
-    /// A mean loss of some steps.
+    /// The mean loss of the steps since the last one.
     pub fn loss(&mut self, step: u64, loss: f64) {
-        self.loss.add(step, loss);
+        let keep = LOSS_DECAY.powf((step - self.loss_step) as f64);
+        let (sum, weight) = self.loss;
+        self.loss = (sum * keep + loss * (1.0 - keep), weight * keep + 1.0 - keep);
+        self.loss_step = step;
     }
 
     /// Other work than steps: its time does not count.
@@ -97,34 +102,9 @@ impl Progress {
         let left = (self.total - self.at.min(self.total)) as f64 / rate.max(1e-9);
         let left = FormattedDuration(Duration::from_secs(left.min(1e9) as u64));
         let rate = if rate < 10.0 { format!("{rate:.2}") } else { format!("{rate:.0}") };
-        match self.loss.value() {
-            Some(loss) => format!("{rate} steps/s, loss {loss:.4}, {left} left"),
-            None => format!("{rate} steps/s, {left} left"),
+        match self.loss {
+            (_, 0.0) => format!("{rate} steps/s, {left} left"),
+            (sum, weight) => format!("{rate} steps/s, loss {:.4}, {left} left", sum / weight),
         }
-    }
-}
-
-/// An exponential mean over steps, without a bias to its start.
-#[derive(Default)]
-pub struct Smoothed {
-    step: u64,
-    sum: f64,
-    weight: f64,
-}
-
-impl Smoothed {
-    /// Takes the mean `value` of the steps since the last one; the new mean.
-    pub fn add(&mut self, step: u64, value: f64) -> f64 {
-        // Of the first value, one cannot know how many steps it is the mean of.
-        let steps = if self.weight == 0.0 { 1 } else { step.saturating_sub(self.step) };
-        let keep = LOSS_DECAY.powf(steps as f64);
-        self.step = step;
-        self.sum = self.sum * keep + value * (1.0 - keep);
-        self.weight = self.weight * keep + 1.0 - keep;
-        self.sum / self.weight
-    }
-
-    fn value(&self) -> Option<f64> {
-        (self.weight > 0.0).then(|| self.sum / self.weight)
     }
 }

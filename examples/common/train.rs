@@ -30,19 +30,19 @@ impl Recipe {
     pub fn defaults(&self) -> String {
         let Self { train, .. } = self;
         format!(
-            "Defaults: --out {} --steps {} --batch-size {} --accumulation {} --seed {} \
-             --log-every {} --save-every {} --sample-every {} --sample-count {} \
-             --sampling-steps {}. With --resume, the checkpoint's.",
+            "Defaults: --out {} --save-every {} --sample-every {} --sample-count {} \
+             --sampling-steps {} and, but for --resume, which takes them from the checkpoint, \
+             --steps {} --batch-size {} --accumulation {} --seed {} --log-every {}.",
             self.out,
+            self.save_every,
+            self.sample_every,
+            self.sample_count,
+            self.sampling_steps,
             train.steps,
             train.batch_size,
             train.accumulation,
             train.seed,
             train.log_every,
-            self.save_every,
-            self.sample_every,
-            self.sample_count,
-            self.sampling_steps,
         )
     }
 }
@@ -131,7 +131,15 @@ pub fn run(
 
     let mut watch = Watch::new(recipe, args, &out, &trainer)?;
     interrupt::watch(watch.progress.say())?;
-    if step >= steps {
+    if step < steps {
+        let config = trainer.config();
+        println!(
+            "steps    {} to {steps}, batches of {}, seed {}",
+            step + 1,
+            config.batch_size,
+            config.seed
+        );
+    } else {
         println!("nothing to train: the run is at step {step} of {steps}; more with --steps");
     }
     let result = trainer.fit(&set.images, &mut watch);
@@ -184,12 +192,9 @@ fn begin(
 fn announce(trainer: &Trainer<UNetConfig>, set: &DataSet, out: &Path) {
     use ddpm::ImageSource;
 
-    let config = trainer.config();
     let weights: usize = trainer.vars().values().map(|v| v.elem_count()).sum();
     println!("data     {} {}", HumanCount(set.images.len() as u64), set.about);
     println!("network  {} weights", HumanCount(weights as u64));
     println!("device   {}", device::describe(trainer.device()));
-    let (from, to) = (trainer.steps() + 1, config.steps);
-    println!("steps    {from} to {to}, batches of {}, seed {}", config.batch_size, config.seed);
     println!("output   {}", out.display());
 }
