@@ -122,9 +122,9 @@ impl Sampler {
         let timesteps: Vec<usize> = if steps == 1 {
             vec![total - 1]
         } else {
-            // round(i (T - 1) / (S - 1)) in integers
-            let (span, gaps) = (total - 1, steps - 1);
-            (0..steps).map(|i| (2 * i * span + gaps) / (2 * gaps)).collect()
+            // Ties to even, as the respacing of Nichol and Dhariwal's code rounds.
+            let gap = (total - 1) as f64 / (steps - 1) as f64;
+            (0..steps).map(|i| (i as f64 * gap).round_ties_even() as usize).collect()
         };
         Self::with_timesteps(diffusion, solver, &timesteps)
     }

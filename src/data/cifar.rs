@@ -19,9 +19,8 @@ const MAX_LABEL: u8 = 9;
 ///
 /// # Errors
 ///
-/// [`Error::Io`] if the directory or a file is not there or cannot be read;
-/// [`Error::Data`] if one is empty, is not whole records of 3,073 bytes, or has
-/// a label above 9.
+/// [`Error::Io`] if the directory or a file is not there or cannot be read; [`Error::Data`] if a
+/// file is empty, is not whole records of 3,073 bytes, or has a label above 9.
 pub fn cifar10(dir: impl AsRef<Path>, split: Split) -> Result<Images> {
     let dir = dir.as_ref();
     dir.metadata().map_err(Error::io(dir))?;
@@ -52,7 +51,7 @@ pub fn cifar10(dir: impl AsRef<Path>, split: Split) -> Result<Images> {
         .collect::<Result<Vec<_>>>()?;
 
     let records = batches.iter().map(|(_, records)| records).sum::<u64>();
-    let mut pixels = buffer(dir, records * PIXELS)?;
+    let mut pixels = buffer(dir, records.saturating_mul(PIXELS))?;
     let mut labels = buffer(dir, records)?;
     let mut places = pixels.chunks_exact_mut(PIXELS as usize).zip(&mut labels);
     for (file, records) in &batches {

@@ -1,5 +1,4 @@
-//! The IDX format of MNIST: a magic number, a size for each dimension, both big-endian, and the
-//! bytes.
+//! The IDX format of MNIST: a magic number, each dimension's size, both big-endian, and the bytes.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -93,10 +92,8 @@ fn read<const D: usize>(path: &Path, magic: u32) -> Result<([usize; D], Vec<u8>)
     let expected = u128::from(header) + claimed;
     let found = file.content_len(u64::try_from(expected).unwrap_or(u64::MAX))?;
     if u128::from(found) != expected {
-        let found = match u128::from(found) > expected {
-            true => "more".to_owned(),
-            false => found.to_string(),
-        };
+        let found =
+            if u128::from(found) > expected { "more".to_owned() } else { found.to_string() };
         return Err(file.data(format!(
             "{found} bytes; its header says {header} + {claim} = {expected} bytes"
         )));

@@ -264,7 +264,12 @@ fn replace(dir: &Path, new: &Path) -> Result<()> {
         Ok(state) => {
             let aside = sibling(dir, &format!("-{:09}", state.step));
             // The same step saved again: the newer one counts.
-            remove_dir(&aside)?;
+            if aside.join(STATE).is_file() {
+                remove_dir(&aside)?;
+            } else if aside.exists() {
+                // Not a checkpoint, so not ours to remove.
+                return Err(Error::io(&aside)(ErrorKind::AlreadyExists.into()));
+            }
             fs::rename(dir, &aside).map_err(Error::io(dir))?;
         }
         // Nothing here, or an empty directory that someone made in advance.

@@ -1,0 +1,533 @@
+//! Checkpoints: exact to resume, whole at any moment, and clear about what is wrong with one.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use candle_core::{Device, Tensor};
+use ddpm::{
+    AdamConfig, Checkpoint, Denoiser, Diffusion, Error, ImageSource, NoiseSchedule, Prediction,
+    Result, Sampler, Solver, TrainConfig, Trainer, UNet, UNetConfig,
+};
+use tempfile::TempDir;
+
+const FILES: [&str; 3] = ["model.safetensors", "ema.safetensors", "optimizer.safetensors"];
+
+fn network() -> UNetConfig {
+    UNetConfig {
+        image_size: 8,
+        hidden_dims: vec![16, 24],
+        time_dim: 16,
+        dropout: 0.1,
+        ..UNetConfig::mnist()
+    }
+}
+
+fn config(steps: u64) -> TrainConfig {
+    TrainConfig { steps, batch_size: 4, horizontal_flip: true, ..TrainConfig::mnist() }
+}
+
+struct Waves(usize);
+
+impl ImageSource for Waves {
+    fn len(&self) -> usize {
+        self.0
+    }
+
+    fn shape(&self) -> (usize, usize, usize) {
+        (1, 8, 8)
+    }
+
+    fn read(&self, index: usize, pixels: &mut [f32]) -> Result<()> {
+        let wave = |i: usize| ((index + 1) as f32 * i as f32 * 0.37).sin();
+        pixels.iter_mut().enumerate().for_each(|(i, pixel)| *pixel = wave(i));
+        Ok(())
+    }
+}
+
+fn new(config: TrainConfig) -> Trainer<UNetConfig> {
+    Trainer::new(network(), config, Diffusion::ddpm(), &Device::Cpu).unwrap()
+}
+
+fn resume(dir: &Path, config: TrainConfig) -> Result<Trainer<UNetConfig>> {
+    Trainer::resume(dir, network(), config, Diffusion::ddpm(), &Device::Cpu)
+}
+
+/// A directory with a checkpoint after two steps.
+fn saved() -> (TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = dir.path().join("checkpoint");
+    let mut trainer = new(config(2));
+    trainer.fit(&Waves(11), &mut ()).unwrap();
+    trainer.save(&checkpoint).unwrap();
+    (dir, checkpoint)
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let name =
+        |entry: std::io::Result<fs::DirEntry>| entry.unwrap().file_name().into_string().unwrap();
+    let mut names: Vec<String> = fs::read_dir(dir).unwrap().map(name).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_resumed_run_equals_the_unbroken_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let [whole, broken] = ["whole", "broken"].map(|name| dir.path().join(name));
+    let mut trainer = new(config(7));
+    trainer.fit(&Waves(11), &mut ()).unwrap();
+    trainer.save(&whole).unwrap();
+
+    // 11 images in batches of 4: both stops are in the middle of an epoch.
+    let mut trainer = new(config(2));
+    trainer.fit(&Waves(11), &mut ()).unwrap();
+    trainer.save(&broken).unwrap();
+    for steps in [5, 7] {
+        let mut trainer = resume(&broken, config(steps)).unwrap();
+        trainer.fit(&Waves(11), &mut ()).unwrap();
+        trainer.save(&broken).unwrap();
+    }
+    for file in FILES {
+        assert_eq!(
+            fs::read(whole.join(file)).unwrap(),
+            fs::read(broken.join(file)).unwrap(),
+            "{file}"
+        );
+    }
+    assert_eq!(Checkpoint::open(&broken).unwrap().step(), 7);
+}
+
+#[test]
+fn sampling_needs_the_directory_alone() {
+    let (_dir, path) = saved();
+    let trainer = resume(&path, config(2)).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    assert_eq!(checkpoint.network::<UNetConfig>().unwrap(), network());
+    assert_eq!(checkpoint.train_config(), &config(2));
+    let sampler = Sampler::new(checkpoint.diffusion(), Solver::ddim(), 3).unwrap();
+    let sample = |model: &dyn Denoiser| {
+        // Not `sample`, which clamps: few steps of this training leave hardly anything else.
+        let steps = sampler.steps(&model, (2, 1, 8, 8), 5, &Device::Cpu).unwrap();
+        let images = steps.map(|step| step.unwrap().x).last().unwrap();
+        images.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    let ema = sample(&checkpoint.ema::<UNetConfig>(&Device::Cpu).unwrap());
+    assert_eq!(ema, sample(&trainer.ema_model().unwrap()));
+    let model = sample(&checkpoint.model::<UNetConfig>(&Device::Cpu).unwrap());
+    assert_eq!(model, sample(trainer.model()));
+    assert_ne!(ema, model);
+}
+
+#[test]
+fn without_an_average_the_weights_stand_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = TrainConfig { ema: None, ..config(1) };
+    let mut trainer = new(config.clone());
+    trainer.fit(&Waves(11), &mut ()).unwrap();
+    trainer.save(dir.path().join("run")).unwrap();
+    let checkpoint = Checkpoint::open(dir.path().join("run")).unwrap();
+    assert_eq!(
+        names(checkpoint.dir()),
+        ["checkpoint.json", "model.safetensors", "optimizer.safetensors"]
+    );
+    let x = Tensor::ones((1, 1, 8, 8), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let t = Tensor::new(&[3u32], &Device::Cpu).unwrap();
+    let run = |model: &UNet| {
+        model.forward(&x, &t).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    let expected = run(trainer.model());
+    assert_eq!(run(&checkpoint.ema::<UNetConfig>(&Device::Cpu).unwrap()), expected);
+    assert_eq!(run(&trainer.ema_model().unwrap()), expected);
+    resume(&dir.path().join("run"), config).unwrap();
+}
+
+#[test]
+fn the_last_k_are_kept_and_nothing_else_is_touched() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("checkpoint");
+    for other in ["checkpoint-000000007", "checkpoint-notes", "checkpoint-12"] {
+        fs::create_dir(dir.path().join(other)).unwrap(); // of somebody else: no checkpoint in it
+    }
+    let mut trainer = new(TrainConfig { keep_checkpoints: 3, ..config(100) });
+    for _ in 0..6 {
+        let batch = trainer.next_batch(&Waves(11)).unwrap();
+        trainer.step(&batch).unwrap();
+        trainer.save(&path).unwrap();
+    }
+    trainer.save(&path).unwrap(); // the same step again
+    let expected = [
+        "checkpoint",
+        "checkpoint-000000005",
+        "checkpoint-000000006",
+        "checkpoint-000000007",
+        "checkpoint-12",
+        "checkpoint-notes",
+    ];
+    assert_eq!(names(dir.path()), expected);
+    assert_eq!(Checkpoint::open(&path).unwrap().step(), 6);
+    let batch = trainer.next_batch(&Waves(11)).unwrap();
+    trainer.step(&batch).unwrap();
+    trainer.save(&path).unwrap();
+    // Now step 7 would have to go where somebody's directory is.
+    let message = trainer.save(&path).unwrap_err().to_string();
+    assert!(message.contains("checkpoint-000000007: entity already exists"), "{message}");
+    assert_eq!(Checkpoint::open(&path).unwrap().step(), 7);
+    let older = dir.path().join("checkpoint-000000005");
+    assert_eq!(Checkpoint::open(older).unwrap().step(), 5);
+}
+
+#[test]
+fn between_the_two_renames_the_older_one_is_found() {
+    let (dir, path) = saved();
+    fs::rename(&path, dir.path().join("checkpoint-000000002")).unwrap();
+    fs::create_dir(dir.path().join("checkpoint.saving")).unwrap();
+    assert_eq!(Checkpoint::open(&path).unwrap().step(), 2);
+    let trainer = resume(&path, config(3)).unwrap();
+    trainer.save(&path).unwrap();
+    assert!(!names(dir.path()).contains(&"checkpoint.saving".to_string()));
+}
+
+#[test]
+fn a_failed_save_leaves_the_last_checkpoint_and_no_rubbish() {
+    let (dir, path) = saved();
+    let before = fs::read(path.join(FILES[0])).unwrap();
+    let trainer = resume(&path, config(3)).unwrap();
+    // A file where the directory for new files belongs cannot be removed as one.
+    fs::write(dir.path().join("checkpoint.saving"), "in the way").unwrap();
+    let error = trainer.save(&path).unwrap_err();
+    assert!(matches!(error, Error::Io { .. }), "{error}");
+    assert_eq!(fs::read(path.join(FILES[0])).unwrap(), before);
+    let error = trainer.save("/dev/null/checkpoint").unwrap_err();
+    assert!(matches!(error, Error::Io { .. }), "{error}");
+}
+
+#[test]
+fn weights_of_a_file_can_be_trained_in_another_way() {
+    let (_dir, path) = saved();
+    let other = TrainConfig { seed: 9, optimizer: AdamConfig::adamw(1e-3, 0.1), ..config(1) };
+    let mut trainer = new(other);
+    trainer.set_weights(path.join(FILES[0])).unwrap();
+    let saved = resume(&path, config(2)).unwrap();
+    for (name, var) in saved.vars() {
+        let [ours, theirs] = [&trainer.vars()[name], var].map(|v| v.flatten_all().unwrap());
+        assert_eq!(ours.to_vec1::<f32>().unwrap(), theirs.to_vec1::<f32>().unwrap(), "{name}");
+    }
+    trainer.fit(&Waves(11), &mut ()).unwrap();
+}
+
+/// Rewrites `checkpoint.json`.
+fn edit(path: &Path, edit: impl FnOnce(&mut serde_json::Value)) {
+    let file = path.join("checkpoint.json");
+    let mut json = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    edit(&mut json);
+    fs::write(file, serde_json::to_vec(&json).unwrap()).unwrap();
+}
+
+/// Rewrites a file of tensors.
+fn edit_tensors(file: &Path, edit: impl FnOnce(&mut std::collections::HashMap<String, Tensor>)) {
+    let mut tensors = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
+    edit(&mut tensors);
+    candle_core::safetensors::save(&tensors, file).unwrap();
+}
+
+fn truncate(file: &Path, keep: impl FnOnce(usize) -> usize) {
+    let bytes = fs::read(file).unwrap();
+    fs::write(file, &bytes[..keep(bytes.len())]).unwrap();
+}
+
+#[test]
+fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
+    type Damage = fn(&Path);
+    let cases: [(&str, Damage, &str); 22] = [
+        (
+            "no directory",
+            |p| fs::remove_dir_all(p).unwrap(),
+            "no checkpoint here: there is no checkpoint.json",
+        ),
+        (
+            "an empty directory",
+            |p| {
+                fs::remove_dir_all(p).unwrap();
+                fs::create_dir(p).unwrap();
+            },
+            "no checkpoint here",
+        ),
+        (
+            "a file in its place",
+            |p| {
+                fs::remove_dir_all(p).unwrap();
+                fs::write(p, "").unwrap();
+            },
+            "no checkpoint here",
+        ),
+        (
+            "a directory as state",
+            |p| {
+                fs::remove_file(p.join("checkpoint.json")).unwrap();
+                fs::create_dir(p.join("checkpoint.json")).unwrap();
+            },
+            "checkpoint.json is not a file",
+        ),
+        (
+            "empty state",
+            |p| truncate(&p.join("checkpoint.json"), |_| 0),
+            "damaged checkpoint file: EOF",
+        ),
+        (
+            "truncated state",
+            |p| truncate(&p.join("checkpoint.json"), |n| n / 2),
+            "damaged checkpoint file: EOF",
+        ),
+        (
+            "state that is not JSON",
+            |p| fs::write(p.join("checkpoint.json"), "{]").unwrap(),
+            "damaged checkpoint file: key must be",
+        ),
+        (
+            "no version",
+            |p| {
+                edit(p, |j| {
+                    j.as_object_mut().unwrap().remove("format_version");
+                })
+            },
+            "format_version is missing",
+        ),
+        (
+            "a newer version",
+            |p| {
+                edit(p, |j| {
+                    j["format_version"] = 2.into();
+                    j["news"] = 1.into();
+                })
+            },
+            "checkpoint format 2 is newer than 1",
+        ),
+        ("an unknown field", |p| edit(p, |j| j["surprise"] = 1.into()), "unknown field `surprise`"),
+        (
+            "a missing field",
+            |p| {
+                edit(p, |j| {
+                    j.as_object_mut().unwrap().remove("step");
+                })
+            },
+            "missing field `step`",
+        ),
+        (
+            "a negative step",
+            |p| edit(p, |j| j["step"] = (-1).into()),
+            "invalid value: integer `-1`",
+        ),
+        (
+            "a wrong schedule",
+            |p| edit(p, |j| j["diffusion"]["schedule"]["linear"]["beta_end"] = 7.into()),
+            "beta_end is 7; it must be",
+        ),
+        (
+            "a huge schedule",
+            |p| edit(p, |j| j["diffusion"]["schedule"]["linear"]["steps"] = u64::MAX.into()),
+            "schedule steps is 18446744073709551615",
+        ),
+        ("a wrong recipe", |p| edit(p, |j| j["train"]["batch_size"] = 0.into()), "batch_size is 0"),
+        (
+            "a huge network",
+            |p| edit(p, |j| j["network"]["config"]["hidden_dims"] = vec![65536; 16].into()),
+            "network.hidden_dims is",
+        ),
+        (
+            "truncated weights",
+            |p| truncate(&p.join("model.safetensors"), |n| n - 1),
+            "damaged checkpoint file: incomplete metadata, file not fully covered",
+        ),
+        (
+            "a header that lies about its length",
+            |p| {
+                let file = p.join("model.safetensors");
+                let mut bytes = fs::read(&file).unwrap();
+                bytes[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+                fs::write(file, bytes).unwrap();
+            },
+            "damaged checkpoint file",
+        ),
+        (
+            "no weights",
+            |p| fs::remove_file(p.join("model.safetensors")).unwrap(),
+            "model.safetensors: No such file",
+        ),
+        (
+            "a missing weight",
+            |p| {
+                edit_tensors(&p.join("model.safetensors"), |t| {
+                    t.remove("out_conv.bias");
+                })
+            },
+            "weight out_conv.bias is missing",
+        ),
+        (
+            "a weight of another shape",
+            |p| {
+                edit_tensors(&p.join("model.safetensors"), |t| {
+                    t.insert(
+                        "out_conv.bias".into(),
+                        Tensor::new(&[1f32, 2.0], &Device::Cpu).unwrap(),
+                    );
+                })
+            },
+            "weight out_conv.bias has shape [2]; the network's has [1]",
+        ),
+        (
+            "an unknown weight",
+            |p| {
+                edit_tensors(&p.join("ema.safetensors"), |t| {
+                    t.insert("other".into(), Tensor::new(&[1f32], &Device::Cpu).unwrap());
+                })
+            },
+            "weight other is not one of the network's",
+        ),
+    ];
+    for (what, damage, expected) in cases {
+        let (dir, path) = saved();
+        damage(&path);
+        let before = snapshot(dir.path());
+        let message = match resume(&path, config(3)) {
+            Ok(_) => panic!("{what}: resumed"),
+            Err(error) => error.to_string(),
+        };
+        assert!(message.contains(expected), "{what}: {message}");
+        assert!(!message.contains('\n'), "{what}: {message}");
+        assert_eq!(snapshot(dir.path()), before, "{what}");
+    }
+}
+
+#[test]
+fn damaged_optimiser_states_are_refused() {
+    let name = "exp_avg.out_conv.bias";
+    for (expected, damage) in [
+        ("weight exp_avg.out_conv.bias is missing", None),
+        (
+            "weight exp_avg.out_conv.bias has shape [3]",
+            Some(Tensor::new(&[0f32; 3], &Device::Cpu).unwrap()),
+        ),
+    ] {
+        let (_dir, path) = saved();
+        edit_tensors(&path.join("optimizer.safetensors"), |tensors| {
+            tensors.remove(name);
+            tensors.extend(damage.map(|tensor| (name.to_string(), tensor)));
+        });
+        let message = resume(&path, config(3)).map(drop).unwrap_err().to_string();
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
+/// Every file below a directory, with its content.
+fn snapshot(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(snapshot(&path));
+        } else {
+            files.push((path.clone(), fs::read(path).unwrap()));
+        }
+    }
+    files.sort();
+    files
+}
+
+#[test]
+fn another_run_cannot_go_on_from_a_checkpoint() {
+    let (_dir, path) = saved();
+    let mismatch = |network, config, diffusion| {
+        let result = Trainer::resume(&path, network, config, diffusion, &Device::Cpu);
+        match result.map(drop).unwrap_err() {
+            Error::ConfigMismatch { field, found, expected } => {
+                format!("{field} {found} {expected}")
+            }
+            other => panic!("{other}"),
+        }
+    };
+    let wide = UNetConfig { hidden_dims: vec![16, 32], ..network() };
+    assert_eq!(mismatch(wide, config(3), Diffusion::ddpm()), "network.hidden_dims [16,24] [16,32]");
+    let large = TrainConfig { batch_size: 8, ..config(3) };
+    assert_eq!(mismatch(network(), large, Diffusion::ddpm()), "train.batch_size 4 8");
+    let seeded = TrainConfig { seed: 1, ..config(3) };
+    assert_eq!(mismatch(network(), seeded, Diffusion::ddpm()), "train.seed 0 1");
+    let fast = TrainConfig { optimizer: AdamConfig::adam(1e-3), ..config(3) };
+    let found = mismatch(network(), fast, Diffusion::ddpm());
+    assert_eq!(found, "train.optimizer.learning_rate 0.0001 0.001");
+    let schedule = NoiseSchedule::cosine(1000).unwrap();
+    let found = mismatch(network(), config(3), Diffusion::new(schedule, Prediction::Epsilon));
+    assert!(found.starts_with("diffusion.schedule"), "{found}");
+    let velocity = Diffusion::new(Diffusion::ddpm().schedule().clone(), Prediction::Velocity);
+    let found = mismatch(network(), config(3), velocity);
+    assert_eq!(found, r#"diffusion.prediction "epsilon" "velocity""#);
+
+    edit(&path, |json| json["network"]["kind"] = "transformer".into());
+    assert_eq!(mismatch(network(), config(3), Diffusion::ddpm()), "network.kind transformer unet");
+    let error = Checkpoint::open(&path).unwrap().ema::<UNetConfig>(&Device::Cpu).unwrap_err();
+    assert!(matches!(error, Error::ConfigMismatch { .. }), "{error}");
+}
+
+#[test]
+fn another_data_set_is_noticed() {
+    let (_dir, path) = saved();
+    let mut trainer = resume(&path, config(3)).unwrap();
+    let message = trainer.fit(&Waves(12), &mut ()).unwrap_err().to_string();
+    assert!(message.starts_with("number of images is 11 in the checkpoint and 12"), "{message}");
+}
+
+/// Set for the process that the test below kills.
+const VICTIM: &str = "DDPM_TEST_SAVES_UNTIL_KILLED";
+
+/// Saves as fast as it can, and tells of each step once it is saved. Only as a child process.
+#[test]
+fn saves_until_killed() {
+    let Some(path) = std::env::var_os(VICTIM).map(PathBuf::from) else { return };
+    let mut trainer = match Checkpoint::open(&path) {
+        Ok(_) => resume(&path, config(u64::MAX)).unwrap(),
+        Err(_) => new(config(u64::MAX)),
+    };
+    loop {
+        let batch = trainer.next_batch(&Waves(11)).unwrap();
+        trainer.step(&batch).unwrap();
+        trainer.save(&path).unwrap();
+        println!("saved {}", trainer.steps());
+    }
+}
+
+#[test]
+fn killed_at_any_moment_a_run_resumes() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("checkpoint");
+    let mut random = 0x2545_f491_4f6c_dd1d_u64;
+    let (mut last, mut between) = (0, 0);
+    for round in 0..50 {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "saves_until_killed", "--nocapture", "--test-threads=1"])
+            .env(VICTIM, &path)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let step_of = |line: &str| line.split_once("saved ")?.1.parse::<u64>().ok();
+        // Until it has begun to save; then a random moment, most likely within a save.
+        let first = lines.by_ref().find_map(|line| step_of(&line.unwrap())).expect("a first save");
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        std::thread::sleep(Duration::from_micros(random % 60_000));
+        child.kill().unwrap(); // SIGKILL
+        child.wait().unwrap();
+        let told = lines.filter_map(|line| step_of(&line.ok()?)).last().unwrap_or(first);
+
+        between += usize::from(!path.exists());
+        let trainer =
+            resume(&path, config(u64::MAX)).unwrap_or_else(|e| panic!("round {round}: {e}"));
+        assert!(first > last, "round {round}: {first} after {last}");
+        assert!(trainer.steps() >= told, "round {round}: {} after {told}", trainer.steps());
+        last = told;
+    }
+    println!("{last} steps saved; {between} times killed between the two renames");
+}

@@ -1,0 +1,129 @@
+//! The optimiser, clipping and averaging against PyTorch, step by step.
+
+use std::collections::{BTreeMap, HashMap};
+
+use candle_core::{DType, Device, Tensor, Var};
+use ddpm::{AdamConfig, AdamW, Ema, EmaConfig, TrainConfig, WeightDecay, clip_grad_norm};
+use serde::Deserialize;
+
+/// What `tests/data/README.md` says of a case.
+#[derive(Deserialize)]
+struct Case {
+    optimizer: String,
+    lr: f64,
+    warmup: u64,
+    betas: [f64; 2],
+    eps: f64,
+    weight_decay: f64,
+    clip_norm: Option<f64>,
+    ema_decay: Option<f64>,
+    steps: u64,
+}
+
+#[test]
+fn every_case_agrees_with_pytorch() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/optimizers.safetensors");
+    let bytes = std::fs::read(path).unwrap();
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let metadata = header.metadata().clone().unwrap();
+    let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).unwrap();
+    let cases: Vec<String> = serde_json::from_str(&metadata["cases"]).unwrap();
+    assert!(cases.len() >= 6, "{cases:?}");
+    for name in cases {
+        let case: Case = serde_json::from_str(&metadata[&name]).unwrap();
+        // In f64 ours must be the same formula; in f32 the rounding may differ.
+        compare(&name, &case, &tensors, DType::F64, "64", 1e-12);
+        compare(&name, &case, &tensors, DType::F32, "", 3e-6);
+    }
+}
+
+fn compare(
+    name: &str,
+    case: &Case,
+    tensors: &HashMap<String, Tensor>,
+    dtype: DType,
+    suffix: &str,
+    limit: f64,
+) {
+    let get = |kind: &str, key: &str| {
+        let key = format!("{name}.{kind}.{key}");
+        tensors.get(&key).unwrap_or_else(|| panic!("no {key}")).to_dtype(dtype).unwrap()
+    };
+    let close = |what: &str, ours: &Tensor, theirs: &Tensor| {
+        let difference = (ours - theirs).unwrap().abs().unwrap().flatten_all().unwrap();
+        let most =
+            difference.max(0).unwrap().to_dtype(DType::F64).unwrap().to_scalar::<f64>().unwrap();
+        let size = theirs.abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+        let size = size.to_dtype(DType::F64).unwrap().to_scalar::<f64>().unwrap();
+        assert!(most <= limit * size.max(1.0), "{name}, {dtype:?}: {what} is off by {most:e}");
+    };
+    let count = (0..).take_while(|i| tensors.contains_key(&format!("{name}.param.{i}"))).count();
+    let vars: BTreeMap<String, Var> = (0..count)
+        .map(|i| (i.to_string(), Var::from_tensor(&get("param", &i.to_string())).unwrap()))
+        .collect();
+
+    let optimizer = AdamConfig {
+        learning_rate: case.lr,
+        beta1: case.betas[0],
+        beta2: case.betas[1],
+        eps: case.eps,
+        weight_decay: match (case.optimizer.as_str(), case.weight_decay) {
+            ("Adam", 0.0) => WeightDecay::None,
+            ("Adam", decay) => WeightDecay::L2(decay),
+            ("AdamW", decay) => WeightDecay::Decoupled(decay),
+            other => panic!("{other:?}"),
+        },
+    };
+    let config = TrainConfig { optimizer, warmup_steps: case.warmup, ..TrainConfig::mnist() };
+    let mut adam = AdamW::new(config.optimizer, &vars).unwrap();
+    let mut ema =
+        case.ema_decay.map(|decay| Ema::new(EmaConfig { decay, warmup: false }, &vars).unwrap());
+    for step in 1..=case.steps {
+        let mut gradients: BTreeMap<String, Tensor> =
+            vars.keys().map(|i| (i.clone(), get("grad", &format!("{step}.{i}")))).collect();
+        if let Some(max_norm) = case.clip_norm {
+            let norm = clip_grad_norm(&mut gradients, max_norm).unwrap();
+            close("norm", &norm, &get(&format!("norm{suffix}"), &step.to_string()));
+        }
+        adam.step(&gradients, config.learning_rate(step - 1)).unwrap();
+        for (i, var) in &vars {
+            let key = format!("{step}.{i}");
+            close(&format!("weight {key}"), var.as_tensor(), &get(&format!("after{suffix}"), &key));
+        }
+        if let Some(ema) = &mut ema {
+            ema.update(&vars).unwrap();
+            for (i, average) in ema.averages() {
+                let key = format!("{step}.{i}");
+                close(&format!("average {key}"), average, &get(&format!("ema{suffix}"), &key));
+            }
+        }
+    }
+    let state = adam.state();
+    for i in vars.keys() {
+        for moment in ["exp_avg", "exp_avg_sq"] {
+            let theirs = get(&format!("{moment}{suffix}"), i);
+            close(&format!("{moment} {i}"), &state[&format!("{moment}.{i}")], &theirs);
+        }
+    }
+}
+
+#[test]
+fn a_warm_average_forgets_where_it_began() {
+    let var = Var::new(&[1f32], &Device::Cpu).unwrap();
+    let vars = BTreeMap::from([("w".to_string(), var.clone())]);
+    let mut warm = Ema::new(EmaConfig { decay: 0.999, warmup: true }, &vars).unwrap();
+    let mut cold = Ema::new(EmaConfig { decay: 0.999, warmup: false }, &vars).unwrap();
+    var.set(&Tensor::new(&[0f32], &Device::Cpu).unwrap()).unwrap();
+    // What is left of the beginning: the product of min(decay, (1 + n) / (10 + n)).
+    let (mut left, mut all) = (1.0, 1.0);
+    for n in 0..50 {
+        warm.update(&vars).unwrap();
+        cold.update(&vars).unwrap();
+        left *= f64::min(0.999, (1.0 + n as f64) / (10.0 + n as f64));
+        all *= 0.999;
+    }
+    let value = |ema: &Ema| f64::from(ema.averages()["w"].to_vec1::<f32>().unwrap()[0]);
+    assert!((value(&warm) - left).abs() < 1e-9, "{} {left}", value(&warm));
+    assert!((value(&cold) - all).abs() < 1e-6);
+    assert_eq!((warm.updates(), vars["w"].to_vec1::<f32>().unwrap()[0]), (50, 0.0));
+}

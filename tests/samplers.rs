@@ -1,0 +1,314 @@
+//! Samplers against closed forms and against diffusers.
+//!
+//! For data that is normal with mean `m` and standard deviation `s` in every pixel, the best
+//! denoiser is known: `E[x_0 | x_t]` is linear in `x_t`. Then every step of a solver is linear, and
+//! the mean and variance of what it ends with follow exactly from its coefficients.
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Tensor};
+use ddpm::{Denoiser, Diffusion, NoiseSchedule, Prediction, Sampler, Solver, Variance, from_fn};
+
+const MEAN: f64 = 0.3;
+const STD: f64 = 0.5;
+
+/// What the best denoiser answers, for data of that mean and deviation.
+fn gaussian(diffusion: &Diffusion) -> impl Denoiser {
+    let (bars, prediction) = (diffusion.schedule().alpha_bars().to_vec(), diffusion.prediction());
+    from_fn(move |x_t: &Tensor, t: &Tensor| {
+        let bar = bars[t.to_vec1::<u32>()?[0] as usize];
+        let (signal, noise) = (bar.sqrt(), (1.0 - bar).sqrt());
+        let gain = STD * STD * signal / (bar * STD * STD + 1.0 - bar);
+        let x_0 = x_t.affine(gain, MEAN * (1.0 - gain * signal))?;
+        let eps = ((x_t - (&x_0 * signal)?)? / noise)?;
+        Ok(match prediction {
+            Prediction::Epsilon => eps,
+            Prediction::Sample => x_0,
+            Prediction::Velocity => ((eps * signal)? - (x_0 * noise)?)?,
+        })
+    })
+}
+
+/// Mean and variance of the result, by the published formulae, in f64 and one pixel.
+fn expected(schedule: &NoiseSchedule, timesteps: &[usize], solver: Solver) -> (f64, f64) {
+    let (mut mean, mut variance) = (0.0, 1.0);
+    for (i, &t) in timesteps.iter().enumerate() {
+        let bar = schedule.alpha_bar(t);
+        let prev = timesteps.get(i + 1).map_or(1.0, |&t| schedule.alpha_bar(t));
+        // x_0 = g x + h
+        let g = STD * STD * bar.sqrt() / (bar * STD * STD + 1.0 - bar);
+        let h = MEAN * (1.0 - g * bar.sqrt());
+        // eps = e x + f
+        let (e, f) =
+            ((1.0 - bar.sqrt() * g) / (1.0 - bar).sqrt(), -bar.sqrt() * h / (1.0 - bar).sqrt());
+        let beta = 1.0 - bar / prev;
+        let posterior = beta * (1.0 - prev) / (1.0 - bar);
+        let (slope, offset, sigma2) = match solver {
+            Solver::Ddpm { variance } => {
+                // Ho et al. 2020, equation 11: (x - beta / sqrt(1 - abar) eps) / sqrt(alpha)
+                let scale = beta / (1.0 - bar).sqrt();
+                let root = (1.0 - beta).sqrt();
+                let sigma2 = match variance {
+                    _ if prev == 1.0 => 0.0,
+                    Variance::Beta => beta,
+                    Variance::Posterior => posterior,
+                };
+                ((1.0 - scale * e) / root, -scale * f / root, sigma2)
+            }
+            Solver::Ddim { eta } => {
+                // Song et al. 2021, equation 12
+                let sigma2 = eta * eta * posterior;
+                let direction = (1.0 - prev - sigma2).sqrt();
+                (prev.sqrt() * g + direction * e, prev.sqrt() * h + direction * f, sigma2)
+            }
+        };
+        (mean, variance) = (slope * mean + offset, slope * slope * variance + sigma2);
+    }
+    (mean, variance)
+}
+
+fn solvers() -> Vec<Solver> {
+    let posterior = Solver::Ddpm { variance: Variance::Posterior };
+    let mut solvers = vec![Solver::ddpm(), posterior];
+    solvers.extend([0.0, 0.5, 1.0].map(|eta| Solver::Ddim { eta }));
+    solvers
+}
+
+#[test]
+fn gaussian_data_is_reproduced() {
+    for prediction in [Prediction::Epsilon, Prediction::Sample, Prediction::Velocity] {
+        let schedule = NoiseSchedule::linear(1000, 1e-4, 0.02).unwrap();
+        let diffusion = Diffusion::new(schedule, prediction);
+        let denoiser = gaussian(&diffusion);
+        for solver in solvers() {
+            for steps in [10, 50, 1000] {
+                let sampler = Sampler::new(&diffusion, solver, steps).unwrap();
+                let timesteps: Vec<usize> = sampler.timesteps().collect();
+                let (mean, variance) = expected(diffusion.schedule(), &timesteps, solver);
+
+                let shape = (16, 1, 32, 32);
+                let x = sampler.steps(&denoiser, shape, 1, &Device::Cpu).unwrap();
+                let x = x.map(|step| step.unwrap().x).last().unwrap();
+                let x: Vec<f32> = x.flatten_all().unwrap().to_vec1().unwrap();
+                let n = x.len() as f64;
+                let m = x.iter().map(|&v| f64::from(v)).sum::<f64>() / n;
+                let v = x.iter().map(|&v| (f64::from(v) - m).powi(2)).sum::<f64>() / (n - 1.0);
+
+                // Four standard errors of a normal sample's mean and variance.
+                let what = format!("{prediction:?}, {solver:?}, {steps} steps");
+                let mean_error = 4.0 * (variance / n).sqrt();
+                assert!((m - mean).abs() < mean_error, "{what}: mean {m}, expected {mean}");
+                let variance_error = 4.0 * variance * (2.0 / n).sqrt();
+                assert!(
+                    (v - variance).abs() < variance_error,
+                    "{what}: variance {v}, expected {variance}"
+                );
+            }
+        }
+    }
+}
+
+/// The closed form itself ends at the data's own mean and variance as steps become many, so that
+/// agreeing with it means something; with few, its error is the solver's.
+#[test]
+fn closed_form_converges_to_the_data() {
+    let error = |solver, steps: usize| {
+        let schedule = NoiseSchedule::cosine(steps).unwrap();
+        let timesteps: Vec<usize> = (0..steps).rev().collect();
+        let (mean, variance) = expected(&schedule, &timesteps, solver);
+        (mean - MEAN).abs() + (variance - STD * STD).abs()
+    };
+    for solver in solvers() {
+        let [coarse, fine] = [100, 4000].map(|steps| error(solver, steps));
+        assert!(fine < 2e-3, "{solver:?}: {fine}");
+        assert!(fine < 0.2 * coarse, "{solver:?}: {coarse} with 100 steps, {fine} with 4000");
+    }
+}
+
+#[test]
+fn a_sample_does_not_depend_on_the_batch() {
+    let diffusion = Diffusion::ddpm();
+    let denoiser = gaussian(&diffusion);
+    for solver in [Solver::ddpm(), Solver::Ddim { eta: 0.5 }] {
+        let sampler = Sampler::new(&diffusion, solver, 20).unwrap();
+        let [four, two] = [4, 2].map(|batch| {
+            let x = sampler.sample(&denoiser, (batch, 1, 4, 4), 7, &Device::Cpu).unwrap();
+            x.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        });
+        assert_eq!(four[..32], two);
+        let other = sampler.sample(&denoiser, (2, 1, 4, 4), 8, &Device::Cpu).unwrap();
+        assert_ne!(two, other.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+    }
+}
+
+#[test]
+fn samples_are_clamped_and_steps_are_counted() {
+    let diffusion = Diffusion::ddpm();
+    // An image that is far too bright everywhere.
+    let bright = Diffusion::new(diffusion.schedule().clone(), Prediction::Sample);
+    let denoiser = from_fn(|x_t: &Tensor, _: &Tensor| Ok((x_t.zeros_like()? + 3.0)?));
+    let sampler = Sampler::new(&bright, Solver::ddim(), 5).unwrap();
+    let steps = sampler.steps(&denoiser, (1, 1, 2, 2), 0, &Device::Cpu).unwrap();
+    assert_eq!(steps.len(), 5);
+    let steps: Vec<_> = steps.map(|step| step.unwrap()).collect();
+    assert_eq!(steps.iter().map(|s| s.t).collect::<Vec<_>>(), [999, 749, 500, 250, 0]);
+    assert_eq!(steps.iter().map(|s| s.index).collect::<Vec<_>>(), [0, 1, 2, 3, 4]);
+    let first = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap()[0];
+    assert_eq!(first(&steps[4].x), 3.0);
+    let image = sampler.sample(&denoiser, (1, 1, 2, 2), 0, &Device::Cpu).unwrap();
+    assert_eq!(first(&image), 1.0);
+    let clipped = sampler.clip_denoised(true);
+    let step = clipped.steps(&denoiser, (1, 1, 2, 2), 0, &Device::Cpu).unwrap().next();
+    assert_eq!(first(&step.unwrap().unwrap().x_0), 1.0);
+}
+
+#[test]
+fn a_failing_denoiser_ends_the_loop() {
+    let denoiser = from_fn(|x_t: &Tensor, _: &Tensor| Ok(x_t.narrow(0, 0, 1)?));
+    let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddpm(), 10).unwrap();
+    let mut steps = sampler.steps(&denoiser, (2, 1, 4, 4), 0, &Device::Cpu).unwrap();
+    let error = steps.next().unwrap().unwrap_err().to_string();
+    assert!(error.contains("the denoiser's output has shape [1, 1, 4, 4]"), "{error}");
+    assert!(steps.next().is_none());
+}
+
+#[test]
+fn wrong_settings_are_refused() {
+    let diffusion = Diffusion::ddpm();
+    let new = |solver, steps| Sampler::new(&diffusion, solver, steps).unwrap_err().to_string();
+    let with = |timesteps: &[usize]| {
+        let result = Sampler::with_timesteps(&diffusion, Solver::ddpm(), timesteps);
+        result.unwrap_err().to_string()
+    };
+    for (message, expected) in [
+        (new(Solver::ddpm(), 0), "sampling steps is 0; it must be from 1 to 1000"),
+        (new(Solver::ddpm(), 1001), "sampling steps is 1001; it must be from 1 to 1000"),
+        (new(Solver::Ddim { eta: -0.1 }, 10), "eta is -0.1; it must be from 0 to 1"),
+        (new(Solver::Ddim { eta: f64::NAN }, 10), "eta is NaN; it must be from 0 to 1"),
+        (with(&[]), "timesteps is []; it must be one or more"),
+        (with(&[3, 3]), "strictly increasing"),
+        (with(&[5, 1]), "strictly increasing"),
+        (with(&[1000]), "less than 1000"),
+    ] {
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
+/// Respaced timesteps are those of the code of Nichol and Dhariwal.
+#[test]
+fn respacing_agrees_with_its_source() {
+    let oracle = Diffusers::read();
+    for steps in [1, 2, 3, 7, 10, 20, 50, 100, 250, 1000] {
+        let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddpm(), steps).unwrap();
+        let mut ours: Vec<i64> = sampler.timesteps().map(|t| t as i64).collect();
+        ours.reverse();
+        let theirs: Vec<i64> = oracle.get(&format!("spacing.1000.{steps}")).to_vec1().unwrap();
+        // Of one step, theirs is the cleanest timestep; ours the noisiest, where x_T belongs.
+        if steps > 1 {
+            assert_eq!(ours, theirs, "{steps} steps");
+        }
+    }
+}
+
+#[test]
+fn schedules_agree_with_diffusers() {
+    let oracle = Diffusers::read();
+    for (name, schedule) in [
+        ("linear", NoiseSchedule::linear(1000, 1e-4, 0.02)),
+        ("cosine", NoiseSchedule::cosine(1000)),
+    ] {
+        let schedule = schedule.unwrap();
+        for (table, ours) in [("betas", schedule.betas()), ("alpha_bars", schedule.alpha_bars())] {
+            let theirs: Vec<f64> =
+                oracle.get(&format!("schedule.{name}.{table}")).to_vec1().unwrap();
+            for (t, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
+                assert!((ours - theirs).abs() < 1e-14, "{name} {table} at {t}: {ours} {theirs}");
+            }
+        }
+    }
+}
+
+/// Every step of every trajectory that diffusers made with a known network and known noise.
+#[test]
+fn trajectories_agree_with_diffusers() {
+    let oracle = Diffusers::read();
+    let cases: Vec<String> = serde_json::from_str(&oracle.metadata["cases"]).unwrap();
+    let mut compared = 0;
+    for name in cases {
+        let case: serde_json::Value = serde_json::from_str(&oracle.metadata[&name]).unwrap();
+        if case["thresholding"] == true {
+            continue; // Dynamic thresholding is not offered.
+        }
+        let schedule = format!("schedule.{}.betas", case["schedule"].as_str().unwrap());
+        let betas = oracle.get(&schedule).to_vec1().unwrap();
+        let prediction = match case["prediction_type"].as_str().unwrap() {
+            "epsilon" => Prediction::Epsilon,
+            "sample" => Prediction::Sample,
+            "v_prediction" => Prediction::Velocity,
+            other => panic!("{other}"),
+        };
+        let solver = match (case["variance_type"].as_str(), case["eta"].as_f64()) {
+            (Some("fixed_small"), None) => Solver::Ddpm { variance: Variance::Posterior },
+            (Some("fixed_large"), None) => Solver::Ddpm { variance: Variance::Beta },
+            (None, Some(eta)) => Solver::Ddim { eta },
+            other => panic!("{other:?}"),
+        };
+        let part = |part: &str| oracle.get(&format!("{name}.{part}"));
+        let mut timesteps: Vec<i64> = part("timesteps").to_vec1().unwrap();
+        timesteps.reverse();
+        let timesteps: Vec<usize> = timesteps.into_iter().map(|t| t as usize).collect();
+
+        let diffusion = Diffusion::new(NoiseSchedule::from_betas(betas).unwrap(), prediction);
+        let sampler = Sampler::with_timesteps(&diffusion, solver, &timesteps)
+            .unwrap()
+            .clip_denoised(case["clip_sample"] == true);
+        let network = from_fn(|x: &Tensor, t: &Tensor| {
+            let t = f64::from(t.to_vec1::<u32>()?[0]);
+            Ok((x * 0.7)?.affine(1.0, 0.001 * t)?.tanh()?)
+        });
+        let (x, pred_x_0, z) = (part("x"), part("pred_x_0"), part("z"));
+        let order: HashMap<usize, usize> =
+            timesteps.iter().rev().enumerate().map(|(i, &t)| (t, i)).collect();
+        let steps = sampler.steps_from(&network, part("x_T").clone(), |t| Ok(z.get(order[&t])?));
+        let size = max_abs(x);
+        for step in steps {
+            let step = step.unwrap();
+            for (what, ours, theirs) in [("x", &step.x, x), ("x_0", &step.x_0, pred_x_0)] {
+                assert_eq!(ours.dtype(), DType::F64);
+                let error = max_abs(&(ours - theirs.get(step.index).unwrap()).unwrap());
+                assert!(
+                    error < 1e-11 * size.max(1.0),
+                    "{name}: {what} at t = {}: {error:e}",
+                    step.t
+                );
+            }
+        }
+        compared += 1;
+    }
+    assert!(compared >= 15, "only {compared} cases");
+}
+
+/// `tests/data/diffusers.safetensors`; `tests/data/README.md` says what it holds.
+struct Diffusers {
+    metadata: HashMap<String, String>,
+    tensors: HashMap<String, Tensor>,
+}
+
+impl Diffusers {
+    fn read() -> Self {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/diffusers.safetensors");
+        let bytes = std::fs::read(path).unwrap();
+        let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+        let metadata = header.metadata().clone().unwrap();
+        let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).unwrap();
+        Self { metadata, tensors }
+    }
+
+    fn get(&self, name: &str) -> &Tensor {
+        self.tensors.get(name).unwrap_or_else(|| panic!("no {name}"))
+    }
+}
+
+fn max_abs(x: &Tensor) -> f64 {
+    x.abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+}

@@ -1,0 +1,354 @@
+//! The trainer: what must not change the result, what must, and what is refused.
+
+use std::ops::ControlFlow;
+
+use candle_core::{DType, Device, Tensor};
+use ddpm::{
+    AdamConfig, Diffusion, EmaConfig, Error, ImageSource, Metrics, Network, Observer, Result,
+    TrainConfig, Trainer, UNetConfig,
+};
+
+/// A small network, and images that differ.
+fn network() -> UNetConfig {
+    UNetConfig { image_size: 8, hidden_dims: vec![16, 16], time_dim: 16, ..UNetConfig::mnist() }
+}
+
+fn config() -> TrainConfig {
+    TrainConfig { steps: 6, batch_size: 4, ..TrainConfig::mnist() }
+}
+
+struct Ramps(usize);
+
+impl ImageSource for Ramps {
+    fn len(&self) -> usize {
+        self.0
+    }
+
+    fn shape(&self) -> (usize, usize, usize) {
+        (1, 8, 8)
+    }
+
+    fn read(&self, index: usize, pixels: &mut [f32]) -> Result<()> {
+        for (i, pixel) in pixels.iter_mut().enumerate() {
+            *pixel = ((index + 1) * (i + 1) % 17) as f32 / 8.5 - 1.0;
+        }
+        Ok(())
+    }
+}
+
+fn trainer(config: TrainConfig) -> Trainer<UNetConfig> {
+    Trainer::new(network(), config, Diffusion::ddpm(), &Device::Cpu).unwrap()
+}
+
+fn fitted(config: TrainConfig) -> Trainer<UNetConfig> {
+    let mut trainer = trainer(config);
+    trainer.fit(&Ramps(10), &mut ()).unwrap();
+    trainer
+}
+
+/// Every weight, one after the other.
+fn weights<N: Network>(trainer: &Trainer<N>) -> Vec<f32> {
+    let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    trainer.vars().values().flat_map(|var| values(var)).collect()
+}
+
+fn averages<N: Network>(trainer: &Trainer<N>) -> Vec<f32> {
+    let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    trainer.ema().unwrap().averages().values().flat_map(values).collect()
+}
+
+fn most(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn same_seed_same_bits_and_another_seed_others() {
+    let [a, b] = [0, 0].map(|_| fitted(config()));
+    assert_eq!((weights(&a), averages(&a)), (weights(&b), averages(&b)));
+    assert_ne!(weights(&a), weights(&fitted(TrainConfig { seed: 1, ..config() })));
+}
+
+#[test]
+fn every_option_changes_the_result() {
+    let base = weights(&fitted(config()));
+    let adam = config().optimizer;
+    for (what, changed) in [
+        ("batch_size", TrainConfig { batch_size: 5, ..config() }),
+        ("learning_rate", TrainConfig { optimizer: AdamConfig::adam(2e-4), ..config() }),
+        ("weight_decay", TrainConfig { optimizer: AdamConfig::adamw(1e-4, 0.1), ..config() }),
+        ("beta1", TrainConfig { optimizer: AdamConfig { beta1: 0.5, ..adam }, ..config() }),
+        ("beta2", TrainConfig { optimizer: AdamConfig { beta2: 0.9, ..adam }, ..config() }),
+        ("eps", TrainConfig { optimizer: AdamConfig { eps: 1e-3, ..adam }, ..config() }),
+        ("warmup_steps", TrainConfig { warmup_steps: 10, ..config() }),
+        // Adam does not see the gradient's scale, but for eps.
+        ("clip_norm", TrainConfig { clip_norm: Some(1e-6), ..config() }),
+        ("horizontal_flip", TrainConfig { horizontal_flip: true, ..config() }),
+    ] {
+        assert_ne!(base, weights(&fitted(changed)), "{what}");
+    }
+    let dropout = UNetConfig { dropout: 0.5, ..network() };
+    let mut other = Trainer::new(dropout, config(), Diffusion::ddpm(), &Device::Cpu).unwrap();
+    other.fit(&Ramps(10), &mut ()).unwrap();
+    assert_ne!(base, weights(&other), "dropout");
+    let ema = |decay, warmup| TrainConfig { ema: Some(EmaConfig { decay, warmup }), ..config() };
+    let slow = averages(&fitted(ema(0.999, false)));
+    assert_ne!(slow, averages(&fitted(ema(0.999, true))), "ema.warmup");
+    assert_ne!(slow, averages(&fitted(ema(0.9, false))), "ema.decay");
+}
+
+#[test]
+fn accumulation_gives_what_the_whole_batch_gives() {
+    let dropout = UNetConfig { dropout: 0.3, ..network() };
+    let run = |accumulation| {
+        let config = TrainConfig {
+            accumulation,
+            clip_norm: Some(0.5),
+            // Plain Adam would blow rounding up to full steps where a gradient is nearly 0.
+            optimizer: AdamConfig { eps: 1e-3, ..AdamConfig::adam(1e-3) },
+            ..config()
+        };
+        let mut trainer =
+            Trainer::new(dropout.clone(), config, Diffusion::ddpm(), &Device::Cpu).unwrap();
+        trainer.fit(&Ramps(10), &mut ()).unwrap();
+        weights(&trainer)
+    };
+    let whole = run(1);
+    for parts in [2, 4] {
+        assert!(most(&whole, &run(parts)) < 1e-6, "{parts} parts: {}", most(&whole, &run(parts)));
+    }
+}
+
+#[test]
+fn an_epoch_shows_every_image_once_and_flips_half() {
+    let mut trainer = trainer(TrainConfig { batch_size: 5, horizontal_flip: true, ..config() });
+    let images = Ramps(10);
+    let mut originals = vec![vec![0f32; 64]; 10];
+    originals.iter_mut().enumerate().for_each(|(i, image)| images.read(i, image).unwrap());
+    let mut orders = Vec::new();
+    let mut flips = 0;
+    for _ in 0..20 {
+        let mut order = Vec::new();
+        for _ in 0..2 {
+            let batch = trainer.next_batch(&images).unwrap();
+            assert_eq!(batch.dims(), [5, 1, 8, 8]);
+            for image in batch.flatten_from(1).unwrap().to_vec2::<f32>().unwrap() {
+                let mirrored: Vec<f32> =
+                    image.chunks(8).flat_map(|row| row.iter().rev().copied()).collect();
+                let straight = originals.iter().position(|original| *original == image);
+                flips += usize::from(straight.is_none());
+                order.push(
+                    straight.or_else(|| originals.iter().position(|o| *o == mirrored)).unwrap(),
+                );
+            }
+            trainer.step(&batch).unwrap();
+        }
+        let mut sorted = order.clone();
+        sorted.sort_unstable();
+        assert_eq!(sorted, (0..10).collect::<Vec<_>>());
+        orders.push(order);
+    }
+    assert!(orders.windows(2).all(|w| w[0] != w[1]));
+    // 200 throws of a coin: five standard deviations.
+    assert!((65..=135).contains(&flips), "{flips} of 200 flipped");
+}
+
+#[derive(Default)]
+struct Recorder {
+    metrics: Vec<Metrics>,
+    steps: Vec<u64>,
+    stop_at: Option<u64>,
+}
+
+impl Observer<UNetConfig> for Recorder {
+    fn on_step(&mut self, trainer: &Trainer<UNetConfig>) -> Result<ControlFlow<()>> {
+        self.steps.push(trainer.steps());
+        let stop = self.stop_at == Some(trainer.steps());
+        Ok(if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    }
+
+    fn on_metrics(&mut self, _: &Trainer<UNetConfig>, metrics: &Metrics) -> Result<()> {
+        self.metrics.push(metrics.clone());
+        Ok(())
+    }
+}
+
+#[test]
+fn observers_see_every_step_and_the_mean_loss_between_reports() {
+    let run = |log_every| {
+        let mut recorder = Recorder::default();
+        let config = TrainConfig { steps: 7, log_every, warmup_steps: 4, ..config() };
+        trainer(config).fit(&Ramps(10), &mut recorder).unwrap();
+        assert_eq!(recorder.steps, [1, 2, 3, 4, 5, 6, 7]);
+        recorder.metrics
+    };
+    let (every, third) = (run(1), run(3));
+    assert_eq!(every.iter().map(|m| m.step).collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6, 7]);
+    assert_eq!(third.iter().map(|m| m.step).collect::<Vec<_>>(), [3, 6, 7]);
+    for (mean, losses) in third.iter().zip(every.chunks(3)) {
+        let expected = losses.iter().map(|m| m.loss).sum::<f32>() / losses.len() as f32;
+        assert!((mean.loss - expected).abs() < 1e-6);
+        assert_eq!(mean.grad_norm, losses.last().unwrap().grad_norm);
+        assert!(mean.images_per_second > 0.0);
+    }
+    let rates: Vec<f64> = every.iter().map(|m| m.lr).collect();
+    for (rate, expected) in rates.iter().zip([0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4, 1e-4, 1e-4]) {
+        assert!((rate - expected).abs() < 1e-18, "{rates:?}");
+    }
+}
+
+#[test]
+fn an_observer_can_stop_and_training_goes_on_later() {
+    let mut trainer = trainer(config());
+    let mut recorder = Recorder { stop_at: Some(2), ..Recorder::default() };
+    trainer.fit(&Ramps(10), &mut recorder).unwrap();
+    assert_eq!(trainer.steps(), 2);
+    trainer.fit(&Ramps(10), &mut ()).unwrap();
+    assert_eq!(weights(&trainer), weights(&fitted(config())));
+}
+
+/// Reads well until its images become NaN.
+struct Spoiled;
+
+impl ImageSource for Spoiled {
+    fn len(&self) -> usize {
+        1000
+    }
+
+    fn shape(&self) -> (usize, usize, usize) {
+        (1, 8, 8)
+    }
+
+    fn read(&self, index: usize, pixels: &mut [f32]) -> Result<()> {
+        pixels.fill(if index == 17 { f32::NAN } else { 0.0 });
+        Ok(())
+    }
+}
+
+#[test]
+fn a_loss_that_is_not_finite_names_its_step_and_is_not_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = dir.path().join("checkpoint");
+    let config = TrainConfig { steps: 1000, log_every: 1000, ..config() };
+    // Where image 17 comes in this run's order.
+    let mut scout = trainer(config.clone());
+    let mut bad = 0;
+    for step in 1.. {
+        let batch = scout.next_batch(&Spoiled).unwrap();
+        let sum = batch.sum_all().unwrap().to_scalar::<f32>().unwrap();
+        if sum.is_nan() {
+            bad = step;
+            break;
+        }
+        scout.step(&batch).unwrap();
+    }
+    scout.save(&checkpoint).unwrap();
+    let saved = std::fs::read(checkpoint.join("model.safetensors")).unwrap();
+    // Read only at the end, the error still names the step where it began.
+    let config = TrainConfig { steps: bad + 3, ..config };
+    let error = trainer(config).fit(&Spoiled, &mut ()).unwrap_err();
+    assert!(matches!(error, Error::NonFinite { step, .. } if step == bad), "{error}, not at {bad}");
+    assert!(error.to_string().starts_with(&format!("loss is NaN at step {bad}")), "{error}");
+
+    let batch = scout.next_batch(&Spoiled).unwrap();
+    scout.step(&batch).unwrap();
+    assert!(matches!(scout.save(&checkpoint), Err(Error::NonFinite { .. })));
+    assert_eq!(std::fs::read(checkpoint.join("model.safetensors")).unwrap(), saved);
+}
+
+#[test]
+fn images_that_do_not_fit_are_refused() {
+    struct Empty;
+    impl ImageSource for Empty {
+        fn len(&self) -> usize {
+            0
+        }
+        fn shape(&self) -> (usize, usize, usize) {
+            (1, 8, 8)
+        }
+        fn read(&self, _: usize, _: &mut [f32]) -> Result<()> {
+            Ok(())
+        }
+    }
+    let message = trainer(config()).fit(&Empty, &mut ()).unwrap_err().to_string();
+    assert!(message.contains("image source is 0 images"), "{message}");
+
+    let colour = UNetConfig { channels: 3, ..network() };
+    let mut trainer = Trainer::new(colour, config(), Diffusion::ddpm(), &Device::Cpu).unwrap();
+    let message = trainer.fit(&Ramps(10), &mut ()).unwrap_err().to_string();
+    assert!(message.contains("it must be (batch, 3, 8, 8)"), "{message}");
+    let batch = Tensor::zeros((4, 3, 8, 8), DType::F32, &Device::Cpu).unwrap();
+    let t = Tensor::new(&[0u32, 1, 2, 1000], &Device::Cpu).unwrap();
+    assert!(trainer.step_with(&batch, &t, &batch).is_err(), "a timestep out of range");
+}
+
+#[test]
+fn wrong_configurations_are_refused() {
+    let adam = config().optimizer;
+    let optimizer = |optimizer| TrainConfig { optimizer, ..config() };
+    for (config, expected) in [
+        (TrainConfig { batch_size: 0, ..config() }, "batch_size is 0; it must be at least 1"),
+        (TrainConfig { accumulation: 0, ..config() }, "accumulation is 0"),
+        (
+            TrainConfig { accumulation: 3, ..config() },
+            "accumulation is 3; it must be a divisor of batch_size, which is 4",
+        ),
+        (TrainConfig { log_every: 0, ..config() }, "log_every is 0"),
+        (TrainConfig { keep_checkpoints: 0, ..config() }, "keep_checkpoints is 0"),
+        (TrainConfig { clip_norm: Some(0.0), ..config() }, "clip_norm is 0; it must be positive"),
+        (TrainConfig { clip_norm: Some(f64::NAN), ..config() }, "clip_norm is NaN"),
+        (
+            TrainConfig { ema: Some(EmaConfig { decay: 1.0, warmup: true }), ..config() },
+            "ema.decay is 1",
+        ),
+        (optimizer(AdamConfig { learning_rate: -1.0, ..adam }), "learning_rate is -1"),
+        (
+            optimizer(AdamConfig { beta1: 1.0, ..adam }),
+            "beta1 is 1; it must be at least 0 and less",
+        ),
+        (optimizer(AdamConfig { beta2: -0.1, ..adam }), "beta2 is -0.1"),
+        (optimizer(AdamConfig { eps: 0.0, ..adam }), "eps is 0"),
+        (optimizer(AdamConfig::adamw(1e-4, f64::INFINITY)), "weight_decay is inf"),
+    ] {
+        let message = Trainer::new(network(), config, Diffusion::ddpm(), &Device::Cpu)
+            .map(drop)
+            .unwrap_err()
+            .to_string();
+        assert!(message.contains(expected), "{message}");
+    }
+    let unet = UNetConfig::mnist;
+    for (config, expected) in [
+        (UNetConfig { channels: 0, ..unet() }, "channels is 0; it must be from 1"),
+        (UNetConfig { image_size: 30, ..unet() }, "image_size is 30; it must be a multiple of 4"),
+        (UNetConfig { image_size: 0, ..unet() }, "image_size is 0"),
+        (UNetConfig { image_size: 1 << 40, ..unet() }, "image_size is"),
+        (UNetConfig { hidden_dims: vec![], ..unet() }, "hidden_dims is []; it must be 2 to 16"),
+        (UNetConfig { hidden_dims: vec![32], ..unet() }, "hidden_dims is [32]"),
+        (
+            UNetConfig { hidden_dims: vec![32, 60], ..unet() },
+            "hidden_dims is [32, 60]; it must be multiples of 8",
+        ),
+        (UNetConfig { hidden_dims: vec![8, 0], ..unet() }, "multiples of 8"),
+        (UNetConfig { hidden_dims: vec![8; 99], ..unet() }, "2 to 16 numbers"),
+        (UNetConfig { time_dim: 7, ..unet() }, "time_dim is 7; it must be even"),
+        (UNetConfig { time_dim: 2, ..unet() }, "time_dim is 2; it must be"),
+        (
+            UNetConfig { attention_resolutions: vec![2], ..unet() },
+            "attention_resolutions is [2]; it must be levels less than 2",
+        ),
+        (
+            UNetConfig { dropout: 1.0, ..unet() },
+            "dropout is 1; it must be at least 0 and less than 1",
+        ),
+        (UNetConfig { dropout: f64::NAN, ..unet() }, "dropout is NaN"),
+    ] {
+        let message = config.validate().unwrap_err().to_string();
+        assert!(message.contains(expected), "{message}");
+    }
+    for json in [
+        r#"{"image_size": 28}"#,
+        r#"{"image_size": 28, "channels": 1, "hidden_dims": [8, 8], "time_dim": 8, "attention_resolutions": [], "dropout": 0, "heads": 4}"#,
+        r#"{"image_size": -28, "channels": 1, "hidden_dims": [8, 8], "time_dim": 8, "attention_resolutions": [], "dropout": 0}"#,
+    ] {
+        assert!(serde_json::from_str::<UNetConfig>(json).is_err(), "{json}");
+    }
+}
