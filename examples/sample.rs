@@ -94,7 +94,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let files: Vec<_> = [Some(&cli.out), cli.gif.as_ref()].into_iter().flatten().collect();
     let files: Vec<_> = files.iter().map(|path| path.display().to_string()).collect();
     let seconds = start.elapsed().as_secs_f64();
-    println!("{} images in {seconds:.1} s: {}", cli.count, files.join(", "));
+    let images = if cli.count == 1 { "image" } else { "images" };
+    println!("{} {images} in {seconds:.1} s: {}", cli.count, files.join(", "));
     Ok(ExitCode::SUCCESS)
 }
 

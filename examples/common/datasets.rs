@@ -62,7 +62,7 @@ fn embedded() -> Result<DataSet> {
         let expected = "run in the repository's root, or pass --data DIR";
         return Err(format!("{EMBEDDED}, the embedded digits, is not there: {expected}").into());
     };
-    let source = "digits embedded in the repository (--data DIR trains on the full set)";
+    let source = "digits embedded in the repository (--data DIR for the full set)";
     Ok(DataSet::new("MNIST", source, data::read_idx_images(path)?))
 }
 

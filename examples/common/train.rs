@@ -142,10 +142,10 @@ pub fn run(
     } else {
         println!("nothing to train: the run is at step {step} of {steps}; more with --steps");
     }
-    let result = trainer.fit(&set.images, &mut watch);
+    let trained = trainer.fit(&set.images, &mut watch).map_err(Into::into);
+    let complete = trained.and_then(|()| watch.finish(&trainer, step));
     watch.progress.finish();
-    result?;
-    if watch.finish(&trainer, step)? {
+    if complete? {
         println!("done: {}", out.display());
         return Ok(ExitCode::SUCCESS);
     }
@@ -193,7 +193,7 @@ fn announce(trainer: &Trainer<UNetConfig>, set: &DataSet, out: &Path) {
     use ddpm::ImageSource;
 
     let weights: usize = trainer.vars().values().map(|v| v.elem_count()).sum();
-    println!("data     {} {}", HumanCount(set.images.len() as u64), set.about);
+    println!("data     {}, {} images", set.about, HumanCount(set.images.len() as u64));
     println!("network  {} weights", HumanCount(weights as u64));
     println!("device   {}", device::describe(trainer.device()));
     println!("output   {}", out.display());
