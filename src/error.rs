@@ -83,9 +83,7 @@ pub enum Error {
     },
 
     /// A checkpoint belongs to another run than the one that would continue from it.
-    #[error(
-        "{field} is {found} in the checkpoint and {expected} in this run; a run continues only unchanged"
-    )]
+    #[error("{field} is {found} in the checkpoint, but {expected} is asked for")]
     ConfigMismatch {
         /// The field's path, such as `train.batch_size`.
         field: String,
