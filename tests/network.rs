@@ -1,7 +1,10 @@
 //! The network's parts: shapes, the names of the weights, and what is refused.
 
 use candle_core::{DType, Device, Tensor};
-use ddpm::{Denoiser, Dropout, Parameters, ResBlock, TimeEmbedding, UNet, UNetConfig};
+use ddpm::{
+    Denoiser, Diffusion, Dropout, Parameters, ResBlock, Sampler, Solver, TimeEmbedding, UNet,
+    UNetConfig,
+};
 
 fn parameters() -> Parameters {
     Parameters::new(0, DType::F32, &Device::Cpu)
@@ -75,6 +78,23 @@ fn parts_keep_their_shapes() {
     let embedding = TimeEmbedding::new(6, vb.pp("time")).unwrap();
     let t = Tensor::new(&[0i64, 999], &Device::Cpu).unwrap();
     assert_eq!(embedding.forward(&t).unwrap().dims(), [2, 6]);
+}
+
+/// Bit for bit: each image goes through the network as if it were alone.
+#[test]
+fn an_image_does_not_depend_on_its_batch() {
+    let config = UNetConfig { attention_resolutions: vec![1], ..UNetConfig::mnist() };
+    let unet: UNet = Parameters::new(0, DType::F32, &Device::Cpu).build(&config).unwrap();
+    let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddpm(), 2).unwrap();
+    let sample = |batch: usize| {
+        let steps = sampler.steps(&unet, (batch, 1, 28, 28), 4, &Device::Cpu).unwrap();
+        let x = steps.map(|step| step.unwrap().x).last().unwrap();
+        x.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    let most = sample(7);
+    for batch in [1, 2, 5] {
+        assert_eq!(sample(batch), most[..batch * 784], "a batch of {batch}");
+    }
 }
 
 #[test]

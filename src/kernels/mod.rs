@@ -12,6 +12,7 @@ mod attention;
 mod conv;
 mod gemm;
 mod group_norm;
+mod linear;
 mod upsample;
 
 use candle_core::{Result, Tensor};
@@ -19,6 +20,7 @@ use candle_core::{Result, Tensor};
 pub(crate) use attention::attention;
 pub(crate) use conv::conv2d;
 pub(crate) use group_norm::{Activation, group_norm};
+pub(crate) use linear::linear;
 pub(crate) use upsample::upsample_nearest_2x;
 
 /// (batch, channels, height, width) to (batch, height, width, channels).

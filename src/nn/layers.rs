@@ -51,7 +51,7 @@ impl Linear {
     }
 
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.matmul(&self.weight.t()?)?.broadcast_add(&self.bias)
+        kernels::linear(x, &self.weight, &self.bias)
     }
 }
 

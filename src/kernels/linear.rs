@@ -1,0 +1,106 @@
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+
+use super::gemm::{Mat, contiguous, gemm, on_cpu_in_f32, with_values};
+
+/// `x W^T + b`: `x` (batch, in), `weight` (out, in), `bias` (out).
+pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    if on_cpu_in_f32(x) {
+        x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, Linear)
+    } else {
+        composed(x, weight, bias)
+    }
+}
+
+fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    x.matmul(&weight.t()?)?.broadcast_add(bias)
+}
+
+/// On the CPU: a product for each row. How a product's sums are blocked depends on its shape, so one
+/// product for the whole batch would make an image's result depend on the size of its batch. With a
+/// batch of time embeddings there is no time to lose.
+struct Linear;
+
+impl CustomOp3 for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (batch, input) = x_layout.shape().dims2()?;
+        let (output, weight_in) = weight_layout.shape().dims2()?;
+        if weight_in != input {
+            candle_core::bail!(
+                "linear of {batch} x {input} with a weight of {output} x {weight_in}"
+            )
+        }
+        let x = contiguous(x, x_layout)?;
+        let weight = Mat::new(contiguous(weight, weight_layout)?, output, input).transposed();
+        let bias = contiguous(bias, bias_layout)?;
+        let mut y = vec![0f32; batch * output];
+        for (y, x) in y.chunks_mut(output).zip(x.chunks(input)) {
+            y.copy_from_slice(bias);
+            gemm(y, Mat::new(x, 1, input), weight, true);
+        }
+        Ok((CpuStorage::F32(y), Shape::from((batch, output))))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _bias: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let ((batch, input), output) = (x.dims2()?, weight.dim(0)?);
+        let dy = dy.contiguous()?;
+        let (dx, dweight, dbias) = with_values([x, weight, &dy], |[x, weight, dy]| {
+            let mut dx = vec![0f32; x.len()];
+            let mut dweight = vec![0f32; weight.len()];
+            let mut dbias = vec![0f32; output];
+            let rows = Mat::new(dy, batch, output);
+            gemm(&mut dx, rows, Mat::new(weight, output, input), false);
+            gemm(&mut dweight, rows.transposed(), Mat::new(x, batch, input), false);
+            for dy in dy.chunks(output) {
+                dbias.iter_mut().zip(dy).for_each(|(sum, d)| *sum += d);
+            }
+            Ok((dx, dweight, dbias))
+        })?;
+        let device = x.device();
+        Ok((
+            Some(Tensor::from_vec(dx, x.shape(), device)?),
+            Some(Tensor::from_vec(dweight, weight.shape(), device)?),
+            Some(Tensor::from_vec(dbias, output, device)?),
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::agrees;
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn kernel_agrees_with_its_composition(
+            batch in 1usize..9, input in 1usize..40, output in 1usize..40,
+        ) {
+            agrees(
+                &[vec![batch, input], vec![output, input], vec![output]],
+                |v| linear(&v[0], &v[1], &v[2]),
+                |v| composed(&v[0], &v[1], &v[2]),
+            );
+        }
+    }
+}
