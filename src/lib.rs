@@ -26,6 +26,7 @@ mod sampler;
 mod schedule;
 mod train;
 
+#[doc(inline)]
 pub use data::{ImageSource, Images};
 pub use denoiser::{Denoiser, from_fn};
 pub use diffusion::{Diffusion, Prediction};
