@@ -10,7 +10,7 @@
 //! [benchmarks]: crate::docs::benchmarks
 //!
 #![doc = include_str!("../README.md")]
-#![deny(missing_docs)]
+#![deny(missing_docs, unsafe_code)]
 
 pub mod data;
 mod denoiser;
@@ -18,6 +18,7 @@ mod diffusion;
 #[cfg(any(doc, doctest))]
 pub mod docs;
 mod error;
+#[allow(unsafe_code)]
 mod kernels;
 mod network;
 mod nn;

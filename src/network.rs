@@ -13,7 +13,7 @@ use crate::{Denoiser, Error, Result};
 /// A network's configuration: what a checkpoint remembers of it, and how it is built again.
 ///
 /// Implemented by [`UNetConfig`](crate::UNetConfig), and by whoever brings a network of their own.
-pub trait Network: Serialize + DeserializeOwned + Clone {
+pub trait Network: Serialize + DeserializeOwned {
     /// The name of this family of networks in a checkpoint; a checkpoint of another name is
     /// refused.
     const KIND: &'static str;

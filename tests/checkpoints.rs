@@ -9,7 +9,7 @@ use std::time::Duration;
 use candle_core::{Device, Tensor};
 use ddpm::{
     AdamConfig, Checkpoint, Denoiser, Diffusion, Error, ImageSource, NoiseSchedule, Prediction,
-    Result, Sampler, Solver, TrainConfig, Trainer, UNetConfig,
+    Result, Sampler, Solver, TrainConfig, Trainer, UNet, UNetConfig,
 };
 use tempfile::TempDir;
 
@@ -119,6 +119,29 @@ fn sampling_needs_the_directory_alone() {
     let model = sample(&checkpoint.model::<UNetConfig>(&Device::Cpu).unwrap());
     assert_eq!(model, sample(trainer.model()));
     assert_ne!(ema, model);
+}
+
+#[test]
+fn without_an_average_the_weights_stand_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = TrainConfig { ema: None, ..config(1) };
+    let mut trainer = new(config.clone());
+    trainer.fit(&Waves(11), &mut ()).unwrap();
+    trainer.save(dir.path().join("run")).unwrap();
+    let checkpoint = Checkpoint::open(dir.path().join("run")).unwrap();
+    assert_eq!(
+        names(checkpoint.dir()),
+        ["checkpoint.json", "model.safetensors", "optimizer.safetensors"]
+    );
+    let x = Tensor::ones((1, 1, 8, 8), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let t = Tensor::new(&[3u32], &Device::Cpu).unwrap();
+    let run = |model: &UNet| {
+        model.forward(&x, &t).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    let expected = run(trainer.model());
+    assert_eq!(run(&checkpoint.ema::<UNetConfig>(&Device::Cpu).unwrap()), expected);
+    assert_eq!(run(&trainer.ema_model().unwrap()), expected);
+    resume(&dir.path().join("run"), config).unwrap();
 }
 
 #[test]

@@ -315,6 +315,11 @@ impl<N: Network> Trainer<N> {
         Ok(())
     }
 
+    /// The network's configuration.
+    pub fn network(&self) -> &N {
+        &self.network
+    }
+
     /// The network being trained.
     pub fn model(&self) -> &N::Model {
         &self.model

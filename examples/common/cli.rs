@@ -1,0 +1,115 @@
+//! Arguments and exit codes: whatever goes wrong is told in one line.
+
+use std::error::Error;
+use std::ops::RangeInclusive;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+/// Parses the arguments and runs. Wrong arguments exit with 2, other errors with 1.
+pub fn main<C: Parser>(run: impl FnOnce(C) -> Result<ExitCode>) -> ExitCode {
+    let arguments = match C::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) if error.use_stderr() => {
+            eprintln!("{} (see --help)", usage_error(&error.to_string()));
+            return ExitCode::from(2);
+        }
+        // --help and --version
+        Err(answer) => {
+            let _ = answer.print();
+            return ExitCode::SUCCESS;
+        }
+    };
+    run(arguments).unwrap_or_else(|error| {
+        eprintln!("error: {}", one_line(&*error));
+        ExitCode::FAILURE
+    })
+}
+
+/// What clap says before it comes to the usage, in one line. It begins with `error: `.
+fn usage_error(text: &str) -> String {
+    let lines: Vec<&str> = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
+        .filter(|line| !line.is_empty() && !line.contains("as a value, use"))
+        .collect();
+    lines.join(" ").replace(" tip: ", "; tip: ")
+}
+
+/// An error with its causes, but for those that it quotes itself.
+pub fn one_line(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Reads a whole number within a range.
+pub fn whole<T: TryFrom<u64>>(
+    range: RangeInclusive<u64>,
+) -> impl Fn(&str) -> std::result::Result<T, String> + Clone {
+    move |text| {
+        let number = text.parse().ok().filter(|n| range.contains(n));
+        number.and_then(|n| n.try_into().ok()).ok_or_else(|| {
+            format!("expected a whole number from {} to {}", range.start(), range.end())
+        })
+    }
+}
+
+/// Reads a number from 0 to 1.
+pub fn fraction(text: &str) -> std::result::Result<f64, String> {
+    let number = text.parse().ok().filter(|n| (0.0..=1.0).contains(n));
+    number.ok_or_else(|| "expected a number from 0 to 1".into())
+}
+
+/// The command that continues this run: this one with `--resume`.
+pub fn resume_command(example: &str) -> String {
+    let arguments: Vec<String> =
+        std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect();
+    let (program, arguments) = arguments.split_first().map_or(("", &[][..]), |(p, a)| (p, a));
+    let mut command = match std::env::var_os("CARGO") {
+        Some(_) => format!("cargo run{} --example {example} --", cargo_options()),
+        None => quoted(program),
+    };
+    for argument in arguments.iter().filter(|a| *a != "--resume") {
+        command = format!("{command} {}", quoted(argument));
+    }
+    format!("{command} --resume")
+}
+
+fn cargo_options() -> String {
+    let features: Vec<&str> = [
+        ("cuda", cfg!(feature = "cuda")),
+        ("cudnn", cfg!(feature = "cudnn")),
+        ("metal", cfg!(feature = "metal")),
+        ("accelerate", cfg!(feature = "accelerate")),
+        ("mkl", cfg!(feature = "mkl")),
+        ("hub", cfg!(feature = "hub")),
+    ]
+    .into_iter()
+    .filter_map(|(name, on)| on.then_some(name))
+    .collect();
+    let release = if cfg!(debug_assertions) { "" } else { " --release" };
+    match features.is_empty() {
+        true => release.into(),
+        false => format!("{release} --features {}", features.join(",")),
+    }
+}
+
+/// As a shell takes it.
+fn quoted(argument: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "-_./=,:+@".contains(c);
+    match !argument.is_empty() && argument.chars().all(plain) {
+        true => argument.into(),
+        false => format!("'{}'", argument.replace('\'', r"'\''")),
+    }
+}

@@ -1,0 +1,121 @@
+//! The data sets, and how to get those that are not there.
+
+use std::path::{Path, PathBuf};
+
+use ddpm::data::{self, Split};
+use ddpm::{ImageSource, Images};
+
+use super::cli::Result;
+
+/// What `--data` says to download instead of naming a directory.
+const HUB: &str = "hub";
+
+const EMBEDDED: &str = "examples/data/mnist-train-10k-images-idx3-ubyte.gz";
+
+pub struct DataSet {
+    pub images: Images,
+    /// For the user: which images, and from where.
+    pub about: String,
+}
+
+impl DataSet {
+    fn new(name: &str, source: &str, images: Images) -> Self {
+        Self { images, about: format!("{name} {source}") }
+    }
+}
+
+/// MNIST or Fashion-MNIST from `data`, or the digits that come with the repository.
+pub fn mnist(data: Option<&Path>, fashion: bool) -> Result<DataSet> {
+    let (name, folder) =
+        if fashion { ("Fashion-MNIST", "fashion-mnist") } else { ("MNIST", "mnist") };
+    let Some(dir) = data else {
+        return match fashion {
+            true => Err("--fashion needs --data DIR; `scripts/fetch-data fashion-mnist data` \
+                         fetches it, then pass --data data"
+                .into()),
+            false => embedded(),
+        };
+    };
+    if dir.as_os_str() == HUB {
+        return Ok(DataSet::new(name, "from the Hugging Face hub", hub::mnist(fashion)?));
+    }
+    // Either DIR itself, or what fetch-data made in it.
+    let nested = dir.join(folder);
+    let place = if nested.is_dir() { &nested } else { dir };
+    let images = data::mnist(place, Split::Train).map_err(|e| fetch(e, folder, dir))?;
+    Ok(DataSet::new(name, &format!("from {}", place.display()), images))
+}
+
+pub fn cifar10(dir: &Path) -> Result<DataSet> {
+    if dir.as_os_str() == HUB {
+        return Ok(DataSet::new("CIFAR-10", "from the Hugging Face hub", hub::cifar10()?));
+    }
+    let images = data::cifar10(dir, Split::Train).map_err(|e| fetch(e, "cifar10", dir))?;
+    Ok(DataSet::new("CIFAR-10", &format!("from {}", dir.display()), images))
+}
+
+/// The bundled digits are read when the example runs: they are in the repository, but not in the
+/// crate's package, where the examples must compile without them.
+fn embedded() -> Result<DataSet> {
+    let places = [Path::new(env!("CARGO_MANIFEST_DIR")).join(EMBEDDED), PathBuf::from(EMBEDDED)];
+    let Some(path) = places.iter().find(|path| path.is_file()) else {
+        let expected = "run in the repository's root, or pass --data DIR";
+        return Err(format!("{EMBEDDED}, the embedded digits, is not there: {expected}").into());
+    };
+    let source = "digits embedded in the repository (--data DIR for the full set)";
+    Ok(DataSet::new("MNIST", source, data::read_idx_images(path)?))
+}
+
+fn fetch(error: ddpm::Error, set: &str, dir: &Path) -> String {
+    format!("{error}; `scripts/fetch-data {set} {}` fetches it", dir.display())
+}
+
+/// Whether a network for images of this shape can be trained on the set.
+pub fn check_shape(set: &DataSet, channels: usize, size: usize) -> Result<()> {
+    let (found, expected) = (set.images.shape(), (channels, size, size));
+    if found != expected {
+        let about = &set.about;
+        return Err(format!(
+            "the images of {about} have shape {found:?}; the network's have {expected:?}"
+        )
+        .into());
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "hub"))]
+mod hub {
+    use super::{Images, Result};
+
+    pub fn mnist(_fashion: bool) -> Result<Images> {
+        Err("--data hub needs the feature `hub`: add `--features hub` to cargo's options".into())
+    }
+
+    pub fn cifar10() -> Result<Images> {
+        mnist(false)
+    }
+}
+
+#[cfg(feature = "hub")]
+mod hub {
+    use candle_core::Tensor;
+    use candle_datasets::vision;
+
+    use super::{Images, Result};
+
+    pub fn mnist(fashion: bool) -> Result<Images> {
+        let set = if fashion { vision::fashion_mnist::load() } else { vision::mnist::load() };
+        images(&set?.train_images, (1, 28, 28))
+    }
+
+    pub fn cifar10() -> Result<Images> {
+        // The loader takes the rows for columns: (count, channels, width, height).
+        images(&vision::cifar::load()?.train_images.transpose(2, 3)?, (3, 32, 32))
+    }
+
+    /// Images of bytes from those in [0, 1].
+    fn images(images: &Tensor, shape: (usize, usize, usize)) -> Result<Images> {
+        let pixels = (images.flatten_all()? * 255.0)?.to_vec1::<f32>()?;
+        Ok(Images::new(pixels.into_iter().map(|p| p.round() as u8).collect(), shape)?)
+    }
+}

@@ -1,0 +1,30 @@
+//! Where the tensors live.
+
+use candle_core::Device;
+
+use super::cli::Result;
+
+/// The first device of the kind that this was built for, or the CPU where that is asked for.
+pub fn pick(cpu: bool) -> Result<Device> {
+    let (kind, device) = if cpu {
+        return Ok(Device::Cpu);
+    } else if cfg!(feature = "cuda") {
+        ("CUDA", Device::new_cuda(0))
+    } else if cfg!(feature = "metal") {
+        ("Metal", Device::new_metal(0))
+    } else {
+        return Ok(Device::Cpu);
+    };
+    device.map_err(|e| format!("no {kind} device: {e}; --cpu does without one").into())
+}
+
+pub fn describe(device: &Device) -> String {
+    match device {
+        Device::Cpu => {
+            let threads = std::thread::available_parallelism().map_or(1, usize::from);
+            format!("CPU, {threads} threads")
+        }
+        Device::Cuda(_) => "CUDA device 0".into(),
+        Device::Metal(_) => "Metal device 0".into(),
+    }
+}

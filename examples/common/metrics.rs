@@ -1,0 +1,65 @@
+//! `metrics.jsonl`: an object a logged step, only ever appended to.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use ddpm::Metrics;
+use serde::Deserialize;
+
+use super::cli::Result;
+use super::files;
+
+/// What is read back of a line.
+#[derive(Deserialize)]
+pub struct Logged {
+    pub step: u64,
+    pub loss: f64,
+}
+
+pub struct Log {
+    path: PathBuf,
+    file: File,
+}
+
+impl Log {
+    /// Goes on after `step`: lines of later steps, which will be computed again, and an unfinished
+    /// one are dropped first.
+    pub fn open(path: &Path, step: u64) -> Result<Self> {
+        let old = read(path)?;
+        let kept: Vec<u8> = lines(&old)
+            .filter(|(_, logged)| logged.step <= step)
+            .flat_map(|(line, _)| line.iter().copied())
+            .collect();
+        if kept != old {
+            files::write(path, &kept)?;
+        }
+        let file = OpenOptions::new().create(true).append(true).open(path);
+        Ok(Self { path: path.into(), file: file.map_err(|e| files::at(path, e))? })
+    }
+
+    pub fn append(&mut self, metrics: &Metrics) -> Result<()> {
+        let mut line = serde_json::to_vec(metrics)?;
+        line.push(b'\n');
+        self.file.write_all(&line).map_err(|e| files::at(&self.path, e))
+    }
+}
+
+/// All that was logged so far.
+pub fn history(path: &Path) -> Result<Vec<Logged>> {
+    Ok(lines(&read(path)?).map(|(_, logged)| logged).collect())
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    match fs::read(path) {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(vec![]),
+        read => read.map_err(|e| files::at(path, e)),
+    }
+}
+
+/// The whole lines, with what they say.
+fn lines(text: &[u8]) -> impl Iterator<Item = (&[u8], Logged)> {
+    text.split_inclusive(|&byte| byte == b'\n')
+        .filter(|line| line.ends_with(b"\n"))
+        .filter_map(|line| Some((line, serde_json::from_slice(line).ok()?)))
+}

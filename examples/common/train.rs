@@ -1,0 +1,200 @@
+//! A training run: begin or resume, train, save, and draw what came out.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use candle_core::Device;
+use clap::Args;
+use ddpm::{Checkpoint, Diffusion, Error, TrainConfig, Trainer, UNetConfig};
+use indicatif::HumanCount;
+
+use super::cli::{Result, resume_command, whole};
+use super::datasets::{DataSet, check_shape};
+use super::watch::Watch;
+use super::{device, files, interrupt};
+
+/// What an example trains, and its defaults.
+pub struct Recipe {
+    pub example: &'static str,
+    pub network: UNetConfig,
+    pub train: TrainConfig,
+    pub out: &'static str,
+    pub save_every: u64,
+    pub sample_every: u64,
+    pub sample_count: usize,
+    pub sampling_steps: usize,
+}
+
+impl Recipe {
+    /// For the end of --help.
+    pub fn defaults(&self) -> String {
+        let Self { train, .. } = self;
+        format!(
+            "Defaults: --out {} --save-every {} --sample-every {} --sample-count {} \
+             --sampling-steps {} and, but for --resume, which takes them from the checkpoint, \
+             --steps {} --batch-size {} --accumulation {} --seed {} --log-every {}.",
+            self.out,
+            self.save_every,
+            self.sample_every,
+            self.sample_count,
+            self.sampling_steps,
+            train.steps,
+            train.batch_size,
+            train.accumulation,
+            train.seed,
+            train.log_every,
+        )
+    }
+}
+
+#[derive(Args)]
+pub struct TrainArgs {
+    /// Updates of the weights in all, those before --resume included
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<u64>(1..=1_000_000_000))]
+    steps: Option<u64>,
+    /// Images for each update
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<usize>(1..=65_536))]
+    batch_size: Option<usize>,
+    /// Parts in which a batch goes through the network, to save memory; divides --batch-size
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<usize>(1..=65_536))]
+    accumulation: Option<usize>,
+    /// Seed of everything random
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<u64>(0..=u64::MAX))]
+    seed: Option<u64>,
+    /// Directory for checkpoint/, samples/, metrics.jsonl and loss.png
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Continue the run in --out
+    #[arg(long)]
+    resume: bool,
+    /// Updates from one checkpoint to the next; one is always written at the end
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<u64>(1..=1_000_000_000))]
+    pub save_every: Option<u64>,
+    /// Updates from one grid of samples to the next; one is always drawn at the end
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<u64>(1..=1_000_000_000))]
+    pub sample_every: Option<u64>,
+    /// Images in a grid
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<usize>(1..=1024))]
+    pub sample_count: Option<usize>,
+    /// Steps of DDIM for the grids
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<usize>(1..=1000))]
+    pub sampling_steps: Option<usize>,
+    /// Updates from one line in metrics.jsonl to the next
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<u64>(1..=1_000_000_000))]
+    log_every: Option<u64>,
+    /// Train on the CPU, even where this was built for a GPU
+    #[arg(long)]
+    cpu: bool,
+}
+
+impl TrainArgs {
+    /// The configuration with what was asked for in place of its own.
+    fn apply(&self, config: &TrainConfig) -> TrainConfig {
+        TrainConfig {
+            seed: self.seed.unwrap_or(config.seed),
+            steps: self.steps.unwrap_or(config.steps),
+            batch_size: self.batch_size.unwrap_or(config.batch_size),
+            accumulation: self.accumulation.unwrap_or(config.accumulation),
+            log_every: self.log_every.unwrap_or(config.log_every),
+            ..config.clone()
+        }
+    }
+}
+
+pub fn run(
+    recipe: &Recipe,
+    args: &TrainArgs,
+    load: impl FnOnce() -> Result<DataSet>,
+) -> Result<ExitCode> {
+    let out = args.out.clone().unwrap_or_else(|| recipe.out.into());
+    let saved = find(&out, args.resume)?;
+    let network = saved.as_ref().map_or(Ok(recipe.network.clone()), Checkpoint::network)?;
+    let config = args.apply(saved.as_ref().map_or(&recipe.train, Checkpoint::train_config));
+    config.validate()?;
+
+    let set = load()?;
+    check_shape(&set, network.channels, network.image_size)?;
+    let device = device::pick(args.cpu)?;
+    let mut trainer = begin(saved.as_ref(), network, config, &device)?;
+    files::create_dir(&out.join("samples"))?;
+    let (step, steps) = (trainer.steps(), trainer.config().steps);
+    announce(&trainer, &set, &out);
+
+    let mut watch = Watch::new(recipe, args, &out, &trainer)?;
+    interrupt::watch(watch.progress.say())?;
+    if step < steps {
+        let config = trainer.config();
+        println!(
+            "steps    {} to {steps}, batches of {}, seed {}",
+            step + 1,
+            config.batch_size,
+            config.seed
+        );
+    } else {
+        println!("nothing to train: the run is at step {step} of {steps}; more with --steps");
+    }
+    let trained = trainer.fit(&set.images, &mut watch).map_err(Into::into);
+    let complete = trained.and_then(|()| watch.finish(&trainer, step));
+    watch.progress.finish();
+    if complete? {
+        println!("done: {}", out.display());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let step = trainer.steps();
+    println!(
+        "stopped and saved at step {step} of {steps}; resume with: {}",
+        resume_command(recipe.example)
+    );
+    Ok(ExitCode::from(interrupt::EXIT_CODE))
+}
+
+/// The checkpoint to go on from.
+fn find(out: &Path, resume: bool) -> Result<Option<Checkpoint>> {
+    match Checkpoint::open(out.join("checkpoint")) {
+        Ok(saved) if resume => Ok(Some(saved)),
+        Ok(saved) => Err(format!(
+            "{} holds a run at step {}; continue it with --resume, or choose another --out",
+            out.display(),
+            saved.step()
+        )
+        .into()),
+        Err(Error::NoCheckpoint { .. }) if !resume => Ok(None),
+        Err(error @ Error::NoCheckpoint { .. }) => {
+            Err(format!("{error}; --resume needs the --out of a run that was saved").into())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn begin(
+    saved: Option<&Checkpoint>,
+    network: UNetConfig,
+    config: TrainConfig,
+    device: &Device,
+) -> Result<Trainer<UNetConfig>> {
+    Ok(match saved {
+        Some(saved) => {
+            Trainer::resume(saved.dir(), network, config, saved.diffusion().clone(), device)?
+        }
+        None => Trainer::new(network, config, Diffusion::ddpm(), device)?,
+    })
+}
+
+fn announce(trainer: &Trainer<UNetConfig>, set: &DataSet, out: &Path) {
+    use ddpm::ImageSource;
+
+    let weights: usize = trainer.vars().values().map(|v| v.elem_count()).sum();
+    println!("data     {}, {} images", set.about, HumanCount(set.images.len() as u64));
+    println!("network  {} weights", HumanCount(weights as u64));
+    println!("device   {}", device::describe(trainer.device()));
+    println!("output   {}", out.display());
+}

@@ -1,0 +1,338 @@
+//! The examples as programs: what they write, how they go on, and what they say of wrong arguments.
+//!
+//! `cargo test` builds them before this runs; after `cargo test --test examples` alone they may be
+//! missing or old: `cargo build --examples` first.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use image::AnimationDecoder;
+use image::codecs::gif::GifDecoder;
+use serde_json::Value;
+use tempfile::TempDir;
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// Small enough for a test; the network is the real one.
+const SMALL: [&str; 6] = ["--batch-size", "2", "--sample-count", "3", "--sampling-steps", "2"];
+
+fn example(name: &str) -> Command {
+    // .../release/deps/examples-0123456789abcdef
+    let test = std::env::current_exe().expect("this test has a path");
+    let path = test
+        .ancestors()
+        .skip(1)
+        .take(3)
+        .map(|dir| dir.join("examples").join(format!("{name}{}", std::env::consts::EXE_SUFFIX)))
+        .find(|path| path.is_file())
+        .unwrap_or_else(|| panic!("{name} is not built: cargo build --examples"));
+    let mut command = Command::new(path);
+    command.current_dir(env!("CARGO_MANIFEST_DIR")).env_remove("CARGO").stdin(Stdio::null());
+    command
+}
+
+/// Trains on MNIST, which must succeed.
+fn mnist(out: &Path, args: &[&str]) -> Result<String> {
+    succeed(example("mnist").args(args).arg("--out").arg(out))
+}
+
+fn succeed(command: &mut Command) -> Result<String> {
+    let output = command.output()?;
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{command:?}: {text}");
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Fails with one line on standard error that says all of `expected`.
+fn assert_fails(command: &mut Command, expected: &[&str]) -> Result<()> {
+    let Output { status, stderr, .. } = command.output()?;
+    let text = String::from_utf8(stderr)?;
+    assert!(!status.success(), "{command:?} succeeded");
+    assert!(status.code().is_some_and(|c| c == 1 || c == 2), "{command:?}: {status}, {text}");
+    assert!(text.starts_with("error: ") && text.ends_with('\n'), "{command:?}: {text:?}");
+    assert_eq!(text.lines().count(), 1, "{command:?}: {text:?}");
+    for part in expected {
+        assert!(text.contains(part), "{command:?}: {text:?} does not say {part:?}");
+    }
+    Ok(())
+}
+
+/// A tiny set in MNIST's files: `count` grey images of 28 x 28.
+fn write_idx(dir: &Path, count: u8) -> Result<()> {
+    fs::create_dir_all(dir)?;
+    let mut images = [[0, 0, 8, 3], [0, 0, 0, count], [0, 0, 0, 28], [0, 0, 0, 28]].concat();
+    images.extend((0..u32::from(count) * 784).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8));
+    let mut labels = [[0, 0, 8, 1], [0, 0, 0, count]].concat();
+    labels.extend(0..count);
+    fs::write(dir.join("train-images-idx3-ubyte"), images)?;
+    Ok(fs::write(dir.join("train-labels-idx1-ubyte"), labels)?)
+}
+
+fn metrics(out: &Path) -> Result<Vec<Value>> {
+    let text = fs::read_to_string(out.join("metrics.jsonl"))?;
+    Ok(text.lines().map(serde_json::from_str).collect::<std::result::Result<_, _>>()?)
+}
+
+fn steps(out: &Path) -> Result<Vec<u64>> {
+    Ok(metrics(out)?.iter().filter_map(|line| line["step"].as_u64()).collect())
+}
+
+#[test]
+fn a_resumed_run_is_the_uninterrupted_one() -> Result<()> {
+    let temp = TempDir::new()?;
+    let (whole, halves) = (temp.path().join("whole"), temp.path().join("halves"));
+    // Batches of 2 from 5 images: the third spans two epochs, and step 3 ends within the second.
+    write_idx(&temp.path().join("mnist"), 5)?;
+    let data = temp.path().to_str().ok_or("a path in UTF-8")?;
+    let args = [&SMALL[..], &["--data", data, "--save-every", "2", "--seed", "7"]].concat();
+    mnist(&whole, &[&args[..], &["--steps", "6"]].concat())?;
+    mnist(&halves, &[&args[..], &["--steps", "3"]].concat())?;
+
+    // As if the run had gone on without saving, and was cut off within a line.
+    let log = halves.join("metrics.jsonl");
+    let mut lines = fs::read_to_string(&log)?;
+    lines += "{\"step\":4,\"loss\":9.0,\"lr\":0.1,\"grad_norm\":1.0,\"images_per_second\":1.0}\n";
+    lines += "{\"step\":5,\"loss\"";
+    fs::write(&log, lines)?;
+    let said =
+        mnist(&halves, &["--data", data, "--steps", "6", "--sample-count", "3", "--resume"])?;
+    assert!(said.contains("steps    4 to 6, batches of 2, seed 7"), "{said}");
+
+    for file in ["model.safetensors", "ema.safetensors", "optimizer.safetensors"] {
+        let read = |out: &Path| fs::read(out.join("checkpoint").join(file));
+        assert!(read(&whole)? == read(&halves)?, "{file} differs");
+    }
+    assert_eq!(steps(&halves)?, [1, 2, 3, 4, 5, 6]);
+    for (a, b) in metrics(&whole)?.iter().zip(metrics(&halves)?) {
+        assert_eq!((&a["loss"], &a["grad_norm"]), (&b["loss"], &b["grad_norm"]));
+    }
+
+    let said = mnist(&halves, &["--data", data, "--resume"])?;
+    assert!(said.contains("the run is at step 6 of 6"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn a_run_on_the_embedded_digits_writes_all_its_files() -> Result<()> {
+    let temp = TempDir::new()?;
+    let out = temp.path().join("run");
+    let said = mnist(&out, &[&SMALL[..], &["--steps", "3", "--sample-every", "2"]].concat())?;
+    assert!(said.contains("digits embedded") && said.contains("10,000 images"), "{said}");
+
+    let checkpoint = out.join("checkpoint");
+    for file in ["checkpoint.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors"]
+    {
+        assert!(checkpoint.join(file).is_file(), "{file}");
+    }
+    let (grid, curve) = (image::open(out.join("samples/step-000003.png"))?, out.join("loss.png"));
+    // Two columns of 28 pixels, twice their size, and gaps of 2.
+    assert_eq!((grid.width(), grid.height(), grid.color()), (118, 118, image::ColorType::L8));
+    assert!(out.join("samples/step-000002.png").is_file());
+    assert!(image::open(curve)?.width() > 500);
+    for line in metrics(&out)? {
+        let keys: Vec<&String> = line.as_object().ok_or("an object")?.keys().collect();
+        assert_eq!(keys, ["grad_norm", "images_per_second", "loss", "lr", "step"]);
+        assert!(line.as_object().is_some_and(|l| l.values().all(Value::is_number)), "{line}");
+    }
+    assert_eq!(steps(&out)?, [1, 2, 3]);
+
+    samples(&checkpoint, temp.path())?;
+    errors_about_a_run(&out, temp.path())
+}
+
+fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
+    let sample = |args: &[&str], png: &str| {
+        let mut command = example("sample");
+        command.args(args).arg("--checkpoint").arg(checkpoint).arg("--out").arg(temp.join(png));
+        command
+    };
+    let gif = temp.join("new/denoising.gif");
+    let said = succeed(
+        sample(&["--count", "2", "--sampling-steps", "3"], "a.png").arg("--gif").arg(&gif),
+    )?;
+    assert!(said.contains("2 images in ") && said.contains("a.png"), "{said}");
+    let frames = GifDecoder::new(std::io::BufReader::new(File::open(gif)?))?
+        .into_frames()
+        .collect_frames()?;
+    let picture = image::open(temp.join("a.png"))?;
+    assert_eq!(frames.len(), 3);
+    assert_eq!(frames[2].delay().numer_denom_ms(), (2000, 1));
+    assert!(frames[2].buffer() == &picture.to_rgba8(), "the last frame is not the picture");
+
+    // The same seed gives the same picture; the first image is not another one for being alone.
+    let read = |png: &str| fs::read(temp.join(png));
+    succeed(&mut sample(&["--count", "2", "--sampling-steps", "3"], "b.png"))?;
+    assert!(read("a.png")? == read("b.png")?);
+    for (args, png) in [
+        (vec!["--seed", "1"], "c.png"),
+        (vec!["--eta", "1"], "d.png"),
+        (vec!["--solver", "ddpm"], "e.png"),
+        (vec!["--weights", "model", "--no-clip"], "f.png"),
+    ] {
+        succeed(&mut sample(
+            &[&args[..], &["--count", "2", "--sampling-steps", "3"]].concat(),
+            png,
+        ))?;
+        assert!(read("a.png")? != read(png)?, "{args:?} changed nothing");
+    }
+    Ok(())
+}
+
+fn errors_about_a_run(out: &Path, temp: &Path) -> Result<()> {
+    let checkpoint = out.join("checkpoint");
+    let before = fs::read(out.join("metrics.jsonl"))?;
+    let runs: [(&[&str], &[&str]); 5] = [
+        (&[], &["holds a run at step 3", "--resume", "another --out"]),
+        (&["--resume", "--batch-size", "4"], &["train.batch_size is 2", "4 in this run"]),
+        (&["--resume", "--seed", "9"], &["train.seed is 0", "9 in this run"]),
+        (&["--resume", "--accumulation", "2"], &["train.accumulation is 1"]),
+        (&["--resume", "--data", "no-such"], &["no-such", "scripts/fetch-data mnist no-such"]),
+    ];
+    for (args, expected) in runs {
+        assert_fails(example("mnist").args(args).arg("--out").arg(out), expected)?;
+    }
+    assert_fails(
+        example("cifar10").args(["--resume", "--data"]).arg(cifar(temp)?).arg("--out").arg(out),
+        &["(3, 32, 32)", "the network's have (1, 28, 28)"],
+    )?;
+    write_idx(&temp.join("other"), 3)?;
+    assert_fails(
+        example("mnist")
+            .args(["--resume", "--steps", "9", "--out"])
+            .arg(out)
+            .arg("--data")
+            .arg(temp.join("other")),
+        &["number of images is 10000", "3 in this run"],
+    )?;
+    assert!(before == fs::read(out.join("metrics.jsonl"))?, "an error changed the log");
+
+    let samples: [(&[&str], &[&str]); 6] = [
+        (&["--out", "x.jpg"], &["--out is x.jpg", "must end in .png"]),
+        (&["--gif", "x.png"], &["--gif is x.png", "must end in .gif"]),
+        (&["--out", "/proc/version/x.png"], &["/proc/version"]),
+        (&["--sampling-steps", "2000"], &["sampling steps is 2000", "from 1 to 1000"]),
+        (&["--solver", "ddpm", "--eta", "0.5"], &["--eta is for --solver ddim"]),
+        (&["--weights", "best"], &["[possible values: ema, model]"]),
+    ];
+    for (args, expected) in samples {
+        assert_fails(example("sample").args(args).arg("--checkpoint").arg(&checkpoint), expected)?;
+    }
+    assert_fails(
+        example("sample").arg("--checkpoint").arg(out),
+        &["no checkpoint here", &checkpoint.display().to_string()],
+    )?;
+
+    let model = File::options().write(true).open(checkpoint.join("ema.safetensors"))?;
+    model.set_len(1000)?;
+    assert_fails(example("sample").arg("--checkpoint").arg(checkpoint), &["damaged", "truncated"])
+}
+
+/// Batches of one image, the last one not whole.
+fn cifar(temp: &Path) -> Result<PathBuf> {
+    let dir = temp.join("cifar-10-batches-bin");
+    fs::create_dir_all(&dir)?;
+    for batch in 1..=5 {
+        fs::write(dir.join(format!("data_batch_{batch}.bin")), [7; 3073])?;
+    }
+    Ok(dir)
+}
+
+#[test]
+fn wrong_arguments_are_told_in_one_line() -> Result<()> {
+    let temp = TempDir::new()?;
+    let path = |name: &str| temp.path().join(name).to_string_lossy().into_owned();
+    let (nothing, file, cut) = (path("nothing"), path("file"), path("cut"));
+    File::create(&file)?;
+    write_idx(Path::new(&cut), 2)?;
+    File::options()
+        .write(true)
+        .open(Path::new(&cut).join("train-images-idx3-ubyte"))?
+        .set_len(99)?;
+    let batches = cifar(temp.path())?;
+    fs::write(batches.join("data_batch_5.bin"), [7; 3000])?;
+    let batches = batches.to_string_lossy();
+
+    let cases: &[(&str, &[&str], &[&str])] = &[
+        ("mnist", &["--steps", "0"], &["--steps", "whole number from 1 to 1000000000"]),
+        ("mnist", &["--steps", "ten"], &["'ten'", "whole number from 1"]),
+        ("mnist", &["--steps", "1.5"], &["'1.5'", "whole number from 1"]),
+        ("mnist", &["--steps"], &["a value is required for '--steps"]),
+        ("mnist", &["--steps", "1", "--steps", "2"], &["cannot be used multiple times"]),
+        ("mnist", &["--batch-size", "-3"], &["'-3'", "whole number from 1 to 65536"]),
+        ("mnist", &["--seed", "-1"], &["'-1'", "whole number from 0"]),
+        ("mnist", &["--sample-count", "5000"], &["from 1 to 1024"]),
+        ("mnist", &["--sampling-steps", "1001"], &["from 1 to 1000"]),
+        ("mnist", &["--stepz", "3"], &["'--stepz'", "exists: '--steps'"]),
+        ("mnist", &["extra"], &["unexpected argument 'extra'", "--help"]),
+        ("mnist", &["--out", &nothing, "--fashion"], &["--data", "fetch-data fashion-mnist"]),
+        ("mnist", &["--out", &nothing, "--data", "absent"], &["scripts/fetch-data mnist absent"]),
+        ("mnist", &["--out", &nothing, "--data", &file], &["file", "scripts/fetch-data mnist"]),
+        ("mnist", &["--out", &nothing, "--data", &cut], &["99 bytes", "16 + 2 x 28 x 28"]),
+        ("mnist", &["--out", &nothing, "--resume"], &["no checkpoint here", "--resume needs"]),
+        ("mnist", &["--out", &file], &["file", "Not a directory"]),
+        (
+            "mnist",
+            &["--out", &nothing, "--batch-size", "4", "--accumulation", "3"],
+            &["accumulation is 3", "a divisor of batch_size, which is 4"],
+        ),
+        ("cifar10", &["--out", &nothing, "--data", "absent"], &["scripts/fetch-data cifar10"]),
+        ("cifar10", &["--out", &nothing, "--data", &batches], &["3000 bytes", "3073"]),
+        ("cifar10", &["--fashion"], &["unexpected argument '--fashion'"]),
+        ("sample", &[], &["required", "--checkpoint <DIR>"]),
+        ("sample", &["--checkpoint", &nothing], &["nothing", "no checkpoint here"]),
+        ("sample", &["--checkpoint", &file], &["file", "no checkpoint here"]),
+        ("sample", &["--solver", "euler"], &["'euler'", "[possible values: ddpm, ddim]"]),
+        ("sample", &["--eta", "2"], &["'2'", "a number from 0 to 1"]),
+        ("sample", &["--eta", "nan"], &["'nan'", "a number from 0 to 1"]),
+        ("sample", &["--count", "0"], &["'0'", "whole number from 1 to 1024"]),
+    ];
+    for (name, args, expected) in cases {
+        assert_fails(example(name).args(*args), expected)?;
+    }
+    #[cfg(not(feature = "hub"))]
+    assert_fails(example("mnist").args(["--data", "hub", "--out", &nothing]), &["--features hub"])?;
+    assert!(!Path::new(&nothing).exists(), "an error left something behind");
+    let help = succeed(example("mnist").arg("--help"))?;
+    assert!(help.contains("--save-every") && help.contains("--steps 2000"), "{help}");
+    Ok(())
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_saves_and_tells_how_to_resume() -> Result<()> {
+    let temp = TempDir::new()?;
+    let out = temp.path().join("it's a run");
+    let mut child = example("mnist")
+        .args(SMALL)
+        .arg("--out")
+        .arg(&out)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let start = Instant::now();
+    while steps(&out).map_or(0, |steps| steps.len()) < 2 {
+        assert!(child.try_wait()?.is_none(), "it ended by itself");
+        if start.elapsed() > Duration::from_secs(300) {
+            child.kill()?;
+            panic!("it does not train");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status()?.success());
+    let Output { status, stdout, stderr } = child.wait_with_output()?;
+    let (said, warned) = (String::from_utf8(stdout)?, String::from_utf8(stderr)?);
+    assert_eq!(status.code(), Some(130), "{said}{warned}");
+    assert!(warned.contains("stopping after this step"), "{warned}");
+    assert!(out.join("loss.png").is_file());
+
+    let done = steps(&out)?.last().copied().ok_or("a step")?;
+    assert!(said.contains(&format!("stopped and saved at step {done} of ")), "{said}");
+    let (_, command) = said.split_once("resume with: ").ok_or("a command")?;
+    let command = format!("{} --steps {}", command.trim(), done + 1);
+    let said = succeed(Command::new("sh").args(["-c", &command]))?;
+    assert!(said.contains("done: "), "{said}");
+    assert_eq!(steps(&out)?, (1..=done + 1).collect::<Vec<_>>());
+    Ok(())
+}

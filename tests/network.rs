@@ -1,0 +1,148 @@
+//! The network's parts: shapes, the names of the weights, and what is refused.
+
+use candle_core::{DType, Device, Tensor};
+use ddpm::{Denoiser, Dropout, Parameters, ResBlock, TimeEmbedding, UNet, UNetConfig};
+
+fn parameters() -> Parameters {
+    Parameters::new(0, DType::F32, &Device::Cpu)
+}
+
+fn ones(shape: &[usize]) -> Tensor {
+    Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap()
+}
+
+/// Names and shapes are a contract with every file of weights: these lists are PyTorch's.
+#[test]
+fn weights_are_named_and_shaped_as_in_pytorch() {
+    for (config, expected) in [
+        (UNetConfig::mnist(), include_str!("data/weights-mnist.txt")),
+        (UNetConfig::cifar10(), include_str!("data/weights-cifar10.txt")),
+    ] {
+        let parameters = parameters();
+        let _: UNet = parameters.build(&config).unwrap();
+        let ours: Vec<String> = parameters
+            .vars()
+            .iter()
+            .map(|(name, var)| format!("{name} {:?}", var.dims()))
+            .collect();
+        assert_eq!(ours, expected.lines().collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn initial_weights_are_pytorchs_distribution_and_follow_from_seed_and_name() {
+    let build = |seed| {
+        let parameters = Parameters::new(seed, DType::F32, &Device::Cpu);
+        let _: UNet = parameters.build(&UNetConfig::mnist()).unwrap();
+        parameters.vars()
+    };
+    let vars = build(0);
+    let values = |name: &str| vars[name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    // Uniform between -1 / sqrt(fan_in) and 1 / sqrt(fan_in): of variance bound^2 / 3.
+    for (name, fan_in) in [
+        ("bottleneck.res1.block1.2.weight", 128 * 9),
+        ("bottleneck.res1.block1.2.bias", 128 * 9),
+        ("time_mlp.mlp.0.weight", 128),
+        ("bottleneck.attn.qkv.weight", 128),
+    ] {
+        let (values, bound) = (values(name), 1.0 / (fan_in as f32).sqrt());
+        let variance = values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32;
+        assert!(values.iter().all(|v| v.abs() <= bound), "{name}");
+        assert!((variance * 3.0 / (bound * bound) - 1.0).abs() < 0.25, "{name}: {variance}");
+    }
+    assert!(values("out_norm.weight").iter().all(|&v| v == 1.0));
+    assert!(values("out_norm.bias").iter().all(|&v| v == 0.0));
+
+    let other = build(1);
+    let name = "init_conv.weight";
+    assert_ne!(values(name), other[name].flatten_all().unwrap().to_vec1::<f32>().unwrap());
+    // The same weight in another network is the same.
+    let parameters = parameters();
+    let small = UNetConfig { hidden_dims: vec![32, 64], ..UNetConfig::mnist() };
+    let _: UNet = parameters.build(&small).unwrap();
+    assert_eq!(
+        values(name),
+        parameters.vars()[name].flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    );
+}
+
+#[test]
+fn parts_keep_their_shapes() {
+    let vb = parameters().builder();
+    let block = ResBlock::new(8, 16, 4, vb.pp("block")).unwrap();
+    let y = block.forward(&ones(&[2, 8, 5, 7]), &ones(&[2, 4]), None).unwrap();
+    assert_eq!(y.dims(), [2, 16, 5, 7]);
+    let embedding = TimeEmbedding::new(6, vb.pp("time")).unwrap();
+    let t = Tensor::new(&[0i64, 999], &Device::Cpu).unwrap();
+    assert_eq!(embedding.forward(&t).unwrap().dims(), [2, 6]);
+}
+
+#[test]
+fn dropout_drops_whole_maps_while_training_only() {
+    let vb = parameters().builder();
+    let block = ResBlock::new(8, 8, 4, vb).unwrap().with_dropout(0.5, 3).unwrap();
+    let (x, t_emb) = (ones(&[2, 8, 4, 4]).arange_like(), ones(&[2, 4]));
+    let run = |dropout: Option<&Dropout>| {
+        block.forward(&x, &t_emb, dropout).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    let [first, again, later] = [0, 0, 1].map(|step| run(Some(&Dropout::new(1, step))));
+    assert_eq!(first, again);
+    assert_ne!(first, later);
+    assert_ne!(first, run(None));
+}
+
+/// Values that differ, in the shape of another tensor.
+trait ArangeLike {
+    fn arange_like(&self) -> Tensor;
+}
+
+impl ArangeLike for Tensor {
+    fn arange_like(&self) -> Tensor {
+        let count = self.elem_count();
+        Tensor::arange(0f32, count as f32, &Device::Cpu)
+            .unwrap()
+            .reshape(self.shape())
+            .unwrap()
+            .sin()
+            .unwrap()
+    }
+}
+
+#[test]
+fn wrong_shapes_are_refused() {
+    let vb = parameters().builder();
+    let unet =
+        UNet::new(&UNetConfig { hidden_dims: vec![8, 8], ..UNetConfig::mnist() }, vb.pp("unet"))
+            .unwrap();
+    let block = ResBlock::new(8, 8, 4, vb.pp("block")).unwrap();
+    let embedding = TimeEmbedding::new(4, vb.pp("time")).unwrap();
+    let t = |n: usize| Tensor::zeros(n, DType::U32, &Device::Cpu).unwrap();
+    let run = |shape: &[usize], n| unet.forward(&ones(shape), &t(n)).unwrap_err().to_string();
+    for (message, expected) in [
+        (run(&[1, 3, 28, 28], 1), "x_t has shape [1, 3, 28, 28]; it must be (batch, 1, 28, 28)"),
+        (run(&[1, 1, 32, 32], 1), "x_t has shape [1, 1, 32, 32]; it must be (batch, 1, 28, 28)"),
+        (run(&[28, 28], 28), "x_t has shape [28, 28]"),
+        (run(&[2, 1, 28, 28], 3), "t has shape [3]; it must be [2], one timestep for each image"),
+        (
+            block.forward(&ones(&[1, 4, 2, 2]), &ones(&[1, 4]), None).unwrap_err().to_string(),
+            "x has shape [1, 4, 2, 2]; it must be (batch, 8, height, width)",
+        ),
+        (block.clone().with_dropout(1.5, 0).unwrap_err().to_string(), "dropout is 1.5"),
+        (
+            ResBlock::new(12, 8, 4, vb.pp("a")).unwrap_err().to_string(),
+            "channels is 12; it must be a multiple of 8",
+        ),
+        (ResBlock::new(8, 0, 4, vb.pp("b")).unwrap_err().to_string(), "channels is 0"),
+        (
+            TimeEmbedding::new(5, vb.pp("c")).unwrap_err().to_string(),
+            "time_dim is 5; it must be even",
+        ),
+        (TimeEmbedding::new(2, vb.pp("d")).unwrap_err().to_string(), "time_dim is 2"),
+        (
+            embedding.forward(&ones(&[2, 2])).unwrap_err().to_string(),
+            "t has shape [2, 2]; it must be (batch)",
+        ),
+    ] {
+        assert!(message.contains(expected), "{message}");
+    }
+}
