@@ -2,16 +2,22 @@ use candle_core::Tensor;
 
 use crate::{Dropout, Result};
 
-/// A network that predicts what was added to an image: all that training and sampling know of it.
+/// A network that predicts what was added to an image, or what the process's
+/// [`Prediction`](crate::Prediction) says: all that training and sampling know of it.
 ///
 /// A closure is one, too: `|x_t: &Tensor, t: &Tensor| ...`, through [`from_fn`].
 pub trait Denoiser {
     /// The prediction for a batch: `x_t` (batch, channels, height, width), `t` (batch) of an
-    /// integer dtype; the answer has the shape of `x_t`.
+    /// integer dtype, counted in the full schedule's steps; the answer has the shape of `x_t`.
+    ///
+    /// # Errors
+    /// Whatever the network fails with; those of other libraries are wrapped by
+    /// [`Error::external`](crate::Error::external).
     fn forward(&self, x_t: &Tensor, t: &Tensor) -> Result<Tensor>;
 
     /// The prediction while training, when it differs: networks with dropout draw their masks from
-    /// `dropout`.
+    /// `dropout`. Shapes and errors are those of [`forward`](Self::forward), and so is the answer
+    /// unless this is implemented.
     fn forward_train(&self, x_t: &Tensor, t: &Tensor, dropout: &Dropout) -> Result<Tensor> {
         let _ = dropout;
         self.forward(x_t, t)

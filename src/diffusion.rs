@@ -12,7 +12,7 @@ pub enum Prediction {
     Epsilon,
     /// The image `x_0` itself.
     Sample,
-    /// `v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0`. Salimans and Ho 2022.
+    /// `v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0`. Salimans and Ho 2022, section 4.
     Velocity,
 }
 
@@ -54,7 +54,7 @@ impl Diffusion {
     /// `x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps`. Ho et al. 2020, equation 4.
     ///
     /// `x_0` and `eps`: (batch, ...); `t`: (batch), of an integer dtype, less than the schedule's
-    /// steps.
+    /// steps. The result has the shape and dtype of `x_0`.
     ///
     /// # Errors
     /// If the shapes do not fit, or a timestep is out of range.

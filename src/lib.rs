@@ -1,9 +1,22 @@
-//! Denoising diffusion models.
+// A definition of Markdown counts where it stands first: these replace the README's links to files
+// by ones that lead somewhere in rustdoc, and its picture by a copy within the page.
+#![doc = include_str!("../docs/images/inline.md")]
+//! [process]: crate::docs::process
+//! [network]: crate::docs::network
+//! [training]: crate::docs::training
+//! [sampling]: crate::docs::sampling
+//! [reproducibility]: crate::docs::reproducibility
+//! [architecture]: crate::docs::architecture
+//! [benchmarks]: crate::docs::benchmarks
+//!
+#![doc = include_str!("../README.md")]
 #![deny(missing_docs, unsafe_code)]
 
 pub mod data;
 mod denoiser;
 mod diffusion;
+#[cfg(any(doc, doctest))]
+pub mod docs;
 mod error;
 #[allow(unsafe_code)]
 mod kernels;
@@ -14,6 +27,7 @@ mod sampler;
 mod schedule;
 mod train;
 
+#[doc(inline)]
 pub use data::{ImageSource, Images};
 pub use denoiser::{Denoiser, from_fn};
 pub use diffusion::{Diffusion, Prediction};

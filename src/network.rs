@@ -14,16 +14,20 @@ use crate::{Denoiser, Error, Result};
 ///
 /// Implemented by [`UNetConfig`](crate::UNetConfig), and by whoever brings a network of their own.
 pub trait Network: Serialize + DeserializeOwned {
-    /// The name of this family of networks in a checkpoint.
+    /// The name of this family of networks in a checkpoint; a checkpoint of another name is
+    /// refused.
     const KIND: &'static str;
 
     /// The network itself.
     type Model: Denoiser;
 
-    /// Builds it, taking every weight from `vb`.
+    /// Builds it, taking every weight from `vb`, by a name of its own.
     ///
     /// Called once for training, and again whenever other weights are wanted in the same network,
-    /// such as the averaged ones.
+    /// such as the averaged ones: the same configuration must ask for the same names and shapes.
+    ///
+    /// # Errors
+    /// If the configuration is not valid, or a weight cannot be had from `vb`.
     fn build(&self, vb: VarBuilder) -> Result<Self::Model>;
 }
 
@@ -53,7 +57,10 @@ enum Source {
 }
 
 impl Parameters {
-    /// Trainable weights of random initial values.
+    /// Trainable weights of random initial values, as each layer asks for them. [`Trainer`] has
+    /// f32.
+    ///
+    /// [`Trainer`]: crate::Trainer
     pub fn new(seed: u64, dtype: DType, device: &Device) -> Self {
         Self::from_source(Source::Random(Noise::new(seed)), true, dtype, device)
     }
@@ -84,7 +91,8 @@ impl Parameters {
         Self { store, dtype, device: device.clone() }
     }
 
-    /// Where a network takes its weights from. A name that is asked for twice is the same weight.
+    /// Where a network takes its weights from. A name that is asked for twice is the same weight;
+    /// it is an error to ask for it in another shape.
     pub fn builder(&self) -> VarBuilder<'static> {
         let backend = Box::new(Backend(self.store.clone()));
         VarBuilder::from_backend(backend, self.dtype, self.device.clone())
@@ -98,8 +106,8 @@ impl Parameters {
     /// Builds a network of these weights.
     ///
     /// # Errors
-    /// If the weights come from a file, and one is missing from it, has another shape, or is none
-    /// of the network's.
+    /// Those of [`Network::build`]; and if the weights come from a file, and one is missing from
+    /// it, has another shape, or is none of the network's.
     pub fn build<N: Network>(&self, network: &N) -> Result<N::Model> {
         let model = network.build(self.builder());
         if let Some(failure) = lock(&self.store.failure).take() {

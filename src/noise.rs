@@ -160,13 +160,15 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    /// The masks of training step `step` under `seed`, for one's own training loop.
+    /// The masks of training step `step`, counted from 0, under `seed`: for one's own training
+    /// loop.
     pub fn new(seed: u64, step: u64) -> Self {
         Self { noise: Noise::new(seed), step, first_sample: 0 }
     }
 
     /// A mask of shape (batch, channels), 0 with probability `p` and `1 / (1 - p)` otherwise, for
-    /// the network's `layer`-th dropout. It depends on seed, step, layer and sample alone.
+    /// the network's `layer`-th dropout; `p` is at least 0 and less than 1. It depends on seed,
+    /// step, layer and sample alone.
     pub fn mask(
         &self,
         layer: u16,

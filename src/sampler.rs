@@ -179,7 +179,8 @@ impl Sampler {
 
     /// Images of this shape (batch, channels, height, width), clamped to [-1, 1].
     ///
-    /// Image `k` depends on the seed and `k`, not on the batch's size.
+    /// Image `k` depends on the seed and `k`, not on the batch's size, but for rounding in the
+    /// network. Everything is f32.
     ///
     /// # Errors
     /// Those of the denoiser.
@@ -234,8 +235,9 @@ impl Sampler {
         Ok(self.steps_from(denoiser, x_t, z))
     }
 
-    /// The sampling loop from a given `x_T` (`start`), with noise of one's own: `z(t)` is asked for standard
-    /// normals of `x_T`'s shape at each timestep `t` that adds noise.
+    /// The sampling loop from a given `x_T` (`start`: (batch, ...)), with noise of one's own:
+    /// `z(t)` is asked for standard normals of `x_T`'s shape at each timestep `t` that adds noise.
+    /// Deterministic DDIM adds none.
     pub fn steps_from<'a, D: Denoiser>(
         &'a self,
         denoiser: &'a D,
@@ -278,7 +280,7 @@ impl Sampler {
 
 type NoiseSource<'a> = dyn FnMut(usize) -> Result<Tensor> + 'a;
 
-/// The sampling loop; see [`Sampler::steps`].
+/// The sampling loop; see [`Sampler::steps`]. The first error ends it.
 pub struct Steps<'a, D> {
     sampler: &'a Sampler,
     denoiser: &'a D,
@@ -295,8 +297,10 @@ pub struct Step {
     /// The timestep that this step left.
     pub t: usize,
     /// The sample after the step: less noisy than at `t`, after the last step the image itself.
+    /// Shape and dtype are those of `x_T`.
     pub x: Tensor,
-    /// The image that the network saw in it.
+    /// The image that the network saw in the sample before the step, clipped if the sampler clips;
+    /// of the same shape.
     pub x_0: Tensor,
 }
 

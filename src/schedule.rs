@@ -42,7 +42,8 @@ impl NoiseSchedule {
     /// Ho et al. 2020 use `linear(1000, 1e-4, 0.02)`.
     ///
     /// # Errors
-    /// Unless `1 <= steps <= MAX_STEPS` and both betas lie strictly between 0 and 1.
+    /// Unless `1 <= steps <= MAX_STEPS`, both betas lie strictly between 0 and 1, and `alpha_bar`
+    /// stays at 1e-30 or more.
     pub fn linear(steps: usize, beta_start: f64, beta_end: f64) -> Result<Self> {
         check_steps(steps)?;
         for (field, beta) in [("beta_start", beta_start), ("beta_end", beta_end)] {
@@ -69,7 +70,7 @@ impl NoiseSchedule {
     /// betas capped at 0.999. Nichol and Dhariwal 2021, equation 17.
     ///
     /// # Errors
-    /// Unless `1 <= steps <= MAX_STEPS`.
+    /// Unless `1 <= steps <= MAX_STEPS` and `alpha_bar` stays at 1e-30 or more.
     pub fn cosine(steps: usize) -> Result<Self> {
         check_steps(steps)?;
         let f = |t: usize| {
@@ -83,9 +84,9 @@ impl NoiseSchedule {
     /// A schedule of one's own: `betas[t]` for each timestep.
     ///
     /// # Errors
-    /// Unless there are 1 to `MAX_STEPS` betas, each strictly between 0 and 1. A beta of 1 (zero
-    /// terminal signal-to-noise ratio) is refused: nothing of `x_0` would be left to predict
-    /// noise from.
+    /// Unless there are 1 to `MAX_STEPS` betas, each strictly between 0 and 1, and `alpha_bar`
+    /// stays at 1e-30 or more. A beta of 1 (zero terminal signal-to-noise ratio) is refused:
+    /// nothing of `x_0` would be left to predict noise from.
     pub fn from_betas(betas: Vec<f64>) -> Result<Self> {
         check_steps(betas.len())?;
         if let Some(t) = betas.iter().position(|&b| !is_beta(b)) {
@@ -123,18 +124,18 @@ impl NoiseSchedule {
         self.betas.len()
     }
 
-    /// `beta_t` for every `t`.
+    /// `beta_t` for every `t` in `0..steps`, each strictly between 0 and 1.
     pub fn betas(&self) -> &[f64] {
         &self.betas
     }
 
-    /// `alpha_bar_t` for every `t`: the product of `1 - beta_s` over all `s <= t`. Strictly
-    /// decreasing, between 0 and 1.
+    /// `alpha_bar_t` for every `t` in `0..steps`: the product of `1 - beta_s` over all `s <= t`.
+    /// Strictly decreasing, between 0 and 1.
     pub fn alpha_bars(&self) -> &[f64] {
         &self.alpha_bars
     }
 
-    /// `alpha_bar_t`.
+    /// `alpha_bar_t`, between 0 and 1.
     ///
     /// # Panics
     /// If `t >= steps`, as indexing does.
@@ -142,7 +143,7 @@ impl NoiseSchedule {
         self.alpha_bars[t]
     }
 
-    /// Signal-to-noise ratio `alpha_bar_t / (1 - alpha_bar_t)`.
+    /// Signal-to-noise ratio `alpha_bar_t / (1 - alpha_bar_t)`, of variances: not in decibels.
     ///
     /// # Panics
     /// If `t >= steps`, as indexing does.

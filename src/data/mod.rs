@@ -42,5 +42,11 @@ pub trait ImageSource {
     /// Writes image `index` into `pixels`, channel by channel, row by row, in [-1, 1].
     ///
     /// `pixels` has `channels * height * width` places; `index` is less than [`len`](Self::len).
+    /// The same index must give the same image, or a run cannot be resumed exactly.
+    ///
+    /// # Errors
+    ///
+    /// Whatever reading fails with; those of other libraries are wrapped by
+    /// [`Error::external`](crate::Error::external). They end training.
     fn read(&self, index: usize, pixels: &mut [f32]) -> Result<()>;
 }

@@ -50,7 +50,8 @@ impl ResBlock {
     }
 
     /// Drops whole feature maps between the two halves while training, with probability `p`; masks
-    /// are those of the network's `layer`-th dropout. A `p` of 0 drops nothing.
+    /// are those of the network's `layer`-th dropout: each block of a network has another number. A
+    /// `p` of 0 drops nothing. Srivastava et al. 2014; whole maps, as PyTorch's `Dropout2d`.
     ///
     /// # Errors
     /// Unless `0 <= p < 1`.

@@ -11,7 +11,8 @@ use crate::{Denoiser, Dropout, Error, Network, Result};
 /// timestep, with self-attention at low resolution. Ho et al. 2020, appendix B.
 ///
 /// One skip a level, taken before the size is halved. Weights bear the names of the reference
-/// implementation in PyTorch, so files go both ways; see the chapter [the network](crate::docs).
+/// implementation in PyTorch, so files go both ways; see the chapter [the
+/// network](crate::docs::network).
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -16,18 +16,20 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct UNetConfig {
-    /// Height and width of the images; divisible by 2 once for each halving.
+    /// Height and width of the images, at most 65,536; divisible by 2 once for each halving.
     pub image_size: usize,
-    /// Channels of the images: 1 for grey, 3 for colour.
+    /// Channels of the images: 1 for grey, 3 for colour; at most 65,536.
     pub channels: usize,
     /// Channels of the feature maps: at full size, then after each block down. One level of
-    /// resolution fewer than entries; each a multiple of 8, the number of groups of a GroupNorm.
+    /// resolution fewer than entries, of which there are 2 to 16; each a multiple of 8, the number
+    /// of groups of a GroupNorm.
     pub hidden_dims: Vec<usize>,
     /// Length of the time embedding: even, at least 4.
     pub time_dim: usize,
     /// The levels that attend, besides the bottleneck: level `i` works at `image_size / 2^i`.
     pub attention_resolutions: Vec<usize>,
-    /// Probability to drop a whole feature map inside a residual block while training.
+    /// Probability to drop a whole feature map inside a residual block while training; at least 0
+    /// and less than 1.
     pub dropout: f64,
 }
 
@@ -44,7 +46,8 @@ impl UNetConfig {
         }
     }
 
-    /// For 32x32 colour images: 21.4 million weights, attention at 16x16 and at the bottleneck, dropout 0.02.
+    /// For 32x32 colour images: 21.4 million weights, attention at 16x16 and at the bottleneck,
+    /// dropout 0.02.
     pub fn cifar10() -> Self {
         Self {
             image_size: 32,

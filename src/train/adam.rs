@@ -9,19 +9,19 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AdamConfig {
-    /// Step size, once warm-up is over.
+    /// Step size, once warm-up is over; positive.
     pub learning_rate: f64,
-    /// Decay of the mean of gradients.
+    /// Decay of the mean of gradients; at least 0 and less than 1.
     pub beta1: f64,
-    /// Decay of the mean of squared gradients.
+    /// Decay of the mean of squared gradients; at least 0 and less than 1.
     pub beta2: f64,
-    /// Added to the root of the mean of squares.
+    /// Added to the root of the mean of squares; positive.
     pub eps: f64,
     /// What pulls weights towards 0.
     pub weight_decay: WeightDecay,
 }
 
-/// How [`AdamW`] pulls weights towards 0.
+/// How [`AdamW`] pulls weights towards 0: by a number that is 0 or positive.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WeightDecay {
@@ -29,7 +29,8 @@ pub enum WeightDecay {
     None,
     /// Added to the gradient, as PyTorch's `Adam` does.
     L2(f64),
-    /// Apart from the gradient, as `AdamW` does. Loshchilov and Hutter 2019.
+    /// Apart from the gradient, by the learning rate times this, as PyTorch's `AdamW` does.
+    /// Loshchilov and Hutter 2019.
     Decoupled(f64),
 }
 
@@ -72,7 +73,8 @@ impl AdamConfig {
 
 /// The optimiser: Adam, with either kind of weight decay or none, and a state that can be saved.
 ///
-/// The same update as PyTorch's `Adam` and `AdamW`.
+/// The same update as PyTorch's `Adam` and `AdamW`, with the correction of bias. Kingma and Ba
+/// 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2.
 #[derive(Debug)]
 pub struct AdamW {
     config: AdamConfig,
@@ -108,8 +110,8 @@ impl AdamW {
         Ok(Self { config, step: 0, slots })
     }
 
-    /// One update with these gradients, by the weights' names, at this learning rate. A weight
-    /// without a gradient stays as it is.
+    /// One update with these gradients, by the weights' names, at this learning rate, which takes
+    /// the place of the configuration's. A weight without a gradient stays as it is.
     ///
     /// # Errors
     /// If a gradient has another shape than its weight.
@@ -146,7 +148,9 @@ impl AdamW {
         self.step
     }
 
-    /// The means of gradients (`exp_avg.<name>`) and of their squares (`exp_avg_sq.<name>`).
+    /// The means of gradients (`exp_avg.<name>`) and of their squares (`exp_avg_sq.<name>`), each
+    /// of its weight's shape; without [`steps`](Self::steps), which [`restore`](Self::restore)
+    /// needs too.
     pub fn state(&self) -> BTreeMap<String, Tensor> {
         let mut state = BTreeMap::new();
         for (name, slot) in &self.slots {

@@ -47,6 +47,8 @@ struct NetworkState {
 
 /// A training run on disk: a directory of safetensors and JSON, enough to sample or to resume.
 ///
+/// [`Trainer::save`](crate::Trainer::save) writes it; all tensors are f32, by the weights' names.
+///
 /// | file | content |
 /// | --- | --- |
 /// | `checkpoint.json` | format version, step, configuration of network, process and training |
@@ -103,7 +105,8 @@ impl Checkpoint {
     /// The network's configuration.
     ///
     /// # Errors
-    /// If the checkpoint holds another kind of network.
+    /// If the checkpoint holds another kind of network, or a configuration that `N` does not
+    /// accept.
     pub fn network<N: Network>(&self) -> Result<N> {
         let NetworkState { kind, config } = &self.state.network;
         if kind != N::KIND {

@@ -19,24 +19,25 @@ pub struct TrainConfig {
     pub seed: u64,
     /// How many updates of the weights there are in all.
     pub steps: u64,
-    /// Images for each update.
+    /// Images for each update; at least 1 and less than 2^32.
     pub batch_size: usize,
     /// Parts in which a batch goes through the network, one after the other, to save memory; it
     /// divides `batch_size`. The result is that of the whole batch, but for rounding.
     pub accumulation: usize,
     /// The optimiser's settings.
     pub optimizer: AdamConfig,
-    /// Updates over which the learning rate rises linearly to its full value.
+    /// Updates over which the learning rate rises linearly to its full value; 0 for none.
     pub warmup_steps: u64,
-    /// The global norm to which gradients are clipped.
+    /// The global norm to which gradients are clipped, positive; `None` does not clip.
     pub clip_norm: Option<f64>,
-    /// The average of the weights that samples come from.
+    /// The average of the weights that samples come from; `None` keeps none.
     pub ema: Option<EmaConfig>,
     /// Whether images are mirrored left to right, at random.
     pub horizontal_flip: bool,
-    /// Updates from one report of the loss to the next. Reading the loss makes a GPU wait.
+    /// Updates from one report of the loss to the next; at least 1. Reading the loss makes a GPU
+    /// wait.
     pub log_every: u64,
-    /// How many checkpoints are kept, the latest included.
+    /// How many checkpoints are kept, the latest included; at least 1.
     pub keep_checkpoints: usize,
 }
 
@@ -105,7 +106,7 @@ impl TrainConfig {
         self.ema.map_or(Ok(()), |ema| ema.validate())
     }
 
-    /// The learning rate of the update that follows `step` others.
+    /// The learning rate of the update that follows `step` others: `step` counts from 0.
     pub fn learning_rate(&self, step: u64) -> f64 {
         let full = self.optimizer.learning_rate;
         match self.warmup_steps {

@@ -9,7 +9,7 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EmaConfig {
-    /// How much of the average stays at each update.
+    /// How much of the average stays at each update; at least 0 and less than 1.
     pub decay: f64,
     /// Whether early updates use `(1 + n) / (10 + n)` where that is less than `decay` (`n` updates
     /// before), so that the random initial weights are forgotten at once.
@@ -74,7 +74,7 @@ impl Ema {
         self.updates
     }
 
-    /// The averaged weights by name.
+    /// The averaged weights by name, in the shapes and the precision of the weights.
     pub fn averages(&self) -> &BTreeMap<String, Tensor> {
         &self.averages
     }

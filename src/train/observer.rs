@@ -16,13 +16,14 @@ pub struct Metrics {
     pub lr: f64,
     /// Global norm of the last update's gradient, before clipping.
     pub grad_norm: f32,
-    /// Images a second since the last report, without the observer's own time.
+    /// Images a second since the last report: with the source's time, without the observer's own.
     pub images_per_second: f64,
 }
 
 /// Watches training: progress, pictures, checkpoints and the wish to stop are its business.
 ///
-/// `()` watches nothing.
+/// `()` watches nothing. An error of either method ends [`Trainer::fit`] and is returned by it;
+/// those of other libraries are wrapped by [`Error::external`](crate::Error::external).
 pub trait Observer<N: Network> {
     /// After every update. Breaking ends [`Trainer::fit`] without an error.
     fn on_step(&mut self, trainer: &Trainer<N>) -> Result<ControlFlow<()>> {

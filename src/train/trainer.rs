@@ -53,7 +53,7 @@ const MAX_UNREAD: usize = 10_000;
 pub struct Update {
     /// The update's number, from 1.
     pub step: u64,
-    /// The mean squared error, a scalar.
+    /// The mean squared error over the whole batch, a scalar.
     pub loss: Tensor,
     /// The gradient's global norm before clipping, a scalar.
     pub grad_norm: Tensor,
@@ -168,7 +168,8 @@ impl<N: Network> Trainer<N> {
     ///
     /// # Errors
     /// If the batch does not fit the network, or its size not
-    /// [`accumulation`](TrainConfig::accumulation).
+    /// [`accumulation`](TrainConfig::accumulation). Whether a loss is finite is seen when it is
+    /// read: by [`fit`](Self::fit), by [`save`](Self::save), or here after 10,000 unread ones.
     pub fn step(&mut self, x_0: &Tensor) -> Result<Update> {
         let dims = x_0.dims();
         if dims.is_empty() {
@@ -180,7 +181,8 @@ impl<N: Network> Trainer<N> {
         self.step_with(x_0, &t, &eps)
     }
 
-    /// One update with timesteps `t` (batch) and noise `eps` (as `x_0`) of one's own.
+    /// One update with timesteps `t` (batch), of an integer dtype, less than the schedule's steps,
+    /// and noise `eps` (as `x_0`) of one's own.
     ///
     /// # Errors
     /// As [`step`](Self::step), and if the shapes do not fit each other.
@@ -226,12 +228,15 @@ impl<N: Network> Trainer<N> {
         Ok(update)
     }
 
-    /// The next `batch_size` images in the run's order, mirrored where the configuration asks.
+    /// The next `batch_size` images in the run's order, mirrored where the configuration asks:
+    /// (batch, channels, height, width) on the trainer's device. Asked twice between two updates,
+    /// it gives the same ones.
     ///
     /// Every epoch is a new order of all images; a batch may span the end of one.
     ///
     /// # Errors
-    /// If the source is empty, or fails to read.
+    /// If the source is empty, has another number of images than it had earlier in the run, or
+    /// fails to read.
     pub fn next_batch(&mut self, images: &dyn ImageSource) -> Result<Tensor> {
         let (channels, height, width) = images.shape();
         let size = channels * height * width;
@@ -290,11 +295,12 @@ impl<N: Network> Trainer<N> {
         )
     }
 
-    /// Replaces the weights, and the averages with them, by those of a safetensors file: of a
-    /// checkpoint, or written by PyTorch.
+    /// Replaces the weights by those of a safetensors file: of a checkpoint, or written by PyTorch.
+    /// The averages begin anew at them; the optimiser's state and the number of steps stay.
     ///
     /// # Errors
-    /// If a weight is missing, unknown or of another shape; then nothing is changed.
+    /// If the file cannot be read, or a weight is missing, unknown or of another shape; then
+    /// nothing is changed.
     pub fn set_weights(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let tensors = checkpoint::read_tensors(path, &self.device)?;
@@ -332,7 +338,7 @@ impl<N: Network> Trainer<N> {
         Parameters::frozen(Path::new("ema"), weights, DType::F32, &self.device).build(&self.network)
     }
 
-    /// The weights by name.
+    /// The weights by name: those that train, not a copy.
     pub fn vars(&self) -> &BTreeMap<String, Var> {
         &self.vars
     }
