@@ -7,13 +7,14 @@
 //! `train_step` is forward, loss, backward, clipping to norm 1 and AdamW; `forward` is the network
 //! alone, without gradients. One line a measure, in JSON with `--json`.
 
-use std::collections::BTreeMap;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use clap::{Parser, ValueEnum};
 use ddpm::{
     AdamConfig, AdamW, Denoiser, Dropout, Parameters, Result, UNet, UNetConfig, clip_grad_norm,
+    gradients,
 };
 
 #[derive(Parser)]
@@ -73,11 +74,7 @@ fn main() -> Result<()> {
     let mut train_step = || -> Result<()> {
         let output = unet.forward_train(&x, &t, &Dropout::new(0, step))?;
         let loss = (output - &eps)?.sqr()?.mean_all()?;
-        let mut all = loss.backward()?;
-        let mut gradients = BTreeMap::new();
-        for (name, var) in &vars {
-            gradients.extend(all.remove(var).map(|gradient| (name.clone(), gradient)));
-        }
+        let mut gradients = gradients(&loss, &vars)?;
         clip_grad_norm(&mut gradients, 1.0)?;
         optimizer.step(&gradients, 2e-4)?;
         step += 1;
@@ -89,9 +86,8 @@ fn main() -> Result<()> {
     }
     if wanted("forward") {
         // Weights that take no gradient, as in sampling.
-        let weights: std::collections::HashMap<String, Tensor> =
-            vars.iter().map(|(k, v)| (k.clone(), v.as_detached_tensor())).collect();
-        let vb = candle_nn::VarBuilder::from_tensors(weights, DType::F32, &device);
+        let weights = vars.iter().map(|(k, v)| (k.clone(), v.as_detached_tensor())).collect();
+        let vb = VarBuilder::from_tensors(weights, DType::F32, &device);
         let unet = UNet::new(&config, vb)?;
         measure("forward", name, &args, &mut || unet.forward(&x, &t).map(drop))?;
     }

@@ -58,9 +58,9 @@ pub enum Error {
         reason: String,
     },
 
-    /// A file of a checkpoint is truncated, malformed, or not consistent with the others.
-    #[error("{}: damaged checkpoint file: {reason}", path.display())]
-    DamagedCheckpoint {
+    /// A file of weights, or of a checkpoint, is truncated, malformed, or not consistent with the others.
+    #[error("{}: damaged file: {reason}", path.display())]
+    Damaged {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
@@ -154,6 +154,10 @@ impl Error {
         expected: impl Into<String>,
     ) -> Self {
         Self::Config { field, value: value.to_string(), expected: expected.into() }
+    }
+
+    pub(crate) fn damaged(path: impl AsRef<Path>, reason: impl Into<String>) -> Self {
+        Self::Damaged { path: path.as_ref().to_owned(), reason: reason.into() }
     }
 
     pub(crate) fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {

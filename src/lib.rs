@@ -27,6 +27,9 @@ mod sampler;
 mod schedule;
 mod train;
 
+/// The versions of candle whose tensors and devices stand in this crate's signatures.
+pub use {candle_core, candle_nn};
+
 #[doc(inline)]
 pub use data::{ImageSource, Images};
 pub use denoiser::{Denoiser, from_fn};
@@ -39,5 +42,5 @@ pub use sampler::{Sampler, Solver, Step, Steps, Variance};
 pub use schedule::NoiseSchedule;
 pub use train::{
     AdamConfig, AdamW, Checkpoint, Ema, EmaConfig, Metrics, Observer, TrainConfig, Trainer, Update,
-    WeightDecay, clip_grad_norm,
+    WeightDecay, clip_grad_norm, gradients,
 };

@@ -2,9 +2,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use candle_core::safetensors::Load;
 use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder, init::NormalOrUniform};
+use safetensors::SafeTensors;
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::noise::{Noise, Purpose};
@@ -65,6 +67,25 @@ impl Parameters {
         Self::from_source(Source::Random(Noise::new(seed)), true, dtype, device)
     }
 
+    /// The weights of a safetensors file: of a checkpoint, or written by PyTorch. They take no
+    /// gradient.
+    ///
+    /// ```no_run
+    /// use candle_core::{DType, Device};
+    /// use ddpm::{Parameters, UNet, UNetConfig};
+    ///
+    /// let weights = Parameters::load("weights.safetensors", DType::F32, &Device::Cpu)?;
+    /// let unet: UNet = weights.build(&UNetConfig::mnist())?;
+    /// # Ok::<(), ddpm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// If the file cannot be read, or is not a whole safetensors file.
+    pub fn load(path: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
+        let path = path.as_ref();
+        Ok(Self::frozen(path, read_tensors(path, device)?, dtype, device))
+    }
+
     /// Trainable weights with the values of `tensors`, which came from `path`.
     pub(crate) fn trainable(
         path: &Path,
@@ -122,6 +143,20 @@ impl Parameters {
         }
         Ok(model)
     }
+}
+
+/// Reads a safetensors file, which must be whole.
+pub(crate) fn read_tensors(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| {
+        Error::damaged(path, format!("{e}; is it truncated? It has {} bytes", bytes.len()))
+    })?;
+    let mut tensors = BTreeMap::new();
+    for (name, view) in file.iter() {
+        let tensor = view.load(device).map_err(|e| Error::damaged(path, format!("{name}: {e}")))?;
+        tensors.insert(name.to_string(), tensor);
+    }
+    Ok(tensors)
 }
 
 /// A panic elsewhere while the lock was held leaves the map as good as before.

@@ -179,8 +179,8 @@ impl Sampler {
 
     /// Images of this shape (batch, channels, height, width), clamped to [-1, 1].
     ///
-    /// Image `k` depends on the seed and `k`, not on the batch's size, but for rounding in the
-    /// network. Everything is f32.
+    /// Image `k` depends on the seed and `k`, not on the batch's size: bit for bit with the U-Net on
+    /// the CPU, elsewhere but for rounding in the network.
     ///
     /// # Errors
     /// Those of the denoiser.
@@ -223,21 +223,33 @@ impl Sampler {
         seed: u64,
         device: &Device,
     ) -> Result<Steps<'a, D>> {
-        let shape = shape.into().into_dims();
-        if shape.is_empty() {
-            let expected = "(batch, ...), such as (16, 1, 28, 28)".to_string();
-            return Err(Error::Shape { what: "sample", found: shape, expected });
-        }
-        let noise = Noise::new(seed);
-        let x_t = noise.normal(Purpose::Prior, 0, &shape, device)?;
-        let device = device.clone();
-        let z = move |t| noise.normal(Purpose::Sampling, t as u64, &shape, &device);
-        Ok(self.steps_from(denoiser, x_t, z))
+        let (shape, device) = (shape.into(), device.clone());
+        let start = Self::prior(shape.clone(), seed, &device)?;
+        let z = move |t| Self::noise(t, shape.clone(), seed, &device);
+        Ok(self.steps_from(denoiser, start, z))
+    }
+
+    /// The `x_T` of this seed, from which [`steps`](Self::steps) begins: standard normals of shape
+    /// (batch, ...).
+    ///
+    /// # Errors
+    /// If the shape has no batch dimension.
+    pub fn prior(shape: impl Into<Shape>, seed: u64, device: &Device) -> Result<Tensor> {
+        draw(Purpose::Prior, 0, shape.into(), seed, device)
+    }
+
+    /// The noise of this seed that [`steps`](Self::steps) adds when it leaves timestep `t`:
+    /// standard normals of shape (batch, ...).
+    ///
+    /// # Errors
+    /// If the shape has no batch dimension.
+    pub fn noise(t: usize, shape: impl Into<Shape>, seed: u64, device: &Device) -> Result<Tensor> {
+        draw(Purpose::Sampling, t as u64, shape.into(), seed, device)
     }
 
     /// The sampling loop from a given `x_T` (`start`: (batch, ...)), with noise of one's own:
-    /// `z(t)` is asked for standard normals of `x_T`'s shape at each timestep `t` that adds noise.
-    /// Deterministic DDIM adds none.
+    /// `z(t)` is asked for standard normals of `x_T`'s shape at each timestep `t` that adds noise, such
+    /// as [`noise`](Self::noise) draws. Deterministic DDIM adds none.
     pub fn steps_from<'a, D: Denoiser>(
         &'a self,
         denoiser: &'a D,
@@ -276,6 +288,14 @@ impl Sampler {
         }
         Ok(Step { index: i, t: update.t, x: next.detach(), x_0: x_0.detach() })
     }
+}
+
+fn draw(purpose: Purpose, step: u64, shape: Shape, seed: u64, device: &Device) -> Result<Tensor> {
+    if shape.rank() == 0 {
+        let expected = "(batch, ...), such as (16, 1, 28, 28)".to_string();
+        return Err(Error::Shape { what: "sample", found: vec![], expected });
+    }
+    Noise::new(seed).normal(purpose, step, shape.dims(), device)
 }
 
 type NoiseSource<'a> = dyn FnMut(usize) -> Result<Tensor> + 'a;

@@ -216,6 +216,8 @@ fn weights_of_a_file_can_be_trained_in_another_way() {
         assert_eq!(ours.to_vec1::<f32>().unwrap(), theirs.to_vec1::<f32>().unwrap(), "{name}");
     }
     trainer.fit(&Waves(11), &mut ()).unwrap();
+    let message = trainer.set_weights(path.join(FILES[0])).unwrap_err().to_string();
+    assert_eq!(message, "step is 1; it must be 0 when weights are set");
 }
 
 /// Rewrites `checkpoint.json`.
@@ -271,20 +273,16 @@ fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
             },
             "checkpoint.json is not a file",
         ),
-        (
-            "empty state",
-            |p| truncate(&p.join("checkpoint.json"), |_| 0),
-            "damaged checkpoint file: EOF",
-        ),
+        ("empty state", |p| truncate(&p.join("checkpoint.json"), |_| 0), "damaged file: EOF"),
         (
             "truncated state",
             |p| truncate(&p.join("checkpoint.json"), |n| n / 2),
-            "damaged checkpoint file: EOF",
+            "damaged file: EOF",
         ),
         (
             "state that is not JSON",
             |p| fs::write(p.join("checkpoint.json"), "{]").unwrap(),
-            "damaged checkpoint file: key must be",
+            "damaged file: key must be",
         ),
         (
             "no version",
@@ -339,7 +337,7 @@ fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
         (
             "truncated weights",
             |p| truncate(&p.join("model.safetensors"), |n| n - 1),
-            "damaged checkpoint file: incomplete metadata, file not fully covered",
+            "damaged file: incomplete metadata, file not fully covered",
         ),
         (
             "a header that lies about its length",
@@ -349,7 +347,7 @@ fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
                 bytes[..8].copy_from_slice(&u64::MAX.to_le_bytes());
                 fs::write(file, bytes).unwrap();
             },
-            "damaged checkpoint file",
+            "damaged file",
         ),
         (
             "no weights",

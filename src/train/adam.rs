@@ -184,6 +184,16 @@ impl AdamW {
     }
 }
 
+/// The gradients of `loss` (a scalar) with respect to `vars`, by the weights' names; those that it
+/// does not depend on are left out.
+///
+/// # Errors
+/// If an operation between has no gradient.
+pub fn gradients(loss: &Tensor, vars: &BTreeMap<String, Var>) -> Result<BTreeMap<String, Tensor>> {
+    let mut all = loss.backward()?;
+    Ok(vars.iter().filter_map(|(name, var)| Some((name.clone(), all.remove(var)?))).collect())
+}
+
 /// Scales all gradients so that their global L2 norm is at most `max_norm`, or not at all where it
 /// is infinite; gives the norm before. As PyTorch's `clip_grad_norm_`. Pascanu et al. 2013.
 ///

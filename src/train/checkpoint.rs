@@ -3,13 +3,12 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-use candle_core::safetensors::Load;
 use candle_core::{DType, Device, Tensor, Var};
-use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{AdamConfig, AdamW, Ema, EmaConfig, TrainConfig};
+use crate::network::read_tensors;
 use crate::{Diffusion, Error, Network, Parameters, Result};
 
 const MODEL: &str = "model.safetensors";
@@ -113,7 +112,7 @@ impl Checkpoint {
             return Err(mismatch("network.kind", kind, N::KIND));
         }
         serde_json::from_value(config.clone())
-            .map_err(|e| damaged(self.dir.join(STATE), format!("network.config: {e}")))
+            .map_err(|e| Error::damaged(self.dir.join(STATE), format!("network.config: {e}")))
     }
 
     /// The network with its weights; it takes no gradients.
@@ -135,9 +134,8 @@ impl Checkpoint {
     }
 
     fn frozen<N: Network>(&self, file: &str, device: &Device) -> Result<N::Model> {
-        let path = self.dir.join(file);
-        let tensors = read_tensors(&path, device)?;
-        Parameters::frozen(&path, tensors, DType::F32, device).build(&self.network::<N>()?)
+        let parameters = Parameters::load(self.dir.join(file), DType::F32, device)?;
+        parameters.build(&self.network::<N>()?)
     }
 
     pub(super) fn images_seen(&self) -> u64 {
@@ -388,10 +386,11 @@ fn read_state(dir: &Path) -> Result<State> {
     };
     if length > MAX_STATE_BYTES {
         let reason = format!("{length} bytes long; at most {MAX_STATE_BYTES} are expected");
-        return Err(damaged(path, reason));
+        return Err(Error::damaged(path, reason));
     }
     let json = fs::read(&path).map_err(Error::io(&path))?;
-    let value: Value = serde_json::from_slice(&json).map_err(|e| damaged(&path, e.to_string()))?;
+    let value: Value =
+        serde_json::from_slice(&json).map_err(|e| Error::damaged(&path, e.to_string()))?;
     // Before the rest, which a newer version may have changed.
     match value.get("format_version").and_then(Value::as_u64) {
         Some(found) if found > u64::from(FORMAT) => {
@@ -399,25 +398,12 @@ fn read_state(dir: &Path) -> Result<State> {
             return Err(Error::NewerFormat { path, found, supported: FORMAT });
         }
         Some(_) => {}
-        None => return Err(damaged(path, "format_version is missing".into())),
+        None => return Err(Error::damaged(path, "format_version is missing")),
     }
-    let state: State = serde_json::from_value(value).map_err(|e| damaged(&path, e.to_string()))?;
+    let state: State =
+        serde_json::from_value(value).map_err(|e| Error::damaged(&path, e.to_string()))?;
     state.train.validate()?;
     Ok(state)
-}
-
-/// Reads a safetensors file, which must be whole.
-pub(super) fn read_tensors(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>> {
-    let bytes = fs::read(path).map_err(Error::io(path))?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| {
-        damaged(path, format!("{e}; is it truncated? It has {} bytes", bytes.len()))
-    })?;
-    let mut tensors = BTreeMap::new();
-    for (name, view) in file.iter() {
-        let tensor = view.load(device).map_err(|e| damaged(path, format!("{name}: {e}")))?;
-        tensors.insert(name.to_string(), tensor);
-    }
-    Ok(tensors)
 }
 
 /// # Errors
@@ -442,10 +428,6 @@ fn check_tensors(
         Some(name) => Err(Error::UnknownWeight { path, name: name.clone() }),
         None => Ok(()),
     }
-}
-
-fn damaged(path: impl AsRef<Path>, reason: String) -> Error {
-    Error::DamagedCheckpoint { path: path.as_ref().to_owned(), reason }
 }
 
 fn mismatch(field: &str, found: &str, expected: &str) -> Error {

@@ -7,7 +7,7 @@ mod ema;
 mod observer;
 mod trainer;
 
-pub use adam::{AdamConfig, AdamW, WeightDecay, clip_grad_norm};
+pub use adam::{AdamConfig, AdamW, WeightDecay, clip_grad_norm, gradients};
 pub use checkpoint::Checkpoint;
 pub use config::TrainConfig;
 pub use ema::{Ema, EmaConfig};

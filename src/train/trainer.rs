@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::checkpoint::{self, Checkpoint, Snapshot};
-use super::{AdamW, Ema, Metrics, Observer, TrainConfig, clip_grad_norm};
+use super::{AdamW, Ema, Metrics, Observer, TrainConfig, clip_grad_norm, gradients};
 use crate::noise::{Noise, Purpose};
 use crate::{Denoiser, Diffusion, Dropout, Error, ImageSource, Network, Parameters, Result};
 
@@ -194,7 +194,7 @@ impl<N: Network> Trainer<N> {
             return Err(Error::Shape { what: "x_0", found: x_0.dims().to_vec(), expected });
         }
         let part = batch / parts;
-        let mut gradients = BTreeMap::new();
+        let mut sums = BTreeMap::new();
         let mut losses = Vec::with_capacity(parts);
         for first in (0..batch).step_by(part) {
             let (x_0, eps) = (x_0.narrow(0, first, part)?, eps.narrow(0, first, part)?);
@@ -206,12 +206,18 @@ impl<N: Network> Trainer<N> {
             let target = self.diffusion.target(&x_0, &t, &eps)?;
             let loss = ((output - target)?.sqr()?.mean_all()? / parts as f64)?;
 
-            self.accumulate(&loss, &mut gradients)?;
+            for (name, new) in gradients(&loss, &self.vars)? {
+                let total = match sums.remove(&name) {
+                    Some(old) => (old + new)?,
+                    None => new,
+                };
+                sums.insert(name, total);
+            }
             losses.push(loss.detach());
         }
         let max_norm = self.config.clip_norm.unwrap_or(f64::INFINITY);
-        let grad_norm = clip_grad_norm(&mut gradients, max_norm)?;
-        self.optimizer.step(&gradients, self.config.learning_rate(self.step))?;
+        let grad_norm = clip_grad_norm(&mut sums, max_norm)?;
+        self.optimizer.step(&sums, self.config.learning_rate(self.step))?;
         if let Some(ema) = &mut self.ema {
             ema.update(&self.vars)?;
         }
@@ -296,15 +302,17 @@ impl<N: Network> Trainer<N> {
     }
 
     /// Replaces the weights by those of a safetensors file: of a checkpoint, or written by PyTorch.
-    /// The averages begin anew at them; the optimiser's state and the number of steps stay.
+    /// The averages begin at them as well.
     ///
     /// # Errors
-    /// If the file cannot be read, or a weight is missing, unknown or of another shape; then
-    /// nothing is changed.
+    /// If there was a step already: the optimiser's state would belong to other weights. If the
+    /// file cannot be read, or a weight is missing, unknown or of another shape; then nothing is
+    /// changed.
     pub fn set_weights(&mut self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
-        let tensors = checkpoint::read_tensors(path, &self.device)?;
-        let parameters = Parameters::frozen(path, tensors, DType::F32, &self.device);
+        if self.step > 0 {
+            return Err(Error::config("step", self.step, "0 when weights are set"));
+        }
+        let parameters = Parameters::load(path, DType::F32, &self.device)?;
         parameters.build(&self.network)?;
         for (name, new) in parameters.vars() {
             if let Some(var) = self.vars.get(&name) {
@@ -379,21 +387,6 @@ impl<N: Network> Trainer<N> {
             .map(|k| self.noise().stream(Purpose::Timestep, self.step, k as u32).below(bound))
             .collect();
         Ok(Tensor::from_vec(t, batch, &self.device)?)
-    }
-
-    /// Adds the loss's gradients to those there are.
-    fn accumulate(&self, loss: &Tensor, sum: &mut BTreeMap<String, Tensor>) -> Result<()> {
-        let mut gradients = loss.backward()?;
-        for (name, var) in &self.vars {
-            if let Some(new) = gradients.remove(var) {
-                let total = match sum.remove(name) {
-                    Some(old) => (old + new)?,
-                    None => new,
-                };
-                sum.insert(name.clone(), total);
-            }
-        }
-        Ok(())
     }
 
     /// The index of the `position`-th image of the run.
