@@ -10,7 +10,7 @@
 use candle_core::{DType, Device, Tensor};
 use rand::RngCore;
 
-use crate::Result;
+use crate::{Error, Result};
 
 /// A seed, from which every random number of a run follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,13 +70,29 @@ impl Noise {
         shape: &[usize],
         device: &Device,
     ) -> Result<Tensor> {
-        let count: usize = shape[1..].iter().product();
-        let mut values = vec![0f32; shape[0] * count];
+        let mut values = zeros(shape)?;
+        let count = values.len() / shape[0].max(1);
         for (k, sample) in values.chunks_mut(count.max(1)).enumerate() {
             self.stream(purpose, step, k as u32).fill_normal(sample);
         }
         Ok(Tensor::from_vec(values, shape, device)?)
     }
+}
+
+/// Memory for a tensor of this shape, where there is as much.
+fn zeros(shape: &[usize]) -> Result<Vec<f32>> {
+    let mut values = Vec::new();
+    shape
+        .iter()
+        .try_fold(1usize, |count, &size| count.checked_mul(size))
+        .filter(|&count| values.try_reserve_exact(count).is_ok())
+        .map(|count| values.resize(count, 0.0))
+        .ok_or_else(|| Error::Shape {
+            what: "noise",
+            found: shape.to_vec(),
+            expected: "small enough for the memory there is".into(),
+        })?;
+    Ok(values)
 }
 
 /// The random numbers of one purpose, step and sample, in order.
@@ -178,6 +194,9 @@ impl Dropout {
         dtype: DType,
         device: &Device,
     ) -> Result<Tensor> {
+        if !(0.0..1.0).contains(&p) {
+            return Err(Error::config("dropout", p, "at least 0 and less than 1"));
+        }
         let keep = (1.0 / (1.0 - p)) as f32;
         let mut mask = Vec::with_capacity(batch * channels);
         for k in 0..batch {

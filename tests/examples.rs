@@ -185,7 +185,7 @@ fn errors_about_a_run(out: &Path, temp: &Path) -> Result<()> {
     let before = fs::read(out.join("metrics.jsonl"))?;
     let runs: [(&[&str], &[&str]); 5] = [
         (&[], &["holds a run at step 3", "--resume", "another --out"]),
-        (&["--resume", "--batch-size", "4"], &["train.batch_size is 2", "4 in this run"]),
+        (&["--resume", "--batch-size", "4"], &["train.batch_size is 2", "but 4 is asked for"]),
         (&["--resume", "--seed", "9"], &["train.seed is 0", "9 in this run"]),
         (&["--resume", "--accumulation", "2"], &["train.accumulation is 1"]),
         (&["--resume", "--data", "no-such"], &["no-such", "scripts/fetch-data mnist no-such"]),

@@ -142,6 +142,7 @@ fn wrong_shapes_are_refused() {
         (run(&[1, 3, 28, 28], 1), "x_t has shape [1, 3, 28, 28]; it must be (batch, 1, 28, 28)"),
         (run(&[1, 1, 32, 32], 1), "x_t has shape [1, 1, 32, 32]; it must be (batch, 1, 28, 28)"),
         (run(&[28, 28], 28), "x_t has shape [28, 28]"),
+        (run(&[0, 1, 28, 28], 0), "it must be a batch of at least one image"),
         (run(&[2, 1, 28, 28], 3), "t has shape [3]; it must be [2], one timestep for each image"),
         (
             block.forward(&ones(&[1, 4, 2, 2]), &ones(&[1, 4]), None).unwrap_err().to_string(),

@@ -185,6 +185,10 @@ fn wrong_settings_are_refused() {
         (new(Solver::ddpm(), 1001), "sampling steps is 1001; it must be from 1 to 1000"),
         (new(Solver::Ddim { eta: -0.1 }, 10), "eta is -0.1; it must be from 0 to 1"),
         (new(Solver::Ddim { eta: f64::NAN }, 10), "eta is NaN; it must be from 0 to 1"),
+        (
+            Sampler::prior((usize::MAX, 2), 0, &Device::Cpu).unwrap_err().to_string(),
+            "it must be small enough for the memory there is",
+        ),
         (with(&[]), "timesteps is []; it must be one or more"),
         (with(&[3, 3]), "strictly increasing"),
         (with(&[5, 1]), "strictly increasing"),

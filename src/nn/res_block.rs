@@ -68,8 +68,8 @@ impl ResBlock {
     /// # Errors
     /// If a shape does not fit.
     pub fn forward(&self, x: &Tensor, t_emb: &Tensor, dropout: Option<&Dropout>) -> Result<Tensor> {
-        if x.rank() != 4 || x.dim(1)? != self.channels {
-            let expected = format!("(batch, {}, height, width)", self.channels);
+        if x.rank() != 4 || x.dim(1)? != self.channels || x.elem_count() == 0 {
+            let expected = format!("(batch, {}, height, width), none of them 0", self.channels);
             return Err(Error::Shape { what: "x", found: x.dims().to_vec(), expected });
         }
         let y = self.forward_maps(&kernels::to_channels_last(x)?, t_emb, dropout)?;

@@ -106,6 +106,10 @@ impl UNet {
             return Err(Error::Shape { what: "x_t", found: x_t.dims().to_vec(), expected });
         }
         let batch = x_t.dim(0)?;
+        if batch == 0 {
+            let expected = "a batch of at least one image".to_string();
+            return Err(Error::Shape { what: "x_t", found: x_t.dims().to_vec(), expected });
+        }
         if t.dims() != [batch] {
             let expected = format!("[{batch}], one timestep for each image");
             return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });

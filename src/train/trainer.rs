@@ -261,7 +261,7 @@ impl<N: Network> Trainer<N> {
         let batch = self.config.batch_size;
         let mut pixels = vec![0f32; batch * size];
         for (k, image) in pixels.chunks_mut(size).enumerate() {
-            let index = self.shuffled(self.images_seen + k as u64, images.len());
+            let index = self.shuffled(self.images_seen.wrapping_add(k as u64), images.len());
             images.read(index, image)?;
             if self.config.horizontal_flip {
                 let mut stream = self.noise().stream(Purpose::Flip, self.step, k as u32);
