@@ -186,7 +186,7 @@ fn errors_about_a_run(out: &Path, temp: &Path) -> Result<()> {
     let runs: [(&[&str], &[&str]); 5] = [
         (&[], &["holds a run at step 3", "--resume", "another --out"]),
         (&["--resume", "--batch-size", "4"], &["train.batch_size is 2", "but 4 is asked for"]),
-        (&["--resume", "--seed", "9"], &["train.seed is 0", "9 in this run"]),
+        (&["--resume", "--seed", "9"], &["train.seed is 0", "but 9 is asked for"]),
         (&["--resume", "--accumulation", "2"], &["train.accumulation is 1"]),
         (&["--resume", "--data", "no-such"], &["no-such", "scripts/fetch-data mnist no-such"]),
     ];
@@ -204,7 +204,7 @@ fn errors_about_a_run(out: &Path, temp: &Path) -> Result<()> {
             .arg(out)
             .arg("--data")
             .arg(temp.join("other")),
-        &["number of images is 10000", "3 in this run"],
+        &["number of images is 10000", "but 3 is asked for"],
     )?;
     assert!(before == fs::read(out.join("metrics.jsonl"))?, "an error changed the log");
 
