@@ -107,6 +107,12 @@ impl NoiseSchedule {
                 Some(*alpha_bar)
             })
             .collect();
+        // A beta too small for f64 would leave an alpha_bar of 1, where no noise is to be found.
+        let falls = alpha_bars[0] < 1.0 && alpha_bars.windows(2).all(|w| w[1] < w[0]);
+        if !falls {
+            let value = "a table under which alpha_bar does not fall";
+            return Err(Error::config("betas", value, "large enough to lower alpha_bar in f64"));
+        }
         // Below this, 1 / sqrt(alpha_bar) leaves what f32 samplers can hold.
         let last = alpha_bars[alpha_bars.len() - 1];
         if last < 1e-30 {
@@ -243,6 +249,7 @@ mod tests {
             (NoiseSchedule::from_betas(vec![]), "schedule steps is 0"),
             (NoiseSchedule::from_betas(vec![0.5, 1.0]), "betas is 1 at t = 1"),
             (NoiseSchedule::from_betas(vec![0.999; 100]), "alpha_bar ends at"),
+            (NoiseSchedule::from_betas(vec![1e-17; 4]), "alpha_bar does not fall"),
             (NoiseSchedule::cosine(0), "schedule steps is 0"),
         ];
         for (result, expected) in errors {

@@ -180,6 +180,23 @@ fn the_last_k_are_kept_and_nothing_else_is_touched() {
 }
 
 #[test]
+fn a_new_run_in_an_old_ones_place_keeps_its_own() {
+    let (dir, path) = saved();
+    let mut trainer = new(TrainConfig { seed: 1, ..config(100) });
+    // The old run's, at a later step.
+    fs::rename(&path, dir.path().join("checkpoint-000000050")).unwrap();
+    for _ in 0..2 {
+        std::thread::sleep(Duration::from_millis(20));
+        let batch = trainer.next_batch(&Waves(11)).unwrap();
+        trainer.step(&batch).unwrap();
+        trainer.save(&path).unwrap();
+    }
+    assert_eq!(names(dir.path()), ["checkpoint", "checkpoint-000000001"]);
+    fs::remove_dir_all(&path).unwrap();
+    assert_eq!(Checkpoint::open(&path).unwrap().train_config().seed, 1);
+}
+
+#[test]
 fn between_the_two_renames_the_older_one_is_found() {
     let (dir, path) = saved();
     fs::rename(&path, dir.path().join("checkpoint-000000002")).unwrap();

@@ -29,9 +29,16 @@ impl ResBlock {
     /// be had from `vb`.
     pub fn new(input: usize, output: usize, time_dim: usize, vb: VarBuilder) -> Result<Self> {
         for channels in [input, output] {
-            if channels == 0 || !channels.is_multiple_of(GROUPS) {
-                return Err(Error::config("channels", channels, "a multiple of 8, at least 8"));
+            if !(GROUPS..=1 << 16).contains(&channels) || !channels.is_multiple_of(GROUPS) {
+                return Err(Error::config(
+                    "channels",
+                    channels,
+                    "a multiple of 8, from 8 to 65536",
+                ));
             }
+        }
+        if !(1..=1 << 16).contains(&time_dim) {
+            return Err(Error::config("time_dim", time_dim, "from 1 to 65536"));
         }
         let (block1, block2) = (vb.pp("block1"), vb.pp("block2"));
         let shortcut = (input != output)

@@ -69,8 +69,8 @@ impl TimeEmbedding {
 }
 
 pub(super) fn check_dim(dim: usize) -> Result<()> {
-    if dim < 4 || !dim.is_multiple_of(2) {
-        return Err(Error::config("time_dim", dim, "even, and at least 4"));
+    if !(4..=1 << 16).contains(&dim) || !dim.is_multiple_of(2) {
+        return Err(Error::config("time_dim", dim, "even, and at least 4, at most 65536"));
     }
     Ok(())
 }

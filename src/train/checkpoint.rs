@@ -309,11 +309,13 @@ fn archived(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
             && let Ok(step) = digits.parse()
             && path.join(STATE).is_file()
         {
-            found.push((step, path));
+            let written = fs::metadata(path.join(STATE)).and_then(|m| m.modified());
+            found.push((written.map_err(Error::io(&path))?, step, path));
         }
     }
+    // By time, not by step: a run that begins anew here counts from 1 again.
     found.sort();
-    Ok(found)
+    Ok(found.into_iter().map(|(_, step, path)| (step, path)).collect())
 }
 
 fn absolute(dir: &Path) -> Result<PathBuf> {

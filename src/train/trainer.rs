@@ -193,6 +193,10 @@ impl<N: Network> Trainer<N> {
             let expected = format!("(batch, ...), the batch a multiple of accumulation = {parts}");
             return Err(Error::Shape { what: "x_0", found: x_0.dims().to_vec(), expected });
         }
+        if t.dims() != [batch] || eps.dims() != x_0.dims() {
+            let expected = format!("[{batch}], with eps of shape {:?}", x_0.dims());
+            return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });
+        }
         let part = batch / parts;
         let mut sums = BTreeMap::new();
         let mut losses = Vec::with_capacity(parts);
@@ -245,7 +249,7 @@ impl<N: Network> Trainer<N> {
     /// fails to read.
     pub fn next_batch(&mut self, images: &dyn ImageSource) -> Result<Tensor> {
         let (channels, height, width) = images.shape();
-        let size = channels * height * width;
+        let size = [height, width].iter().try_fold(channels, |n, &d| n.checked_mul(d)).unwrap_or(0);
         if images.is_empty() || size == 0 || images.len() > u32::MAX as usize {
             let value = format!("{} images of {size} values", images.len());
             return Err(Error::config("image source", value, "1 to 2^32 images, none empty"));
@@ -259,7 +263,13 @@ impl<N: Network> Trainer<N> {
             });
         }
         let batch = self.config.batch_size;
-        let mut pixels = vec![0f32; batch * size];
+        let mut pixels = Vec::new();
+        let count = batch.checked_mul(size).filter(|&n| pixels.try_reserve_exact(n).is_ok());
+        let Some(count) = count else {
+            let expected = format!("small enough for a batch of images of {size} values in memory");
+            return Err(Error::config("batch_size", batch, expected));
+        };
+        pixels.resize(count, 0f32);
         for (k, image) in pixels.chunks_mut(size).enumerate() {
             let index = self.shuffled(self.images_seen.wrapping_add(k as u64), images.len());
             images.read(index, image)?;
