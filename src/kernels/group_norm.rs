@@ -1,7 +1,7 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::gemm::{contiguous, on_cpu_in_f32, with_values};
+use super::values::{contiguous, on_cpu_in_f32, with_values};
 
 /// What follows a normalisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

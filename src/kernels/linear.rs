@@ -1,6 +1,7 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
-use super::gemm::{Mat, contiguous, gemm, on_cpu_in_f32, with_values};
+use super::gemm::{Mat, gemm};
+use super::values::{contiguous, on_cpu_in_f32, with_values};
 
 /// `x W^T + b`: `x` (batch, in), `weight` (out, in), `bias` (out).
 pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {

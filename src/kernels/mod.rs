@@ -13,7 +13,12 @@ mod conv;
 mod gemm;
 mod group_norm;
 mod linear;
+mod patches;
+mod product;
+mod simd;
 mod upsample;
+mod values;
+mod winograd;
 
 use candle_core::{Result, Tensor};
 

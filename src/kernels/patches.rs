@@ -1,0 +1,234 @@
+//! Convolutions of any kernel and stride: a few rows of an image at a time are laid out as patches,
+//! small enough to stay in the cache, and multiplied with the weights. The patches are made again
+//! for the backward pass, not kept.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use candle_core::{Result, Shape};
+use rayon::prelude::*;
+
+use super::gemm::{Mat, gemm};
+use super::winograd::Epilogue;
+
+/// Into how many parts a batch is cut whose sums over images are then added in order. Fixed, so
+/// that results do not depend on the number of threads.
+const PARTS: usize = 8;
+
+/// How many pixels' patches are laid out at a time, about.
+const CHUNK_PIXELS: usize = 192;
+
+thread_local! {
+    /// Patches, reused from call to call: fresh memory would cost a page fault every 4 KiB.
+    static PATCHES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A convolution's sizes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Patches {
+    pub batch: usize,
+    pub h: usize,
+    pub w: usize,
+    pub c_in: usize,
+    pub h_out: usize,
+    pub w_out: usize,
+    pub c_out: usize,
+    pub kernel: usize,
+    pub stride: usize,
+}
+
+impl Patches {
+    pub fn new(x: [usize; 4], weight: &Shape, stride: usize) -> Result<Self> {
+        let [batch, h, w, c_in] = x;
+        let (c_out, weight_in, kernel, kernel_w) = weight.dims4()?;
+        if weight_in != c_in || kernel != kernel_w || kernel.is_multiple_of(2) {
+            candle_core::bail!("conv2d of {x:?} (channels last) with a weight of {weight:?}")
+        }
+        let (h_out, w_out) = (h.div_ceil(stride), w.div_ceil(stride));
+        Ok(Self { batch, h, w, c_in, h_out, w_out, c_out, kernel, stride })
+    }
+
+    fn x_len(&self) -> usize {
+        self.h * self.w * self.c_in
+    }
+
+    fn y_len(&self) -> usize {
+        self.h_out * self.w_out * self.c_out
+    }
+
+    /// Values that an output pixel is computed from.
+    fn patch(&self) -> usize {
+        self.kernel * self.kernel * self.c_in
+    }
+
+    fn chunk_rows(&self) -> usize {
+        CHUNK_PIXELS.div_ceil(self.w_out).min(self.h_out)
+    }
+
+    /// The output rows of chunk `i`.
+    fn chunk(&self, i: usize) -> Range<usize> {
+        let first = i * self.chunk_rows();
+        first..(first + self.chunk_rows()).min(self.h_out)
+    }
+
+    /// (out, in, k, k) to (k, k, in, out): a row for each value of a patch.
+    pub fn weight_matrix(&self, weight: &[f32]) -> Vec<f32> {
+        let (area, mut matrix) = (self.kernel * self.kernel, vec![0f32; weight.len()]);
+        for o in 0..self.c_out {
+            for i in 0..self.c_in {
+                for k in 0..area {
+                    matrix[(k * self.c_in + i) * self.c_out + o] =
+                        weight[(o * self.c_in + i) * area + k];
+                }
+            }
+        }
+        matrix
+    }
+
+    /// What [`backward`](Self::backward) sums, (out, k, k, in), to (out, in, k, k).
+    fn weight_layout(&self, matrix: &[f32]) -> Vec<f32> {
+        let (area, mut weight) = (self.kernel * self.kernel, vec![0f32; matrix.len()]);
+        for o in 0..self.c_out {
+            for k in 0..area {
+                for i in 0..self.c_in {
+                    weight[(o * self.c_in + i) * area + k] = matrix[(o * area + k) * self.c_in + i];
+                }
+            }
+        }
+        weight
+    }
+
+    /// The parts of the patches of output row `oy` that lie within the image: for each, where it
+    /// begins in the row's patches, where in the image, and its length.
+    fn spans(&self, oy: usize) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
+        let g = *self;
+        let pad = g.kernel / 2;
+        (0..g.w_out).flat_map(move |ox| {
+            let left = (ox * g.stride) as isize - pad as isize;
+            let skip = (-left).max(0) as usize;
+            let first = (left + skip as isize) as usize;
+            let last = (left + g.kernel as isize).min(g.w as isize) as usize;
+            (0..g.kernel).filter_map(move |ky| {
+                let y = (oy * g.stride + ky).checked_sub(pad).filter(|&y| y < g.h)?;
+                let patch = ox * g.patch() + (ky * g.kernel + skip) * g.c_in;
+                Some((patch, (y * g.w + first) * g.c_in, (last - first) * g.c_in))
+            })
+        })
+    }
+
+    /// Calls `f` with the patches of these output rows of an image: a row for each pixel.
+    fn with_patches(&self, x: &[f32], rows: Range<usize>, f: impl FnOnce(Mat)) {
+        let pixels = rows.len() * self.w_out;
+        if self.kernel == 1 && self.stride == 1 {
+            let x = &x[rows.start * self.w * self.c_in..][..pixels * self.c_in];
+            return f(Mat::new(x, pixels, self.c_in));
+        }
+        PATCHES.with_borrow_mut(|patches| {
+            let len = pixels * self.patch();
+            patches.resize(patches.len().max(len), 0.0);
+            let patches = &mut patches[..len];
+            patches.fill(0.0);
+            for (row, oy) in patches.chunks_mut(self.w_out * self.patch()).zip(rows) {
+                for (patch, image, len) in self.spans(oy) {
+                    row[patch..][..len].copy_from_slice(&x[image..][..len]);
+                }
+            }
+            f(Mat::new(patches, pixels, self.patch()));
+        });
+    }
+
+    /// Adds to an image's gradient what these output rows of `dy` give.
+    fn add_input_gradient(&self, dx: &mut [f32], dy: Mat, weight: Mat, rows: Range<usize>) {
+        let pixels = rows.len() * self.w_out;
+        if self.kernel == 1 && self.stride == 1 {
+            let dx = &mut dx[rows.start * self.w * self.c_in..][..pixels * self.c_in];
+            return gemm(dx, dy, weight.transposed(), true);
+        }
+        PATCHES.with_borrow_mut(|patches| {
+            let len = pixels * self.patch();
+            patches.resize(patches.len().max(len), 0.0);
+            let patches = &mut patches[..len];
+            gemm(patches, dy, weight.transposed(), false);
+            for (row, oy) in patches.chunks(self.w_out * self.patch()).zip(rows) {
+                for (patch, image, len) in self.spans(oy) {
+                    let (dx, patch) = (&mut dx[image..][..len], &row[patch..][..len]);
+                    dx.iter_mut().zip(patch).for_each(|(dx, p)| *dx += p);
+                }
+            }
+        });
+    }
+
+    /// `y` from `x`, with the weights as a [matrix](Self::weight_matrix).
+    pub fn forward(&self, x: &[f32], weight: &[f32], epilogue: Epilogue, y: &mut [f32]) {
+        let weight = Mat::new(weight, self.patch(), self.c_out);
+        let line = self.w_out * self.c_out;
+        let images = y.par_chunks_mut(self.y_len()).zip(x.par_chunks(self.x_len())).enumerate();
+        images.for_each(|(k, (y, x))| {
+            let mut shift = vec![0f32; self.c_out];
+            epilogue.shift(k, &mut shift);
+            let residual = epilogue.residual.map(|r| &r[k * self.y_len()..][..self.y_len()]);
+            let chunks = y.par_chunks_mut(self.chunk_rows() * line).enumerate();
+            chunks.for_each(|(i, y)| {
+                let rows = self.chunk(i);
+                for pixel in y.chunks_mut(self.c_out) {
+                    if epilogue.accumulate {
+                        pixel.iter_mut().zip(&shift).for_each(|(y, shift)| *y += shift);
+                    } else {
+                        pixel.copy_from_slice(&shift);
+                    }
+                }
+                if let Some(residual) = residual {
+                    let residual = &residual[rows.start * line..];
+                    y.iter_mut().zip(residual).for_each(|(y, residual)| *y += residual);
+                }
+                self.with_patches(x, rows, |patches| gemm(y, patches, weight, true));
+            });
+        });
+    }
+
+    /// The gradient of `x`, written or added to `dx`.
+    pub fn input_gradient(&self, dy: &[f32], weight: &[f32], dx: &mut [f32], accumulate: bool) {
+        let weight = Mat::new(weight, self.patch(), self.c_out);
+        let line = self.w_out * self.c_out;
+        let images = dx.par_chunks_mut(self.x_len()).zip(dy.par_chunks(self.y_len()));
+        images.for_each(|(dx, dy)| {
+            if !accumulate {
+                dx.fill(0.0);
+            }
+            for i in 0..self.h_out.div_ceil(self.chunk_rows()) {
+                let rows = self.chunk(i);
+                let dy = &dy[rows.start * line..rows.end * line];
+                let dy = Mat::new(dy, rows.len() * self.w_out, self.c_out);
+                self.add_input_gradient(dx, dy, weight, rows);
+            }
+        });
+    }
+
+    /// The gradient of the weights, (out, in, k, k).
+    pub fn weight_gradient(&self, x: &[f32], dy: &[f32]) -> Vec<f32> {
+        let images = self.batch.div_ceil(PARTS);
+        let line = self.w_out * self.c_out;
+        let parts = x.par_chunks(images * self.x_len()).zip(dy.par_chunks(images * self.y_len()));
+        let sums: Vec<_> = parts
+            .map(|(x, dy)| {
+                let mut dweight = vec![0f32; self.c_out * self.patch()];
+                for (x, dy) in x.chunks(self.x_len()).zip(dy.chunks(self.y_len())) {
+                    for i in 0..self.h_out.div_ceil(self.chunk_rows()) {
+                        let rows = self.chunk(i);
+                        let dy = &dy[rows.start * line..rows.end * line];
+                        let dy = Mat::new(dy, rows.len() * self.w_out, self.c_out);
+                        self.with_patches(x, rows, |patches| {
+                            gemm(&mut dweight, dy.transposed(), patches, true);
+                        });
+                    }
+                }
+                dweight
+            })
+            .collect();
+        let mut dweight = vec![0f32; self.c_out * self.patch()];
+        for part in sums {
+            dweight.iter_mut().zip(part).for_each(|(sum, d)| *sum += d);
+        }
+        self.weight_layout(&dweight)
+    }
+}

@@ -1,0 +1,124 @@
+//! Matrix products of packed operands, the work that everything else is laid out for.
+
+use super::simd::{Simd, simd_fn};
+
+/// Columns of a packed right-hand side that stand side by side: every instruction set's vectors fill
+/// them exactly.
+pub(super) const PANEL: usize = 32;
+
+/// The left-hand side: element (i, k) stands at `i * row + k * col`.
+#[derive(Clone, Copy)]
+pub(super) struct Left<'a> {
+    pub data: &'a [f32],
+    pub row: usize,
+    pub col: usize,
+}
+
+simd_fn! {
+    /// `c = a b`, or `c += a b` where `accumulate`, for one panel of columns.
+    ///
+    /// `a` is `rows` by `depth`; `b` `depth` by [`PANEL`], row by row; row i of `c` begins at
+    /// `i * c_row`. An element's sum runs through `depth` in order, whatever the number of rows.
+    pub(super) fn panel_product<S>(
+        c: &mut [f32],
+        c_row: usize,
+        rows: usize,
+        a: Left<'_>,
+        b: &[f32],
+        depth: usize,
+        accumulate: bool,
+    ) {
+        if rows == 0 {
+            return;
+        }
+        assert!((rows - 1) * c_row + PANEL <= c.len());
+        assert!(depth == 0 || (rows - 1) * a.row + (depth - 1) * a.col < a.data.len());
+        assert!(depth * PANEL <= b.len());
+        // Tiles of nearly equal height: a last one of a row or two would waste most of its loads.
+        let tiles = rows.div_ceil(S::ROWS);
+        for j in (0..PANEL).step_by(2 * S::WIDTH) {
+            for tile in 0..tiles {
+                let (first, last) = (tile * rows / tiles, (tile + 1) * rows / tiles);
+                // SAFETY: the assertions above hold every element that the tile touches within its
+                // slice: rows are less than `rows`, columns less than `PANEL`.
+                unsafe {
+                    tile_product::<S>(
+                        last - first,
+                        Tile {
+                            c: c.as_mut_ptr().add(first * c_row + j),
+                            c_row,
+                            a: a.data.as_ptr().add(first * a.row),
+                            a_row: a.row,
+                            a_col: a.col,
+                            b: b.as_ptr().add(j),
+                            depth,
+                            accumulate,
+                        },
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Tile {
+    c: *mut f32,
+    c_row: usize,
+    a: *const f32,
+    a_row: usize,
+    a_col: usize,
+    b: *const f32,
+    depth: usize,
+    accumulate: bool,
+}
+
+/// # Safety
+/// Each of the tile's elements must lie within memory that may be read, or written for `c`.
+#[inline(always)]
+unsafe fn tile_product<S: Simd>(rows: usize, tile: Tile) {
+    macro_rules! of_height {
+        ($($height:literal)*) => {
+            match rows {
+                $($height if $height <= S::ROWS => {
+                    // SAFETY: passed on.
+                    unsafe { fixed_tile::<S, $height>(tile) }
+                })*
+                _ => unreachable!("no tile has more rows than `Simd::ROWS`"),
+            }
+        };
+    }
+    of_height!(1 2 3 4 5 6 7 8 9 10 11 12 13 14)
+}
+
+/// `M` rows and two vectors of columns, all in registers.
+///
+/// # Safety
+/// As [`tile_product`].
+#[inline(always)]
+unsafe fn fixed_tile<S: Simd, const M: usize>(tile: Tile) {
+    let Tile { c, c_row, mut a, a_row, a_col, mut b, depth, accumulate } = tile;
+    // SAFETY: the caller's promise covers each of these elements.
+    unsafe {
+        let mut sums = [[S::splat(0.0); 2]; M];
+        if accumulate {
+            for (i, sums) in sums.iter_mut().enumerate() {
+                *sums = [S::load(c.add(i * c_row)), S::load(c.add(i * c_row + S::WIDTH))];
+            }
+        }
+        for _ in 0..depth {
+            let columns = [S::load(b), S::load(b.add(S::WIDTH))];
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let x = S::splat(*a.add(i * a_row));
+                sums[0] = x.mul_add(columns[0], sums[0]);
+                sums[1] = x.mul_add(columns[1], sums[1]);
+            }
+            a = a.wrapping_add(a_col);
+            b = b.wrapping_add(PANEL);
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            sums[0].store(c.add(i * c_row));
+            sums[1].store(c.add(i * c_row + S::WIDTH));
+        }
+    }
+}

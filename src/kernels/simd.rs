@@ -1,0 +1,313 @@
+//! Vectors of f32 in whatever width the machine has, chosen when the program runs.
+
+/// An instruction set, as far as the kernels tell them apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Isa {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// Whatever the compiler makes of four values at a time: NEON, or SSE.
+    Portable,
+}
+
+impl Isa {
+    /// The best that this machine has, or that `DDPM_MAX_CPU_ISA` allows: `avx512`, `avx2` or
+    /// `portable`. Asked once a process.
+    pub fn detect() -> Self {
+        static DETECTED: std::sync::OnceLock<Isa> = std::sync::OnceLock::new();
+        *DETECTED.get_or_init(|| {
+            let limit = std::env::var("DDPM_MAX_CPU_ISA").unwrap_or_default();
+            let allowed = Self::available();
+            let begin = match limit.as_str() {
+                "portable" => allowed.len() - 1,
+                "avx2" => allowed.iter().position(|isa| isa.name() != "avx512").unwrap_or(0),
+                _ => 0,
+            };
+            allowed[begin]
+        })
+    }
+
+    /// All that this machine has, the best first; never empty.
+    pub fn available() -> Vec<Self> {
+        let mut found = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            if avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
+                found.push(Self::Avx512);
+            }
+            if avx2 {
+                found.push(Self::Avx2);
+            }
+        }
+        found.push(Self::Portable);
+        found
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => "avx2",
+            Self::Portable => "portable",
+        }
+    }
+}
+
+/// A vector of f32, and what the kernels do with one.
+///
+/// Functions generic over this must be inlined into one that has the instruction set enabled, which
+/// [`simd_fn`] does.
+pub(crate) trait Simd: Copy {
+    /// Values in a vector; divides 16.
+    const WIDTH: usize;
+    /// Rows of a product's tile that, with two vectors a row, leave registers for its operands.
+    const ROWS: usize;
+
+    /// # Safety
+    /// `from` must be readable for [`WIDTH`](Self::WIDTH) values, and the instruction set present.
+    unsafe fn load(from: *const f32) -> Self;
+
+    /// # Safety
+    /// `to` must be writable for [`WIDTH`](Self::WIDTH) values, and the instruction set present.
+    unsafe fn store(self, to: *mut f32);
+
+    fn splat(value: f32) -> Self;
+    fn add(self, other: Self) -> Self;
+    fn sub(self, other: Self) -> Self;
+    fn mul(self, other: Self) -> Self;
+    /// `self * other + sum`, rounded once where the machine can.
+    fn mul_add(self, other: Self, sum: Self) -> Self;
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::Simd;
+    use std::arch::x86_64::*;
+
+    macro_rules! vector {
+        ($name:ident, $register:ty, $width:literal, $rows:literal, $load:ident, $store:ident,
+         $splat:ident, $add:ident, $sub:ident, $mul:ident, $mul_add:ident) => {
+            #[derive(Clone, Copy)]
+            pub(crate) struct $name($register);
+
+            // SAFETY, for each block: the trait's contract is that callers have the instruction
+            // set enabled; `load` and `store` pass on what they demand of pointers.
+            impl Simd for $name {
+                const WIDTH: usize = $width;
+                const ROWS: usize = $rows;
+
+                #[inline(always)]
+                unsafe fn load(from: *const f32) -> Self {
+                    // SAFETY: see above.
+                    Self(unsafe { $load(from) })
+                }
+
+                #[inline(always)]
+                unsafe fn store(self, to: *mut f32) {
+                    // SAFETY: see above.
+                    unsafe { $store(to, self.0) }
+                }
+
+                #[inline(always)]
+                fn splat(value: f32) -> Self {
+                    // SAFETY: see above.
+                    Self(unsafe { $splat(value) })
+                }
+
+                #[inline(always)]
+                fn add(self, other: Self) -> Self {
+                    // SAFETY: see above.
+                    Self(unsafe { $add(self.0, other.0) })
+                }
+
+                #[inline(always)]
+                fn sub(self, other: Self) -> Self {
+                    // SAFETY: see above.
+                    Self(unsafe { $sub(self.0, other.0) })
+                }
+
+                #[inline(always)]
+                fn mul(self, other: Self) -> Self {
+                    // SAFETY: see above.
+                    Self(unsafe { $mul(self.0, other.0) })
+                }
+
+                #[inline(always)]
+                fn mul_add(self, other: Self, sum: Self) -> Self {
+                    // SAFETY: see above.
+                    Self(unsafe { $mul_add(self.0, other.0, sum.0) })
+                }
+            }
+        };
+    }
+
+    vector!(
+        Avx512,
+        __m512,
+        16,
+        14,
+        _mm512_loadu_ps,
+        _mm512_storeu_ps,
+        _mm512_set1_ps,
+        _mm512_add_ps,
+        _mm512_sub_ps,
+        _mm512_mul_ps,
+        _mm512_fmadd_ps
+    );
+    vector!(
+        Avx2,
+        __m256,
+        8,
+        6,
+        _mm256_loadu_ps,
+        _mm256_storeu_ps,
+        _mm256_set1_ps,
+        _mm256_add_ps,
+        _mm256_sub_ps,
+        _mm256_mul_ps,
+        _mm256_fmadd_ps
+    );
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Avx2, Avx512};
+
+/// Four values, which compilers keep in one register.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable([f32; 4]);
+
+impl Simd for Portable {
+    const WIDTH: usize = 4;
+    const ROWS: usize = if cfg!(target_arch = "aarch64") { 12 } else { 6 };
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: readable for four values, as the caller promises; any alignment will do.
+        Self(unsafe { from.cast::<[f32; 4]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: writable for four values, as the caller promises; any alignment will do.
+        unsafe { to.cast::<[f32; 4]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        Self([value; 4])
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        let (a, b) = (self.0, other.0);
+        Self([a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]])
+    }
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        let (a, b) = (self.0, other.0);
+        Self([a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3]])
+    }
+
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        let (a, b) = (self.0, other.0);
+        Self([a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3]])
+    }
+
+    #[inline(always)]
+    fn mul_add(self, other: Self, sum: Self) -> Self {
+        let (a, b, c) = (self.0, other.0, sum.0);
+        // Without an instruction for it, `f32::mul_add` would be a call.
+        if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
+            let fused = |i: usize| a[i].mul_add(b[i], c[i]);
+            Self([fused(0), fused(1), fused(2), fused(3)])
+        } else {
+            self.mul(other).add(sum)
+        }
+    }
+}
+
+/// One value: what is left over beside whole vectors.
+impl Simd for f32 {
+    const WIDTH: usize = 1;
+    const ROWS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: readable, as the caller promises.
+        unsafe { *from }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: writable, as the caller promises.
+        unsafe { *to = self }
+    }
+
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        value
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        self + other
+    }
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        self - other
+    }
+
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        self * other
+    }
+
+    #[inline(always)]
+    fn mul_add(self, other: Self, sum: Self) -> Self {
+        self * other + sum
+    }
+}
+
+/// Defines a function that runs in the widest vectors that an [`Isa`], its first argument, has:
+/// `fn name<S>(arguments) { body }`, with `S: Simd` within the body.
+macro_rules! simd_fn {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident<$s:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
+        $vis fn $name(isa: crate::kernels::simd::Isa, $($arg: $ty),*) $(-> $ret)? {
+            use crate::kernels::simd::{Isa, Simd};
+
+            #[inline(always)]
+            fn generic<$s: Simd>($($arg: $ty),*) $(-> $ret)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
+            fn avx512($($arg: $ty),*) $(-> $ret)? {
+                generic::<crate::kernels::simd::Avx512>($($arg),*)
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($arg: $ty),*) $(-> $ret)? {
+                generic::<crate::kernels::simd::Avx2>($($arg),*)
+            }
+
+            match isa {
+                // SAFETY: an `Isa` of this kind exists only where the instruction set does.
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 => unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => unsafe { avx2($($arg),*) },
+                Isa::Portable => generic::<crate::kernels::simd::Portable>($($arg),*),
+            }
+        }
+    };
+}
+pub(crate) use simd_fn;
