@@ -155,8 +155,8 @@ impl Sampler {
         let mut updates: Vec<Update> = timesteps
             .iter()
             .map(|&t| {
-                let update = solver.update(t, schedule.alpha_bar(t), alpha_bar_prev);
-                alpha_bar_prev = schedule.alpha_bar(t);
+                let update = solver.update(t, schedule.alpha_bars()[t], alpha_bar_prev);
+                alpha_bar_prev = schedule.alpha_bars()[t];
                 update
             })
             .collect();
