@@ -278,7 +278,11 @@ fn images_that_do_not_fit_are_refused() {
     assert!(message.contains("it must be (batch, 3, 8, 8)"), "{message}");
     let batch = Tensor::zeros((4, 3, 8, 8), DType::F32, &Device::Cpu).unwrap();
     let t = Tensor::new(&[0u32, 1, 2, 1000], &Device::Cpu).unwrap();
-    assert!(trainer.step_with(&batch, &t, &batch).is_err(), "a timestep out of range");
+    let message = trainer.step_with(&batch, &t, &batch).unwrap_err().to_string();
+    assert!(message.contains("t is 1000; it must be from 0 to 999"), "{message}");
+    let (t, eps) = (t.zeros_like().unwrap(), batch.narrow(0, 0, 1).unwrap());
+    let message = trainer.step_with(&batch, &t, &eps).unwrap_err().to_string();
+    assert!(message.contains("eps has shape [1, 3, 8, 8]"), "{message}");
 }
 
 #[test]

@@ -185,7 +185,8 @@ impl<N: Network> Trainer<N> {
     /// and noise `eps` (as `x_0`) of one's own.
     ///
     /// # Errors
-    /// As [`step`](Self::step), and if the shapes do not fit each other.
+    /// As [`step`](Self::step), and if the shapes or dtypes do not fit each other, or a timestep is
+    /// out of range.
     pub fn step_with(&mut self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Update> {
         let batch = x_0.dims().first().copied().unwrap_or(0);
         let parts = self.config.accumulation;
@@ -193,10 +194,7 @@ impl<N: Network> Trainer<N> {
             let expected = format!("(batch, ...), the batch a multiple of accumulation = {parts}");
             return Err(Error::Shape { what: "x_0", found: x_0.dims().to_vec(), expected });
         }
-        if t.dims() != [batch] || eps.dims() != x_0.dims() {
-            let expected = format!("[{batch}], with eps of shape {:?}", x_0.dims());
-            return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });
-        }
+        self.diffusion.check(x_0, t, eps)?;
         let part = batch / parts;
         let mut sums = BTreeMap::new();
         let mut losses = Vec::with_capacity(parts);
