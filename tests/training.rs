@@ -311,6 +311,11 @@ fn wrong_configurations_are_refused() {
         ),
         (optimizer(AdamConfig { beta2: -0.1, ..adam }), "beta2 is -0.1"),
         (optimizer(AdamConfig { eps: 0.0, ..adam }), "eps is 0"),
+        (
+            optimizer(AdamConfig { eps: f64::MIN_POSITIVE, ..adam }),
+            "it must be positive and finite in f32",
+        ),
+        (optimizer(AdamConfig { eps: 1e39, ..adam }), "it must be positive and finite in f32"),
         (optimizer(AdamConfig::adamw(1e-4, f64::INFINITY)), "weight_decay is inf"),
     ] {
         let message = Trainer::new(network(), config, Diffusion::ddpm(), &Device::Cpu)
