@@ -1,5 +1,7 @@
 //! The network's parts: shapes, the names of the weights, and what is refused.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 use ddpm::{
     Denoiser, Diffusion, Dropout, Parameters, ResBlock, Sampler, Solver, TimeEmbedding, UNet,
@@ -109,6 +111,23 @@ fn dropout_drops_whole_maps_while_training_only() {
     assert_eq!(first, again);
     assert_ne!(first, later);
     assert_ne!(first, run(None));
+}
+
+/// What is behind the pointer is asked both ways, dropout included.
+#[test]
+fn boxed_and_shared_networks_are_denoisers() {
+    let config = UNetConfig { hidden_dims: vec![8, 8], dropout: 0.5, ..UNetConfig::mnist() };
+    let unet: UNet = parameters().build(&config).unwrap();
+    let (x_t, t) =
+        (ones(&[1, 1, 28, 28]).arange_like(), Tensor::new(&[5u32], &Device::Cpu).unwrap());
+    fn run(denoiser: impl Denoiser, x_t: &Tensor, t: &Tensor) -> [Vec<f32>; 2] {
+        [denoiser.forward(x_t, t), denoiser.forward_train(x_t, t, &Dropout::new(1, 0))]
+            .map(|y| y.unwrap().flatten_all().unwrap().to_vec1().unwrap())
+    }
+    let expected = run(unet.clone(), &x_t, &t);
+    assert_ne!(expected[0], expected[1]);
+    assert_eq!(run(Box::new(unet.clone()) as Box<dyn Denoiser>, &x_t, &t), expected);
+    assert_eq!(run(Arc::new(unet) as Arc<dyn Denoiser>, &x_t, &t), expected);
 }
 
 #[test]

@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -45,6 +46,17 @@ pub struct Trainer<N: Network> {
     unread: Vec<Update>,
     /// Sum and number of the losses that were read since the last report.
     read: (f64, u64),
+}
+
+impl<N: Network> fmt::Debug for Trainer<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Trainer")
+            .field("network", &N::KIND)
+            .field("config", &self.config)
+            .field("device", &self.device)
+            .field("step", &self.step)
+            .finish_non_exhaustive()
+    }
 }
 
 /// How many updates may go unread in a loop of the user's own before they are checked.
