@@ -1,3 +1,5 @@
+use std::sync::Arc;
+
 use candle_core::Tensor;
 
 use crate::{Dropout, Result};
@@ -5,7 +7,8 @@ use crate::{Dropout, Result};
 /// A network that predicts what was added to an image, or what the process's
 /// [`Prediction`](crate::Prediction) says: all that training and sampling know of it.
 ///
-/// A closure is one, too: `|x_t: &Tensor, t: &Tensor| ...`, through [`from_fn`].
+/// A closure is one, too: `|x_t: &Tensor, t: &Tensor| ...`, through [`from_fn`]; and so is a
+/// reference, a `Box` or an `Arc` of one, such as `Box<dyn Denoiser>`.
 pub trait Denoiser {
     /// The prediction for a batch: `x_t` (batch, channels, height, width), `t` (batch) of an
     /// integer dtype, counted in the full schedule's steps; the answer has the shape of `x_t`.
@@ -24,15 +27,21 @@ pub trait Denoiser {
     }
 }
 
-impl<D: Denoiser + ?Sized> Denoiser for &D {
-    fn forward(&self, x_t: &Tensor, t: &Tensor) -> Result<Tensor> {
-        (**self).forward(x_t, t)
-    }
+macro_rules! denoiser_behind {
+    ($($pointer:ty),*) => {$(
+        impl<D: Denoiser + ?Sized> Denoiser for $pointer {
+            fn forward(&self, x_t: &Tensor, t: &Tensor) -> Result<Tensor> {
+                (**self).forward(x_t, t)
+            }
 
-    fn forward_train(&self, x_t: &Tensor, t: &Tensor, dropout: &Dropout) -> Result<Tensor> {
-        (**self).forward_train(x_t, t, dropout)
-    }
+            fn forward_train(&self, x_t: &Tensor, t: &Tensor, dropout: &Dropout) -> Result<Tensor> {
+                (**self).forward_train(x_t, t, dropout)
+            }
+        }
+    )*};
 }
+
+denoiser_behind!(&D, Box<D>, Arc<D>);
 
 /// A [`Denoiser`] of a closure: for guidance around another network, or a known solution in a test.
 ///

@@ -1,4 +1,4 @@
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, NoiseSchedule, Result};
@@ -53,12 +53,13 @@ impl Diffusion {
 
     /// `x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps`. Ho et al. 2020, equation 4.
     ///
-    /// `x_0` and `eps`: (batch, ...); `t`: (batch), of an integer dtype, less than the schedule's
-    /// steps. The result has the shape and dtype of `x_0`.
+    /// `x_0` and `eps`: (batch, ...), of one floating dtype; `t`: (batch), of an integer dtype, less
+    /// than the schedule's steps. The result has the shape and dtype of `x_0`.
     ///
     /// # Errors
-    /// If the shapes do not fit, or a timestep is out of range.
+    /// If the shapes or dtypes do not fit, or a timestep is out of range.
     pub fn q_sample(&self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Tensor> {
+        self.check(x_0, t, eps)?;
         let (signal, noise) = self.rates(t, x_0)?;
         Ok((x_0.broadcast_mul(&signal)? + eps.broadcast_mul(&noise)?)?)
     }
@@ -66,8 +67,9 @@ impl Diffusion {
     /// What the network should answer for `x_t = q_sample(x_0, t, eps)`; shapes as there.
     ///
     /// # Errors
-    /// If the shapes do not fit, or a timestep is out of range.
+    /// If the shapes or dtypes do not fit, or a timestep is out of range.
     pub fn target(&self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Tensor> {
+        self.check(x_0, t, eps)?;
         match self.prediction {
             Prediction::Epsilon => Ok(eps.clone()),
             Prediction::Sample => Ok(x_0.clone()),
@@ -91,26 +93,123 @@ impl Diffusion {
         Ok((x_t.affine(p, 0.0)? + output.affine(q, 0.0)?)?)
     }
 
-    /// `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` for each of the batch, in `like`'s dtype
-    /// and shaped to multiply it.
-    fn rates(&self, t: &Tensor, like: &Tensor) -> Result<(Tensor, Tensor)> {
-        let batch = like.dims().first().copied().unwrap_or(0);
-        if like.rank() < 1 || t.dims() != [batch] {
-            return Err(Error::Shape {
-                what: "t",
-                found: t.dims().to_vec(),
-                expected: format!("[{batch}], one timestep for each image"),
-            });
+    /// # Errors
+    /// Unless `x_0` and `eps` have one shape (batch, ...) and one floating dtype, and `t` holds a
+    /// timestep of the schedule for each of the batch.
+    pub(crate) fn check(&self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<()> {
+        let Some(&batch) = x_0.dims().first() else {
+            let expected = "(batch, ...)".to_string();
+            return Err(Error::Shape { what: "x_0", found: vec![], expected });
+        };
+        if !x_0.dtype().is_float() {
+            return Err(Error::config("dtype of x_0", x_0.dtype().as_str(), "a floating one"));
         }
+        // Elementwise operations would spread a smaller one.
+        if eps.dims() != x_0.dims() {
+            let expected = format!("{:?}, that of x_0", x_0.dims());
+            return Err(Error::Shape { what: "eps", found: eps.dims().to_vec(), expected });
+        }
+        if eps.dtype() != x_0.dtype() {
+            let expected = format!("{}, that of x_0", x_0.dtype().as_str());
+            return Err(Error::config("dtype of eps", eps.dtype().as_str(), expected));
+        }
+        if t.dims() != [batch] {
+            let expected = format!("[{batch}], one timestep for each image");
+            return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });
+        }
+        if !t.dtype().is_int() {
+            return Err(Error::config("dtype of t", t.dtype().as_str(), "an integer one"));
+        }
+        // On a GPU reading `t` would wait for all work before it: there candle's own kernels check.
+        if t.device().is_cpu() {
+            let steps = self.schedule.steps();
+            let timesteps = t.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+            if let Some(t) = timesteps.into_iter().find(|t| !(0..steps as i64).contains(t)) {
+                let expected = format!("from 0 to {}, a timestep of the schedule", steps - 1);
+                return Err(Error::config("t", t, expected));
+            }
+        }
+        Ok(())
+    }
+
+    /// `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` for each of the batch, in `like`'s dtype
+    /// and shaped to multiply it; the two were [checked](Self::check).
+    fn rates(&self, t: &Tensor, like: &Tensor) -> Result<(Tensor, Tensor)> {
         let mut shape = vec![1; like.rank()];
-        shape[0] = batch;
+        shape[0] = t.dim(0)?;
+        // candle takes the greatest number of the indices' dtype for padding, and gives zeros: in
+        // i64 no u8 or u32 is that.
+        let t = t.to_dtype(DType::I64)?;
         let gather = |rate: &dyn Fn(f64) -> f64| -> Result<Tensor> {
             let table: Vec<f64> = self.schedule.alpha_bars().iter().map(|&a| rate(a)).collect();
             let table = Tensor::from_vec(table, self.schedule.steps(), &Device::Cpu)?
                 .to_dtype(like.dtype())?
                 .to_device(like.device())?;
-            Ok(table.index_select(t, 0)?.reshape(shape.as_slice())?)
+            Ok(table.index_select(&t, 0)?.reshape(shape.as_slice())?)
         };
         Ok((gather(&f64::sqrt)?, gather(&|a| (1.0 - a).sqrt())?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_integer_dtype_means_the_same_timesteps() {
+        let x_0 = Tensor::new(&[[0.5f64, -1.0], [0.25, 0.5]], &Device::Cpu).unwrap();
+        let eps = Tensor::new(&[[1.5f64, 0.1], [-0.7, 0.3]], &Device::Cpu).unwrap();
+        let values = |t: &Tensor| t.to_vec2::<f64>().unwrap();
+        // 255 is a timestep like any other, though it is u8's greatest.
+        let t = Tensor::new(&[255i64, 10], &Device::Cpu).unwrap();
+        let diffusion = Diffusion::new(Diffusion::ddpm().schedule, Prediction::Velocity);
+        let bars = diffusion.schedule.alpha_bars();
+        let first = bars[255].sqrt() * 0.5 + (1.0 - bars[255]).sqrt() * 1.5;
+        let second = bars[10].sqrt() * 0.3 - (1.0 - bars[10]).sqrt() * 0.5;
+        for dtype in [DType::U8, DType::U32, DType::I16, DType::I32, DType::I64] {
+            let t = t.to_dtype(dtype).unwrap();
+            let x_t = values(&diffusion.q_sample(&x_0, &t, &eps).unwrap());
+            let target = values(&diffusion.target(&x_0, &t, &eps).unwrap());
+            assert!((x_t[0][0] - first).abs() < 1e-15, "{dtype:?}: {x_t:?}");
+            assert!((target[1][1] - second).abs() < 1e-15, "{dtype:?}: {target:?}");
+        }
+    }
+
+    #[test]
+    fn refuses_what_does_not_fit() {
+        let x = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
+        let at = |t: &[i64], dtype| {
+            let t = Tensor::new(t, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            (x.clone(), t, x.clone())
+        };
+        let t = at(&[1, 5], DType::U32).1;
+        let bytes = x.to_dtype(DType::U8).unwrap();
+        let cases = [
+            (at(&[1, 1000], DType::I64), "t is 1000; it must be from 0 to 999"),
+            (at(&[-1, 1], DType::I32), "t is -1; it must be from 0 to 999"),
+            (at(&[i64::MAX, 1], DType::I64), "t is 9223372036854775807"),
+            (at(&[u32::MAX.into(), 1], DType::U32), "t is 4294967295; it must be from 0 to 999"),
+            (at(&[1, 5], DType::F32), "dtype of t is f32; it must be an integer one"),
+            (at(&[1], DType::U32), "t has shape [1]; it must be [2], one timestep for each image"),
+            (
+                (x.clone(), t.clone(), x.narrow(0, 0, 1).unwrap()),
+                "eps has shape [1, 3]; it must be [2, 3], that of x_0",
+            ),
+            (
+                (x.clone(), t.clone(), x.to_dtype(DType::F64).unwrap()),
+                "dtype of eps is f64; it must be f32, that of x_0",
+            ),
+            ((bytes.clone(), t.clone(), bytes), "dtype of x_0 is u8; it must be a floating one"),
+            ((x.sum_all().unwrap(), t, x.clone()), "x_0 has shape []; it must be (batch, ...)"),
+        ];
+        for prediction in [Prediction::Epsilon, Prediction::Sample, Prediction::Velocity] {
+            let diffusion = Diffusion::new(Diffusion::ddpm().schedule, prediction);
+            for ((x_0, t, eps), expected) in &cases {
+                for result in [diffusion.q_sample(x_0, t, eps), diffusion.target(x_0, t, eps)] {
+                    let message = result.unwrap_err().to_string();
+                    assert!(message.contains(expected), "{prediction:?}: {message}");
+                }
+            }
+        }
     }
 }

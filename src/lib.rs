@@ -11,6 +11,7 @@
 //!
 #![doc = include_str!("../README.md")]
 #![deny(missing_docs, unsafe_code)]
+#![warn(missing_debug_implementations)]
 
 pub mod data;
 mod denoiser;

@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -9,7 +10,7 @@ use candle_nn::{Init, VarBuilder, init::NormalOrUniform};
 use safetensors::SafeTensors;
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::noise::{Noise, Purpose};
+use crate::noise::{Noise, Purpose, zeros};
 use crate::{Denoiser, Error, Result};
 
 /// A network's configuration: what a checkpoint remembers of it, and how it is built again.
@@ -58,9 +59,18 @@ enum Source {
     Given(PathBuf, BTreeMap<String, Tensor>),
 }
 
+impl fmt::Debug for Parameters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Parameters")
+            .field("dtype", &self.dtype)
+            .field("device", &self.device)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Parameters {
     /// Trainable weights of random initial values, as each layer asks for them. [`Trainer`] has
-    /// f32.
+    /// f32; the crate's own layers take f32 or f64.
     ///
     /// [`Trainer`]: crate::Trainer
     pub fn new(seed: u64, dtype: DType, device: &Device) -> Self {
@@ -243,10 +253,16 @@ impl SimpleBackend for Backend {
 }
 
 /// The initial value of a weight, on the CPU.
+///
+/// # Errors
+/// If there is no memory for a weight of this shape.
 fn initial(noise: Noise, name: &str, shape: &Shape, init: Init) -> Result<Tensor> {
     let hash = fnv1a(name);
     let mut stream = noise.stream(Purpose::Weights, hash, (hash >> 40) as u32);
-    let mut values = vec![0f32; shape.elem_count()];
+    let mut values = zeros("weight", shape.dims()).map_err(|_| {
+        let value = format!("{name} of shape {:?}", shape.dims());
+        Error::config("weight", value, "small enough for the memory there is")
+    })?;
     let mut uniform = |values: &mut [f32], lo: f64, up: f64| {
         values.iter_mut().for_each(|v| *v = (lo + (up - lo) * stream.uniform()) as f32);
     };

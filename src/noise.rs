@@ -70,7 +70,7 @@ impl Noise {
         shape: &[usize],
         device: &Device,
     ) -> Result<Tensor> {
-        let mut values = zeros(shape)?;
+        let mut values = zeros("noise", shape)?;
         let count = values.len() / shape[0].max(1);
         for (k, sample) in values.chunks_mut(count.max(1)).enumerate() {
             self.stream(purpose, step, k as u32).fill_normal(sample);
@@ -79,8 +79,8 @@ impl Noise {
     }
 }
 
-/// Memory for a tensor of this shape, where there is as much.
-fn zeros(shape: &[usize]) -> Result<Vec<f32>> {
+/// Memory for a tensor of this shape, where there is as much; errors call it `what`.
+pub(crate) fn zeros(what: &'static str, shape: &[usize]) -> Result<Vec<f32>> {
     let mut values = Vec::new();
     shape
         .iter()
@@ -88,7 +88,7 @@ fn zeros(shape: &[usize]) -> Result<Vec<f32>> {
         .filter(|&count| values.try_reserve_exact(count).is_ok())
         .map(|count| values.resize(count, 0.0))
         .ok_or_else(|| Error::Shape {
-            what: "noise",
+            what,
             found: shape.to_vec(),
             expected: "small enough for the memory there is".into(),
         })?;
@@ -185,6 +185,9 @@ impl Dropout {
     /// A mask of shape (batch, channels), 0 with probability `p` and `1 / (1 - p)` otherwise, for
     /// the network's `layer`-th dropout; `p` is at least 0 and less than 1. It depends on seed,
     /// step, layer and sample alone.
+    ///
+    /// # Errors
+    /// If `p` is out of its range, or there is no memory for a mask of this size.
     pub fn mask(
         &self,
         layer: u16,
@@ -198,11 +201,11 @@ impl Dropout {
             return Err(Error::config("dropout", p, "at least 0 and less than 1"));
         }
         let keep = (1.0 / (1.0 - p)) as f32;
-        let mut mask = Vec::with_capacity(batch * channels);
-        for k in 0..batch {
+        let mut mask = zeros("mask", &[batch, channels])?;
+        for (k, maps) in mask.chunks_mut(channels.max(1)).enumerate() {
             let sample = (self.first_sample + k) as u32;
             let mut stream = self.noise.indexed(Purpose::Dropout, layer, self.step, sample);
-            mask.extend((0..channels).map(|_| if stream.uniform() < p { 0.0 } else { keep }));
+            maps.iter_mut().for_each(|m| *m = if stream.uniform() < p { 0.0 } else { keep });
         }
         Ok(Tensor::from_vec(mask, (batch, channels), device)?.to_dtype(dtype)?)
     }
@@ -318,5 +321,16 @@ mod tests {
         assert!((mean - 1.0).abs() < 0.015, "{mean}");
         assert_ne!(values, mask(1)?.flatten_all()?.to_vec1::<f32>()?);
         Ok(())
+    }
+
+    #[test]
+    fn a_mask_without_memory_is_an_error() {
+        // More than memory, then more than its addresses, then more than there are numbers.
+        for (batch, channels) in [(1 << 30, 1 << 20), (1 << 40, 1 << 23), (usize::MAX, 3)] {
+            let mask = Dropout::new(0, 0).mask(0, batch, channels, 0.5, DType::F32, &Device::Cpu);
+            let message = mask.unwrap_err().to_string();
+            let expected = format!("mask has shape [{batch}, {channels}]; it must be small enough");
+            assert!(message.contains(&expected), "{message}");
+        }
     }
 }

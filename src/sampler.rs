@@ -1,3 +1,5 @@
+use std::fmt;
+
 use candle_core::{Device, Shape, Tensor};
 use serde::{Deserialize, Serialize};
 
@@ -155,8 +157,8 @@ impl Sampler {
         let mut updates: Vec<Update> = timesteps
             .iter()
             .map(|&t| {
-                let update = solver.update(t, schedule.alpha_bar(t), alpha_bar_prev);
-                alpha_bar_prev = schedule.alpha_bar(t);
+                let update = solver.update(t, schedule.alpha_bars()[t], alpha_bar_prev);
+                alpha_bar_prev = schedule.alpha_bars()[t];
                 update
             })
             .collect();
@@ -307,6 +309,16 @@ pub struct Steps<'a, D> {
     x: Tensor,
     z: Box<NoiseSource<'a>>,
     next: usize,
+}
+
+impl<D> fmt::Debug for Steps<'_, D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Steps")
+            .field("sampler", self.sampler)
+            .field("x", &self.x)
+            .field("next", &self.next)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Where the sampling loop stands after a step.

@@ -13,7 +13,7 @@ use crate::{Error, Result};
 ///
 /// let schedule = NoiseSchedule::linear(1000, 1e-4, 0.02)?;
 /// assert_eq!(schedule.steps(), 1000);
-/// assert!(schedule.alpha_bar(999) < 5e-5); // nearly nothing of the image is left
+/// assert!(schedule.alpha_bar(999)? < 5e-5); // nearly nothing of the image is left
 /// # Ok::<(), ddpm::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -143,18 +143,21 @@ impl NoiseSchedule {
 
     /// `alpha_bar_t`, between 0 and 1.
     ///
-    /// # Panics
-    /// If `t >= steps`, as indexing does.
-    pub fn alpha_bar(&self, t: usize) -> f64 {
-        self.alpha_bars[t]
+    /// # Errors
+    /// Unless `t < steps`.
+    pub fn alpha_bar(&self, t: usize) -> Result<f64> {
+        self.alpha_bars.get(t).copied().ok_or_else(|| {
+            let expected = format!("from 0 to {}, a timestep of the schedule", self.steps() - 1);
+            Error::config("t", t, expected)
+        })
     }
 
     /// Signal-to-noise ratio `alpha_bar_t / (1 - alpha_bar_t)`, of variances: not in decibels.
     ///
-    /// # Panics
-    /// If `t >= steps`, as indexing does.
-    pub fn snr(&self, t: usize) -> f64 {
-        self.alpha_bars[t] / (1.0 - self.alpha_bars[t])
+    /// # Errors
+    /// Unless `t < steps`.
+    pub fn snr(&self, t: usize) -> Result<f64> {
+        self.alpha_bar(t).map(|alpha_bar| alpha_bar / (1.0 - alpha_bar))
     }
 }
 
@@ -200,8 +203,8 @@ mod tests {
             [NoiseSchedule::linear(1000, 1e-4, 0.02).unwrap(), NoiseSchedule::cosine(1000).unwrap()]
         {
             assert!(schedule.alpha_bars().windows(2).all(|w| w[1] < w[0]));
-            assert!(schedule.snr(0) > 1e3, "{schedule:?}");
-            assert!(schedule.snr(999) < 1e-3);
+            assert!(schedule.snr(0).unwrap() > 1e3, "{schedule:?}");
+            assert!(schedule.snr(999).unwrap() < 1e-3);
         }
     }
 
@@ -211,7 +214,7 @@ mod tests {
         assert_eq!(schedule.betas()[0], 1e-4);
         assert_eq!(schedule.betas()[999], 0.02);
         // abar_T of Ho et al.: the closed sum of log(1 - beta) by Euler-Maclaurin is -10.1176.
-        assert!((schedule.alpha_bar(999).ln() + 10.1176).abs() < 1e-3);
+        assert!((schedule.alpha_bar(999).unwrap().ln() + 10.1176).abs() < 1e-3);
         assert_eq!(NoiseSchedule::linear(1, 0.1, 0.2).unwrap().betas(), [0.1]);
     }
 
@@ -221,7 +224,7 @@ mod tests {
         let f = |t: f64| ((t / 1000.0 + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2).cos().powi(2);
         for t in 0..999 {
             let expected = f(t as f64 + 1.0) / f(0.0);
-            assert!((schedule.alpha_bar(t) - expected).abs() < 1e-12, "t = {t}");
+            assert!((schedule.alpha_bars()[t] - expected).abs() < 1e-12, "t = {t}");
         }
         assert_eq!(schedule.betas()[999], 0.999);
     }
@@ -235,6 +238,19 @@ mod tests {
         ] {
             let json = serde_json::to_string(&schedule).unwrap();
             assert_eq!(serde_json::from_str::<NoiseSchedule>(&json).unwrap(), schedule);
+        }
+    }
+
+    #[test]
+    fn refuses_what_is_no_timestep() {
+        let schedule = NoiseSchedule::linear(10, 0.1, 0.3).unwrap();
+        assert_eq!(schedule.alpha_bar(9).unwrap(), schedule.alpha_bars()[9]);
+        for t in [10, usize::MAX] {
+            for result in [schedule.alpha_bar(t), schedule.snr(t)] {
+                let message = result.unwrap_err().to_string();
+                let expected = format!("t is {t}; it must be from 0 to 9, a timestep");
+                assert!(message.contains(&expected), "{message}");
+            }
         }
     }
 

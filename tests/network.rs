@@ -1,5 +1,7 @@
 //! The network's parts: shapes, the names of the weights, and what is refused.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 use ddpm::{
     Denoiser, Diffusion, Dropout, Parameters, ResBlock, Sampler, Solver, TimeEmbedding, UNet,
@@ -111,6 +113,75 @@ fn dropout_drops_whole_maps_while_training_only() {
     assert_ne!(first, run(None));
 }
 
+/// What is behind the pointer is asked both ways, dropout included.
+#[test]
+fn boxed_and_shared_networks_are_denoisers() {
+    let config = UNetConfig { hidden_dims: vec![8, 8], dropout: 0.5, ..UNetConfig::mnist() };
+    let unet: UNet = parameters().build(&config).unwrap();
+    let (x_t, t) =
+        (ones(&[1, 1, 28, 28]).arange_like(), Tensor::new(&[5u32], &Device::Cpu).unwrap());
+    fn run(denoiser: impl Denoiser, x_t: &Tensor, t: &Tensor) -> [Vec<f32>; 2] {
+        [denoiser.forward(x_t, t), denoiser.forward_train(x_t, t, &Dropout::new(1, 0))]
+            .map(|y| y.unwrap().flatten_all().unwrap().to_vec1().unwrap())
+    }
+    let expected = run(unet.clone(), &x_t, &t);
+    assert_ne!(expected[0], expected[1]);
+    assert_eq!(run(Box::new(unet.clone()) as Box<dyn Denoiser>, &x_t, &t), expected);
+    assert_eq!(run(Arc::new(unet) as Arc<dyn Denoiser>, &x_t, &t), expected);
+}
+
+#[test]
+fn wrong_dtypes_are_refused() {
+    for dtype in [DType::BF16, DType::F16, DType::U8] {
+        let vb = Parameters::new(0, dtype, &Device::Cpu).builder();
+        for message in [
+            UNet::new(&UNetConfig::mnist(), vb.pp("unet")).map(drop),
+            ResBlock::new(8, 8, 4, vb.pp("block")).map(drop),
+            TimeEmbedding::new(4, vb.pp("time")).map(drop),
+        ]
+        .map(|result| result.unwrap_err().to_string())
+        {
+            let expected = format!("dtype is {}; it must be f32 or f64", dtype.as_str());
+            assert_eq!(message, expected);
+        }
+    }
+    let vb = parameters().builder();
+    let config = UNetConfig { hidden_dims: vec![8, 8], ..UNetConfig::mnist() };
+    let unet = UNet::new(&config, vb.pp("unet")).unwrap();
+    let block = ResBlock::new(8, 8, 4, vb.pp("block")).unwrap();
+    let (x, t_emb, image) = (ones(&[1, 8, 2, 2]), ones(&[1, 4]), ones(&[1, 1, 28, 28]));
+    let to = |t: &Tensor, dtype| t.to_dtype(dtype).unwrap();
+    let t = Tensor::new(&[5u32], &Device::Cpu).unwrap();
+    for (result, expected) in [
+        (
+            block.forward(&to(&x, DType::U8), &t_emb, None),
+            "dtype of x is u8; it must be f32, that of the weights",
+        ),
+        (
+            block.forward(&x, &to(&t_emb, DType::U8), None),
+            "dtype of t_emb is u8; it must be f32, that of the weights",
+        ),
+        (block.forward(&to(&x, DType::F64), &t_emb, None), "dtype of x is f64"),
+        (unet.forward(&to(&image, DType::U8), &t), "dtype of x_t is u8; it must be a floating one"),
+    ] {
+        let message = result.unwrap_err().to_string();
+        assert!(message.contains(expected), "{message}");
+    }
+    // Another floating dtype is the sampler's: the network computes in its own.
+    let y = unet.forward(&to(&image, DType::F64), &t).unwrap();
+    assert_eq!(y.dtype(), DType::F64);
+}
+
+#[test]
+fn a_weight_without_memory_is_an_error() {
+    let vb = parameters().builder();
+    for shape in [(1 << 30, 1 << 20), (1 << 40, 1 << 40)] {
+        let message = vb.get(shape, "w").unwrap_err().to_string();
+        let expected = format!("weight is w of shape [{}, {}]; it must be small", shape.0, shape.1);
+        assert!(message.contains(&expected), "{message}");
+    }
+}
+
 /// Values that differ, in the shape of another tensor.
 trait ArangeLike {
     fn arange_like(&self) -> Tensor;
@@ -147,6 +218,10 @@ fn wrong_shapes_are_refused() {
         (
             block.forward(&ones(&[1, 4, 2, 2]), &ones(&[1, 4]), None).unwrap_err().to_string(),
             "x has shape [1, 4, 2, 2]; it must be (batch, 8, height, width)",
+        ),
+        (
+            block.forward(&ones(&[2, 8, 2, 2]), &ones(&[1, 4]), None).unwrap_err().to_string(),
+            "t_emb has shape [1, 4]; it must be [2, 4], (batch, time_dim)",
         ),
         (block.clone().with_dropout(1.5, 0).unwrap_err().to_string(), "dropout is 1.5"),
         (

@@ -108,6 +108,45 @@ fn compare(
 }
 
 #[test]
+fn a_limit_that_is_not_positive_is_refused() {
+    let ones = Tensor::ones(4, DType::F32, &Device::Cpu).unwrap();
+    let mut gradients = BTreeMap::from([("w".to_string(), ones)]);
+    for limit in [f64::NAN, f64::NEG_INFINITY, -1.0, 0.0] {
+        let message = clip_grad_norm(&mut gradients, limit).unwrap_err().to_string();
+        assert!(
+            message.contains(&format!("max_norm is {limit}; it must be positive")),
+            "{message}"
+        );
+    }
+    let norm = clip_grad_norm(&mut gradients, f64::INFINITY).unwrap();
+    assert_eq!(norm.to_scalar::<f32>().unwrap(), 2.0);
+    assert_eq!(gradients["w"].to_vec1::<f32>().unwrap(), [1.0; 4]);
+}
+
+#[test]
+fn gradients_that_do_not_fit_change_nothing() {
+    let tensor = |shape: &[usize], dtype| Tensor::ones(shape, dtype, &Device::Cpu).unwrap();
+    let vars: BTreeMap<String, Var> = ["a", "b"]
+        .map(|name| (name.to_string(), Var::from_tensor(&tensor(&[3], DType::F32)).unwrap()))
+        .into();
+    let mut adam = AdamW::new(AdamConfig::adamw(0.1, 0.1), &vars).unwrap();
+    for (second, expected) in [
+        (tensor(&[2], DType::F32), "gradient is (F32, [2], Cpu) for b; it must be (F32, [3], Cpu)"),
+        (tensor(&[1], DType::F32), "gradient is (F32, [1], Cpu) for b"),
+        (tensor(&[3], DType::F64), "gradient is (F64, [3], Cpu) for b; it must be (F32, [3], Cpu)"),
+    ] {
+        let first = tensor(&[3], DType::F32);
+        let gradients = BTreeMap::from([("a".to_string(), first), ("b".to_string(), second)]);
+        let message = adam.step(&gradients, 0.1).unwrap_err().to_string();
+        assert!(message.contains(expected), "{message}");
+        assert_eq!(adam.steps(), 0);
+        let values = |t: &Tensor| t.to_vec1::<f32>().unwrap();
+        assert!(vars.values().all(|var| values(var) == [1.0; 3]));
+        assert!(adam.state().values().all(|moment| values(moment) == [0.0; 3]));
+    }
+}
+
+#[test]
 fn a_warm_average_forgets_where_it_began() {
     let var = Var::new(&[1f32], &Device::Cpu).unwrap();
     let vars = BTreeMap::from([("w".to_string(), var.clone())]);

@@ -33,8 +33,8 @@ fn gaussian(diffusion: &Diffusion) -> impl Denoiser {
 fn expected(schedule: &NoiseSchedule, timesteps: &[usize], solver: Solver) -> (f64, f64) {
     let (mut mean, mut variance) = (0.0, 1.0);
     for (i, &t) in timesteps.iter().enumerate() {
-        let bar = schedule.alpha_bar(t);
-        let prev = timesteps.get(i + 1).map_or(1.0, |&t| schedule.alpha_bar(t));
+        let bar = schedule.alpha_bars()[t];
+        let prev = timesteps.get(i + 1).map_or(1.0, |&t| schedule.alpha_bars()[t]);
         // x_0 = g x + h
         let g = STD * STD * bar.sqrt() / (bar * STD * STD + 1.0 - bar);
         let h = MEAN * (1.0 - g * bar.sqrt());

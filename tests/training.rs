@@ -3,10 +3,12 @@
 use std::ops::ControlFlow;
 
 use candle_core::{DType, Device, Tensor};
+use candle_nn::{Init, VarBuilder};
 use ddpm::{
-    AdamConfig, Diffusion, EmaConfig, Error, ImageSource, Metrics, Network, Observer, Result,
-    TrainConfig, Trainer, UNetConfig,
+    AdamConfig, Denoiser, Diffusion, EmaConfig, Error, ImageSource, Metrics, Network, Observer,
+    Result, TrainConfig, Trainer, UNetConfig,
 };
+use serde::{Deserialize, Serialize};
 
 /// A small network, and images that differ.
 fn network() -> UNetConfig {
@@ -152,21 +154,21 @@ fn an_epoch_shows_every_image_once_and_flips_half() {
     assert!((65..=135).contains(&flips), "{flips} of 200 flipped");
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Recorder {
     metrics: Vec<Metrics>,
     steps: Vec<u64>,
     stop_at: Option<u64>,
 }
 
-impl Observer<UNetConfig> for Recorder {
-    fn on_step(&mut self, trainer: &Trainer<UNetConfig>) -> Result<ControlFlow<()>> {
+impl<N: Network> Observer<N> for Recorder {
+    fn on_step(&mut self, trainer: &Trainer<N>) -> Result<ControlFlow<()>> {
         self.steps.push(trainer.steps());
         let stop = self.stop_at == Some(trainer.steps());
         Ok(if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     }
 
-    fn on_metrics(&mut self, _: &Trainer<UNetConfig>, metrics: &Metrics) -> Result<()> {
+    fn on_metrics(&mut self, _: &Trainer<N>, metrics: &Metrics) -> Result<()> {
         self.metrics.push(metrics.clone());
         Ok(())
     }
@@ -194,6 +196,99 @@ fn observers_see_every_step_and_the_mean_loss_between_reports() {
     for (rate, expected) in rates.iter().zip([0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4, 1e-4, 1e-4]) {
         assert!((rate - expected).abs() < 1e-18, "{rates:?}");
     }
+}
+
+/// As `Ramps(10)`, but never faster than 200 images a second.
+struct Slow;
+
+impl ImageSource for Slow {
+    fn len(&self) -> usize {
+        10
+    }
+
+    fn shape(&self) -> (usize, usize, usize) {
+        (1, 8, 8)
+    }
+
+    fn read(&self, index: usize, pixels: &mut [f32]) -> Result<()> {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        Ramps(10).read(index, pixels)
+    }
+}
+
+#[test]
+fn a_report_is_of_the_updates_of_its_own_fit() {
+    let mut every = Recorder::default();
+    trainer(TrainConfig { steps: 11, ..config() }).fit(&Ramps(10), &mut every).unwrap();
+    let mut trainer = trainer(TrainConfig { steps: 11, log_every: 4, ..config() });
+    for _ in 0..5 {
+        let batch = trainer.next_batch(&Ramps(10)).unwrap();
+        trainer.step(&batch).unwrap();
+    }
+    // Stopped between two reports, too.
+    for (stop_at, reports) in [(Some(6), vec![]), (None, vec![(8, 6..8), (11, 8..11)])] {
+        let mut recorder = Recorder { stop_at, ..Recorder::default() };
+        trainer.fit(&Ramps(10), &mut recorder).unwrap();
+        assert_eq!(recorder.metrics.len(), reports.len());
+        for (metrics, (step, updates)) in recorder.metrics.iter().zip(reports) {
+            let losses: Vec<f32> = every.metrics[updates].iter().map(|m| m.loss).collect();
+            let expected = losses.iter().sum::<f32>() / losses.len() as f32;
+            assert_eq!(metrics.step, step);
+            assert!((metrics.loss - expected).abs() < 1e-6, "{metrics:?}, not {expected}");
+        }
+    }
+}
+
+#[test]
+fn images_per_second_counts_what_was_timed() {
+    let mut trainer = trainer(TrainConfig { steps: 52, log_every: 2, ..config() });
+    let batch = trainer.next_batch(&Ramps(10)).unwrap();
+    let batch = Tensor::cat(&[&batch, &batch], 0).unwrap();
+    for _ in 0..49 {
+        trainer.step(&batch).unwrap();
+    }
+    let mut recorder = Recorder::default();
+    trainer.fit(&Slow, &mut recorder).unwrap();
+    assert_eq!(recorder.metrics.iter().map(|m| m.step).collect::<Vec<_>>(), [50, 52]);
+    assert!(recorder.metrics.iter().all(|m| m.images_per_second <= 200.0), "{recorder:?}");
+}
+
+/// One weight, which scales its input: nothing is cheaper.
+#[derive(Serialize, Deserialize)]
+struct Scale;
+
+struct Scaled(Tensor);
+
+impl Network for Scale {
+    const KIND: &'static str = "scale";
+    type Model = Scaled;
+
+    fn build(&self, vb: VarBuilder) -> Result<Scaled> {
+        Ok(Scaled(vb.get_with_hints(1, "scale", Init::Const(0.5))?))
+    }
+}
+
+impl Denoiser for Scaled {
+    fn forward(&self, x_t: &Tensor, _: &Tensor) -> Result<Tensor> {
+        Ok(x_t.broadcast_mul(&self.0)?)
+    }
+}
+
+#[test]
+fn a_report_holds_more_updates_than_may_go_unread() {
+    const STEPS: u64 = 10_100;
+    let run = |log_every| {
+        let config = TrainConfig { steps: STEPS, log_every, batch_size: 1, ema: None, ..config() };
+        let mut trainer = Trainer::new(Scale, config, Diffusion::ddpm(), &Device::Cpu).unwrap();
+        let mut recorder = Recorder::default();
+        trainer.fit(&Ramps(10), &mut recorder).unwrap();
+        recorder.metrics
+    };
+    let (every, once) = (run(1), run(STEPS));
+    let mean = every.iter().map(|m| f64::from(m.loss)).sum::<f64>() / STEPS as f64;
+    assert_eq!(once.len(), 1);
+    assert!((f64::from(once[0].loss) - mean).abs() < 1e-6, "{} and not {mean}", once[0].loss);
+    assert_eq!(once[0].grad_norm, every.last().unwrap().grad_norm);
 }
 
 #[test]
@@ -278,7 +373,11 @@ fn images_that_do_not_fit_are_refused() {
     assert!(message.contains("it must be (batch, 3, 8, 8)"), "{message}");
     let batch = Tensor::zeros((4, 3, 8, 8), DType::F32, &Device::Cpu).unwrap();
     let t = Tensor::new(&[0u32, 1, 2, 1000], &Device::Cpu).unwrap();
-    assert!(trainer.step_with(&batch, &t, &batch).is_err(), "a timestep out of range");
+    let message = trainer.step_with(&batch, &t, &batch).unwrap_err().to_string();
+    assert!(message.contains("t is 1000; it must be from 0 to 999"), "{message}");
+    let (t, eps) = (t.zeros_like().unwrap(), batch.narrow(0, 0, 1).unwrap());
+    let message = trainer.step_with(&batch, &t, &eps).unwrap_err().to_string();
+    assert!(message.contains("eps has shape [1, 3, 8, 8]"), "{message}");
 }
 
 #[test]
@@ -307,6 +406,11 @@ fn wrong_configurations_are_refused() {
         ),
         (optimizer(AdamConfig { beta2: -0.1, ..adam }), "beta2 is -0.1"),
         (optimizer(AdamConfig { eps: 0.0, ..adam }), "eps is 0"),
+        (
+            optimizer(AdamConfig { eps: f64::MIN_POSITIVE, ..adam }),
+            "it must be positive and finite in f32",
+        ),
+        (optimizer(AdamConfig { eps: 1e39, ..adam }), "it must be positive and finite in f32"),
         (optimizer(AdamConfig::adamw(1e-4, f64::INFINITY)), "weight_decay is inf"),
     ] {
         let message = Trainer::new(network(), config, Diffusion::ddpm(), &Device::Cpu)

@@ -10,7 +10,24 @@ mod time_embedding;
 mod unet;
 mod unet_config;
 
+use candle_core::DType;
+use candle_nn::VarBuilder;
+
+use crate::{Error, Result};
+
 pub use res_block::ResBlock;
 pub use time_embedding::TimeEmbedding;
 pub use unet::UNet;
 pub use unet_config::UNetConfig;
+
+/// The dtype of the weights that come from `vb`.
+///
+/// # Errors
+/// Unless it is f32 or f64: in half precision candle's sums on the CPU stay in half precision, where
+/// 300 ones make 256.
+fn weights_dtype(vb: &VarBuilder) -> Result<DType> {
+    match vb.dtype() {
+        dtype @ (DType::F32 | DType::F64) => Ok(dtype),
+        dtype => Err(Error::config("dtype", dtype.as_str(), "f32 or f64")),
+    }
+}

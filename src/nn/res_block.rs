@@ -1,7 +1,8 @@
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 
 use super::layers::{Conv2d, GROUPS, GroupNorm, Linear};
+use super::weights_dtype;
 use crate::kernels::{self, Activation};
 use crate::{Dropout, Error, Result};
 
@@ -17,6 +18,8 @@ pub struct ResBlock {
     /// Where the number of channels changes.
     shortcut: Option<Conv2d>,
     channels: usize,
+    time_dim: usize,
+    dtype: DType,
     /// Probability, and which of the network's dropouts this is.
     dropout: Option<(f64, u16)>,
 }
@@ -25,8 +28,8 @@ impl ResBlock {
     /// A block from `input` to `output` channels that is told the time by `time_dim` values.
     ///
     /// # Errors
-    /// Unless both numbers of channels are multiples of 8 and at least that, or if a weight cannot
-    /// be had from `vb`.
+    /// Unless both numbers of channels are multiples of 8 and at least that, or if `vb` is of another
+    /// dtype than f32 or f64, or a weight cannot be had from it.
     pub fn new(input: usize, output: usize, time_dim: usize, vb: VarBuilder) -> Result<Self> {
         for channels in [input, output] {
             if !(GROUPS..=1 << 16).contains(&channels) || !channels.is_multiple_of(GROUPS) {
@@ -40,6 +43,7 @@ impl ResBlock {
         if !(1..=1 << 16).contains(&time_dim) {
             return Err(Error::config("time_dim", time_dim, "from 1 to 65536"));
         }
+        let dtype = weights_dtype(&vb)?;
         let (block1, block2) = (vb.pp("block1"), vb.pp("block2"));
         let shortcut = (input != output)
             .then(|| Conv2d::new(input, output, 1, vb.pp("shortcut")))
@@ -52,6 +56,8 @@ impl ResBlock {
             conv2: Conv2d::new(output, output, 3, block2.pp("2"))?,
             shortcut,
             channels: input,
+            time_dim,
+            dtype,
             dropout: None,
         })
     }
@@ -70,14 +76,25 @@ impl ResBlock {
     }
 
     /// `x` (batch, in, height, width) and `t_emb` (batch, time_dim) to (batch, out, height,
-    /// width). Dropout is active where its masks are given.
+    /// width), all of the weights' dtype. Dropout is active where its masks are given.
     ///
     /// # Errors
-    /// If a shape does not fit.
+    /// If a shape or dtype does not fit.
     pub fn forward(&self, x: &Tensor, t_emb: &Tensor, dropout: Option<&Dropout>) -> Result<Tensor> {
         if x.rank() != 4 || x.dim(1)? != self.channels || x.elem_count() == 0 {
             let expected = format!("(batch, {}, height, width), none of them 0", self.channels);
             return Err(Error::Shape { what: "x", found: x.dims().to_vec(), expected });
+        }
+        let time = [x.dim(0)?, self.time_dim];
+        if t_emb.dims() != time {
+            let (found, expected) = (t_emb.dims().to_vec(), format!("{time:?}, (batch, time_dim)"));
+            return Err(Error::Shape { what: "t_emb", found, expected });
+        }
+        for (field, dtype) in [("dtype of x", x.dtype()), ("dtype of t_emb", t_emb.dtype())] {
+            if dtype != self.dtype {
+                let expected = format!("{}, that of the weights", self.dtype.as_str());
+                return Err(Error::config(field, dtype.as_str(), expected));
+            }
         }
         let y = self.forward_maps(&kernels::to_channels_last(x)?, t_emb, dropout)?;
         Ok(kernels::to_channels_first(&y)?)

@@ -1,7 +1,8 @@
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 
 use super::layers::Linear;
+use super::weights_dtype;
 use crate::{Error, Result};
 
 /// Tells the network how noisy its input is: sines and cosines of the timestep at geometrically
@@ -29,9 +30,11 @@ impl TimeEmbedding {
     /// An embedding of `dim` values, through `4 dim` hidden ones.
     ///
     /// # Errors
-    /// Unless `dim` is even and at least 4, or if a weight cannot be had from `vb`.
+    /// Unless `dim` is even and at least 4, or if `vb` is of another dtype than f32 or f64, or a
+    /// weight cannot be had from it.
     pub fn new(dim: usize, vb: VarBuilder) -> Result<Self> {
         check_dim(dim)?;
+        let dtype = weights_dtype(&vb)?;
         let half = dim / 2;
         // Ho's divisor: the last frequency is exactly 1 / 10000.
         let decay = libm::log(10000.0) / (half - 1) as f64;
@@ -40,7 +43,7 @@ impl TimeEmbedding {
             frequencies: (0..half).map(|i| libm::exp(-decay * i as f64)).collect(),
             hidden: Linear::new(dim, 4 * dim, vb.pp("0"))?,
             output: Linear::new(4 * dim, dim, vb.pp("2"))?,
-            dtype: vb.dtype(),
+            dtype,
         })
     }
 
@@ -60,9 +63,11 @@ impl TimeEmbedding {
             let expected = "(batch)".to_string();
             return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });
         }
-        // Half precision would put the phase off by 0.1 rad. Metal has no f64.
+        // Half precision would put the phase off by 0.1 rad. Metal has no f64, not even to cast from.
         let dtype = if t.device().is_metal() { DType::F32 } else { DType::F64 };
-        let frequencies = Tensor::new(self.frequencies.as_slice(), t.device())?.to_dtype(dtype)?;
+        let frequencies = Tensor::new(self.frequencies.as_slice(), &Device::Cpu)?
+            .to_dtype(dtype)?
+            .to_device(t.device())?;
         let angles = t.to_dtype(dtype)?.unsqueeze(1)?.broadcast_mul(&frequencies.unsqueeze(0)?)?;
         Ok(Tensor::cat(&[angles.sin()?, angles.cos()?], 1)?)
     }

@@ -3,7 +3,7 @@ use candle_nn::VarBuilder;
 
 use super::attention::Attention;
 use super::layers::{Conv2d, GroupNorm};
-use super::{ResBlock, TimeEmbedding, UNetConfig};
+use super::{ResBlock, TimeEmbedding, UNetConfig, weights_dtype};
 use crate::kernels::{self, Activation};
 use crate::{Denoiser, Dropout, Error, Network, Result};
 
@@ -43,9 +43,11 @@ impl UNet {
     /// The network of this shape, its weights taken from `vb`.
     ///
     /// # Errors
-    /// If the configuration is not [valid](UNetConfig::validate), or `vb` lacks a weight.
+    /// If the configuration is not [valid](UNetConfig::validate), or `vb` is of another dtype than
+    /// f32 or f64, or lacks a weight.
     pub fn new(config: &UNetConfig, vb: VarBuilder) -> Result<Self> {
         config.validate()?;
+        let dtype = weights_dtype(&vb)?;
         let dims = &config.hidden_dims;
         let attend = |level: usize| config.attention_resolutions.contains(&level);
         let mut blocks = Blocks { time_dim: config.time_dim, dropout: config.dropout, layer: 0 };
@@ -83,7 +85,7 @@ impl UNet {
 
         Ok(Self {
             config: config.clone(),
-            dtype: vb.dtype(),
+            dtype,
             time_mlp: TimeEmbedding::new(config.time_dim, vb.pp("time_mlp"))?,
             init_conv: Conv2d::new(config.channels, dims[0], 3, vb.pp("init_conv"))?,
             down_blocks,
@@ -109,6 +111,9 @@ impl UNet {
         if batch == 0 {
             let expected = "a batch of at least one image".to_string();
             return Err(Error::Shape { what: "x_t", found: x_t.dims().to_vec(), expected });
+        }
+        if !x_t.dtype().is_float() {
+            return Err(Error::config("dtype of x_t", x_t.dtype().as_str(), "a floating one"));
         }
         if t.dims() != [batch] {
             let expected = format!("[{batch}], one timestep for each image");

@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 
-use candle_core::{Tensor, Var};
+use candle_core::{DType, DeviceLocation, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -15,7 +15,7 @@ pub struct AdamConfig {
     pub beta1: f64,
     /// Decay of the mean of squared gradients; at least 0 and less than 1.
     pub beta2: f64,
-    /// Added to the root of the mean of squares; positive.
+    /// Added to the root of the mean of squares; positive, in f32 as well.
     pub eps: f64,
     /// What pulls weights towards 0.
     pub weight_decay: WeightDecay,
@@ -57,8 +57,9 @@ impl AdamConfig {
                 return Err(Error::config(field, beta, "at least 0 and less than 1"));
             }
         }
-        if !positive(self.eps) {
-            return Err(Error::config("eps", self.eps, "positive and finite"));
+        // The update of a weight whose gradient is 0 would be 0 / 0.
+        if !positive(f64::from(self.eps as f32)) {
+            return Err(Error::config("eps", self.eps, "positive and finite in f32"));
         }
         match self.weight_decay {
             WeightDecay::L2(decay) | WeightDecay::Decoupled(decay)
@@ -114,8 +115,21 @@ impl AdamW {
     /// the place of the configuration's. A weight without a gradient stays as it is.
     ///
     /// # Errors
-    /// If a gradient has another shape than its weight.
+    /// If a gradient has another shape or dtype than its weight, or is on another device; then
+    /// nothing is changed.
     pub fn step(&mut self, gradients: &BTreeMap<String, Tensor>, learning_rate: f64) -> Result<()> {
+        for (name, slot) in &self.slots {
+            let Some(gradient) = gradients.get(name) else { continue };
+            let (found, expected) = (kind(gradient), kind(&slot.var));
+            if found != expected {
+                let found = format!("{found:?} for {name}");
+                return Err(Error::config(
+                    "gradient",
+                    found,
+                    format!("{expected:?}, as the weight"),
+                ));
+            }
+        }
         self.step += 1;
         let AdamConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
         let bias1 = 1.0 - beta1.powf(self.step as f64);
@@ -184,6 +198,11 @@ impl AdamW {
     }
 }
 
+/// What two tensors must have in common to be added element by element.
+fn kind(t: &Tensor) -> (DType, &[usize], DeviceLocation) {
+    (t.dtype(), t.dims(), t.device().location())
+}
+
 /// The gradients of `loss` (a scalar) with respect to `vars`, by the weights' names; those that it
 /// does not depend on are left out.
 ///
@@ -200,8 +219,11 @@ pub fn gradients(loss: &Tensor, vars: &BTreeMap<String, Var>) -> Result<BTreeMap
 /// The norm stays on the device: nothing is read back.
 ///
 /// # Errors
-/// If there are no gradients.
+/// If there are no gradients, or `max_norm` is not positive.
 pub fn clip_grad_norm(gradients: &mut BTreeMap<String, Tensor>, max_norm: f64) -> Result<Tensor> {
+    if max_norm.is_nan() || max_norm <= 0.0 {
+        return Err(Error::config("max_norm", max_norm, "positive, or infinite not to clip"));
+    }
     let squares: Vec<Tensor> =
         gradients.values().map(|g| g.sqr()?.sum_all()).collect::<candle_core::Result<_>>()?;
     if squares.is_empty() {

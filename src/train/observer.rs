@@ -10,13 +10,14 @@ use crate::{Network, Result};
 pub struct Metrics {
     /// Updates so far.
     pub step: u64,
-    /// Mean loss of the updates since the last report.
+    /// Mean loss of the updates since the last report, or since [`fit`](Trainer::fit) began: those
+    /// of a loop of one's own are in no report.
     pub loss: f32,
     /// Learning rate of the last update.
     pub lr: f64,
     /// Global norm of the last update's gradient, before clipping.
     pub grad_norm: f32,
-    /// Images a second since the last report: with the source's time, without the observer's own.
+    /// Images a second in the same updates: with the source's time, without the observer's own.
     pub images_per_second: f64,
 }
 

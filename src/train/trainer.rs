@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -43,6 +44,19 @@ pub struct Trainer<N: Network> {
     order: Option<(u64, usize, Vec<u32>)>,
     /// What has not been read since the last report.
     unread: Vec<Update>,
+    /// Sum and number of the losses that were read since the last report.
+    read: (f64, u64),
+}
+
+impl<N: Network> fmt::Debug for Trainer<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Trainer")
+            .field("network", &N::KIND)
+            .field("config", &self.config)
+            .field("device", &self.device)
+            .field("step", &self.step)
+            .finish_non_exhaustive()
+    }
 }
 
 /// How many updates may go unread in a loop of the user's own before they are checked.
@@ -72,25 +86,7 @@ impl<N: Network> Trainer<N> {
     ) -> Result<Self> {
         config.validate()?;
         let parameters = Parameters::new(config.seed, DType::F32, device);
-        let model = parameters.build(&network)?;
-        let vars = parameters.vars();
-        let optimizer = AdamW::new(config.optimizer, &vars)?;
-        let ema = config.ema.map(|ema| Ema::new(ema, &vars)).transpose()?;
-        Ok(Self {
-            network,
-            config,
-            diffusion,
-            device: device.clone(),
-            model,
-            vars,
-            optimizer,
-            ema,
-            step: 0,
-            images_seen: 0,
-            dataset_len: None,
-            order: None,
-            unread: Vec::new(),
-        })
+        Self::with_weights(network, config, diffusion, device, &parameters)
     }
 
     /// Goes on where the run that was [saved](Self::save) in `dir` stopped, bit for bit on the
@@ -113,10 +109,29 @@ impl<N: Network> Trainer<N> {
         let checkpoint = Checkpoint::open(dir)?;
         checkpoint.must_match(&network, &config, &diffusion)?;
         let parameters = checkpoint.parameters(device)?;
+        let mut run = Self::with_weights(network, config, diffusion, device, &parameters)?;
+        run.optimizer = checkpoint.optimizer(run.config.optimizer, &run.vars, device)?;
+        if let Some(ema) = run.config.ema {
+            run.ema = Some(checkpoint.average(ema, &run.vars, device)?);
+        }
+        run.step = checkpoint.step();
+        run.images_seen = checkpoint.images_seen();
+        run.dataset_len = checkpoint.dataset_len();
+        Ok(run)
+    }
+
+    /// A run that begins at these weights.
+    fn with_weights(
+        network: N,
+        config: TrainConfig,
+        diffusion: Diffusion,
+        device: &Device,
+        parameters: &Parameters,
+    ) -> Result<Self> {
         let model = parameters.build(&network)?;
         let vars = parameters.vars();
-        let optimizer = checkpoint.optimizer(config.optimizer, &vars, device)?;
-        let ema = config.ema.map(|ema| checkpoint.average(ema, &vars, device)).transpose()?;
+        let optimizer = AdamW::new(config.optimizer, &vars)?;
+        let ema = config.ema.map(|ema| Ema::new(ema, &vars)).transpose()?;
         Ok(Self {
             network,
             config,
@@ -126,11 +141,12 @@ impl<N: Network> Trainer<N> {
             vars,
             optimizer,
             ema,
-            step: checkpoint.step(),
-            images_seen: checkpoint.images_seen(),
-            dataset_len: checkpoint.dataset_len(),
+            step: 0,
+            images_seen: 0,
+            dataset_len: None,
             order: None,
             unread: Vec::new(),
+            read: (0.0, 0),
         })
     }
 
@@ -141,7 +157,9 @@ impl<N: Network> Trainer<N> {
     /// If the source is empty or its images are of another shape than the network takes; if a loss
     /// or gradient is not finite; and whatever the source or the observer returns.
     pub fn fit(&mut self, images: &dyn ImageSource, observer: &mut dyn Observer<N>) -> Result<()> {
-        let mut elapsed = Duration::ZERO;
+        // Updates of a loop of the user's own are checked, but are no part of the reports.
+        self.read_metrics()?;
+        let (mut elapsed, mut images_before) = (Duration::ZERO, self.images_seen);
         while self.step < self.config.steps {
             let start = Instant::now();
             let batch = self.next_batch(images)?;
@@ -150,9 +168,10 @@ impl<N: Network> Trainer<N> {
             if self.step.is_multiple_of(self.config.log_every) || last {
                 let mut metrics = self.read_metrics()?;
                 elapsed += start.elapsed();
-                metrics.images_per_second /= elapsed.as_secs_f64();
+                let images = self.images_seen - images_before;
+                metrics.images_per_second = images as f64 / elapsed.as_secs_f64();
                 observer.on_metrics(self, &metrics)?;
-                elapsed = Duration::ZERO;
+                (elapsed, images_before) = (Duration::ZERO, self.images_seen);
             } else {
                 elapsed += start.elapsed();
             }
@@ -185,7 +204,8 @@ impl<N: Network> Trainer<N> {
     /// and noise `eps` (as `x_0`) of one's own.
     ///
     /// # Errors
-    /// As [`step`](Self::step), and if the shapes do not fit each other.
+    /// As [`step`](Self::step), and if the shapes or dtypes do not fit each other, or a timestep is
+    /// out of range.
     pub fn step_with(&mut self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Update> {
         let batch = x_0.dims().first().copied().unwrap_or(0);
         let parts = self.config.accumulation;
@@ -193,10 +213,7 @@ impl<N: Network> Trainer<N> {
             let expected = format!("(batch, ...), the batch a multiple of accumulation = {parts}");
             return Err(Error::Shape { what: "x_0", found: x_0.dims().to_vec(), expected });
         }
-        if t.dims() != [batch] || eps.dims() != x_0.dims() {
-            let expected = format!("[{batch}], with eps of shape {:?}", x_0.dims());
-            return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });
-        }
+        self.diffusion.check(x_0, t, eps)?;
         let part = batch / parts;
         let mut sums = BTreeMap::new();
         let mut losses = Vec::with_capacity(parts);
@@ -231,8 +248,7 @@ impl<N: Network> Trainer<N> {
         let loss = Tensor::stack(&losses, 0)?.sum_all()?;
         let update = Update { step: self.step, loss, grad_norm };
         if self.unread.len() == MAX_UNREAD {
-            self.read_unread()?;
-            self.unread.clear();
+            self.read_losses()?;
         }
         self.unread.push(update.clone());
         Ok(update)
@@ -413,7 +429,7 @@ impl<N: Network> Trainer<N> {
         }
     }
 
-    /// Losses and gradient norms since the last report.
+    /// Losses and gradient norms that were not read since the last report.
     ///
     /// # Errors
     /// If one of them is not finite.
@@ -431,18 +447,25 @@ impl<N: Network> Trainer<N> {
         self.unread.iter().map(read).collect()
     }
 
-    /// Reads what was not read; `images_per_second` is left as the number of images.
-    fn read_metrics(&mut self) -> Result<Metrics> {
+    /// Adds the losses that were not read to those that were; gives the last gradient norm.
+    fn read_losses(&mut self) -> Result<f32> {
         let read = self.read_unread()?;
         self.unread.clear();
-        let count = read.len().max(1);
-        let mean = read.iter().map(|(loss, _)| f64::from(*loss)).sum::<f64>() / count as f64;
+        self.read.0 += read.iter().map(|(loss, _)| f64::from(*loss)).sum::<f64>();
+        self.read.1 += read.len() as u64;
+        Ok(read.last().map_or(0.0, |(_, norm)| *norm))
+    }
+
+    /// The report since the last one, but for `images_per_second`.
+    fn read_metrics(&mut self) -> Result<Metrics> {
+        let grad_norm = self.read_losses()?;
+        let (sum, count) = std::mem::take(&mut self.read);
         Ok(Metrics {
             step: self.step,
-            loss: mean as f32,
+            loss: (sum / count.max(1) as f64) as f32,
             lr: self.config.learning_rate(self.step.saturating_sub(1)),
-            grad_norm: read.last().map_or(0.0, |(_, norm)| *norm),
-            images_per_second: (read.len() * self.config.batch_size) as f64,
+            grad_norm,
+            images_per_second: 0.0,
         })
     }
 }
