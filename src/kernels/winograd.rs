@@ -172,8 +172,9 @@ simd_fn! {
                 let columns = each!(X in 0 1 2 => {
                     kernel_line(each!(Y in 0 1 2 => S::load(taps[3 * Y + X].as_ptr().add(j))))
                 });
-                for y in 0..4 {
-                    for (x, u) in kernel_line(each!(X in 0 1 2 => columns[X][y])).into_iter().enumerate() {
+                let lines = each!(Y in 0 1 2 3 => kernel_line(each!(X in 0 1 2 => columns[X][Y])));
+for (y, line) in lines.into_iter().enumerate() {
+for (x, u) in line.into_iter().enumerate() {
                         u.store(values.as_mut_ptr().add(((4 * y + x) * rows + row) * PANEL + j));
                     }
                 }
@@ -212,7 +213,7 @@ simd_fn! {
                 (y < h && x < w).then(|| image[(y * w + x) * channels..].as_ptr())
             };
             let pixels: [[Option<*const f32>; 4]; 4] =
-                std::array::from_fn(|y| std::array::from_fn(|x| pixel(y, x)));
+                each!(Y in 0 1 2 3 => each!(X in 0 1 2 3 => pixel(Y, X)));
             // SAFETY: pixels have `channels` values each, and the loops below end there; the place
             // of tile `first + tile` lies within `v` by the assertion.
             unsafe {
@@ -248,10 +249,9 @@ unsafe fn input_tile<S: Simd>(
                 None => S::splat(0.0),
             }))
         });
-        for y in 0..4 {
-            for (x, value) in
-                input_line(each!(X in 0 1 2 3 => columns[X][y])).into_iter().enumerate()
-            {
+        let rows = each!(Y in 0 1 2 3 => input_line(each!(X in 0 1 2 3 => columns[X][Y])));
+        for (y, row) in rows.into_iter().enumerate() {
+            for (x, value) in row.into_iter().enumerate() {
                 value.store(v.add((4 * y + x) * stride));
             }
         }
@@ -374,11 +374,10 @@ impl OutputTile {
                 let place = self.m.add(X * self.stride + c);
                 output_line(each!(Y in 0 1 2 3 => S::load(place.add(4 * Y * self.stride))))
             });
-            for y in 0..2 {
+            let rows = each!(Y in 0 1 => output_line(each!(X in 0 1 2 3 => columns[X][Y])));
+            for (y, row) in rows.into_iter().enumerate() {
                 let Some(down) = (if y == 0 { Some(0) } else { self.down }) else { continue };
-                for (x, value) in
-                    output_line(each!(X in 0 1 2 3 => columns[X][y])).into_iter().enumerate()
-                {
+                for (x, value) in row.into_iter().enumerate() {
                     let Some(right) = (if x == 0 { Some(0) } else { self.right }) else { continue };
                     let place = down + right + c;
                     let mut value = value.add(shift);
@@ -539,10 +538,9 @@ unsafe fn gradient_tile<S: Simd>(
                 None => S::splat(0.0),
             }))
         });
-        for y in 0..4 {
-            for (x, value) in
-                gradient_line(each!(X in 0 1 => columns[X][y])).into_iter().enumerate()
-            {
+        let rows = each!(Y in 0 1 2 3 => gradient_line(each!(X in 0 1 => columns[X][Y])));
+        for (y, row) in rows.into_iter().enumerate() {
+            for (x, value) in row.into_iter().enumerate() {
                 value.store(d.add((4 * y + x) * stride));
             }
         }
@@ -676,9 +674,9 @@ simd_fn! {
                             sum
                         }))
                     });
-                    for y in 0..3 {
-                        let row = kernel_gradient_line(each!(X in 0 1 2 3 => columns[X][y]));
-                        for (x, value) in row.into_iter().enumerate() {
+                    let rows = each!(Y in 0 1 2 => kernel_gradient_line(each!(X in 0 1 2 3 => columns[X][Y])));
+for (y, row) in rows.into_iter().enumerate() {
+for (x, value) in row.into_iter().enumerate() {
                             value.store(taps[3 * y + x].as_mut_ptr().add(j));
                         }
                     }
