@@ -1,10 +1,10 @@
 //! Checkpoints: exact to resume, whole at any moment, and clear about what is wrong with one.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Lines};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 use ddpm::{
@@ -205,6 +205,77 @@ fn between_the_two_renames_the_older_one_is_found() {
     let trainer = resume(&path, config(3)).unwrap();
     trainer.save(&path).unwrap();
     assert!(!names(dir.path()).contains(&"checkpoint.saving".to_string()));
+}
+
+#[test]
+fn between_the_two_renames_the_new_one_is_found_and_not_lost() {
+    let (dir, path) = saved();
+    resume(&path, config(3)).unwrap().save(dir.path().join("other")).unwrap();
+    let mut trainer = resume(&path, config(3)).unwrap();
+    trainer.fit(&Waves(11), &mut ()).unwrap();
+    trainer.save(&path).unwrap();
+    let saving = dir.path().join("checkpoint.saving");
+    fs::rename(&path, &saving).unwrap();
+    assert_eq!(names(dir.path()), ["checkpoint-000000002", "checkpoint.saving", "other"]);
+    let found = Checkpoint::open(&path).unwrap();
+    assert_eq!((found.step(), found.dir()), (3, &*saving));
+
+    // Whoever may not replace it leaves it as it is.
+    let before = snapshot(dir.path());
+    new(TrainConfig { seed: 1, ..config(1) }).save(&path).unwrap_err();
+    assert_eq!(snapshot(dir.path()), before);
+
+    // The next save first puts it in its place, and then aside.
+    let mut trainer = resume(&path, config(4)).unwrap();
+    trainer.fit(&Waves(11), &mut ()).unwrap();
+    trainer.save(&path).unwrap();
+    assert_eq!(names(dir.path()), ["checkpoint", "checkpoint-000000003", "other"]);
+    assert_eq!(Checkpoint::open(&path).unwrap().step(), 4);
+
+    // One that was not written to its end counts for nothing.
+    fs::rename(&path, &saving).unwrap();
+    truncate(&saving.join("checkpoint.json"), |n| n - 1);
+    assert_eq!(Checkpoint::open(&path).unwrap().step(), 3);
+    fs::remove_file(saving.join("checkpoint.json")).unwrap();
+    assert_eq!(Checkpoint::open(&path).unwrap().step(), 3);
+    fs::remove_dir_all(dir.path().join("checkpoint-000000003")).unwrap();
+    let error = Checkpoint::open(&path).map(drop).unwrap_err();
+    assert!(matches!(error, Error::NoCheckpoint { path: at, .. } if at == path));
+}
+
+#[test]
+fn another_runs_checkpoint_is_not_replaced() {
+    let (dir, path) = saved();
+    let before = snapshot(dir.path());
+    let refused = |network, config, diffusion| {
+        let trainer = Trainer::new(network, config, diffusion, &Device::Cpu).unwrap();
+        let error = trainer.save(&path).unwrap_err();
+        assert!(matches!(error, Error::ConfigMismatch { .. }), "{error}");
+        assert_eq!(snapshot(dir.path()), before, "{error}");
+        error.to_string()
+    };
+    let seeded = refused(network(), TrainConfig { seed: 1, ..config(2) }, Diffusion::ddpm());
+    assert_eq!(seeded, "train.seed is 0 in the checkpoint, but 1 is asked for");
+    refused(UNetConfig { time_dim: 32, ..network() }, config(2), Diffusion::ddpm());
+    let cosine = Diffusion::new(NoiseSchedule::cosine(1000).unwrap(), Prediction::Epsilon);
+    refused(network(), config(2), cosine);
+
+    // The same run, begun anew: the old one stays as the one before.
+    new(TrainConfig { log_every: 5, ..config(9) }).save(&path).unwrap();
+    assert_eq!(names(dir.path()), ["checkpoint", "checkpoint-000000002"]);
+    assert_eq!(Checkpoint::open(&path).unwrap().step(), 0);
+}
+
+#[test]
+fn what_a_killed_save_left_is_removed_by_the_next() {
+    let (dir, path) = saved();
+    let trainer = resume(&path, config(3)).unwrap();
+    for left in ["checkpoint.saving", "checkpoint.removing"] {
+        fs::create_dir(dir.path().join(left)).unwrap();
+        fs::write(dir.path().join(left).join(FILES[0]), "the half of it").unwrap();
+    }
+    trainer.save(&path).unwrap();
+    assert_eq!(names(dir.path()), ["checkpoint", "checkpoint-000000002"]);
 }
 
 #[test]
@@ -496,7 +567,7 @@ fn another_data_set_is_noticed() {
 /// Set for the process that the test below kills.
 const VICTIM: &str = "DDPM_TEST_SAVES_UNTIL_KILLED";
 
-/// Saves as fast as it can, and tells of each step once it is saved. Only as a child process.
+/// Saves as fast as it can, and tells when it begins to and what it saved. Only as a child process.
 #[test]
 fn saves_until_killed() {
     let Some(path) = std::env::var_os(VICTIM).map(PathBuf::from) else { return };
@@ -507,6 +578,7 @@ fn saves_until_killed() {
     loop {
         let batch = trainer.next_batch(&Waves(11)).unwrap();
         trainer.step(&batch).unwrap();
+        println!("saving");
         trainer.save(&path).unwrap();
         println!("saved {}", trainer.steps());
     }
@@ -517,7 +589,7 @@ fn killed_at_any_moment_a_run_resumes() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("checkpoint");
     let mut random = 0x2545_f491_4f6c_dd1d_u64;
-    let (mut last, mut between) = (0, 0);
+    let (mut last, mut within, mut between) = (0, 0, 0);
     for round in 0..50 {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "saves_until_killed", "--nocapture", "--test-threads=1"])
@@ -527,22 +599,35 @@ fn killed_at_any_moment_a_run_resumes() {
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let step_of = |line: &str| line.split_once("saved ")?.1.parse::<u64>().ok();
-        // Until it has begun to save; then a random moment, most likely within a save.
+        let begins = |lines: &mut Lines<_>| lines.any(|line| line.unwrap().ends_with("saving"));
+        // The first save tells how long one takes; then a random moment, most likely within one.
+        assert!(begins(&mut lines), "round {round}: a first save");
+        let start = Instant::now();
         let first = lines.by_ref().find_map(|line| step_of(&line.unwrap())).expect("a first save");
+        let duration = start.elapsed();
+        assert!(begins(&mut lines), "round {round}: a second save");
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
-        std::thread::sleep(Duration::from_micros(random % 60_000));
+        std::thread::sleep(duration.mul_f64((random % 1000) as f64 / 800.0));
         child.kill().unwrap(); // SIGKILL
         child.wait().unwrap();
         let told = lines.filter_map(|line| step_of(&line.ok()?)).last().unwrap_or(first);
 
+        within += usize::from(dir.path().join("checkpoint.saving").exists());
         between += usize::from(!path.exists());
         let trainer =
             resume(&path, config(u64::MAX)).unwrap_or_else(|e| panic!("round {round}: {e}"));
         assert!(first > last, "round {round}: {first} after {last}");
         assert!(trainer.steps() >= told, "round {round}: {} after {told}", trainer.steps());
         last = told;
+        // What was left is for the next child to remove, or for us.
+        if round % 2 == 1 {
+            trainer.save(&path).unwrap();
+            let aside = format!("checkpoint-{:09}", trainer.steps());
+            assert_eq!(names(dir.path()), ["checkpoint", aside.as_str()], "round {round}");
+        }
     }
-    println!("{last} steps saved; {between} times killed between the two renames");
+    println!("{last} steps saved; killed {within} times in a save, {between} between its renames");
+    assert!(within >= 10, "killed only {within} times in a save");
 }

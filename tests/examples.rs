@@ -183,8 +183,9 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
 fn errors_about_a_run(out: &Path, temp: &Path) -> Result<()> {
     let checkpoint = out.join("checkpoint");
     let before = fs::read(out.join("metrics.jsonl"))?;
-    let runs: [(&[&str], &[&str]); 5] = [
+    let runs: [(&[&str], &[&str]); 6] = [
         (&[], &["holds a run at step 3", "--resume", "another --out"]),
+        (&["--seed", "9", "--data", "no-such"], &["holds a run at step 3", "another --out"]),
         (&["--resume", "--batch-size", "4"], &["train.batch_size is 2", "but 4 is asked for"]),
         (&["--resume", "--seed", "9"], &["train.seed is 0", "but 9 is asked for"]),
         (&["--resume", "--accumulation", "2"], &["train.accumulation is 1"]),

@@ -16,6 +16,10 @@ const EMA: &str = "ema.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "checkpoint.json";
 
+/// What the names beside a checkpoint's end in: of the one being written, and of one being removed.
+const SAVING: &str = ".saving";
+const REMOVING: &str = ".removing";
+
 /// The newest format that this version writes and reads.
 const FORMAT: u32 = 1;
 
@@ -60,8 +64,8 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens the checkpoint at `dir`; where writing it was cut off at the one moment when there is
-    /// none, the one before it.
+    /// Opens the checkpoint at `dir`; where saving was cut off at the one moment when there is none,
+    /// the new one beside it, or else the one before.
     ///
     /// Only `checkpoint.json` is read until weights are asked for.
     ///
@@ -69,19 +73,33 @@ impl Checkpoint {
     /// If there is no complete checkpoint, it is damaged, or of a newer format.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
-        let missing = match read_state(dir) {
-            Ok(state) => return Ok(Self { dir: dir.to_owned(), state }),
+        let missing = match Self::newest(dir) {
             Err(error @ Error::NoCheckpoint { .. }) => error,
-            Err(error) => return Err(error),
+            found => return found,
         };
-        // `save` moves the old checkpoint aside before it moves the new one in.
         let Ok(mut older) = archived(dir) else { return Err(missing) };
         let Some((_, dir)) = older.pop() else { return Err(missing) };
         let state = read_state(&dir)?;
         Ok(Self { dir, state })
     }
 
-    /// The directory: the one asked for, or that of the checkpoint before it.
+    /// The checkpoint at `dir`, or the new one that `save` was about to move there.
+    fn newest(dir: &Path) -> Result<Self> {
+        let missing = match read_state(dir) {
+            Ok(state) => return Ok(Self { dir: dir.to_owned(), state }),
+            Err(error @ Error::NoCheckpoint { .. }) => error,
+            Err(error) => return Err(error),
+        };
+        let Ok(new) = absolute(dir).map(|dir| sibling(&dir, SAVING)) else { return Err(missing) };
+        match read_state(&new) {
+            // The state is written last: where it reads, all the rest is there.
+            Ok(state) => Ok(Self { dir: new, state }),
+            Err(Error::NoCheckpoint { .. } | Error::Damaged { .. }) => Err(missing),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The directory: the one asked for, or where it was missing, the one found beside it.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -216,20 +234,36 @@ pub(super) struct Snapshot<'a, N> {
 ///
 /// 1. Write all files into a directory beside `dir`, and flush them to disk.
 /// 2. Move the present checkpoint aside, under a name with its step.
-/// 3. Move the new directory to `dir`. Between 2 and 3, `open` finds the one moved aside.
+/// 3. Move the new directory to `dir`. Between 2 and 3, `open` finds it where it was written.
 /// 4. Remove the oldest ones.
+///
+/// # Errors
+/// If the present checkpoint is another run's, or damaged: then nothing is written.
 pub(super) fn save<N: Network>(dir: &Path, keep: usize, snapshot: &Snapshot<N>) -> Result<()> {
     let dir = absolute(dir)?;
     let parent = dir.parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(parent).map_err(Error::io(parent))?;
 
-    let new = sibling(&dir, ".saving");
-    remove_dir(&new)?;
+    let new = sibling(&dir, SAVING);
+    match Checkpoint::newest(&dir) {
+        Ok(present) => {
+            present.must_match(snapshot.network, snapshot.train, snapshot.diffusion)?;
+            if present.dir == new {
+                // The last save was cut off between 2 and 3: this is its 3.
+                replace(&dir, &new)?;
+                sync_dir(parent)?;
+            }
+        }
+        Err(Error::NoCheckpoint { .. }) => {}
+        Err(error) => return Err(error),
+    }
+    // Whatever a save that was cut off left behind.
+    remove(&dir, &new)?;
     fs::create_dir(&new).map_err(Error::io(&new))?;
     let written = write_files(&new, snapshot).and_then(|()| replace(&dir, &new));
     if written.is_err() {
         // A full disk should have the room back; the error that matters is the one above.
-        let _ = remove_dir(&new);
+        let _ = remove(&dir, &new);
     }
     written?;
     sync_dir(parent)?;
@@ -266,7 +300,7 @@ fn replace(dir: &Path, new: &Path) -> Result<()> {
             let aside = sibling(dir, &format!("-{:09}", state.step));
             // The same step saved again: the newer one counts.
             if aside.join(STATE).is_file() {
-                remove_dir(&aside)?;
+                remove(dir, &aside)?;
             } else if aside.exists() {
                 // Not a checkpoint, so not ours to remove.
                 return Err(Error::io(&aside)(ErrorKind::AlreadyExists.into()));
@@ -287,8 +321,8 @@ fn replace(dir: &Path, new: &Path) -> Result<()> {
 fn prune(dir: &Path, keep: usize) -> Result<()> {
     let older = archived(dir)?;
     let surplus = older.len().saturating_sub(keep.saturating_sub(1));
-    for (_, dir) in &older[..surplus] {
-        remove_dir(dir)?;
+    for (_, old) in &older[..surplus] {
+        remove(dir, old)?;
     }
     Ok(())
 }
@@ -336,17 +370,16 @@ fn sibling(dir: &Path, suffix: &str) -> PathBuf {
     dir.with_file_name(name)
 }
 
-/// Removes a directory of ours and what is in it. It first loses its name, so that a half-removed
-/// one is never taken for a checkpoint.
-fn remove_dir(dir: &Path) -> Result<()> {
-    let doomed = sibling(dir, ".removing");
-    for (path, result) in [
-        (&doomed, fs::remove_dir_all(&doomed)),
-        (&doomed, fs::rename(dir, &doomed)),
-        (&doomed, fs::remove_dir_all(&doomed)),
-    ] {
+/// Removes `old`, one of the directories of the checkpoint `dir`, and what is in it. It first loses
+/// its name, so that a half-removed one is never taken for a checkpoint; the new name is always the
+/// same, so that the next removal finishes one that was cut off.
+fn remove(dir: &Path, old: &Path) -> Result<()> {
+    let doomed = sibling(dir, REMOVING);
+    for result in
+        [fs::remove_dir_all(&doomed), fs::rename(old, &doomed), fs::remove_dir_all(&doomed)]
+    {
         match result {
-            Err(e) if e.kind() != ErrorKind::NotFound => return Err(Error::io(path)(e)),
+            Err(e) if e.kind() != ErrorKind::NotFound => return Err(Error::io(&doomed)(e)),
             _ => {}
         }
     }
