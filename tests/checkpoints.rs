@@ -331,7 +331,7 @@ fn truncate(file: &Path, keep: impl FnOnce(usize) -> usize) {
 #[test]
 fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
     type Damage = fn(&Path);
-    let cases: [(&str, Damage, &str); 22] = [
+    let cases: &[(&str, Damage, &str)] = &[
         (
             "no directory",
             |p| fs::remove_dir_all(p).unwrap(),
@@ -391,6 +391,21 @@ fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
             },
             "checkpoint format 2 is newer than 1",
         ),
+        (
+            "a version below any",
+            |p| edit(p, |j| j["format_version"] = (-1).into()),
+            "checkpoint.json: damaged file: format_version is -1; it must be 1",
+        ),
+        (
+            "a broken version",
+            |p| edit(p, |j| j["format_version"] = 1.5.into()),
+            "format_version is 1.5; it must be 1",
+        ),
+        (
+            "a version as text",
+            |p| edit(p, |j| j["format_version"] = "2".into()),
+            r#"format_version is "2"; it must be 1"#,
+        ),
         ("an unknown field", |p| edit(p, |j| j["surprise"] = 1.into()), "unknown field `surprise`"),
         (
             "a missing field",
@@ -407,20 +422,39 @@ fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
             "invalid value: integer `-1`",
         ),
         (
+            "a step without random numbers",
+            |p| edit(p, |j| j["step"] = (1u64 << 40).into()),
+            "checkpoint.json: damaged file: step is 1099511627776; it must be at most 1099511627775",
+        ),
+        (
+            "more images than can be counted",
+            |p| edit(p, |j| j["images_seen"] = u64::MAX.into()),
+            "checkpoint.json: damaged file: images_seen is 18446744073709551615; it must be at most",
+        ),
+        (
+            "more averages than updates",
+            |p| edit(p, |j| j["ema_updates"] = 3.into()),
+            "checkpoint.json: damaged file: ema_updates is 3; it must be at most 2",
+        ),
+        (
             "a wrong schedule",
             |p| edit(p, |j| j["diffusion"]["schedule"]["linear"]["beta_end"] = 7.into()),
-            "beta_end is 7; it must be",
+            "checkpoint.json: damaged file: beta_end is 7; it must be",
         ),
         (
             "a huge schedule",
             |p| edit(p, |j| j["diffusion"]["schedule"]["linear"]["steps"] = u64::MAX.into()),
             "schedule steps is 18446744073709551615",
         ),
-        ("a wrong recipe", |p| edit(p, |j| j["train"]["batch_size"] = 0.into()), "batch_size is 0"),
+        (
+            "a wrong recipe",
+            |p| edit(p, |j| j["train"]["batch_size"] = 0.into()),
+            "checkpoint.json: damaged file: batch_size is 0",
+        ),
         (
             "a huge network",
             |p| edit(p, |j| j["network"]["config"]["hidden_dims"] = vec![65536; 16].into()),
-            "network.hidden_dims is",
+            "network.hidden_dims is a list of 16 in the checkpoint, but [16,24] is asked for",
         ),
         (
             "truncated weights",
@@ -441,6 +475,32 @@ fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
             "no weights",
             |p| fs::remove_file(p.join("model.safetensors")).unwrap(),
             "model.safetensors: No such file",
+        ),
+        (
+            "a directory as weights",
+            |p| {
+                fs::remove_file(p.join("model.safetensors")).unwrap();
+                fs::create_dir(p.join("model.safetensors")).unwrap();
+            },
+            "model.safetensors: not a regular file",
+        ),
+        #[cfg(unix)]
+        (
+            "a device as averages",
+            |p| {
+                fs::remove_file(p.join("ema.safetensors")).unwrap();
+                std::os::unix::fs::symlink("/dev/null", p.join("ema.safetensors")).unwrap();
+            },
+            "ema.safetensors: not a regular file",
+        ),
+        (
+            "whole numbers as weights",
+            |p| {
+                edit_tensors(&p.join("model.safetensors"), |t| {
+                    t.insert("out_conv.bias".into(), Tensor::new(&[1u8], &Device::Cpu).unwrap());
+                })
+            },
+            "model.safetensors: damaged file: out_conv.bias is of dtype U8; it must be F16, BF16, F32",
         ),
         (
             "a missing weight",
@@ -473,7 +533,7 @@ fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
             "weight other is not one of the network's",
         ),
     ];
-    for (what, damage, expected) in cases {
+    for &(what, damage, expected) in cases {
         let (dir, path) = saved();
         damage(&path);
         let before = snapshot(dir.path());
@@ -485,6 +545,66 @@ fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
         assert!(!message.contains('\n'), "{what}: {message}");
         assert_eq!(snapshot(dir.path()), before, "{what}");
     }
+}
+
+#[test]
+fn a_network_that_cannot_be_built_names_the_file() {
+    let (_dir, path) = saved();
+    edit(&path, |json| json["network"]["config"]["time_dim"] = 7.into());
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let message = checkpoint.ema::<UNetConfig>(&Device::Cpu).map(drop).unwrap_err().to_string();
+    let expected = "checkpoint.json: damaged file: network.config: time_dim is 7; it must be even";
+    assert!(message.contains(expected), "{message}");
+}
+
+/// Files of weights may come from elsewhere, in another precision.
+#[test]
+fn averages_of_another_precision_go_on_in_the_weights() {
+    let (_dir, path) = saved();
+    let averages = || {
+        let mut trainer = resume(&path, config(4)).unwrap();
+        trainer.fit(&Waves(11), &mut ()).unwrap();
+        let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        trainer.ema().unwrap().averages().values().flat_map(values).collect::<Vec<_>>()
+    };
+    let expected = averages();
+    edit_tensors(&path.join("ema.safetensors"), |tensors| {
+        let double = |t: &Tensor| t.to_dtype(candle_core::DType::F64).unwrap();
+        tensors.values_mut().for_each(|tensor| *tensor = double(tensor));
+    });
+    assert_eq!(averages(), expected);
+}
+
+#[test]
+fn long_lists_are_not_told_in_full() {
+    let (_dir, path) = saved();
+    edit(&path, |json| {
+        json["diffusion"]["schedule"] =
+            serde_json::json!({ "custom": { "betas": vec![0.01; 1000] } });
+    });
+    let custom = |betas| {
+        let schedule = NoiseSchedule::from_betas(betas).unwrap();
+        let diffusion = Diffusion::new(schedule, Prediction::Epsilon);
+        Trainer::resume(&path, network(), config(3), diffusion, &Device::Cpu).map(drop)
+    };
+    custom(vec![0.01; 1000]).unwrap();
+    let mut other = vec![0.01; 1000];
+    other[998] = 0.02;
+    for (betas, expected) in [
+        (
+            other,
+            "diffusion.schedule.custom.betas[998] is 0.01 in the checkpoint, but 0.02 is asked for",
+        ),
+        (
+            vec![0.01; 999],
+            "diffusion.schedule.custom.betas is a list of 1000 in the checkpoint, \
+             but a list of 999 is asked for",
+        ),
+    ] {
+        assert_eq!(custom(betas).unwrap_err().to_string(), expected);
+    }
+    let message = resume(&path, config(3)).map(drop).unwrap_err().to_string();
+    assert!(message.len() < 300, "{message}");
 }
 
 #[test]
@@ -535,7 +655,7 @@ fn another_run_cannot_go_on_from_a_checkpoint() {
         }
     };
     let wide = UNetConfig { hidden_dims: vec![16, 32], ..network() };
-    assert_eq!(mismatch(wide, config(3), Diffusion::ddpm()), "network.hidden_dims [16,24] [16,32]");
+    assert_eq!(mismatch(wide, config(3), Diffusion::ddpm()), "network.hidden_dims[1] 24 32");
     let large = TrainConfig { batch_size: 8, ..config(3) };
     assert_eq!(mismatch(network(), large, Diffusion::ddpm()), "train.batch_size 4 8");
     let seeded = TrainConfig { seed: 1, ..config(3) };

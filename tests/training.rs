@@ -190,6 +190,8 @@ fn observers_see_every_step_and_the_mean_loss_between_reports() {
         assert_eq!(mean.grad_norm, losses.last().unwrap().grad_norm);
         assert!(mean.images_per_second > 0.0);
     }
+    let late = TrainConfig { warmup_steps: 4, ..config() }.learning_rate(u64::MAX);
+    assert_eq!(late, 1e-4);
     let rates: Vec<f64> = every.iter().map(|m| m.lr).collect();
     for (rate, expected) in rates.iter().zip([0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4, 1e-4, 1e-4]) {
         assert!((rate - expected).abs() < 1e-18, "{rates:?}");

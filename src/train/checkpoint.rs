@@ -129,8 +129,11 @@ impl Checkpoint {
         if kind != N::KIND {
             return Err(mismatch("network.kind", kind, N::KIND));
         }
-        serde_json::from_value(config.clone())
-            .map_err(|e| Error::damaged(self.dir.join(STATE), format!("network.config: {e}")))
+        serde_json::from_value(config.clone()).map_err(|e| self.damaged_config(e))
+    }
+
+    fn damaged_config(&self, error: impl std::fmt::Display) -> Error {
+        Error::damaged(self.dir.join(STATE), format!("network.config: {error}"))
     }
 
     /// The network with its weights; it takes no gradients.
@@ -153,7 +156,10 @@ impl Checkpoint {
 
     fn frozen<N: Network>(&self, file: &str, device: &Device) -> Result<N::Model> {
         let parameters = Parameters::load(self.dir.join(file), DType::F32, device)?;
-        parameters.build(&self.network::<N>()?)
+        parameters.build(&self.network::<N>()?).map_err(|error| match error {
+            Error::Config { .. } => self.damaged_config(error),
+            error => error,
+        })
     }
 
     pub(super) fn images_seen(&self) -> u64 {
@@ -191,9 +197,14 @@ impl Checkpoint {
         device: &Device,
     ) -> Result<Ema> {
         let path = self.dir.join(EMA);
-        let averages = read_tensors(&path, device)?;
+        let mut averages = read_tensors(&path, device)?;
         let ema = Ema::new(config, vars)?;
         check_tensors(&path, &averages, ema.averages())?;
+        for (name, average) in &mut averages {
+            if let Some(var) = vars.get(name) {
+                *average = average.to_dtype(var.dtype())?.to_device(var.device())?;
+            }
+        }
         Ok(Ema::restore(config, self.state.ema_updates, averages))
     }
 
@@ -427,18 +438,42 @@ fn read_state(dir: &Path) -> Result<State> {
     let value: Value =
         serde_json::from_slice(&json).map_err(|e| Error::damaged(&path, e.to_string()))?;
     // Before the rest, which a newer version may have changed.
-    match value.get("format_version").and_then(Value::as_u64) {
+    let Some(version) = value.get("format_version") else {
+        return Err(Error::damaged(path, "format_version is missing"));
+    };
+    match version.as_u64() {
+        Some(found) if found == u64::from(FORMAT) => {}
         Some(found) if found > u64::from(FORMAT) => {
             let found = u32::try_from(found).unwrap_or(u32::MAX);
             return Err(Error::NewerFormat { path, found, supported: FORMAT });
         }
-        Some(_) => {}
-        None => return Err(Error::damaged(path, "format_version is missing")),
+        _ => {
+            let reason = format!("format_version is {}; it must be {FORMAT}", brief(version));
+            return Err(Error::damaged(path, reason));
+        }
     }
     let state: State =
         serde_json::from_value(value).map_err(|e| Error::damaged(&path, e.to_string()))?;
-    state.train.validate()?;
+    check_state(&state).map_err(|e| Error::damaged(&path, e.to_string()))?;
     Ok(state)
+}
+
+/// # Errors
+/// Names the first number that no run comes to, or that one could not go on from.
+fn check_state(state: &State) -> Result<()> {
+    let within = |field, value, most| {
+        if value > most {
+            return Err(Error::config(field, value, format!("at most {most}")));
+        }
+        Ok(())
+    };
+    // Random numbers have addresses for so many steps.
+    within("step", state.step, (1 << 40) - 1)?;
+    // As many again can be added without an overflow.
+    within("images_seen", state.images_seen, u64::MAX / 2)?;
+    // One an update.
+    within("ema_updates", state.ema_updates, state.step)?;
+    state.train.validate()
 }
 
 /// # Errors
@@ -487,5 +522,22 @@ fn compare(field: &str, found: &Value, expected: &Value) -> Result<()> {
     if found == expected {
         return Ok(());
     }
-    Err(mismatch(field, &found.to_string(), &expected.to_string()))
+    if let (Value::Array(found), Value::Array(expected)) = (found, expected)
+        && found.len() == expected.len()
+        && let Some(i) = (0..found.len()).find(|&i| found[i] != expected[i])
+    {
+        return compare(&format!("{field}[{i}]"), &found[i], &expected[i]);
+    }
+    Err(mismatch(field, &brief(found), &brief(expected)))
+}
+
+/// A value as JSON; of a long list its length, of other long ones the beginning.
+fn brief(value: &Value) -> String {
+    const LONG: usize = 80;
+    let text = value.to_string();
+    match value {
+        _ if text.len() <= LONG => text,
+        Value::Array(list) => format!("a list of {}", list.len()),
+        _ => format!("{}...", &text[..text.floor_char_boundary(LONG)]),
+    }
 }
