@@ -133,8 +133,8 @@ pub enum Error {
         source: std::io::Error,
     },
 
-    /// A tensor operation failed.
-    #[error(transparent)]
+    /// A tensor operation failed. In one line; the source has candle's backtrace, where it took one.
+    #[error("{}", one_line(.0))]
     Tensor(#[from] candle_core::Error),
 
     /// A user's [`Observer`](crate::Observer) or [`ImageSource`](crate::ImageSource) failed.
@@ -167,5 +167,48 @@ impl Error {
 
     pub(crate) fn data(path: impl AsRef<Path>, reason: impl Into<String>) -> Self {
         Self::Data { path: path.as_ref().to_owned(), reason: reason.into() }
+    }
+}
+
+/// What candle says without its backtraces, which would make hundreds of lines of it.
+fn one_line(error: &candle_core::Error) -> String {
+    use candle_core::Error::{Context, WithBacktrace, WithPath, WrappedContext};
+
+    let text = match error {
+        WithBacktrace { inner, .. } => return one_line(inner),
+        WithPath { inner, path } => return format!("{}: {}", path.display(), one_line(inner)),
+        Context { inner, context } => format!("{context}: {}", one_line(inner)),
+        WrappedContext { wrapped, context } => format!("{context}: {wrapped}"),
+        other => other.to_string(),
+    };
+    text.lines().next().unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use super::*;
+
+    #[test]
+    fn an_error_of_candle_is_one_line_with_its_cause() {
+        // As with RUST_BACKTRACE.
+        let traced = |error| candle_core::Error::WithBacktrace {
+            inner: Box::new(error),
+            backtrace: Box::new(std::backtrace::Backtrace::force_capture()),
+        };
+        let plain = || candle_core::Error::Msg("no such thing".into());
+        for (error, expected) in [
+            (plain(), "no such thing"),
+            (traced(plain()), "no such thing"),
+            (traced(traced(plain()).with_path("a/b")), "a/b: no such thing"),
+            (traced(plain()).context("while asking"), "while asking: no such thing"),
+            (candle_core::Error::Msg(traced(plain()).to_string()), "no such thing"),
+        ] {
+            let text = error.to_string();
+            let error = Error::from(error);
+            assert_eq!(error.to_string(), expected);
+            assert_eq!(error.source().map(ToString::to_string), Some(text));
+        }
     }
 }

@@ -1,5 +1,6 @@
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -7,7 +8,7 @@ use candle_core::safetensors::Load;
 use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder, init::NormalOrUniform};
-use safetensors::SafeTensors;
+use safetensors::{Dtype, SafeTensors};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::noise::{Noise, Purpose, zeros};
@@ -90,7 +91,7 @@ impl Parameters {
     /// ```
     ///
     /// # Errors
-    /// If the file cannot be read, or is not a whole safetensors file.
+    /// If the file cannot be read, or is not a whole safetensors file of floating-point tensors.
     pub fn load(path: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
         let path = path.as_ref();
         Ok(Self::frozen(path, read_tensors(path, device)?, dtype, device))
@@ -155,15 +156,27 @@ impl Parameters {
     }
 }
 
-/// Reads a safetensors file, which must be whole.
+/// Reads a safetensors file, which must be whole, and of floating-point tensors.
 pub(crate) fn read_tensors(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+    // Asked before reading: a pipe would wait for its writer, and a device may have no end.
+    if !path.metadata().map_err(Error::io(path))?.is_file() {
+        let reason = std::io::Error::new(ErrorKind::InvalidInput, "not a regular file");
+        return Err(Error::io(path)(reason));
+    }
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
     let file = SafeTensors::deserialize(&bytes).map_err(|e| {
         Error::damaged(path, format!("{e}; is it truncated? It has {} bytes", bytes.len()))
     })?;
     let mut tensors = BTreeMap::new();
     for (name, view) in file.iter() {
-        let tensor = view.load(device).map_err(|e| Error::damaged(path, format!("{name}: {e}")))?;
+        let dtype = view.dtype();
+        if !matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64) {
+            let reason = format!("{name} is of dtype {dtype}; it must be F16, BF16, F32 or F64");
+            return Err(Error::damaged(path, reason));
+        }
+        let tensor = view
+            .load(device)
+            .map_err(|e| Error::damaged(path, format!("{name}: {}", Error::from(e))))?;
         tensors.insert(name.to_string(), tensor);
     }
     Ok(tensors)

@@ -147,11 +147,16 @@ impl Sampler {
         {
             return Err(Error::config("eta", eta, "from 0 to 1"));
         }
-        let increasing = timesteps.windows(2).all(|w| w[0] < w[1]);
-        if !increasing || timesteps.last().is_none_or(|&t| t >= schedule.steps()) {
-            let expected =
-                format!("one or more, strictly increasing and less than {}", schedule.steps());
-            return Err(Error::config("timesteps", format!("{timesteps:?}"), expected));
+        let all = schedule.steps();
+        if timesteps.is_empty() {
+            let expected = format!("one or more, strictly increasing and less than {all}");
+            return Err(Error::config("timesteps", "[]", expected));
+        }
+        let fits = |i: usize| timesteps[i] < all && (i == 0 || timesteps[i - 1] < timesteps[i]);
+        if let Some(i) = (0..timesteps.len()).find(|&i| !fits(i)) {
+            let value = format!("{} at index {i}", timesteps[i]);
+            let expected = format!("strictly increasing and less than {all}");
+            return Err(Error::config("timesteps", value, expected));
         }
         let mut alpha_bar_prev = 1.0;
         let mut updates: Vec<Update> = timesteps

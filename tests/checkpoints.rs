@@ -1,10 +1,10 @@
 //! Checkpoints: exact to resume, whole at any moment, and clear about what is wrong with one.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Lines};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 use ddpm::{
@@ -208,6 +208,77 @@ fn between_the_two_renames_the_older_one_is_found() {
 }
 
 #[test]
+fn between_the_two_renames_the_new_one_is_found_and_not_lost() {
+    let (dir, path) = saved();
+    resume(&path, config(3)).unwrap().save(dir.path().join("other")).unwrap();
+    let mut trainer = resume(&path, config(3)).unwrap();
+    trainer.fit(&Waves(11), &mut ()).unwrap();
+    trainer.save(&path).unwrap();
+    let saving = dir.path().join("checkpoint.saving");
+    fs::rename(&path, &saving).unwrap();
+    assert_eq!(names(dir.path()), ["checkpoint-000000002", "checkpoint.saving", "other"]);
+    let found = Checkpoint::open(&path).unwrap();
+    assert_eq!((found.step(), found.dir()), (3, &*saving));
+
+    // Whoever may not replace it leaves it as it is.
+    let before = snapshot(dir.path());
+    new(TrainConfig { seed: 1, ..config(1) }).save(&path).unwrap_err();
+    assert_eq!(snapshot(dir.path()), before);
+
+    // The next save first puts it in its place, and then aside.
+    let mut trainer = resume(&path, config(4)).unwrap();
+    trainer.fit(&Waves(11), &mut ()).unwrap();
+    trainer.save(&path).unwrap();
+    assert_eq!(names(dir.path()), ["checkpoint", "checkpoint-000000003", "other"]);
+    assert_eq!(Checkpoint::open(&path).unwrap().step(), 4);
+
+    // One that was not written to its end counts for nothing.
+    fs::rename(&path, &saving).unwrap();
+    truncate(&saving.join("checkpoint.json"), |n| n - 1);
+    assert_eq!(Checkpoint::open(&path).unwrap().step(), 3);
+    fs::remove_file(saving.join("checkpoint.json")).unwrap();
+    assert_eq!(Checkpoint::open(&path).unwrap().step(), 3);
+    fs::remove_dir_all(dir.path().join("checkpoint-000000003")).unwrap();
+    let error = Checkpoint::open(&path).map(drop).unwrap_err();
+    assert!(matches!(error, Error::NoCheckpoint { path: at, .. } if at == path));
+}
+
+#[test]
+fn another_runs_checkpoint_is_not_replaced() {
+    let (dir, path) = saved();
+    let before = snapshot(dir.path());
+    let refused = |network, config, diffusion| {
+        let trainer = Trainer::new(network, config, diffusion, &Device::Cpu).unwrap();
+        let error = trainer.save(&path).unwrap_err();
+        assert!(matches!(error, Error::ConfigMismatch { .. }), "{error}");
+        assert_eq!(snapshot(dir.path()), before, "{error}");
+        error.to_string()
+    };
+    let seeded = refused(network(), TrainConfig { seed: 1, ..config(2) }, Diffusion::ddpm());
+    assert_eq!(seeded, "train.seed is 0 in the checkpoint, but 1 is asked for");
+    refused(UNetConfig { time_dim: 32, ..network() }, config(2), Diffusion::ddpm());
+    let cosine = Diffusion::new(NoiseSchedule::cosine(1000).unwrap(), Prediction::Epsilon);
+    refused(network(), config(2), cosine);
+
+    // The same run, begun anew: the old one stays as the one before.
+    new(TrainConfig { log_every: 5, ..config(9) }).save(&path).unwrap();
+    assert_eq!(names(dir.path()), ["checkpoint", "checkpoint-000000002"]);
+    assert_eq!(Checkpoint::open(&path).unwrap().step(), 0);
+}
+
+#[test]
+fn what_a_killed_save_left_is_removed_by_the_next() {
+    let (dir, path) = saved();
+    let trainer = resume(&path, config(3)).unwrap();
+    for left in ["checkpoint.saving", "checkpoint.removing"] {
+        fs::create_dir(dir.path().join(left)).unwrap();
+        fs::write(dir.path().join(left).join(FILES[0]), "the half of it").unwrap();
+    }
+    trainer.save(&path).unwrap();
+    assert_eq!(names(dir.path()), ["checkpoint", "checkpoint-000000002"]);
+}
+
+#[test]
 fn a_failed_save_leaves_the_last_checkpoint_and_no_rubbish() {
     let (dir, path) = saved();
     let before = fs::read(path.join(FILES[0])).unwrap();
@@ -260,7 +331,7 @@ fn truncate(file: &Path, keep: impl FnOnce(usize) -> usize) {
 #[test]
 fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
     type Damage = fn(&Path);
-    let cases: [(&str, Damage, &str); 22] = [
+    let cases: &[(&str, Damage, &str)] = &[
         (
             "no directory",
             |p| fs::remove_dir_all(p).unwrap(),
@@ -320,6 +391,21 @@ fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
             },
             "checkpoint format 2 is newer than 1",
         ),
+        (
+            "a version below any",
+            |p| edit(p, |j| j["format_version"] = (-1).into()),
+            "checkpoint.json: damaged file: format_version is -1; it must be 1",
+        ),
+        (
+            "a broken version",
+            |p| edit(p, |j| j["format_version"] = 1.5.into()),
+            "format_version is 1.5; it must be 1",
+        ),
+        (
+            "a version as text",
+            |p| edit(p, |j| j["format_version"] = "2".into()),
+            r#"format_version is "2"; it must be 1"#,
+        ),
         ("an unknown field", |p| edit(p, |j| j["surprise"] = 1.into()), "unknown field `surprise`"),
         (
             "a missing field",
@@ -336,20 +422,39 @@ fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
             "invalid value: integer `-1`",
         ),
         (
+            "a step without random numbers",
+            |p| edit(p, |j| j["step"] = (1u64 << 40).into()),
+            "checkpoint.json: damaged file: step is 1099511627776; it must be at most 1099511627775",
+        ),
+        (
+            "more images than can be counted",
+            |p| edit(p, |j| j["images_seen"] = u64::MAX.into()),
+            "checkpoint.json: damaged file: images_seen is 18446744073709551615; it must be at most",
+        ),
+        (
+            "more averages than updates",
+            |p| edit(p, |j| j["ema_updates"] = 3.into()),
+            "checkpoint.json: damaged file: ema_updates is 3; it must be at most 2",
+        ),
+        (
             "a wrong schedule",
             |p| edit(p, |j| j["diffusion"]["schedule"]["linear"]["beta_end"] = 7.into()),
-            "beta_end is 7; it must be",
+            "checkpoint.json: damaged file: beta_end is 7; it must be",
         ),
         (
             "a huge schedule",
             |p| edit(p, |j| j["diffusion"]["schedule"]["linear"]["steps"] = u64::MAX.into()),
             "schedule steps is 18446744073709551615",
         ),
-        ("a wrong recipe", |p| edit(p, |j| j["train"]["batch_size"] = 0.into()), "batch_size is 0"),
+        (
+            "a wrong recipe",
+            |p| edit(p, |j| j["train"]["batch_size"] = 0.into()),
+            "checkpoint.json: damaged file: batch_size is 0",
+        ),
         (
             "a huge network",
             |p| edit(p, |j| j["network"]["config"]["hidden_dims"] = vec![65536; 16].into()),
-            "network.hidden_dims is",
+            "network.hidden_dims is a list of 16 in the checkpoint, but [16,24] is asked for",
         ),
         (
             "truncated weights",
@@ -370,6 +475,32 @@ fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
             "no weights",
             |p| fs::remove_file(p.join("model.safetensors")).unwrap(),
             "model.safetensors: No such file",
+        ),
+        (
+            "a directory as weights",
+            |p| {
+                fs::remove_file(p.join("model.safetensors")).unwrap();
+                fs::create_dir(p.join("model.safetensors")).unwrap();
+            },
+            "model.safetensors: not a regular file",
+        ),
+        #[cfg(unix)]
+        (
+            "a device as averages",
+            |p| {
+                fs::remove_file(p.join("ema.safetensors")).unwrap();
+                std::os::unix::fs::symlink("/dev/null", p.join("ema.safetensors")).unwrap();
+            },
+            "ema.safetensors: not a regular file",
+        ),
+        (
+            "whole numbers as weights",
+            |p| {
+                edit_tensors(&p.join("model.safetensors"), |t| {
+                    t.insert("out_conv.bias".into(), Tensor::new(&[1u8], &Device::Cpu).unwrap());
+                })
+            },
+            "model.safetensors: damaged file: out_conv.bias is of dtype U8; it must be F16, BF16, F32",
         ),
         (
             "a missing weight",
@@ -402,7 +533,7 @@ fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
             "weight other is not one of the network's",
         ),
     ];
-    for (what, damage, expected) in cases {
+    for &(what, damage, expected) in cases {
         let (dir, path) = saved();
         damage(&path);
         let before = snapshot(dir.path());
@@ -414,6 +545,66 @@ fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
         assert!(!message.contains('\n'), "{what}: {message}");
         assert_eq!(snapshot(dir.path()), before, "{what}");
     }
+}
+
+#[test]
+fn a_network_that_cannot_be_built_names_the_file() {
+    let (_dir, path) = saved();
+    edit(&path, |json| json["network"]["config"]["time_dim"] = 7.into());
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let message = checkpoint.ema::<UNetConfig>(&Device::Cpu).map(drop).unwrap_err().to_string();
+    let expected = "checkpoint.json: damaged file: network.config: time_dim is 7; it must be even";
+    assert!(message.contains(expected), "{message}");
+}
+
+/// Files of weights may come from elsewhere, in another precision.
+#[test]
+fn averages_of_another_precision_go_on_in_the_weights() {
+    let (_dir, path) = saved();
+    let averages = || {
+        let mut trainer = resume(&path, config(4)).unwrap();
+        trainer.fit(&Waves(11), &mut ()).unwrap();
+        let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        trainer.ema().unwrap().averages().values().flat_map(values).collect::<Vec<_>>()
+    };
+    let expected = averages();
+    edit_tensors(&path.join("ema.safetensors"), |tensors| {
+        let double = |t: &Tensor| t.to_dtype(candle_core::DType::F64).unwrap();
+        tensors.values_mut().for_each(|tensor| *tensor = double(tensor));
+    });
+    assert_eq!(averages(), expected);
+}
+
+#[test]
+fn long_lists_are_not_told_in_full() {
+    let (_dir, path) = saved();
+    edit(&path, |json| {
+        json["diffusion"]["schedule"] =
+            serde_json::json!({ "custom": { "betas": vec![0.01; 1000] } });
+    });
+    let custom = |betas| {
+        let schedule = NoiseSchedule::from_betas(betas).unwrap();
+        let diffusion = Diffusion::new(schedule, Prediction::Epsilon);
+        Trainer::resume(&path, network(), config(3), diffusion, &Device::Cpu).map(drop)
+    };
+    custom(vec![0.01; 1000]).unwrap();
+    let mut other = vec![0.01; 1000];
+    other[998] = 0.02;
+    for (betas, expected) in [
+        (
+            other,
+            "diffusion.schedule.custom.betas[998] is 0.01 in the checkpoint, but 0.02 is asked for",
+        ),
+        (
+            vec![0.01; 999],
+            "diffusion.schedule.custom.betas is a list of 1000 in the checkpoint, \
+             but a list of 999 is asked for",
+        ),
+    ] {
+        assert_eq!(custom(betas).unwrap_err().to_string(), expected);
+    }
+    let message = resume(&path, config(3)).map(drop).unwrap_err().to_string();
+    assert!(message.len() < 300, "{message}");
 }
 
 #[test]
@@ -464,7 +655,7 @@ fn another_run_cannot_go_on_from_a_checkpoint() {
         }
     };
     let wide = UNetConfig { hidden_dims: vec![16, 32], ..network() };
-    assert_eq!(mismatch(wide, config(3), Diffusion::ddpm()), "network.hidden_dims [16,24] [16,32]");
+    assert_eq!(mismatch(wide, config(3), Diffusion::ddpm()), "network.hidden_dims[1] 24 32");
     let large = TrainConfig { batch_size: 8, ..config(3) };
     assert_eq!(mismatch(network(), large, Diffusion::ddpm()), "train.batch_size 4 8");
     let seeded = TrainConfig { seed: 1, ..config(3) };
@@ -496,7 +687,7 @@ fn another_data_set_is_noticed() {
 /// Set for the process that the test below kills.
 const VICTIM: &str = "DDPM_TEST_SAVES_UNTIL_KILLED";
 
-/// Saves as fast as it can, and tells of each step once it is saved. Only as a child process.
+/// Saves as fast as it can, and tells when it begins to and what it saved. Only as a child process.
 #[test]
 fn saves_until_killed() {
     let Some(path) = std::env::var_os(VICTIM).map(PathBuf::from) else { return };
@@ -507,6 +698,7 @@ fn saves_until_killed() {
     loop {
         let batch = trainer.next_batch(&Waves(11)).unwrap();
         trainer.step(&batch).unwrap();
+        println!("saving");
         trainer.save(&path).unwrap();
         println!("saved {}", trainer.steps());
     }
@@ -517,7 +709,7 @@ fn killed_at_any_moment_a_run_resumes() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("checkpoint");
     let mut random = 0x2545_f491_4f6c_dd1d_u64;
-    let (mut last, mut between) = (0, 0);
+    let (mut last, mut within, mut between) = (0, 0, 0);
     for round in 0..50 {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "saves_until_killed", "--nocapture", "--test-threads=1"])
@@ -527,22 +719,35 @@ fn killed_at_any_moment_a_run_resumes() {
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let step_of = |line: &str| line.split_once("saved ")?.1.parse::<u64>().ok();
-        // Until it has begun to save; then a random moment, most likely within a save.
+        let begins = |lines: &mut Lines<_>| lines.any(|line| line.unwrap().ends_with("saving"));
+        // The first save tells how long one takes; then a random moment, most likely within one.
+        assert!(begins(&mut lines), "round {round}: a first save");
+        let start = Instant::now();
         let first = lines.by_ref().find_map(|line| step_of(&line.unwrap())).expect("a first save");
+        let duration = start.elapsed();
+        assert!(begins(&mut lines), "round {round}: a second save");
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
-        std::thread::sleep(Duration::from_micros(random % 60_000));
+        std::thread::sleep(duration.mul_f64((random % 1000) as f64 / 800.0));
         child.kill().unwrap(); // SIGKILL
         child.wait().unwrap();
         let told = lines.filter_map(|line| step_of(&line.ok()?)).last().unwrap_or(first);
 
+        within += usize::from(dir.path().join("checkpoint.saving").exists());
         between += usize::from(!path.exists());
         let trainer =
             resume(&path, config(u64::MAX)).unwrap_or_else(|e| panic!("round {round}: {e}"));
         assert!(first > last, "round {round}: {first} after {last}");
         assert!(trainer.steps() >= told, "round {round}: {} after {told}", trainer.steps());
         last = told;
+        // What was left is for the next child to remove, or for us.
+        if round % 2 == 1 {
+            trainer.save(&path).unwrap();
+            let aside = format!("checkpoint-{:09}", trainer.steps());
+            assert_eq!(names(dir.path()), ["checkpoint", aside.as_str()], "round {round}");
+        }
     }
-    println!("{last} steps saved; {between} times killed between the two renames");
+    println!("{last} steps saved; killed {within} times in a save, {between} between its renames");
+    assert!(within >= 10, "killed only {within} times in a save");
 }

@@ -253,6 +253,14 @@ fn bad_cifar10_directories_are_refused() {
         fs::write(&batch, bytes).unwrap();
         refused(case, &batch, says, read);
     }
+    // 300 MB in a few: after the 100,000th record nothing is decompressed, or an end without one
+    // would be found.
+    let says = "more than 307300000 bytes; a CIFAR-10 batch has at most 100000 records of 3073";
+    let endless = [gzip(&vec![0; 1000 * 3073]).repeat(101), vec![0x1f, 0x8b]].concat();
+    fs::write(&batch, endless).unwrap();
+    refused("endless", &batch, says, read);
+    fs::File::create(&batch).unwrap().set_len(100_001 * 3073).unwrap();
+    refused("large", &batch, says, read);
 
     for n in [1, 2, 4, 5] {
         fs::write(at(&format!("data_batch_{n}.bin")), record(n)).unwrap();

@@ -142,6 +142,31 @@ fn a_run_on_the_embedded_digits_writes_all_its_files() -> Result<()> {
     errors_about_a_run(&out, temp.path())
 }
 
+/// What a run without a checkpoint, or none of ours, may have left.
+#[test]
+fn a_new_run_among_an_old_ones_files_loses_none_and_draws_its_own() -> Result<()> {
+    let temp = TempDir::new()?;
+    let out = temp.path().join("run");
+    write_idx(&temp.path().join("mnist"), 5)?;
+    let data = temp.path().to_str().ok_or("a path in UTF-8")?;
+    let grid = out.join("samples/step-000001.png");
+    fs::create_dir_all(out.join("samples"))?;
+    for (round, aside) in ["metrics-old.jsonl", "metrics-old-2.jsonl"].into_iter().enumerate() {
+        let old = format!("not ours, {round}\n{{\"step\":1,\"loss\":9.0}}\n");
+        fs::write(out.join("metrics.jsonl"), &old)?;
+        fs::write(&grid, "an old grid")?;
+        let args = [&SMALL[..], &["--data", data, "--steps", "1"]].concat();
+        let said = mnist(&out, &args)?;
+        assert!(said.contains(&format!("{aside}, of an earlier run")), "{said}");
+        assert_eq!(fs::read_to_string(out.join(aside))?, old);
+        assert_eq!(metrics(&out)?.len(), 1);
+        assert_eq!(image::open(&grid)?.width(), 118);
+        fs::remove_dir_all(out.join("checkpoint"))?;
+    }
+    assert_eq!(fs::read_to_string(out.join("metrics-old.jsonl"))?.lines().count(), 2);
+    Ok(())
+}
+
 fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
     let sample = |args: &[&str], png: &str| {
         let mut command = example("sample");
@@ -183,8 +208,9 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
 fn errors_about_a_run(out: &Path, temp: &Path) -> Result<()> {
     let checkpoint = out.join("checkpoint");
     let before = fs::read(out.join("metrics.jsonl"))?;
-    let runs: [(&[&str], &[&str]); 5] = [
+    let runs: [(&[&str], &[&str]); 6] = [
         (&[], &["holds a run at step 3", "--resume", "another --out"]),
+        (&["--seed", "9", "--data", "no-such"], &["holds a run at step 3", "another --out"]),
         (&["--resume", "--batch-size", "4"], &["train.batch_size is 2", "but 4 is asked for"]),
         (&["--resume", "--seed", "9"], &["train.seed is 0", "but 9 is asked for"]),
         (&["--resume", "--accumulation", "2"], &["train.accumulation is 1"]),

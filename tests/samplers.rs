@@ -190,9 +190,10 @@ fn wrong_settings_are_refused() {
             "it must be small enough for the memory there is",
         ),
         (with(&[]), "timesteps is []; it must be one or more"),
-        (with(&[3, 3]), "strictly increasing"),
-        (with(&[5, 1]), "strictly increasing"),
-        (with(&[1000]), "less than 1000"),
+        (with(&[3, 3]), "timesteps is 3 at index 1; it must be strictly increasing"),
+        (with(&[5, 1, 1000]), "timesteps is 1 at index 1; it must be strictly increasing"),
+        (with(&[0, 7, 1000, 1001]), "timesteps is 1000 at index 2; it must be strictly increasing"),
+        (with(&[usize::MAX, 0]), "and less than 1000"),
     ] {
         assert!(message.contains(expected), "{message}");
     }

@@ -1,6 +1,7 @@
 //! The trainer: what must not change the result, what must, and what is refused.
 
 use std::ops::ControlFlow;
+use std::process::{Command, Stdio};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Init, VarBuilder};
@@ -68,6 +69,48 @@ fn same_seed_same_bits_and_another_seed_others() {
     let [a, b] = [0, 0].map(|_| fitted(config()));
     assert_eq!((weights(&a), averages(&a)), (weights(&b), averages(&b)));
     assert_ne!(weights(&a), weights(&fitted(TrainConfig { seed: 1, ..config() })));
+}
+
+/// Set for the processes of the test below.
+const SAVE_TO: &str = "DDPM_TEST_TRAINS_AND_SAVES_TO";
+
+/// A short run of a network with every kind of layer, large enough to be cut among threads. Only as
+/// a child process, since the number of threads is a process's.
+#[test]
+fn trains_and_saves() {
+    let Some(path) = std::env::var_os(SAVE_TO) else { return };
+    let network =
+        UNetConfig { attention_resolutions: vec![1], dropout: 0.1, ..UNetConfig::mnist() };
+    let config = TrainConfig { clip_norm: Some(1.0), accumulation: 2, batch_size: 10, ..config() };
+    let mut trainer = Trainer::new(network, config, Diffusion::ddpm(), &Device::Cpu).unwrap();
+    let images = Tensor::arange(0f32, 7840.0, &Device::Cpu).unwrap().sin().unwrap();
+    let images = images.reshape((10, 1, 28, 28)).unwrap();
+    for _ in 0..3 {
+        trainer.step(&images).unwrap();
+    }
+    trainer.save(path).unwrap();
+}
+
+#[test]
+fn any_number_of_threads_same_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |threads: &str| {
+        let path = dir.path().join(threads);
+        let status = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "trains_and_saves", "--test-threads=1"])
+            .envs([("RAYON_NUM_THREADS", threads.as_ref()), (SAVE_TO, path.as_os_str())])
+            .stdout(Stdio::null())
+            .status()
+            .unwrap();
+        assert!(status.success(), "{threads} threads: {status}");
+        ["model.safetensors", "ema.safetensors", "optimizer.safetensors"]
+            .map(|file| std::fs::read(path.join(file)).unwrap())
+    };
+    let one = run("1");
+    for threads in ["2", "3"] {
+        // Not `assert_eq`, which would print megabytes.
+        assert!(run(threads) == one, "{threads} threads give other bits than one");
+    }
 }
 
 #[test]
@@ -192,6 +235,8 @@ fn observers_see_every_step_and_the_mean_loss_between_reports() {
         assert_eq!(mean.grad_norm, losses.last().unwrap().grad_norm);
         assert!(mean.images_per_second > 0.0);
     }
+    let late = TrainConfig { warmup_steps: 4, ..config() }.learning_rate(u64::MAX);
+    assert_eq!(late, 1e-4);
     let rates: Vec<f64> = every.iter().map(|m| m.lr).collect();
     for (rate, expected) in rates.iter().zip([0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4, 1e-4, 1e-4]) {
         assert!((rate - expected).abs() < 1e-18, "{rates:?}");

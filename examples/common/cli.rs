@@ -45,7 +45,9 @@ pub fn one_line(error: &(dyn Error + 'static)) -> String {
     let mut cause = error.source();
     while let Some(error) = cause {
         let more = error.to_string();
-        if !text.contains(&more) {
+        // Further lines are a backtrace.
+        let more = more.lines().next().unwrap_or_default();
+        if !text.contains(more) {
             text = format!("{text}: {more}");
         }
         cause = error.source();

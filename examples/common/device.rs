@@ -15,7 +15,9 @@ pub fn pick(cpu: bool) -> Result<Device> {
     } else {
         return Ok(Device::Cpu);
     };
-    device.map_err(|e| format!("no {kind} device: {e}; --cpu does without one").into())
+    device.map_err(|e| {
+        format!("no {kind} device: {}; --cpu does without one", ddpm::Error::from(e)).into()
+    })
 }
 
 pub fn describe(device: &Device) -> String {

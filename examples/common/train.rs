@@ -65,7 +65,8 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<u64>(0..=u64::MAX))]
     seed: Option<u64>,
-    /// Directory for checkpoint/, samples/, metrics.jsonl and loss.png
+    /// Directory for checkpoint/, samples/, metrics.jsonl and loss.png; a new run keeps the
+    /// metrics.jsonl that is there as metrics-old.jsonl
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Continue the run in --out

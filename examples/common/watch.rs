@@ -1,5 +1,6 @@
 //! What happens while the network trains.
 
+use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -47,17 +48,20 @@ impl Watch {
     /// The end of a run that began at step `from`: saves, and draws grid and curve. Whether that
     /// was all, or the user wanted to stop.
     pub fn finish(&mut self, trainer: &Trainer<UNetConfig>, from: u64) -> Result<bool> {
+        let complete = trainer.steps() >= trainer.config().steps;
+        let grid = self.grid(trainer.steps());
         if trainer.steps() > from {
+            if complete && grid.exists() {
+                // An earlier run's: it must not pass for this one's if we are stopped before ours.
+                fs::remove_file(&grid).map_err(|e| files::at(&grid, e))?;
+            }
             self.save(trainer)?;
         }
         let history = metrics::history(&self.out.join("metrics.jsonl"))?;
         if let Some(picture) = curve::draw("Training loss", &history)? {
             files::write(&self.out.join("loss.png"), &pictures::png(&picture)?)?;
         }
-        if trainer.steps() < trainer.config().steps {
-            return Ok(false);
-        }
-        Ok(self.grid(trainer.steps()).is_file() || self.sample(trainer)?)
+        Ok(complete && (grid.is_file() || self.sample(trainer)?))
     }
 
     fn save(&mut self, trainer: &Trainer<UNetConfig>) -> ddpm::Result<()> {

@@ -12,15 +12,18 @@ const PIXELS: u64 = 3 * 32 * 32;
 const RECORD: u64 = 1 + PIXELS;
 const MAX_LABEL: u8 = 9;
 
+/// Ten times what a batch is distributed with. A small gzipped file may hold any number.
+const MAX_RECORDS: u64 = 100_000;
+
 /// Reads CIFAR-10's binary version, with its labels (0 to 9).
 ///
 /// `dir`, or `cifar-10-batches-bin` in it, holds `data_batch_1.bin` to `data_batch_5.bin`, for
-/// [`Split::Test`] `test_batch.bin`. A batch may have any number of images.
+/// [`Split::Test`] `test_batch.bin`. A batch may have up to 100,000 images.
 ///
 /// # Errors
 ///
 /// [`Error::Io`] if the directory or a file is not there or cannot be read; [`Error::Data`] if a
-/// file is empty, is not whole records of 3,073 bytes, or has a label above 9.
+/// file is empty, is not whole records of 3,073 bytes, has more of them, or has a label above 9.
 pub fn cifar10(dir: impl AsRef<Path>, split: Split) -> Result<Images> {
     let dir = dir.as_ref();
     dir.metadata().map_err(Error::io(dir))?;
@@ -40,7 +43,14 @@ pub fn cifar10(dir: impl AsRef<Path>, split: Split) -> Result<Images> {
         .iter()
         .map(|name| {
             let file = DataFile::open(&dir.join(name))?;
-            let bytes = file.content_len(u64::MAX)?;
+            let bytes = file.content_len(MAX_RECORDS * RECORD)?;
+            if bytes > MAX_RECORDS * RECORD {
+                return Err(file.data(format!(
+                    "more than {} bytes; a CIFAR-10 batch has at most {MAX_RECORDS} records of \
+                     {RECORD} bytes",
+                    MAX_RECORDS * RECORD
+                )));
+            }
             if bytes == 0 || bytes % RECORD != 0 {
                 return Err(file.data(format!(
                     "{bytes} bytes; a CIFAR-10 batch is one or more records of {RECORD} bytes"

@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -15,6 +16,10 @@ const MODEL: &str = "model.safetensors";
 const EMA: &str = "ema.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "checkpoint.json";
+
+/// What the names beside a checkpoint's end in: of the one being written, and of one being removed.
+const SAVING: &str = ".saving";
+const REMOVING: &str = ".removing";
 
 /// The newest format that this version writes and reads.
 const FORMAT: u32 = 1;
@@ -60,8 +65,8 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens the checkpoint at `dir`; where writing it was cut off at the one moment when there is
-    /// none, the one before it.
+    /// Opens the checkpoint at `dir`; where saving was cut off at the one moment when there is none,
+    /// the new one beside it, or else the one before.
     ///
     /// Only `checkpoint.json` is read until weights are asked for.
     ///
@@ -69,19 +74,33 @@ impl Checkpoint {
     /// If there is no complete checkpoint, it is damaged, or of a newer format.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
-        let missing = match read_state(dir) {
-            Ok(state) => return Ok(Self { dir: dir.to_owned(), state }),
+        let missing = match Self::newest(dir) {
             Err(error @ Error::NoCheckpoint { .. }) => error,
-            Err(error) => return Err(error),
+            found => return found,
         };
-        // `save` moves the old checkpoint aside before it moves the new one in.
         let Ok(mut older) = archived(dir) else { return Err(missing) };
         let Some((_, dir)) = older.pop() else { return Err(missing) };
         let state = read_state(&dir)?;
         Ok(Self { dir, state })
     }
 
-    /// The directory: the one asked for, or that of the checkpoint before it.
+    /// The checkpoint at `dir`, or the new one that `save` was about to move there.
+    fn newest(dir: &Path) -> Result<Self> {
+        let missing = match read_state(dir) {
+            Ok(state) => return Ok(Self { dir: dir.to_owned(), state }),
+            Err(error @ Error::NoCheckpoint { .. }) => error,
+            Err(error) => return Err(error),
+        };
+        let Ok(new) = absolute(dir).map(|dir| sibling(&dir, SAVING)) else { return Err(missing) };
+        match read_state(&new) {
+            // The state is written last: where it reads, all the rest is there.
+            Ok(state) => Ok(Self { dir: new, state }),
+            Err(Error::NoCheckpoint { .. } | Error::Damaged { .. }) => Err(missing),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The directory: the one asked for, or where it was missing, the one found beside it.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -111,8 +130,11 @@ impl Checkpoint {
         if kind != N::KIND {
             return Err(mismatch("network.kind", kind, N::KIND));
         }
-        serde_json::from_value(config.clone())
-            .map_err(|e| Error::damaged(self.dir.join(STATE), format!("network.config: {e}")))
+        serde_json::from_value(config.clone()).map_err(|e| self.damaged_config(e))
+    }
+
+    fn damaged_config(&self, error: impl std::fmt::Display) -> Error {
+        Error::damaged(self.dir.join(STATE), format!("network.config: {error}"))
     }
 
     /// The network with its weights; it takes no gradients.
@@ -135,7 +157,10 @@ impl Checkpoint {
 
     fn frozen<N: Network>(&self, file: &str, device: &Device) -> Result<N::Model> {
         let parameters = Parameters::load(self.dir.join(file), DType::F32, device)?;
-        parameters.build(&self.network::<N>()?)
+        parameters.build(&self.network::<N>()?).map_err(|error| match error {
+            Error::Config { .. } => self.damaged_config(error),
+            error => error,
+        })
     }
 
     pub(super) fn images_seen(&self) -> u64 {
@@ -173,9 +198,14 @@ impl Checkpoint {
         device: &Device,
     ) -> Result<Ema> {
         let path = self.dir.join(EMA);
-        let averages = read_tensors(&path, device)?;
+        let mut averages = read_tensors(&path, device)?;
         let ema = Ema::new(config, vars)?;
         check_tensors(&path, &averages, ema.averages())?;
+        for (name, average) in &mut averages {
+            if let Some(var) = vars.get(name) {
+                *average = average.to_dtype(var.dtype())?.to_device(var.device())?;
+            }
+        }
         Ok(Ema::restore(config, self.state.ema_updates, averages))
     }
 
@@ -199,6 +229,15 @@ impl Checkpoint {
     }
 }
 
+impl fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Checkpoint")
+            .field("dir", &self.dir)
+            .field("step", &self.state.step)
+            .finish_non_exhaustive()
+    }
+}
+
 /// All that a checkpoint is written from.
 pub(super) struct Snapshot<'a, N> {
     pub network: &'a N,
@@ -216,20 +255,36 @@ pub(super) struct Snapshot<'a, N> {
 ///
 /// 1. Write all files into a directory beside `dir`, and flush them to disk.
 /// 2. Move the present checkpoint aside, under a name with its step.
-/// 3. Move the new directory to `dir`. Between 2 and 3, `open` finds the one moved aside.
+/// 3. Move the new directory to `dir`. Between 2 and 3, `open` finds it where it was written.
 /// 4. Remove the oldest ones.
+///
+/// # Errors
+/// If the present checkpoint is another run's, or damaged: then nothing is written.
 pub(super) fn save<N: Network>(dir: &Path, keep: usize, snapshot: &Snapshot<N>) -> Result<()> {
     let dir = absolute(dir)?;
     let parent = dir.parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(parent).map_err(Error::io(parent))?;
 
-    let new = sibling(&dir, ".saving");
-    remove_dir(&new)?;
+    let new = sibling(&dir, SAVING);
+    match Checkpoint::newest(&dir) {
+        Ok(present) => {
+            present.must_match(snapshot.network, snapshot.train, snapshot.diffusion)?;
+            if present.dir == new {
+                // The last save was cut off between 2 and 3: this is its 3.
+                replace(&dir, &new)?;
+                sync_dir(parent)?;
+            }
+        }
+        Err(Error::NoCheckpoint { .. }) => {}
+        Err(error) => return Err(error),
+    }
+    // Whatever a save that was cut off left behind.
+    remove(&dir, &new)?;
     fs::create_dir(&new).map_err(Error::io(&new))?;
     let written = write_files(&new, snapshot).and_then(|()| replace(&dir, &new));
     if written.is_err() {
         // A full disk should have the room back; the error that matters is the one above.
-        let _ = remove_dir(&new);
+        let _ = remove(&dir, &new);
     }
     written?;
     sync_dir(parent)?;
@@ -266,7 +321,7 @@ fn replace(dir: &Path, new: &Path) -> Result<()> {
             let aside = sibling(dir, &format!("-{:09}", state.step));
             // The same step saved again: the newer one counts.
             if aside.join(STATE).is_file() {
-                remove_dir(&aside)?;
+                remove(dir, &aside)?;
             } else if aside.exists() {
                 // Not a checkpoint, so not ours to remove.
                 return Err(Error::io(&aside)(ErrorKind::AlreadyExists.into()));
@@ -287,8 +342,8 @@ fn replace(dir: &Path, new: &Path) -> Result<()> {
 fn prune(dir: &Path, keep: usize) -> Result<()> {
     let older = archived(dir)?;
     let surplus = older.len().saturating_sub(keep.saturating_sub(1));
-    for (_, dir) in &older[..surplus] {
-        remove_dir(dir)?;
+    for (_, old) in &older[..surplus] {
+        remove(dir, old)?;
     }
     Ok(())
 }
@@ -336,17 +391,16 @@ fn sibling(dir: &Path, suffix: &str) -> PathBuf {
     dir.with_file_name(name)
 }
 
-/// Removes a directory of ours and what is in it. It first loses its name, so that a half-removed
-/// one is never taken for a checkpoint.
-fn remove_dir(dir: &Path) -> Result<()> {
-    let doomed = sibling(dir, ".removing");
-    for (path, result) in [
-        (&doomed, fs::remove_dir_all(&doomed)),
-        (&doomed, fs::rename(dir, &doomed)),
-        (&doomed, fs::remove_dir_all(&doomed)),
-    ] {
+/// Removes `old`, one of the directories of the checkpoint `dir`, and what is in it. It first loses
+/// its name, so that a half-removed one is never taken for a checkpoint; the new name is always the
+/// same, so that the next removal finishes one that was cut off.
+fn remove(dir: &Path, old: &Path) -> Result<()> {
+    let doomed = sibling(dir, REMOVING);
+    for result in
+        [fs::remove_dir_all(&doomed), fs::rename(old, &doomed), fs::remove_dir_all(&doomed)]
+    {
         match result {
-            Err(e) if e.kind() != ErrorKind::NotFound => return Err(Error::io(path)(e)),
+            Err(e) if e.kind() != ErrorKind::NotFound => return Err(Error::io(&doomed)(e)),
             _ => {}
         }
     }
@@ -394,18 +448,42 @@ fn read_state(dir: &Path) -> Result<State> {
     let value: Value =
         serde_json::from_slice(&json).map_err(|e| Error::damaged(&path, e.to_string()))?;
     // Before the rest, which a newer version may have changed.
-    match value.get("format_version").and_then(Value::as_u64) {
+    let Some(version) = value.get("format_version") else {
+        return Err(Error::damaged(path, "format_version is missing"));
+    };
+    match version.as_u64() {
+        Some(found) if found == u64::from(FORMAT) => {}
         Some(found) if found > u64::from(FORMAT) => {
             let found = u32::try_from(found).unwrap_or(u32::MAX);
             return Err(Error::NewerFormat { path, found, supported: FORMAT });
         }
-        Some(_) => {}
-        None => return Err(Error::damaged(path, "format_version is missing")),
+        _ => {
+            let reason = format!("format_version is {}; it must be {FORMAT}", brief(version));
+            return Err(Error::damaged(path, reason));
+        }
     }
     let state: State =
         serde_json::from_value(value).map_err(|e| Error::damaged(&path, e.to_string()))?;
-    state.train.validate()?;
+    check_state(&state).map_err(|e| Error::damaged(&path, e.to_string()))?;
     Ok(state)
+}
+
+/// # Errors
+/// Names the first number that no run comes to, or that one could not go on from.
+fn check_state(state: &State) -> Result<()> {
+    let within = |field, value, most| {
+        if value > most {
+            return Err(Error::config(field, value, format!("at most {most}")));
+        }
+        Ok(())
+    };
+    // Random numbers have addresses for so many steps.
+    within("step", state.step, (1 << 40) - 1)?;
+    // As many again can be added without an overflow.
+    within("images_seen", state.images_seen, u64::MAX / 2)?;
+    // One an update.
+    within("ema_updates", state.ema_updates, state.step)?;
+    state.train.validate()
 }
 
 /// # Errors
@@ -454,5 +532,22 @@ fn compare(field: &str, found: &Value, expected: &Value) -> Result<()> {
     if found == expected {
         return Ok(());
     }
-    Err(mismatch(field, &found.to_string(), &expected.to_string()))
+    if let (Value::Array(found), Value::Array(expected)) = (found, expected)
+        && found.len() == expected.len()
+        && let Some(i) = (0..found.len()).find(|&i| found[i] != expected[i])
+    {
+        return compare(&format!("{field}[{i}]"), &found[i], &expected[i]);
+    }
+    Err(mismatch(field, &brief(found), &brief(expected)))
+}
+
+/// A value as JSON; of a long list its length, of other long ones the beginning.
+fn brief(value: &Value) -> String {
+    const LONG: usize = 80;
+    let text = value.to_string();
+    match value {
+        _ if text.len() <= LONG => text,
+        Value::Array(list) => format!("a list of {}", list.len()),
+        _ => format!("{}...", &text[..text.floor_char_boundary(LONG)]),
+    }
 }

@@ -111,7 +111,7 @@ impl TrainConfig {
         let full = self.optimizer.learning_rate;
         match self.warmup_steps {
             0 => full,
-            warmup => full * ((step + 1) as f64 / warmup as f64).min(1.0),
+            warmup => full * (step.saturating_add(1) as f64 / warmup as f64).min(1.0),
         }
     }
 }

@@ -13,12 +13,3 @@ pub use config::TrainConfig;
 pub use ema::{Ema, EmaConfig};
 pub use observer::{Metrics, Observer};
 pub use trainer::{Trainer, Update};
-
-impl std::fmt::Debug for Checkpoint {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Checkpoint")
-            .field("dir", &self.dir())
-            .field("step", &self.step())
-            .finish_non_exhaustive()
-    }
-}

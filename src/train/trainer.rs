@@ -306,8 +306,9 @@ impl<N: Network> Trainer<N> {
     /// [opened](Checkpoint::open) there.
     ///
     /// # Errors
-    /// If a loss since the last report is not finite (then nothing is written), or a file cannot
-    /// be written.
+    /// If a loss since the last report is not finite, or the checkpoint there is one of another
+    /// configuration, as [`resume`](Self::resume) compares them; then nothing is written. If a file
+    /// cannot be written.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
         self.read_unread()?;
         checkpoint::save(
