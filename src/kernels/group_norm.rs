@@ -1,6 +1,8 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use super::elementwise::sigmoid;
+use super::simd::{Isa, simd_fn};
 use super::values::{contiguous, on_cpu_in_f32, with_values};
 
 /// What follows a normalisation.
@@ -25,7 +27,7 @@ pub(crate) fn group_norm(
     activation: Activation,
 ) -> Result<Tensor> {
     if on_cpu_in_f32(x) {
-        let op = GroupNorm { groups, activation };
+        let op = GroupNorm { isa: Isa::detect(), groups, activation };
         x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)
     } else {
         composed(x, groups, weight, bias, activation)
@@ -51,11 +53,217 @@ fn composed(
     }
 }
 
-/// On the CPU: one image at a time, whose passes then find it in the cache. Nothing is kept for the
-/// backward pass, which computes the statistics again.
+/// A normalisation on the CPU: one image at a time, whose passes then find it in the cache. Nothing
+/// is kept for the backward pass, which computes the statistics again.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Normalization<'a> {
+    pub isa: Isa,
+    pub groups: usize,
+    pub activation: Activation,
+    pub weight: &'a [f32],
+    pub bias: &'a [f32],
+}
+
+impl Normalization<'_> {
+    /// `y` from `x`, both `batch` images.
+    pub fn forward(&self, batch: usize, x: &[f32], y: &mut [f32]) {
+        let image = x.len() / batch;
+        y.par_chunks_mut(image).zip(x.par_chunks(image)).for_each(|(y, x)| {
+            let stats = image_stats(self.isa, x, self.weight.len(), self.groups);
+            let silu = self.activation == Activation::Silu;
+            normalize(self.isa, y, x, &stats, self.weight, self.bias, silu);
+        });
+    }
+
+    /// The gradients of `weight` and `bias`, from `dy`; that of `x` is written or added to `dx`.
+    /// `dy` is used up.
+    pub fn backward(
+        &self,
+        batch: usize,
+        x: &[f32],
+        dy: &mut [f32],
+        dx: &mut [f32],
+        accumulate: bool,
+    ) -> (Vec<f32>, Vec<f32>) {
+        let image = x.len() / batch;
+        let c = self.weight.len();
+        let mut sums = vec![[0f32; 2]; batch * c];
+        dx.par_chunks_mut(image)
+            .zip(x.par_chunks(image))
+            .zip(dy.par_chunks_mut(image))
+            .zip(sums.par_chunks_mut(c))
+            .for_each(|(((dx, x), dy), sums)| {
+                let stats = image_stats(self.isa, x, c, self.groups);
+                if self.activation == Activation::Silu {
+                    through_silu(self.isa, dy, x, &stats, self.weight, self.bias);
+                }
+                let size = (self.groups, accumulate);
+                image_backward(self.isa, dx, x, dy, &stats, self.weight, size, sums);
+            });
+        let (mut dweight, mut dbias) = (vec![0f32; c], vec![0f32; c]);
+        for sums in sums.chunks(c) {
+            for (i, [weight, bias]) in sums.iter().enumerate() {
+                dweight[i] += weight;
+                dbias[i] += bias;
+            }
+        }
+        (dweight, dbias)
+    }
+}
+
+simd_fn! {
+    /// `y = silu(scale x + shift)`, or without the activation.
+    fn normalize<S>(
+        y: &mut [f32],
+        x: &[f32],
+        stats: &Stats,
+        weight: &[f32],
+        bias: &[f32],
+        silu: bool,
+    ) {
+        let c = weight.len();
+        let (scale, shift) = stats.affine(weight, bias);
+        for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+            for (((y, x), scale), shift) in y.iter_mut().zip(x).zip(&scale).zip(&shift) {
+                let z = scale * x + shift;
+                *y = if silu { z * sigmoid(z) } else { z };
+            }
+        }
+    }
+}
+
+simd_fn! {
+    /// From the gradient of `silu(z)` to that of `z`, where `z` is the normalised `x`.
+    fn through_silu<S>(
+        dz: &mut [f32], x: &[f32], stats: &Stats, weight: &[f32], bias: &[f32],
+    ) {
+        let c = weight.len();
+        let (scale, shift) = stats.affine(weight, bias);
+        for (dz, x) in dz.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+            for (((dz, x), scale), shift) in dz.iter_mut().zip(x).zip(&scale).zip(&shift) {
+                let z = scale * x + shift;
+                let s = sigmoid(z);
+                *dz *= s * (1.0 + z * (1.0 - s));
+            }
+        }
+    }
+}
+
+simd_fn! {
+    /// From `dz` to `dx`, and the sums over pixels that are the gradients of `weight` and `bias`.
+    fn image_backward<S>(
+        dx: &mut [f32],
+        x: &[f32],
+        dz: &[f32],
+        stats: &Stats,
+        weight: &[f32],
+        size: (usize, bool),
+        sums: &mut [[f32; 2]],
+    ) {
+        let (c, (groups, accumulate)) = (weight.len(), size);
+        let Stats { mean, rstd } = stats;
+        // Sums in short runs, as in `image_stats`.
+        let mut totals = vec![0f64; 2 * c];
+        let mut run = vec![0f32; 2 * c];
+        for (dz, x) in dz.chunks(32 * c).zip(x.chunks(32 * c)) {
+            run.fill(0.0);
+            let (sum_n, sum) = run.split_at_mut(c);
+            for (dz, x) in dz.chunks_exact(c).zip(x.chunks_exact(c)) {
+                for i in 0..c {
+                    sum_n[i] += dz[i] * (x[i] - mean[i]);
+                    sum[i] += dz[i];
+                }
+            }
+            totals.iter_mut().zip(&run).for_each(|(total, run)| *total += f64::from(*run));
+        }
+        for i in 0..c {
+            sums[i] = [totals[i] as f32 * rstd[i], totals[c + i] as f32];
+        }
+        // dx = rstd (weight dz - mean(weight dz) - n mean(weight dz n)), means over the group, with
+        // n = (x - mean) rstd: a sum of dz, x and 1, each times a factor of its channel.
+        let group = c / groups;
+        let count = (x.len() / groups) as f32;
+        let [mut by_dz, mut by_x, mut constant] = [vec![0f32; c], vec![0f32; c], vec![0f32; c]];
+        for first in (0..c).step_by(group) {
+            let channels = first..first + group;
+            let weighted =
+                |k: usize| channels.clone().map(|i| sums[i][k] * weight[i]).sum::<f32>() / count;
+            let (mean_n, mean_dz) = (weighted(0), weighted(1));
+            for i in channels {
+                by_dz[i] = rstd[i] * weight[i];
+                by_x[i] = -rstd[i] * rstd[i] * mean_n;
+                constant[i] = -rstd[i] * mean_dz;
+            }
+        }
+        for ((dx, x), dz) in dx.chunks_exact_mut(c).zip(x.chunks_exact(c)).zip(dz.chunks_exact(c)) {
+            for i in 0..c {
+                let d = by_dz[i] * dz[i] + by_x[i] * (x[i] - mean[i]) + constant[i];
+                dx[i] = if accumulate { dx[i] + d } else { d };
+            }
+        }
+    }
+}
+
+/// Mean and 1 / standard deviation of each channel's group.
+struct Stats {
+    mean: Vec<f32>,
+    rstd: Vec<f32>,
+}
+
+impl Stats {
+    /// The normalisation as `scale x + shift`, for each channel.
+    #[inline(always)]
+    fn affine(&self, weight: &[f32], bias: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let scale: Vec<f32> = weight.iter().zip(&self.rstd).map(|(w, r)| w * r).collect();
+        let shift = bias.iter().zip(&scale).zip(&self.mean).map(|((b, s), m)| b - s * m).collect();
+        (scale, shift)
+    }
+}
+
+simd_fn! {
+    fn image_stats<S>(x: &[f32], c: usize, groups: usize) -> Stats {
+        let group = c / groups;
+        let count = (x.len() / groups) as f64;
+        let mut mean = vec![0f32; c];
+        let mut rstd = vec![0f32; c];
+        // Sums over pixels for each channel: short runs in f32, which vectorise, then f64. Squares
+        // about the mean: the difference of two large sums would lose what it is after.
+        let mut run = vec![0f32; c];
+        for squares in [false, true] {
+            let mut total = vec![0f64; c];
+            for pixels in x.chunks(32 * c) {
+                run.fill(0.0);
+                for x in pixels.chunks_exact(c) {
+                    for ((run, x), mean) in run.iter_mut().zip(x).zip(&mean) {
+                        let x = x - mean;
+                        *run += if squares { x * x } else { x };
+                    }
+                }
+                total.iter_mut().zip(&run).for_each(|(total, run)| *total += f64::from(*run));
+            }
+            for (first, total) in (0..c).step_by(group).zip(total.chunks(group)) {
+                let value = total.iter().sum::<f64>() / count;
+                match squares {
+                    false => mean[first..first + group].fill(value as f32),
+                    true => rstd[first..first + group].fill((1.0 / (value + EPS).sqrt()) as f32),
+                }
+            }
+        }
+        Stats { mean, rstd }
+    }
+}
+
 struct GroupNorm {
+    isa: Isa,
     groups: usize,
     activation: Activation,
+}
+
+impl GroupNorm {
+    fn with<'a>(&self, weight: &'a [f32], bias: &'a [f32]) -> Normalization<'a> {
+        let Self { isa, groups, activation } = *self;
+        Normalization { isa, groups, activation, weight, bias }
+    }
 }
 
 impl CustomOp3 for GroupNorm {
@@ -72,26 +280,11 @@ impl CustomOp3 for GroupNorm {
         bias: &CpuStorage,
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (_, h, w, c) = x_layout.shape().dims4()?;
+        let (batch, ..) = x_layout.shape().dims4()?;
         let x = contiguous(x, x_layout)?;
-        let weight = contiguous(weight, weight_layout)?;
-        let bias = contiguous(bias, bias_layout)?;
+        let norm = self.with(contiguous(weight, weight_layout)?, contiguous(bias, bias_layout)?);
         let mut y = vec![0f32; x.len()];
-        y.par_chunks_mut(h * w * c).zip(x.par_chunks(h * w * c)).for_each(|(y, x)| {
-            let stats = Stats::of(x, c, self.groups);
-            // z = scale x + shift
-            let scale: Vec<f32> = weight.iter().zip(&stats.rstd).map(|(w, r)| w * r).collect();
-            let shift: Vec<f32> =
-                bias.iter().zip(&scale).zip(&stats.mean).map(|((b, s), m)| b - s * m).collect();
-            for (y, x) in y.chunks_mut(c).zip(x.chunks(c)) {
-                for i in 0..c {
-                    y[i] = scale[i] * x[i] + shift[i];
-                }
-                if self.activation == Activation::Silu {
-                    y.iter_mut().for_each(|z| *z *= sigmoid(*z));
-                }
-            }
-        });
+        norm.forward(batch, x, &mut y);
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }
 
@@ -103,21 +296,12 @@ impl CustomOp3 for GroupNorm {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (_, h, w, c) = x.dims4()?;
+        let (batch, _, _, c) = x.dims4()?;
         let dy = dy.contiguous()?;
         let (dx, dweight, dbias) = with_values([x, weight, bias, &dy], |[x, weight, bias, dy]| {
-            let mut dx = vec![0f32; x.len()];
-            let image = h * w * c;
-            let sums: Vec<_> = dx
-                .par_chunks_mut(image)
-                .zip(x.par_chunks(image).zip(dy.par_chunks(image)))
-                .map(|(dx, (x, dy))| self.image_backward(dx, x, dy, weight, bias))
-                .collect();
-            let (mut dweight, mut dbias) = (vec![0f32; c], vec![0f32; c]);
-            for (weight, bias) in sums {
-                dweight.iter_mut().zip(weight).for_each(|(sum, d)| *sum += d);
-                dbias.iter_mut().zip(bias).for_each(|(sum, d)| *sum += d);
-            }
+            let (mut dx, mut dy) = (vec![0f32; x.len()], dy.to_vec());
+            let norm = self.with(weight, bias);
+            let (dweight, dbias) = norm.backward(batch, x, &mut dy, &mut dx, false);
             Ok((dx, dweight, dbias))
         })?;
         let device = x.device();
@@ -127,98 +311,6 @@ impl CustomOp3 for GroupNorm {
             Some(Tensor::from_vec(dbias, c, device)?),
         ))
     }
-}
-
-impl GroupNorm {
-    /// Fills `dx`; gives the image's part of the gradients of weight and bias.
-    fn image_backward(
-        &self,
-        dx: &mut [f32],
-        x: &[f32],
-        dy: &[f32],
-        weight: &[f32],
-        bias: &[f32],
-    ) -> (Vec<f32>, Vec<f32>) {
-        let c = weight.len();
-        let Stats { mean, rstd } = Stats::of(x, c, self.groups);
-        // With n = (x - mean) rstd and z = weight n + bias: dz, its sum and that of dz n.
-        let (mut sum, mut sum_n) = (vec![0f32; c], vec![0f32; c]);
-        for ((dz, x), dy) in dx.chunks_mut(c).zip(x.chunks(c)).zip(dy.chunks(c)) {
-            dz.copy_from_slice(dy);
-            if self.activation == Activation::Silu {
-                for i in 0..c {
-                    let z = weight[i] * (x[i] - mean[i]) * rstd[i] + bias[i];
-                    let s = sigmoid(z);
-                    dz[i] *= s * (1.0 + z * (1.0 - s));
-                }
-            }
-            for i in 0..c {
-                sum[i] += dz[i];
-                sum_n[i] += dz[i] * (x[i] - mean[i]) * rstd[i];
-            }
-        }
-        // dx = rstd (weight dz - mean(weight dz) - n mean(weight dz n)), means over the group.
-        let group = c / self.groups;
-        let count = (x.len() / self.groups) as f32;
-        let group_mean = |sum: &[f32]| -> Vec<f32> {
-            let weighted: Vec<f32> = sum.iter().zip(weight).map(|(s, w)| s * w).collect();
-            weighted
-                .chunks(group)
-                .flat_map(|g| std::iter::repeat_n(g.iter().sum::<f32>() / count, group))
-                .collect()
-        };
-        let (a, b) = (group_mean(&sum), group_mean(&sum_n));
-        for (dz, x) in dx.chunks_mut(c).zip(x.chunks(c)) {
-            for i in 0..c {
-                let n = (x[i] - mean[i]) * rstd[i];
-                dz[i] = rstd[i] * (weight[i] * dz[i] - a[i] - n * b[i]);
-            }
-        }
-        (sum_n, sum)
-    }
-}
-
-/// Mean and 1 / standard deviation of each channel's group.
-struct Stats {
-    mean: Vec<f32>,
-    rstd: Vec<f32>,
-}
-
-impl Stats {
-    fn of(x: &[f32], c: usize, groups: usize) -> Self {
-        let group = c / groups;
-        let count = (x.len() / groups) as f64;
-        let per_channel = |f: &dyn Fn(f64) -> f64, sums: Vec<f64>| -> Vec<f32> {
-            sums.chunks(group)
-                .flat_map(|g| std::iter::repeat_n(f(g.iter().sum::<f64>() / count) as f32, group))
-                .collect()
-        };
-        let mean = per_channel(&|mean| mean, sums(x, c, |x, _| x));
-        // About the mean: the difference of two large sums would lose what it is after.
-        let squares = sums(x, c, |x, i| (x - mean[i]) * (x - mean[i]));
-        let rstd = per_channel(&|variance| 1.0 / (variance + EPS).sqrt(), squares);
-        Self { mean, rstd }
-    }
-}
-
-/// Sums over all pixels for each channel: short runs in f32, which vectorise, then f64.
-fn sums(x: &[f32], c: usize, f: impl Fn(f32, usize) -> f32) -> Vec<f64> {
-    let mut total = vec![0f64; c];
-    let mut run = vec![0f32; c];
-    for pixels in x.chunks(32 * c) {
-        run.fill(0.0);
-        for x in pixels.chunks(c) {
-            for i in 0..c {
-                run[i] += f(x[i], i);
-            }
-        }
-        total.iter_mut().zip(&run).for_each(|(total, run)| *total += f64::from(*run));
-    }
-    total
-}
-
-fn sigmoid(z: f32) -> f32 {
-    1.0 / (1.0 + (-z).exp())
 }
 
 #[cfg(test)]
@@ -240,11 +332,13 @@ mod tests {
             prop_assume!(h * w * group > 3);
             let c = groups * group;
             let activation = if silu { Activation::Silu } else { Activation::None };
-            agrees(
-                &[vec![batch, h, w, c], vec![c], vec![c]],
-                |v| group_norm(&v[0], groups, &v[1], &v[2], activation),
-                |v| composed(&v[0], groups, &v[1], &v[2], activation),
-            );
+            for isa in Isa::available() {
+                agrees(
+                    &[vec![batch, h, w, c], vec![c], vec![c]],
+                    |v| v[0].apply_op3(&v[1], &v[2], GroupNorm { isa, groups, activation }),
+                    |v| composed(&v[0], groups, &v[1], &v[2], activation),
+                );
+            }
         }
     }
 }

@@ -10,6 +10,7 @@
 
 mod attention;
 mod conv;
+mod elementwise;
 mod gemm;
 mod group_norm;
 mod linear;
