@@ -7,6 +7,7 @@
 //! `train_step` is forward, loss, backward, clipping to norm 1 and AdamW; `forward` is the network
 //! alone, without gradients. One line a measure, in JSON with `--json`.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
@@ -14,7 +15,6 @@ use candle_nn::VarBuilder;
 use clap::{Parser, ValueEnum};
 use ddpm::{
     AdamConfig, AdamW, Denoiser, Dropout, Parameters, Result, UNet, UNetConfig, clip_grad_norm,
-    gradients,
 };
 
 #[derive(Parser)]
@@ -72,9 +72,15 @@ fn main() -> Result<()> {
 
     let mut step = 0;
     let mut train_step = || -> Result<()> {
-        let output = unet.forward_train(&x, &t, &Dropout::new(0, step))?;
-        let loss = (output - &eps)?.sqr()?.mean_all()?;
-        let mut gradients = gradients(&loss, &vars)?;
+        let found = unet.forward_backward(&x, &t, &Dropout::new(0, step), &mut |output| {
+            let error = (output - &eps)?;
+            error.sqr()?.mean_all()?;
+            Ok((error * (2.0 / eps.elem_count() as f64))?)
+        })?;
+        let mut gradients: BTreeMap<_, _> = vars
+            .iter()
+            .filter_map(|(name, var)| Some((name.clone(), found.get(var)?.clone())))
+            .collect();
         clip_grad_norm(&mut gradients, 1.0)?;
         optimizer.step(&gradients, 2e-4)?;
         step += 1;

@@ -1,6 +1,7 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
+use candle_core::backprop::GradStore;
 
 use crate::{Dropout, Result};
 
@@ -25,6 +26,39 @@ pub trait Denoiser {
         let _ = dropout;
         self.forward(x_t, t)
     }
+
+    /// The gradients of all weights in one training pass: calls `d_output` once with the output of
+    /// [`forward_train`](Self::forward_train), detached, for the gradient of the loss with respect
+    /// to it, of the same shape.
+    ///
+    /// Unless this is implemented, candle's own gradients are taken. A network implements it that
+    /// has a faster way, such as [`UNet`](crate::UNet) on the CPU.
+    ///
+    /// # Errors
+    /// Those of the network and of `d_output`.
+    fn forward_backward(
+        &self,
+        x_t: &Tensor,
+        t: &Tensor,
+        dropout: &Dropout,
+        d_output: &mut dyn FnMut(&Tensor) -> Result<Tensor>,
+    ) -> Result<GradStore> {
+        backward_by_autograd(self, x_t, t, dropout, d_output)
+    }
+}
+
+/// What [`Denoiser::forward_backward`] does unless a network has another way.
+pub(crate) fn backward_by_autograd(
+    denoiser: &(impl Denoiser + ?Sized),
+    x_t: &Tensor,
+    t: &Tensor,
+    dropout: &Dropout,
+    d_output: &mut dyn FnMut(&Tensor) -> Result<Tensor>,
+) -> Result<GradStore> {
+    let output = denoiser.forward_train(x_t, t, dropout)?;
+    let d_output = d_output(&output.detach())?;
+    // The sum of output * d has d for its gradient with respect to the output.
+    Ok((output * d_output.detach())?.sum_all()?.backward()?)
 }
 
 macro_rules! denoiser_behind {
@@ -36,6 +70,16 @@ macro_rules! denoiser_behind {
 
             fn forward_train(&self, x_t: &Tensor, t: &Tensor, dropout: &Dropout) -> Result<Tensor> {
                 (**self).forward_train(x_t, t, dropout)
+            }
+
+            fn forward_backward(
+                &self,
+                x_t: &Tensor,
+                t: &Tensor,
+                dropout: &Dropout,
+                d_output: &mut dyn FnMut(&Tensor) -> Result<Tensor>,
+            ) -> Result<GradStore> {
+                (**self).forward_backward(x_t, t, dropout, d_output)
             }
         }
     )*};

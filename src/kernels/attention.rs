@@ -1,4 +1,9 @@
 use candle_core::{D, Result, Tensor};
+use rayon::prelude::*;
+
+use super::elementwise::exp;
+use super::gemm::{Mat, gemm};
+use super::simd::{Isa, simd_fn};
 
 /// `softmax(q k^T / sqrt(channels)) v` over all positions; each (batch, positions, channels).
 pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
@@ -7,4 +12,98 @@ pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
     let scores = (q * scale)?.matmul(&k.transpose(1, 2)?.contiguous()?)?;
     // Not `softmax_last_dim`, which has no gradient.
     candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(v)
+}
+
+/// Attention on the CPU, an image at a time, whose scores stay in the cache; they are computed
+/// again for the backward pass, not kept.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AttentionSizes {
+    pub isa: Isa,
+    pub positions: usize,
+    pub channels: usize,
+}
+
+impl AttentionSizes {
+    /// `y` (batch, positions, channels) from `qkv` (batch, positions, 3 channels): q, k and v of a
+    /// position side by side.
+    pub fn forward(&self, qkv: &[f32], y: &mut [f32]) {
+        let image = self.positions * self.channels;
+        qkv.par_chunks(3 * image).zip(y.par_chunks_mut(image)).for_each(|(qkv, y)| {
+            let [q, k, v] = self.split(qkv);
+            let shares = self.shares(&q, &k);
+            gemm(y, self.square(&shares), self.rows(&v), false);
+        });
+    }
+
+    /// The gradient of `qkv` from that of `y`.
+    pub fn backward(&self, qkv: &[f32], dy: &[f32], dqkv: &mut [f32]) {
+        let (n, c) = (self.positions, self.channels);
+        let scale = 1.0 / (c as f32).sqrt();
+        let images = qkv.par_chunks(3 * n * c).zip(dy.par_chunks(n * c));
+        images.zip(dqkv.par_chunks_mut(3 * n * c)).for_each(|((qkv, dy), dqkv)| {
+            let [q, k, v] = self.split(qkv);
+            let shares = self.shares(&q, &k);
+            let dy = self.rows(dy);
+            let mut dv = vec![0f32; n * c];
+            gemm(&mut dv, self.square(&shares).transposed(), dy, false);
+            let mut dscores = vec![0f32; n * n];
+            gemm(&mut dscores, dy, self.rows(&v).transposed(), false);
+            // Through the softmax: a row's gradient less its mean by the row's shares.
+            for (d, p) in dscores.chunks_mut(n).zip(shares.chunks(n)) {
+                let mean: f32 = d.iter().zip(p).map(|(d, p)| d * p).sum();
+                d.iter_mut().zip(p).for_each(|(d, p)| *d = p * (*d - mean));
+            }
+            let (mut dq, mut dk) = (vec![0f32; n * c], vec![0f32; n * c]);
+            gemm(&mut dq, self.square(&dscores), self.rows(&k), false);
+            // q is scaled already; its own gradient is not yet.
+            gemm(&mut dk, self.square(&dscores).transposed(), self.rows(&q), false);
+            dq.iter_mut().for_each(|dq| *dq *= scale);
+            for (i, d) in dqkv.chunks_mut(3 * c).enumerate() {
+                for (d, part) in d.chunks_mut(c).zip([&dq, &dk, &dv]) {
+                    d.copy_from_slice(&part[i * c..][..c]);
+                }
+            }
+        });
+    }
+
+    fn rows<'a>(&self, values: &'a [f32]) -> Mat<'a> {
+        Mat::new(values, self.positions, self.channels)
+    }
+
+    fn square<'a>(&self, values: &'a [f32]) -> Mat<'a> {
+        Mat::new(values, self.positions, self.positions)
+    }
+
+    /// q, scaled, k and v, each (positions, channels).
+    fn split(&self, qkv: &[f32]) -> [Vec<f32>; 3] {
+        let c = self.channels;
+        let scale = 1.0 / (c as f32).sqrt();
+        let part = |i: usize| qkv.chunks(3 * c).flat_map(move |qkv| &qkv[i * c..(i + 1) * c]);
+        [
+            part(0).map(|q| q * scale).collect(),
+            part(1).copied().collect(),
+            part(2).copied().collect(),
+        ]
+    }
+
+    /// What share of each position's attention goes to each: rows of sum 1.
+    fn shares(&self, q: &[f32], k: &[f32]) -> Vec<f32> {
+        let mut scores = vec![0f32; self.positions * self.positions];
+        gemm(&mut scores, self.rows(q), self.rows(k).transposed(), false);
+        softmax(self.isa, &mut scores, self.positions);
+        scores
+    }
+}
+
+simd_fn! {
+    /// The softmax of each row.
+    fn softmax<S>(rows: &mut [f32], length: usize) {
+        for row in rows.chunks_exact_mut(length) {
+            // Without the maximum a large score would overflow.
+            let maximum = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            row.iter_mut().for_each(|x| *x = exp(*x - maximum));
+            let total: f32 = row.iter().sum();
+            row.iter_mut().for_each(|x| *x /= total);
+        }
+    }
 }

@@ -1,5 +1,6 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
+use super::conv::sum_over_batch;
 use super::gemm::{Mat, gemm};
 use super::values::{contiguous, on_cpu_in_f32, with_values};
 
@@ -19,6 +20,33 @@ fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
 /// On the CPU: a product for each row. How a product's sums are blocked depends on its shape, so one
 /// product for the whole batch would make an image's result depend on the size of its batch. With a
 /// batch of time embeddings there is no time to lose.
+pub(crate) fn linear_forward(x: &[f32], weight: &[f32], bias: &[f32], y: &mut [f32]) {
+    let output = bias.len();
+    let input = weight.len() / output;
+    let weight = Mat::new(weight, output, input).transposed();
+    for (y, x) in y.chunks_mut(output).zip(x.chunks(input)) {
+        y.copy_from_slice(bias);
+        gemm(y, Mat::new(x, 1, input), weight, true);
+    }
+}
+
+/// The gradients of the weight and the bias from `dy`; that of `x` is written or added to `dx`.
+pub(crate) fn linear_backward(
+    x: &[f32],
+    weight: &[f32],
+    output: usize,
+    dy: &[f32],
+    dx: &mut [f32],
+    accumulate: bool,
+) -> (Vec<f32>, Vec<f32>) {
+    let (batch, input) = (dy.len() / output, weight.len() / output);
+    let rows = Mat::new(dy, batch, output);
+    gemm(dx, rows, Mat::new(weight, output, input), accumulate);
+    let mut dweight = vec![0f32; weight.len()];
+    gemm(&mut dweight, rows.transposed(), Mat::new(x, batch, input), false);
+    (dweight, sum_over_batch(dy, output))
+}
+
 struct Linear;
 
 impl CustomOp3 for Linear {
@@ -42,14 +70,9 @@ impl CustomOp3 for Linear {
                 "linear of {batch} x {input} with a weight of {output} x {weight_in}"
             )
         }
-        let x = contiguous(x, x_layout)?;
-        let weight = Mat::new(contiguous(weight, weight_layout)?, output, input).transposed();
-        let bias = contiguous(bias, bias_layout)?;
         let mut y = vec![0f32; batch * output];
-        for (y, x) in y.chunks_mut(output).zip(x.chunks(input)) {
-            y.copy_from_slice(bias);
-            gemm(y, Mat::new(x, 1, input), weight, true);
-        }
+        let (weight, bias) = (contiguous(weight, weight_layout)?, contiguous(bias, bias_layout)?);
+        linear_forward(contiguous(x, x_layout)?, weight, bias, &mut y);
         Ok((CpuStorage::F32(y), Shape::from((batch, output))))
     }
 
@@ -61,18 +84,10 @@ impl CustomOp3 for Linear {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let ((batch, input), output) = (x.dims2()?, weight.dim(0)?);
-        let dy = dy.contiguous()?;
+        let (output, dy) = (weight.dim(0)?, dy.contiguous()?);
         let (dx, dweight, dbias) = with_values([x, weight, &dy], |[x, weight, dy]| {
             let mut dx = vec![0f32; x.len()];
-            let mut dweight = vec![0f32; weight.len()];
-            let mut dbias = vec![0f32; output];
-            let rows = Mat::new(dy, batch, output);
-            gemm(&mut dx, rows, Mat::new(weight, output, input), false);
-            gemm(&mut dweight, rows.transposed(), Mat::new(x, batch, input), false);
-            for dy in dy.chunks(output) {
-                dbias.iter_mut().zip(dy).for_each(|(sum, d)| *sum += d);
-            }
+            let (dweight, dbias) = linear_backward(x, weight, output, dy, &mut dx, false);
             Ok((dx, dweight, dbias))
         })?;
         let device = x.device();

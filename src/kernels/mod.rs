@@ -23,11 +23,14 @@ mod winograd;
 
 use candle_core::{Result, Tensor};
 
-pub(crate) use attention::attention;
-pub(crate) use conv::conv2d;
-pub(crate) use group_norm::{Activation, group_norm};
-pub(crate) use linear::linear;
+pub(crate) use attention::{AttentionSizes, attention};
+pub(crate) use conv::{Convolution, Weights, conv2d, sum_over_batch, sums_by_image};
+pub(crate) use group_norm::{Activation, Normalization, group_norm};
+pub(crate) use linear::{linear, linear_backward, linear_forward};
+pub(crate) use simd::Isa;
 pub(crate) use upsample::upsample_nearest_2x;
+pub(crate) use values::with_values;
+pub(crate) use winograd::Epilogue;
 
 /// (batch, channels, height, width) to (batch, height, width, channels).
 pub(crate) fn to_channels_last(images: &Tensor) -> Result<Tensor> {

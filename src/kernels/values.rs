@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor};
 
 /// Calls `f` with the values of contiguous f32 tensors on the CPU.
-pub(super) fn with_values<const N: usize, T>(
+pub(crate) fn with_values<const N: usize, T>(
     tensors: [&Tensor; N],
     f: impl FnOnce([&[f32]; N]) -> Result<T>,
 ) -> Result<T> {

@@ -1,11 +1,11 @@
-use candle_core::Tensor;
 use candle_nn::VarBuilder;
 
+use super::engine::{Add, Engine};
 use super::layers::{Conv2d, GroupNorm};
 use crate::Result;
-use crate::kernels::{self, Activation};
+use crate::kernels::Activation;
 
-/// Self-attention with one head over all positions of a channels-last feature map, added to it.
+/// Self-attention with one head over all positions of a feature map, added to it.
 #[derive(Debug, Clone)]
 pub(super) struct Attention {
     norm: GroupNorm,
@@ -22,11 +22,9 @@ impl Attention {
         })
     }
 
-    pub fn forward_maps(&self, x: &Tensor) -> Result<Tensor> {
-        let (b, h, w, c) = x.dims4()?;
-        let qkv = self.qkv.forward(&self.norm.forward(x)?)?.reshape((b, h * w, 3 * c))?;
-        let part = |i| qkv.narrow(2, i * c, c)?.contiguous();
-        let y = kernels::attention(&part(0)?, &part(1)?, &part(2)?)?;
-        Ok((x + self.proj.forward(&y.reshape((b, h, w, c))?)?)?)
+    pub fn run<'n, E: Engine<'n>>(&'n self, engine: &E, x: &E::Map) -> Result<E::Map> {
+        let qkv = engine.norm_conv(&self.norm, &self.qkv, x, Add::NOTHING)?;
+        let y = engine.attention(&qkv)?;
+        engine.conv(&self.proj, &y, Add { residual: Some(x), ..Add::NOTHING })
     }
 }

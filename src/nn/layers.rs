@@ -1,7 +1,9 @@
+use std::sync::{Arc, OnceLock};
+
 use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
-use crate::kernels::{self, Activation};
+use crate::kernels::{Activation, Weights};
 
 /// PyTorch's default for convolutions and linear layers, weights and biases alike.
 fn uniform(fan_in: usize) -> Init {
@@ -9,49 +11,55 @@ fn uniform(fan_in: usize) -> Init {
     Init::Uniform { lo: -bound, up: bound }
 }
 
+/// A weight as a layer keeps it: a trainable one is shared with whoever trains it, any other is a
+/// copy, which nobody else can change.
+fn weight(vb: &VarBuilder, shape: &[usize], name: &str, init: Init) -> Result<Tensor> {
+    let tensor = vb.get_with_hints(shape, name, init)?;
+    if tensor.track_op() { tensor.contiguous() } else { tensor.copy()?.contiguous() }
+}
+
 /// A convolution of channels-last maps, padded to keep the size at stride 1.
 #[derive(Debug, Clone)]
 pub(crate) struct Conv2d {
-    weight: Tensor,
-    bias: Tensor,
-    stride: usize,
+    pub weight: Tensor,
+    pub bias: Tensor,
+    pub stride: usize,
+    /// The weights as the CPU's kernels want them, once used, where they do not change.
+    pub packed: Arc<OnceLock<Weights>>,
 }
 
 impl Conv2d {
     pub fn new(input: usize, output: usize, kernel: usize, vb: VarBuilder) -> Result<Self> {
         let init = uniform(input * kernel * kernel);
-        let weight = vb.get_with_hints((output, input, kernel, kernel), "weight", init)?;
-        let bias = vb.get_with_hints(output, "bias", init)?;
-        Ok(Self { weight, bias, stride: 1 })
+        let shape = [output, input, kernel, kernel];
+        Ok(Self {
+            weight: weight(&vb, &shape, "weight", init)?,
+            bias: weight(&vb, &[output], "bias", init)?,
+            stride: 1,
+            packed: Arc::default(),
+        })
     }
 
     /// Halves the size, rounding up.
     pub fn with_stride_2(self) -> Self {
         Self { stride: 2, ..self }
     }
-
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        kernels::conv2d(x, &self.weight, &self.bias, self.stride)
-    }
 }
 
-/// `x W^T + b` of (batch, in).
+/// `x W^T + b` of vectors.
 #[derive(Debug, Clone)]
 pub(crate) struct Linear {
-    weight: Tensor,
-    bias: Tensor,
+    pub weight: Tensor,
+    pub bias: Tensor,
 }
 
 impl Linear {
     pub fn new(input: usize, output: usize, vb: VarBuilder) -> Result<Self> {
         let init = uniform(input);
-        let weight = vb.get_with_hints((output, input), "weight", init)?;
-        let bias = vb.get_with_hints(output, "bias", init)?;
-        Ok(Self { weight, bias })
-    }
-
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        kernels::linear(x, &self.weight, &self.bias)
+        Ok(Self {
+            weight: weight(&vb, &[output, input], "weight", init)?,
+            bias: weight(&vb, &[output], "bias", init)?,
+        })
     }
 }
 
@@ -61,19 +69,17 @@ pub(crate) const GROUPS: usize = 8;
 /// GroupNorm of channels-last maps, with what follows it.
 #[derive(Debug, Clone)]
 pub(crate) struct GroupNorm {
-    weight: Tensor,
-    bias: Tensor,
-    activation: Activation,
+    pub weight: Tensor,
+    pub bias: Tensor,
+    pub activation: Activation,
 }
 
 impl GroupNorm {
     pub fn new(channels: usize, activation: Activation, vb: VarBuilder) -> Result<Self> {
-        let weight = vb.get_with_hints(channels, "weight", Init::Const(1.0))?;
-        let bias = vb.get_with_hints(channels, "bias", Init::Const(0.0))?;
-        Ok(Self { weight, bias, activation })
-    }
-
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        kernels::group_norm(x, GROUPS, &self.weight, &self.bias, self.activation)
+        Ok(Self {
+            weight: weight(&vb, &[channels], "weight", Init::Const(1.0))?,
+            bias: weight(&vb, &[channels], "bias", Init::Const(0.0))?,
+            activation,
+        })
     }
 }

@@ -4,8 +4,10 @@
 //! stay channels-last, as [`kernels`](crate::kernels) wants them.
 
 mod attention;
+mod engine;
 mod layers;
 mod res_block;
+mod tape;
 mod time_embedding;
 mod unet;
 mod unet_config;

@@ -1,6 +1,7 @@
 use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 
+use super::engine::{Add, Autograd, Engine, VectorActivation};
 use super::layers::{Conv2d, GROUPS, GroupNorm, Linear};
 use super::weights_dtype;
 use crate::kernels::{self, Activation};
@@ -96,28 +97,29 @@ impl ResBlock {
                 return Err(Error::config(field, dtype.as_str(), expected));
             }
         }
-        let y = self.forward_maps(&kernels::to_channels_last(x)?, t_emb, dropout)?;
-        Ok(kernels::to_channels_first(&y)?)
+        let (x, time) = (kernels::to_channels_last(x)?, t_emb.unsqueeze(1)?.unsqueeze(1)?);
+        Ok(kernels::to_channels_first(&self.run(&Autograd, &x, &time, dropout)?)?)
     }
 
-    /// As [`forward`](Self::forward), of channels-last maps.
-    pub(super) fn forward_maps(
-        &self,
-        x: &Tensor,
-        t_emb: &Tensor,
+    /// As [`forward`](Self::forward), with the engine's maps.
+    pub(super) fn run<'n, E: Engine<'n>>(
+        &'n self,
+        engine: &E,
+        x: &E::Map,
+        t_emb: &E::Map,
         dropout: Option<&Dropout>,
-    ) -> Result<Tensor> {
-        let time = self.time.forward(&t_emb.silu()?)?.unsqueeze(1)?.unsqueeze(1)?;
-        let mut h = self.conv1.forward(&self.norm1.forward(x)?)?.broadcast_add(&time)?;
+    ) -> Result<E::Map> {
+        let time = engine.linear(VectorActivation::Silu, &self.time, t_emb)?;
+        let add = Add { per_image: Some(&time), residual: None };
+        let mut h = engine.norm_conv(&self.norm1, &self.conv1, x, add)?;
         if let (Some((p, layer)), Some(dropout)) = (self.dropout, dropout) {
-            let (batch, _, _, channels) = h.dims4()?;
-            let mask = dropout.mask(layer, batch, channels, p, h.dtype(), h.device())?;
-            h = h.broadcast_mul(&mask.unsqueeze(1)?.unsqueeze(1)?)?;
+            h = engine.drop_maps(&h, dropout, layer, p)?;
         }
-        h = self.conv2.forward(&self.norm2.forward(&h)?)?;
-        Ok(match &self.shortcut {
-            Some(shortcut) => (shortcut.forward(x)? + h)?,
-            None => (x + h)?,
-        })
+        let shortcut = match &self.shortcut {
+            Some(shortcut) => &engine.conv(shortcut, x, Add::NOTHING)?,
+            None => x,
+        };
+        let add = Add { per_image: None, residual: Some(shortcut) };
+        engine.norm_conv(&self.norm2, &self.conv2, &h, add)
     }
 }

@@ -1,6 +1,7 @@
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 
+use super::engine::{Autograd, Engine, VectorActivation};
 use super::layers::Linear;
 use super::weights_dtype;
 use crate::{Error, Result};
@@ -52,13 +53,22 @@ impl TimeEmbedding {
     /// # Errors
     /// If `t` is not one-dimensional.
     pub fn forward(&self, t: &Tensor) -> Result<Tensor> {
-        let embedding = self.sinusoids(t)?.to_dtype(self.dtype)?;
-        let hidden = self.hidden.forward(&embedding)?.gelu_erf()?;
-        Ok(self.output.forward(&hidden)?)
+        let embedding = self.sinusoids(t)?.unsqueeze(1)?.unsqueeze(1)?;
+        Ok(self.run(&Autograd, &embedding)?.flatten_from(1)?)
     }
 
-    /// `[sin | cos]` of `t` times each frequency: (batch, dim).
-    fn sinusoids(&self, t: &Tensor) -> Result<Tensor> {
+    /// As [`forward`](Self::forward), from [`sinusoids`](Self::sinusoids).
+    pub(super) fn run<'n, E: Engine<'n>>(
+        &'n self,
+        engine: &E,
+        embedding: &E::Map,
+    ) -> Result<E::Map> {
+        let hidden = engine.linear(VectorActivation::None, &self.hidden, embedding)?;
+        engine.linear(VectorActivation::Gelu, &self.output, &hidden)
+    }
+
+    /// `[sin | cos]` of `t` times each frequency: (batch, dim), in the weights' dtype.
+    pub(super) fn sinusoids(&self, t: &Tensor) -> Result<Tensor> {
         if t.rank() != 1 {
             let expected = "(batch)".to_string();
             return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });
@@ -69,7 +79,7 @@ impl TimeEmbedding {
             .to_dtype(dtype)?
             .to_device(t.device())?;
         let angles = t.to_dtype(dtype)?.unsqueeze(1)?.broadcast_mul(&frequencies.unsqueeze(0)?)?;
-        Ok(Tensor::cat(&[angles.sin()?, angles.cos()?], 1)?)
+        Ok(Tensor::cat(&[angles.sin()?, angles.cos()?], 1)?.to_dtype(self.dtype)?)
     }
 }
 

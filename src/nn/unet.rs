@@ -1,9 +1,15 @@
+use std::sync::Arc;
+
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 
 use super::attention::Attention;
+use super::engine::{Add, Autograd, Engine};
 use super::layers::{Conv2d, GroupNorm};
+use super::tape::{Map, Pool, Tape};
 use super::{ResBlock, TimeEmbedding, UNetConfig, weights_dtype};
+use crate::denoiser::backward_by_autograd;
 use crate::kernels::{self, Activation};
 use crate::{Denoiser, Dropout, Error, Network, Result};
 
@@ -37,6 +43,8 @@ pub struct UNet {
     up_blocks: Vec<UpBlock>,
     out_norm: GroupNorm,
     out_conv: Conv2d,
+    /// Memory for the maps of the CPU's kernels, reused from one pass to the next.
+    pool: Arc<Pool>,
 }
 
 impl UNet {
@@ -93,6 +101,7 @@ impl UNet {
             up_blocks,
             out_norm: GroupNorm::new(dims[0], Activation::Silu, vb.pp("out_norm"))?,
             out_conv: Conv2d::new(dims[0], config.channels, 3, vb.pp("out_conv"))?,
+            pool: Arc::default(),
         })
     }
 
@@ -101,7 +110,9 @@ impl UNet {
         &self.config
     }
 
-    fn run(&self, x_t: &Tensor, t: &Tensor, dropout: Option<&Dropout>) -> Result<Tensor> {
+    /// # Errors
+    /// Unless `x_t` and `t` are a batch of what the network takes.
+    fn check(&self, x_t: &Tensor, t: &Tensor) -> Result<()> {
         let UNetConfig { channels, image_size, .. } = self.config;
         if x_t.rank() != 4 || x_t.dims()[1..] != [channels, image_size, image_size] {
             let expected = format!("(batch, {channels}, {image_size}, {image_size})");
@@ -119,32 +130,103 @@ impl UNet {
             let expected = format!("[{batch}], one timestep for each image");
             return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });
         }
-        let t_emb = self.time_mlp.forward(t)?;
-        let x = kernels::to_channels_last(&x_t.to_dtype(self.dtype)?)?;
+        Ok(())
+    }
 
-        let mut x = self.init_conv.forward(&x)?;
+    /// The network itself: from a channels-last `x_t` and the timesteps' sinusoids.
+    fn run<'n, E: Engine<'n>>(
+        &'n self,
+        engine: &E,
+        x_t: &E::Map,
+        sinusoids: &E::Map,
+        dropout: Option<&Dropout>,
+    ) -> Result<E::Map> {
+        let t_emb = self.time_mlp.run(engine, sinusoids)?;
+        let mut x = engine.conv(&self.init_conv, x_t, Add::NOTHING)?;
         let mut skips = Vec::with_capacity(self.down_blocks.len());
         for block in &self.down_blocks {
-            let skip = block.forward(&x, &t_emb, dropout)?;
-            x = block.downsample.forward(&skip)?;
+            let skip = block.run(engine, &x, &t_emb, dropout)?;
+            x = engine.conv(&block.downsample, &skip, Add::NOTHING)?;
             skips.push(skip);
         }
-        x = self.bottleneck.forward(&x, &t_emb, dropout)?;
-        for (block, skip) in self.up_blocks.iter().zip(skips.iter().rev()) {
-            x = block.forward(&x, skip, &t_emb, dropout)?;
+        x = self.bottleneck.run(engine, &x, &t_emb, dropout)?;
+        for (block, skip) in self.up_blocks.iter().zip(skips.into_iter().rev()) {
+            x = block.run(engine, &x, &skip, &t_emb, dropout)?;
         }
-        let x = self.out_conv.forward(&self.out_norm.forward(&x)?)?;
-        Ok(kernels::to_channels_first(&x)?.to_dtype(x_t.dtype())?)
+        engine.norm_conv(&self.out_norm, &self.out_conv, &x, Add::NOTHING)
+    }
+
+    fn forward_autograd(
+        &self,
+        x_t: &Tensor,
+        t: &Tensor,
+        dropout: Option<&Dropout>,
+    ) -> Result<Tensor> {
+        self.check(x_t, t)?;
+        let x = kernels::to_channels_last(&x_t.to_dtype(self.dtype)?)?;
+        let sinusoids = self.time_mlp.sinusoids(t)?.unsqueeze(1)?.unsqueeze(1)?;
+        let y = self.run(&Autograd, &x, &sinusoids, dropout)?;
+        Ok(kernels::to_channels_first(&y)?.to_dtype(x_t.dtype())?)
+    }
+
+    /// Computes on a tape, and gives the output's map for what is to be done with it.
+    fn on_tape<'n, R>(
+        &'n self,
+        tape: &Tape<'n>,
+        x_t: &Tensor,
+        t: &Tensor,
+        dropout: Option<&Dropout>,
+        then: impl FnOnce(Map, Tensor) -> Result<R>,
+    ) -> Result<R> {
+        let x = tape.input(&kernels::to_channels_last(&x_t.to_dtype(DType::F32)?)?)?;
+        let sinusoids = tape.input(&self.time_mlp.sinusoids(t)?.unsqueeze(1)?.unsqueeze(1)?)?;
+        let y = self.run(tape, &x, &sinusoids, dropout)?;
+        let output = kernels::to_channels_first(&y.to_tensor()?)?.to_dtype(x_t.dtype())?;
+        then(y, output)
+    }
+
+    /// Whether a tape can compute the network: it knows f32 on the CPU alone.
+    fn has_tape(&self, x_t: &Tensor) -> bool {
+        self.dtype == DType::F32 && x_t.device().is_cpu() && self.init_conv.weight.device().is_cpu()
     }
 }
 
 impl Denoiser for UNet {
     fn forward(&self, x_t: &Tensor, t: &Tensor) -> Result<Tensor> {
-        self.run(x_t, t, None)
+        let differentiable = x_t.track_op() || self.init_conv.weight.track_op();
+        if differentiable || !self.has_tape(x_t) {
+            return self.forward_autograd(x_t, t, None);
+        }
+        self.check(x_t, t)?;
+        self.on_tape(&Tape::forgetful(&self.pool), x_t, t, None, |_, output| Ok(output))
     }
 
     fn forward_train(&self, x_t: &Tensor, t: &Tensor, dropout: &Dropout) -> Result<Tensor> {
-        self.run(x_t, t, Some(dropout))
+        self.forward_autograd(x_t, t, Some(dropout))
+    }
+
+    fn forward_backward(
+        &self,
+        x_t: &Tensor,
+        t: &Tensor,
+        dropout: &Dropout,
+        d_output: &mut dyn FnMut(&Tensor) -> Result<Tensor>,
+    ) -> Result<GradStore> {
+        if x_t.track_op() || !self.has_tape(x_t) {
+            return backward_by_autograd(self, x_t, t, dropout, d_output);
+        }
+        self.check(x_t, t)?;
+        let tape = Tape::recording(&self.pool);
+        self.on_tape(&tape, x_t, t, Some(dropout), |y, output| {
+            let d_output = d_output(&output)?;
+            if d_output.dims() != output.dims() {
+                let expected = format!("{:?}, that of the output", output.dims());
+                let found = d_output.dims().to_vec();
+                return Err(Error::Shape { what: "the output's gradient", found, expected });
+            }
+            let dy = kernels::to_channels_last(&d_output.to_dtype(DType::F32)?)?;
+            tape.backward(y, &dy)
+        })
     }
 }
 
@@ -181,10 +263,16 @@ struct DownBlock {
 
 impl DownBlock {
     /// The skip: what the level hands over to its counterpart on the way up.
-    fn forward(&self, x: &Tensor, t_emb: &Tensor, dropout: Option<&Dropout>) -> Result<Tensor> {
-        let x = self.res1.forward_maps(x, t_emb, dropout)?;
-        let x = self.res2.forward_maps(&x, t_emb, dropout)?;
-        attend(&self.attn, x)
+    fn run<'n, E: Engine<'n>>(
+        &'n self,
+        engine: &E,
+        x: &E::Map,
+        t_emb: &E::Map,
+        dropout: Option<&Dropout>,
+    ) -> Result<E::Map> {
+        let x = self.res1.run(engine, x, t_emb, dropout)?;
+        let x = self.res2.run(engine, &x, t_emb, dropout)?;
+        attend(engine, &self.attn, x)
     }
 }
 
@@ -196,10 +284,16 @@ struct Bottleneck {
 }
 
 impl Bottleneck {
-    fn forward(&self, x: &Tensor, t_emb: &Tensor, dropout: Option<&Dropout>) -> Result<Tensor> {
-        let x = self.res1.forward_maps(x, t_emb, dropout)?;
-        let x = self.attn.forward_maps(&x)?;
-        self.res2.forward_maps(&x, t_emb, dropout)
+    fn run<'n, E: Engine<'n>>(
+        &'n self,
+        engine: &E,
+        x: &E::Map,
+        t_emb: &E::Map,
+        dropout: Option<&Dropout>,
+    ) -> Result<E::Map> {
+        let x = self.res1.run(engine, x, t_emb, dropout)?;
+        let x = self.attn.run(engine, &x)?;
+        self.res2.run(engine, &x, t_emb, dropout)
     }
 }
 
@@ -212,24 +306,29 @@ struct UpBlock {
 }
 
 impl UpBlock {
-    fn forward(
-        &self,
-        x: &Tensor,
-        skip: &Tensor,
-        t_emb: &Tensor,
+    fn run<'n, E: Engine<'n>>(
+        &'n self,
+        engine: &E,
+        x: &E::Map,
+        skip: &E::Map,
+        t_emb: &E::Map,
         dropout: Option<&Dropout>,
-    ) -> Result<Tensor> {
-        let x = self.upsample.forward(&kernels::upsample_nearest_2x(x)?)?;
-        let x = Tensor::cat(&[&x, skip], 3)?;
-        let x = self.res1.forward_maps(&x, t_emb, dropout)?;
-        let x = self.res2.forward_maps(&x, t_emb, dropout)?;
-        attend(&self.attn, x)
+    ) -> Result<E::Map> {
+        let x = engine.conv(&self.upsample, &engine.upsample(x)?, Add::NOTHING)?;
+        let x = engine.concatenate(&x, skip)?;
+        let x = self.res1.run(engine, &x, t_emb, dropout)?;
+        let x = self.res2.run(engine, &x, t_emb, dropout)?;
+        attend(engine, &self.attn, x)
     }
 }
 
-fn attend(attention: &Option<Attention>, x: Tensor) -> Result<Tensor> {
+fn attend<'n, E: Engine<'n>>(
+    engine: &E,
+    attention: &'n Option<Attention>,
+    x: E::Map,
+) -> Result<E::Map> {
     match attention {
-        Some(attention) => attention.forward_maps(&x),
+        Some(attention) => attention.run(engine, &x),
         None => Ok(x),
     }
 }

@@ -1,5 +1,6 @@
 use std::collections::BTreeMap;
 
+use candle_core::backprop::GradStore;
 use candle_core::{DType, DeviceLocation, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
@@ -209,8 +210,15 @@ fn kind(t: &Tensor) -> (DType, &[usize], DeviceLocation) {
 /// # Errors
 /// If an operation between has no gradient.
 pub fn gradients(loss: &Tensor, vars: &BTreeMap<String, Var>) -> Result<BTreeMap<String, Tensor>> {
-    let mut all = loss.backward()?;
-    Ok(vars.iter().filter_map(|(name, var)| Some((name.clone(), all.remove(var)?))).collect())
+    Ok(by_name(loss.backward()?, vars))
+}
+
+/// The gradients of `vars`, by the weights' names; those that are not there are left out.
+pub(super) fn by_name(
+    mut gradients: GradStore,
+    vars: &BTreeMap<String, Var>,
+) -> BTreeMap<String, Tensor> {
+    vars.iter().filter_map(|(name, var)| Some((name.clone(), gradients.remove(var)?))).collect()
 }
 
 /// Scales all gradients so that their global L2 norm is at most `max_norm`, or not at all where it

@@ -7,6 +7,7 @@ mod ema;
 mod observer;
 mod trainer;
 
+use adam::by_name;
 pub use adam::{AdamConfig, AdamW, WeightDecay, clip_grad_norm, gradients};
 pub use checkpoint::Checkpoint;
 pub use config::TrainConfig;

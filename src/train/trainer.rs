@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::checkpoint::{self, Checkpoint, Snapshot};
-use super::{AdamW, Ema, Metrics, Observer, TrainConfig, clip_grad_norm, gradients};
+use super::{AdamW, Ema, Metrics, Observer, TrainConfig, by_name, clip_grad_norm};
 use crate::noise::{Noise, Purpose};
 use crate::{Denoiser, Diffusion, Dropout, Error, ImageSource, Network, Parameters, Result};
 
@@ -223,18 +223,21 @@ impl<N: Network> Trainer<N> {
             let dropout = Dropout { noise: self.noise(), step: self.step, first_sample: first };
 
             let x_t = self.diffusion.q_sample(&x_0, &t, &eps)?;
-            let output = self.model.forward_train(&x_t, &t, &dropout)?;
             let target = self.diffusion.target(&x_0, &t, &eps)?;
-            let loss = ((output - target)?.sqr()?.mean_all()? / parts as f64)?;
+            let scale = 1.0 / (parts * target.elem_count()) as f64;
+            let found = self.model.forward_backward(&x_t, &t, &dropout, &mut |output| {
+                let error = (output - &target)?;
+                losses.push((error.sqr()?.sum_all()? * scale)?);
+                Ok((error * (2.0 * scale))?)
+            })?;
 
-            for (name, new) in gradients(&loss, &self.vars)? {
+            for (name, new) in by_name(found, &self.vars) {
                 let total = match sums.remove(&name) {
                     Some(old) => (old + new)?,
                     None => new,
                 };
                 sums.insert(name, total);
             }
-            losses.push(loss.detach());
         }
         let max_norm = self.config.clip_norm.unwrap_or(f64::INFINITY);
         let grad_norm = clip_grad_norm(&mut sums, max_norm)?;

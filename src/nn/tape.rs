@@ -1,0 +1,483 @@
+//! The fast way to compute a network on the CPU, in f32: each operation runs a kernel on plain
+//! memory and notes how to go back through it. Memory of maps that are done with is used again.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::ops::{Deref, DerefMut};
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Tensor};
+
+use super::engine::{Add, Engine, VectorActivation};
+use super::layers::{Conv2d, GROUPS, GroupNorm, Linear};
+use crate::kernels::{
+    AttentionSizes, Convolution, Epilogue, Isa, Normalization, Weights, linear_backward,
+    linear_forward, sum_over_batch, sums_by_image, with_values,
+};
+use crate::{Dropout, Result};
+
+/// Memory that is not in use at the moment, by its length.
+#[derive(Debug, Default)]
+pub(super) struct Pool(Mutex<BTreeMap<usize, Vec<Vec<f32>>>>);
+
+impl Pool {
+    /// Memory of this length, its content whatever was there before.
+    fn take(self: &Arc<Self>, len: usize) -> Buffer {
+        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Exact lengths only: a network asks for the same ones in every pass.
+        let values = free.get_mut(&len).and_then(Vec::pop);
+        drop(free);
+        Buffer { values: values.unwrap_or_else(|| vec![0.0; len]), pool: self.clone() }
+    }
+}
+
+/// Values on loan from a pool.
+struct Buffer {
+    values: Vec<f32>,
+    pool: Arc<Pool>,
+}
+
+impl Deref for Buffer {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.values
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.values
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let values = std::mem::take(&mut self.values);
+        let mut free = self.pool.0.lock().unwrap_or_else(PoisonError::into_inner);
+        free.entry(values.len()).or_default().push(values);
+    }
+}
+
+/// A feature map (batch, height, width, channels), and its gradient on the way back.
+#[derive(Clone)]
+pub(super) struct Map {
+    dims: [usize; 4],
+    values: Rc<Buffer>,
+    /// None where no gradient is wanted.
+    gradient: Option<Gradient>,
+}
+
+type Gradient = Rc<RefCell<Option<Buffer>>>;
+
+impl Map {
+    fn batch(&self) -> usize {
+        self.dims[0]
+    }
+
+    fn channels(&self) -> usize {
+        self.dims[3]
+    }
+
+    pub fn to_tensor(&self) -> Result<Tensor> {
+        Ok(Tensor::from_slice(&self.values, &self.dims, &Device::Cpu)?)
+    }
+
+    fn add_gradient(&self, d: Buffer) {
+        add_to(&self.gradient, d);
+    }
+
+    /// Lets `f` write the gradient, or add to it where it is told so.
+    fn with_gradient<R>(
+        &self,
+        pool: &Arc<Pool>,
+        f: impl FnOnce(&mut [f32], bool) -> R,
+    ) -> Option<R> {
+        let gradient = self.gradient.as_ref()?;
+        let there = gradient.borrow_mut().take();
+        let accumulate = there.is_some();
+        let mut d = there.unwrap_or_else(|| pool.take(self.values.len()));
+        let result = f(&mut d, accumulate);
+        *gradient.borrow_mut() = Some(d);
+        Some(result)
+    }
+}
+
+/// How to go back through an operation, from its output's gradient.
+type Backward<'n> = Box<dyn FnOnce(&Tape<'n>, Buffer) -> Result<()> + 'n>;
+
+pub(super) struct Tape<'n> {
+    isa: Isa,
+    pool: &'n Arc<Pool>,
+    /// None where nothing is noted, since there will be no way back.
+    nodes: Option<RefCell<Vec<(Gradient, Backward<'n>)>>>,
+    weights: RefCell<Vec<(&'n Tensor, Vec<f32>)>>,
+    /// For the sums behind weights' gradients.
+    scratch: RefCell<Vec<f32>>,
+}
+
+impl<'n> Tape<'n> {
+    /// For a pass that is to be followed by [`backward`](Self::backward).
+    pub fn recording(pool: &'n Arc<Pool>) -> Self {
+        Self { nodes: Some(RefCell::default()), ..Self::forgetful(pool) }
+    }
+
+    /// For a pass forward only.
+    pub fn forgetful(pool: &'n Arc<Pool>) -> Self {
+        let (weights, scratch) = (RefCell::default(), RefCell::default());
+        Self { isa: Isa::detect(), pool, nodes: None, weights, scratch }
+    }
+
+    /// A map of a tensor's values, which needs no gradient.
+    pub fn input(&self, x: &Tensor) -> Result<Map> {
+        let mut values = self.pool.take(x.elem_count());
+        with_values([&x.contiguous()?], |[x]| {
+            values.copy_from_slice(x);
+            Ok(())
+        })?;
+        Ok(Map { dims: x.dims4()?.into(), values: Rc::new(values), gradient: None })
+    }
+
+    /// Goes back from the output `y`, with its gradient: the gradients of all weights.
+    pub fn backward(&self, y: Map, dy: &Tensor) -> Result<GradStore> {
+        let mut d = self.pool.take(y.values.len());
+        with_values([dy], |[dy]| {
+            d.copy_from_slice(dy);
+            Ok(())
+        })?;
+        y.add_gradient(d);
+        drop(y);
+        if let Some(nodes) = &self.nodes {
+            // A node is dropped when it is done with, and with it the maps that only it needed.
+            while let Some((gradient, backward)) = { nodes.borrow_mut().pop() } {
+                let dy = gradient.borrow_mut().take();
+                if let Some(dy) = dy {
+                    backward(self, dy)?;
+                }
+            }
+        }
+        // The one way to an empty `GradStore`.
+        let mut gradients = Tensor::zeros((), DType::F32, &Device::Cpu)?.backward()?;
+        for (weight, values) in self.weights.take() {
+            let mut gradient = Tensor::from_vec(values, weight.dims(), &Device::Cpu)?;
+            if let Some(other) = gradients.remove(weight) {
+                gradient = (gradient + other)?;
+            }
+            gradients.insert(weight, gradient);
+        }
+        Ok(gradients)
+    }
+
+    /// An operation's output; `backward` is kept if there is a way back.
+    fn output(
+        &self,
+        dims: [usize; 4],
+        values: Buffer,
+        backward: impl FnOnce(&Tape<'n>, Buffer) -> Result<()> + 'n,
+    ) -> Map {
+        let gradient = self.nodes.as_ref().map(|nodes| {
+            let gradient = Gradient::default();
+            nodes.borrow_mut().push((gradient.clone(), Box::new(backward)));
+            gradient
+        });
+        Map { dims, values: Rc::new(values), gradient }
+    }
+
+    fn weight_gradient(&self, weight: &'n Tensor, values: Vec<f32>) {
+        self.weights.borrow_mut().push((weight, values));
+    }
+
+    fn convolution(&self, conv: &Conv2d, x: [usize; 4]) -> Result<Convolution> {
+        Ok(Convolution::new(self.isa, x, conv.weight.shape(), conv.stride)?)
+    }
+
+    /// The convolution's output for `x` (of these dimensions).
+    fn convolve(
+        &self,
+        conv: &Conv2d,
+        dims: [usize; 4],
+        x: &[f32],
+        add: &Add<'_, Map>,
+    ) -> Result<([usize; 4], Buffer)> {
+        let sizes = self.convolution(conv, dims)?;
+        let mut y = self.pool.take(sizes.output().iter().product());
+        with_values([&conv.weight, &conv.bias], |[weight, bias]| {
+            let epilogue = Epilogue {
+                bias: Some(bias),
+                per_image: add.per_image.map(|map| &**map.values),
+                residual: add.residual.map(|map| &**map.values),
+                accumulate: false,
+            };
+            let fresh;
+            let weights: &Weights = if conv.weight.track_op() {
+                fresh = sizes.pack(weight);
+                &fresh
+            } else {
+                conv.packed.get_or_init(|| sizes.pack(weight))
+            };
+            sizes.forward(x, weights, epilogue, &mut y);
+            Ok(())
+        })?;
+        Ok((sizes.output(), y))
+    }
+
+    /// From a convolution's `dy` to the gradients of its weights and of what was added, and, by `dx`,
+    /// to that of its input `x`.
+    fn convolve_backward(
+        &self,
+        conv: &'n Conv2d,
+        dims: [usize; 4],
+        x: &[f32],
+        dy: Buffer,
+        (per_image, residual): (Option<Map>, Option<Map>),
+        dx: impl FnOnce(&Convolution, &[f32], &[f32]) -> Result<()>,
+    ) -> Result<()> {
+        let sizes = self.convolution(conv, dims)?;
+        let [batch, _, _, channels] = sizes.output();
+        let sums = sums_by_image(&dy, batch, channels);
+        self.weight_gradient(&conv.bias, sum_over_batch(&sums, channels));
+        if let Some(map) = per_image {
+            map.with_gradient(self.pool, |d, accumulate| {
+                if !accumulate {
+                    d.fill(0.0);
+                }
+                d.iter_mut().zip(&sums).for_each(|(d, sum)| *d += sum);
+            });
+        }
+        let dweight = sizes.weight_gradient(x, &dy, &mut self.scratch.borrow_mut());
+        self.weight_gradient(&conv.weight, dweight);
+        with_values([&conv.weight], |[weight]| Ok(dx(&sizes, &dy, weight)))??;
+        if let Some(map) = residual {
+            map.add_gradient(dy);
+        }
+        Ok(())
+    }
+
+    /// Calls `f` with the normalisation.
+    fn normalization<R>(
+        &self,
+        norm: &GroupNorm,
+        f: impl FnOnce(Normalization<'_>) -> R,
+    ) -> Result<R> {
+        let GroupNorm { weight, bias, activation } = norm;
+        Ok(with_values([weight, bias], |[weight, bias]| {
+            let activation = *activation;
+            Ok(f(Normalization { isa: self.isa, groups: GROUPS, activation, weight, bias }))
+        })?)
+    }
+
+    /// The normalised map, in memory of its own.
+    fn normalized(&self, norm: &GroupNorm, x: &Map) -> Result<Buffer> {
+        let mut n = self.pool.take(x.values.len());
+        self.normalization(norm, |norm| norm.forward(x.batch(), &x.values, &mut n))?;
+        Ok(n)
+    }
+}
+
+impl<'n> Engine<'n> for Tape<'n> {
+    type Map = Map;
+
+    fn conv(&self, conv: &'n Conv2d, x: &Map, add: Add<'_, Map>) -> Result<Map> {
+        let (dims, y) = self.convolve(conv, x.dims, &x.values, &add)?;
+        let (x, added) = (x.clone(), (add.per_image.cloned(), add.residual.cloned()));
+        Ok(self.output(dims, y, move |tape, dy| {
+            tape.convolve_backward(conv, x.dims, &x.values, dy, added, |sizes, dy, weight| {
+                x.with_gradient(tape.pool, |dx, accumulate| {
+                    sizes.input_gradient(dy, weight, dx, accumulate);
+                });
+                Ok(())
+            })
+        }))
+    }
+
+    fn norm_conv(
+        &self,
+        norm: &'n GroupNorm,
+        conv: &'n Conv2d,
+        x: &Map,
+        add: Add<'_, Map>,
+    ) -> Result<Map> {
+        let (dims, y) = self.convolve(conv, x.dims, &self.normalized(norm, x)?, &add)?;
+        let (x, added) = (x.clone(), (add.per_image.cloned(), add.residual.cloned()));
+        Ok(self.output(dims, y, move |tape, dy| {
+            // Not kept, but computed again: it is as large as the map, and soon there.
+            let n = tape.normalized(norm, &x)?;
+            tape.convolve_backward(conv, x.dims, &n, dy, added, |sizes, dy, weight| {
+                let mut dn = tape.pool.take(x.values.len());
+                sizes.input_gradient(dy, weight, &mut dn, false);
+                let gradients = x.with_gradient(tape.pool, |dx, accumulate| {
+                    tape.normalization(norm, |norm| {
+                        norm.backward(x.batch(), &x.values, &mut dn, dx, accumulate)
+                    })
+                });
+                if let Some(gradients) = gradients {
+                    let (dweight, dbias) = gradients?;
+                    tape.weight_gradient(&norm.weight, dweight);
+                    tape.weight_gradient(&norm.bias, dbias);
+                }
+                Ok(())
+            })
+        }))
+    }
+
+    fn linear(&self, f: VectorActivation, linear: &'n Linear, x: &Map) -> Result<Map> {
+        let output = linear.bias.elem_count();
+        let activated =
+            move |x: &Map| -> Vec<f32> { x.values.iter().map(|&x| f.value(x)).collect() };
+        let mut y = self.pool.take(x.batch() * output);
+        with_values([&linear.weight, &linear.bias], |[weight, bias]| {
+            linear_forward(&activated(x), weight, bias, &mut y);
+            Ok(())
+        })?;
+        let x = x.clone();
+        Ok(self.output([x.batch(), 1, 1, output], y, move |tape, dy| {
+            let mut dx = tape.pool.take(x.values.len());
+            let (dweight, dbias) = with_values([&linear.weight], |[weight]| {
+                Ok(linear_backward(&activated(&x), weight, output, &dy, &mut dx, false))
+            })?;
+            tape.weight_gradient(&linear.weight, dweight);
+            tape.weight_gradient(&linear.bias, dbias);
+            dx.iter_mut().zip(&**x.values).for_each(|(dx, &x)| *dx *= f.derivative(x));
+            x.add_gradient(dx);
+            Ok(())
+        }))
+    }
+
+    fn drop_maps(&self, x: &Map, dropout: &Dropout, layer: u16, p: f64) -> Result<Map> {
+        let c = x.channels();
+        let mask = dropout.mask(layer, x.batch(), c, p, DType::F32, &Device::Cpu)?;
+        let mask = mask.flatten_all()?.to_vec1::<f32>()?;
+        let image = x.values.len() / x.batch();
+        let scale = move |to: &mut [f32], from: &[f32]| {
+            let images = to.chunks_mut(image).zip(from.chunks(image)).zip(mask.chunks(c));
+            for ((to, from), mask) in images {
+                for (to, from) in to.chunks_mut(c).zip(from.chunks(c)) {
+                    to.iter_mut().zip(from).zip(mask).for_each(|((to, from), m)| *to = from * m);
+                }
+            }
+        };
+        let mut y = self.pool.take(x.values.len());
+        scale(&mut y, &x.values);
+        // Of `x` no more than its gradient is needed.
+        let (dims, gradient) = (x.dims, x.gradient.clone());
+        Ok(self.output(dims, y, move |tape, dy| {
+            let mut dx = tape.pool.take(dy.len());
+            scale(&mut dx, &dy);
+            add_to(&gradient, dx);
+            Ok(())
+        }))
+    }
+
+    fn concatenate(&self, a: &Map, b: &Map) -> Result<Map> {
+        let [batch, h, w, _] = a.dims;
+        let (first, second) = (a.channels(), b.channels());
+        let mut y = self.pool.take(a.values.len() + b.values.len());
+        let pixels = a.values.chunks(first).zip(b.values.chunks(second));
+        for (y, (a, b)) in y.chunks_mut(first + second).zip(pixels) {
+            y[..first].copy_from_slice(a);
+            y[first..].copy_from_slice(b);
+        }
+        let gradients = (a.gradient.clone(), b.gradient.clone());
+        Ok(self.output([batch, h, w, first + second], y, move |tape, dy| {
+            let pixels = batch * h * w;
+            let mut da = tape.pool.take(pixels * first);
+            let mut db = tape.pool.take(pixels * second);
+            let parts = da.chunks_mut(first).zip(db.chunks_mut(second));
+            for (dy, (a, b)) in dy.chunks(first + second).zip(parts) {
+                a.copy_from_slice(&dy[..first]);
+                b.copy_from_slice(&dy[first..]);
+            }
+            add_to(&gradients.0, da);
+            add_to(&gradients.1, db);
+            Ok(())
+        }))
+    }
+
+    fn upsample(&self, x: &Map) -> Result<Map> {
+        let [batch, h, w, c] = x.dims;
+        let mut y = self.pool.take(4 * x.values.len());
+        for (rows, x) in y.chunks_mut(4 * w * c).zip(x.values.chunks(w * c)) {
+            let (top, bottom) = rows.split_at_mut(2 * w * c);
+            for (pair, pixel) in top.chunks_mut(2 * c).zip(x.chunks(c)) {
+                pair[..c].copy_from_slice(pixel);
+                pair[c..].copy_from_slice(pixel);
+            }
+            bottom.copy_from_slice(top);
+        }
+        let gradient = x.gradient.clone();
+        Ok(self.output([batch, 2 * h, 2 * w, c], y, move |tape, dy| {
+            let mut dx = tape.pool.take(dy.len() / 4);
+            for (dx, rows) in dx.chunks_mut(w * c).zip(dy.chunks(4 * w * c)) {
+                let (top, bottom) = rows.split_at(2 * w * c);
+                let pairs = top.chunks(2 * c).zip(bottom.chunks(2 * c));
+                for (dx, (top, bottom)) in dx.chunks_mut(c).zip(pairs) {
+                    for i in 0..c {
+                        dx[i] = (top[i] + top[c + i]) + (bottom[i] + bottom[c + i]);
+                    }
+                }
+            }
+            add_to(&gradient, dx);
+            Ok(())
+        }))
+    }
+
+    fn attention(&self, qkv: &Map) -> Result<Map> {
+        let [batch, h, w, c] = qkv.dims;
+        let sizes = AttentionSizes { isa: self.isa, positions: h * w, channels: c / 3 };
+        let mut y = self.pool.take(qkv.values.len() / 3);
+        sizes.forward(&qkv.values, &mut y);
+        let qkv = qkv.clone();
+        Ok(self.output([batch, h, w, c / 3], y, move |tape, dy| {
+            let mut dqkv = tape.pool.take(qkv.values.len());
+            sizes.backward(&qkv.values, &dy, &mut dqkv);
+            qkv.add_gradient(dqkv);
+            Ok(())
+        }))
+    }
+}
+
+/// Adds to a gradient, where one is wanted.
+fn add_to(gradient: &Option<Gradient>, d: Buffer) {
+    if let Some(gradient) = gradient {
+        let mut gradient = gradient.borrow_mut();
+        match &mut *gradient {
+            Some(sum) => sum.iter_mut().zip(&*d).for_each(|(sum, d)| *sum += d),
+            None => *gradient = Some(d),
+        }
+    }
+}
+
+impl VectorActivation {
+    fn value(self, x: f32) -> f32 {
+        let x = f64::from(x);
+        let y = match self {
+            Self::None => x,
+            Self::Silu => x / (1.0 + libm::exp(-x)),
+            Self::Gelu => x * normal_below(x),
+        };
+        y as f32
+    }
+
+    fn derivative(self, x: f32) -> f32 {
+        let x = f64::from(x);
+        let dy = match self {
+            Self::None => 1.0,
+            Self::Silu => {
+                let s = 1.0 / (1.0 + libm::exp(-x));
+                s * (1.0 + x * (1.0 - s))
+            }
+            Self::Gelu => {
+                let density = libm::exp(-0.5 * x * x) / (2.0 * std::f64::consts::PI).sqrt();
+                normal_below(x) + x * density
+            }
+        };
+        dy as f32
+    }
+}
+
+/// The probability that a standard normal lies below `x`.
+fn normal_below(x: f64) -> f64 {
+    0.5 * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2))
+}
