@@ -8,6 +8,7 @@
 //! Each operation has a reference composition of plain candle operations, which runs wherever
 //! there is no kernel for it and is the oracle for the kernels' values and gradients.
 
+mod adam;
 mod attention;
 mod conv;
 mod elementwise;
@@ -23,13 +24,14 @@ mod winograd;
 
 use candle_core::{Result, Tensor};
 
+pub(crate) use adam::{AdamStep, sum_of_squares};
 pub(crate) use attention::{AttentionSizes, attention};
 pub(crate) use conv::{Convolution, Weights, conv2d, sum_over_batch, sums_by_image};
 pub(crate) use group_norm::{Activation, Normalization, group_norm};
 pub(crate) use linear::{linear, linear_backward, linear_forward};
 pub(crate) use simd::Isa;
 pub(crate) use upsample::upsample_nearest_2x;
-pub(crate) use values::with_values;
+pub(crate) use values::{on_cpu_in_f32, same_storage, with_values, with_values_mut};
 pub(crate) use winograd::Epilogue;
 
 /// (batch, channels, height, width) to (batch, height, width, channels).

@@ -1,6 +1,8 @@
 //! Between candle's tensors and the kernels' slices.
 
-use candle_core::{CpuStorage, Layout, Result, Storage, Tensor};
+use std::cell::Cell;
+
+use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Storage, Tensor};
 
 /// Calls `f` with the values of contiguous f32 tensors on the CPU.
 pub(crate) fn with_values<const N: usize, T>(
@@ -27,6 +29,44 @@ pub(super) fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result
 }
 
 /// Whether the CPU kernels take a tensor: the reference compositions take all others.
-pub(super) fn on_cpu_in_f32(x: &Tensor) -> bool {
+pub(crate) fn on_cpu_in_f32(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == candle_core::DType::F32
+}
+/// Calls `f` with the values of a contiguous f32 tensor on the CPU, to be changed in place: in every
+/// tensor that shares them.
+pub(crate) fn with_values_mut<T>(
+    tensor: &Tensor,
+    f: impl FnOnce(&mut [f32]) -> Result<T>,
+) -> Result<T> {
+    struct Change<F, T>(Cell<Option<F>>, Cell<Option<T>>);
+
+    impl<F: FnOnce(&mut [f32]) -> Result<T>, T> InplaceOp1 for Change<F, T> {
+        fn name(&self) -> &'static str {
+            "change"
+        }
+
+        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+            let (CpuStorage::F32(values), Some((start, end))) =
+                (storage, layout.contiguous_offsets())
+            else {
+                candle_core::bail!("a CPU kernel was given a tensor that is not contiguous f32")
+            };
+            if let Some(f) = self.0.take() {
+                self.1.set(Some(f(&mut values[start..end])?));
+            }
+            Ok(())
+        }
+    }
+
+    let change = Change(Cell::new(Some(f)), Cell::new(None));
+    tensor.inplace_op1(&change)?;
+    match change.1.take() {
+        Some(result) => Ok(result),
+        None => candle_core::bail!("a CPU kernel was given a tensor of another device"),
+    }
+}
+
+/// Whether two tensors are views of the same memory.
+pub(crate) fn same_storage(a: &Tensor, b: &Tensor) -> bool {
+    std::ptr::eq(&*a.storage_and_layout().0, &*b.storage_and_layout().0)
 }

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 
 use super::engine::{Add, Engine, VectorActivation};
 use super::layers::{Conv2d, GROUPS, GroupNorm, Linear};
@@ -351,12 +352,12 @@ impl<'n> Engine<'n> for Tape<'n> {
         let mask = mask.flatten_all()?.to_vec1::<f32>()?;
         let image = x.values.len() / x.batch();
         let scale = move |to: &mut [f32], from: &[f32]| {
-            let images = to.chunks_mut(image).zip(from.chunks(image)).zip(mask.chunks(c));
-            for ((to, from), mask) in images {
+            let images = to.par_chunks_mut(image).zip(from.par_chunks(image));
+            images.zip(mask.par_chunks(c)).for_each(|((to, from), mask)| {
                 for (to, from) in to.chunks_mut(c).zip(from.chunks(c)) {
                     to.iter_mut().zip(from).zip(mask).for_each(|((to, from), m)| *to = from * m);
                 }
-            }
+            });
         };
         let mut y = self.pool.take(x.values.len());
         scale(&mut y, &x.values);
@@ -374,21 +375,27 @@ impl<'n> Engine<'n> for Tape<'n> {
         let [batch, h, w, _] = a.dims;
         let (first, second) = (a.channels(), b.channels());
         let mut y = self.pool.take(a.values.len() + b.values.len());
-        let pixels = a.values.chunks(first).zip(b.values.chunks(second));
-        for (y, (a, b)) in y.chunks_mut(first + second).zip(pixels) {
-            y[..first].copy_from_slice(a);
-            y[first..].copy_from_slice(b);
-        }
+        let rows = a.values.par_chunks(w * first).zip(b.values.par_chunks(w * second));
+        y.par_chunks_mut(w * (first + second)).zip(rows).for_each(|(y, (a, b))| {
+            let pixels = a.chunks_exact(first).zip(b.chunks_exact(second));
+            for (y, (a, b)) in y.chunks_exact_mut(first + second).zip(pixels) {
+                y[..first].copy_from_slice(a);
+                y[first..].copy_from_slice(b);
+            }
+        });
         let gradients = (a.gradient.clone(), b.gradient.clone());
         Ok(self.output([batch, h, w, first + second], y, move |tape, dy| {
             let pixels = batch * h * w;
             let mut da = tape.pool.take(pixels * first);
             let mut db = tape.pool.take(pixels * second);
-            let parts = da.chunks_mut(first).zip(db.chunks_mut(second));
-            for (dy, (a, b)) in dy.chunks(first + second).zip(parts) {
-                a.copy_from_slice(&dy[..first]);
-                b.copy_from_slice(&dy[first..]);
-            }
+            let rows = da.par_chunks_mut(w * first).zip(db.par_chunks_mut(w * second));
+            dy.par_chunks(w * (first + second)).zip(rows).for_each(|(dy, (a, b))| {
+                let pixels = a.chunks_exact_mut(first).zip(b.chunks_exact_mut(second));
+                for (dy, (a, b)) in dy.chunks_exact(first + second).zip(pixels) {
+                    a.copy_from_slice(&dy[..first]);
+                    b.copy_from_slice(&dy[first..]);
+                }
+            });
             add_to(&gradients.0, da);
             add_to(&gradients.1, db);
             Ok(())
@@ -398,26 +405,26 @@ impl<'n> Engine<'n> for Tape<'n> {
     fn upsample(&self, x: &Map) -> Result<Map> {
         let [batch, h, w, c] = x.dims;
         let mut y = self.pool.take(4 * x.values.len());
-        for (rows, x) in y.chunks_mut(4 * w * c).zip(x.values.chunks(w * c)) {
+        y.par_chunks_mut(4 * w * c).zip(x.values.par_chunks(w * c)).for_each(|(rows, x)| {
             let (top, bottom) = rows.split_at_mut(2 * w * c);
             for (pair, pixel) in top.chunks_mut(2 * c).zip(x.chunks(c)) {
                 pair[..c].copy_from_slice(pixel);
                 pair[c..].copy_from_slice(pixel);
             }
             bottom.copy_from_slice(top);
-        }
+        });
         let gradient = x.gradient.clone();
         Ok(self.output([batch, 2 * h, 2 * w, c], y, move |tape, dy| {
             let mut dx = tape.pool.take(dy.len() / 4);
-            for (dx, rows) in dx.chunks_mut(w * c).zip(dy.chunks(4 * w * c)) {
+            dx.par_chunks_mut(w * c).zip(dy.par_chunks(4 * w * c)).for_each(|(dx, rows)| {
                 let (top, bottom) = rows.split_at(2 * w * c);
-                let pairs = top.chunks(2 * c).zip(bottom.chunks(2 * c));
-                for (dx, (top, bottom)) in dx.chunks_mut(c).zip(pairs) {
+                let pairs = top.chunks_exact(2 * c).zip(bottom.chunks_exact(2 * c));
+                for (dx, (top, bottom)) in dx.chunks_exact_mut(c).zip(pairs) {
                     for i in 0..c {
                         dx[i] = (top[i] + top[c + i]) + (bottom[i] + bottom[c + i]);
                     }
                 }
-            }
+            });
             add_to(&gradient, dx);
             Ok(())
         }))
@@ -443,10 +450,19 @@ fn add_to(gradient: &Option<Gradient>, d: Buffer) {
     if let Some(gradient) = gradient {
         let mut gradient = gradient.borrow_mut();
         match &mut *gradient {
-            Some(sum) => sum.iter_mut().zip(&*d).for_each(|(sum, d)| *sum += d),
+            Some(sum) => add(sum, &d),
             None => *gradient = Some(d),
         }
     }
+}
+
+/// Values that one thread adds at a time.
+const CHUNK: usize = 1 << 14;
+
+fn add(sum: &mut [f32], d: &[f32]) {
+    sum.par_chunks_mut(CHUNK).zip(d.par_chunks(CHUNK)).for_each(|(sum, d)| {
+        sum.iter_mut().zip(d).for_each(|(sum, d)| *sum += d);
+    });
 }
 
 impl VectorActivation {

@@ -1,9 +1,13 @@
 use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, DeviceLocation, Tensor, Var};
+use candle_core::{DType, Device, DeviceLocation, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
+use super::Ema;
+use crate::kernels::{
+    AdamStep, Isa, on_cpu_in_f32, same_storage, sum_of_squares, with_values, with_values_mut,
+};
 use crate::{Error, Result};
 
 /// Settings of [`AdamW`].
@@ -105,8 +109,8 @@ impl AdamW {
         config.validate()?;
         let mut slots = BTreeMap::new();
         for (name, var) in vars {
-            let zeros = var.as_tensor().zeros_like()?;
-            let slot = Slot { var: var.clone(), mean: zeros.clone(), square: zeros };
+            let (mean, square) = (var.as_tensor().zeros_like()?, var.as_tensor().zeros_like()?);
+            let slot = Slot { var: var.clone(), mean, square };
             slots.insert(name.clone(), slot);
         }
         Ok(Self { config, step: 0, slots })
@@ -119,22 +123,13 @@ impl AdamW {
     /// If a gradient has another shape or dtype than its weight, or is on another device; then
     /// nothing is changed.
     pub fn step(&mut self, gradients: &BTreeMap<String, Tensor>, learning_rate: f64) -> Result<()> {
-        for (name, slot) in &self.slots {
-            let Some(gradient) = gradients.get(name) else { continue };
-            let (found, expected) = (kind(gradient), kind(&slot.var));
-            if found != expected {
-                let found = format!("{found:?} for {name}");
-                return Err(Error::config(
-                    "gradient",
-                    found,
-                    format!("{expected:?}, as the weight"),
-                ));
-            }
+        self.check(gradients)?;
+        if self.has_kernel(gradients) {
+            return self.step_by_kernel(gradients, learning_rate, 1.0, None);
         }
         self.step += 1;
         let AdamConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
-        let bias1 = 1.0 - beta1.powf(self.step as f64);
-        let bias2 = 1.0 - beta2.powf(self.step as f64);
+        let (bias1, bias2) = self.biases();
         for (name, slot) in &mut self.slots {
             let Some(gradient) = gradients.get(name) else { continue };
             let mut weight = slot.var.as_detached_tensor();
@@ -158,15 +153,138 @@ impl AdamW {
         Ok(())
     }
 
+    /// Clips the gradients to the global norm `max_norm`, updates the weights, and their average
+    /// after them; gives the norm before. What [`clip_grad_norm`], [`step`](Self::step) and
+    /// [`Ema::update`] do one after the other, on the CPU in one pass over each weight.
+    pub(super) fn update(
+        &mut self,
+        mut gradients: BTreeMap<String, Tensor>,
+        max_norm: f64,
+        learning_rate: f64,
+        ema: Option<&mut Ema>,
+    ) -> Result<Tensor> {
+        self.check(&gradients)?;
+        if gradients.is_empty() || !self.has_kernel(&gradients) {
+            let norm = clip_grad_norm(&mut gradients, max_norm)?;
+            self.step(&gradients, learning_rate)?;
+            let vars = self.slots.iter().map(|(name, slot)| (name, &slot.var));
+            ema.map_or(Ok(()), |ema| ema.update_from(vars))?;
+            return Ok(norm);
+        }
+        let isa = Isa::detect();
+        let mut squares = 0.0;
+        for gradient in gradients.values() {
+            squares += with_values([gradient], |[values]| Ok(sum_of_squares(isa, values)))?;
+        }
+        let norm = squares.sqrt();
+        let scale = if max_norm.is_finite() { (max_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        self.step_by_kernel(&gradients, learning_rate, scale, ema)?;
+        Ok(Tensor::new(norm as f32, &Device::Cpu)?)
+    }
+
+    fn check(&self, gradients: &BTreeMap<String, Tensor>) -> Result<()> {
+        for (name, slot) in &self.slots {
+            let Some(gradient) = gradients.get(name) else { continue };
+            let (found, expected) = (kind(gradient), kind(&slot.var));
+            if found != expected {
+                let (found, expected) = (format!("{found:?} for {name}"), format!("{expected:?}"));
+                return Err(Error::config("gradient", found, expected + ", as the weight"));
+            }
+        }
+        Ok(())
+    }
+
+    fn has_kernel(&self, gradients: &BTreeMap<String, Tensor>) -> bool {
+        let suits = |t: &Tensor| on_cpu_in_f32(t) && t.is_contiguous();
+        self.slots.values().all(|slot| suits(&slot.var)) && gradients.values().all(suits)
+    }
+
+    /// What corrects the bias of the two means, which begin at 0.
+    fn biases(&self) -> (f64, f64) {
+        let steps = self.step as f64;
+        (1.0 - self.config.beta1.powf(steps), 1.0 - self.config.beta2.powf(steps))
+    }
+
+    fn step_by_kernel(
+        &mut self,
+        gradients: &BTreeMap<String, Tensor>,
+        learning_rate: f64,
+        gradient_scale: f64,
+        mut ema: Option<&mut Ema>,
+    ) -> Result<()> {
+        self.step += 1;
+        let AdamConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
+        let (bias1, bias2) = self.biases();
+        let (keep, l2) = match weight_decay {
+            WeightDecay::None => (1.0, 0.0),
+            WeightDecay::L2(decay) => (1.0, decay),
+            WeightDecay::Decoupled(decay) => (1.0 - learning_rate * decay, 0.0),
+        };
+        let decay = ema.as_mut().map_or(0.0, |ema| ema.begin_update());
+        let and_rest = |factor: f64| [factor as f32, (1.0 - factor) as f32];
+        let step = AdamStep {
+            mean: and_rest(beta1),
+            square: and_rest(beta2),
+            eps: eps as f32,
+            step_size: (learning_rate / bias1) as f32,
+            root_scale: (1.0 / bias2.sqrt()) as f32,
+            keep: keep as f32,
+            l2: l2 as f32,
+            gradient_scale: gradient_scale as f32,
+            average: and_rest(decay),
+        };
+        let isa = Isa::detect();
+        for (name, Slot { var, mean, square }) in &self.slots {
+            let average = ema.as_ref().and_then(|ema| ema.averages().get(name));
+            // The weight is locked while it changes, with whatever shares its memory.
+            let shared = |t: &Tensor| {
+                same_storage(t, var) || average.is_some_and(|average| same_storage(t, average))
+            };
+            let gradient = match gradients.get(name) {
+                Some(gradient) if shared(gradient) => Some(gradient.copy()?),
+                gradient => gradient.cloned(),
+            };
+            let change = |weight: &mut [f32], average: Option<&mut [f32]>| {
+                let Some(gradient) = &gradient else {
+                    if let Some(average) = average {
+                        step.follow(isa, average, weight);
+                    }
+                    return Ok(());
+                };
+                with_values([gradient], |[gradient]| {
+                    with_values_mut(mean, |mean| {
+                        with_values_mut(square, |square| {
+                            step.apply(isa, weight, gradient, (mean, square), average);
+                            Ok(())
+                        })
+                    })
+                })
+            };
+            with_values_mut(var, |weight| match average {
+                Some(average) => with_values_mut(average, |average| change(weight, Some(average))),
+                None => change(weight, None),
+            })?;
+        }
+        Ok(())
+    }
+
     /// How many updates there were.
     pub fn steps(&self) -> u64 {
         self.step
     }
 
-    /// The means of gradients (`exp_avg.<name>`) and of their squares (`exp_avg_sq.<name>`), each
-    /// of its weight's shape; without [`steps`](Self::steps), which [`restore`](Self::restore)
-    /// needs too.
-    pub fn state(&self) -> BTreeMap<String, Tensor> {
+    /// Copies of the means of gradients (`exp_avg.<name>`) and of their squares
+    /// (`exp_avg_sq.<name>`), each of its weight's shape; without [`steps`](Self::steps), which
+    /// [`restore`](Self::restore) needs too.
+    ///
+    /// # Errors
+    /// If there is no memory for them on their device.
+    pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
+        self.shared_state().into_iter().map(|(name, tensor)| Ok((name, tensor.copy()?))).collect()
+    }
+
+    /// As [`state`](Self::state), but not copied: the next update changes them.
+    pub(super) fn shared_state(&self) -> BTreeMap<String, Tensor> {
         let mut state = BTreeMap::new();
         for (name, slot) in &self.slots {
             state.insert(format!("{MEAN}.{name}"), slot.mean.clone());
@@ -191,7 +309,8 @@ impl AdamW {
                         expected: format!("one {:?} of shape {:?}", key, value.dims()),
                     });
                 };
-                *value = stored.to_dtype(value.dtype())?.to_device(value.device())?;
+                // A copy: updates change it in place.
+                *value = stored.to_dtype(value.dtype())?.to_device(value.device())?.copy()?;
             }
         }
         self.step = steps;
@@ -249,4 +368,66 @@ pub fn clip_grad_norm(gradients: &mut BTreeMap<String, Tensor>, max_norm: f64) -
         }
     }
     Ok(norm)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::EmaConfig;
+    use super::*;
+
+    #[test]
+    fn one_pass_does_what_three_do() -> Result<()> {
+        let weights = |dtype| -> Result<BTreeMap<String, Var>> {
+            let names = ["a", "b", "idle"].into_iter().zip([3, 40_000, 5]);
+            names
+                .map(|(name, count)| {
+                    let values =
+                        (Tensor::arange(0f64, count as f64, &Device::Cpu)? * 0.37)?.sin()?;
+                    Ok((name.to_string(), Var::from_tensor(&values.to_dtype(dtype)?)?))
+                })
+                .collect()
+        };
+        for decay in [WeightDecay::None, WeightDecay::L2(0.1), WeightDecay::Decoupled(0.1)] {
+            let config = AdamConfig { weight_decay: decay, ..AdamConfig::adam(1e-2) };
+            let ema = EmaConfig { decay: 0.9, warmup: true };
+            let (fast, slow) = (weights(DType::F32)?, weights(DType::F64)?);
+            let mut adams = (AdamW::new(config, &fast)?, AdamW::new(config, &slow)?);
+            let mut emas = (Ema::new(ema, &fast)?, Ema::new(ema, &slow)?);
+            for (step, max_norm) in [0.5, 1e9, f64::INFINITY].into_iter().enumerate() {
+                let of = |vars: &BTreeMap<String, Var>| -> Result<BTreeMap<String, Tensor>> {
+                    let gradient = |(name, var): (&String, &Var)| {
+                        Ok((name.clone(), ((var.as_detached_tensor() * 3.0)? + step as f64)?))
+                    };
+                    vars.iter().filter(|(name, _)| *name != "idle").map(gradient).collect()
+                };
+                let norm = adams.0.update(of(&fast)?, max_norm, 1e-2, Some(&mut emas.0))?;
+                let mut gradients = of(&slow)?;
+                let expected = clip_grad_norm(&mut gradients, max_norm)?;
+                adams.1.step(&gradients, 1e-2)?;
+                emas.1.update(&slow)?;
+                let (norm, expected) = (norm.to_scalar::<f32>()?, expected.to_scalar::<f64>()?);
+                assert!((f64::from(norm) / expected - 1.0).abs() < 1e-6, "{norm}, {expected}");
+            }
+            let close = |a: &Tensor, b: &Tensor| -> Result<()> {
+                let off = (a.to_dtype(DType::F64)? - b)?.abs()?.max_all()?.to_scalar::<f64>()?;
+                assert!(off < 1e-6, "{decay:?}: off by {off}");
+                Ok(())
+            };
+            for (name, var) in &fast {
+                close(var, &slow[name])?;
+                close(&emas.0.averages()[name], &emas.1.averages()[name])?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn gradients_that_share_the_weights_memory_are_taken() -> Result<()> {
+        let var = Var::new(&[1f32, -2.0], &Device::Cpu)?;
+        let vars = BTreeMap::from([("w".to_string(), var.clone())]);
+        let gradients = BTreeMap::from([("w".to_string(), var.as_detached_tensor())]);
+        AdamW::new(AdamConfig::adam(0.5), &vars)?.step(&gradients, 0.5)?;
+        assert_eq!(var.to_vec1::<f32>()?, [0.5, -1.5]);
+        Ok(())
+    }
 }

@@ -186,7 +186,7 @@ impl Checkpoint {
         let path = self.dir.join(OPTIMIZER);
         let state = read_tensors(&path, device)?;
         let mut optimizer = AdamW::new(config, vars)?;
-        check_tensors(&path, &state, &optimizer.state())?;
+        check_tensors(&path, &state, &optimizer.shared_state())?;
         optimizer.restore(self.state.step, &state)?;
         Ok(optimizer)
     }
@@ -295,7 +295,7 @@ fn write_files<N: Network>(dir: &Path, snapshot: &Snapshot<N>) -> Result<()> {
     let weights: BTreeMap<String, Tensor> =
         snapshot.vars.iter().map(|(k, v)| (k.clone(), v.as_detached_tensor())).collect();
     write_tensors(&dir.join(MODEL), &weights)?;
-    write_tensors(&dir.join(OPTIMIZER), &snapshot.optimizer.state())?;
+    write_tensors(&dir.join(OPTIMIZER), &snapshot.optimizer.shared_state())?;
     if let Some(ema) = snapshot.ema {
         write_tensors(&dir.join(EMA), ema.averages())?;
     }

@@ -58,10 +58,16 @@ impl Ema {
     /// # Errors
     /// If a weight changed its shape.
     pub fn update(&mut self, vars: &BTreeMap<String, Var>) -> Result<()> {
-        let decay = self.config.decay_at(self.updates);
-        self.updates += 1;
-        for (name, average) in &mut self.averages {
-            if let Some(var) = vars.get(name) {
+        self.update_from(vars.iter())
+    }
+
+    pub(super) fn update_from<'a>(
+        &mut self,
+        vars: impl Iterator<Item = (&'a String, &'a Var)>,
+    ) -> Result<()> {
+        let decay = self.begin_update();
+        for (name, var) in vars {
+            if let Some(average) = self.averages.get_mut(name) {
                 let new = var.as_detached_tensor().affine(1.0 - decay, 0.0)?;
                 *average = (average.affine(decay, 0.0)? + new)?;
             }
@@ -69,12 +75,20 @@ impl Ema {
         Ok(())
     }
 
+    /// Counts an update, and gives its decay.
+    pub(super) fn begin_update(&mut self) -> f64 {
+        let decay = self.config.decay_at(self.updates);
+        self.updates += 1;
+        decay
+    }
+
     /// How many updates there were.
     pub fn updates(&self) -> u64 {
         self.updates
     }
 
-    /// The averaged weights by name, in the shapes and the precision of the weights.
+    /// The averaged weights by name, in the shapes and the precision of the weights. Training
+    /// changes them in place: [`copy`](Tensor::copy) those that are to stay as they are.
     pub fn averages(&self) -> &BTreeMap<String, Tensor> {
         &self.averages
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::checkpoint::{self, Checkpoint, Snapshot};
-use super::{AdamW, Ema, Metrics, Observer, TrainConfig, by_name, clip_grad_norm};
+use super::{AdamW, Ema, Metrics, Observer, TrainConfig, by_name};
 use crate::noise::{Noise, Purpose};
 use crate::{Denoiser, Diffusion, Dropout, Error, ImageSource, Network, Parameters, Result};
 
@@ -240,11 +240,8 @@ impl<N: Network> Trainer<N> {
             }
         }
         let max_norm = self.config.clip_norm.unwrap_or(f64::INFINITY);
-        let grad_norm = clip_grad_norm(&mut sums, max_norm)?;
-        self.optimizer.step(&sums, self.config.learning_rate(self.step))?;
-        if let Some(ema) = &mut self.ema {
-            ema.update(&self.vars)?;
-        }
+        let learning_rate = self.config.learning_rate(self.step);
+        let grad_norm = self.optimizer.update(sums, max_norm, learning_rate, self.ema.as_mut())?;
 
         self.step += 1;
         self.images_seen += batch as u64;
