@@ -4,18 +4,14 @@
 //! cargo bench --bench unet -- --model mnist|cifar10 --batch N [--iters N] [--threads N] --json
 //! ```
 //!
-//! `train_step` is forward, loss, backward, clipping to norm 1 and AdamW; `forward` is the network
+//! `train_step` is noising, forward, loss, backward, clipping to norm 1 and AdamW; `forward` is the network
 //! alone, without gradients. One line a measure, in JSON with `--json`.
 
-use std::collections::BTreeMap;
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor};
-use candle_nn::VarBuilder;
+use candle_core::{Device, Tensor};
 use clap::{Parser, ValueEnum};
-use ddpm::{
-    AdamConfig, AdamW, Denoiser, Dropout, Parameters, Result, UNet, UNetConfig, clip_grad_norm,
-};
+use ddpm::{AdamConfig, Denoiser, Diffusion, Result, TrainConfig, Trainer, UNetConfig};
 
 #[derive(Parser)]
 struct Args {
@@ -58,10 +54,14 @@ fn main() -> Result<()> {
         Model::Cifar10 => ("cifar10", UNetConfig::cifar10()),
     };
     let device = Device::Cpu;
-    let parameters = Parameters::new(0, DType::F32, &device);
-    let unet: UNet = parameters.build(&config)?;
-    let vars = parameters.vars();
-    let mut optimizer = AdamW::new(AdamConfig::adamw(2e-4, 1e-5), &vars)?;
+    let train = TrainConfig {
+        batch_size: args.batch,
+        optimizer: AdamConfig::adamw(2e-4, 1e-5),
+        clip_norm: Some(1.0),
+        ema: None,
+        ..TrainConfig::mnist()
+    };
+    let mut trainer = Trainer::new(config.clone(), train, Diffusion::ddpm(), &device)?;
 
     let shape = (args.batch, config.channels, config.image_size, config.image_size);
     // Not zeros, which some units multiply faster.
@@ -70,31 +70,14 @@ fn main() -> Result<()> {
     let t: Vec<u32> = (0..args.batch as u32).map(|k| k * 37 % 1000).collect();
     let t = Tensor::new(t, &device)?;
 
-    let mut step = 0;
-    let mut train_step = || -> Result<()> {
-        let found = unet.forward_backward(&x, &t, &Dropout::new(0, step), &mut |output| {
-            let error = (output - &eps)?;
-            error.sqr()?.mean_all()?;
-            Ok((error * (2.0 / eps.elem_count() as f64))?)
-        })?;
-        let mut gradients: BTreeMap<_, _> = vars
-            .iter()
-            .filter_map(|(name, var)| Some((name.clone(), found.get(var)?.clone())))
-            .collect();
-        clip_grad_norm(&mut gradients, 1.0)?;
-        optimizer.step(&gradients, 2e-4)?;
-        step += 1;
-        Ok(())
-    };
     let wanted = |what: &str| args.what.as_deref().is_none_or(|w| w == what);
     if wanted("train_step") {
-        measure("train_step", name, &args, &mut train_step)?;
+        measure("train_step", name, &args, &mut || trainer.step_with(&x, &t, &eps).map(drop))?;
     }
     if wanted("forward") {
         // Weights that take no gradient, as in sampling.
-        let weights = vars.iter().map(|(k, v)| (k.clone(), v.as_detached_tensor())).collect();
-        let vb = VarBuilder::from_tensors(weights, DType::F32, &device);
-        let unet = UNet::new(&config, vb)?;
+        let unet = trainer.ema_model()?;
+        drop(trainer);
         measure("forward", name, &args, &mut || unet.forward(&x, &t).map(drop))?;
     }
     Ok(())

@@ -72,58 +72,57 @@ impl Convolution {
         [batch, h_out, w_out, c_out]
     }
 
-    fn by_winograd(&self) -> Option<Maps> {
-        let Patches { batch, h, w, c_in, c_out, kernel, stride, .. } = self.sizes;
-        let suits = kernel == 3 && stride == 1 && c_in.min(c_out) >= MIN_WINOGRAD_CHANNELS;
-        suits.then_some(Maps { batch, h, w })
+    fn by_winograd(&self) -> bool {
+        let Patches { c_in, c_out, kernel, stride, .. } = self.sizes;
+        kernel == 3 && stride == 1 && c_in.min(c_out) >= MIN_WINOGRAD_CHANNELS
+    }
+
+    fn maps(&self) -> Maps {
+        let Patches { batch, h, w, .. } = self.sizes;
+        Maps { batch, h, w }
     }
 
     /// The weights as [`forward`](Self::forward) wants them.
     pub fn pack(&self, weight: &[f32]) -> Weights {
         let Patches { c_in, c_out, .. } = self.sizes;
-        match self.by_winograd() {
-            Some(_) => Weights::Winograd(Packed::forward(self.isa, weight, c_out, c_in)),
-            None => Weights::Matrix(self.sizes.weight_matrix(weight)),
+        if self.by_winograd() {
+            Weights::Winograd(Packed::forward(self.isa, weight, c_out, c_in))
+        } else {
+            Weights::Matrix(self.sizes.weight_matrix(weight))
         }
     }
 
     /// `y` from `x`.
     pub fn forward(&self, x: &[f32], weights: &Weights, epilogue: Epilogue, y: &mut [f32]) {
-        match (self.by_winograd(), weights) {
-            (Some(maps), Weights::Winograd(packed)) => {
-                winograd::convolve(self.isa, maps, x, packed, epilogue, y);
+        match weights {
+            Weights::Winograd(packed) => {
+                winograd::convolve(self.isa, self.maps(), x, packed, epilogue, y);
             }
-            (_, Weights::Matrix(matrix)) => self.sizes.forward(x, matrix, epilogue, y),
-            (None, Weights::Winograd(_)) => unreachable!("weights are packed by `pack`"),
+            Weights::Matrix(matrix) => self.sizes.forward(x, matrix, epilogue, y),
         }
     }
 
     /// The gradient of `x`, written or added to `dx`.
     pub fn input_gradient(&self, dy: &[f32], weight: &[f32], dx: &mut [f32], accumulate: bool) {
         let Patches { c_in, c_out, .. } = self.sizes;
-        match self.by_winograd() {
-            Some(maps) => {
-                let packed = Packed::backward(self.isa, weight, c_out, c_in);
-                let epilogue = Epilogue { accumulate, ..Epilogue::default() };
-                winograd::convolve(self.isa, maps, dy, &packed, epilogue, dx);
-            }
-            None => {
-                self.sizes.input_gradient(dy, &self.sizes.weight_matrix(weight), dx, accumulate)
-            }
+        if self.by_winograd() {
+            let packed = Packed::backward(self.isa, weight, c_out, c_in);
+            let epilogue = Epilogue { accumulate, ..Epilogue::default() };
+            winograd::convolve(self.isa, self.maps(), dy, &packed, epilogue, dx);
+        } else {
+            self.sizes.input_gradient(dy, &self.sizes.weight_matrix(weight), dx, accumulate);
         }
     }
 
     /// The gradient of the weights, (out, in, k, k).
     pub fn weight_gradient(&self, x: &[f32], dy: &[f32], scratch: &mut Vec<f32>) -> Vec<f32> {
         let Patches { c_in, c_out, kernel, .. } = self.sizes;
-        match self.by_winograd() {
-            Some(maps) => {
-                let mut dweight = vec![0f32; c_out * c_in * kernel * kernel];
-                winograd::weight_gradient(self.isa, maps, x, dy, &mut dweight, scratch);
-                dweight
-            }
-            None => self.sizes.weight_gradient(x, dy),
+        if !self.by_winograd() {
+            return self.sizes.weight_gradient(x, dy);
         }
+        let mut dweight = vec![0f32; c_out * c_in * kernel * kernel];
+        winograd::weight_gradient(self.isa, self.maps(), x, dy, &mut dweight, scratch);
+        dweight
     }
 }
 

@@ -75,30 +75,29 @@ impl Normalization<'_> {
         });
     }
 
-    /// The gradients of `weight` and `bias`, from `dy`; that of `x` is written or added to `dx`.
-    /// `dy` is used up.
+    /// The gradients of `weight` and `bias`; that of `x`, and `more` of it from elsewhere, takes the
+    /// place of `dy`.
     pub fn backward(
         &self,
         batch: usize,
         x: &[f32],
         dy: &mut [f32],
-        dx: &mut [f32],
-        accumulate: bool,
+        more: Option<&[f32]>,
     ) -> (Vec<f32>, Vec<f32>) {
         let image = x.len() / batch;
         let c = self.weight.len();
         let mut sums = vec![[0f32; 2]; batch * c];
-        dx.par_chunks_mut(image)
+        dy.par_chunks_mut(image)
             .zip(x.par_chunks(image))
-            .zip(dy.par_chunks_mut(image))
             .zip(sums.par_chunks_mut(c))
-            .for_each(|(((dx, x), dy), sums)| {
+            .enumerate()
+            .for_each(|(k, ((dy, x), sums))| {
                 let stats = image_stats(self.isa, x, c, self.groups);
                 if self.activation == Activation::Silu {
                     through_silu(self.isa, dy, x, &stats, self.weight, self.bias);
                 }
-                let size = (self.groups, accumulate);
-                image_backward(self.isa, dx, x, dy, &stats, self.weight, size, sums);
+                let more = more.map(|more| &more[k * image..][..image]);
+                image_backward(self.isa, x, dy, &stats, self.weight, self.groups, more, sums);
             });
         let (mut dweight, mut dbias) = (vec![0f32; c], vec![0f32; c]);
         for sums in sums.chunks(c) {
@@ -150,17 +149,18 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// From `dz` to `dx`, and the sums over pixels that are the gradients of `weight` and `bias`.
+    /// From `dz` to `dx` and `more` of it, in its place; and the sums over pixels that are the
+    /// gradients of `weight` and `bias`.
     fn image_backward<S>(
-        dx: &mut [f32],
         x: &[f32],
-        dz: &[f32],
+        dz: &mut [f32],
         stats: &Stats,
         weight: &[f32],
-        size: (usize, bool),
+        groups: usize,
+        more: Option<&[f32]>,
         sums: &mut [[f32; 2]],
     ) {
-        let (c, (groups, accumulate)) = (weight.len(), size);
+        let c = weight.len();
         let Stats { mean, rstd } = stats;
         // Sums in short runs, as in `image_stats`.
         let mut totals = vec![0f64; 2 * c];
@@ -195,10 +195,12 @@ simd_fn! {
                 constant[i] = -rstd[i] * mean_dz;
             }
         }
-        for ((dx, x), dz) in dx.chunks_exact_mut(c).zip(x.chunks_exact(c)).zip(dz.chunks_exact(c)) {
+        for (k, (dz, x)) in dz.chunks_exact_mut(c).zip(x.chunks_exact(c)).enumerate() {
             for i in 0..c {
-                let d = by_dz[i] * dz[i] + by_x[i] * (x[i] - mean[i]) + constant[i];
-                dx[i] = if accumulate { dx[i] + d } else { d };
+                dz[i] = by_dz[i] * dz[i] + by_x[i] * (x[i] - mean[i]) + constant[i];
+            }
+            if let Some(more) = more {
+                dz.iter_mut().zip(&more[k * c..]).for_each(|(dx, more)| *dx += more);
             }
         }
     }
@@ -299,9 +301,8 @@ impl CustomOp3 for GroupNorm {
         let (batch, _, _, c) = x.dims4()?;
         let dy = dy.contiguous()?;
         let (dx, dweight, dbias) = with_values([x, weight, bias, &dy], |[x, weight, bias, dy]| {
-            let (mut dx, mut dy) = (vec![0f32; x.len()], dy.to_vec());
-            let norm = self.with(weight, bias);
-            let (dweight, dbias) = norm.backward(batch, x, &mut dy, &mut dx, false);
+            let mut dx = dy.to_vec();
+            let (dweight, dbias) = self.with(weight, bias).backward(batch, x, &mut dx, None);
             Ok((dx, dweight, dbias))
         })?;
         let device = x.device();

@@ -35,8 +35,8 @@ pub(super) trait Engine<'n> {
     /// The channels of both, one after the other.
     fn concatenate(&self, a: &Self::Map, b: &Self::Map) -> Result<Self::Map>;
 
-    /// Each pixel doubled in both directions.
-    fn upsample(&self, x: &Self::Map) -> Result<Self::Map>;
+    /// The convolution of the map with each pixel doubled in both directions.
+    fn upsample_conv(&self, conv: &'n Conv2d, x: &Self::Map) -> Result<Self::Map>;
 
     /// Attention of all pixels to all, from their q, k and v, side by side in `qkv`.
     fn attention(&self, qkv: &Self::Map) -> Result<Self::Map>;
@@ -111,8 +111,8 @@ impl Engine<'_> for Autograd {
         Ok(Tensor::cat(&[a, b], 3)?)
     }
 
-    fn upsample(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(kernels::upsample_nearest_2x(x)?)
+    fn upsample_conv(&self, conv: &Conv2d, x: &Tensor) -> Result<Tensor> {
+        self.conv(conv, &kernels::upsample_nearest_2x(x)?, Add::NOTHING)
     }
 
     fn attention(&self, qkv: &Tensor) -> Result<Tensor> {

@@ -19,7 +19,7 @@ use crate::kernels::{
 };
 use crate::{Dropout, Result};
 
-/// Memory that is not in use at the moment, by its length.
+/// Memory that is not in use at the moment, by its size.
 #[derive(Debug, Default)]
 pub(super) struct Pool(Mutex<BTreeMap<usize, Vec<Vec<f32>>>>);
 
@@ -27,16 +27,23 @@ impl Pool {
     /// Memory of this length, its content whatever was there before.
     fn take(self: &Arc<Self>, len: usize) -> Buffer {
         let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // Exact lengths only: a network asks for the same ones in every pass.
-        let values = free.get_mut(&len).and_then(Vec::pop);
+        // The smallest that is large enough, unless most of it would be wasted.
+        let found = free.range(len..=2 * len).find(|(_, free)| !free.is_empty());
+        let values = match found.map(|(&size, _)| size) {
+            Some(size) => free.get_mut(&size).and_then(Vec::pop),
+            None => None,
+        };
         drop(free);
-        Buffer { values: values.unwrap_or_else(|| vec![0.0; len]), pool: self.clone() }
+        let values = values.unwrap_or_else(|| vec![0.0; len]);
+        Buffer { values, len, pool: self.clone() }
     }
 }
 
 /// Values on loan from a pool.
 struct Buffer {
+    /// At least as many as `len`.
     values: Vec<f32>,
+    len: usize,
     pool: Arc<Pool>,
 }
 
@@ -44,13 +51,13 @@ impl Deref for Buffer {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        &self.values
+        &self.values[..self.len]
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.values
+        &mut self.values[..self.len]
     }
 }
 
@@ -67,11 +74,46 @@ impl Drop for Buffer {
 pub(super) struct Map {
     dims: [usize; 4],
     values: Rc<Buffer>,
-    /// None where no gradient is wanted.
-    gradient: Option<Gradient>,
+    gradient: Gradient,
 }
 
-type Gradient = Rc<RefCell<Option<Buffer>>>;
+/// The gradient of a map, as far as it has been summed up. Operations that need no more of a map than
+/// this keep no more of it.
+#[derive(Clone, Default)]
+struct Gradient {
+    /// None where no gradient is wanted.
+    sum: Option<Rc<RefCell<Option<Buffer>>>>,
+}
+
+impl Gradient {
+    fn wanted() -> Self {
+        Self { sum: Some(Rc::default()) }
+    }
+
+    /// What there is, which is then no longer there.
+    fn take(&self) -> Option<Buffer> {
+        self.sum.as_ref()?.borrow_mut().take()
+    }
+
+    fn add(&self, d: Buffer) {
+        let Some(sum) = &self.sum else { return };
+        let mut sum = sum.borrow_mut();
+        match &mut *sum {
+            Some(sum) => add(sum, &d),
+            None => *sum = Some(d),
+        }
+    }
+
+    /// Lets `f` write the gradient of `len` values, or add to it where it is told so.
+    fn write(&self, pool: &Arc<Pool>, len: usize, f: impl FnOnce(&mut [f32], bool)) {
+        let Some(sum) = &self.sum else { return };
+        let there = sum.borrow_mut().take();
+        let accumulate = there.is_some();
+        let mut d = there.unwrap_or_else(|| pool.take(len));
+        f(&mut d, accumulate);
+        *sum.borrow_mut() = Some(d);
+    }
+}
 
 impl Map {
     fn batch(&self) -> usize {
@@ -85,24 +127,20 @@ impl Map {
     pub fn to_tensor(&self) -> Result<Tensor> {
         Ok(Tensor::from_slice(&self.values, &self.dims, &Device::Cpu)?)
     }
+}
 
-    fn add_gradient(&self, d: Buffer) {
-        add_to(&self.gradient, d);
-    }
+/// The gradients of what was added to a convolution's output.
+#[derive(Default)]
+struct Added {
+    per_image: Gradient,
+    residual: Gradient,
+}
 
-    /// Lets `f` write the gradient, or add to it where it is told so.
-    fn with_gradient<R>(
-        &self,
-        pool: &Arc<Pool>,
-        f: impl FnOnce(&mut [f32], bool) -> R,
-    ) -> Option<R> {
-        let gradient = self.gradient.as_ref()?;
-        let there = gradient.borrow_mut().take();
-        let accumulate = there.is_some();
-        let mut d = there.unwrap_or_else(|| pool.take(self.values.len()));
-        let result = f(&mut d, accumulate);
-        *gradient.borrow_mut() = Some(d);
-        Some(result)
+impl Added {
+    fn new(add: &Add<'_, Map>) -> Self {
+        let gradient =
+            |map: Option<&Map>| map.map_or_else(Gradient::default, |m| m.gradient.clone());
+        Self { per_image: gradient(add.per_image), residual: gradient(add.residual) }
     }
 }
 
@@ -138,7 +176,7 @@ impl<'n> Tape<'n> {
             values.copy_from_slice(x);
             Ok(())
         })?;
-        Ok(Map { dims: x.dims4()?.into(), values: Rc::new(values), gradient: None })
+        Ok(Map { dims: x.dims4()?.into(), values: Rc::new(values), gradient: Gradient::default() })
     }
 
     /// Goes back from the output `y`, with its gradient: the gradients of all weights.
@@ -148,13 +186,12 @@ impl<'n> Tape<'n> {
             d.copy_from_slice(dy);
             Ok(())
         })?;
-        y.add_gradient(d);
+        y.gradient.add(d);
         drop(y);
         if let Some(nodes) = &self.nodes {
             // A node is dropped when it is done with, and with it the maps that only it needed.
             while let Some((gradient, backward)) = { nodes.borrow_mut().pop() } {
-                let dy = gradient.borrow_mut().take();
-                if let Some(dy) = dy {
+                if let Some(dy) = gradient.take() {
                     backward(self, dy)?;
                 }
             }
@@ -178,11 +215,11 @@ impl<'n> Tape<'n> {
         values: Buffer,
         backward: impl FnOnce(&Tape<'n>, Buffer) -> Result<()> + 'n,
     ) -> Map {
-        let gradient = self.nodes.as_ref().map(|nodes| {
-            let gradient = Gradient::default();
+        let mut gradient = Gradient::default();
+        if let Some(nodes) = &self.nodes {
+            gradient = Gradient::wanted();
             nodes.borrow_mut().push((gradient.clone(), Box::new(backward)));
-            gradient
-        });
+        }
         Map { dims, values: Rc::new(values), gradient }
     }
 
@@ -225,34 +262,30 @@ impl<'n> Tape<'n> {
     }
 
     /// From a convolution's `dy` to the gradients of its weights and of what was added, and, by `dx`,
-    /// to that of its input `x`.
-    fn convolve_backward(
+    /// to that of its input `x`, whose memory `dx` is given.
+    fn convolve_backward<X: Deref<Target = [f32]>>(
         &self,
         conv: &'n Conv2d,
         dims: [usize; 4],
-        x: &[f32],
+        x: X,
         dy: Buffer,
-        (per_image, residual): (Option<Map>, Option<Map>),
-        dx: impl FnOnce(&Convolution, &[f32], &[f32]) -> Result<()>,
+        added: Added,
+        dx: impl FnOnce(&Convolution, &[f32], &[f32], X) -> Result<()>,
     ) -> Result<()> {
         let sizes = self.convolution(conv, dims)?;
         let [batch, _, _, channels] = sizes.output();
         let sums = sums_by_image(&dy, batch, channels);
         self.weight_gradient(&conv.bias, sum_over_batch(&sums, channels));
-        if let Some(map) = per_image {
-            map.with_gradient(self.pool, |d, accumulate| {
-                if !accumulate {
-                    d.fill(0.0);
-                }
-                d.iter_mut().zip(&sums).for_each(|(d, sum)| *d += sum);
-            });
-        }
-        let dweight = sizes.weight_gradient(x, &dy, &mut self.scratch.borrow_mut());
+        added.per_image.write(self.pool, sums.len(), |d, accumulate| {
+            if !accumulate {
+                d.fill(0.0);
+            }
+            add(d, &sums);
+        });
+        let dweight = sizes.weight_gradient(&x, &dy, &mut self.scratch.borrow_mut());
         self.weight_gradient(&conv.weight, dweight);
-        with_values([&conv.weight], |[weight]| Ok(dx(&sizes, &dy, weight)))??;
-        if let Some(map) = residual {
-            map.add_gradient(dy);
-        }
+        with_values([&conv.weight], |[weight]| Ok(dx(&sizes, &dy, weight, x)))??;
+        added.residual.add(dy);
         Ok(())
     }
 
@@ -269,6 +302,21 @@ impl<'n> Tape<'n> {
         })?)
     }
 
+    /// Each pixel doubled in both directions, in memory of its own.
+    fn upsampled(&self, x: &Map) -> Buffer {
+        let [_, _, w, c] = x.dims;
+        let mut y = self.pool.take(4 * x.values.len());
+        y.par_chunks_mut(4 * w * c).zip(x.values.par_chunks(w * c)).for_each(|(rows, x)| {
+            let (top, bottom) = rows.split_at_mut(2 * w * c);
+            for (pair, pixel) in top.chunks_exact_mut(2 * c).zip(x.chunks_exact(c)) {
+                pair[..c].copy_from_slice(pixel);
+                pair[c..].copy_from_slice(pixel);
+            }
+            bottom.copy_from_slice(top);
+        });
+        y
+    }
+
     /// The normalised map, in memory of its own.
     fn normalized(&self, norm: &GroupNorm, x: &Map) -> Result<Buffer> {
         let mut n = self.pool.take(x.values.len());
@@ -282,14 +330,21 @@ impl<'n> Engine<'n> for Tape<'n> {
 
     fn conv(&self, conv: &'n Conv2d, x: &Map, add: Add<'_, Map>) -> Result<Map> {
         let (dims, y) = self.convolve(conv, x.dims, &x.values, &add)?;
-        let (x, added) = (x.clone(), (add.per_image.cloned(), add.residual.cloned()));
+        let (x, added) = (x.clone(), Added::new(&add));
         Ok(self.output(dims, y, move |tape, dy| {
-            tape.convolve_backward(conv, x.dims, &x.values, dy, added, |sizes, dy, weight| {
-                x.with_gradient(tape.pool, |dx, accumulate| {
-                    sizes.input_gradient(dy, weight, dx, accumulate);
-                });
-                Ok(())
-            })
+            tape.convolve_backward(
+                conv,
+                x.dims,
+                &**x.values,
+                dy,
+                added,
+                |sizes, dy, weight, values| {
+                    x.gradient.write(tape.pool, values.len(), |dx, accumulate| {
+                        sizes.input_gradient(dy, weight, dx, accumulate);
+                    });
+                    Ok(())
+                },
+            )
         }))
     }
 
@@ -301,23 +356,49 @@ impl<'n> Engine<'n> for Tape<'n> {
         add: Add<'_, Map>,
     ) -> Result<Map> {
         let (dims, y) = self.convolve(conv, x.dims, &self.normalized(norm, x)?, &add)?;
-        let (x, added) = (x.clone(), (add.per_image.cloned(), add.residual.cloned()));
+        let (x, added) = (x.clone(), Added::new(&add));
         Ok(self.output(dims, y, move |tape, dy| {
             // Not kept, but computed again: it is as large as the map, and soon there.
             let n = tape.normalized(norm, &x)?;
-            tape.convolve_backward(conv, x.dims, &n, dy, added, |sizes, dy, weight| {
-                let mut dn = tape.pool.take(x.values.len());
+            tape.convolve_backward(conv, x.dims, n, dy, added, |sizes, dy, weight, n| {
+                // Nor is it needed any longer when its gradient takes its place.
+                let mut dn = n;
                 sizes.input_gradient(dy, weight, &mut dn, false);
-                let gradients = x.with_gradient(tape.pool, |dx, accumulate| {
-                    tape.normalization(norm, |norm| {
-                        norm.backward(x.batch(), &x.values, &mut dn, dx, accumulate)
-                    })
+                let there = x.gradient.take();
+                let (dweight, dbias) = tape.normalization(norm, |norm| {
+                    norm.backward(x.batch(), &x.values, &mut dn, there.as_deref())
+                })?;
+                x.gradient.add(dn);
+                tape.weight_gradient(&norm.weight, dweight);
+                tape.weight_gradient(&norm.bias, dbias);
+                Ok(())
+            })
+        }))
+    }
+
+    fn upsample_conv(&self, conv: &'n Conv2d, x: &Map) -> Result<Map> {
+        let [batch, h, w, c] = x.dims;
+        let doubled = [batch, 2 * h, 2 * w, c];
+        let (dims, y) = self.convolve(conv, doubled, &self.upsampled(x), &Add::NOTHING)?;
+        let x = x.clone();
+        Ok(self.output(dims, y, move |tape, dy| {
+            // As above: four times as large as what it is made from.
+            let up = tape.upsampled(&x);
+            let nothing = Added::default();
+            tape.convolve_backward(conv, doubled, up, dy, nothing, |sizes, dy, weight, up| {
+                let mut dup = up;
+                sizes.input_gradient(dy, weight, &mut dup, false);
+                let mut dx = tape.pool.take(x.values.len());
+                dx.par_chunks_mut(w * c).zip(dup.par_chunks(4 * w * c)).for_each(|(dx, rows)| {
+                    let (top, bottom) = rows.split_at(2 * w * c);
+                    let pairs = top.chunks_exact(2 * c).zip(bottom.chunks_exact(2 * c));
+                    for (dx, (top, bottom)) in dx.chunks_exact_mut(c).zip(pairs) {
+                        for i in 0..c {
+                            dx[i] = (top[i] + top[c + i]) + (bottom[i] + bottom[c + i]);
+                        }
+                    }
                 });
-                if let Some(gradients) = gradients {
-                    let (dweight, dbias) = gradients?;
-                    tape.weight_gradient(&norm.weight, dweight);
-                    tape.weight_gradient(&norm.bias, dbias);
-                }
+                x.gradient.add(dx);
                 Ok(())
             })
         }))
@@ -341,7 +422,7 @@ impl<'n> Engine<'n> for Tape<'n> {
             tape.weight_gradient(&linear.weight, dweight);
             tape.weight_gradient(&linear.bias, dbias);
             dx.iter_mut().zip(&**x.values).for_each(|(dx, &x)| *dx *= f.derivative(x));
-            x.add_gradient(dx);
+            x.gradient.add(dx);
             Ok(())
         }))
     }
@@ -366,7 +447,7 @@ impl<'n> Engine<'n> for Tape<'n> {
         Ok(self.output(dims, y, move |tape, dy| {
             let mut dx = tape.pool.take(dy.len());
             scale(&mut dx, &dy);
-            add_to(&gradient, dx);
+            gradient.add(dx);
             Ok(())
         }))
     }
@@ -396,36 +477,8 @@ impl<'n> Engine<'n> for Tape<'n> {
                     b.copy_from_slice(&dy[first..]);
                 }
             });
-            add_to(&gradients.0, da);
-            add_to(&gradients.1, db);
-            Ok(())
-        }))
-    }
-
-    fn upsample(&self, x: &Map) -> Result<Map> {
-        let [batch, h, w, c] = x.dims;
-        let mut y = self.pool.take(4 * x.values.len());
-        y.par_chunks_mut(4 * w * c).zip(x.values.par_chunks(w * c)).for_each(|(rows, x)| {
-            let (top, bottom) = rows.split_at_mut(2 * w * c);
-            for (pair, pixel) in top.chunks_mut(2 * c).zip(x.chunks(c)) {
-                pair[..c].copy_from_slice(pixel);
-                pair[c..].copy_from_slice(pixel);
-            }
-            bottom.copy_from_slice(top);
-        });
-        let gradient = x.gradient.clone();
-        Ok(self.output([batch, 2 * h, 2 * w, c], y, move |tape, dy| {
-            let mut dx = tape.pool.take(dy.len() / 4);
-            dx.par_chunks_mut(w * c).zip(dy.par_chunks(4 * w * c)).for_each(|(dx, rows)| {
-                let (top, bottom) = rows.split_at(2 * w * c);
-                let pairs = top.chunks_exact(2 * c).zip(bottom.chunks_exact(2 * c));
-                for (dx, (top, bottom)) in dx.chunks_exact_mut(c).zip(pairs) {
-                    for i in 0..c {
-                        dx[i] = (top[i] + top[c + i]) + (bottom[i] + bottom[c + i]);
-                    }
-                }
-            });
-            add_to(&gradient, dx);
+            gradients.0.add(da);
+            gradients.1.add(db);
             Ok(())
         }))
     }
@@ -439,20 +492,9 @@ impl<'n> Engine<'n> for Tape<'n> {
         Ok(self.output([batch, h, w, c / 3], y, move |tape, dy| {
             let mut dqkv = tape.pool.take(qkv.values.len());
             sizes.backward(&qkv.values, &dy, &mut dqkv);
-            qkv.add_gradient(dqkv);
+            qkv.gradient.add(dqkv);
             Ok(())
         }))
-    }
-}
-
-/// Adds to a gradient, where one is wanted.
-fn add_to(gradient: &Option<Gradient>, d: Buffer) {
-    if let Some(gradient) = gradient {
-        let mut gradient = gradient.borrow_mut();
-        match &mut *gradient {
-            Some(sum) => add(sum, &d),
-            None => *gradient = Some(d),
-        }
     }
 }
 

@@ -314,7 +314,7 @@ impl UpBlock {
         t_emb: &E::Map,
         dropout: Option<&Dropout>,
     ) -> Result<E::Map> {
-        let x = engine.conv(&self.upsample, &engine.upsample(x)?, Add::NOTHING)?;
+        let x = engine.upsample_conv(&self.upsample, x)?;
         let x = engine.concatenate(&x, skip)?;
         let x = self.res1.run(engine, &x, t_emb, dropout)?;
         let x = self.res2.run(engine, &x, t_emb, dropout)?;
