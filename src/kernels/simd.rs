@@ -7,20 +7,20 @@ pub(crate) enum Isa {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// Whatever the compiler makes of four values at a time: NEON, or SSE.
-    Portable,
+    /// What every machine of its kind has: SSE2, NEON.
+    Baseline,
 }
 
 impl Isa {
     /// The best that this machine has, or that `DDPM_MAX_CPU_ISA` allows: `avx512`, `avx2` or
-    /// `portable`. Asked once a process.
+    /// `baseline`. Asked once a process.
     pub fn detect() -> Self {
         static DETECTED: std::sync::OnceLock<Isa> = std::sync::OnceLock::new();
         *DETECTED.get_or_init(|| {
             let limit = std::env::var("DDPM_MAX_CPU_ISA").unwrap_or_default();
             let allowed = Self::available();
             let begin = match limit.as_str() {
-                "portable" => allowed.len() - 1,
+                "baseline" => allowed.len() - 1,
                 "avx2" => allowed.iter().position(|isa| isa.name() != "avx512").unwrap_or(0),
                 _ => 0,
             };
@@ -41,7 +41,7 @@ impl Isa {
                 found.push(Self::Avx2);
             }
         }
-        found.push(Self::Portable);
+        found.push(Self::Baseline);
         found
     }
 
@@ -51,7 +51,7 @@ impl Isa {
             Self::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => "avx2",
-            Self::Portable => "portable",
+            Self::Baseline => "baseline",
         }
     }
 }
@@ -82,159 +82,115 @@ pub(crate) trait Simd: Copy {
     fn mul_add(self, other: Self, sum: Self) -> Self;
 }
 
+/// Implements [`Simd`] by a machine's instructions.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! vector {
+    ($(#[$meta:meta])* $name:ident($register:ty), width $width:literal, rows $rows:literal,
+     $load:ident $store:ident $splat:ident $add:ident $sub:ident $mul:ident $mul_add:expr) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy)]
+        pub(crate) struct $name($register);
+
+        // SAFETY, for each block: the trait's contract is that callers have the instruction set
+        // enabled; `load` and `store` pass on what they demand of pointers.
+        impl Simd for $name {
+            const WIDTH: usize = $width;
+            const ROWS: usize = $rows;
+
+            #[inline(always)]
+            unsafe fn load(from: *const f32) -> Self {
+                // SAFETY: see above.
+                Self(unsafe { $load(from) })
+            }
+
+            #[inline(always)]
+            unsafe fn store(self, to: *mut f32) {
+                // SAFETY: see above.
+                unsafe { $store(to, self.0) }
+            }
+
+            #[inline(always)]
+            fn splat(value: f32) -> Self {
+                // SAFETY: see above.
+                Self(unsafe { $splat(value) })
+            }
+
+            #[inline(always)]
+            fn add(self, other: Self) -> Self {
+                // SAFETY: see above.
+                Self(unsafe { $add(self.0, other.0) })
+            }
+
+            #[inline(always)]
+            fn sub(self, other: Self) -> Self {
+                // SAFETY: see above.
+                Self(unsafe { $sub(self.0, other.0) })
+            }
+
+            #[inline(always)]
+            fn mul(self, other: Self) -> Self {
+                // SAFETY: see above.
+                Self(unsafe { $mul(self.0, other.0) })
+            }
+
+            #[inline(always)]
+            fn mul_add(self, other: Self, sum: Self) -> Self {
+                // SAFETY: see above.
+                Self(unsafe { $mul_add(self.0, other.0, sum.0) })
+            }
+        }
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
-mod x86 {
+mod machine {
     use super::Simd;
     use std::arch::x86_64::*;
 
-    macro_rules! vector {
-        ($name:ident, $register:ty, $width:literal, $rows:literal, $load:ident, $store:ident,
-         $splat:ident, $add:ident, $sub:ident, $mul:ident, $mul_add:ident) => {
-            #[derive(Clone, Copy)]
-            pub(crate) struct $name($register);
-
-            // SAFETY, for each block: the trait's contract is that callers have the instruction
-            // set enabled; `load` and `store` pass on what they demand of pointers.
-            impl Simd for $name {
-                const WIDTH: usize = $width;
-                const ROWS: usize = $rows;
-
-                #[inline(always)]
-                unsafe fn load(from: *const f32) -> Self {
-                    // SAFETY: see above.
-                    Self(unsafe { $load(from) })
-                }
-
-                #[inline(always)]
-                unsafe fn store(self, to: *mut f32) {
-                    // SAFETY: see above.
-                    unsafe { $store(to, self.0) }
-                }
-
-                #[inline(always)]
-                fn splat(value: f32) -> Self {
-                    // SAFETY: see above.
-                    Self(unsafe { $splat(value) })
-                }
-
-                #[inline(always)]
-                fn add(self, other: Self) -> Self {
-                    // SAFETY: see above.
-                    Self(unsafe { $add(self.0, other.0) })
-                }
-
-                #[inline(always)]
-                fn sub(self, other: Self) -> Self {
-                    // SAFETY: see above.
-                    Self(unsafe { $sub(self.0, other.0) })
-                }
-
-                #[inline(always)]
-                fn mul(self, other: Self) -> Self {
-                    // SAFETY: see above.
-                    Self(unsafe { $mul(self.0, other.0) })
-                }
-
-                #[inline(always)]
-                fn mul_add(self, other: Self, sum: Self) -> Self {
-                    // SAFETY: see above.
-                    Self(unsafe { $mul_add(self.0, other.0, sum.0) })
-                }
-            }
-        };
-    }
-
     vector!(
-        Avx512,
-        __m512,
-        16,
-        14,
-        _mm512_loadu_ps,
-        _mm512_storeu_ps,
-        _mm512_set1_ps,
-        _mm512_add_ps,
-        _mm512_sub_ps,
-        _mm512_mul_ps,
-        _mm512_fmadd_ps
+        Avx512(__m512), width 16, rows 14,
+        _mm512_loadu_ps _mm512_storeu_ps _mm512_set1_ps
+        _mm512_add_ps _mm512_sub_ps _mm512_mul_ps _mm512_fmadd_ps
     );
+
     vector!(
-        Avx2,
-        __m256,
-        8,
-        6,
-        _mm256_loadu_ps,
-        _mm256_storeu_ps,
-        _mm256_set1_ps,
-        _mm256_add_ps,
-        _mm256_sub_ps,
-        _mm256_mul_ps,
-        _mm256_fmadd_ps
+        Avx2(__m256), width 8, rows 6,
+        _mm256_loadu_ps _mm256_storeu_ps _mm256_set1_ps
+        _mm256_add_ps _mm256_sub_ps _mm256_mul_ps _mm256_fmadd_ps
+    );
+
+    vector!(
+        /// SSE2, which has no fused multiplication and addition.
+        Baseline(__m128), width 4, rows 5,
+        _mm_loadu_ps _mm_storeu_ps _mm_set1_ps _mm_add_ps _mm_sub_ps _mm_mul_ps
+        |a, b, sum| _mm_add_ps(_mm_mul_ps(a, b), sum)
     );
 }
 
-#[cfg(target_arch = "x86_64")]
-pub(crate) use x86::{Avx2, Avx512};
+#[cfg(target_arch = "aarch64")]
+mod machine {
+    use super::Simd;
+    use std::arch::aarch64::*;
 
-/// Four values, which compilers keep in one register.
-#[derive(Clone, Copy)]
-pub(crate) struct Portable([f32; 4]);
-
-impl Simd for Portable {
-    const WIDTH: usize = 4;
-    const ROWS: usize = if cfg!(target_arch = "aarch64") { 12 } else { 6 };
-
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: readable for four values, as the caller promises; any alignment will do.
-        Self(unsafe { from.cast::<[f32; 4]>().read_unaligned() })
-    }
-
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: writable for four values, as the caller promises; any alignment will do.
-        unsafe { to.cast::<[f32; 4]>().write_unaligned(self.0) }
-    }
-
-    #[inline(always)]
-    fn splat(value: f32) -> Self {
-        Self([value; 4])
-    }
-
-    #[inline(always)]
-    fn add(self, other: Self) -> Self {
-        let (a, b) = (self.0, other.0);
-        Self([a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]])
-    }
-
-    #[inline(always)]
-    fn sub(self, other: Self) -> Self {
-        let (a, b) = (self.0, other.0);
-        Self([a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3]])
-    }
-
-    #[inline(always)]
-    fn mul(self, other: Self) -> Self {
-        let (a, b) = (self.0, other.0);
-        Self([a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3]])
-    }
-
-    #[inline(always)]
-    fn mul_add(self, other: Self, sum: Self) -> Self {
-        let (a, b, c) = (self.0, other.0, sum.0);
-        // Without an instruction for it, `f32::mul_add` would be a call.
-        if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
-            let fused = |i: usize| a[i].mul_add(b[i], c[i]);
-            Self([fused(0), fused(1), fused(2), fused(3)])
-        } else {
-            self.mul(other).add(sum)
-        }
-    }
+    vector!(
+        /// NEON.
+        Baseline(float32x4_t), width 4, rows 12,
+        vld1q_f32 vst1q_f32 vdupq_n_f32 vaddq_f32 vsubq_f32 vmulq_f32
+        |a, b, sum| vfmaq_f32(sum, a, b)
+    );
 }
 
-/// One value: what is left over beside whole vectors.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod machine {
+    pub(crate) type Baseline = f32;
+}
+
+pub(crate) use machine::*;
+
+/// One value: what is left over beside whole vectors, and all that there is on other machines.
 impl Simd for f32 {
     const WIDTH: usize = 1;
-    const ROWS: usize = 1;
+    const ROWS: usize = 4;
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
@@ -305,7 +261,7 @@ macro_rules! simd_fn {
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx2 => unsafe { avx2($($arg),*) },
-                Isa::Portable => generic::<crate::kernels::simd::Portable>($($arg),*),
+                Isa::Baseline => generic::<crate::kernels::simd::Baseline>($($arg),*),
             }
         }
     };
