@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use clap::{Parser, ValueEnum};
-use ddpm::{AdamConfig, Denoiser, Diffusion, Result, TrainConfig, Trainer, UNetConfig};
+use ddpm::{AdamConfig, Denoiser, Diffusion, Precision, Result, TrainConfig, Trainer, UNetConfig};
 
 #[derive(Parser)]
 struct Args {
@@ -21,6 +21,9 @@ struct Args {
     /// Images a batch.
     #[arg(long, default_value_t = 32)]
     batch: usize,
+    /// How exactly products are computed: highest, high or bf16 (with the feature f16).
+    #[arg(long, default_value = "highest")]
+    precision: Precision,
     /// Timed runs, after three that are not.
     #[arg(long, default_value_t = 10)]
     iters: usize,
@@ -59,6 +62,7 @@ fn main() -> Result<()> {
         optimizer: AdamConfig::adamw(2e-4, 1e-5),
         clip_norm: Some(1.0),
         ema: None,
+        precision: args.precision,
         ..TrainConfig::mnist()
     };
     let mut trainer = Trainer::new(config.clone(), train, Diffusion::ddpm(), &device)?;
@@ -103,7 +107,7 @@ fn measure(
     let (batch, threads, rss) = (args.batch, rayon::current_num_threads(), peak_rss_mb());
     if args.json {
         let line = serde_json::json!({
-            "name": name, "model": model, "batch": batch, "precision": "highest",
+            "name": name, "model": model, "batch": batch, "precision": args.precision,
             "threads": threads, "ms_min": min, "ms_median": median, "peak_rss_mb": rss,
         });
         println!("{line}");

@@ -7,10 +7,10 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
-use common::cli::{self, Result, fraction, whole};
+use common::cli::{self, Result, fraction, precision, whole};
 use common::progress::Progress;
 use common::{device, files, pictures};
-use ddpm::{Checkpoint, Denoiser, Error, Sampler, Solver, Steps, UNetConfig};
+use ddpm::{Checkpoint, Denoiser, Error, Precision, Sampler, Solver, Steps, UNetConfig};
 
 /// Draw images from a checkpoint of mnist or cifar10
 #[derive(Parser)]
@@ -40,6 +40,9 @@ struct Cli {
     /// The averaged weights, or those of the last update
     #[arg(long, value_enum, default_value = "ema")]
     weights: Weights,
+    /// How exactly products are computed: highest, high or bf16 (with the feature f16)
+    #[arg(long, value_name = "P", default_value = "highest", value_parser = precision)]
+    precision: Precision,
     /// Do not clip the predicted image to the range of pixels at each step
     #[arg(long)]
     no_clip: bool,
@@ -84,7 +87,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let model = match cli.weights {
         Weights::Ema => checkpoint.ema::<UNetConfig>(&device)?,
         Weights::Model => checkpoint.model::<UNetConfig>(&device)?,
-    };
+    }
+    .with_precision(cli.precision)?;
     println!("checkpoint  {}, step {}", checkpoint.dir().display(), checkpoint.step());
     println!("device      {}", device::describe(&device));
     let start = Instant::now();

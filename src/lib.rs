@@ -24,6 +24,7 @@ mod kernels;
 mod network;
 mod nn;
 mod noise;
+mod precision;
 mod sampler;
 mod schedule;
 mod train;
@@ -39,6 +40,7 @@ pub use error::{Error, Result};
 pub use network::{Network, Parameters};
 pub use nn::{ResBlock, TimeEmbedding, UNet, UNetConfig};
 pub use noise::Dropout;
+pub use precision::Precision;
 pub use sampler::{Sampler, Solver, Step, Steps, Variance};
 pub use schedule::NoiseSchedule;
 pub use train::{

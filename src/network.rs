@@ -12,7 +12,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::noise::{Noise, Purpose, zeros};
-use crate::{Denoiser, Error, Result};
+use crate::{Denoiser, Error, Precision, Result};
 
 /// A network's configuration: what a checkpoint remembers of it, and how it is built again.
 ///
@@ -33,6 +33,21 @@ pub trait Network: Serialize + DeserializeOwned {
     /// # Errors
     /// If the configuration is not valid, or a weight cannot be had from `vb`.
     fn build(&self, vb: VarBuilder) -> Result<Self::Model>;
+
+    /// The model, with products of this precision. Unless this is implemented, a network computes in
+    /// its own way, and [`Precision::BF16`] is refused.
+    ///
+    /// # Errors
+    /// If the model cannot compute like that.
+    fn with_precision(model: Self::Model, precision: Precision) -> Result<Self::Model> {
+        match precision {
+            Precision::Highest | Precision::High => Ok(model),
+            Precision::BF16 => {
+                let expected = format!("highest or high with a network of kind {}", Self::KIND);
+                Err(Error::config("precision", "bf16", expected))
+            }
+        }
+    }
 }
 
 /// A network's weights by name, created as the network asks for them.

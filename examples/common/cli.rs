@@ -5,6 +5,7 @@ use std::ops::RangeInclusive;
 use std::process::ExitCode;
 
 use clap::Parser;
+use ddpm::Precision;
 
 pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
@@ -73,6 +74,11 @@ pub fn fraction(text: &str) -> std::result::Result<f64, String> {
     number.ok_or_else(|| "expected a number from 0 to 1".into())
 }
 
+/// Reads a precision that this build has.
+pub fn precision(text: &str) -> std::result::Result<Precision, String> {
+    text.parse().map_err(|error: ddpm::Error| error.to_string())
+}
+
 /// The command that continues this run: this one with `--resume`.
 pub fn resume_command(example: &str) -> String {
     let arguments: Vec<String> =
@@ -95,6 +101,7 @@ fn cargo_options() -> String {
         ("metal", cfg!(feature = "metal")),
         ("accelerate", cfg!(feature = "accelerate")),
         ("mkl", cfg!(feature = "mkl")),
+        ("f16", cfg!(feature = "f16")),
         ("hub", cfg!(feature = "hub")),
     ]
     .into_iter()

@@ -5,10 +5,10 @@ use std::process::ExitCode;
 
 use candle_core::Device;
 use clap::Args;
-use ddpm::{Checkpoint, Diffusion, Error, TrainConfig, Trainer, UNetConfig};
+use ddpm::{Checkpoint, Diffusion, Error, Precision, TrainConfig, Trainer, UNetConfig};
 use indicatif::HumanCount;
 
-use super::cli::{Result, resume_command, whole};
+use super::cli::{Result, precision, resume_command, whole};
 use super::datasets::{DataSet, check_shape};
 use super::watch::Watch;
 use super::{device, files, interrupt};
@@ -32,7 +32,7 @@ impl Recipe {
         format!(
             "Defaults: --out {} --save-every {} --sample-every {} --sample-count {} \
              --sampling-steps {} and, but for --resume, which takes them from the checkpoint, \
-             --steps {} --batch-size {} --accumulation {} --seed {} --log-every {}.",
+             --steps {} --batch-size {} --accumulation {} --precision {} --seed {} --log-every {}.",
             self.out,
             self.save_every,
             self.sample_every,
@@ -41,6 +41,7 @@ impl Recipe {
             train.steps,
             train.batch_size,
             train.accumulation,
+            train.precision,
             train.seed,
             train.log_every,
         )
@@ -61,6 +62,9 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=65_536))]
     accumulation: Option<usize>,
+    /// How exactly products are computed: highest, high or bf16 (with the feature f16)
+    #[arg(long, value_name = "P", value_parser = precision)]
+    precision: Option<Precision>,
     /// Seed of everything random
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<u64>(0..=u64::MAX))]
@@ -105,6 +109,7 @@ impl TrainArgs {
             steps: self.steps.unwrap_or(config.steps),
             batch_size: self.batch_size.unwrap_or(config.batch_size),
             accumulation: self.accumulation.unwrap_or(config.accumulation),
+            precision: self.precision.unwrap_or(config.precision),
             log_every: self.log_every.unwrap_or(config.log_every),
             ..config.clone()
         }

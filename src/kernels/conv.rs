@@ -1,9 +1,12 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
+use super::bf16::Unit;
+use super::half_conv::{HalfConvolution, PackedHalf, Terms};
 use super::patches::Patches;
 use super::simd::Isa;
 use super::values::{contiguous, on_cpu_in_f32, with_values};
 use super::winograd::{self, Epilogue, Maps, Packed};
+use crate::Precision;
 
 /// A convolution with zero padding of half the kernel, so that stride 1 keeps the size.
 ///
@@ -46,12 +49,13 @@ fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize) -> Result
     patches.matmul(&weight)?.broadcast_add(bias)?.reshape((b, h_out, w_out, c_out))
 }
 
-/// A convolution's sizes, and how it is computed on the CPU: 3x3 at stride 1 by Winograd's method,
-/// the others from patches.
+/// A convolution's sizes, and how it is computed on the CPU: in f32, 3x3 at stride 1 by Winograd's
+/// method, the others from patches; with bf16 products all from patches.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Convolution {
     isa: Isa,
     sizes: Patches,
+    half: Option<HalfConvolution>,
 }
 
 /// Channels below which transforming tiles costs more than it saves.
@@ -63,7 +67,20 @@ impl Convolution {
     /// # Errors
     /// If the shapes do not fit.
     pub fn new(isa: Isa, x: [usize; 4], weight: &Shape, stride: usize) -> Result<Self> {
-        Ok(Self { isa, sizes: Patches::new(x, weight, stride)? })
+        Ok(Self { isa, sizes: Patches::new(x, weight, stride)?, half: None })
+    }
+
+    /// With products of this precision.
+    pub fn with_precision(self, precision: Precision) -> Self {
+        let unit = Unit::detect(self.isa);
+        let half = |terms| HalfConvolution { isa: self.isa, unit, terms, sizes: self.sizes };
+        let half = match precision {
+            Precision::BF16 => Some(half(Terms::One)),
+            // Only tiles are fast enough to make up for three products where f32 takes one.
+            Precision::High if unit.has_tiles() => Some(half(Terms::Three)),
+            Precision::High | Precision::Highest => None,
+        };
+        Self { half, ..self }
     }
 
     /// (batch, height, width, out)
@@ -85,7 +102,9 @@ impl Convolution {
     /// The weights as [`forward`](Self::forward) wants them.
     pub fn pack(&self, weight: &[f32]) -> Weights {
         let Patches { c_in, c_out, .. } = self.sizes;
-        if self.by_winograd() {
+        if let Some(half) = self.half {
+            Weights::Half(half.pack(weight))
+        } else if self.by_winograd() {
             Weights::Winograd(Packed::forward(self.isa, weight, c_out, c_in))
         } else {
             Weights::Matrix(self.sizes.weight_matrix(weight))
@@ -99,13 +118,20 @@ impl Convolution {
                 winograd::convolve(self.isa, self.maps(), x, packed, epilogue, y);
             }
             Weights::Matrix(matrix) => self.sizes.forward(x, matrix, epilogue, y),
+            Weights::Half(packed) => {
+                if let Some(half) = self.half {
+                    half.forward(x, packed, epilogue, y);
+                }
+            }
         }
     }
 
     /// The gradient of `x`, written or added to `dx`.
     pub fn input_gradient(&self, dy: &[f32], weight: &[f32], dx: &mut [f32], accumulate: bool) {
         let Patches { c_in, c_out, .. } = self.sizes;
-        if self.by_winograd() {
+        if let Some(half) = self.half {
+            half.input_gradient(dy, weight, dx, accumulate);
+        } else if self.by_winograd() {
             let packed = Packed::backward(self.isa, weight, c_out, c_in);
             let epilogue = Epilogue { accumulate, ..Epilogue::default() };
             winograd::convolve(self.isa, self.maps(), dy, &packed, epilogue, dx);
@@ -117,6 +143,9 @@ impl Convolution {
     /// The gradient of the weights, (out, in, k, k).
     pub fn weight_gradient(&self, x: &[f32], dy: &[f32], scratch: &mut Vec<f32>) -> Vec<f32> {
         let Patches { c_in, c_out, kernel, .. } = self.sizes;
+        if let Some(half) = self.half {
+            return half.weight_gradient(x, dy);
+        }
         if !self.by_winograd() {
             return self.sizes.weight_gradient(x, dy);
         }
@@ -131,6 +160,7 @@ impl Convolution {
 pub(crate) enum Weights {
     Winograd(Packed),
     Matrix(Vec<f32>),
+    Half(PackedHalf),
 }
 
 /// Sums over each image's pixels: (batch, channels).

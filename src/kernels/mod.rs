@@ -9,11 +9,15 @@
 //! there is no kernel for it and is the oracle for the kernels' values and gradients.
 
 mod adam;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
+mod bf16;
 mod conv;
 mod elementwise;
 mod gemm;
 mod group_norm;
+mod half_conv;
 mod linear;
 mod patches;
 mod product;

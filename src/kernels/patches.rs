@@ -13,7 +13,7 @@ use super::winograd::Epilogue;
 
 /// Into how many parts a batch is cut whose sums over images are then added in order. Fixed, so
 /// that results do not depend on the number of threads.
-const PARTS: usize = 8;
+pub(super) const PARTS: usize = 8;
 
 /// How many pixels' patches are laid out at a time, about.
 const CHUNK_PIXELS: usize = 192;
@@ -48,25 +48,25 @@ impl Patches {
         Ok(Self { batch, h, w, c_in, h_out, w_out, c_out, kernel, stride })
     }
 
-    fn x_len(&self) -> usize {
+    pub fn x_len(&self) -> usize {
         self.h * self.w * self.c_in
     }
 
-    fn y_len(&self) -> usize {
+    pub fn y_len(&self) -> usize {
         self.h_out * self.w_out * self.c_out
     }
 
     /// Values that an output pixel is computed from.
-    fn patch(&self) -> usize {
+    pub fn patch(&self) -> usize {
         self.kernel * self.kernel * self.c_in
     }
 
-    fn chunk_rows(&self) -> usize {
+    pub fn chunk_rows(&self) -> usize {
         CHUNK_PIXELS.div_ceil(self.w_out).min(self.h_out)
     }
 
     /// The output rows of chunk `i`.
-    fn chunk(&self, i: usize) -> Range<usize> {
+    pub fn chunk(&self, i: usize) -> Range<usize> {
         let first = i * self.chunk_rows();
         first..(first + self.chunk_rows()).min(self.h_out)
     }
@@ -85,7 +85,7 @@ impl Patches {
         matrix
     }
 
-    /// What [`backward`](Self::backward) sums, (out, k, k, in), to (out, in, k, k).
+    /// What [`weight_gradient`](Self::weight_gradient) sums, (out, k, k, in), to (out, in, k, k).
     fn weight_layout(&self, matrix: &[f32]) -> Vec<f32> {
         let (area, mut weight) = (self.kernel * self.kernel, vec![0f32; matrix.len()]);
         for o in 0..self.c_out {
@@ -99,8 +99,13 @@ impl Patches {
     }
 
     /// The parts of the patches of output row `oy` that lie within the image: for each, where it
-    /// begins in the row's patches, where in the image, and its length.
-    fn spans(&self, oy: usize) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
+    /// begins in the row's patches, which are `stride` values apart, where in the image, and its
+    /// length.
+    pub fn spans(
+        &self,
+        oy: usize,
+        stride: usize,
+    ) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
         let g = *self;
         let pad = g.kernel / 2;
         (0..g.w_out).flat_map(move |ox| {
@@ -110,7 +115,7 @@ impl Patches {
             let last = (left + g.kernel as isize).min(g.w as isize) as usize;
             (0..g.kernel).filter_map(move |ky| {
                 let y = (oy * g.stride + ky).checked_sub(pad).filter(|&y| y < g.h)?;
-                let patch = ox * g.patch() + (ky * g.kernel + skip) * g.c_in;
+                let patch = ox * stride + (ky * g.kernel + skip) * g.c_in;
                 Some((patch, (y * g.w + first) * g.c_in, (last - first) * g.c_in))
             })
         })
@@ -129,7 +134,7 @@ impl Patches {
             let patches = &mut patches[..len];
             patches.fill(0.0);
             for (row, oy) in patches.chunks_mut(self.w_out * self.patch()).zip(rows) {
-                for (patch, image, len) in self.spans(oy) {
+                for (patch, image, len) in self.spans(oy, self.patch()) {
                     row[patch..][..len].copy_from_slice(&x[image..][..len]);
                 }
             }
@@ -150,7 +155,7 @@ impl Patches {
             let patches = &mut patches[..len];
             gemm(patches, dy, weight.transposed(), false);
             for (row, oy) in patches.chunks(self.w_out * self.patch()).zip(rows) {
-                for (patch, image, len) in self.spans(oy) {
+                for (patch, image, len) in self.spans(oy, self.patch()) {
                     let (dx, patch) = (&mut dx[image..][..len], &row[patch..][..len]);
                     dx.iter_mut().zip(patch).for_each(|(dx, p)| *dx += p);
                 }

@@ -24,8 +24,9 @@ pub(crate) struct Conv2d {
     pub weight: Tensor,
     pub bias: Tensor,
     pub stride: usize,
-    /// The weights as the CPU's kernels want them, once used, where they do not change.
-    pub packed: Arc<OnceLock<Weights>>,
+    /// The weights as the CPU's kernels want them in each precision, once used, where they do not
+    /// change.
+    pub packed: Arc<[OnceLock<Weights>; 3]>,
 }
 
 impl Conv2d {

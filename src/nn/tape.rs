@@ -17,7 +17,7 @@ use crate::kernels::{
     AttentionSizes, Convolution, Epilogue, Isa, Normalization, Weights, linear_backward,
     linear_forward, sum_over_batch, sums_by_image, with_values,
 };
-use crate::{Dropout, Result};
+use crate::{Dropout, Precision, Result};
 
 /// Memory that is not in use at the moment, by its size.
 #[derive(Debug, Default)]
@@ -149,6 +149,7 @@ type Backward<'n> = Box<dyn FnOnce(&Tape<'n>, Buffer) -> Result<()> + 'n>;
 
 pub(super) struct Tape<'n> {
     isa: Isa,
+    precision: Precision,
     pool: &'n Arc<Pool>,
     /// None where nothing is noted, since there will be no way back.
     nodes: Option<RefCell<Vec<(Gradient, Backward<'n>)>>>,
@@ -159,14 +160,14 @@ pub(super) struct Tape<'n> {
 
 impl<'n> Tape<'n> {
     /// For a pass that is to be followed by [`backward`](Self::backward).
-    pub fn recording(pool: &'n Arc<Pool>) -> Self {
-        Self { nodes: Some(RefCell::default()), ..Self::forgetful(pool) }
+    pub fn recording(pool: &'n Arc<Pool>, precision: Precision) -> Self {
+        Self { nodes: Some(RefCell::default()), ..Self::forgetful(pool, precision) }
     }
 
     /// For a pass forward only.
-    pub fn forgetful(pool: &'n Arc<Pool>) -> Self {
+    pub fn forgetful(pool: &'n Arc<Pool>, precision: Precision) -> Self {
         let (weights, scratch) = (RefCell::default(), RefCell::default());
-        Self { isa: Isa::detect(), pool, nodes: None, weights, scratch }
+        Self { isa: Isa::detect(), precision, pool, nodes: None, weights, scratch }
     }
 
     /// A map of a tensor's values, which needs no gradient.
@@ -228,7 +229,8 @@ impl<'n> Tape<'n> {
     }
 
     fn convolution(&self, conv: &Conv2d, x: [usize; 4]) -> Result<Convolution> {
-        Ok(Convolution::new(self.isa, x, conv.weight.shape(), conv.stride)?)
+        let sizes = Convolution::new(self.isa, x, conv.weight.shape(), conv.stride)?;
+        Ok(sizes.with_precision(self.precision))
     }
 
     /// The convolution's output for `x` (of these dimensions).
@@ -253,7 +255,7 @@ impl<'n> Tape<'n> {
                 fresh = sizes.pack(weight);
                 &fresh
             } else {
-                conv.packed.get_or_init(|| sizes.pack(weight))
+                conv.packed[self.precision as usize].get_or_init(|| sizes.pack(weight))
             };
             sizes.forward(x, weights, epilogue, &mut y);
             Ok(())

@@ -11,7 +11,7 @@ use super::tape::{Map, Pool, Tape};
 use super::{ResBlock, TimeEmbedding, UNetConfig, weights_dtype};
 use crate::denoiser::backward_by_autograd;
 use crate::kernels::{self, Activation};
-use crate::{Denoiser, Dropout, Error, Network, Result};
+use crate::{Denoiser, Dropout, Error, Network, Precision, Result};
 
 /// The network of the paper: a U-Net (Ronneberger et al. 2015) of residual blocks that are told the
 /// timestep, with self-attention at low resolution. Ho et al. 2020, appendix B.
@@ -36,6 +36,7 @@ use crate::{Denoiser, Dropout, Error, Network, Result};
 pub struct UNet {
     config: UNetConfig,
     dtype: DType,
+    precision: Precision,
     time_mlp: TimeEmbedding,
     init_conv: Conv2d,
     down_blocks: Vec<DownBlock>,
@@ -94,6 +95,7 @@ impl UNet {
         Ok(Self {
             config: config.clone(),
             dtype,
+            precision: Precision::Highest,
             time_mlp: TimeEmbedding::new(config.time_dim, vb.pp("time_mlp"))?,
             init_conv: Conv2d::new(config.channels, dims[0], 3, vb.pp("init_conv"))?,
             down_blocks,
@@ -103,6 +105,21 @@ impl UNet {
             out_conv: Conv2d::new(dims[0], config.channels, 3, vb.pp("out_conv"))?,
             pool: Arc::default(),
         })
+    }
+
+    /// The same network, with products of this precision, where it is computed by the crate's kernels:
+    /// without gradients, or by [`forward_backward`](Denoiser::forward_backward), on the CPU and in
+    /// f32. [`Precision::Highest`] unless this is called.
+    ///
+    /// # Errors
+    /// If this build, or a network of this device or dtype, lacks what the precision takes.
+    pub fn with_precision(self, precision: Precision) -> Result<Self> {
+        precision.validate()?;
+        if precision == Precision::BF16 && !self.has_tape(&self.init_conv.weight) {
+            let expected = "highest or high: bf16 is for networks of f32 weights on the CPU";
+            return Err(Error::config("precision", "bf16", expected));
+        }
+        Ok(Self { precision, ..self })
     }
 
     /// The network's shape.
@@ -198,7 +215,9 @@ impl Denoiser for UNet {
             return self.forward_autograd(x_t, t, None);
         }
         self.check(x_t, t)?;
-        self.on_tape(&Tape::forgetful(&self.pool), x_t, t, None, |_, output| Ok(output))
+        self.on_tape(&Tape::forgetful(&self.pool, self.precision), x_t, t, None, |_, output| {
+            Ok(output)
+        })
     }
 
     fn forward_train(&self, x_t: &Tensor, t: &Tensor, dropout: &Dropout) -> Result<Tensor> {
@@ -216,7 +235,7 @@ impl Denoiser for UNet {
             return backward_by_autograd(self, x_t, t, dropout, d_output);
         }
         self.check(x_t, t)?;
-        let tape = Tape::recording(&self.pool);
+        let tape = Tape::recording(&self.pool, self.precision);
         self.on_tape(&tape, x_t, t, Some(dropout), |y, output| {
             let d_output = d_output(&output)?;
             if d_output.dims() != output.dims() {
@@ -236,6 +255,10 @@ impl Network for UNetConfig {
 
     fn build(&self, vb: VarBuilder) -> Result<UNet> {
         UNet::new(self, vb)
+    }
+
+    fn with_precision(model: UNet, precision: Precision) -> Result<UNet> {
+        model.with_precision(precision)
     }
 }
 

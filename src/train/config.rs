@@ -1,7 +1,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{AdamConfig, EmaConfig};
-use crate::{Error, Result};
+use crate::{Error, Precision, Result};
 
 /// How to train: everything that, with the network and the data, determines the result.
 ///
@@ -32,6 +32,9 @@ pub struct TrainConfig {
     pub clip_norm: Option<f64>,
     /// The average of the weights that samples come from; `None` keeps none.
     pub ema: Option<EmaConfig>,
+    /// How exactly products are computed.
+    #[serde(default)]
+    pub precision: Precision,
     /// Whether images are mirrored left to right, at random.
     pub horizontal_flip: bool,
     /// Updates from one report of the loss to the next; at least 1. Reading the loss makes a GPU
@@ -54,6 +57,7 @@ impl TrainConfig {
             warmup_steps: 0,
             clip_norm: None,
             ema: Some(EmaConfig { decay: 0.999, warmup: true }),
+            precision: Precision::Highest,
             horizontal_flip: false,
             log_every: 1,
             keep_checkpoints: 2,
@@ -102,6 +106,7 @@ impl TrainConfig {
         {
             return Err(Error::config("clip_norm", norm, "positive and finite"));
         }
+        self.precision.validate()?;
         self.optimizer.validate()?;
         self.ema.map_or(Ok(()), |ema| ema.validate())
     }

@@ -128,7 +128,7 @@ impl<N: Network> Trainer<N> {
         device: &Device,
         parameters: &Parameters,
     ) -> Result<Self> {
-        let model = parameters.build(&network)?;
+        let model = N::with_precision(parameters.build(&network)?, config.precision)?;
         let vars = parameters.vars();
         let optimizer = AdamW::new(config.optimizer, &vars)?;
         let ema = config.ema.map(|ema| Ema::new(ema, &vars)).transpose()?;
@@ -370,7 +370,8 @@ impl<N: Network> Trainer<N> {
             Some(ema) => ema.averages().clone(),
             None => self.vars.iter().map(|(k, v)| (k.clone(), v.as_detached_tensor())).collect(),
         };
-        Parameters::frozen(Path::new("ema"), weights, DType::F32, &self.device).build(&self.network)
+        let weights = Parameters::frozen(Path::new("ema"), weights, DType::F32, &self.device);
+        N::with_precision(weights.build(&self.network)?, self.config.precision)
     }
 
     /// The weights by name: those that train, not a copy.

@@ -1,0 +1,307 @@
+//! Matrix products of bf16 operands, summed in f32: by AMX tiles, by AVX-512's dot products of pairs,
+//! or, where a machine has neither, by f32 arithmetic on the same values.
+
+use super::simd::{Isa, simd_fn};
+
+/// Columns of a packed right-hand side that stand side by side.
+pub(super) const PANEL: usize = 32;
+
+/// The depth of a product is a multiple of this, padded with zeros: what an AMX tile takes.
+pub(super) const DEPTH: usize = 32;
+
+/// The nearest bf16, ties to even, as its bits: the upper half of an f32's.
+#[inline(always)]
+pub(super) fn round(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    // Rounding could carry a NaN's bits over into an infinity's.
+    (if x.is_nan() { (bits >> 16) | 0x40 } else { rounded }) as u16
+}
+
+simd_fn! {
+    pub(super) fn round_all<S>(from: &[f32], to: &mut [u16]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = round(*from);
+        }
+    }
+}
+
+/// Where entry (k, column) of a panel stands: pairs of rows are interleaved, so that the two values
+/// that one instruction multiplies for a column lie side by side.
+#[inline(always)]
+pub(super) fn place(k: usize, column: usize) -> usize {
+    (k / 2 * PANEL + column) * 2 + k % 2
+}
+
+/// What multiplies bf16 values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unit {
+    #[cfg(target_arch = "x86_64")]
+    Amx,
+    #[cfg(target_arch = "x86_64")]
+    Pairs,
+    Emulated(Isa),
+}
+
+impl Unit {
+    /// The fastest of this machine, within this instruction set.
+    pub fn detect(isa: Isa) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if isa == Isa::Avx512 {
+            if super::amx::available() {
+                return Self::Amx;
+            }
+            if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw") {
+                return Self::Pairs;
+            }
+        }
+        Self::Emulated(isa)
+    }
+
+    pub fn has_tiles(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        if self == Self::Amx {
+            return true;
+        }
+        false
+    }
+
+    /// All that this machine has.
+    #[cfg(test)]
+    pub fn available() -> Vec<Self> {
+        let mut units: Vec<Self> = Isa::available().into_iter().map(Self::Emulated).collect();
+        for isa in Isa::available() {
+            if !units.contains(&Self::detect(isa)) {
+                units.push(Self::detect(isa));
+            }
+        }
+        units
+    }
+}
+
+/// `c = a b`, or `c += a b` where `accumulate`, for one panel of columns.
+///
+/// `a` is `rows` by `depth`, its rows as far apart as it says; `b` a panel of `depth` rows, its
+/// entries at their [`place`]s; `c` likewise `rows` by [`PANEL`]. `depth` is a multiple of [`DEPTH`].
+pub(super) fn product(
+    unit: Unit,
+    (c, c_row): (&mut [f32], usize),
+    rows: usize,
+    (a, a_row): (&[u16], usize),
+    b: &[u16],
+    depth: usize,
+    accumulate: bool,
+) {
+    if rows == 0 {
+        return;
+    }
+    assert!(depth.is_multiple_of(DEPTH));
+    assert!((rows - 1) * c_row + PANEL <= c.len());
+    assert!(depth == 0 || (rows - 1) * a_row + depth <= a.len());
+    assert!(depth * PANEL <= b.len());
+    match unit {
+        Unit::Emulated(isa) => emulated(isa, c, c_row, rows, a, a_row, b, depth, accumulate),
+        #[cfg(target_arch = "x86_64")]
+        Unit::Amx | Unit::Pairs => {
+            let (c, a, b) = (c.as_mut_ptr(), a.as_ptr(), b.as_ptr());
+            let operands = Operands { c, c_row, rows, a, a_row, b, depth, accumulate };
+            // SAFETY: the unit was found on this machine; the assertions hold each row within its
+            // slice.
+            unsafe {
+                match unit {
+                    Unit::Amx => super::amx::product(operands),
+                    _ => pairs::product(operands),
+                }
+            }
+        }
+    }
+}
+
+/// The operands of [`product`], for code that knows them to be whole.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+pub(super) struct Operands {
+    pub c: *mut f32,
+    pub c_row: usize,
+    pub rows: usize,
+    pub a: *const u16,
+    pub a_row: usize,
+    pub b: *const u16,
+    pub depth: usize,
+    pub accumulate: bool,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Operands {
+    /// Those of some of the rows.
+    pub fn some(self, first: usize, rows: usize) -> Self {
+        let c = self.c.wrapping_add(first * self.c_row);
+        let a = self.a.wrapping_add(first * self.a_row);
+        Self { c, a, rows, ..self }
+    }
+}
+
+simd_fn! {
+    fn emulated<S>(
+        c: &mut [f32],
+        c_row: usize,
+        rows: usize,
+        a: &[u16],
+        a_row: usize,
+        b: &[u16],
+        depth: usize,
+        accumulate: bool,
+    ) {
+        let value = |bits: u16| f32::from_bits(u32::from(bits) << 16);
+        for i in 0..rows {
+            let c = &mut c[i * c_row..][..PANEL];
+            let mut sums = [0f32; PANEL];
+            if accumulate {
+                sums.copy_from_slice(c);
+            }
+            let pairs = a[i * a_row..][..depth].chunks_exact(2);
+            for (a, b) in pairs.zip(b.chunks_exact(2 * PANEL)) {
+                let (even, odd) = (value(a[0]), value(a[1]));
+                for (sum, b) in sums.iter_mut().zip(b.chunks_exact(2)) {
+                    *sum += even * value(b[0]) + odd * value(b[1]);
+                }
+            }
+            c.copy_from_slice(&sums);
+        }
+    }
+}
+
+/// AVX-512's dot products of pairs.
+#[cfg(target_arch = "x86_64")]
+mod pairs {
+    use std::arch::x86_64::*;
+
+    use super::{Operands, PANEL};
+
+    /// Rows that, with two vectors a row, leave registers for the operands.
+    const ROWS: usize = 14;
+
+    /// # Safety
+    /// The machine must have AVX-512 with BF16, and all rows lie within memory that may be read, or
+    /// written for `c`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub unsafe fn product(operands: Operands) {
+        macro_rules! of_height {
+            ($tile:ident, $($height:literal)*) => {
+                match $tile.rows {
+                    // SAFETY: passed on.
+                    $($height => unsafe { tile::<$height>($tile) },)*
+                    rows => debug_assert!(false, "a tile of {rows} rows"),
+                }
+            };
+        }
+        let tiles = operands.rows.div_ceil(ROWS);
+        for i in 0..tiles {
+            let (first, last) = (i * operands.rows / tiles, (i + 1) * operands.rows / tiles);
+            let some = operands.some(first, last - first);
+            of_height!(some, 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+        }
+    }
+
+    /// # Safety
+    /// As [`product`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    unsafe fn tile<const M: usize>(operands: Operands) {
+        let Operands { c, c_row, mut a, a_row, mut b, depth, accumulate, .. } = operands;
+        // SAFETY: the caller's promise covers each of these elements; a vector of pairs and one of
+        // bf16 values are the same bits.
+        unsafe {
+            let mut sums = [[_mm512_setzero_ps(); 2]; M];
+            if accumulate {
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let c = c.add(i * c_row);
+                    *sums = [_mm512_loadu_ps(c), _mm512_loadu_ps(c.add(16))];
+                }
+            }
+            let pairs = |v: __m512i| std::mem::transmute::<__m512i, __m512bh>(v);
+            for _ in 0..depth / 2 {
+                let first = pairs(_mm512_loadu_epi16(b.cast()));
+                let second = pairs(_mm512_loadu_epi16(b.add(PANEL).cast()));
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let pair = a.add(i * a_row).cast::<i32>().read_unaligned();
+                    let pair = pairs(_mm512_set1_epi32(pair));
+                    sums[0] = _mm512_dpbf16_ps(sums[0], pair, first);
+                    sums[1] = _mm512_dpbf16_ps(sums[1], pair, second);
+                }
+                a = a.wrapping_add(2);
+                b = b.wrapping_add(2 * PANEL);
+            }
+            for (i, sums) in sums.iter().enumerate() {
+                let c = c.add(i * c_row);
+                _mm512_storeu_ps(c, sums[0]);
+                _mm512_storeu_ps(c.add(16), sums[1]);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn rounding_is_to_the_nearest_even() {
+        for bits in (0..=u32::MAX).step_by(977) {
+            let x = f32::from_bits(bits);
+            let expected = half::bf16::from_f32(x);
+            if x.is_nan() {
+                assert!(half::bf16::from_bits(round(x)).is_nan());
+            } else {
+                assert_eq!(round(x), expected.to_bits(), "{x}");
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn every_unit_multiplies(
+            (rows, depth) in (1usize..70, 0usize..5),
+            (more_a, more_c) in (0usize..9, 0usize..40),
+            accumulate: bool,
+            seed: u64,
+        ) {
+            let depth = depth * DEPTH;
+            let (a_row, c_row) = (depth + more_a, PANEL + more_c);
+            let normal = |k: u32, len: usize| {
+                let mut values = vec![0f32; len];
+                crate::noise::Noise::new(seed)
+                    .stream(crate::noise::Purpose::Prior, 0, k)
+                    .fill_normal(&mut values);
+                values
+            };
+            let bits = |values: &[f32]| values.iter().map(|&x| round(x)).collect::<Vec<u16>>();
+            let (a, b) = (bits(&normal(0, rows * a_row)), bits(&normal(1, depth * PANEL)));
+            let before = normal(2, rows * c_row);
+            let value = |bits: u16| f64::from(f32::from_bits(u32::from(bits) << 16));
+            for unit in Unit::available() {
+                let mut c = before.clone();
+                product(unit, (&mut c, c_row), rows, (&a, a_row), &b, depth, accumulate);
+                for i in 0..rows {
+                    for j in 0..c_row.min(before.len() - i * c_row) {
+                        let at = i * c_row + j;
+                        if j >= PANEL {
+                            prop_assert_eq!(c[at], before[at], "beyond the panel");
+                            continue;
+                        }
+                        let mut sum = if accumulate { f64::from(before[at]) } else { 0.0 };
+                        for k in 0..depth {
+                            sum += value(a[i * a_row + k]) * value(b[place(k, j)]);
+                        }
+                        prop_assert!(
+                            (f64::from(c[at]) - sum).abs() < 3e-5,
+                            "{unit:?}: {} is not {sum}", c[at]
+                        );
+                    }
+                }
+            }
+        }
+    }
+}

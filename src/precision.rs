@@ -1,0 +1,84 @@
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// How exactly products are computed. Weights, their averages and the optimiser's state, statistics of
+/// normalisations, softmax, loss and sampler are f32 with each; `Highest` and `High` are the words of
+/// PyTorch and JAX.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Precision {
+    /// f32 throughout.
+    #[default]
+    Highest,
+    /// f32 in memory, with cheaper products where the machine has some that are good to about 16 bits:
+    /// three products of bf16 parts on a CPU with AMX. Elsewhere as [`Highest`](Self::Highest).
+    High,
+    /// Products of operands rounded to bf16 (8 bits), summed in f32. Fast on a CPU with AMX, about as
+    /// fast as [`Highest`](Self::Highest) on one with AVX-512 BF16; any other computes the same
+    /// more slowly. Needs the feature `f16`.
+    BF16,
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Highest => "highest",
+            Self::High => "high",
+            Self::BF16 => "bf16",
+        })
+    }
+}
+
+impl FromStr for Precision {
+    type Err = Error;
+
+    /// # Errors
+    /// Unless it is one of the names, and this build has the precision.
+    fn from_str(name: &str) -> Result<Self> {
+        let all = [Self::Highest, Self::High, Self::BF16];
+        let Some(precision) = all.into_iter().find(|precision| precision.to_string() == name)
+        else {
+            return Err(Error::config("precision", name, "highest, high or bf16"));
+        };
+        precision.validate()?;
+        Ok(precision)
+    }
+}
+
+impl Precision {
+    /// # Errors
+    /// If this build lacks what it takes.
+    pub(crate) fn validate(self) -> Result<()> {
+        if self == Self::BF16 && !cfg!(feature = "f16") {
+            let expected = "highest or high: bf16 needs the feature `f16`, which this build lacks";
+            return Err(Error::config("precision", "bf16", expected));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_go_both_ways() {
+        for precision in [Precision::Highest, Precision::High, Precision::BF16] {
+            assert_eq!(serde_json::to_value(precision).unwrap(), precision.to_string());
+            if precision != Precision::BF16 || cfg!(feature = "f16") {
+                assert_eq!(precision.to_string().parse::<Precision>().unwrap(), precision);
+            }
+        }
+        let message = "half".parse::<Precision>().unwrap_err().to_string();
+        assert_eq!(message, "precision is half; it must be highest, high or bf16");
+        if !cfg!(feature = "f16") {
+            let message = "bf16".parse::<Precision>().unwrap_err().to_string();
+            assert!(message.contains("needs the feature `f16`"), "{message}");
+        }
+    }
+}
