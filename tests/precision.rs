@@ -1,0 +1,139 @@
+//! What each precision costs in accuracy, against the same network in f64.
+//!
+//! ```sh
+//! cargo test --release --features f16 --test precision -- --nocapture
+//! ```
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use ddpm::{
+    Denoiser, Diffusion, Dropout, Parameters, Precision, Result, Sampler, Solver, TrainConfig,
+    Trainer, UNet, UNetConfig,
+};
+
+/// The smaller network of the presets, and one that attends at full size, at a batch that is cheap in
+/// f64.
+fn networks() -> [(&'static str, UNetConfig); 2] {
+    let attentive = UNetConfig {
+        hidden_dims: vec![24, 40, 64],
+        attention_resolutions: vec![0, 1],
+        channels: 3,
+        image_size: 16,
+        ..UNetConfig::mnist()
+    };
+    [("mnist", UNetConfig::mnist()), ("attentive", attentive)]
+}
+
+/// The network with weights of this seed in this dtype, trainable and not.
+fn build(config: &UNetConfig, dtype: DType) -> Result<(Parameters, UNet, UNet)> {
+    // Drawn in f32 in either case, so the same.
+    let parameters = Parameters::new(3, dtype, &Device::Cpu);
+    let trainable = parameters.build(config)?;
+    let weights: HashMap<String, Tensor> =
+        parameters.vars().into_iter().map(|(k, v)| (k, v.as_detached_tensor())).collect();
+    let frozen = UNet::new(config, VarBuilder::from_tensors(weights, dtype, &Device::Cpu))?;
+    Ok((parameters, trainable, frozen))
+}
+
+fn relative(found: &Tensor, expected: &Tensor) -> Result<f64> {
+    let norm = |t: &Tensor| -> Result<f64> { Ok(t.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt()) };
+    Ok(norm(&(found.to_dtype(DType::F64)? - expected)?)? / norm(expected)?)
+}
+
+#[test]
+fn errors_against_f64() -> Result<()> {
+    for (name, config) in networks() {
+        let shape = (2, config.channels, config.image_size, config.image_size);
+        let x = Sampler::prior(shape, 5, &Device::Cpu)?;
+        let target = Sampler::prior(shape, 6, &Device::Cpu)?;
+        let t = Tensor::new(&[40u32, 700], &Device::Cpu)?;
+        let dropout = Dropout::new(0, 0);
+        let (parameters, trainable, frozen) = build(&config, DType::F64)?;
+        let x_64 = x.to_dtype(DType::F64)?;
+        let expected = frozen.forward(&x_64, &t)?;
+        let target_64 = target.to_dtype(DType::F64)?;
+        let mut d_output = |y: &Tensor| Ok((y - &target_64)?);
+        let exact = trainable.forward_backward(&x_64, &t, &dropout, &mut d_output)?;
+        let exact: HashMap<String, Tensor> = parameters
+            .vars()
+            .iter()
+            .map(|(name, var)| (name.clone(), exact.get(var).expect("a gradient").clone()))
+            .collect();
+
+        // Rounding to 8 bits is off by up to 2^-9 of a value, and errors of a few dozen layers add
+        // up; three products of such are good to about 2^-16.
+        let mut limits = vec![(Precision::Highest, 3e-6, 1e-5), (Precision::High, 1e-4, 3e-4)];
+        if cfg!(feature = "f16") {
+            limits.push((Precision::BF16, 2e-2, 6e-2));
+        }
+        for (precision, output_limit, gradient_limit) in limits {
+            let (parameters, trainable, frozen) = build(&config, DType::F32)?;
+            let frozen = frozen.with_precision(precision)?;
+            let output = relative(&frozen.forward(&x, &t)?, &expected)?;
+            let trainable = trainable.with_precision(precision)?;
+            let mut d_output = |y: &Tensor| Ok((y - &target)?);
+            let found = trainable.forward_backward(&x, &t, &dropout, &mut d_output)?;
+            // Of all gradients together: one alone may nearly cancel out.
+            let (mut off, mut all) = (0.0, 0.0);
+            for (name, var) in &parameters.vars() {
+                let exact = &exact[name];
+                let found = found.get(var).expect("a gradient").to_dtype(DType::F64)?;
+                off += (found - exact)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
+                all += exact.sqr()?.sum_all()?.to_scalar::<f64>()?;
+            }
+            let gradients = (off / all).sqrt();
+            println!("{name}, {precision}: output off by {output:.1e}, gradients {gradients:.1e}");
+            assert!(output < output_limit, "{name}, {precision}: output off by {output}");
+            assert!(
+                gradients < gradient_limit,
+                "{name}, {precision}: gradients off by {gradients}"
+            );
+            if precision == Precision::BF16 {
+                // An option that changes nothing would be none.
+                assert!(output > 1e-4, "{name}, {precision}: output off by {output} only");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_a_build_or_network_lacks_is_refused() -> Result<()> {
+    let config = UNetConfig { hidden_dims: vec![8, 8], ..UNetConfig::mnist() };
+    let (_, _, exact) = build(&config, DType::F64)?;
+    let message = exact.with_precision(Precision::BF16).unwrap_err().to_string();
+    let train = TrainConfig { precision: Precision::BF16, ..TrainConfig::mnist() };
+    let trainer = Trainer::new(config, train, Diffusion::ddpm(), &Device::Cpu);
+    if cfg!(feature = "f16") {
+        assert!(message.contains("f32 weights on the CPU"), "{message}");
+        assert_eq!(trainer?.config().precision, Precision::BF16);
+    } else {
+        for message in [message, trainer.unwrap_err().to_string()] {
+            assert!(message.contains("precision is bf16"), "{message}");
+            assert!(message.contains("needs the feature `f16`"), "{message}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn samples_repeat_bit_for_bit_in_each_precision() -> Result<()> {
+    let config = UNetConfig { hidden_dims: vec![16, 24], ..UNetConfig::mnist() };
+    let mut precisions = vec![Precision::Highest, Precision::High];
+    if cfg!(feature = "f16") {
+        precisions.push(Precision::BF16);
+    }
+    for precision in precisions {
+        let (_, _, unet) = build(&config, DType::F32)?;
+        let unet = unet.with_precision(precision)?;
+        let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddim(), 2)?;
+        let sample = |batch: usize| -> Result<Vec<f32>> {
+            let images = sampler.sample(&unet, (batch, 1, 28, 28), 1, &Device::Cpu)?;
+            Ok(images.narrow(0, 0, 1)?.flatten_all()?.to_vec1()?)
+        };
+        assert_eq!(sample(1)?, sample(3)?, "{precision}");
+    }
+    Ok(())
+}
