@@ -188,18 +188,38 @@ fn the_last_k_are_kept_and_nothing_else_is_touched() {
 }
 
 #[test]
-fn a_new_run_in_an_old_ones_place_keeps_its_own() {
+fn a_new_run_beside_an_old_one_keeps_both() {
     let (dir, path) = saved();
     let mut trainer = new(TrainConfig { seed: 1, ..config(100) });
-    // The old run's, at a later step.
-    fs::rename(&path, dir.path().join("checkpoint-000000050")).unwrap();
+    // The old run's, moved aside, and a copy that a user made: another step than its name says.
+    let old = dir.path().join("checkpoint-000000002");
+    fs::rename(&path, &old).unwrap();
+    let copy = dir.path().join("checkpoint-20251123153000");
+    fs::create_dir(&copy).unwrap();
+    for file in FILES {
+        fs::copy(old.join(file), copy.join(file)).unwrap();
+    }
     for _ in 0..2 {
         std::thread::sleep(Duration::from_millis(20));
         let batch = trainer.next_batch(&Waves(11)).unwrap();
         trainer.step(&batch).unwrap();
         trainer.save(&path).unwrap();
     }
-    assert_eq!(names(dir.path()), ["checkpoint", "checkpoint-000000001"]);
+    let kept =
+        ["checkpoint", "checkpoint-000000001", "checkpoint-000000002", "checkpoint-20251123153000"];
+    assert_eq!(names(dir.path()), kept);
+
+    // Its own step 2 has no place to go to: an error, and nothing is lost.
+    let batch = trainer.next_batch(&Waves(11)).unwrap();
+    trainer.step(&batch).unwrap();
+    let before = snapshot(dir.path());
+    let error = trainer.save(&path).unwrap_err();
+    assert!(matches!(error, Error::ConfigMismatch { .. }), "{error}");
+    assert_eq!(snapshot(dir.path()), before);
+
+    fs::remove_dir_all(&old).unwrap();
+    trainer.save(&path).unwrap();
+    assert_eq!(Checkpoint::open(&old).unwrap().train_config().seed, 1);
     fs::remove_dir_all(&path).unwrap();
     assert_eq!(Checkpoint::open(&path).unwrap().train_config().seed, 1);
 }
@@ -268,10 +288,10 @@ fn another_runs_checkpoint_is_not_replaced() {
     let cosine = Diffusion::new(NoiseSchedule::cosine(1000).unwrap(), Prediction::Epsilon);
     refused(network(), config(2), cosine);
 
-    // The same run, begun anew: the old one stays as the one before.
-    new(TrainConfig { log_every: 5, ..config(9) }).save(&path).unwrap();
-    assert_eq!(names(dir.path()), ["checkpoint", "checkpoint-000000002"]);
-    assert_eq!(Checkpoint::open(&path).unwrap().step(), 0);
+    // The same run, begun anew, would push the old one out with a few saves.
+    let error = new(TrainConfig { log_every: 5, ..config(9) }).save(&path).unwrap_err();
+    assert!(error.to_string().contains("step is 0; it must be at least 2"), "{error}");
+    assert_eq!(snapshot(dir.path()), before);
 }
 
 #[test]

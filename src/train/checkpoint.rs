@@ -78,10 +78,7 @@ impl Checkpoint {
             Err(error @ Error::NoCheckpoint { .. }) => error,
             found => return found,
         };
-        let Ok(mut older) = archived(dir) else { return Err(missing) };
-        let Some((_, dir)) = older.pop() else { return Err(missing) };
-        let state = read_state(&dir)?;
-        Ok(Self { dir, state })
+        archived(dir).ok().and_then(|mut older| older.pop()).ok_or(missing)
     }
 
     /// The checkpoint at `dir`, or the new one that `save` was about to move there.
@@ -251,6 +248,14 @@ pub(super) struct Snapshot<'a, N> {
     pub ema: Option<&'a Ema>,
 }
 
+impl<N: Network> Snapshot<'_, N> {
+    /// # Errors
+    /// Unless the checkpoint is one of the same run.
+    fn must_match(&self, checkpoint: &Checkpoint) -> Result<()> {
+        checkpoint.must_match(self.network, self.train, self.diffusion)
+    }
+}
+
 /// Writes a checkpoint so that at any moment a complete one can be opened at `dir`.
 ///
 /// 1. Write all files into a directory beside `dir`, and flush them to disk.
@@ -259,7 +264,7 @@ pub(super) struct Snapshot<'a, N> {
 /// 4. Remove the oldest ones.
 ///
 /// # Errors
-/// If the present checkpoint is another run's, or damaged: then nothing is written.
+/// If the present checkpoint is another run's, of a later step, or damaged: then nothing is written.
 pub(super) fn save<N: Network>(dir: &Path, keep: usize, snapshot: &Snapshot<N>) -> Result<()> {
     let dir = absolute(dir)?;
     let parent = dir.parent().unwrap_or(Path::new("/"));
@@ -268,10 +273,18 @@ pub(super) fn save<N: Network>(dir: &Path, keep: usize, snapshot: &Snapshot<N>) 
     let new = sibling(&dir, SAVING);
     match Checkpoint::newest(&dir) {
         Ok(present) => {
-            present.must_match(snapshot.network, snapshot.train, snapshot.diffusion)?;
+            snapshot.must_match(&present)?;
+            if snapshot.step < present.step() {
+                let expected = format!(
+                    "at least {}, that of the checkpoint in {}, which would be lost; save elsewhere",
+                    present.step(),
+                    dir.display()
+                );
+                return Err(Error::config("step", snapshot.step, expected));
+            }
             if present.dir == new {
                 // The last save was cut off between 2 and 3: this is its 3.
-                replace(&dir, &new)?;
+                replace(&dir, &new, snapshot)?;
                 sync_dir(parent)?;
             }
         }
@@ -281,14 +294,14 @@ pub(super) fn save<N: Network>(dir: &Path, keep: usize, snapshot: &Snapshot<N>) 
     // Whatever a save that was cut off left behind.
     remove(&dir, &new)?;
     fs::create_dir(&new).map_err(Error::io(&new))?;
-    let written = write_files(&new, snapshot).and_then(|()| replace(&dir, &new));
+    let written = write_files(&new, snapshot).and_then(|()| replace(&dir, &new, snapshot));
     if written.is_err() {
         // A full disk should have the room back; the error that matters is the one above.
         let _ = remove(&dir, &new);
     }
     written?;
     sync_dir(parent)?;
-    prune(&dir, keep)
+    prune(&dir, keep, snapshot)
 }
 
 fn write_files<N: Network>(dir: &Path, snapshot: &Snapshot<N>) -> Result<()> {
@@ -315,16 +328,21 @@ fn write_files<N: Network>(dir: &Path, snapshot: &Snapshot<N>) -> Result<()> {
 }
 
 /// Moves what is at `dir` aside, and `new` in its place.
-fn replace(dir: &Path, new: &Path) -> Result<()> {
+fn replace<N: Network>(dir: &Path, new: &Path, snapshot: &Snapshot<N>) -> Result<()> {
     match read_state(dir) {
         Ok(state) => {
-            let aside = sibling(dir, &format!("-{:09}", state.step));
-            // The same step saved again: the newer one counts.
-            if aside.join(STATE).is_file() {
-                remove(dir, &aside)?;
-            } else if aside.exists() {
+            let aside = aside(dir, state.step);
+            match read_state(&aside) {
+                // The same step saved again: the newer one counts.
+                Ok(state) => {
+                    snapshot.must_match(&Checkpoint { dir: aside.clone(), state })?;
+                    remove(dir, &aside)?;
+                }
                 // Not a checkpoint, so not ours to remove.
-                return Err(Error::io(&aside)(ErrorKind::AlreadyExists.into()));
+                Err(_) if aside.exists() => {
+                    return Err(Error::io(&aside)(ErrorKind::AlreadyExists.into()));
+                }
+                Err(_) => {}
             }
             fs::rename(dir, &aside).map_err(Error::io(dir))?;
         }
@@ -338,39 +356,47 @@ fn replace(dir: &Path, new: &Path) -> Result<()> {
     fs::rename(new, dir).map_err(Error::io(dir))
 }
 
-/// Removes the oldest checkpoints moved aside from `dir`, until with `dir` itself `keep` are left.
-fn prune(dir: &Path, keep: usize) -> Result<()> {
-    let older = archived(dir)?;
+/// Removes the run's oldest checkpoints moved aside from `dir`, until with `dir` itself `keep` are
+/// left.
+fn prune<N: Network>(dir: &Path, keep: usize, snapshot: &Snapshot<N>) -> Result<()> {
+    let mut older = archived(dir)?;
+    older.retain(|checkpoint| snapshot.must_match(checkpoint).is_ok());
     let surplus = older.len().saturating_sub(keep.saturating_sub(1));
-    for (_, old) in &older[..surplus] {
-        remove(dir, old)?;
+    for old in &older[..surplus] {
+        remove(dir, &old.dir)?;
     }
     Ok(())
 }
 
 /// The checkpoints moved aside from `dir`, oldest first: `checkpoint-000000100` beside
-/// `checkpoint`. Whatever else lies there is none of ours.
-fn archived(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+/// `checkpoint`, if that is its step. Whatever else lies there, such as a copy that bears a date, is
+/// none of ours.
+fn archived(dir: &Path) -> Result<Vec<Checkpoint>> {
     let dir = absolute(dir)?;
     let parent = dir.parent().unwrap_or(Path::new("/"));
     let prefix = format!("{}-", dir.file_name().unwrap_or_default().to_string_lossy());
     let mut found = Vec::new();
     for entry in fs::read_dir(parent).map_err(Error::io(parent))? {
         let path = entry.map_err(Error::io(parent))?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let Some(digits) = name.strip_prefix(&prefix) else { continue };
-        if digits.len() >= 9
-            && digits.bytes().all(|b| b.is_ascii_digit())
-            && let Ok(step) = digits.parse()
-            && path.join(STATE).is_file()
+        if !path.file_name().unwrap_or_default().to_string_lossy().starts_with(&prefix) {
+            continue;
+        }
+        if let Ok(state) = read_state(&path)
+            && path == aside(&dir, state.step)
         {
             let written = fs::metadata(path.join(STATE)).and_then(|m| m.modified());
-            found.push((written.map_err(Error::io(&path))?, step, path));
+            let written = written.map_err(Error::io(&path))?;
+            found.push((written, state.step, Checkpoint { dir: path, state }));
         }
     }
-    // By time, not by step: a run that begins anew here counts from 1 again.
-    found.sort();
-    Ok(found.into_iter().map(|(_, step, path)| (step, path)).collect())
+    // By time, not by step: they may be of several runs.
+    found.sort_by_key(|(written, step, _)| (*written, *step));
+    Ok(found.into_iter().map(|(.., checkpoint)| checkpoint).collect())
+}
+
+/// Where the checkpoint of this step is moved to when a newer one takes its place.
+fn aside(dir: &Path, step: u64) -> PathBuf {
+    sibling(dir, &format!("-{step:09}"))
 }
 
 fn absolute(dir: &Path) -> Result<PathBuf> {

@@ -307,8 +307,8 @@ impl<N: Network> Trainer<N> {
     ///
     /// # Errors
     /// If a loss since the last report is not finite, or the checkpoint there is one of another
-    /// configuration, as [`resume`](Self::resume) compares them; then nothing is written. If a file
-    /// cannot be written.
+    /// configuration, as [`resume`](Self::resume) compares them, or of a later step; then nothing is
+    /// written. If a file cannot be written.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
         self.read_unread()?;
         checkpoint::save(
