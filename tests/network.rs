@@ -1,11 +1,13 @@
 //! The network's parts: shapes, the names of the weights, and what is refused.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::VarBuilder;
 use ddpm::{
-    Denoiser, Diffusion, Dropout, Parameters, ResBlock, Sampler, Solver, TimeEmbedding, UNet,
-    UNetConfig,
+    Denoiser, Diffusion, Dropout, Parameters, ResBlock, Result, Sampler, Solver, TimeEmbedding,
+    UNet, UNetConfig, gradients,
 };
 
 fn parameters() -> Parameters {
@@ -241,4 +243,84 @@ fn wrong_shapes_are_refused() {
     ] {
         assert!(message.contains(expected), "{message}");
     }
+}
+
+/// A small network of these weights, of which those whose names begin so are trainable.
+fn partly_trainable(trainable: &str) -> Result<(UNet, BTreeMap<String, Var>)> {
+    let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
+    let parameters = Parameters::new(0, DType::F32, &Device::Cpu);
+    parameters.build(&config)?;
+    let weights = parameters.vars().into_iter().map(|(name, var)| {
+        let live = name.starts_with(trainable);
+        (name, if live { var.as_tensor().clone() } else { var.as_detached_tensor() })
+    });
+    let vb = VarBuilder::from_tensors(weights.collect(), DType::F32, &Device::Cpu);
+    let mut vars = parameters.vars();
+    vars.retain(|name, _| name.starts_with(trainable));
+    Ok((UNet::new(&config, vb)?, vars))
+}
+
+#[test]
+fn a_partly_trainable_network_has_the_gradients_of_that_part() -> Result<()> {
+    let (unet, vars) = partly_trainable("up_blocks")?;
+    let x = Sampler::prior((2, 1, 28, 28), 0, &Device::Cpu)?;
+    let t = Tensor::new(&[1u32, 900], &Device::Cpu)?;
+    let loss = unet.forward(&x, &t)?.sqr()?.sum_all()?;
+    let by_candle = gradients(&loss, &vars)?;
+    let by_tape = unet.forward_backward(&x, &t, &Dropout::new(0, 0), &mut |y| Ok((y * 2.0)?))?;
+    assert!(!vars.is_empty() && by_candle.len() == vars.len());
+    for (name, var) in &vars {
+        let (a, b) = (&by_candle[name], by_tape.get(var).expect("a gradient"));
+        let norm =
+            |t: &Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+        assert!(norm(&(a - b)?) <= 1e-4 * norm(a) + 1e-6, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn weights_that_are_computed_pass_their_gradients_on() -> Result<()> {
+    let (_, vars) = partly_trainable("")?;
+    let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
+    let weights = vars.iter().map(|(k, v)| Ok((k.clone(), (v.as_tensor() * 2.0)?)));
+    let weights = weights.collect::<Result<_>>()?;
+    let unet = UNet::new(&config, VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu))?;
+    let x = Sampler::prior((1, 1, 28, 28), 0, &Device::Cpu)?;
+    let t = Tensor::new(&[5u32], &Device::Cpu)?;
+    let found = unet.forward_backward(&x, &t, &Dropout::new(0, 0), &mut |y| Ok(y.clone()))?;
+    assert!(vars.values().all(|var| found.get(var).is_some()));
+    Ok(())
+}
+
+#[test]
+fn many_jobs_share_a_frozen_network() -> Result<()> {
+    // Jobs of one pool: while one of them waits for the others' help, it may begin another.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+    for _ in 0..20 {
+        let (unet, _) = partly_trainable("none")?;
+        let x = Sampler::prior((2, 1, 28, 28), 0, &Device::Cpu)?;
+        let t = Tensor::new(&[1u32, 900], &Device::Cpu)?;
+        let results = std::sync::Mutex::new(Vec::new());
+        pool.scope(|scope| {
+            for _ in 0..24 {
+                scope.spawn(|_| {
+                    let y = unet.forward(&x, &t).unwrap().flatten_all().unwrap();
+                    results.lock().unwrap().push(y.to_vec1::<f32>().unwrap());
+                });
+            }
+        });
+        let results = results.into_inner().unwrap();
+        assert!(results.len() == 24 && results.windows(2).all(|pair| pair[0] == pair[1]));
+    }
+    Ok(())
+}
+
+#[test]
+fn debug_tells_the_shape_and_not_the_values() -> Result<()> {
+    let (unet, _) = partly_trainable("none")?;
+    let x = Sampler::prior((2, 1, 28, 28), 0, &Device::Cpu)?;
+    unet.forward(&x, &Tensor::new(&[1u32, 900], &Device::Cpu)?)?;
+    let text = format!("{unet:?}");
+    assert!(text.contains("hidden_dims: [8, 16]") && text.len() < 1000, "{text}");
+    Ok(())
 }

@@ -166,3 +166,18 @@ fn a_warm_average_forgets_where_it_began() {
     assert!((value(&cold) - all).abs() < 1e-6);
     assert_eq!((warm.updates(), vars["w"].to_vec1::<f32>().unwrap()[0]), (50, 0.0));
 }
+
+#[test]
+fn a_state_in_another_order_of_memory_is_restored() {
+    let var = Var::from_tensor(&Tensor::arange(0f32, 6.0, &Device::Cpu).unwrap()).unwrap();
+    let var = Var::from_tensor(&var.reshape((2, 3)).unwrap()).unwrap();
+    let vars = BTreeMap::from([("w".to_string(), var.clone())]);
+    let mut adam = AdamW::new(AdamConfig::adam(0.1), &vars).unwrap();
+    let moment = Tensor::arange(1f32, 7.0, &Device::Cpu).unwrap().reshape((3, 2)).unwrap();
+    let state = ["exp_avg.w", "exp_avg_sq.w"].map(|key| (key.to_string(), moment.t().unwrap()));
+    adam.restore(1, &BTreeMap::from(state)).unwrap();
+    let gradient = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
+    adam.step(&BTreeMap::from([("w".to_string(), gradient)]), 0.1).unwrap();
+    let state = adam.state().unwrap()["exp_avg.w"].to_vec2::<f32>().unwrap();
+    assert_eq!(state[0].iter().map(|v| (v / 0.9).round()).collect::<Vec<_>>(), [1.0, 3.0, 5.0]);
+}

@@ -191,7 +191,7 @@ mod pairs {
                 match $tile.rows {
                     // SAFETY: passed on.
                     $($height => unsafe { tile::<$height>($tile) },)*
-                    rows => debug_assert!(false, "a tile of {rows} rows"),
+                    rows => assert!(rows == 0, "a tile of {rows} rows"),
                 }
             };
         }

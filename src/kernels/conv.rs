@@ -1,3 +1,5 @@
+use std::fmt;
+
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
 use super::bf16::Unit;
@@ -156,11 +158,18 @@ impl Convolution {
 }
 
 /// A convolution's weights, laid out for the way it is computed.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) enum Weights {
     Winograd(Packed),
     Matrix(Vec<f32>),
     Half(PackedHalf),
+}
+
+impl fmt::Debug for Weights {
+    /// Without the values, of which there may be millions.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Weights").finish_non_exhaustive()
+    }
 }
 
 /// Sums over each image's pixels: (batch, channels).

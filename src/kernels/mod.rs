@@ -61,6 +61,16 @@ mod tests {
         kernel: impl Fn(&[Tensor]) -> Result<Tensor>,
         composed: impl Fn(&[Tensor]) -> Result<Tensor>,
     ) {
+        agrees_within(2e-6, shapes, kernel, composed);
+    }
+
+    /// As [`agrees`], with this relative error.
+    pub(super) fn agrees_within(
+        tolerance: f64,
+        shapes: &[Vec<usize>],
+        kernel: impl Fn(&[Tensor]) -> Result<Tensor>,
+        composed: impl Fn(&[Tensor]) -> Result<Tensor>,
+    ) {
         let normal = |i: usize, shape: &[usize]| {
             let values = Noise::new(5).normal(Purpose::Prior, i as u64, shape, &Device::Cpu);
             values.unwrap()
@@ -90,7 +100,7 @@ mod tests {
             let norm =
                 |t: &Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
             let error = norm(&(ours - theirs).unwrap());
-            let limit = 2e-6 * (1.0 + norm(theirs));
+            let limit = tolerance * (1.0 + norm(theirs));
             assert!(
                 error <= limit,
                 "{}: off by {error:e}, more than {limit:e}",

@@ -1,3 +1,5 @@
+use std::cell::Cell;
+
 use candle_core::Tensor;
 
 use super::layers::{Conv2d, GROUPS, GroupNorm, Linear};
@@ -121,5 +123,58 @@ impl Engine<'_> for Autograd {
         let part = |i| qkv.narrow(2, i * c, c)?.contiguous();
         let y = kernels::attention(&part(0)?, &part(1)?, &part(2)?)?;
         Ok(y.reshape((b, h, w, c))?)
+    }
+}
+
+/// Computes nothing, but sees every weight of a network.
+#[derive(Default)]
+pub(super) struct Survey {
+    /// Whether any takes gradients.
+    pub trainable: Cell<bool>,
+    /// Whether any is computed from others that take gradients.
+    pub derived: Cell<bool>,
+}
+
+impl Survey {
+    fn see(&self, weights: [&Tensor; 2]) {
+        for weight in weights {
+            self.trainable.set(self.trainable.get() || weight.track_op());
+            self.derived.set(self.derived.get() || weight.track_op() && !weight.is_variable());
+        }
+    }
+}
+
+impl Engine<'_> for Survey {
+    type Map = ();
+
+    fn conv(&self, conv: &Conv2d, _: &(), _: Add<'_, ()>) -> Result<()> {
+        self.see([&conv.weight, &conv.bias]);
+        Ok(())
+    }
+
+    fn norm_conv(&self, norm: &GroupNorm, conv: &Conv2d, x: &(), add: Add<'_, ()>) -> Result<()> {
+        self.see([&norm.weight, &norm.bias]);
+        self.conv(conv, x, add)
+    }
+
+    fn upsample_conv(&self, conv: &Conv2d, x: &()) -> Result<()> {
+        self.conv(conv, x, Add::NOTHING)
+    }
+
+    fn linear(&self, _: VectorActivation, linear: &Linear, _: &()) -> Result<()> {
+        self.see([&linear.weight, &linear.bias]);
+        Ok(())
+    }
+
+    fn drop_maps(&self, _: &(), _: &Dropout, _: u16, _: f64) -> Result<()> {
+        Ok(())
+    }
+
+    fn concatenate(&self, _: &(), _: &()) -> Result<()> {
+        Ok(())
+    }
+
+    fn attention(&self, _: &()) -> Result<()> {
+        Ok(())
     }
 }

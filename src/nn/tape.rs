@@ -3,9 +3,10 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
@@ -19,18 +20,44 @@ use crate::kernels::{
 };
 use crate::{Dropout, Precision, Result};
 
-/// Memory that is not in use at the moment, by its size.
-#[derive(Debug, Default)]
-pub(super) struct Pool(Mutex<BTreeMap<usize, Vec<Vec<f32>>>>);
+/// Memory that is not in use at the moment.
+#[derive(Default)]
+pub(super) struct Pool(Mutex<Free>);
+
+#[derive(Default)]
+struct Free {
+    by_size: BTreeMap<usize, Vec<Vec<f32>>>,
+    /// What the memory was used for last: the batch, and whether there is a way back.
+    last: (usize, bool),
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool").finish_non_exhaustive()
+    }
+}
 
 impl Pool {
+    /// Before a pass: another one than the last gets memory of its own sizes, so that what each kind
+    /// of pass ever needed does not add up.
+    fn begin(&self, batch: usize, recording: bool) {
+        let mut free = self.lock();
+        if free.last != (batch, recording) {
+            *free = Free { last: (batch, recording), ..Free::default() };
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Free> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Memory of this length, its content whatever was there before.
     fn take(self: &Arc<Self>, len: usize) -> Buffer {
-        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut free = self.lock();
         // The smallest that is large enough, unless most of it would be wasted.
-        let found = free.range(len..=2 * len).find(|(_, free)| !free.is_empty());
+        let found = free.by_size.range(len..=2 * len).find(|(_, free)| !free.is_empty());
         let values = match found.map(|(&size, _)| size) {
-            Some(size) => free.get_mut(&size).and_then(Vec::pop),
+            Some(size) => free.by_size.get_mut(&size).and_then(Vec::pop),
             None => None,
         };
         drop(free);
@@ -64,8 +91,7 @@ impl DerefMut for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let values = std::mem::take(&mut self.values);
-        let mut free = self.pool.0.lock().unwrap_or_else(PoisonError::into_inner);
-        free.entry(values.len()).or_default().push(values);
+        self.pool.lock().by_size.entry(values.len()).or_default().push(values);
     }
 }
 
@@ -159,13 +185,19 @@ pub(super) struct Tape<'n> {
 }
 
 impl<'n> Tape<'n> {
-    /// For a pass that is to be followed by [`backward`](Self::backward).
-    pub fn recording(pool: &'n Arc<Pool>, precision: Precision) -> Self {
-        Self { nodes: Some(RefCell::default()), ..Self::forgetful(pool, precision) }
+    /// For a pass of this batch that is to be followed by [`backward`](Self::backward).
+    pub fn recording(pool: &'n Arc<Pool>, precision: Precision, batch: usize) -> Self {
+        pool.begin(batch, true);
+        Self { nodes: Some(RefCell::default()), ..Self::new(pool, precision) }
     }
 
     /// For a pass forward only.
-    pub fn forgetful(pool: &'n Arc<Pool>, precision: Precision) -> Self {
+    pub fn forgetful(pool: &'n Arc<Pool>, precision: Precision, batch: usize) -> Self {
+        pool.begin(batch, false);
+        Self::new(pool, precision)
+    }
+
+    fn new(pool: &'n Arc<Pool>, precision: Precision) -> Self {
         let (weights, scratch) = (RefCell::default(), RefCell::default());
         Self { isa: Isa::detect(), precision, pool, nodes: None, weights, scratch }
     }
@@ -255,7 +287,16 @@ impl<'n> Tape<'n> {
                 fresh = sizes.pack(weight);
                 &fresh
             } else {
-                conv.packed[self.precision as usize].get_or_init(|| sizes.pack(weight))
+                // Not packed by `get_or_init`: threads of the pool that wait for the first one would
+                // keep it from ending. At worst it is done twice.
+                let packed = &conv.packed[self.precision as usize];
+                match packed.get() {
+                    Some(weights) => weights,
+                    None => {
+                        let weights = sizes.pack(weight);
+                        packed.get_or_init(|| weights)
+                    }
+                }
             };
             sizes.forward(x, weights, epilogue, &mut y);
             Ok(())
@@ -540,4 +581,43 @@ impl VectorActivation {
 /// The probability that a standard normal lies below `x`.
 fn normal_below(x: f64) -> f64 {
     0.5 * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Denoiser, Parameters, UNet, UNetConfig};
+
+    #[test]
+    fn memory_is_that_of_the_last_kind_of_pass() -> Result<()> {
+        let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
+        let held = |unet: &UNet| -> usize {
+            let free = unet.pool().lock();
+            free.by_size.iter().map(|(size, free)| size * free.len()).sum()
+        };
+        let forward = |unet: &UNet, batch: usize| -> Result<usize> {
+            let x = Tensor::zeros((batch, 1, 28, 28), DType::F32, &Device::Cpu)?;
+            unet.forward(&x, &Tensor::zeros(batch, DType::U32, &Device::Cpu)?)?;
+            Ok(held(unet))
+        };
+        let path = std::path::Path::new("weights");
+        let parameters = Parameters::new(0, DType::F32, &Device::Cpu);
+        parameters.build(&config)?;
+        let weights: BTreeMap<_, _> =
+            parameters.vars().into_iter().map(|(k, v)| (k, v.as_detached_tensor())).collect();
+        let build =
+            || Parameters::frozen(path, weights.clone(), DType::F32, &Device::Cpu).build(&config);
+        let (one, many): (UNet, UNet) = (build()?, build()?);
+        // A few passes until each size has a memory that fits it well enough.
+        let settled = |unet: &UNet| -> Result<usize> {
+            (0..4).map(|_| forward(unet, 6)).last().unwrap_or(Ok(0))
+        };
+        let once = settled(&one)?;
+        assert_eq!(forward(&one, 6)?, once);
+        for batch in 1..6 {
+            forward(&many, batch)?;
+        }
+        assert_eq!(settled(&many)?, once);
+        Ok(())
+    }
 }

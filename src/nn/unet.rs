@@ -1,3 +1,4 @@
+use std::fmt;
 use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
@@ -5,7 +6,7 @@ use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 
 use super::attention::Attention;
-use super::engine::{Add, Autograd, Engine};
+use super::engine::{Add, Autograd, Engine, Survey};
 use super::layers::{Conv2d, GroupNorm};
 use super::tape::{Map, Pool, Tape};
 use super::{ResBlock, TimeEmbedding, UNetConfig, weights_dtype};
@@ -32,7 +33,7 @@ use crate::{Denoiser, Dropout, Error, Network, Precision, Result};
 /// assert_eq!(unet.forward(&x_t, &t)?.dims(), [2, 1, 28, 28]);
 /// # Ok::<(), ddpm::Error>(())
 /// ```
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct UNet {
     config: UNetConfig,
     dtype: DType,
@@ -48,8 +49,19 @@ pub struct UNet {
     pool: Arc<Pool>,
 }
 
+impl fmt::Debug for UNet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UNet")
+            .field("config", &self.config)
+            .field("dtype", &self.dtype)
+            .field("precision", &self.precision)
+            .finish_non_exhaustive()
+    }
+}
+
 impl UNet {
-    /// The network of this shape, its weights taken from `vb`.
+    /// The network of this shape, its weights taken from `vb`: those that take gradients are shared
+    /// with it, all others are copied, so that what becomes of them elsewhere does not matter.
     ///
     /// # Errors
     /// If the configuration is not [valid](UNetConfig::validate), or `vb` is of another dtype than
@@ -186,20 +198,30 @@ impl UNet {
         Ok(kernels::to_channels_first(&y)?.to_dtype(x_t.dtype())?)
     }
 
-    /// Computes on a tape, and gives the output's map for what is to be done with it.
-    fn on_tape<'n, R>(
+    /// The output on a tape: its map, and as images.
+    fn run_on<'n>(
         &'n self,
         tape: &Tape<'n>,
         x_t: &Tensor,
         t: &Tensor,
         dropout: Option<&Dropout>,
-        then: impl FnOnce(Map, Tensor) -> Result<R>,
-    ) -> Result<R> {
+    ) -> Result<(Map, Tensor)> {
         let x = tape.input(&kernels::to_channels_last(&x_t.to_dtype(DType::F32)?)?)?;
         let sinusoids = tape.input(&self.time_mlp.sinusoids(t)?.unsqueeze(1)?.unsqueeze(1)?)?;
         let y = self.run(tape, &x, &sinusoids, dropout)?;
         let output = kernels::to_channels_first(&y.to_tensor()?)?.to_dtype(x_t.dtype())?;
-        then(y, output)
+        Ok((y, output))
+    }
+
+    #[cfg(test)]
+    pub(super) fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    fn survey(&self) -> Result<Survey> {
+        let survey = Survey::default();
+        self.run(&survey, &(), &(), None)?;
+        Ok(survey)
     }
 
     /// Whether a tape can compute the network: it knows f32 on the CPU alone.
@@ -210,14 +232,13 @@ impl UNet {
 
 impl Denoiser for UNet {
     fn forward(&self, x_t: &Tensor, t: &Tensor) -> Result<Tensor> {
-        let differentiable = x_t.track_op() || self.init_conv.weight.track_op();
-        if differentiable || !self.has_tape(x_t) {
+        let survey = self.survey()?;
+        if x_t.track_op() || survey.trainable.get() || !self.has_tape(x_t) {
             return self.forward_autograd(x_t, t, None);
         }
         self.check(x_t, t)?;
-        self.on_tape(&Tape::forgetful(&self.pool, self.precision), x_t, t, None, |_, output| {
-            Ok(output)
-        })
+        let tape = Tape::forgetful(&self.pool, self.precision, x_t.dim(0)?);
+        Ok(self.run_on(&tape, x_t, t, None)?.1)
     }
 
     fn forward_train(&self, x_t: &Tensor, t: &Tensor, dropout: &Dropout) -> Result<Tensor> {
@@ -231,21 +252,21 @@ impl Denoiser for UNet {
         dropout: &Dropout,
         d_output: &mut dyn FnMut(&Tensor) -> Result<Tensor>,
     ) -> Result<GradStore> {
-        if x_t.track_op() || !self.has_tape(x_t) {
+        // Of weights that are computed from others, candle knows how to go on.
+        if x_t.track_op() || self.survey()?.derived.get() || !self.has_tape(x_t) {
             return backward_by_autograd(self, x_t, t, dropout, d_output);
         }
         self.check(x_t, t)?;
-        let tape = Tape::recording(&self.pool, self.precision);
-        self.on_tape(&tape, x_t, t, Some(dropout), |y, output| {
-            let d_output = d_output(&output)?;
-            if d_output.dims() != output.dims() {
-                let expected = format!("{:?}, that of the output", output.dims());
-                let found = d_output.dims().to_vec();
-                return Err(Error::Shape { what: "the output's gradient", found, expected });
-            }
-            let dy = kernels::to_channels_last(&d_output.to_dtype(DType::F32)?)?;
-            tape.backward(y, &dy)
-        })
+        let tape = Tape::recording(&self.pool, self.precision, x_t.dim(0)?);
+        let (y, output) = self.run_on(&tape, x_t, t, Some(dropout))?;
+        let d_output = d_output(&output)?;
+        if d_output.dims() != output.dims() {
+            let expected = format!("{:?}, that of the output", output.dims());
+            let found = d_output.dims().to_vec();
+            return Err(Error::Shape { what: "the output's gradient", found, expected });
+        }
+        let dy = kernels::to_channels_last(&d_output.to_dtype(DType::F32)?)?;
+        tape.backward(y, &dy)
     }
 }
 

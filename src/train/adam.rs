@@ -176,7 +176,8 @@ impl AdamW {
         for gradient in gradients.values() {
             squares += with_values([gradient], |[values]| Ok(sum_of_squares(isa, values)))?;
         }
-        let norm = squares.sqrt();
+        // Above, a gradient's square may be beyond f32, and Adam's mean of it infinite for ever.
+        let norm = if squares < 1e36 { squares.sqrt() } else { squares.sqrt() * f64::INFINITY };
         let scale = if max_norm.is_finite() { (max_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
         self.step_by_kernel(&gradients, learning_rate, scale, ema)?;
         Ok(Tensor::new(norm as f32, &Device::Cpu)?)
@@ -310,7 +311,8 @@ impl AdamW {
                     });
                 };
                 // A copy: updates change it in place.
-                *value = stored.to_dtype(value.dtype())?.to_device(value.device())?.copy()?;
+                let stored = stored.to_dtype(value.dtype())?.to_device(value.device())?;
+                *value = stored.contiguous()?.copy()?;
             }
         }
         self.step = steps;

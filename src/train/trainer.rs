@@ -231,6 +231,11 @@ impl<N: Network> Trainer<N> {
                 Ok((error * (2.0 * scale))?)
             })?;
 
+            if losses.len() != first / part + 1 {
+                let expected = "called once by forward_backward";
+                return Err(Error::config("d_output", "called more often, or never", expected));
+            }
+
             for (name, new) in by_name(found, &self.vars) {
                 let total = match sums.remove(&name) {
                     Some(old) => (old + new)?,
