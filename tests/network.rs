@@ -269,11 +269,13 @@ fn a_partly_trainable_network_has_the_gradients_of_that_part() -> Result<()> {
     let by_candle = gradients(&loss, &vars)?;
     let by_tape = unet.forward_backward(&x, &t, &Dropout::new(0, 0), &mut |y| Ok((y * 2.0)?))?;
     assert!(!vars.is_empty() && by_candle.len() == vars.len());
+    let norm = |t: &Tensor| -> Result<f32> { Ok(t.sqr()?.sum_all()?.to_scalar::<f32>()?.sqrt()) };
+    let norms = by_candle.values().map(norm).collect::<Result<Vec<_>>>()?;
+    let largest = norms.into_iter().fold(0.0, f32::max);
     for (name, var) in &vars {
         let (a, b) = (&by_candle[name], by_tape.get(var).expect("a gradient"));
-        let norm =
-            |t: &Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
-        assert!(norm(&(a - b)?) <= 1e-4 * norm(a) + 1e-6, "{name}");
+        // A bias before groups of one channel has no gradient but rounding's.
+        assert!(norm(&(a - b)?)? <= 1e-4 * norm(a)? + 1e-6 * largest, "{name}");
     }
     Ok(())
 }
