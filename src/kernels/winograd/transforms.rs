@@ -1,0 +1,355 @@
+//! From pixels to the places of tiles, and back. See [`winograd`](super).
+
+use std::ops::Range;
+
+use super::PLACES;
+use crate::kernels::product::PANEL;
+use crate::kernels::simd::{Simd, simd_fn};
+
+/// The array of an expression's values. Not `array::map`: a closure that stays a function of its own
+/// is compiled without the instruction set.
+macro_rules! each {
+    ($i:ident in $($n:literal)+ => $value:expr) => {
+        [$({
+            const $i: usize = $n;
+            $value
+        }),+]
+    };
+}
+
+simd_fn! {
+    /// `G w G^T` of a panel's kernels for one input channel.
+    pub(super) fn transform_kernels<S>(
+        values: &mut [f32], rows: usize, row: usize, taps: &[[f32; PANEL]; 9],
+    ) {
+        assert!(values.len() >= PLACES * rows * PANEL && row < rows);
+        for j in (0..PANEL).step_by(S::WIDTH) {
+            // SAFETY: `j` and the vector after it lie within PANEL; places, by the assertion,
+            // within `values`.
+            unsafe {
+                let columns = each!(X in 0 1 2 => {
+                    kernel_line(each!(Y in 0 1 2 => S::load(taps[3 * Y + X].as_ptr().add(j))))
+                });
+                let lines = each!(Y in 0 1 2 3 => kernel_line(each!(X in 0 1 2 => columns[X][Y])));
+for (y, line) in lines.into_iter().enumerate() {
+for (x, u) in line.into_iter().enumerate() {
+                        u.store(values.as_mut_ptr().add(((4 * y + x) * rows + row) * PANEL + j));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `G w`.
+#[inline(always)]
+fn kernel_line<S: Simd>(w: [S; 3]) -> [S; 4] {
+    let (half, ends) = (S::splat(0.5), w[0].add(w[2]));
+    [w[0], ends.add(w[1]).mul(half), ends.sub(w[1]).mul(half), w[2]]
+}
+
+simd_fn! {
+    /// `B^T d B` of each tile in a row of tiles: tile k's place p goes to `v[p * stride + (first +
+    /// k) * channels]`. Beyond the image's edges pixels are 0.
+    pub(super) fn transform_input<S>(
+        v: &mut [f32],
+        stride: usize,
+        first: usize,
+        image: &[f32],
+        size: (usize, usize, usize),
+        top: usize,
+    ) {
+        let (h, w, channels) = size;
+        let tiles = w.div_ceil(2);
+        assert!(PLACES * stride <= v.len() && (first + tiles) * channels <= stride);
+        assert_eq!(image.len(), h * w * channels);
+        let v = v.as_mut_ptr();
+        for tile in 0..tiles {
+            // Pixel (y, x) of the tile, where it is within the image.
+            let pixel = |y: usize, x: usize| -> Option<*const f32> {
+                let (y, x) = ((top + y).wrapping_sub(1), (2 * tile + x).wrapping_sub(1));
+                (y < h && x < w).then(|| image[(y * w + x) * channels..].as_ptr())
+            };
+            let pixels: [[Option<*const f32>; 4]; 4] =
+                each!(Y in 0 1 2 3 => each!(X in 0 1 2 3 => pixel(Y, X)));
+            // SAFETY: pixels have `channels` values each, and the loops below end there; the place
+            // of tile `first + tile` lies within `v` by the assertion.
+            unsafe {
+                let v = v.add((first + tile) * channels);
+                let mut c = 0;
+                while c + S::WIDTH <= channels {
+                    input_tile::<S>(v.add(c), stride, &pixels, c);
+                    c += S::WIDTH;
+                }
+                while c < channels {
+                    input_tile::<f32>(v.add(c), stride, &pixels, c);
+                    c += 1;
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// Each pixel must be readable, and each place writable, for a vector.
+#[inline(always)]
+unsafe fn input_tile<S: Simd>(
+    v: *mut f32,
+    stride: usize,
+    pixels: &[[Option<*const f32>; 4]; 4],
+    c: usize,
+) {
+    // SAFETY: passed on.
+    unsafe {
+        let columns = each!(X in 0 1 2 3 => {
+            input_line(each!(Y in 0 1 2 3 => match pixels[Y][X] {
+                Some(pixel) => S::load(pixel.add(c)),
+                None => S::splat(0.0),
+            }))
+        });
+        let rows = each!(Y in 0 1 2 3 => input_line(each!(X in 0 1 2 3 => columns[X][Y])));
+        for (y, row) in rows.into_iter().enumerate() {
+            for (x, value) in row.into_iter().enumerate() {
+                value.store(v.add((4 * y + x) * stride));
+            }
+        }
+    }
+}
+
+/// `B^T d`.
+#[inline(always)]
+fn input_line<S: Simd>(d: [S; 4]) -> [S; 4] {
+    [d[0].sub(d[2]), d[1].add(d[2]), d[2].sub(d[1]), d[1].sub(d[3])]
+}
+
+simd_fn! {
+    /// `A^T m A` of each tile in a row of tiles, and what is added to it; `y` and `residual` are the
+    /// pixel rows of the row of tiles, one or two.
+    pub(super) fn transform_output<S>(
+        y: &mut [f32],
+        m: &[f32],
+        stride: usize,
+        first: usize,
+        size: (usize, usize),
+        shift: &[f32],
+        residual: Option<&[f32]>,
+        accumulate: bool,
+    ) {
+        let (w, channels) = size;
+        let tiles = w.div_ceil(2);
+        let row = channels.div_ceil(PANEL) * PANEL;
+        let rows = y.len() / (w * channels);
+        assert!(PLACES * stride <= m.len() && (first + tiles) * row <= stride);
+        assert!(shift.len() == channels && residual.is_none_or(|r| r.len() == y.len()));
+        assert!((1..=2).contains(&rows) && y.len() == rows * w * channels);
+        for tile in 0..tiles {
+            let columns = (w - 2 * tile).min(2);
+            let begin = 2 * tile * channels;
+            let down = if rows == 2 { Some(w * channels) } else { None };
+            let right = (columns == 2).then_some(channels);
+            let out = OutputTile {
+                m: m[(first + tile) * row..].as_ptr(),
+                stride,
+                y: y[begin..].as_mut_ptr(),
+                residual: residual.map(|r| r[begin..].as_ptr()),
+                shift: shift.as_ptr(),
+                down,
+                right,
+                accumulate,
+            };
+            let mut c = 0;
+            // SAFETY: the assertions hold all of the tile's pixels within `y`, and all of its
+            // places within `m`.
+            unsafe {
+                while c + S::WIDTH <= channels {
+                    out.write::<S>(c);
+                    c += S::WIDTH;
+                }
+                while c < channels {
+                    out.write::<f32>(c);
+                    c += 1;
+                }
+            }
+        }
+    }
+}
+
+struct OutputTile {
+    m: *const f32,
+    stride: usize,
+    y: *mut f32,
+    residual: Option<*const f32>,
+    shift: *const f32,
+    /// To the pixels below and to the right, where the map has them.
+    down: Option<usize>,
+    right: Option<usize>,
+    accumulate: bool,
+}
+
+impl OutputTile {
+    /// # Safety
+    /// All of the tile must be readable, and its pixels writable, for a vector at `c`.
+    #[inline(always)]
+    unsafe fn write<S: Simd>(&self, c: usize) {
+        // SAFETY: passed on.
+        unsafe {
+            let shift = S::load(self.shift.add(c));
+            let columns = each!(X in 0 1 2 3 => {
+                let place = self.m.add(X * self.stride + c);
+                output_line(each!(Y in 0 1 2 3 => S::load(place.add(4 * Y * self.stride))))
+            });
+            let rows = each!(Y in 0 1 => output_line(each!(X in 0 1 2 3 => columns[X][Y])));
+            for (y, row) in rows.into_iter().enumerate() {
+                let Some(down) = (if y == 0 { Some(0) } else { self.down }) else { continue };
+                for (x, value) in row.into_iter().enumerate() {
+                    let Some(right) = (if x == 0 { Some(0) } else { self.right }) else { continue };
+                    let place = down + right + c;
+                    let mut value = value.add(shift);
+                    if let Some(residual) = self.residual {
+                        value = value.add(S::load(residual.add(place)));
+                    }
+                    if self.accumulate {
+                        value = value.add(S::load(self.y.add(place)));
+                    }
+                    value.store(self.y.add(place));
+                }
+            }
+        }
+    }
+}
+
+/// `A^T m`.
+#[inline(always)]
+fn output_line<S: Simd>(m: [S; 4]) -> [S; 2] {
+    [m[0].add(m[1]).add(m[2]), m[1].sub(m[2]).sub(m[3])]
+}
+
+simd_fn! {
+    /// `A dy A^T` of some channels of each tile in a row of tiles, in panels: place p of tile k in
+    /// panel q goes to `d[(q * 16 + p) * stride + (first + k) * PANEL]`.
+    pub(super) fn transform_gradient<S>(
+        d: &mut [f32],
+        stride: usize,
+        first: usize,
+        dy: &[f32],
+        size: (usize, usize),
+        some: Range<usize>,
+    ) {
+        let (w, channels) = size;
+        let tiles = w.div_ceil(2);
+        let panels = some.len().div_ceil(PANEL);
+        let rows = dy.len() / (w * channels);
+        assert!(some.end <= channels && panels * PLACES * stride <= d.len());
+        assert!((first + tiles) * PANEL <= stride && dy.len() == rows * w * channels);
+        let d = d.as_mut_ptr();
+        for tile in 0..tiles {
+            let pixel = |y: usize, x: usize| -> Option<*const f32> {
+                let x = 2 * tile + x;
+                (y < rows && x < w).then(|| dy[(y * w + x) * channels..][some.clone()].as_ptr())
+            };
+            let pixels = [[pixel(0, 0), pixel(0, 1)], [pixel(1, 0), pixel(1, 1)]];
+            for c in (0..panels * PANEL).step_by(S::WIDTH) {
+                // SAFETY: pixels have `some.len()` values each, and no vector goes beyond; the
+                // assertions hold places within `d`.
+                unsafe {
+                    let place = c / PANEL * PLACES * stride + (first + tile) * PANEL + c % PANEL;
+                    let d = d.add(place);
+                    if c + S::WIDTH <= some.len() {
+                        gradient_tile::<S>(d, stride, &pixels, c);
+                    } else {
+                        for lane in 0..S::WIDTH {
+                            let inside = c + lane < some.len();
+                            let pixels = if inside { pixels } else { [[None; 2]; 2] };
+                            gradient_tile::<f32>(d.add(lane), stride, &pixels, c + lane);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// Each pixel must be readable, and each place writable, for a vector.
+#[inline(always)]
+unsafe fn gradient_tile<S: Simd>(
+    d: *mut f32,
+    stride: usize,
+    pixels: &[[Option<*const f32>; 2]; 2],
+    c: usize,
+) {
+    // SAFETY: passed on.
+    unsafe {
+        let columns = each!(X in 0 1 => {
+            gradient_line(each!(Y in 0 1 => match pixels[Y][X] {
+                Some(pixel) => S::load(pixel.add(c)),
+                None => S::splat(0.0),
+            }))
+        });
+        let rows = each!(Y in 0 1 2 3 => gradient_line(each!(X in 0 1 => columns[X][Y])));
+        for (y, row) in rows.into_iter().enumerate() {
+            for (x, value) in row.into_iter().enumerate() {
+                value.store(d.add((4 * y + x) * stride));
+            }
+        }
+    }
+}
+
+/// `A dy`.
+#[inline(always)]
+fn gradient_line<S: Simd>(d: [S; 2]) -> [S; 4] {
+    [d[0], d[0].add(d[1]), d[0].sub(d[1]), S::splat(0.0).sub(d[1])]
+}
+
+simd_fn! {
+    /// `G^T u G` for a panel of output channels: `u` (16, in, PANEL), the sum of `parts` such that
+    /// are `part_len` apart, to `dweight` (out, in, 9).
+    pub(super) fn kernel_gradient<S>(
+        dweight: &mut [f32],
+        u: &[f32],
+        part_len: usize,
+        parts: usize,
+        c_in: usize,
+    ) {
+        assert!((parts - 1) * part_len + PLACES * c_in * PANEL <= u.len());
+        let count = dweight.len() / (c_in * 9);
+        assert!(count <= PANEL);
+        let mut taps = [[0f32; PANEL]; 9];
+        for i in 0..c_in {
+            for j in (0..PANEL).step_by(S::WIDTH) {
+                // SAFETY: `j` and the vector after it lie within PANEL, every place within `u`.
+                unsafe {
+                    let columns = each!(X in 0 1 2 3 => {
+                        kernel_gradient_line(each!(Y in 0 1 2 3 => {
+                            let place = u.as_ptr().add(((4 * Y + X) * c_in + i) * PANEL + j);
+                            let mut sum = S::load(place);
+                            for part in 1..parts {
+                                sum = sum.add(S::load(place.add(part * part_len)));
+                            }
+                            sum
+                        }))
+                    });
+                    let rows = each!(Y in 0 1 2 => kernel_gradient_line(each!(X in 0 1 2 3 => columns[X][Y])));
+for (y, row) in rows.into_iter().enumerate() {
+for (x, value) in row.into_iter().enumerate() {
+                            value.store(taps[3 * y + x].as_mut_ptr().add(j));
+                        }
+                    }
+                }
+            }
+            for (o, dweight) in dweight.chunks_mut(c_in * 9).enumerate().take(count) {
+                for (tap, value) in dweight[i * 9..][..9].iter_mut().enumerate() {
+                    *value = taps[tap][o];
+                }
+            }
+        }
+    }
+}
+
+/// `G^T u`.
+#[inline(always)]
+fn kernel_gradient_line<S: Simd>(u: [S; 4]) -> [S; 3] {
+    let half = S::splat(0.5);
+    let (sum, difference) = (u[1].add(u[2]).mul(half), u[1].sub(u[2]).mul(half));
+    [u[0].add(sum), difference, u[3].add(sum)]
+}
