@@ -260,7 +260,7 @@ fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
     assert_fails(&mut number("a", &[]), &["t10k-labels-idx1-ubyte", "12 bytes"])?;
     let labels = [&[0, 0, 8, 1, 0, 0, 0, 10][..], &[77; 10]].concat();
     fs::write(data.join("t10k-labels-idx1-ubyte"), labels)?;
-    assert_fails(&mut number("a", &[]), &["a label is 77", "0 to 9"])?;
+    assert_fails(&mut number("a", &[]), &["the label of image 0 is 77", "0 to 9"])?;
     fs::remove_file(data.join("t10k-labels-idx1-ubyte"))?;
     assert_fails(&mut number("a", &[]), &["t10k-labels-idx1-ubyte", "fetch-data mnist"])
 }

@@ -122,8 +122,10 @@ impl Classifier {
 /// The digits' labels, which must be digits.
 pub fn labels(images: &Images) -> Result<&[u8]> {
     let labels = images.labels().ok_or("the digits have no labels")?;
-    match labels.iter().find(|&&label| usize::from(label) >= CLASSES) {
-        Some(label) => Err(format!("a label is {label}; those of digits are 0 to 9").into()),
+    match labels.iter().position(|&label| usize::from(label) >= CLASSES) {
+        Some(i) => {
+            Err(format!("the label of image {i} is {}; digits are 0 to 9", labels[i]).into())
+        }
         None => Ok(labels),
     }
 }

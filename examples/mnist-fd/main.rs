@@ -74,6 +74,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let (train, test) = datasets::mnist_digits(&cli.data)?;
     for set in [&train, &test] {
         datasets::check_shape(set, channels, image_size)?;
+        classifier::labels(&set.images)?;
     }
     if train.images.len().min(test.images.len()) < 2 {
         return Err(format!("{}: at least 2 images of each kind are needed", test.about).into());
