@@ -2,73 +2,33 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use clap::{Parser, ValueEnum};
-use common::cli::{self, Result, fraction, precision, whole};
+use clap::Parser;
+use common::cli::{self, Result, whole};
 use common::progress::Progress;
+use common::sampling::SamplingArgs;
 use common::{device, files, pictures};
-use ddpm::{Checkpoint, Denoiser, Error, Precision, Sampler, Solver, Steps, UNetConfig};
+use ddpm::{Denoiser, Steps, UNetConfig};
 
 /// Draw images from a checkpoint of mnist or cifar10
 #[derive(Parser)]
 #[command(name = "sample", version)]
 struct Cli {
-    /// The checkpoint's directory, such as out/mnist/checkpoint
-    #[arg(long, value_name = "DIR")]
-    checkpoint: PathBuf,
+    #[command(flatten)]
+    sampling: SamplingArgs,
     /// How many images
     #[arg(long, value_name = "N", default_value = "64", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=1024))]
     count: usize,
-    /// How to go from one timestep to the next
-    #[arg(long, value_enum, default_value = "ddim")]
-    solver: SolverName,
-    /// How many timesteps; 50 unless given, all of them for ddpm
-    #[arg(long, value_name = "S", allow_negative_numbers = true,
-          value_parser = whole::<usize>(1..=1_000_000))]
-    sampling_steps: Option<usize>,
-    /// Noise of ddim's steps, from 0 (none, and the default) to 1
-    #[arg(long, value_name = "E", allow_negative_numbers = true, value_parser = fraction)]
-    eta: Option<f64>,
-    /// Which images
-    #[arg(long, value_name = "K", default_value = "0", allow_negative_numbers = true,
-          value_parser = whole::<u64>(0..=u64::MAX))]
-    seed: u64,
-    /// The averaged weights, or those of the last update
-    #[arg(long, value_enum, default_value = "ema")]
-    weights: Weights,
-    /// How exactly products are computed: highest, high or bf16 (with the feature f16)
-    #[arg(long, value_name = "P", default_value = "highest", value_parser = precision)]
-    precision: Precision,
-    /// Do not clip the predicted image to the range of pixels at each step
-    #[arg(long)]
-    no_clip: bool,
     /// The picture to write
     #[arg(long, value_name = "FILE.png", default_value = "samples.png")]
     out: PathBuf,
     /// An animation of the denoising to write
     #[arg(long, value_name = "FILE.gif")]
     gif: Option<PathBuf>,
-    /// Sample on the CPU, even where this was built for a GPU
-    #[arg(long)]
-    cpu: bool,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum SolverName {
-    /// Ancestral sampling
-    Ddpm,
-    /// Denoising diffusion implicit models
-    Ddim,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Weights {
-    Ema,
-    Model,
 }
 
 fn main() -> ExitCode {
@@ -76,24 +36,20 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<ExitCode> {
-    let checkpoint = open(&cli.checkpoint)?;
+    let checkpoint = cli.sampling.open()?;
     let network: UNetConfig = checkpoint.network()?;
     pictures::check_channels(network.channels)?;
-    let sampler = sampler(&cli, &checkpoint)?;
+    let sampler = cli.sampling.sampler(&checkpoint)?;
     files::check("--out", &cli.out, "png")?;
     cli.gif.as_deref().map_or(Ok(()), |gif| files::check("--gif", gif, "gif"))?;
 
-    let device = device::pick(cli.cpu)?;
-    let model = match cli.weights {
-        Weights::Ema => checkpoint.ema::<UNetConfig>(&device)?,
-        Weights::Model => checkpoint.model::<UNetConfig>(&device)?,
-    }
-    .with_precision(cli.precision)?;
+    let device = device::pick(cli.sampling.cpu)?;
+    let model = cli.sampling.model(&checkpoint, &device)?;
     println!("checkpoint  {}, step {}", checkpoint.dir().display(), checkpoint.step());
     println!("device      {}", device::describe(&device));
     let start = Instant::now();
     let shape = (cli.count, network.channels, network.image_size, network.image_size);
-    draw(&cli, sampler.steps(&model, shape, cli.seed, &device)?)?;
+    draw(&cli, sampler.steps(&model, shape, cli.sampling.seed, &device)?)?;
 
     let files: Vec<_> = [Some(&cli.out), cli.gif.as_ref()].into_iter().flatten().collect();
     let files: Vec<_> = files.iter().map(|path| path.display().to_string()).collect();
@@ -101,29 +57,6 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let images = if cli.count == 1 { "image" } else { "images" };
     println!("{} {images} in {seconds:.1} s: {}", cli.count, files.join(", "));
     Ok(ExitCode::SUCCESS)
-}
-
-fn open(dir: &Path) -> Result<Checkpoint> {
-    Checkpoint::open(dir).map_err(|error| {
-        let nested = dir.join("checkpoint");
-        match error {
-            Error::NoCheckpoint { .. } if nested.is_dir() => {
-                format!("{error}; --checkpoint {} is one", nested.display()).into()
-            }
-            _ => error.into(),
-        }
-    })
-}
-
-fn sampler(cli: &Cli, checkpoint: &Checkpoint) -> Result<Sampler> {
-    let all = checkpoint.diffusion().schedule().steps();
-    let (solver, steps) = match (cli.solver, cli.eta) {
-        (SolverName::Ddpm, None) => (Solver::ddpm(), all),
-        (SolverName::Ddpm, Some(_)) => return Err("--eta is for --solver ddim only".into()),
-        (SolverName::Ddim, eta) => (Solver::Ddim { eta: eta.unwrap_or(0.0) }, all.min(50)),
-    };
-    let steps = cli.sampling_steps.unwrap_or(steps);
-    Ok(Sampler::new(checkpoint.diffusion(), solver, steps)?.clip_denoised(!cli.no_clip))
 }
 
 /// Takes the steps, and writes the pictures.

@@ -66,8 +66,11 @@ fn write_idx(dir: &Path, count: u8) -> Result<()> {
     images.extend((0..u32::from(count) * 784).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8));
     let mut labels = [[0, 0, 8, 1], [0, 0, 0, count]].concat();
     labels.extend(0..count);
-    fs::write(dir.join("train-images-idx3-ubyte"), images)?;
-    Ok(fs::write(dir.join("train-labels-idx1-ubyte"), labels)?)
+    for part in ["train", "t10k"] {
+        fs::write(dir.join(format!("{part}-images-idx3-ubyte")), &images)?;
+        fs::write(dir.join(format!("{part}-labels-idx1-ubyte")), &labels)?;
+    }
+    Ok(())
 }
 
 fn metrics(out: &Path) -> Result<Vec<Value>> {
@@ -139,6 +142,7 @@ fn a_run_on_the_embedded_digits_writes_all_its_files() -> Result<()> {
     assert_eq!(steps(&out)?, [1, 2, 3]);
 
     samples(&checkpoint, temp.path())?;
+    a_number(&checkpoint, temp.path())?;
     errors_about_a_run(&out, temp.path())
 }
 
@@ -203,6 +207,62 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
         assert!(read("a.png")? != read(png)?, "{args:?} changed nothing");
     }
     Ok(())
+}
+
+fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
+    let (data, dir) = (temp.join("ten"), temp.join("mnist-fd"));
+    write_idx(&data, 10)?;
+    let number = |name: &str, args: &[&str]| {
+        let mut command = example("mnist-fd");
+        command.args(["--count", "3", "--sampling-steps", "2"]).args(args);
+        command.arg("--data").arg(&data).arg("--checkpoint").arg(checkpoint);
+        command.arg("--classifier").arg(dir.join(format!("{name}.safetensors")));
+        command.arg("--json").arg(dir.join(format!("{name}.json")));
+        command
+    };
+    let said = succeed(&mut number("a", &["--classifier-steps", "2"]))?;
+    for part in ["training    a classifier, 2 steps", "of 10 test images", "train images", "noise"]
+    {
+        assert!(said.contains(part), "{said:?} does not say {part:?}");
+    }
+    let read = |name: &str| -> Result<Value> {
+        Ok(serde_json::from_slice(&fs::read(dir.join(format!("{name}.json")))?)?)
+    };
+    let json = read("a")?;
+    assert_eq!((&json["step"], &json["test_images"]), (&3.into(), &10.into()));
+    for set in ["samples", "train_images", "uniform_noise"] {
+        let figures = &json[set];
+        assert!(figures["mnist_fd"].as_f64().is_some_and(|d| d >= 0.0), "{figures}");
+        assert!(figures["confident"].as_f64().is_some_and(|c| (0.0..=1.0).contains(&c)));
+        let classes = figures["classes"].as_array().ok_or("an array")?;
+        assert_eq!(classes.iter().filter_map(Value::as_u64).sum::<u64>(), 3);
+        assert_eq!((&figures["images"], classes.len()), (&3.into(), 10));
+    }
+
+    // Used again; trained again, it is the same.
+    let said = succeed(&mut number("a", &[]))?;
+    assert!(!said.contains("training"), "{said}");
+    assert_eq!(read("a")?, json);
+    succeed(&mut number("b", &["--classifier-steps", "2"]))?;
+    assert_eq!(read("b")?["samples"], json["samples"]);
+    succeed(&mut number("a", &["--seed", "1"]))?;
+    assert_ne!(read("a")?["samples"], json["samples"]);
+
+    fs::copy(checkpoint.join("ema.safetensors"), dir.join("unet.safetensors"))?;
+    assert_fails(&mut number("unet", &[]), &["unet.safetensors", "conv1.weight", "missing"])?;
+    fs::write(dir.join("cut.safetensors"), "{")?;
+    assert_fails(&mut number("cut", &[]), &["cut.safetensors", "truncated"])?;
+    assert_fails(&mut number("a", &["--solver", "ddpm", "--eta", "1"]), &["--solver ddim only"])?;
+    fs::write(
+        data.join("t10k-labels-idx1-ubyte"),
+        [[0, 0, 8, 1], [0, 0, 0, 10], [77; 4]].concat(),
+    )?;
+    assert_fails(&mut number("a", &[]), &["t10k-labels-idx1-ubyte", "12 bytes"])?;
+    let labels = [&[0, 0, 8, 1, 0, 0, 0, 10][..], &[77; 10]].concat();
+    fs::write(data.join("t10k-labels-idx1-ubyte"), labels)?;
+    assert_fails(&mut number("a", &[]), &["the label of image 0 is 77", "0 to 9"])?;
+    fs::remove_file(data.join("t10k-labels-idx1-ubyte"))?;
+    assert_fails(&mut number("a", &[]), &["t10k-labels-idx1-ubyte", "fetch-data mnist"])
 }
 
 fn errors_about_a_run(out: &Path, temp: &Path) -> Result<()> {
@@ -313,6 +373,11 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
         ("sample", &["--eta", "2"], &["'2'", "a number from 0 to 1"]),
         ("sample", &["--eta", "nan"], &["'nan'", "a number from 0 to 1"]),
         ("sample", &["--count", "0"], &["'0'", "whole number from 1 to 1024"]),
+        ("mnist-fd", &["--checkpoint", &nothing], &["required", "--data <DIR>"]),
+        ("mnist-fd", &["--data", &cut], &["required", "--checkpoint <DIR>"]),
+        ("mnist-fd", &["--data", &cut, "--checkpoint", &nothing], &["no checkpoint here"]),
+        ("mnist-fd", &["--count", "1"], &["'1'", "whole number from 2 to 100000"]),
+        ("mnist-fd", &["--classifier-steps", "0"], &["'0'", "whole number from 1 to 1000000"]),
     ];
     for (name, args, expected) in cases {
         assert_fails(example(name).args(*args), expected)?;

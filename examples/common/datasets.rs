@@ -39,10 +39,20 @@ pub fn mnist(data: Option<&Path>, fashion: bool) -> Result<DataSet> {
     if dir.as_os_str() == HUB {
         return Ok(DataSet::new(name, "from the Hugging Face hub", hub::mnist(fashion)?));
     }
+    read_mnist(name, folder, dir, Split::Train)
+}
+
+/// The digits of a full set, those to train on and those to test with.
+pub fn mnist_digits(dir: &Path) -> Result<(DataSet, DataSet)> {
+    let read = |split| read_mnist("MNIST", "mnist", dir, split);
+    Ok((read(Split::Train)?, read(Split::Test)?))
+}
+
+fn read_mnist(name: &str, folder: &str, dir: &Path, split: Split) -> Result<DataSet> {
     // Either DIR itself, or what fetch-data made in it.
     let nested = dir.join(folder);
     let place = if nested.is_dir() { &nested } else { dir };
-    let images = data::mnist(place, Split::Train).map_err(|e| fetch(e, folder, dir))?;
+    let images = data::mnist(place, split).map_err(|e| fetch(e, folder, dir))?;
     Ok(DataSet::new(name, &format!("from {}", place.display()), images))
 }
 

@@ -10,5 +10,6 @@ pub mod interrupt;
 pub mod metrics;
 pub mod pictures;
 pub mod progress;
+pub mod sampling;
 pub mod train;
 mod watch;

@@ -55,7 +55,8 @@ pub fn grid(images: &Tensor) -> Result<DynamicImage> {
     Ok(if channels == 1 { DynamicImage::from(picture).into_luma8().into() } else { picture.into() })
 }
 
-fn to_byte(value: f32) -> u8 {
+/// A pixel in [-1, 1] as a file has it.
+pub fn to_byte(value: f32) -> u8 {
     // `as` saturates.
     ((value + 1.0) * 127.5).round() as u8
 }

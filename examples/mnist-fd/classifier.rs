@@ -1,0 +1,175 @@
+//! A classifier of digits: what it sees in an image just before it decides are the features.
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{Linear, Module, VarBuilder, linear, loss, ops};
+use ddpm::{AdamConfig, AdamW, ImageSource, Images, Parameters, gradients};
+
+use super::common::cli::Result;
+use super::common::files;
+use super::common::progress::Progress;
+use super::random::Random;
+
+/// Height and width of an image.
+pub const SIZE: usize = 28;
+pub const CLASSES: usize = 10;
+/// Numbers in an image's features.
+pub const FEATURES: usize = 64;
+
+/// Of the image, and of maps 14, 7 and 4 pixels high.
+const CHANNELS: [usize; 4] = [1, 16, 64, 64];
+/// Height and width of the first convolution's map.
+const FIRST: usize = SIZE / 2;
+/// Pixels that it computes each of its own from.
+const PATCH: usize = 4 * 4;
+
+const SEED: u64 = 0;
+const BATCH: usize = 100;
+const LEARNING_RATE: f64 = 2e-3;
+/// Training images are shifted by up to so many pixels.
+const SHIFT: usize = 2;
+
+pub struct Classifier {
+    convolutions: [Linear; 3],
+    hidden: Linear,
+    output: Linear,
+    device: Device,
+}
+
+impl Classifier {
+    fn new(vb: VarBuilder, device: &Device) -> candle_core::Result<Self> {
+        let convolution =
+            |i: usize| linear(PATCH * CHANNELS[i - 1], CHANNELS[i], vb.pp(format!("conv{i}")));
+        Ok(Self {
+            convolutions: [convolution(1)?, convolution(2)?, convolution(3)?],
+            hidden: linear(4 * 4 * CHANNELS[3], FEATURES, vb.pp("hidden"))?,
+            output: linear(FEATURES, CLASSES, vb.pp("output"))?,
+            device: device.clone(),
+        })
+    }
+
+    pub fn load(path: &Path, device: &Device) -> Result<Self> {
+        let parameters = Parameters::load(path, DType::F32, device)?;
+        Self::new(parameters.builder(), device)
+            .map_err(|e| format!("{}: not a classifier of mnist-fd: {e}", path.display()).into())
+    }
+
+    /// Trains one on images with labels, by Adam with a learning rate that falls to 0, and writes
+    /// its weights to `path`.
+    pub fn train(images: &Images, steps: u64, path: &Path, device: &Device) -> Result<Self> {
+        let labels = labels(images)?;
+        let parameters = Parameters::new(SEED, DType::F32, device);
+        let classifier = Self::new(parameters.builder(), device)?;
+        let vars = parameters.vars();
+        let mut adam = AdamW::new(AdamConfig::adam(LEARNING_RATE), &vars)?;
+        let mut random = Random(SEED);
+        let mut order: Vec<usize> = vec![];
+        let mut progress = Progress::new(steps, 0);
+        for step in 0..steps {
+            let (mut patches, mut targets) = (vec![], vec![]);
+            for _ in 0..BATCH {
+                if order.is_empty() {
+                    order = (0..images.len()).collect();
+                    random.shuffle(&mut order);
+                }
+                let index = order.pop().ok_or("there are no images")?;
+                let mut shift = || random.below(2 * SHIFT + 1) as isize - SHIFT as isize;
+                lay_out(images, index, (shift(), shift()), &mut patches)?;
+                targets.push(u32::from(labels[index]));
+            }
+            let output = classifier.output.forward(&classifier.see(patches)?)?;
+            let loss = loss::cross_entropy(&output, &Tensor::new(targets, device)?)?;
+            let rate = LEARNING_RATE * (1.0 - step as f64 / steps as f64);
+            adam.step(&gradients(&loss, &vars)?, rate)?;
+            progress.loss(step + 1, loss.to_scalar::<f32>()?.into());
+            progress.advance(step + 1);
+        }
+        progress.finish();
+        let weights = vars.iter().map(|(name, var)| (name.as_str(), var.as_tensor().clone()));
+        files::write(path, &safetensors::serialize(weights, None)?)?;
+        Ok(classifier)
+    }
+
+    /// The features of all images, one after the other, and the probabilities of their classes.
+    pub fn look(&self, images: &Images) -> Result<(Vec<f32>, Vec<Vec<f32>>)> {
+        let (mut features, mut probabilities) = (vec![], vec![]);
+        for start in (0..images.len()).step_by(BATCH) {
+            let mut patches = vec![];
+            for index in start..images.len().min(start + BATCH) {
+                lay_out(images, index, (0, 0), &mut patches)?;
+            }
+            let seen = self.see(patches)?.detach();
+            probabilities.extend(ops::softmax(&self.output.forward(&seen)?, 1)?.to_vec2::<f32>()?);
+            features.extend(seen.flatten_all()?.to_vec1::<f32>()?);
+        }
+        Ok((features, probabilities))
+    }
+
+    /// The features of a batch, from the images' patches.
+    fn see(&self, patches: Vec<f32>) -> candle_core::Result<Tensor> {
+        let [first, others @ ..] = &self.convolutions;
+        let pixels = patches.len() / PATCH;
+        let patches = Tensor::from_vec(patches, (pixels, PATCH), &self.device)?;
+        let mut maps = first.forward(&patches)?.relu()?.reshape(((), FIRST, FIRST, CHANNELS[1]))?;
+        for convolution in others {
+            maps = convolve(&maps, convolution)?.relu()?;
+        }
+        self.hidden.forward(&maps.flatten_from(1)?)?.relu()
+    }
+}
+
+/// The digits' labels, which must be digits.
+pub fn labels(images: &Images) -> Result<&[u8]> {
+    let labels = images.labels().ok_or("the digits have no labels")?;
+    match labels.iter().position(|&label| usize::from(label) >= CLASSES) {
+        Some(i) => {
+            Err(format!("the label of image {i} is {}; digits are 0 to 9", labels[i]).into())
+        }
+        None => Ok(labels),
+    }
+}
+
+/// Adds the patches of the first convolution, of an image moved by so many pixels down and right.
+fn lay_out(
+    images: &Images,
+    index: usize,
+    (down, right): (isize, isize),
+    patches: &mut Vec<f32>,
+) -> Result<()> {
+    let mut image = [0.0; SIZE * SIZE];
+    images.read(index, &mut image)?;
+    let pixel = |y: isize, x: isize| {
+        let within = 0..SIZE as isize;
+        let inside = within.contains(&y) && within.contains(&x);
+        // Around an image it is black.
+        if inside { image[y as usize * SIZE + x as usize] } else { -1.0 }
+    };
+    for i in 0..(FIRST * FIRST) as isize {
+        let (top, left) = (i / FIRST as isize * 2 - 1 - down, i % FIRST as isize * 2 - 1 - right);
+        patches.extend((0..PATCH as isize).map(|k| pixel(top + k / 4, left + k % 4)));
+    }
+    Ok(())
+}
+
+/// A convolution of 4 x 4 at stride 2, of maps (batch, height, width, channels): one product of
+/// all patches, since the gradient of candle's `conv2d` is slow. Of blocks of 2 x 2 pixels, a patch
+/// is again 2 x 2.
+fn convolve(maps: &Tensor, weights: &Linear) -> candle_core::Result<Tensor> {
+    let (batch, h, w, channels) = maps.dims4()?;
+    let (h_out, w_out) = (h.div_ceil(2), w.div_ceil(2));
+    let blocks = maps
+        .pad_with_zeros(1, 1, 2 * h_out + 1 - h)?
+        .pad_with_zeros(2, 1, 2 * w_out + 1 - w)?
+        .reshape((batch, h_out + 1, 2, w_out + 1, 2 * channels))?
+        .transpose(2, 3)?
+        .reshape((batch, h_out + 1, w_out + 1, 4 * channels))?;
+    let mut parts = vec![];
+    for y in 0..2 {
+        for x in 0..2 {
+            parts.push(blocks.narrow(1, y, h_out)?.narrow(2, x, w_out)?);
+        }
+    }
+    let patches = Tensor::cat(&parts, 3)?.reshape((batch * h_out * w_out, PATCH * channels))?;
+    weights.forward(&patches)?.reshape((batch, h_out, w_out, ()))
+}

@@ -1,0 +1,162 @@
+//! A number for the quality of generated digits: `--data data --checkpoint out/mnist/checkpoint`.
+
+mod classifier;
+#[path = "../common/mod.rs"]
+mod common;
+mod draw;
+mod frechet;
+mod measure;
+mod random;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use candle_core::Device;
+use clap::Parser;
+use classifier::{Classifier, SIZE};
+use common::cli::{self, Result, whole};
+use common::sampling::SamplingArgs;
+use common::{datasets, device, files};
+use ddpm::{ImageSource, Images, UNetConfig};
+use indicatif::HumanCount;
+use measure::{Figures, Reference};
+use serde_json::json;
+
+/// As many images as MNIST has to test with.
+const ENOUGH: usize = 10_000;
+
+/// A classifier of this accuracy knows digits.
+const GOOD: f64 = 0.99;
+
+/// Measure digits drawn from a checkpoint by their Fréchet distance from MNIST's test images, in
+/// the features of a classifier, which is trained where it is not there yet
+#[derive(Parser)]
+#[command(name = "mnist-fd", version)]
+struct Cli {
+    /// The full set's directory
+    #[arg(long, value_name = "DIR")]
+    data: PathBuf,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// How many images to draw; fewer than 10000 make the distance larger
+    #[arg(long, value_name = "N", default_value = "10000", allow_negative_numbers = true,
+          value_parser = whole::<usize>(2..=100_000))]
+    count: usize,
+    /// The classifier: written if it is not there, else used as it is
+    #[arg(
+        long,
+        value_name = "FILE.safetensors",
+        default_value = "out/mnist-fd/classifier.safetensors"
+    )]
+    classifier: PathBuf,
+    /// Updates of a classifier that is trained, of 100 images each
+    #[arg(long, value_name = "N", default_value = "3000", allow_negative_numbers = true,
+          value_parser = whole::<u64>(1..=1_000_000))]
+    classifier_steps: u64,
+    /// The figures to write, too
+    #[arg(long, value_name = "FILE.json")]
+    json: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    cli::main(run)
+}
+
+fn run(cli: Cli) -> Result<ExitCode> {
+    let checkpoint = cli.sampling.open()?;
+    let UNetConfig { channels, image_size, .. } = checkpoint.network()?;
+    if (channels, image_size) != (1, SIZE) {
+        let found = (channels, image_size, image_size);
+        let expected = format!("the classifier's have {:?}", (1, SIZE, SIZE));
+        return Err(format!("the network's images have shape {found:?}; {expected}").into());
+    }
+    let sampler = cli.sampling.sampler(&checkpoint)?;
+    let (train, test) = datasets::mnist_digits(&cli.data)?;
+    for set in [&train, &test] {
+        datasets::check_shape(set, channels, image_size)?;
+        classifier::labels(&set.images)?;
+    }
+    if train.images.len().min(test.images.len()) < 2 {
+        return Err(format!("{}: at least 2 images of each kind are needed", test.about).into());
+    }
+    files::check("--classifier", &cli.classifier, "safetensors")?;
+    cli.json.as_deref().map_or(Ok(()), |json| files::check("--json", json, "json"))?;
+
+    let device = device::pick(cli.sampling.cpu)?;
+    println!("data        {}", test.about);
+    println!("checkpoint  {}, step {}", checkpoint.dir().display(), checkpoint.step());
+    println!("device      {}", device::describe(&device));
+    let classifier = classifier(&cli, &train.images, &device)?;
+    let reference = Reference::new(&classifier, &test.images)?;
+    introduce(&cli, &reference, &test.images);
+
+    let model = cli.sampling.model(&checkpoint, &device)?;
+    let samples = draw::samples(&sampler, &model, cli.count, cli.sampling.seed, &device)?;
+    // As many as the samples, since the distance depends on their number.
+    let mut digits = train.images;
+    digits.truncate(cli.count);
+    let noise = draw::noise(cli.count)?;
+    let [samples, digits, noise] =
+        [samples, digits, noise].map(|images| reference.compare(&classifier, &images));
+    let (samples, digits, noise) = (samples?, digits?, noise?);
+    println!("\n{:16}{:>7}{:>10}{:>8}  % of 0 to 9", "", "images", "mnist-fd", "> 0.9");
+    for (name, figures) in
+        [("train images", &digits), ("samples", &samples), ("uniform noise", &noise)]
+    {
+        println!("{name:16}{}", line(figures));
+    }
+    if let Some(path) = &cli.json {
+        let figures = json!({
+            "checkpoint": checkpoint.dir(),
+            "step": checkpoint.step(),
+            "weights": cli.sampling.weights,
+            "solver": cli.sampling.solver()?,
+            "sampling_steps": sampler.timesteps().len(),
+            "clip_denoised": !cli.sampling.no_clip,
+            "seed": cli.sampling.seed,
+            "classifier": cli.classifier,
+            "test_images": test.images.len(),
+            "test_accuracy": reference.accuracy,
+            "samples": samples,
+            "train_images": digits,
+            "uniform_noise": noise,
+        });
+        files::write(path, format!("{figures:#}\n").as_bytes())?;
+        println!("\n{}", path.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn classifier(cli: &Cli, images: &Images, device: &Device) -> Result<Classifier> {
+    if cli.classifier.exists() {
+        return Classifier::load(&cli.classifier, device);
+    }
+    let steps = cli.classifier_steps;
+    println!("training    a classifier, {steps} steps");
+    Classifier::train(images, steps, &cli.classifier, device)
+}
+
+/// What one must know of the measure before its figures.
+fn introduce(cli: &Cli, reference: &Reference, images: &Images) {
+    let (file, right) = (cli.classifier.display(), 100.0 * reference.accuracy);
+    let count = HumanCount(images.len() as u64);
+    println!("classifier  {file}, right on {right:.2}% of {count} test images");
+    if reference.accuracy < GOOD {
+        eprintln!("warning: a good classifier is right on over 99%; this one sees little");
+    }
+    if cli.count < ENOUGH {
+        eprintln!("warning: the fewer images, the larger the distance; {ENOUGH} are usual");
+    }
+}
+
+fn line(figures: &Figures) -> String {
+    let count = figures.images as f64;
+    let shares = figures.classes.map(|n| format!("{:5.1}", 100.0 * n as f64 / count));
+    format!(
+        "{:>7}{:>10.3}{:>7.1}%{}",
+        figures.images,
+        figures.mnist_fd,
+        100.0 * figures.confident,
+        shares.concat()
+    )
+}
