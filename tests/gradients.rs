@@ -121,13 +121,13 @@ fn gradients_of_cifar10_agree_with_finite_differences() -> Result<()> {
 
 /// A small network, and a batch for it.
 fn small() -> impl Strategy<Value = (UNetConfig, usize)> {
-    let dims = prop::collection::vec(1usize..6, 2..5);
-    let rest = (1usize..4, 1usize..4, prop::bits::u8::masked(7), 1usize..4, 0f64..0.6);
+    let dims = prop::collection::vec(1usize..6, 2..=4);
+    let rest = (3usize..6, 1usize..4, prop::bits::u8::masked(7), 1usize..4, 0f64..0.6);
     (dims, rest, 2usize..8).prop_map(|(dims, (pixels, channels, attend, batch, dropout), time)| {
         let levels = dims.len() - 1;
         let config = UNetConfig {
-            // A group of one value, at a single pixel, has a gradient that is all rounding.
-            image_size: pixels.max(2) << levels,
+            // Few values in a group may vary so little that normalising magnifies all rounding.
+            image_size: pixels << levels,
             channels,
             hidden_dims: dims.iter().map(|d| 8 * d).collect(),
             time_dim: 2 * time,
@@ -167,9 +167,11 @@ fn the_tape_agrees(config: &UNetConfig, batch: usize) -> Result<()> {
     let (vars, exact_vars) = (ours.parameters.vars(), exact.parameters.vars());
     for (name, var) in &vars {
         // Norms' weights are 1 and 0 at first, which would hide whether they are used.
-        let wave = Tensor::arange(0f32, var.elem_count() as f32, &Device::Cpu)?;
-        let wave = ((wave * 1.3)?.sin()? * 0.3)?.reshape(var.shape())?;
-        var.set(&(var.as_detached_tensor() + wave)?)?;
+        if var.rank() == 1 {
+            let wave = Tensor::arange(0f32, var.elem_count() as f32, &Device::Cpu)?;
+            let wave = ((wave * 1.3)?.sin()? * 0.3)?;
+            var.set(&(var.as_detached_tensor() + wave)?)?;
+        }
         exact_vars[name].set(&var.as_detached_tensor().to_dtype(DType::F64)?)?;
     }
 
@@ -203,7 +205,7 @@ fn the_tape_agrees(config: &UNetConfig, batch: usize) -> Result<()> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(16))]
 
     #[test]
     fn gradients_on_the_cpu_are_those_of_candle_in_f64((config, batch) in small()) {
