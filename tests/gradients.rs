@@ -1,7 +1,14 @@
-//! Every weight learns: gradients exist, and agree with finite differences.
+//! Every weight learns: gradients exist, and agree with finite differences; and the CPU's own way to
+//! them agrees with candle's.
 
-use candle_core::{DType, Device, Tensor};
+use std::collections::{BTreeMap, HashMap};
+use std::process::Command;
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::VarBuilder;
 use ddpm::{Denoiser, Dropout, Parameters, Result, UNet, UNetConfig};
+use proptest::prelude::*;
 
 /// A network, and the loss of a batch under it as training sees it, dropout included.
 struct Problem {
@@ -110,4 +117,113 @@ fn gradients_of_cifar10_agree_with_finite_differences() -> Result<()> {
         ..UNetConfig::cifar10()
     };
     Problem::new(&config, 2, DType::F64)?.finite_differences_agree(1)
+}
+
+/// A small network, and a batch for it.
+fn small() -> impl Strategy<Value = (UNetConfig, usize)> {
+    let dims = prop::collection::vec(1usize..6, 2..=4);
+    let rest = (3usize..6, 1usize..4, prop::bits::u8::masked(7), 1usize..4, 0f64..0.6);
+    (dims, rest, 2usize..8).prop_map(|(dims, (pixels, channels, attend, batch, dropout), time)| {
+        let levels = dims.len() - 1;
+        let config = UNetConfig {
+            // Few values in a group may vary so little that normalising magnifies all rounding.
+            image_size: pixels << levels,
+            channels,
+            hidden_dims: dims.iter().map(|d| 8 * d).collect(),
+            time_dim: 2 * time,
+            attention_resolutions: (0..levels).filter(|level| attend >> level & 1 == 1).collect(),
+            dropout,
+        };
+        (config, batch)
+    })
+}
+
+fn norm(t: &Tensor) -> Result<f64> {
+    Ok(t.to_dtype(DType::F64)?.sqr()?.sum_all()?.sqrt()?.to_scalar()?)
+}
+
+fn bits(t: &Tensor) -> Result<Vec<u32>> {
+    Ok(t.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+}
+
+/// The gradients of a problem's loss by its network's own way.
+fn by_tape(problem: &Problem) -> Result<GradStore> {
+    let Problem { unet, x_t, t, eps, .. } = problem;
+    let scale = 2.0 / eps.elem_count() as f64;
+    unet.forward_backward(x_t, t, &Dropout::new(9, 0), &mut |y| Ok(((y - eps)? * scale)?))
+}
+
+/// The same weights, values and all, that take no gradient.
+fn frozen(config: &UNetConfig, vars: &BTreeMap<String, Var>) -> Result<UNet> {
+    let weights: HashMap<String, Tensor> =
+        vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
+    UNet::new(config, VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu))
+}
+
+/// In f32, against candle's gradients of the same weights in f64.
+fn the_tape_agrees(config: &UNetConfig, batch: usize) -> Result<()> {
+    let ours = Problem::new(config, batch, DType::F32)?;
+    let exact = Problem::new(config, batch, DType::F64)?;
+    let (vars, exact_vars) = (ours.parameters.vars(), exact.parameters.vars());
+    for (name, var) in &vars {
+        // Norms' weights are 1 and 0 at first, which would hide whether they are used.
+        if var.rank() == 1 {
+            let wave = Tensor::arange(0f32, var.elem_count() as f32, &Device::Cpu)?;
+            let wave = ((wave * 1.3)?.sin()? * 0.3)?;
+            var.set(&(var.as_detached_tensor() + wave)?)?;
+        }
+        exact_vars[name].set(&var.as_detached_tensor().to_dtype(DType::F64)?)?;
+    }
+
+    let (found, again) = (by_tape(&ours)?, by_tape(&ours)?);
+    let expected = exact.loss()?.backward()?;
+    let mut most = 0f64;
+    for var in exact_vars.values() {
+        most = most.max(norm(expected.get(var).expect("a gradient"))?);
+    }
+    for (name, var) in &vars {
+        let gradient = found.get(var).unwrap_or_else(|| panic!("{name} has no gradient"));
+        assert_eq!(bits(gradient)?, bits(again.get(var).expect("a gradient"))?, "{name}");
+        let expected = expected.get(&exact_vars[name]).expect("a gradient");
+        let error = norm(&(gradient.to_dtype(DType::F64)? - expected)?)?;
+        // A bias before a normalisation of single channels has none: what is left is rounding.
+        let limit = 1e-4 * norm(expected)? + 1e-6 * most;
+        assert!(error <= limit, "{name}: off by {error:e}, more than {limit:e}");
+    }
+
+    let unet = frozen(config, &vars)?;
+    let y = unet.forward(&ours.x_t, &ours.t)?;
+    assert_eq!(bits(&y)?, bits(&unet.forward(&ours.x_t, &ours.t)?)?);
+    let expected = exact.unet.forward(&exact.x_t, &exact.t)?;
+    let (error, size) = (norm(&(y.to_dtype(DType::F64)? - &expected)?)?, norm(&expected)?);
+    assert!(error <= 1e-5 * size, "the output, of norm {size}, is off by {error:e}");
+    for k in 0..batch {
+        let alone = unet.forward(&ours.x_t.narrow(0, k, 1)?, &ours.t.narrow(0, k, 1)?)?;
+        assert_eq!(bits(&alone)?, bits(&y.narrow(0, k, 1)?)?, "image {k} of {batch}, alone");
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
+    #[test]
+    fn gradients_on_the_cpu_are_those_of_candle_in_f64((config, batch) in small()) {
+        the_tape_agrees(&config, batch).unwrap();
+    }
+}
+
+/// The kernels choose once a process: each lesser choice in one of its own.
+#[test]
+fn so_they_are_in_every_instruction_set() {
+    for isa in ["avx2", "baseline"] {
+        let test = "gradients_on_the_cpu_are_those_of_candle_in_f64";
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args([test, "--exact"])
+            .env("DDPM_MAX_CPU_ISA", isa)
+            .output()
+            .unwrap();
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && stdout.contains("1 passed"), "{isa}: {stdout}");
+    }
 }

@@ -107,3 +107,81 @@ simd_fn! {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::agrees;
+    use super::*;
+    use candle_core::{CpuStorage, CustomOp1, Layout, Shape};
+    use proptest::prelude::*;
+
+    use crate::kernels::with_values;
+
+    /// For candle, so that both sides go the same way to a gradient.
+    struct Attention(Isa);
+
+    impl Attention {
+        fn sizes(&self, positions: usize, channels: usize) -> AttentionSizes {
+            AttentionSizes { isa: self.0, positions, channels: channels / 3 }
+        }
+    }
+
+    impl CustomOp1 for Attention {
+        fn name(&self) -> &'static str {
+            "attention"
+        }
+
+        fn cpu_fwd(&self, qkv: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+            let (batch, n, c) = layout.shape().dims3()?;
+            // Not zeros, which a kernel that adds would leave right.
+            let mut y = vec![f32::NAN; batch * n * c / 3];
+            self.sizes(n, c).forward(qkv.as_slice()?, &mut y);
+            Ok((CpuStorage::F32(y), Shape::from((batch, n, c / 3))))
+        }
+
+        fn bwd(&self, qkv: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+            let (_, n, c) = qkv.dims3()?;
+            let dqkv = with_values([qkv, &dy.contiguous()?], |[qkv, dy]| {
+                let mut dqkv = vec![f32::NAN; qkv.len()];
+                self.sizes(n, c).backward(qkv, dy, &mut dqkv);
+                Ok(dqkv)
+            })?;
+            Ok(Some(Tensor::from_vec(dqkv, qkv.shape(), qkv.device())?))
+        }
+    }
+
+    fn composed(qkv: &Tensor) -> Result<Tensor> {
+        let c = qkv.dim(2)? / 3;
+        let part = |i| qkv.narrow(2, i * c, c)?.contiguous();
+        attention(&part(0)?, &part(1)?, &part(2)?)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(96))]
+
+        #[test]
+        fn kernel_agrees_with_its_composition(
+            (batch, positions) in (1usize..4, prop_oneof![Just(1usize), 1usize..40]),
+            channels in 1usize..70,
+        ) {
+            for isa in Isa::available() {
+                agrees(
+                    &[vec![batch, positions, 3 * channels]],
+                    |v| v[0].apply_op1(Attention(isa)),
+                    |v| composed(&v[0]),
+                );
+            }
+        }
+    }
+
+    /// Scores that would overflow but for the maximum, which is then all that there is.
+    #[test]
+    fn large_scores_leave_one_share() {
+        for isa in Isa::available() {
+            let mut rows = [1e4, -1e4, 9.9e3, 3e38, -3e38, 0.0];
+            softmax(isa, &mut rows, 3);
+            assert!((rows[0] - 1.0).abs() < 1e-6 && (rows[3] - 1.0).abs() < 1e-6, "{isa:?}");
+            assert!([1, 2, 4, 5].iter().all(|&i| (0.0..1e-30).contains(&rows[i])), "{rows:?}");
+        }
+    }
+}

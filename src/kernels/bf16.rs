@@ -1,6 +1,8 @@
 //! Matrix products of bf16 operands, summed in f32: by AMX tiles, by AVX-512's dot products of pairs,
 //! or, where a machine has neither, by f32 arithmetic on the same values.
 
+#[cfg(target_arch = "x86_64")]
+use super::simd::Kind;
 use super::simd::{Isa, simd_fn};
 
 /// Columns of a packed right-hand side that stand side by side.
@@ -35,7 +37,7 @@ pub(super) fn place(k: usize, column: usize) -> usize {
 
 /// What multiplies bf16 values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Unit {
+pub(super) enum Unit {
     #[cfg(target_arch = "x86_64")]
     Amx,
     #[cfg(target_arch = "x86_64")]
@@ -47,7 +49,7 @@ impl Unit {
     /// The fastest of this machine, within this instruction set.
     pub fn detect(isa: Isa) -> Self {
         #[cfg(target_arch = "x86_64")]
-        if isa == Isa::Avx512 {
+        if isa.kind() == Kind::Avx512 {
             if super::amx::available() {
                 return Self::Amx;
             }

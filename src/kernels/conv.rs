@@ -264,7 +264,10 @@ impl CustomOp3 for Conv2d {
 mod tests {
     use super::super::tests::agrees;
     use super::*;
+    use candle_core::{DType, Device, Var};
     use proptest::prelude::*;
+
+    use crate::noise::{Noise, Purpose};
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(96))]
@@ -285,6 +288,100 @@ mod tests {
                     |v| v[0].apply_op3(&v[1], &v[2], Conv2d { isa, stride }),
                     |v| composed(&v[0], &v[1], &v[2], stride),
                 );
+            }
+        }
+    }
+
+    /// Asserts that no more than rounding lies between.
+    fn near(what: &str, isa: Isa, found: Vec<f32>, expected: &Tensor) {
+        let norm =
+            |t: &Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
+        let found = Tensor::from_vec(found, expected.shape(), &Device::Cpu).unwrap();
+        let error = norm(&(found.to_dtype(DType::F64).unwrap() - expected).unwrap());
+        // Not a number is not within it, either.
+        let limit = 2e-6 * (1.0 + norm(expected));
+        assert!(error <= limit, "{what}, {isa:?}: off by {error:e}, more than {limit:e}");
+    }
+
+    fn sizes() -> impl Strategy<Value = (usize, usize, usize)> {
+        prop_oneof![
+            // Tiles and patches that are mostly beyond the edge.
+            (Just(1usize), 1usize..4, 1usize..4),
+            (1usize..4, 1usize..12, 1usize..12),
+            // Enough tiles for sums in several parts.
+            (2usize..4, 24usize..34, 24usize..34),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(96))]
+
+        /// What the networks' tape asks for beyond candle's operation: more in the output than the
+        /// convolution, gradients added to what is there, memory that holds something else.
+        #[test]
+        fn outputs_and_gradients_go_where_the_tape_wants_them(
+            (batch, h, w) in sizes(),
+            // Both ways of computing; and panels that are full, nearly so, and nearly empty.
+            (c_in, c_out) in prop_oneof![(1usize..71, 1usize..71), (8usize..71, 8usize..71)],
+            (kernel, stride) in prop_oneof![
+                Just((3usize, 1usize)), Just((3, 1)), Just((3, 2)), Just((1, 1)), Just((5, 3)),
+            ],
+            (bias, per_image, residual, accumulate) in any::<(bool, bool, bool, bool)>(),
+        ) {
+            let normal = |stream: u64, shape: &[usize]| {
+                Noise::new(6).normal(Purpose::Prior, stream, shape, &Device::Cpu).unwrap()
+            };
+            let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let exact = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+            let x = normal(0, &[batch, h, w, c_in]);
+            let weight = normal(1, &[c_out, c_in, kernel, kernel]);
+            let y_shape = [batch, h.div_ceil(stride), w.div_ceil(stride), c_out];
+            let dy = normal(2, &y_shape);
+            let (y_there, dx_there) = (normal(3, &y_shape), normal(4, x.dims()));
+            let added = [
+                bias.then(|| normal(5, &[1, 1, 1, c_out])),
+                per_image.then(|| normal(6, &[batch, 1, 1, c_out])),
+                residual.then(|| normal(7, &y_shape)),
+            ];
+
+            let vars = [&x, &weight].map(|t| Var::from_tensor(&exact(t)).unwrap());
+            let nothing = Tensor::zeros(c_out, DType::F64, &Device::Cpu).unwrap();
+            let mut y = composed(&vars[0], &vars[1], &nothing, stride).unwrap();
+            let gradients = (&y * exact(&dy)).unwrap().sum_all().unwrap().backward().unwrap();
+            let mut dx = gradients.get(&vars[0]).unwrap().clone();
+            let dweight = gradients.get(&vars[1]).unwrap();
+            y = y.detach();
+            for added in added.iter().flatten().chain(accumulate.then_some(&y_there)) {
+                y = y.broadcast_add(&exact(added)).unwrap();
+            }
+            if accumulate {
+                dx = (dx + exact(&dx_there)).unwrap();
+            }
+
+            let there = |t: &Tensor| match accumulate {
+                true => values(t),
+                false => vec![f32::NAN; t.elem_count()],
+            };
+            let added = added.each_ref().map(|t| t.as_ref().map(values));
+            for isa in Isa::available() {
+                let dims = [batch, h, w, c_in];
+                let conv = Convolution::new(isa, dims, weight.shape(), stride).unwrap();
+                prop_assert_eq!(conv.output(), y_shape);
+                let epilogue = Epilogue {
+                    bias: added[0].as_deref(),
+                    per_image: added[1].as_deref(),
+                    residual: added[2].as_deref(),
+                    accumulate,
+                };
+                let mut found = there(&y_there);
+                conv.forward(&values(&x), &conv.pack(&values(&weight)), epilogue, &mut found);
+                near("output", isa, found, &y);
+                let mut found = there(&dx_there);
+                conv.input_gradient(&values(&dy), &values(&weight), &mut found, accumulate);
+                near("gradient of x", isa, found, &dx);
+                let mut scratch = vec![f32::NAN; c_in * c_out * 16];
+                let found = conv.weight_gradient(&values(&x), &values(&dy), &mut scratch);
+                near("gradient of weight", isa, found, dweight);
             }
         }
     }

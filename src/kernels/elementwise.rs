@@ -27,6 +27,7 @@ pub(super) fn sigmoid(x: f32) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::simd::{Isa, simd_fn};
     use super::*;
 
     #[test]
@@ -40,5 +41,32 @@ mod tests {
         assert!(exp(f32::NAN).is_nan());
         assert!(exp(f32::NEG_INFINITY) < 2e-38 && exp(f32::INFINITY) > 1e38);
         assert_eq!(sigmoid(f32::NEG_INFINITY), 1.0 / (1.0 + exp(88.0)));
+    }
+
+    simd_fn! {
+        fn each<S>(values: &mut [f32]) {
+            values.iter_mut().for_each(|x| *x = exp(*x));
+        }
+    }
+
+    #[test]
+    fn exp_has_the_same_bits_in_vectors_of_any_width() {
+        for length in (0..70).chain([1000]) {
+            let mut values: Vec<f32> = (0..length).map(|i| (i as f32 * 1.7).sin() * 95.0).collect();
+            for (value, special) in values.iter_mut().skip(3).step_by(7).zip([
+                f32::INFINITY,
+                f32::NEG_INFINITY,
+                -0.0,
+                f32::MIN_POSITIVE / 8.0,
+            ]) {
+                *value = special;
+            }
+            let expected: Vec<u32> = values.iter().map(|&x| exp(x).to_bits()).collect();
+            for isa in Isa::available() {
+                let mut found = values.clone();
+                each(isa, &mut found);
+                assert!(found.iter().map(|x| x.to_bits()).eq(expected.iter().copied()), "{isa:?}");
+            }
+        }
     }
 }

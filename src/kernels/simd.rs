@@ -1,8 +1,12 @@
 //! Vectors of f32 in whatever width the machine has, chosen when the program runs.
 
-/// An instruction set, as far as the kernels tell them apart.
+/// An instruction set that this machine has, as far as the kernels tell them apart. There is none but
+/// by asking the machine, which is what makes it safe to run a kernel in one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Isa {
+pub(crate) struct Isa(Kind);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
     #[cfg(target_arch = "x86_64")]
     Avx512,
     #[cfg(target_arch = "x86_64")]
@@ -18,13 +22,14 @@ impl Isa {
         static DETECTED: std::sync::OnceLock<Isa> = std::sync::OnceLock::new();
         *DETECTED.get_or_init(|| {
             let limit = std::env::var("DDPM_MAX_CPU_ISA").unwrap_or_default();
-            let allowed = Self::available();
+            let mut allowed = Self::available();
+            // Whatever else it says is no limit.
             let begin = match limit.as_str() {
                 "baseline" => allowed.len() - 1,
                 "avx2" => allowed.iter().position(|isa| isa.name() != "avx512").unwrap_or(0),
                 _ => 0,
             };
-            allowed[begin]
+            allowed.remove(begin)
         })
     }
 
@@ -35,32 +40,36 @@ impl Isa {
         {
             let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
             if avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
-                found.push(Self::Avx512);
+                found.push(Self(Kind::Avx512));
             }
             if avx2 {
-                found.push(Self::Avx2);
+                found.push(Self(Kind::Avx2));
             }
         }
-        found.push(Self::Baseline);
+        found.push(Self(Kind::Baseline));
         found
     }
 
-    fn name(self) -> &'static str {
-        match self {
+    pub fn name(self) -> &'static str {
+        match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => "avx512",
+            Kind::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => "avx2",
-            Self::Baseline => "baseline",
+            Kind::Avx2 => "avx2",
+            Kind::Baseline => "baseline",
         }
+    }
+
+    pub(super) fn kind(self) -> Kind {
+        self.0
     }
 }
 
 /// A vector of f32, and what the kernels do with one.
 ///
 /// Functions generic over this must be inlined into one that has the instruction set enabled, which
-/// [`simd_fn`] does.
-pub(crate) trait Simd: Copy {
+/// [`simd_fn`] does: nothing else is to name a type that implements it.
+pub(super) trait Simd: Copy {
     /// Values in a vector; divides 16.
     const WIDTH: usize;
     /// Rows of a product's tile that, with two vectors a row, leave registers for its operands.
@@ -89,7 +98,7 @@ macro_rules! vector {
      $load:ident $store:ident $splat:ident $add:ident $sub:ident $mul:ident $mul_add:expr) => {
         $(#[$meta])*
         #[derive(Clone, Copy)]
-        pub(crate) struct $name($register);
+        pub(in crate::kernels) struct $name($register);
 
         // SAFETY, for each block: the trait's contract is that callers have the instruction set
         // enabled; `load` and `store` pass on what they demand of pointers.
@@ -182,10 +191,10 @@ mod machine {
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod machine {
-    pub(crate) type Baseline = f32;
+    pub(in crate::kernels) type Baseline = f32;
 }
 
-pub(crate) use machine::*;
+pub(super) use machine::*;
 
 /// One value: what is left over beside whole vectors, and all that there is on other machines.
 impl Simd for f32 {
@@ -237,7 +246,7 @@ macro_rules! simd_fn {
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
         $vis fn $name(isa: crate::kernels::simd::Isa, $($arg: $ty),*) $(-> $ret)? {
-            use crate::kernels::simd::{Isa, Simd};
+            use crate::kernels::simd::{Kind, Simd};
 
             #[inline(always)]
             fn generic<$s: Simd>($($arg: $ty),*) $(-> $ret)? $body
@@ -254,16 +263,16 @@ macro_rules! simd_fn {
                 generic::<crate::kernels::simd::Avx2>($($arg),*)
             }
 
-            match isa {
+            match isa.kind() {
                 // SAFETY: an `Isa` of this kind exists only where the instruction set does.
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx512 => unsafe { avx512($($arg),*) },
+                Kind::Avx512 => unsafe { avx512($($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 => unsafe { avx2($($arg),*) },
-                Isa::Baseline => generic::<crate::kernels::simd::Baseline>($($arg),*),
+                Kind::Avx2 => unsafe { avx2($($arg),*) },
+                Kind::Baseline => generic::<crate::kernels::simd::Baseline>($($arg),*),
             }
         }
     };
 }
-pub(crate) use simd_fn;
+pub(super) use simd_fn;

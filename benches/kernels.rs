@@ -1,0 +1,463 @@
+//! Times each kernel at the shapes of the two networks, beside what the machine could do.
+//!
+//! ```text
+//! cargo bench --bench kernels -- [--filter TEXT] [--threads N] [--isa avx512|avx2|baseline] [--json]
+//! ```
+//!
+//! Shares are of ceilings that are measured first, with the same threads and instruction set:
+//! arithmetic in registers, and a copy between memory that no cache holds. Operations are those of
+//! the plain algorithm: a 3x3 convolution at stride 1 is computed with fewer, so its GFLOP/s are
+//! "effective" and may exceed the ceiling. Bytes are each operand's once, whatever is read again; small
+//! ones stay in caches, which are faster than memory.
+//!
+//! What goes through the crate `gemm` (convolutions of other kernels and strides, linear layers,
+//! attention's products) chooses its instructions itself, whatever `--isa` says.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use clap::{Parser, ValueEnum};
+use rayon::prelude::*;
+
+// Nothing becomes public for this: the kernels are compiled into it, and what their tests need.
+#[allow(dead_code, unused_imports)]
+#[path = "../src/error.rs"]
+mod error;
+#[allow(dead_code, unused_imports)]
+#[path = "../src/kernels/mod.rs"]
+mod kernels;
+#[allow(dead_code, unused_imports)]
+#[path = "../src/noise.rs"]
+mod noise;
+#[allow(dead_code, unused_imports)]
+#[path = "../src/precision.rs"]
+mod precision;
+
+use error::{Error, Result};
+use kernels::{
+    Activation, AdamStep, AttentionSizes, Convolution, Epilogue, Isa, Normalization,
+    linear_backward, linear_forward, sum_of_squares,
+};
+use noise::{Noise, Purpose};
+use precision::Precision;
+
+#[derive(Parser)]
+struct Args {
+    /// Only measures whose name holds this.
+    #[arg(long, default_value = "")]
+    filter: String,
+    /// Threads; all cores unless given.
+    #[arg(long)]
+    threads: Option<usize>,
+    /// The instruction set; the best that there is unless given.
+    #[arg(long, value_enum)]
+    isa: Option<Set>,
+    /// Seconds for each measure, about.
+    #[arg(long, default_value_t = 0.5)]
+    seconds: f64,
+    /// Print JSON lines.
+    #[arg(long)]
+    json: bool,
+    /// Passed by `cargo bench`.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Set {
+    Avx512,
+    Avx2,
+    Baseline,
+}
+
+impl Set {
+    fn of(isa: Isa) -> Self {
+        match isa.name() {
+            "avx512" => Self::Avx512,
+            "avx2" => Self::Avx2,
+            _ => Self::Baseline,
+        }
+    }
+}
+
+fn main() {
+    let args = Args::parse();
+    if let Some(threads) = args.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().expect("first use");
+    }
+    let available = Isa::available();
+    let isa = match args.isa {
+        None => available[0],
+        Some(set) => match available.into_iter().find(|&isa| Set::of(isa) == set) {
+            Some(isa) => isa,
+            None => return eprintln!("This machine does not have these instructions."),
+        },
+    };
+    let limit = Duration::from_secs_f64(args.seconds);
+    let bench = Bench {
+        isa,
+        flops: ceiling::flops(isa, limit),
+        bytes: ceiling::bytes(limit),
+        limit,
+        args: &args,
+    };
+    bench.ceilings();
+    for (model, batch, maps) in [("mnist", 32, MNIST), ("cifar10", 8, CIFAR10)] {
+        for &map in maps {
+            bench.convolution(model, batch, map);
+        }
+    }
+    for (model, batch, size, channels) in [
+        ("mnist", 32, 28, 64),
+        ("mnist", 32, 14, 128),
+        ("mnist", 32, 7, 128),
+        ("cifar10", 8, 32, 256),
+        ("cifar10", 8, 16, 256),
+        ("cifar10", 8, 8, 512),
+        ("cifar10", 8, 4, 256),
+    ] {
+        bench.group_norm(model, batch, size, channels);
+    }
+    for (model, batch, size, channels) in
+        [("mnist", 32, 7, 128), ("cifar10", 8, 16, 256), ("cifar10", 8, 4, 256)]
+    {
+        bench.attention(model, batch, size, channels);
+    }
+    for (model, batch, output) in [("mnist", 32, 128), ("cifar10", 8, 256)] {
+        bench.linear(model, batch, 128, output);
+    }
+    for (model, weights) in [("mnist", 2_268_929), ("cifar10", 21_355_395)] {
+        bench.adam(model, weights);
+    }
+}
+
+/// Size of a square map, channels in and out, size of the kernel, stride.
+type Map = (usize, usize, usize, usize, usize);
+
+const MNIST: &[Map] = &[
+    (28, 32, 32, 3, 1),
+    (28, 32, 64, 3, 1),
+    (28, 64, 64, 3, 1),
+    (28, 128, 32, 3, 1),
+    (14, 64, 128, 3, 1),
+    (14, 128, 128, 3, 1),
+    (14, 256, 64, 3, 1),
+    (7, 128, 128, 3, 1),
+    (28, 1, 32, 3, 1),
+    (28, 32, 1, 3, 1),
+    (28, 64, 64, 3, 2),
+    (14, 128, 128, 3, 2),
+    (28, 32, 64, 1, 1),
+    (14, 256, 64, 1, 1),
+    (7, 128, 384, 1, 1),
+];
+
+const CIFAR10: &[Map] = &[
+    (32, 128, 128, 3, 1),
+    (32, 128, 256, 3, 1),
+    (32, 256, 256, 3, 1),
+    (32, 512, 128, 3, 1),
+    (16, 256, 256, 3, 1),
+    (16, 512, 256, 3, 1),
+    (8, 256, 256, 3, 1),
+    (8, 512, 256, 3, 1),
+    (4, 256, 256, 3, 1),
+    (32, 3, 128, 3, 1),
+    (32, 128, 3, 3, 1),
+    (32, 256, 256, 3, 2),
+    (16, 256, 256, 3, 2),
+    (8, 256, 256, 3, 2),
+    (32, 512, 128, 1, 1),
+    (16, 256, 768, 1, 1),
+];
+
+/// What a measure's share is of.
+#[derive(Clone, Copy)]
+enum Work {
+    Flops(usize),
+    Bytes(usize),
+}
+
+struct Bench<'a> {
+    isa: Isa,
+    /// A second, at best.
+    flops: f64,
+    bytes: f64,
+    limit: Duration,
+    args: &'a Args,
+}
+
+impl Bench<'_> {
+    fn convolution(&self, model: &str, batch: usize, map: Map) {
+        let (size, c_in, c_out, kernel, stride) = map;
+        let shape =
+            format!("{model} {batch}x{size}x{size} {c_in}->{c_out} {kernel}x{kernel}/{stride}");
+        if !self.wants_any(&["conv forward", "conv d input", "conv d weight"], &shape) {
+            return;
+        }
+        let dims = [batch, size, size, c_in];
+        let weight_shape = (c_out, c_in, kernel, kernel).into();
+        let conv = Convolution::new(self.isa, dims, &weight_shape, stride).expect("sizes that fit");
+        let (x, weight) = (normal(dims.iter().product()), normal(weight_shape.elem_count()));
+        let bias = normal(c_out);
+        let mut y = normal(conv.output().iter().product());
+        let dy = y.clone();
+        let mut dx = x.clone();
+        let packed = conv.pack(&weight);
+        let mut scratch = Vec::new();
+        let work = Work::Flops(2 * y.len() * c_in * kernel * kernel);
+        let epilogue = Epilogue { bias: Some(&bias), ..Epilogue::default() };
+        self.measure("conv forward", &shape, work, || conv.forward(&x, &packed, epilogue, &mut y));
+        self.measure("conv d input", &shape, work, || {
+            conv.input_gradient(&dy, &weight, &mut dx, false);
+        });
+        self.measure("conv d weight", &shape, work, || {
+            black_box(conv.weight_gradient(&x, &dy, &mut scratch));
+        });
+    }
+
+    fn group_norm(&self, model: &str, batch: usize, size: usize, channels: usize) {
+        let shape = format!("{model} {batch}x{size}x{size} {channels}");
+        let count = batch * size * size * channels;
+        // Halves, so that a gradient that takes the place of the last neither grows nor dies out.
+        let (weight, bias) = (vec![0.5; channels], normal(channels));
+        let (x, mut y, mut dy) = (normal(count), normal(count), normal(count));
+        let (isa, activation) = (self.isa, Activation::Silu);
+        let norm = Normalization { isa, groups: 8, activation, weight: &weight, bias: &bias };
+        self.measure("norm forward", &shape, Work::Bytes(8 * count), || {
+            norm.forward(batch, &x, &mut y);
+        });
+        self.measure("norm backward", &shape, Work::Bytes(16 * count), || {
+            black_box(norm.backward(batch, &x, &mut dy, Some(&y)));
+        });
+    }
+
+    fn attention(&self, model: &str, batch: usize, size: usize, channels: usize) {
+        let shape = format!("{model} {batch}x{size}x{size} {channels}");
+        let positions = size * size;
+        let sizes = AttentionSizes { isa: self.isa, positions, channels };
+        let count = batch * positions * channels;
+        let (qkv, mut y) = (normal(3 * count), normal(count));
+        let (dy, mut dqkv) = (y.clone(), qkv.clone());
+        // One product of scores or of values; backward computes the scores again.
+        let product = 2 * count * positions;
+        self.measure("attention forward", &shape, Work::Flops(2 * product), || {
+            sizes.forward(&qkv, &mut y);
+        });
+        self.measure("attention backward", &shape, Work::Flops(5 * product), || {
+            sizes.backward(&qkv, &dy, &mut dqkv);
+        });
+    }
+
+    fn linear(&self, model: &str, batch: usize, input: usize, output: usize) {
+        let shape = format!("{model} {batch} {input}->{output}");
+        let (x, weight, bias) = (normal(batch * input), normal(input * output), normal(output));
+        let mut y = normal(batch * output);
+        let (dy, mut dx) = (y.clone(), x.clone());
+        let product = 2 * batch * input * output;
+        self.measure("linear forward", &shape, Work::Flops(product), || {
+            linear_forward(&x, &weight, &bias, &mut y);
+        });
+        self.measure("linear backward", &shape, Work::Flops(2 * product), || {
+            black_box(linear_backward(&x, &weight, output, &dy, &mut dx, false));
+        });
+    }
+
+    fn adam(&self, model: &str, weights: usize) {
+        let shape = format!("{model} {weights}");
+        if !self.wants_any(&["gradient norm", "adamw"], &shape) {
+            return;
+        }
+        let [mut weight, gradient, mut mean, mut average] = [(); 4].map(|()| normal(weights));
+        let mut square = vec![1f32; weights];
+        let step = AdamStep {
+            mean: [0.9, 0.1],
+            square: [0.999, 0.001],
+            eps: 1e-8,
+            step_size: 1e-4,
+            root_scale: 1.0,
+            keep: 1.0,
+            l2: 0.0,
+            gradient_scale: 0.5,
+            average: [0.999, 0.001],
+        };
+        self.measure("gradient norm", &shape, Work::Bytes(4 * weights), || {
+            black_box(sum_of_squares(self.isa, &gradient));
+        });
+        // Weight, both means and average there and back, the gradient there.
+        self.measure("adamw, clipping, average", &shape, Work::Bytes(36 * weights), || {
+            step.apply(
+                self.isa,
+                &mut weight,
+                &gradient,
+                (&mut mean, &mut square),
+                Some(&mut average),
+            );
+        });
+    }
+
+    fn wants(&self, name: &str, shape: &str) -> bool {
+        format!("{name} {shape}").contains(&self.args.filter)
+    }
+
+    fn wants_any(&self, names: &[&str], shape: &str) -> bool {
+        names.iter().any(|name| self.wants(name, shape))
+    }
+
+    fn measure(&self, name: &str, shape: &str, work: Work, run: impl FnMut()) {
+        if !self.wants(name, shape) {
+            return;
+        }
+        let (min, median) = time(self.limit, run);
+        let (rate, unit, ceiling) = match work {
+            Work::Flops(flops) => (flops as f64 / median, "gflops", self.flops),
+            Work::Bytes(bytes) => (bytes as f64 / median, "gbs", self.bytes),
+        };
+        let (rate, share) = (rate / 1e9, rate / ceiling);
+        if self.args.json {
+            let line = serde_json::json!({
+                "name": name, "shape": shape, "isa": format!("{:?}", self.isa).to_lowercase(),
+                "threads": rayon::current_num_threads(), "ms_min": min * 1e3,
+                "ms_median": median * 1e3, unit: rate, "share": share,
+            });
+            println!("{line}");
+        } else {
+            let unit = if unit == "gbs" { "GB/s   " } else { "GFLOP/s" };
+            println!(
+                "{name:24}  {shape:32}  {:9.3} ms  {rate:8.1} {unit}  {:4.0} %",
+                median * 1e3,
+                share * 100.0
+            );
+        }
+    }
+
+    fn ceilings(&self) {
+        let (flops, bytes) = (self.flops / 1e9, self.bytes / 1e9);
+        let (isa, threads) =
+            (format!("{:?}", self.isa).to_lowercase(), rayon::current_num_threads());
+        if self.args.json {
+            let line = serde_json::json!({
+                "name": "ceilings", "isa": isa, "threads": threads, "gflops": flops, "gbs": bytes,
+            });
+            println!("{line}");
+        } else {
+            println!("{isa}, {threads} threads: at most {flops:.1} GFLOP/s, {bytes:.1} GB/s");
+        }
+    }
+}
+
+/// Not zeros, which some units multiply faster.
+fn normal(count: usize) -> Vec<f32> {
+    let mut values = vec![0f32; count];
+    Noise::new(0).stream(Purpose::Prior, 0, 0).fill_normal(&mut values);
+    values
+}
+
+/// The least and the median of a run's seconds, over runs that take about `limit`, but three at
+/// least, after one that is not timed.
+fn time(limit: Duration, mut run: impl FnMut()) -> (f64, f64) {
+    run();
+    let (begin, mut seconds) = (Instant::now(), Vec::new());
+    while seconds.len() < 3 || begin.elapsed() < limit {
+        let start = Instant::now();
+        run();
+        seconds.push(start.elapsed().as_secs_f64());
+    }
+    seconds.sort_by(f64::total_cmp);
+    (seconds[0], seconds[seconds.len() / 2])
+}
+
+/// What the machine can do, by doing nothing else.
+mod ceiling {
+    use super::*;
+
+    /// Copies larger than caches, in values.
+    const COPY: usize = 64 << 20;
+
+    /// Turns of the loop in registers.
+    const TURNS: usize = 1 << 18;
+
+    /// Sums that are independent of each other, and fit in the registers of every instruction set:
+    /// enough to keep two units of a delay of five busy.
+    const SUMS: usize = 10;
+
+    /// The most bytes a second that a copy reads and writes.
+    pub fn bytes(limit: Duration) -> f64 {
+        let (from, mut to) = (vec![1f32; COPY], vec![0f32; COPY]);
+        let (least, _) = time(limit, || {
+            to.par_chunks_mut(1 << 20)
+                .zip(from.par_chunks(1 << 20))
+                .for_each(|(to, from)| to.copy_from_slice(from));
+            black_box(&to);
+        });
+        (2 * COPY * size_of::<f32>()) as f64 / least
+    }
+
+    /// The most multiplications and additions a second.
+    pub fn flops(isa: Isa, limit: Duration) -> f64 {
+        let width = match Set::of(isa) {
+            Set::Avx512 => 16,
+            Set::Avx2 => 8,
+            Set::Baseline => 4,
+        };
+        let (least, _) = time(limit, || {
+            rayon::broadcast(|_| in_registers(isa));
+        });
+        (rayon::current_num_threads() * TURNS * SUMS * width * 2) as f64 / least
+    }
+
+    fn in_registers(isa: Isa) {
+        match Set::of(isa) {
+            // SAFETY: an `Isa` of this name exists only where the instructions do.
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 => unsafe { avx512() },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2 => unsafe { avx2() },
+            _ => baseline(),
+        }
+    }
+
+    macro_rules! in_registers {
+        ($name:ident $features:literal: $splat:ident, $mul_add:expr) => {
+            #[target_feature(enable = $features)]
+            fn $name() {
+                let factor = $splat(black_box(0.5));
+                let mut sums = [$splat(black_box(1.0)); SUMS];
+                for _ in 0..TURNS {
+                    for sum in &mut sums {
+                        *sum = $mul_add(*sum, factor, factor);
+                    }
+                }
+                black_box(sums);
+            }
+        };
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    use std::arch::x86_64::*;
+    #[cfg(target_arch = "x86_64")]
+    in_registers!(avx512 "avx512f": _mm512_set1_ps, |a, b, c| _mm512_fmadd_ps(a, b, c));
+    #[cfg(target_arch = "x86_64")]
+    in_registers!(avx2 "avx2,fma": _mm256_set1_ps, |a, b, c| _mm256_fmadd_ps(a, b, c));
+    #[cfg(target_arch = "x86_64")]
+    in_registers!(sse2 "sse2": _mm_set1_ps, |a, b, c| _mm_add_ps(_mm_mul_ps(a, b), c));
+
+    #[cfg(target_arch = "x86_64")]
+    fn baseline() {
+        // SAFETY: every machine of this kind has them.
+        unsafe { sse2() }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn baseline() {
+        let factor = black_box(0.5f32);
+        let mut sums = [[black_box(1f32); 4]; SUMS];
+        for _ in 0..TURNS {
+            for value in sums.as_flattened_mut() {
+                *value = value.mul_add(factor, factor);
+            }
+        }
+        black_box(sums);
+    }
+}
