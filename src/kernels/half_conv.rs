@@ -66,8 +66,15 @@ pub(crate) struct PackedHalf(Vec<u16>);
 
 thread_local! {
     /// Patches and products, reused from call to call.
-    static SCRATCH: RefCell<(Vec<u16>, Vec<u16>, Vec<f32>)> =
-        const { RefCell::new((Vec::new(), Vec::new(), Vec::new())) };
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+#[derive(Default)]
+struct Scratch {
+    patches: Vec<u16>,
+    left: Vec<u16>,
+    right: Vec<u16>,
+    sums: Vec<f32>,
 }
 
 fn sized<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> &mut [T] {
@@ -143,7 +150,7 @@ impl HalfConvolution {
                 let rows = g.chunk(i);
                 let pixels = rows.len() * g.w_out;
                 let residual = residual.map(|r| &r[rows.start * line..rows.end * line]);
-                SCRATCH.with_borrow_mut(|(patches, _, sums)| {
+                SCRATCH.with_borrow_mut(|Scratch { patches, sums, .. }| {
                     let patches = sized(patches, pixels * depth);
                     self.lay_out(&image, rows, patches);
                     let sums = sized(sums, pixels * panels * PANEL);
@@ -236,9 +243,8 @@ impl HalfConvolution {
         let pixels = rows.len() * g.w_out;
         let padded = pixels.next_multiple_of(DEPTH);
         let depth = self.terms.count() * padded;
-        let row_len = g.patch();
         let origin = rows.start * g.w_out * g.c_out;
-        SCRATCH.with_borrow_mut(|(left, right, _)| {
+        SCRATCH.with_borrow_mut(|Scratch { left, right, patches, .. }| {
             let left = sized(left, g.c_out * depth);
             left.fill(0);
             for (term, (part, _)) in self.terms.parts().iter().enumerate() {
@@ -250,17 +256,27 @@ impl HalfConvolution {
                 }
             }
             let panel_len = depth * PANEL;
-            let right = sized(right, g.patch().div_ceil(PANEL) * panel_len);
-            right.fill(0);
+            let panels = g.patch().div_ceil(PANEL);
+            let right = sized(right, panels * panel_len);
+            // Patches of whole panels, two pixels of which then make a row of pairs.
+            let row_len = panels * PANEL;
+            let patches = sized(patches, padded * row_len);
             for (term, (_, part)) in self.terms.parts().iter().enumerate() {
-                for (y, oy) in rows.clone().enumerate() {
+                patches.fill(0);
+                let lines = patches.chunks_mut(g.w_out * row_len);
+                for (line, oy) in lines.zip(rows.clone()) {
                     for (patch, at, len) in g.spans(oy, row_len) {
-                        let (ox, entry) = (patch / row_len, patch % row_len);
-                        let k = term * padded + y * g.w_out + ox;
-                        for (e, value) in x[*part][at..][..len].iter().enumerate() {
-                            let entry = entry + e;
-                            let at = entry / PANEL * panel_len + place(k, entry % PANEL);
-                            right[at] = *value;
+                        line[patch..][..len].copy_from_slice(&x[*part][at..][..len]);
+                    }
+                }
+                for (pair, rows) in patches.chunks_exact(2 * row_len).enumerate() {
+                    let (even, odd) = rows.split_at(row_len);
+                    let values = even.chunks_exact(PANEL).zip(odd.chunks_exact(PANEL));
+                    for (panel, (even, odd)) in values.enumerate() {
+                        let at = panel * panel_len + place(term * padded + 2 * pair, 0);
+                        let pairs = right[at..][..2 * PANEL].chunks_exact_mut(2);
+                        for ((pair, even), odd) in pairs.zip(even).zip(odd) {
+                            (pair[0], pair[1]) = (*even, *odd);
                         }
                     }
                 }
