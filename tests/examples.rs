@@ -386,7 +386,7 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
     assert_fails(example("mnist").args(["--data", "hub", "--out", &nothing]), &["--features hub"])?;
     assert!(!Path::new(&nothing).exists(), "an error left something behind");
     let help = succeed(example("mnist").arg("--help"))?;
-    assert!(help.contains("--save-every") && help.contains("--steps 2000"), "{help}");
+    assert!(help.contains("--save-every") && help.contains("--steps 4500"), "{help}");
     Ok(())
 }
 
