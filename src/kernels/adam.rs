@@ -53,9 +53,7 @@ impl AdamStep {
             }),
         }
     }
-}
 
-impl AdamStep {
     /// Moves the average of a weight that was not updated.
     pub fn follow(&self, isa: Isa, average: &mut [f32], weight: &[f32]) {
         follow(isa, self.average, average, weight);

@@ -1,12 +1,10 @@
 //! Matrix products of bf16 operands, summed in f32: by AMX tiles, by AVX-512's dot products of pairs,
 //! or, where a machine has neither, by f32 arithmetic on the same values.
 
+pub(super) use super::product::PANEL;
 #[cfg(target_arch = "x86_64")]
 use super::simd::Kind;
 use super::simd::{Isa, simd_fn};
-
-/// Columns of a packed right-hand side that stand side by side.
-pub(super) const PANEL: usize = 32;
 
 /// The depth of a product is a multiple of this, padded with zeros: what an AMX tile takes.
 pub(super) const DEPTH: usize = 32;

@@ -74,15 +74,16 @@ impl Convolution {
 
     /// With products of this precision.
     pub fn with_precision(self, precision: Precision) -> Self {
-        let unit = Unit::detect(self.isa);
-        let half = |terms| HalfConvolution { isa: self.isa, unit, terms, sizes: self.sizes };
-        let half = match precision {
-            Precision::BF16 => Some(half(Terms::One)),
-            // Only tiles are fast enough to make up for three products where f32 takes one.
-            Precision::High if unit.has_tiles() => Some(half(Terms::Three)),
-            Precision::High | Precision::Highest => None,
+        let terms = match precision {
+            // Without a look at the machine's units: AMX is not asked for where it is not used.
+            Precision::Highest => return self,
+            Precision::High => Terms::Three,
+            Precision::BF16 => Terms::One,
         };
-        Self { half, ..self }
+        let (isa, sizes, unit) = (self.isa, self.sizes, Unit::detect(self.isa));
+        // Only tiles are fast enough to make up for three products where f32 takes one.
+        let pays = terms == Terms::One || unit.has_tiles();
+        Self { half: pays.then_some(HalfConvolution { isa, unit, terms, sizes }), ..self }
     }
 
     /// (batch, height, width, out)

@@ -11,6 +11,7 @@ use rayon::prelude::*;
 use super::bf16::{DEPTH, PANEL, Unit, place, product, round, round_all};
 use super::patches::{PARTS, Patches};
 use super::simd::Isa;
+use super::values::sized;
 use super::winograd::Epilogue;
 
 /// How many bf16 products stand for one.
@@ -47,6 +48,11 @@ impl Terms {
     }
 }
 
+/// One image of `len` values, in each of its parts.
+fn image(parts: &[Vec<u16>], k: usize, len: usize) -> Vec<&[u16]> {
+    parts.iter().map(|part| &part[k * len..][..len]).collect()
+}
+
 fn rest(x: f32, rounded: u16) -> f32 {
     x - f32::from_bits(u32::from(rounded) << 16)
 }
@@ -75,13 +81,6 @@ struct Scratch {
     left: Vec<u16>,
     right: Vec<u16>,
     sums: Vec<f32>,
-}
-
-fn sized<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> &mut [T] {
-    if memory.len() < len {
-        memory.resize(len, T::default());
-    }
-    &mut memory[..len]
 }
 
 impl HalfConvolution {
@@ -141,8 +140,7 @@ impl HalfConvolution {
         let (line, depth) = (g.w_out * g.c_out, self.terms.count() * self.depth());
         let panels = g.c_out.div_ceil(PANEL);
         y.par_chunks_mut(g.y_len()).enumerate().for_each(|(k, y)| {
-            let image: Vec<&[u16]> =
-                parts.iter().map(|part| &part[k * g.x_len()..][..g.x_len()]).collect();
+            let image = image(&parts, k, g.x_len());
             let mut shift = vec![0f32; g.c_out];
             epilogue.shift(k, &mut shift);
             let residual = epilogue.residual.map(|r| &r[k * g.y_len()..][..g.y_len()]);
@@ -205,10 +203,7 @@ impl HalfConvolution {
                 // (panels, out, PANEL)
                 let mut sums = vec![0f32; panels * g.c_out * PANEL];
                 for k in part * images..((part + 1) * images).min(g.batch) {
-                    let image = |parts: &[Vec<u16>], len: usize| -> Vec<Vec<u16>> {
-                        parts.iter().map(|part| part[k * len..][..len].to_vec()).collect()
-                    };
-                    let (x, dy) = (image(&xs, g.x_len()), image(&dys, g.y_len()));
+                    let (x, dy) = (image(&xs, k, g.x_len()), image(&dys, k, g.y_len()));
                     for i in 0..g.h_out.div_ceil(g.chunk_rows()) {
                         self.add_weight_gradient(&x, &dy, g.chunk(i), &mut sums);
                     }
@@ -234,8 +229,8 @@ impl HalfConvolution {
     /// transposed, and the patches.
     fn add_weight_gradient(
         &self,
-        x: &[Vec<u16>],
-        dy: &[Vec<u16>],
+        x: &[&[u16]],
+        dy: &[&[u16]],
         rows: std::ops::Range<usize>,
         sums: &mut [f32],
     ) {

@@ -9,6 +9,7 @@ use candle_core::{Result, Shape};
 use rayon::prelude::*;
 
 use super::gemm::{Mat, gemm};
+use super::values::sized;
 use super::winograd::Epilogue;
 
 /// Into how many parts a batch is cut whose sums over images are then added in order. Fixed, so
@@ -19,7 +20,7 @@ pub(super) const PARTS: usize = 8;
 const CHUNK_PIXELS: usize = 192;
 
 thread_local! {
-    /// Patches, reused from call to call: fresh memory would cost a page fault every 4 KiB.
+    /// Patches, reused from call to call.
     static PATCHES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -129,9 +130,7 @@ impl Patches {
             return f(Mat::new(x, pixels, self.c_in));
         }
         PATCHES.with_borrow_mut(|patches| {
-            let len = pixels * self.patch();
-            patches.resize(patches.len().max(len), 0.0);
-            let patches = &mut patches[..len];
+            let patches = sized(patches, pixels * self.patch());
             patches.fill(0.0);
             for (row, oy) in patches.chunks_mut(self.w_out * self.patch()).zip(rows) {
                 for (patch, image, len) in self.spans(oy, self.patch()) {
@@ -150,9 +149,7 @@ impl Patches {
             return gemm(dx, dy, weight.transposed(), true);
         }
         PATCHES.with_borrow_mut(|patches| {
-            let len = pixels * self.patch();
-            patches.resize(patches.len().max(len), 0.0);
-            let patches = &mut patches[..len];
+            let patches = sized(patches, pixels * self.patch());
             gemm(patches, dy, weight.transposed(), false);
             for (row, oy) in patches.chunks(self.w_out * self.patch()).zip(rows) {
                 for (patch, image, len) in self.spans(oy, self.patch()) {

@@ -32,6 +32,7 @@ pub(super) fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result
 pub(crate) fn on_cpu_in_f32(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == candle_core::DType::F32
 }
+
 /// Calls `f` with the values of a contiguous f32 tensor on the CPU, to be changed in place: in every
 /// tensor that shares them.
 pub(crate) fn with_values_mut<T>(
@@ -64,6 +65,15 @@ pub(crate) fn with_values_mut<T>(
         Some(result) => Ok(result),
         None => candle_core::bail!("a CPU kernel was given a tensor of another device"),
     }
+}
+
+/// The first `len` values of memory that is kept from call to call, and grows when it must: fresh
+/// memory would cost a page fault every 4 KiB.
+pub(super) fn sized<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> &mut [T] {
+    if memory.len() < len {
+        memory.resize(len, T::default());
+    }
+    &mut memory[..len]
 }
 
 /// Whether two tensors are views of the same memory.

@@ -319,11 +319,9 @@ impl<'n> Tape<'n> {
         let [batch, _, _, channels] = sizes.output();
         let sums = sums_by_image(&dy, batch, channels);
         self.weight_gradient(&conv.bias, sum_over_batch(&sums, channels));
-        added.per_image.write(self.pool, sums.len(), |d, accumulate| {
-            if !accumulate {
-                d.fill(0.0);
-            }
-            add(d, &sums);
+        added.per_image.write(self.pool, sums.len(), |d, accumulate| match accumulate {
+            true => add(d, &sums),
+            false => d.copy_from_slice(&sums),
         });
         let dweight = sizes.weight_gradient(&x, &dy, &mut self.scratch.borrow_mut());
         self.weight_gradient(&conv.weight, dweight);

@@ -20,6 +20,7 @@ use self::transforms::{
 };
 use super::product::{Left, PANEL, panel_product};
 use super::simd::Isa;
+use super::values::sized;
 
 /// Places in a tile's transform.
 const PLACES: usize = 16;
@@ -41,17 +42,12 @@ const SUMS_BYTES: usize = 8 << 20;
 const MIN_PART_TILES: usize = 256;
 
 thread_local! {
-    /// Transforms, reused from call to call: fresh memory would cost a page fault every 4 KiB.
+    /// Transforms, reused from call to call.
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-    SCRATCH.with_borrow_mut(|scratch| {
-        if scratch.len() < len {
-            scratch.resize(len, 0.0);
-        }
-        f(&mut scratch[..len])
-    })
+    SCRATCH.with_borrow_mut(|scratch| f(sized(scratch, len)))
 }
 
 /// Maps (batch, h, w, channels) on both sides of a convolution.
@@ -290,10 +286,7 @@ pub(crate) fn weight_gradient(
     let parts = (SUMS_BYTES / (sums_len * size_of::<f32>())).min(worthwhile).clamp(1, 16);
     let part_rows = maps.tile_rows().div_ceil(parts);
     let parts = maps.tile_rows().div_ceil(part_rows);
-    if scratch.len() < parts * sums_len {
-        scratch.resize(parts * sums_len, 0.0);
-    }
-    let sums = &mut scratch[..parts * sums_len];
+    let sums = sized(scratch, parts * sums_len);
 
     sums.par_chunks_mut(sums_len).enumerate().for_each(|(part, sums)| {
         sums.par_chunks_mut(GROUP * panel_len).enumerate().for_each(|(group, sums)| {

@@ -31,8 +31,8 @@ simd_fn! {
                     kernel_line(each!(Y in 0 1 2 => S::load(taps[3 * Y + X].as_ptr().add(j))))
                 });
                 let lines = each!(Y in 0 1 2 3 => kernel_line(each!(X in 0 1 2 => columns[X][Y])));
-for (y, line) in lines.into_iter().enumerate() {
-for (x, u) in line.into_iter().enumerate() {
+                for (y, line) in lines.into_iter().enumerate() {
+                    for (x, u) in line.into_iter().enumerate() {
                         u.store(values.as_mut_ptr().add(((4 * y + x) * rows + row) * PANEL + j));
                     }
                 }
@@ -330,8 +330,8 @@ simd_fn! {
                         }))
                     });
                     let rows = each!(Y in 0 1 2 => kernel_gradient_line(each!(X in 0 1 2 3 => columns[X][Y])));
-for (y, row) in rows.into_iter().enumerate() {
-for (x, value) in row.into_iter().enumerate() {
+                    for (y, row) in rows.into_iter().enumerate() {
+                        for (x, value) in row.into_iter().enumerate() {
                             value.store(taps[3 * y + x].as_mut_ptr().add(j));
                         }
                     }
