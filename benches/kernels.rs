@@ -35,7 +35,7 @@ mod precision;
 
 use error::{Error, Result};
 use kernels::{
-    Activation, AdamStep, AttentionSizes, Convolution, Epilogue, Isa, Normalization,
+    Activation, AdamStep, AttentionSizes, Convolution, Epilogue, Isa, Normalization, Scale,
     linear_backward, linear_forward, sum_of_squares,
 };
 use noise::{Noise, Purpose};
@@ -131,44 +131,52 @@ fn main() {
     }
 }
 
-/// Size of a square map, channels in and out, size of the kernel, stride.
-type Map = (usize, usize, usize, usize, usize);
+/// Size of a square map, channels in and out, size of the kernel, scale.
+type Map = (usize, usize, usize, usize, Scale);
+
+const SAME: Scale = Scale::Stride(1);
+const HALF: Scale = Scale::Stride(2);
+const UP: Scale = Scale::Upsample;
 
 const MNIST: &[Map] = &[
-    (28, 32, 32, 3, 1),
-    (28, 32, 64, 3, 1),
-    (28, 64, 64, 3, 1),
-    (28, 128, 32, 3, 1),
-    (14, 64, 128, 3, 1),
-    (14, 128, 128, 3, 1),
-    (14, 256, 64, 3, 1),
-    (7, 128, 128, 3, 1),
-    (28, 1, 32, 3, 1),
-    (28, 32, 1, 3, 1),
-    (28, 64, 64, 3, 2),
-    (14, 128, 128, 3, 2),
-    (28, 32, 64, 1, 1),
-    (14, 256, 64, 1, 1),
-    (7, 128, 384, 1, 1),
+    (28, 32, 32, 3, SAME),
+    (28, 32, 64, 3, SAME),
+    (28, 64, 64, 3, SAME),
+    (28, 128, 32, 3, SAME),
+    (14, 64, 128, 3, SAME),
+    (14, 128, 128, 3, SAME),
+    (14, 256, 64, 3, SAME),
+    (7, 128, 128, 3, SAME),
+    (28, 1, 32, 3, SAME),
+    (28, 32, 1, 3, SAME),
+    (28, 64, 64, 3, HALF),
+    (14, 128, 128, 3, HALF),
+    (7, 128, 128, 3, UP),
+    (14, 64, 64, 3, UP),
+    (28, 32, 64, 1, SAME),
+    (14, 256, 64, 1, SAME),
+    (7, 128, 384, 1, SAME),
 ];
 
 const CIFAR10: &[Map] = &[
-    (32, 128, 128, 3, 1),
-    (32, 128, 256, 3, 1),
-    (32, 256, 256, 3, 1),
-    (32, 512, 128, 3, 1),
-    (16, 256, 256, 3, 1),
-    (16, 512, 256, 3, 1),
-    (8, 256, 256, 3, 1),
-    (8, 512, 256, 3, 1),
-    (4, 256, 256, 3, 1),
-    (32, 3, 128, 3, 1),
-    (32, 128, 3, 3, 1),
-    (32, 256, 256, 3, 2),
-    (16, 256, 256, 3, 2),
-    (8, 256, 256, 3, 2),
-    (32, 512, 128, 1, 1),
-    (16, 256, 768, 1, 1),
+    (32, 128, 128, 3, SAME),
+    (32, 128, 256, 3, SAME),
+    (32, 256, 256, 3, SAME),
+    (32, 512, 128, 3, SAME),
+    (16, 256, 256, 3, SAME),
+    (16, 512, 256, 3, SAME),
+    (8, 256, 256, 3, SAME),
+    (8, 512, 256, 3, SAME),
+    (4, 256, 256, 3, SAME),
+    (32, 3, 128, 3, SAME),
+    (32, 128, 3, 3, SAME),
+    (32, 256, 256, 3, HALF),
+    (16, 256, 256, 3, HALF),
+    (8, 256, 256, 3, HALF),
+    (8, 256, 256, 3, UP),
+    (16, 256, 256, 3, UP),
+    (32, 512, 128, 1, SAME),
+    (16, 256, 768, 1, SAME),
 ];
 
 /// What a measure's share is of.
@@ -189,15 +197,18 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     fn convolution(&self, model: &str, batch: usize, map: Map) {
-        let (size, c_in, c_out, kernel, stride) = map;
-        let shape =
-            format!("{model} {batch}x{size}x{size} {c_in}->{c_out} {kernel}x{kernel}/{stride}");
+        let (size, c_in, c_out, kernel, scale) = map;
+        let how = match scale {
+            Scale::Stride(stride) => format!("/{stride}"),
+            Scale::Upsample => " upsampled".to_string(),
+        };
+        let shape = format!("{model} {batch}x{size}x{size} {c_in}->{c_out} {kernel}x{kernel}{how}");
         if !self.wants_any(&["conv forward", "conv d input", "conv d weight"], &shape) {
             return;
         }
         let dims = [batch, size, size, c_in];
         let weight_shape = (c_out, c_in, kernel, kernel).into();
-        let conv = Convolution::new(self.isa, dims, &weight_shape, stride).expect("sizes that fit");
+        let conv = Convolution::new(self.isa, dims, &weight_shape, scale).expect("sizes that fit");
         let (x, weight) = (normal(dims.iter().product()), normal(weight_shape.elem_count()));
         let bias = normal(c_out);
         let mut y = normal(conv.output().iter().product());

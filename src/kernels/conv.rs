@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
 use super::bf16::Unit;
 use super::half_conv::{HalfConvolution, PackedHalf, Terms};
-use super::patches::Patches;
+use super::patches::{Patches, Scale};
 use super::simd::Isa;
 use super::values::{contiguous, on_cpu_in_f32, with_values};
 use super::winograd::{self, Epilogue, Maps, Packed};
@@ -13,19 +13,24 @@ use crate::Precision;
 /// A convolution with zero padding of half the kernel, so that stride 1 keeps the size.
 ///
 /// `x` (batch, height, width, in); `weight` (out, in, k, k) with odd k; `bias` (out); the result
-/// is (batch, ceil(height / stride), ceil(width / stride), out).
-pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize) -> Result<Tensor> {
+/// is (batch, ceil(height / stride), ceil(width / stride), out), or twice the height and width
+/// where `x` is upsampled.
+pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, scale: Scale) -> Result<Tensor> {
     if on_cpu_in_f32(x) {
-        let op = Conv2d { isa: Isa::detect(), stride };
+        let op = Conv2d { isa: Isa::detect(), scale };
         x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)
     } else {
-        composed(x, weight, bias, stride)
+        composed(x, weight, bias, scale)
     }
 }
 
 /// As one product of all patches. Not candle's own `conv2d`, whose gradient is a naive loop, and
 /// wrong in shape for maps that are not square at stride 2.
-fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize) -> Result<Tensor> {
+fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor, scale: Scale) -> Result<Tensor> {
+    let (x, stride) = match scale {
+        Scale::Stride(stride) => (x, stride),
+        Scale::Upsample => (&upsample_nearest_2x(x)?, 1),
+    };
     let (b, h, w, _) = x.dims4()?;
     let (c_out, c_in, kernel, _) = weight.dims4()?;
     let (h_out, w_out) = (h.div_ceil(stride), w.div_ceil(stride));
@@ -51,6 +56,13 @@ fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize) -> Result
     patches.matmul(&weight)?.broadcast_add(bias)?.reshape((b, h_out, w_out, c_out))
 }
 
+/// Each pixel doubled in both directions: (batch, h, w, channels) to (batch, 2 h, 2 w, channels).
+fn upsample_nearest_2x(x: &Tensor) -> Result<Tensor> {
+    let (b, h, w, c) = x.dims4()?;
+    // Not candle's `upsample_nearest2d`, whose backward overwrites gradients already there.
+    x.reshape((b, h, 1, w, 1, c))?.broadcast_as((b, h, 2, w, 2, c))?.reshape((b, 2 * h, 2 * w, c))
+}
+
 /// A convolution's sizes, and how it is computed on the CPU: in f32, 3x3 at stride 1 by Winograd's
 /// method, the others from patches; with bf16 products all from patches.
 #[derive(Debug, Clone, Copy)]
@@ -68,8 +80,8 @@ impl Convolution {
     ///
     /// # Errors
     /// If the shapes do not fit.
-    pub fn new(isa: Isa, x: [usize; 4], weight: &Shape, stride: usize) -> Result<Self> {
-        Ok(Self { isa, sizes: Patches::new(x, weight, stride)?, half: None })
+    pub fn new(isa: Isa, x: [usize; 4], weight: &Shape, scale: Scale) -> Result<Self> {
+        Ok(Self { isa, sizes: Patches::new(x, weight, scale)?, half: None })
     }
 
     /// With products of this precision.
@@ -93,13 +105,13 @@ impl Convolution {
     }
 
     fn by_winograd(&self) -> bool {
-        let Patches { c_in, c_out, kernel, stride, .. } = self.sizes;
-        kernel == 3 && stride == 1 && c_in.min(c_out) >= MIN_WINOGRAD_CHANNELS
+        let Patches { c_in, c_out, kernel, .. } = self.sizes;
+        kernel == 3 && self.sizes.stride() == 1 && c_in.min(c_out) >= MIN_WINOGRAD_CHANNELS
     }
 
     fn maps(&self) -> Maps {
         let Patches { batch, h, w, .. } = self.sizes;
-        Maps { batch, h, w }
+        Maps { batch, h, w, doubled: self.sizes.upsamples() }
     }
 
     /// The weights as [`forward`](Self::forward) wants them.
@@ -108,7 +120,7 @@ impl Convolution {
         if let Some(half) = self.half {
             Weights::Half(half.pack(weight))
         } else if self.by_winograd() {
-            Weights::Winograd(Packed::forward(self.isa, weight, c_out, c_in))
+            Weights::Winograd(Packed::forward(self.isa, self.maps(), weight, c_out, c_in))
         } else {
             Weights::Matrix(self.sizes.weight_matrix(weight))
         }
@@ -135,9 +147,8 @@ impl Convolution {
         if let Some(half) = self.half {
             half.input_gradient(dy, weight, dx, accumulate);
         } else if self.by_winograd() {
-            let packed = Packed::backward(self.isa, weight, c_out, c_in);
-            let epilogue = Epilogue { accumulate, ..Epilogue::default() };
-            winograd::convolve(self.isa, self.maps(), dy, &packed, epilogue, dx);
+            let packed = Packed::backward(self.isa, self.maps(), weight, c_out, c_in);
+            winograd::input_gradient(self.isa, self.maps(), dy, &packed, dx, accumulate);
         } else {
             self.sizes.input_gradient(dy, &self.sizes.weight_matrix(weight), dx, accumulate);
         }
@@ -203,7 +214,7 @@ pub(crate) fn sum_over_batch(values: &[f32], channels: usize) -> Vec<f32> {
 
 struct Conv2d {
     isa: Isa,
-    stride: usize,
+    scale: Scale,
 }
 
 impl CustomOp3 for Conv2d {
@@ -221,7 +232,7 @@ impl CustomOp3 for Conv2d {
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let dims = x_layout.shape().dims4()?.into();
-        let conv = Convolution::new(self.isa, dims, weight_layout.shape(), self.stride)?;
+        let conv = Convolution::new(self.isa, dims, weight_layout.shape(), self.scale)?;
         let bias = Some(contiguous(bias, bias_layout)?);
         let mut y = vec![0f32; conv.output().iter().product()];
         let weights = conv.pack(contiguous(weight, weight_layout)?);
@@ -238,7 +249,7 @@ impl CustomOp3 for Conv2d {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let conv = Convolution::new(self.isa, x.dims4()?.into(), weight.shape(), self.stride)?;
+        let conv = Convolution::new(self.isa, x.dims4()?.into(), weight.shape(), self.scale)?;
         let dy = dy.contiguous()?;
         let (batch, _, _, c_out) = dy.dims4()?;
         // An image at the network's edge needs no gradient.
@@ -278,7 +289,9 @@ mod tests {
             (batch, h, w) in (1usize..20, 1usize..12, 1usize..25),
             (c_in, c_out) in (1usize..40, 1usize..40),
             kernel in prop_oneof![Just(1usize), Just(3), Just(3), Just(5)],
-            stride in prop_oneof![Just(1usize), Just(1), Just(2), Just(3)],
+            scale in prop_oneof![
+                (1usize..4).prop_map(Scale::Stride), Just(Scale::Stride(1)), Just(Scale::Upsample),
+            ],
         ) {
             let shapes = [
                 vec![batch, h, w, c_in], vec![c_out, c_in, kernel, kernel], vec![c_out],
@@ -286,8 +299,8 @@ mod tests {
             for isa in Isa::available() {
                 agrees(
                     &shapes,
-                    |v| v[0].apply_op3(&v[1], &v[2], Conv2d { isa, stride }),
-                    |v| composed(&v[0], &v[1], &v[2], stride),
+                    |v| v[0].apply_op3(&v[1], &v[2], Conv2d { isa, scale }),
+                    |v| composed(&v[0], &v[1], &v[2], scale),
                 );
             }
         }
@@ -324,8 +337,10 @@ mod tests {
             (batch, h, w) in sizes(),
             // Both ways of computing; and panels that are full, nearly so, and nearly empty.
             (c_in, c_out) in prop_oneof![(1usize..71, 1usize..71), (8usize..71, 8usize..71)],
-            (kernel, stride) in prop_oneof![
-                Just((3usize, 1usize)), Just((3, 1)), Just((3, 2)), Just((1, 1)), Just((5, 3)),
+            (kernel, scale) in prop_oneof![
+                Just((3usize, Scale::Stride(1))), Just((3, Scale::Stride(1))),
+                Just((3, Scale::Upsample)), Just((5, Scale::Upsample)),
+                Just((3, Scale::Stride(2))), Just((1, Scale::Stride(1))), Just((5, Scale::Stride(3))),
             ],
             (bias, per_image, residual, accumulate) in any::<(bool, bool, bool, bool)>(),
         ) {
@@ -336,7 +351,11 @@ mod tests {
             let exact = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
             let x = normal(0, &[batch, h, w, c_in]);
             let weight = normal(1, &[c_out, c_in, kernel, kernel]);
-            let y_shape = [batch, h.div_ceil(stride), w.div_ceil(stride), c_out];
+            let scaled = |size: usize| match scale {
+                Scale::Stride(stride) => size.div_ceil(stride),
+                Scale::Upsample => 2 * size,
+            };
+            let y_shape = [batch, scaled(h), scaled(w), c_out];
             let dy = normal(2, &y_shape);
             let (y_there, dx_there) = (normal(3, &y_shape), normal(4, x.dims()));
             let added = [
@@ -347,7 +366,7 @@ mod tests {
 
             let vars = [&x, &weight].map(|t| Var::from_tensor(&exact(t)).unwrap());
             let nothing = Tensor::zeros(c_out, DType::F64, &Device::Cpu).unwrap();
-            let mut y = composed(&vars[0], &vars[1], &nothing, stride).unwrap();
+            let mut y = composed(&vars[0], &vars[1], &nothing, scale).unwrap();
             let gradients = (&y * exact(&dy)).unwrap().sum_all().unwrap().backward().unwrap();
             let mut dx = gradients.get(&vars[0]).unwrap().clone();
             let dweight = gradients.get(&vars[1]).unwrap();
@@ -366,7 +385,7 @@ mod tests {
             let added = added.each_ref().map(|t| t.as_ref().map(values));
             for isa in Isa::available() {
                 let dims = [batch, h, w, c_in];
-                let conv = Convolution::new(isa, dims, weight.shape(), stride).unwrap();
+                let conv = Convolution::new(isa, dims, weight.shape(), scale).unwrap();
                 prop_assert_eq!(conv.output(), y_shape);
                 let epilogue = Epilogue {
                     bias: added[0].as_deref(),

@@ -15,6 +15,17 @@ pub(crate) enum Activation {
 /// Added to the variance, as in PyTorch.
 const EPS: f64 = 1e-5;
 
+/// Pixels that one thread takes at a time, where an image's are shared.
+const SPAN: usize = 64;
+
+/// Pixels whose sums are taken in f32.
+const RUN: usize = 32;
+
+/// How many spans a thread takes at least.
+fn least(shared: bool) -> usize {
+    if shared { 1 } else { usize::MAX }
+}
+
 /// Normalises each group of channels of each image to mean 0 and variance 1, then scales and
 /// shifts each channel. Wu and He 2018.
 ///
@@ -69,10 +80,45 @@ impl Normalization<'_> {
     pub fn forward(&self, batch: usize, x: &[f32], y: &mut [f32]) {
         let image = x.len() / batch;
         y.par_chunks_mut(image).zip(x.par_chunks(image)).for_each(|(y, x)| {
-            let stats = image_stats(self.isa, x, self.weight.len(), self.groups);
+            let span = SPAN * self.weight.len();
+            // Fewer images than threads: their pixels are shared as well.
+            let shared = batch < rayon::current_num_threads();
+            let stats = self.stats(x, shared);
             let silu = self.activation == Activation::Silu;
-            normalize(self.isa, y, x, &stats, self.weight, self.bias, silu);
+            let spans = y.par_chunks_mut(span).zip(x.par_chunks(span));
+            spans.with_min_len(least(shared)).for_each(|(y, x)| {
+                normalize(self.isa, y, x, &stats, self.weight, self.bias, silu);
+            });
         });
+    }
+
+    /// Of an image; its sums are shared by the threads where `shared`. In either case they are taken
+    /// in the same order.
+    fn stats(&self, x: &[f32], shared: bool) -> Stats {
+        let c = self.weight.len();
+        let group = c / self.groups;
+        let count = (x.len() / self.groups) as f64;
+        let mut stats = Stats { mean: vec![0f32; c], rstd: vec![0f32; c] };
+        let mut sums = vec![0f64; x.len().div_ceil(SPAN * c) * c];
+        // Squares about the mean: the difference of two large sums would lose what it is after.
+        for squares in [false, true] {
+            let mean = &stats.mean;
+            let spans = sums.par_chunks_mut(c).zip(x.par_chunks(SPAN * c));
+            spans.with_min_len(least(shared)).for_each(|(sums, x)| {
+                span_sums(self.isa, sums, x, mean, squares);
+            });
+            for first in (0..c).step_by(group) {
+                let total: f64 = sums.chunks(c).flat_map(|sums| &sums[first..first + group]).sum();
+                let value = total / count;
+                match squares {
+                    false => stats.mean[first..first + group].fill(value as f32),
+                    true => {
+                        stats.rstd[first..first + group].fill((1.0 / (value + EPS).sqrt()) as f32);
+                    }
+                }
+            }
+        }
+        stats
     }
 
     /// The gradients of `weight` and `bias`; that of `x`, and `more` of it from elsewhere, takes the
@@ -92,7 +138,7 @@ impl Normalization<'_> {
             .zip(sums.par_chunks_mut(c))
             .enumerate()
             .for_each(|(k, ((dy, x), sums))| {
-                let stats = image_stats(self.isa, x, c, self.groups);
+                let stats = self.stats(x, false);
                 if self.activation == Activation::Silu {
                     through_silu(self.isa, dy, x, &stats, self.weight, self.bias);
                 }
@@ -166,10 +212,10 @@ simd_fn! {
     ) {
         let c = weight.len();
         let Stats { mean, rstd } = stats;
-        // Sums in short runs, as in `image_stats`.
+        // Sums in short runs, as in `span_sums`.
         let mut totals = vec![0f64; 2 * c];
         let mut run = vec![0f32; 2 * c];
-        for (dz, x) in dz.chunks(32 * c).zip(x.chunks(32 * c)) {
+        for (dz, x) in dz.chunks(RUN * c).zip(x.chunks(RUN * c)) {
             run.fill(0.0);
             let (sum_n, sum) = run.split_at_mut(c);
             for (dz, x) in dz.chunks_exact(c).zip(x.chunks_exact(c)) {
@@ -226,35 +272,22 @@ impl Stats {
 }
 
 simd_fn! {
-    fn image_stats<S>(x: &[f32], c: usize, groups: usize) -> Stats {
-        let group = c / groups;
-        let count = (x.len() / groups) as f64;
-        let mut mean = vec![0f32; c];
-        let mut rstd = vec![0f32; c];
-        // Sums over pixels for each channel: short runs in f32, which vectorise, then f64. Squares
-        // about the mean: the difference of two large sums would lose what it is after.
+    /// Sums over a span's pixels, for each channel, of the distances from its mean or their squares.
+    fn span_sums<S>(sums: &mut [f64], x: &[f32], mean: &[f32], squares: bool) {
+        let c = mean.len();
+        sums.fill(0.0);
+        // Short runs in f32, which vectorise, then f64.
         let mut run = vec![0f32; c];
-        for squares in [false, true] {
-            let mut total = vec![0f64; c];
-            for pixels in x.chunks(32 * c) {
-                run.fill(0.0);
-                for x in pixels.chunks_exact(c) {
-                    for ((run, x), mean) in run.iter_mut().zip(x).zip(&mean) {
-                        let x = x - mean;
-                        *run += if squares { x * x } else { x };
-                    }
-                }
-                total.iter_mut().zip(&run).for_each(|(total, run)| *total += f64::from(*run));
-            }
-            for (first, total) in (0..c).step_by(group).zip(total.chunks(group)) {
-                let value = total.iter().sum::<f64>() / count;
-                match squares {
-                    false => mean[first..first + group].fill(value as f32),
-                    true => rstd[first..first + group].fill((1.0 / (value + EPS).sqrt()) as f32),
+        for pixels in x.chunks(RUN * c) {
+            run.fill(0.0);
+            for x in pixels.chunks_exact(c) {
+                for ((run, x), mean) in run.iter_mut().zip(x).zip(mean) {
+                    let x = x - mean;
+                    *run += if squares { x * x } else { x };
                 }
             }
+            sums.iter_mut().zip(&run).for_each(|(sum, run)| *sum += f64::from(*run));
         }
-        Stats { mean, rstd }
     }
 }
 

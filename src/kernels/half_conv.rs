@@ -9,7 +9,7 @@ use std::cell::RefCell;
 use rayon::prelude::*;
 
 use super::bf16::{DEPTH, PANEL, Unit, place, product, round, round_all};
-use super::patches::{PARTS, Patches};
+use super::patches::{PARTS, Patches, Scale};
 use super::simd::Isa;
 use super::values::sized;
 use super::winograd::Epilogue;
@@ -173,7 +173,7 @@ impl HalfConvolution {
     pub fn input_gradient(&self, dy: &[f32], weight: &[f32], dx: &mut [f32], accumulate: bool) {
         let g = self.sizes;
         let area = g.kernel * g.kernel;
-        if g.stride > 1 {
+        if g.stride() > 1 {
             // The two of a network that halve a map: with f32 products of the rounded values.
             let value = |x: &f32| f32::from_bits(u32::from(round(*x)) << 16);
             let rounded = |x: &[f32]| match self.terms {
@@ -184,11 +184,26 @@ impl HalfConvolution {
             return g.input_gradient(&rounded(dy), &matrix, dx, accumulate);
         }
         // A convolution with the kernel turned round.
-        let sizes = Patches { c_in: g.c_out, c_out: g.c_in, ..g };
+        let sizes = Patches { c_in: g.c_out, c_out: g.c_in, scale: Scale::Stride(1), ..g };
         let turned = Self { sizes, ..*self };
         let weights = turned.pack_by(|i, o, tap| weight[(o * g.c_in + i) * area + area - 1 - tap]);
-        let epilogue = Epilogue { accumulate, ..Epilogue::default() };
-        turned.forward(dy, &weights, epilogue, dx);
+        if !g.upsamples() {
+            let epilogue = Epilogue { accumulate, ..Epilogue::default() };
+            return turned.forward(dy, &weights, epilogue, dx);
+        }
+        let mut doubled = vec![0f32; 4 * dx.len()];
+        turned.forward(dy, &weights, Epilogue::default(), &mut doubled);
+        let (line, c) = (g.w * g.c_in, g.c_in);
+        dx.par_chunks_mut(line / 2).zip(doubled.par_chunks(2 * line)).for_each(|(dx, rows)| {
+            let (top, bottom) = rows.split_at(line);
+            let pairs = top.chunks_exact(2 * c).zip(bottom.chunks_exact(2 * c));
+            for (dx, (top, bottom)) in dx.chunks_exact_mut(c).zip(pairs) {
+                for (i, dx) in dx.iter_mut().enumerate() {
+                    let sum = (top[i] + top[c + i]) + (bottom[i] + bottom[c + i]);
+                    *dx = if accumulate { *dx + sum } else { sum };
+                }
+            }
+        });
     }
 
     /// The gradient of the weights, (out, in, k, k).
@@ -315,11 +330,11 @@ mod tests {
             (batch, h, w) in (1usize..10, 1usize..9, 1usize..20),
             (c_in, c_out) in (1usize..40, 1usize..40),
             kernel in prop_oneof![Just(1usize), Just(3), Just(5)],
-            stride in 1usize..3,
+            scale in prop_oneof![(1usize..3).prop_map(Scale::Stride), Just(Scale::Upsample)],
             accumulate: bool,
         ) {
             let shape = Shape::from((c_out, c_in, kernel, kernel));
-            let sizes = Patches::new([batch, h, w, c_in], &shape, stride).unwrap();
+            let sizes = Patches::new([batch, h, w, c_in], &shape, scale).unwrap();
             let (x, dy) = (normal(0, batch * sizes.x_len()), normal(1, batch * sizes.y_len()));
             let (weight, bias) = (normal(2, shape.elem_count()), normal(3, c_out));
             let (per_image, residual) = (normal(4, batch * c_out), normal(5, dy.len()));

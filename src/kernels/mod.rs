@@ -22,7 +22,6 @@ mod linear;
 mod patches;
 mod product;
 mod simd;
-mod upsample;
 mod values;
 mod winograd;
 
@@ -33,8 +32,8 @@ pub(crate) use attention::{AttentionSizes, attention};
 pub(crate) use conv::{Convolution, Weights, conv2d, sum_over_batch, sums_by_image};
 pub(crate) use group_norm::{Activation, Normalization, group_norm};
 pub(crate) use linear::{linear, linear_backward, linear_forward};
+pub(crate) use patches::Scale;
 pub(crate) use simd::Isa;
-pub(crate) use upsample::upsample_nearest_2x;
 pub(crate) use values::{on_cpu_in_f32, same_storage, with_values, with_values_mut};
 pub(crate) use winograd::Epilogue;
 

@@ -24,10 +24,20 @@ thread_local! {
     static PATCHES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
+/// What a convolution does to a map's size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scale {
+    /// From one output pixel to the next are so many of the input's. 1 keeps the size.
+    Stride(usize),
+    /// Each pixel is doubled in both directions before the convolution, whose stride is 1.
+    Upsample,
+}
+
 /// A convolution's sizes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Patches {
     pub batch: usize,
+    /// Of the map that the kernel moves over, which is the input unless that is upsampled.
     pub h: usize,
     pub w: usize,
     pub c_in: usize,
@@ -35,22 +45,45 @@ pub(super) struct Patches {
     pub w_out: usize,
     pub c_out: usize,
     pub kernel: usize,
-    pub stride: usize,
+    pub scale: Scale,
 }
 
 impl Patches {
-    pub fn new(x: [usize; 4], weight: &Shape, stride: usize) -> Result<Self> {
+    pub fn new(x: [usize; 4], weight: &Shape, scale: Scale) -> Result<Self> {
         let [batch, h, w, c_in] = x;
         let (c_out, weight_in, kernel, kernel_w) = weight.dims4()?;
         if weight_in != c_in || kernel != kernel_w || kernel.is_multiple_of(2) {
             candle_core::bail!("conv2d of {x:?} (channels last) with a weight of {weight:?}")
         }
-        let (h_out, w_out) = (h.div_ceil(stride), w.div_ceil(stride));
-        Ok(Self { batch, h, w, c_in, h_out, w_out, c_out, kernel, stride })
+        let (h, w) = match scale {
+            Scale::Stride(_) => (h, w),
+            Scale::Upsample => (2 * h, 2 * w),
+        };
+        let mut sizes = Self { batch, h, w, c_in, h_out: h, w_out: w, c_out, kernel, scale };
+        sizes.h_out = h.div_ceil(sizes.stride());
+        sizes.w_out = w.div_ceil(sizes.stride());
+        Ok(sizes)
+    }
+
+    pub fn stride(&self) -> usize {
+        match self.scale {
+            Scale::Stride(stride) => stride,
+            Scale::Upsample => 1,
+        }
+    }
+
+    pub fn upsamples(&self) -> bool {
+        self.scale == Scale::Upsample
     }
 
     pub fn x_len(&self) -> usize {
-        self.h * self.w * self.c_in
+        let len = self.h * self.w * self.c_in;
+        if self.upsamples() { len / 4 } else { len }
+    }
+
+    /// Whether patches are the image's pixels as they are.
+    fn is_pointwise(&self) -> bool {
+        self.kernel == 1 && self.scale == Scale::Stride(1)
     }
 
     pub fn y_len(&self) -> usize {
@@ -110,22 +143,33 @@ impl Patches {
         let g = *self;
         let pad = g.kernel / 2;
         (0..g.w_out).flat_map(move |ox| {
-            let left = (ox * g.stride) as isize - pad as isize;
+            let left = (ox * g.stride()) as isize - pad as isize;
             let skip = (-left).max(0) as usize;
             let first = (left + skip as isize) as usize;
             let last = (left + g.kernel as isize).min(g.w as isize) as usize;
-            (0..g.kernel).filter_map(move |ky| {
-                let y = (oy * g.stride + ky).checked_sub(pad).filter(|&y| y < g.h)?;
-                let patch = ox * stride + (ky * g.kernel + skip) * g.c_in;
-                Some((patch, (y * g.w + first) * g.c_in, (last - first) * g.c_in))
-            })
+            (0..g.kernel)
+                .filter_map(move |ky| {
+                    let y = (oy * g.stride() + ky).checked_sub(pad).filter(|&y| y < g.h)?;
+                    Some((ox * stride + (ky * g.kernel + skip) * g.c_in, y))
+                })
+                .flat_map(move |(patch, y)| {
+                    // Neighbours in the patch are neighbours in the image, unless that is upsampled.
+                    let step = if g.upsamples() { 1 } else { last - first };
+                    (first..last).step_by(step).map(move |x| {
+                        let pixel = match g.scale {
+                            Scale::Stride(_) => y * g.w + x,
+                            Scale::Upsample => y / 2 * (g.w / 2) + x / 2,
+                        };
+                        (patch + (x - first) * g.c_in, pixel * g.c_in, step * g.c_in)
+                    })
+                })
         })
     }
 
     /// Calls `f` with the patches of these output rows of an image: a row for each pixel.
     fn with_patches(&self, x: &[f32], rows: Range<usize>, f: impl FnOnce(Mat)) {
         let pixels = rows.len() * self.w_out;
-        if self.kernel == 1 && self.stride == 1 {
+        if self.is_pointwise() {
             let x = &x[rows.start * self.w * self.c_in..][..pixels * self.c_in];
             return f(Mat::new(x, pixels, self.c_in));
         }
@@ -144,7 +188,7 @@ impl Patches {
     /// Adds to an image's gradient what these output rows of `dy` give.
     fn add_input_gradient(&self, dx: &mut [f32], dy: Mat, weight: Mat, rows: Range<usize>) {
         let pixels = rows.len() * self.w_out;
-        if self.kernel == 1 && self.stride == 1 {
+        if self.is_pointwise() {
             let dx = &mut dx[rows.start * self.w * self.c_in..][..pixels * self.c_in];
             return gemm(dx, dy, weight.transposed(), true);
         }

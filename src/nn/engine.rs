@@ -37,9 +37,6 @@ pub(super) trait Engine<'n> {
     /// The channels of both, one after the other.
     fn concatenate(&self, a: &Self::Map, b: &Self::Map) -> Result<Self::Map>;
 
-    /// The convolution of the map with each pixel doubled in both directions.
-    fn upsample_conv(&self, conv: &'n Conv2d, x: &Self::Map) -> Result<Self::Map>;
-
     /// Attention of all pixels to all, from their q, k and v, side by side in `qkv`.
     fn attention(&self, qkv: &Self::Map) -> Result<Self::Map>;
 }
@@ -71,7 +68,7 @@ impl Engine<'_> for Autograd {
     type Map = Tensor;
 
     fn conv(&self, conv: &Conv2d, x: &Tensor, add: Add<'_, Tensor>) -> Result<Tensor> {
-        let mut y = kernels::conv2d(x, &conv.weight, &conv.bias, conv.stride)?;
+        let mut y = kernels::conv2d(x, &conv.weight, &conv.bias, conv.scale)?;
         if let Some(values) = add.per_image {
             y = y.broadcast_add(values)?;
         }
@@ -113,10 +110,6 @@ impl Engine<'_> for Autograd {
         Ok(Tensor::cat(&[a, b], 3)?)
     }
 
-    fn upsample_conv(&self, conv: &Conv2d, x: &Tensor) -> Result<Tensor> {
-        self.conv(conv, &kernels::upsample_nearest_2x(x)?, Add::NOTHING)
-    }
-
     fn attention(&self, qkv: &Tensor) -> Result<Tensor> {
         let (b, h, w, c) = qkv.dims4()?;
         let (qkv, c) = (qkv.reshape((b, h * w, c))?, c / 3);
@@ -155,10 +148,6 @@ impl Engine<'_> for Survey {
     fn norm_conv(&self, norm: &GroupNorm, conv: &Conv2d, x: &(), add: Add<'_, ()>) -> Result<()> {
         self.see([&norm.weight, &norm.bias]);
         self.conv(conv, x, add)
-    }
-
-    fn upsample_conv(&self, conv: &Conv2d, x: &()) -> Result<()> {
-        self.conv(conv, x, Add::NOTHING)
     }
 
     fn linear(&self, _: VectorActivation, linear: &Linear, _: &()) -> Result<()> {

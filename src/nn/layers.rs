@@ -3,7 +3,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
-use crate::kernels::{Activation, Weights};
+use crate::kernels::{Activation, Scale, Weights};
 
 /// PyTorch's default for convolutions and linear layers, weights and biases alike.
 fn uniform(fan_in: usize) -> Init {
@@ -18,12 +18,12 @@ fn weight(vb: &VarBuilder, shape: &[usize], name: &str, init: Init) -> Result<Te
     if tensor.track_op() { tensor.contiguous() } else { tensor.copy()?.contiguous() }
 }
 
-/// A convolution of channels-last maps, padded to keep the size at stride 1.
+/// A convolution of channels-last maps, padded, which keeps the size unless it has another scale.
 #[derive(Debug, Clone)]
 pub(crate) struct Conv2d {
     pub weight: Tensor,
     pub bias: Tensor,
-    pub stride: usize,
+    pub scale: Scale,
     /// The weights as the CPU's kernels want them in each precision, once used, where they do not
     /// change.
     pub packed: Arc<[OnceLock<Weights>; 3]>,
@@ -36,14 +36,13 @@ impl Conv2d {
         Ok(Self {
             weight: weight(&vb, &shape, "weight", init)?,
             bias: weight(&vb, &[output], "bias", init)?,
-            stride: 1,
+            scale: Scale::Stride(1),
             packed: Arc::default(),
         })
     }
 
-    /// Halves the size, rounding up.
-    pub fn with_stride_2(self) -> Self {
-        Self { stride: 2, ..self }
+    pub fn with_scale(self, scale: Scale) -> Self {
+        Self { scale, ..self }
     }
 }
 

@@ -261,7 +261,7 @@ impl<'n> Tape<'n> {
     }
 
     fn convolution(&self, conv: &Conv2d, x: [usize; 4]) -> Result<Convolution> {
-        let sizes = Convolution::new(self.isa, x, conv.weight.shape(), conv.stride)?;
+        let sizes = Convolution::new(self.isa, x, conv.weight.shape(), conv.scale)?;
         Ok(sizes.with_precision(self.precision))
     }
 
@@ -343,21 +343,6 @@ impl<'n> Tape<'n> {
         })?)
     }
 
-    /// Each pixel doubled in both directions, in memory of its own.
-    fn upsampled(&self, x: &Map) -> Buffer {
-        let [_, _, w, c] = x.dims;
-        let mut y = self.pool.take(4 * x.values.len());
-        y.par_chunks_mut(4 * w * c).zip(x.values.par_chunks(w * c)).for_each(|(rows, x)| {
-            let (top, bottom) = rows.split_at_mut(2 * w * c);
-            for (pair, pixel) in top.chunks_exact_mut(2 * c).zip(x.chunks_exact(c)) {
-                pair[..c].copy_from_slice(pixel);
-                pair[c..].copy_from_slice(pixel);
-            }
-            bottom.copy_from_slice(top);
-        });
-        y
-    }
-
     /// The normalised map, in memory of its own.
     fn normalized(&self, norm: &GroupNorm, x: &Map) -> Result<Buffer> {
         let mut n = self.pool.take(x.values.len());
@@ -412,34 +397,6 @@ impl<'n> Engine<'n> for Tape<'n> {
                 x.gradient.add(dn);
                 tape.weight_gradient(&norm.weight, dweight);
                 tape.weight_gradient(&norm.bias, dbias);
-                Ok(())
-            })
-        }))
-    }
-
-    fn upsample_conv(&self, conv: &'n Conv2d, x: &Map) -> Result<Map> {
-        let [batch, h, w, c] = x.dims;
-        let doubled = [batch, 2 * h, 2 * w, c];
-        let (dims, y) = self.convolve(conv, doubled, &self.upsampled(x), &Add::NOTHING)?;
-        let x = x.clone();
-        Ok(self.output(dims, y, move |tape, dy| {
-            // As above: four times as large as what it is made from.
-            let up = tape.upsampled(&x);
-            let nothing = Added::default();
-            tape.convolve_backward(conv, doubled, up, dy, nothing, |sizes, dy, weight, up| {
-                let mut dup = up;
-                sizes.input_gradient(dy, weight, &mut dup, false);
-                let mut dx = tape.pool.take(x.values.len());
-                dx.par_chunks_mut(w * c).zip(dup.par_chunks(4 * w * c)).for_each(|(dx, rows)| {
-                    let (top, bottom) = rows.split_at(2 * w * c);
-                    let pairs = top.chunks_exact(2 * c).zip(bottom.chunks_exact(2 * c));
-                    for (dx, (top, bottom)) in dx.chunks_exact_mut(c).zip(pairs) {
-                        for i in 0..c {
-                            dx[i] = (top[i] + top[c + i]) + (bottom[i] + bottom[c + i]);
-                        }
-                    }
-                });
-                x.gradient.add(dx);
                 Ok(())
             })
         }))

@@ -11,7 +11,7 @@ use super::layers::{Conv2d, GroupNorm};
 use super::tape::{Map, Pool, Tape};
 use super::{ResBlock, TimeEmbedding, UNetConfig, weights_dtype};
 use crate::denoiser::backward_by_autograd;
-use crate::kernels::{self, Activation};
+use crate::kernels::{self, Activation, Scale};
 use crate::{Denoiser, Dropout, Error, Network, Precision, Result};
 
 /// The network of the paper: a U-Net (Ronneberger et al. 2015) of residual blocks that are told the
@@ -81,7 +81,8 @@ impl UNet {
                 res1: blocks.res(input, output, vb.pp("res1"))?,
                 res2: blocks.res(output, output, vb.pp("res2"))?,
                 attn: attend(level).then(|| Attention::new(output, vb.pp("attn"))).transpose()?,
-                downsample: Conv2d::new(output, output, 3, vb.pp("downsample"))?.with_stride_2(),
+                downsample: Conv2d::new(output, output, 3, vb.pp("downsample"))?
+                    .with_scale(Scale::Stride(2)),
             });
         }
 
@@ -97,7 +98,8 @@ impl UNet {
             let (input, output, vb) =
                 (dims[level + 1], dims[level], vb.pp(format!("up_blocks.{i}")));
             up_blocks.push(UpBlock {
-                upsample: Conv2d::new(input, input, 3, vb.pp("upsample"))?,
+                upsample: Conv2d::new(input, input, 3, vb.pp("upsample"))?
+                    .with_scale(Scale::Upsample),
                 res1: blocks.res(2 * input, output, vb.pp("res1"))?,
                 res2: blocks.res(output, output, vb.pp("res2"))?,
                 attn: attend(level).then(|| Attention::new(output, vb.pp("attn"))).transpose()?,
@@ -237,8 +239,12 @@ impl Denoiser for UNet {
             return self.forward_autograd(x_t, t, None);
         }
         self.check(x_t, t)?;
-        let tape = Tape::forgetful(&self.pool, self.precision, x_t.dim(0)?);
-        Ok(self.run_on(&tape, x_t, t, None)?.1)
+        // Among the threads that share the work: to hand over each operation from without, and wait
+        // for it, takes longer than some of them do.
+        rayon::scope(|_| {
+            let tape = Tape::forgetful(&self.pool, self.precision, x_t.dim(0)?);
+            Ok(self.run_on(&tape, x_t, t, None)?.1)
+        })
     }
 
     fn forward_train(&self, x_t: &Tensor, t: &Tensor, dropout: &Dropout) -> Result<Tensor> {
@@ -358,7 +364,7 @@ impl UpBlock {
         t_emb: &E::Map,
         dropout: Option<&Dropout>,
     ) -> Result<E::Map> {
-        let x = engine.upsample_conv(&self.upsample, x)?;
+        let x = engine.conv(&self.upsample, x, Add::NOTHING)?;
         let x = engine.concatenate(&x, skip)?;
         let x = self.res1.run(engine, &x, t_emb, dropout)?;
         let x = self.res2.run(engine, &x, t_emb, dropout)?;

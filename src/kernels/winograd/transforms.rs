@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::PLACES;
+use super::Places;
 use crate::kernels::product::PANEL;
 use crate::kernels::simd::{Simd, simd_fn};
 
@@ -17,24 +17,69 @@ macro_rules! each {
     };
 }
 
+/// Where the values of a tile's place (y, x) stand, if it has any: see [`Places`].
+#[inline(always)]
+fn place<const INNER: bool>(y: usize, x: usize) -> Option<usize> {
+    match INNER {
+        true => Some(4 * y + x),
+        false if y == 2 || x == 2 => None,
+        false => Some(3 * (y - y / 3) + x - x / 3),
+    }
+}
+
+/// Calls the function of a tile for the places that it has.
+macro_rules! with_places {
+    ($places:expr, $f:ident::<$s:ident>($($argument:expr),* $(,)?)) => {
+        match $places {
+            Places::All => $f::<$s, true>($($argument),*),
+            Places::Outer => $f::<$s, false>($($argument),*),
+        }
+    };
+}
+
 simd_fn! {
-    /// `G w G^T` of a panel's kernels for one input channel.
+    /// `G w G^T` of a panel's kernels for one input channel; place (y, x) is multiplied with the
+    /// factors of y and of x.
     pub(super) fn transform_kernels<S>(
-        values: &mut [f32], rows: usize, row: usize, taps: &[[f32; PANEL]; 9],
+        values: &mut [f32],
+        rows: usize,
+        row: usize,
+        taps: &[[f32; PANEL]; 9],
+        places: Places,
+        factors: [f32; 4],
     ) {
-        assert!(values.len() >= PLACES * rows * PANEL && row < rows);
+        assert!(values.len() >= places.count() * rows * PANEL && row < rows);
         for j in (0..PANEL).step_by(S::WIDTH) {
             // SAFETY: `j` and the vector after it lie within PANEL; places, by the assertion,
             // within `values`.
             unsafe {
-                let columns = each!(X in 0 1 2 => {
-                    kernel_line(each!(Y in 0 1 2 => S::load(taps[3 * Y + X].as_ptr().add(j))))
-                });
-                let lines = each!(Y in 0 1 2 3 => kernel_line(each!(X in 0 1 2 => columns[X][Y])));
-                for (y, line) in lines.into_iter().enumerate() {
-                    for (x, u) in line.into_iter().enumerate() {
-                        u.store(values.as_mut_ptr().add(((4 * y + x) * rows + row) * PANEL + j));
-                    }
+                let values = values.as_mut_ptr().add(row * PANEL + j);
+                with_places!(places, kernel_tile::<S>(values, rows * PANEL, taps, j, factors));
+            }
+        }
+    }
+}
+
+/// # Safety
+/// Each place must be writable for a vector, and `taps` readable for one at `j`.
+#[inline(always)]
+unsafe fn kernel_tile<S: Simd, const INNER: bool>(
+    values: *mut f32,
+    stride: usize,
+    taps: &[[f32; PANEL]; 9],
+    j: usize,
+    factors: [f32; 4],
+) {
+    // SAFETY: passed on.
+    unsafe {
+        let columns = each!(X in 0 1 2 => {
+            kernel_line(each!(Y in 0 1 2 => S::load(taps[3 * Y + X].as_ptr().add(j))))
+        });
+        let lines = each!(Y in 0 1 2 3 => kernel_line(each!(X in 0 1 2 => columns[X][Y])));
+        for (y, line) in lines.into_iter().enumerate() {
+            for (x, u) in line.into_iter().enumerate() {
+                if let Some(place) = place::<INNER>(y, x) {
+                    u.mul(S::splat(factors[y] * factors[x])).store(values.add(place * stride));
                 }
             }
         }
@@ -48,27 +93,41 @@ fn kernel_line<S: Simd>(w: [S; 3]) -> [S; 4] {
     [w[0], ends.add(w[1]).mul(half), ends.sub(w[1]).mul(half), w[2]]
 }
 
+/// An image that is cut into tiles.
+#[derive(Clone, Copy)]
+pub(super) struct Source<'a> {
+    pub image: &'a [f32],
+    /// Of the map that the tiles lie on.
+    pub h: usize,
+    pub w: usize,
+    pub channels: usize,
+    /// Whether each pixel of the image stands for four of that map.
+    pub doubled: bool,
+}
+
 simd_fn! {
     /// `B^T d B` of each tile in a row of tiles: tile k's place p goes to `v[p * stride + (first +
-    /// k) * channels]`. Beyond the image's edges pixels are 0.
+    /// k) * channels]`. Beyond the map's edges pixels are 0.
     pub(super) fn transform_input<S>(
         v: &mut [f32],
         stride: usize,
         first: usize,
-        image: &[f32],
-        size: (usize, usize, usize),
+        source: Source<'_>,
         top: usize,
+        places: Places,
     ) {
-        let (h, w, channels) = size;
+        let Source { image, h, w, channels, doubled } = source;
         let tiles = w.div_ceil(2);
-        assert!(PLACES * stride <= v.len() && (first + tiles) * channels <= stride);
-        assert_eq!(image.len(), h * w * channels);
+        let scale = if doubled { 2 } else { 1 };
+        assert!(places.count() * stride <= v.len() && (first + tiles) * channels <= stride);
+        assert_eq!(image.len(), (h / scale) * (w / scale) * channels);
         let v = v.as_mut_ptr();
         for tile in 0..tiles {
-            // Pixel (y, x) of the tile, where it is within the image.
+            // Pixel (y, x) of the tile, where it is within the map.
             let pixel = |y: usize, x: usize| -> Option<*const f32> {
                 let (y, x) = ((top + y).wrapping_sub(1), (2 * tile + x).wrapping_sub(1));
-                (y < h && x < w).then(|| image[(y * w + x) * channels..].as_ptr())
+                let pixel = y / scale * (w / scale) + x / scale;
+                (y < h && x < w).then(|| image[pixel * channels..][..channels].as_ptr())
             };
             let pixels: [[Option<*const f32>; 4]; 4] =
                 each!(Y in 0 1 2 3 => each!(X in 0 1 2 3 => pixel(Y, X)));
@@ -78,11 +137,11 @@ simd_fn! {
                 let v = v.add((first + tile) * channels);
                 let mut c = 0;
                 while c + S::WIDTH <= channels {
-                    input_tile::<S>(v.add(c), stride, &pixels, c);
+                    with_places!(places, input_tile::<S>(v.add(c), stride, &pixels, c));
                     c += S::WIDTH;
                 }
                 while c < channels {
-                    input_tile::<f32>(v.add(c), stride, &pixels, c);
+                    with_places!(places, input_tile::<f32>(v.add(c), stride, &pixels, c));
                     c += 1;
                 }
             }
@@ -93,7 +152,7 @@ simd_fn! {
 /// # Safety
 /// Each pixel must be readable, and each place writable, for a vector.
 #[inline(always)]
-unsafe fn input_tile<S: Simd>(
+unsafe fn input_tile<S: Simd, const INNER: bool>(
     v: *mut f32,
     stride: usize,
     pixels: &[[Option<*const f32>; 4]; 4],
@@ -110,7 +169,9 @@ unsafe fn input_tile<S: Simd>(
         let rows = each!(Y in 0 1 2 3 => input_line(each!(X in 0 1 2 3 => columns[X][Y])));
         for (y, row) in rows.into_iter().enumerate() {
             for (x, value) in row.into_iter().enumerate() {
-                value.store(v.add((4 * y + x) * stride));
+                if let Some(place) = place::<INNER>(y, x) {
+                    value.store(v.add(place * stride));
+                }
             }
         }
     }
@@ -134,12 +195,13 @@ simd_fn! {
         shift: &[f32],
         residual: Option<&[f32]>,
         accumulate: bool,
+        places: Places,
     ) {
         let (w, channels) = size;
         let tiles = w.div_ceil(2);
         let row = channels.div_ceil(PANEL) * PANEL;
         let rows = y.len() / (w * channels);
-        assert!(PLACES * stride <= m.len() && (first + tiles) * row <= stride);
+        assert!(places.count() * stride <= m.len() && (first + tiles) * row <= stride);
         assert!(shift.len() == channels && residual.is_none_or(|r| r.len() == y.len()));
         assert!((1..=2).contains(&rows) && y.len() == rows * w * channels);
         for tile in 0..tiles {
@@ -162,11 +224,11 @@ simd_fn! {
             // places within `m`.
             unsafe {
                 while c + S::WIDTH <= channels {
-                    out.write::<S>(c);
+                    with_places!(places, output_tile::<S>(&out, c));
                     c += S::WIDTH;
                 }
                 while c < channels {
-                    out.write::<f32>(c);
+                    with_places!(places, output_tile::<f32>(&out, c));
                     c += 1;
                 }
             }
@@ -186,33 +248,33 @@ struct OutputTile {
     accumulate: bool,
 }
 
-impl OutputTile {
-    /// # Safety
-    /// All of the tile must be readable, and its pixels writable, for a vector at `c`.
-    #[inline(always)]
-    unsafe fn write<S: Simd>(&self, c: usize) {
-        // SAFETY: passed on.
-        unsafe {
-            let shift = S::load(self.shift.add(c));
-            let columns = each!(X in 0 1 2 3 => {
-                let place = self.m.add(X * self.stride + c);
-                output_line(each!(Y in 0 1 2 3 => S::load(place.add(4 * Y * self.stride))))
-            });
-            let rows = each!(Y in 0 1 => output_line(each!(X in 0 1 2 3 => columns[X][Y])));
-            for (y, row) in rows.into_iter().enumerate() {
-                let Some(down) = (if y == 0 { Some(0) } else { self.down }) else { continue };
-                for (x, value) in row.into_iter().enumerate() {
-                    let Some(right) = (if x == 0 { Some(0) } else { self.right }) else { continue };
-                    let place = down + right + c;
-                    let mut value = value.add(shift);
-                    if let Some(residual) = self.residual {
-                        value = value.add(S::load(residual.add(place)));
-                    }
-                    if self.accumulate {
-                        value = value.add(S::load(self.y.add(place)));
-                    }
-                    value.store(self.y.add(place));
+/// # Safety
+/// All of the tile must be readable, and its pixels writable, for a vector at `c`.
+#[inline(always)]
+unsafe fn output_tile<S: Simd, const INNER: bool>(tile: &OutputTile, c: usize) {
+    // SAFETY: passed on.
+    unsafe {
+        let shift = S::load(tile.shift.add(c));
+        let columns = each!(X in 0 1 2 3 => {
+            output_line(each!(Y in 0 1 2 3 => match place::<INNER>(Y, X) {
+                Some(place) => S::load(tile.m.add(place * tile.stride + c)),
+                None => S::splat(0.0),
+            }))
+        });
+        let rows = each!(Y in 0 1 => output_line(each!(X in 0 1 2 3 => columns[X][Y])));
+        for (y, row) in rows.into_iter().enumerate() {
+            let Some(down) = (if y == 0 { Some(0) } else { tile.down }) else { continue };
+            for (x, value) in row.into_iter().enumerate() {
+                let Some(right) = (if x == 0 { Some(0) } else { tile.right }) else { continue };
+                let place = down + right + c;
+                let mut value = value.add(shift);
+                if let Some(residual) = tile.residual {
+                    value = value.add(S::load(residual.add(place)));
                 }
+                if tile.accumulate {
+                    value = value.add(S::load(tile.y.add(place)));
+                }
+                value.store(tile.y.add(place));
             }
         }
     }
@@ -226,7 +288,7 @@ fn output_line<S: Simd>(m: [S; 4]) -> [S; 2] {
 
 simd_fn! {
     /// `A dy A^T` of some channels of each tile in a row of tiles, in panels: place p of tile k in
-    /// panel q goes to `d[(q * 16 + p) * stride + (first + k) * PANEL]`.
+    /// panel q goes to `d[(q * places + p) * stride + (first + k) * PANEL]`.
     pub(super) fn transform_gradient<S>(
         d: &mut [f32],
         stride: usize,
@@ -234,12 +296,13 @@ simd_fn! {
         dy: &[f32],
         size: (usize, usize),
         some: Range<usize>,
+        places: Places,
     ) {
         let (w, channels) = size;
         let tiles = w.div_ceil(2);
         let panels = some.len().div_ceil(PANEL);
         let rows = dy.len() / (w * channels);
-        assert!(some.end <= channels && panels * PLACES * stride <= d.len());
+        assert!(some.end <= channels && panels * places.count() * stride <= d.len());
         assert!((first + tiles) * PANEL <= stride && dy.len() == rows * w * channels);
         let d = d.as_mut_ptr();
         for tile in 0..tiles {
@@ -252,15 +315,16 @@ simd_fn! {
                 // SAFETY: pixels have `some.len()` values each, and no vector goes beyond; the
                 // assertions hold places within `d`.
                 unsafe {
-                    let place = c / PANEL * PLACES * stride + (first + tile) * PANEL + c % PANEL;
-                    let d = d.add(place);
+                    let panel = c / PANEL * places.count() * stride;
+                    let d = d.add(panel + (first + tile) * PANEL + c % PANEL);
                     if c + S::WIDTH <= some.len() {
-                        gradient_tile::<S>(d, stride, &pixels, c);
+                        with_places!(places, gradient_tile::<S>(d, stride, &pixels, c));
                     } else {
                         for lane in 0..S::WIDTH {
                             let inside = c + lane < some.len();
                             let pixels = if inside { pixels } else { [[None; 2]; 2] };
-                            gradient_tile::<f32>(d.add(lane), stride, &pixels, c + lane);
+                            let (d, c) = (d.add(lane), c + lane);
+                            with_places!(places, gradient_tile::<f32>(d, stride, &pixels, c));
                         }
                     }
                 }
@@ -272,7 +336,7 @@ simd_fn! {
 /// # Safety
 /// Each pixel must be readable, and each place writable, for a vector.
 #[inline(always)]
-unsafe fn gradient_tile<S: Simd>(
+unsafe fn gradient_tile<S: Simd, const INNER: bool>(
     d: *mut f32,
     stride: usize,
     pixels: &[[Option<*const f32>; 2]; 2],
@@ -289,7 +353,9 @@ unsafe fn gradient_tile<S: Simd>(
         let rows = each!(Y in 0 1 2 3 => gradient_line(each!(X in 0 1 => columns[X][Y])));
         for (y, row) in rows.into_iter().enumerate() {
             for (x, value) in row.into_iter().enumerate() {
-                value.store(d.add((4 * y + x) * stride));
+                if let Some(place) = place::<INNER>(y, x) {
+                    value.store(d.add(place * stride));
+                }
             }
         }
     }
@@ -302,45 +368,67 @@ fn gradient_line<S: Simd>(d: [S; 2]) -> [S; 4] {
 }
 
 simd_fn! {
-    /// `G^T u G` for a panel of output channels: `u` (16, in, PANEL), the sum of `parts` such that
-    /// are `part_len` apart, to `dweight` (out, in, 9).
+    /// `G^T u G` for a panel of output channels: `u` (places, in, PANEL), the sum of `parts` such
+    /// that are `part_len` apart, to `dweight` (out, in, 9).
     pub(super) fn kernel_gradient<S>(
         dweight: &mut [f32],
         u: &[f32],
         part_len: usize,
         parts: usize,
         c_in: usize,
+        places: Places,
     ) {
-        assert!((parts - 1) * part_len + PLACES * c_in * PANEL <= u.len());
+        assert!((parts - 1) * part_len + places.count() * c_in * PANEL <= u.len());
         let count = dweight.len() / (c_in * 9);
         assert!(count <= PANEL);
         let mut taps = [[0f32; PANEL]; 9];
+        let parts = (parts, part_len);
         for i in 0..c_in {
             for j in (0..PANEL).step_by(S::WIDTH) {
                 // SAFETY: `j` and the vector after it lie within PANEL, every place within `u`.
                 unsafe {
-                    let columns = each!(X in 0 1 2 3 => {
-                        kernel_gradient_line(each!(Y in 0 1 2 3 => {
-                            let place = u.as_ptr().add(((4 * Y + X) * c_in + i) * PANEL + j);
-                            let mut sum = S::load(place);
-                            for part in 1..parts {
-                                sum = sum.add(S::load(place.add(part * part_len)));
-                            }
-                            sum
-                        }))
-                    });
-                    let rows = each!(Y in 0 1 2 => kernel_gradient_line(each!(X in 0 1 2 3 => columns[X][Y])));
-                    for (y, row) in rows.into_iter().enumerate() {
-                        for (x, value) in row.into_iter().enumerate() {
-                            value.store(taps[3 * y + x].as_mut_ptr().add(j));
-                        }
-                    }
+                    let u = u.as_ptr().add(i * PANEL + j);
+                    with_places!(places, kernel_gradient_tile::<S>(&mut taps, j, u, c_in * PANEL, parts));
                 }
             }
             for (o, dweight) in dweight.chunks_mut(c_in * 9).enumerate().take(count) {
                 for (tap, value) in dweight[i * 9..][..9].iter_mut().enumerate() {
                     *value = taps[tap][o];
                 }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// Each place of each part must be readable, and `taps` writable at `j`, for a vector.
+#[inline(always)]
+unsafe fn kernel_gradient_tile<S: Simd, const INNER: bool>(
+    taps: &mut [[f32; PANEL]; 9],
+    j: usize,
+    u: *const f32,
+    stride: usize,
+    (parts, part_len): (usize, usize),
+) {
+    // SAFETY: passed on.
+    unsafe {
+        let columns = each!(X in 0 1 2 3 => {
+            kernel_gradient_line(each!(Y in 0 1 2 3 => match place::<INNER>(Y, X) {
+                Some(place) => {
+                    let u = u.add(place * stride);
+                    let mut sum = S::load(u);
+                    for part in 1..parts {
+                        sum = sum.add(S::load(u.add(part * part_len)));
+                    }
+                    sum
+                }
+                None => S::splat(0.0),
+            }))
+        });
+        let rows = each!(Y in 0 1 2 => kernel_gradient_line(each!(X in 0 1 2 3 => columns[X][Y])));
+        for (y, row) in rows.into_iter().enumerate() {
+            for (x, value) in row.into_iter().enumerate() {
+                value.store(taps[3 * y + x].as_mut_ptr().add(j));
             }
         }
     }
