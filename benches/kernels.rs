@@ -36,7 +36,7 @@ mod precision;
 use error::{Error, Result};
 use kernels::{
     Activation, AdamStep, AttentionSizes, Convolution, Epilogue, Isa, Normalization, Scale,
-    linear_backward, linear_forward, sum_of_squares,
+    Workspace, linear_forward, linear_input_gradient, linear_weight_gradient, sum_of_squares,
 };
 use noise::{Noise, Purpose};
 use precision::Precision;
@@ -215,15 +215,15 @@ impl Bench<'_> {
         let dy = y.clone();
         let mut dx = x.clone();
         let packed = conv.pack(&weight);
-        let mut scratch = Vec::new();
+        let (mut dweight, mut workspace) = (weight.clone(), Workspace::default());
         let work = Work::Flops(2 * y.len() * c_in * kernel * kernel);
         let epilogue = Epilogue { bias: Some(&bias), ..Epilogue::default() };
         self.measure("conv forward", &shape, work, || conv.forward(&x, &packed, epilogue, &mut y));
         self.measure("conv d input", &shape, work, || {
-            conv.input_gradient(&dy, &weight, &mut dx, false);
+            conv.input_gradient(&dy, &weight, &mut dx, false, &mut workspace);
         });
         self.measure("conv d weight", &shape, work, || {
-            black_box(conv.weight_gradient(&x, &dy, &mut scratch));
+            conv.weight_gradient(&x, &dy, &mut dweight, &mut workspace);
         });
     }
 
@@ -264,13 +264,14 @@ impl Bench<'_> {
         let shape = format!("{model} {batch} {input}->{output}");
         let (x, weight, bias) = (normal(batch * input), normal(input * output), normal(output));
         let mut y = normal(batch * output);
-        let (dy, mut dx) = (y.clone(), x.clone());
+        let (dy, mut dx, mut dweight) = (y.clone(), x.clone(), weight.clone());
         let product = 2 * batch * input * output;
         self.measure("linear forward", &shape, Work::Flops(product), || {
             linear_forward(&x, &weight, &bias, &mut y);
         });
         self.measure("linear backward", &shape, Work::Flops(2 * product), || {
-            black_box(linear_backward(&x, &weight, output, &dy, &mut dx, false));
+            linear_input_gradient(&weight, output, &dy, &mut dx);
+            linear_weight_gradient(&x, output, &dy, &mut dweight);
         });
     }
 

@@ -45,6 +45,14 @@ pub trait Denoiser {
     ) -> Result<GradStore> {
         backward_by_autograd(self, x_t, t, dropout, d_output)
     }
+
+    /// Takes back gradients that [`forward_backward`](Self::forward_backward) gave and nobody needs
+    /// any longer: the next ones may take their memory, and change these and whatever shares their
+    /// values. A training loop calls it after its update to save the system the work of clearing fresh
+    /// memory. Does nothing unless this is implemented.
+    fn recycle(&self, gradients: Vec<Tensor>) {
+        let _ = gradients;
+    }
 }
 
 /// What [`Denoiser::forward_backward`] does unless a network has another way.
@@ -80,6 +88,10 @@ macro_rules! denoiser_behind {
                 d_output: &mut dyn FnMut(&Tensor) -> Result<Tensor>,
             ) -> Result<GradStore> {
                 (**self).forward_backward(x_t, t, dropout, d_output)
+            }
+
+            fn recycle(&self, gradients: Vec<Tensor>) {
+                (**self).recycle(gradients);
             }
         }
     )*};

@@ -114,13 +114,24 @@ impl Convolution {
         Maps { batch, h, w, doubled: self.sizes.upsamples() }
     }
 
+    /// The weights as [`forward`](Self::forward) wants them, for now: [`Workspace::unpack`] takes their
+    /// memory back.
+    pub fn pack_for_now(&self, weight: &[f32], workspace: &mut Workspace) -> Weights {
+        self.pack_into(weight, std::mem::take(&mut workspace.packed))
+    }
+
     /// The weights as [`forward`](Self::forward) wants them.
     pub fn pack(&self, weight: &[f32]) -> Weights {
+        self.pack_into(weight, Vec::new())
+    }
+
+    fn pack_into(&self, weight: &[f32], memory: Vec<f32>) -> Weights {
         let Patches { c_in, c_out, .. } = self.sizes;
         if let Some(half) = self.half {
             Weights::Half(half.pack(weight))
         } else if self.by_winograd() {
-            Weights::Winograd(Packed::forward(self.isa, self.maps(), weight, c_out, c_in))
+            let sizes = (c_out, c_in);
+            Weights::Winograd(Packed::forward(self.isa, self.maps(), weight, sizes, memory))
         } else {
             Weights::Matrix(self.sizes.weight_matrix(weight))
         }
@@ -142,30 +153,59 @@ impl Convolution {
     }
 
     /// The gradient of `x`, written or added to `dx`.
-    pub fn input_gradient(&self, dy: &[f32], weight: &[f32], dx: &mut [f32], accumulate: bool) {
+    pub fn input_gradient(
+        &self,
+        dy: &[f32],
+        weight: &[f32],
+        dx: &mut [f32],
+        accumulate: bool,
+        workspace: &mut Workspace,
+    ) {
         let Patches { c_in, c_out, .. } = self.sizes;
         if let Some(half) = self.half {
             half.input_gradient(dy, weight, dx, accumulate);
         } else if self.by_winograd() {
-            let packed = Packed::backward(self.isa, self.maps(), weight, c_out, c_in);
+            let memory = std::mem::take(&mut workspace.packed);
+            let packed = Packed::backward(self.isa, self.maps(), weight, (c_out, c_in), memory);
             winograd::input_gradient(self.isa, self.maps(), dy, &packed, dx, accumulate);
+            workspace.packed = packed.into_memory();
         } else {
             self.sizes.input_gradient(dy, &self.sizes.weight_matrix(weight), dx, accumulate);
         }
     }
 
-    /// The gradient of the weights, (out, in, k, k).
-    pub fn weight_gradient(&self, x: &[f32], dy: &[f32], scratch: &mut Vec<f32>) -> Vec<f32> {
-        let Patches { c_in, c_out, kernel, .. } = self.sizes;
+    /// The gradient of the weights, (out, in, k, k), to `dweight`.
+    pub fn weight_gradient(
+        &self,
+        x: &[f32],
+        dy: &[f32],
+        dweight: &mut [f32],
+        workspace: &mut Workspace,
+    ) {
         if let Some(half) = self.half {
-            return half.weight_gradient(x, dy);
+            half.weight_gradient(x, dy, dweight);
+        } else if self.by_winograd() {
+            let sums = &mut workspace.sums;
+            winograd::weight_gradient(self.isa, self.maps(), x, dy, dweight, sums);
+        } else {
+            self.sizes.weight_gradient(x, dy, dweight);
         }
-        if !self.by_winograd() {
-            return self.sizes.weight_gradient(x, dy);
+    }
+}
+
+/// Memory that convolutions use again from call to call.
+#[derive(Default)]
+pub(crate) struct Workspace {
+    packed: Vec<f32>,
+    sums: Vec<f32>,
+}
+
+impl Workspace {
+    /// Takes back the memory of weights that are no longer needed.
+    pub fn unpack(&mut self, weights: Weights) {
+        if let Weights::Winograd(packed) = weights {
+            self.packed = packed.into_memory();
         }
-        let mut dweight = vec![0f32; c_out * c_in * kernel * kernel];
-        winograd::weight_gradient(self.isa, self.maps(), x, dy, &mut dweight, scratch);
-        dweight
     }
 }
 
@@ -203,13 +243,12 @@ pub(crate) fn sums_by_image(maps: &[f32], batch: usize, channels: usize) -> Vec<
     sums
 }
 
-/// Sums over the batch of (batch, channels).
-pub(crate) fn sum_over_batch(values: &[f32], channels: usize) -> Vec<f32> {
-    let mut sums = vec![0f32; channels];
-    for values in values.chunks(channels) {
+/// Sums over the batch of (batch, channels), to `sums` (channels).
+pub(crate) fn sum_over_batch(values: &[f32], sums: &mut [f32]) {
+    sums.fill(0.0);
+    for values in values.chunks(sums.len()) {
         sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
     }
-    sums
 }
 
 struct Conv2d {
@@ -255,13 +294,17 @@ impl CustomOp3 for Conv2d {
         // An image at the network's edge needs no gradient.
         let wants_dx = x.track_op();
         let (dx, dweight, dbias) = with_values([x, weight, &dy], |[x, weight, dy]| {
+            let mut workspace = Workspace::default();
             let dx = wants_dx.then(|| {
                 let mut dx = vec![0f32; x.len()];
-                conv.input_gradient(dy, weight, &mut dx, false);
+                conv.input_gradient(dy, weight, &mut dx, false, &mut workspace);
                 dx
             });
-            let dweight = conv.weight_gradient(x, dy, &mut Vec::new());
-            Ok((dx, dweight, sum_over_batch(&sums_by_image(dy, batch, c_out), c_out)))
+            let mut dweight = vec![0f32; weight.len()];
+            conv.weight_gradient(x, dy, &mut dweight, &mut workspace);
+            let mut dbias = vec![0f32; c_out];
+            sum_over_batch(&sums_by_image(dy, batch, c_out), &mut dbias);
+            Ok((dx, dweight, dbias))
         })?;
         let device = x.device();
         Ok((
@@ -393,14 +436,20 @@ mod tests {
                     residual: added[2].as_deref(),
                     accumulate,
                 };
+                // Memory of which more is asked than it has, and less.
+                let dirt = || vec![f32::NAN; c_in * c_out * 20];
+                let mut workspace = Workspace { packed: dirt(), sums: dirt() };
+                let packed = conv.pack_for_now(&values(&weight), &mut workspace);
                 let mut found = there(&y_there);
-                conv.forward(&values(&x), &conv.pack(&values(&weight)), epilogue, &mut found);
+                conv.forward(&values(&x), &packed, epilogue, &mut found);
+                workspace.unpack(packed);
                 near("output", isa, found, &y);
                 let mut found = there(&dx_there);
-                conv.input_gradient(&values(&dy), &values(&weight), &mut found, accumulate);
+                let (dy, weight) = (values(&dy), values(&weight));
+                conv.input_gradient(&dy, &weight, &mut found, accumulate, &mut workspace);
                 near("gradient of x", isa, found, &dx);
-                let mut scratch = vec![f32::NAN; c_in * c_out * 16];
-                let found = conv.weight_gradient(&values(&x), &values(&dy), &mut scratch);
+                let mut found = vec![f32::NAN; weight.len()];
+                conv.weight_gradient(&values(&x), &dy, &mut found, &mut workspace);
                 near("gradient of weight", isa, found, dweight);
             }
         }

@@ -206,8 +206,8 @@ impl HalfConvolution {
         });
     }
 
-    /// The gradient of the weights, (out, in, k, k).
-    pub fn weight_gradient(&self, x: &[f32], dy: &[f32]) -> Vec<f32> {
+    /// The gradient of the weights, (out, in, k, k), to `dweight`.
+    pub fn weight_gradient(&self, x: &[f32], dy: &[f32], dweight: &mut [f32]) {
         let g = &self.sizes;
         let (xs, dys) = (self.terms.split(self.isa, x), self.terms.split(self.isa, dy));
         let images = g.batch.div_ceil(PARTS);
@@ -227,7 +227,6 @@ impl HalfConvolution {
             })
             .collect();
         let area = g.kernel * g.kernel;
-        let mut dweight = vec![0f32; g.c_out * g.patch()];
         for (o, dweight) in dweight.chunks_mut(g.patch()).enumerate() {
             for tap in 0..area {
                 for i in 0..g.c_in {
@@ -237,7 +236,6 @@ impl HalfConvolution {
                 }
             }
         }
-        dweight
     }
 
     /// Adds what some output rows of an image give: the product over their pixels of `dy`,
@@ -348,14 +346,16 @@ mod tests {
             let (y_before, dx_before) = (y.clone(), dx.clone());
             sizes.forward(&x, &sizes.weight_matrix(&weight), epilogue, &mut y);
             sizes.input_gradient(&dy, &sizes.weight_matrix(&weight), &mut dx, accumulate);
-            let dweight = sizes.weight_gradient(&x, &dy);
+            let mut dweight = vec![f32::NAN; weight.len()];
+            sizes.weight_gradient(&x, &dy, &mut dweight);
             for unit in Unit::available() {
                 for (terms, limit) in [(Terms::One, 8e-3), (Terms::Three, 4e-5)] {
                     let half = HalfConvolution { isa: Isa::detect(), unit, terms, sizes };
                     let (mut y_half, mut dx_half) = (y_before.clone(), dx_before.clone());
                     half.forward(&x, &half.pack(&weight), epilogue, &mut y_half);
                     half.input_gradient(&dy, &weight, &mut dx_half, accumulate);
-                    let dweight_half = half.weight_gradient(&x, &dy);
+                    let mut dweight_half = vec![f32::NAN; weight.len()];
+                    half.weight_gradient(&x, &dy, &mut dweight_half);
                     for (what, found, expected) in
                         [("y", &y_half, &y), ("dx", &dx_half, &dx), ("dw", &dweight_half, &dweight)]
                     {

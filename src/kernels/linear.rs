@@ -30,21 +30,17 @@ pub(crate) fn linear_forward(x: &[f32], weight: &[f32], bias: &[f32], y: &mut [f
     }
 }
 
-/// The gradients of the weight and the bias from `dy`; that of `x` is written or added to `dx`.
-pub(crate) fn linear_backward(
-    x: &[f32],
-    weight: &[f32],
-    output: usize,
-    dy: &[f32],
-    dx: &mut [f32],
-    accumulate: bool,
-) -> (Vec<f32>, Vec<f32>) {
+/// The gradient of `x` from `dy` (batch, `output`).
+pub(crate) fn linear_input_gradient(weight: &[f32], output: usize, dy: &[f32], dx: &mut [f32]) {
     let (batch, input) = (dy.len() / output, weight.len() / output);
+    gemm(dx, Mat::new(dy, batch, output), Mat::new(weight, output, input), false);
+}
+
+/// The gradient of the weight from `dy` (batch, `output`).
+pub(crate) fn linear_weight_gradient(x: &[f32], output: usize, dy: &[f32], dweight: &mut [f32]) {
+    let (batch, input) = (dy.len() / output, dweight.len() / output);
     let rows = Mat::new(dy, batch, output);
-    gemm(dx, rows, Mat::new(weight, output, input), accumulate);
-    let mut dweight = vec![0f32; weight.len()];
-    gemm(&mut dweight, rows.transposed(), Mat::new(x, batch, input), false);
-    (dweight, sum_over_batch(dy, output))
+    gemm(dweight, rows.transposed(), Mat::new(x, batch, input), false);
 }
 
 struct Linear;
@@ -86,8 +82,11 @@ impl CustomOp3 for Linear {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (output, dy) = (weight.dim(0)?, dy.contiguous()?);
         let (dx, dweight, dbias) = with_values([x, weight, &dy], |[x, weight, dy]| {
-            let mut dx = vec![0f32; x.len()];
-            let (dweight, dbias) = linear_backward(x, weight, output, dy, &mut dx, false);
+            let [mut dx, mut dweight] = [x, weight].map(|values| vec![0f32; values.len()]);
+            linear_input_gradient(weight, output, dy, &mut dx);
+            linear_weight_gradient(x, output, dy, &mut dweight);
+            let mut dbias = vec![0f32; output];
+            sum_over_batch(dy, &mut dbias);
             Ok((dx, dweight, dbias))
         })?;
         let device = x.device();

@@ -29,9 +29,9 @@ use candle_core::{Result, Tensor};
 
 pub(crate) use adam::{AdamStep, sum_of_squares};
 pub(crate) use attention::{AttentionSizes, attention};
-pub(crate) use conv::{Convolution, Weights, conv2d, sum_over_batch, sums_by_image};
+pub(crate) use conv::{Convolution, Weights, Workspace, conv2d, sum_over_batch, sums_by_image};
 pub(crate) use group_norm::{Activation, Normalization, group_norm};
-pub(crate) use linear::{linear, linear_backward, linear_forward};
+pub(crate) use linear::{linear, linear_forward, linear_input_gradient, linear_weight_gradient};
 pub(crate) use patches::Scale;
 pub(crate) use simd::Isa;
 pub(crate) use values::{on_cpu_in_f32, same_storage, with_values, with_values_mut};

@@ -120,8 +120,8 @@ impl Patches {
     }
 
     /// What [`weight_gradient`](Self::weight_gradient) sums, (out, k, k, in), to (out, in, k, k).
-    fn weight_layout(&self, matrix: &[f32]) -> Vec<f32> {
-        let (area, mut weight) = (self.kernel * self.kernel, vec![0f32; matrix.len()]);
+    fn weight_layout(&self, matrix: &[f32], weight: &mut [f32]) {
+        let area = self.kernel * self.kernel;
         for o in 0..self.c_out {
             for k in 0..area {
                 for i in 0..self.c_in {
@@ -129,7 +129,6 @@ impl Patches {
                 }
             }
         }
-        weight
     }
 
     /// The parts of the patches of output row `oy` that lie within the image: for each, where it
@@ -250,8 +249,8 @@ impl Patches {
         });
     }
 
-    /// The gradient of the weights, (out, in, k, k).
-    pub fn weight_gradient(&self, x: &[f32], dy: &[f32]) -> Vec<f32> {
+    /// The gradient of the weights, (out, in, k, k), to `dweight`.
+    pub fn weight_gradient(&self, x: &[f32], dy: &[f32], dweight: &mut [f32]) {
         let images = self.batch.div_ceil(PARTS);
         let line = self.w_out * self.c_out;
         let parts = x.par_chunks(images * self.x_len()).zip(dy.par_chunks(images * self.y_len()));
@@ -271,10 +270,10 @@ impl Patches {
                 dweight
             })
             .collect();
-        let mut dweight = vec![0f32; self.c_out * self.patch()];
+        let mut total = vec![0f32; self.c_out * self.patch()];
         for part in sums {
-            dweight.iter_mut().zip(part).for_each(|(sum, d)| *sum += d);
+            total.iter_mut().zip(part).for_each(|(total, d)| *total += d);
         }
-        self.weight_layout(&dweight)
+        self.weight_layout(&total, dweight);
     }
 }

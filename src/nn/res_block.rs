@@ -109,16 +109,18 @@ impl ResBlock {
         t_emb: &E::Map,
         dropout: Option<&Dropout>,
     ) -> Result<E::Map> {
+        // First, so that on the way back its gradient is added where that of the other way is already:
+        // the other way round would take memory for both.
+        let shortcut = match &self.shortcut {
+            Some(shortcut) => &engine.conv(shortcut, x, Add::NOTHING)?,
+            None => x,
+        };
         let time = engine.linear(VectorActivation::Silu, &self.time, t_emb)?;
         let add = Add { per_image: Some(&time), residual: None };
         let mut h = engine.norm_conv(&self.norm1, &self.conv1, x, add)?;
         if let (Some((p, layer)), Some(dropout)) = (self.dropout, dropout) {
             h = engine.drop_maps(&h, dropout, layer, p)?;
         }
-        let shortcut = match &self.shortcut {
-            Some(shortcut) => &engine.conv(shortcut, x, Add::NOTHING)?,
-            None => x,
-        };
         let add = Add { per_image: None, residual: Some(shortcut) };
         engine.norm_conv(&self.norm2, &self.conv2, &h, add)
     }

@@ -2,21 +2,22 @@
 //! memory and notes how to go back through it. Memory of maps that are done with is used again.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, TensorId};
 use rayon::prelude::*;
 
 use super::engine::{Add, Engine, VectorActivation};
 use super::layers::{Conv2d, GROUPS, GroupNorm, Linear};
 use crate::kernels::{
-    AttentionSizes, Convolution, Epilogue, Isa, Normalization, Weights, linear_backward,
-    linear_forward, sum_over_batch, sums_by_image, with_values,
+    AttentionSizes, Convolution, Epilogue, Isa, Normalization, Workspace, linear_forward,
+    linear_input_gradient, linear_weight_gradient, sum_over_batch, sums_by_image, with_values,
+    with_values_mut,
 };
 use crate::{Dropout, Precision, Result};
 
@@ -29,6 +30,11 @@ struct Free {
     by_size: BTreeMap<usize, Vec<Vec<f32>>>,
     /// What the memory was used for last: the batch, and whether there is a way back.
     last: (usize, bool),
+    /// Of each gradient of the last way back, whose it is; and those that came back since, by their
+    /// weights.
+    issued: HashMap<TensorId, TensorId>,
+    gradients: HashMap<TensorId, Tensor>,
+    workspace: Workspace,
 }
 
 impl fmt::Debug for Pool {
@@ -43,8 +49,31 @@ impl Pool {
     fn begin(&self, batch: usize, recording: bool) {
         let mut free = self.lock();
         if free.last != (batch, recording) {
-            *free = Free { last: (batch, recording), ..Free::default() };
+            let workspace = std::mem::take(&mut free.workspace);
+            *free = Free { last: (batch, recording), workspace, ..Free::default() };
         }
+        free.issued.clear();
+    }
+
+    /// Takes back gradients that nobody needs any longer, if they came from here.
+    pub fn recycle(&self, gradients: Vec<Tensor>) {
+        let mut free = self.lock();
+        for gradient in gradients {
+            if let Some(weight) = free.issued.remove(&gradient.id()) {
+                free.gradients.insert(weight, gradient);
+            }
+        }
+    }
+
+    /// A tensor for the gradient of a weight, its content whatever was there before.
+    fn gradient(&self, weight: &Tensor) -> Result<Tensor> {
+        let mut free = self.lock();
+        let gradient = match free.gradients.remove(&weight.id()) {
+            Some(gradient) => gradient,
+            None => Tensor::zeros(weight.shape(), DType::F32, &Device::Cpu)?,
+        };
+        free.issued.insert(gradient.id(), weight.id());
+        Ok(gradient)
     }
 
     fn lock(&self) -> MutexGuard<'_, Free> {
@@ -170,6 +199,12 @@ impl Added {
     }
 }
 
+impl Drop for Tape<'_> {
+    fn drop(&mut self) {
+        self.pool.lock().workspace = self.workspace.take();
+    }
+}
+
 /// How to go back through an operation, from its output's gradient.
 type Backward<'n> = Box<dyn FnOnce(&Tape<'n>, Buffer) -> Result<()> + 'n>;
 
@@ -179,16 +214,18 @@ pub(super) struct Tape<'n> {
     pool: &'n Arc<Pool>,
     /// None where nothing is noted, since there will be no way back.
     nodes: Option<RefCell<Vec<(Gradient, Backward<'n>)>>>,
-    weights: RefCell<Vec<(&'n Tensor, Vec<f32>)>>,
-    /// For the sums behind weights' gradients.
-    scratch: RefCell<Vec<f32>>,
+    /// The gradients of weights, as far as the way back has led.
+    weights: RefCell<Vec<(&'n Tensor, Tensor)>>,
+    workspace: RefCell<Workspace>,
 }
 
 impl<'n> Tape<'n> {
     /// For a pass of this batch that is to be followed by [`backward`](Self::backward).
     pub fn recording(pool: &'n Arc<Pool>, precision: Precision, batch: usize) -> Self {
         pool.begin(batch, true);
-        Self { nodes: Some(RefCell::default()), ..Self::new(pool, precision) }
+        let mut tape = Self::new(pool, precision);
+        tape.nodes = Some(RefCell::default());
+        tape
     }
 
     /// For a pass forward only.
@@ -198,8 +235,9 @@ impl<'n> Tape<'n> {
     }
 
     fn new(pool: &'n Arc<Pool>, precision: Precision) -> Self {
-        let (weights, scratch) = (RefCell::default(), RefCell::default());
-        Self { isa: Isa::detect(), precision, pool, nodes: None, weights, scratch }
+        let (weights, workspace) = (RefCell::default(), std::mem::take(&mut pool.lock().workspace));
+        let workspace = RefCell::new(workspace);
+        Self { isa: Isa::detect(), precision, pool, nodes: None, weights, workspace }
     }
 
     /// A map of a tensor's values, which needs no gradient.
@@ -231,8 +269,7 @@ impl<'n> Tape<'n> {
         }
         // The one way to an empty `GradStore`.
         let mut gradients = Tensor::zeros((), DType::F32, &Device::Cpu)?.backward()?;
-        for (weight, values) in self.weights.take() {
-            let mut gradient = Tensor::from_vec(values, weight.dims(), &Device::Cpu)?;
+        for (weight, mut gradient) in self.weights.take() {
             if let Some(other) = gradients.remove(weight) {
                 gradient = (gradient + other)?;
             }
@@ -256,8 +293,15 @@ impl<'n> Tape<'n> {
         Map { dims, values: Rc::new(values), gradient }
     }
 
-    fn weight_gradient(&self, weight: &'n Tensor, values: Vec<f32>) {
-        self.weights.borrow_mut().push((weight, values));
+    /// Lets `write` write the gradient of a weight.
+    fn weight_gradient(&self, weight: &'n Tensor, write: impl FnOnce(&mut [f32])) -> Result<()> {
+        let gradient = self.pool.gradient(weight)?;
+        with_values_mut(&gradient, |values| {
+            write(values);
+            Ok(())
+        })?;
+        self.weights.borrow_mut().push((weight, gradient));
+        Ok(())
     }
 
     fn convolution(&self, conv: &Conv2d, x: [usize; 4]) -> Result<Convolution> {
@@ -282,20 +326,21 @@ impl<'n> Tape<'n> {
                 residual: add.residual.map(|map| &**map.values),
                 accumulate: false,
             };
-            let fresh;
-            let weights: &Weights = if conv.weight.track_op() {
-                fresh = sizes.pack(weight);
-                &fresh
-            } else {
-                // Not packed by `get_or_init`: threads of the pool that wait for the first one would
-                // keep it from ending. At worst it is done twice.
-                let packed = &conv.packed[self.precision as usize];
-                match packed.get() {
-                    Some(weights) => weights,
-                    None => {
-                        let weights = sizes.pack(weight);
-                        packed.get_or_init(|| weights)
-                    }
+            if conv.weight.track_op() {
+                let mut workspace = self.workspace.borrow_mut();
+                let weights = sizes.pack_for_now(weight, &mut workspace);
+                sizes.forward(x, &weights, epilogue, &mut y);
+                workspace.unpack(weights);
+                return Ok(());
+            }
+            // Not packed by `get_or_init`: threads of the pool that wait for the first one would
+            // keep it from ending. At worst it is done twice.
+            let packed = &conv.packed[self.precision as usize];
+            let weights = match packed.get() {
+                Some(weights) => weights,
+                None => {
+                    let weights = sizes.pack(weight);
+                    packed.get_or_init(|| weights)
                 }
             };
             sizes.forward(x, weights, epilogue, &mut y);
@@ -318,13 +363,14 @@ impl<'n> Tape<'n> {
         let sizes = self.convolution(conv, dims)?;
         let [batch, _, _, channels] = sizes.output();
         let sums = sums_by_image(&dy, batch, channels);
-        self.weight_gradient(&conv.bias, sum_over_batch(&sums, channels));
+        self.weight_gradient(&conv.bias, |d| sum_over_batch(&sums, d))?;
         added.per_image.write(self.pool, sums.len(), |d, accumulate| match accumulate {
             true => add(d, &sums),
             false => d.copy_from_slice(&sums),
         });
-        let dweight = sizes.weight_gradient(&x, &dy, &mut self.scratch.borrow_mut());
-        self.weight_gradient(&conv.weight, dweight);
+        self.weight_gradient(&conv.weight, |d| {
+            sizes.weight_gradient(&x, &dy, d, &mut self.workspace.borrow_mut());
+        })?;
         with_values([&conv.weight], |[weight]| Ok(dx(&sizes, &dy, weight, x)))??;
         added.residual.add(dy);
         Ok(())
@@ -366,7 +412,8 @@ impl<'n> Engine<'n> for Tape<'n> {
                 added,
                 |sizes, dy, weight, values| {
                     x.gradient.write(tape.pool, values.len(), |dx, accumulate| {
-                        sizes.input_gradient(dy, weight, dx, accumulate);
+                        let workspace = &mut *tape.workspace.borrow_mut();
+                        sizes.input_gradient(dy, weight, dx, accumulate, workspace);
                     });
                     Ok(())
                 },
@@ -389,14 +436,15 @@ impl<'n> Engine<'n> for Tape<'n> {
             tape.convolve_backward(conv, x.dims, n, dy, added, |sizes, dy, weight, n| {
                 // Nor is it needed any longer when its gradient takes its place.
                 let mut dn = n;
-                sizes.input_gradient(dy, weight, &mut dn, false);
+                let workspace = &mut *tape.workspace.borrow_mut();
+                sizes.input_gradient(dy, weight, &mut dn, false, workspace);
                 let there = x.gradient.take();
                 let (dweight, dbias) = tape.normalization(norm, |norm| {
                     norm.backward(x.batch(), &x.values, &mut dn, there.as_deref())
                 })?;
                 x.gradient.add(dn);
-                tape.weight_gradient(&norm.weight, dweight);
-                tape.weight_gradient(&norm.bias, dbias);
+                tape.weight_gradient(&norm.weight, |d| d.copy_from_slice(&dweight))?;
+                tape.weight_gradient(&norm.bias, |d| d.copy_from_slice(&dbias))?;
                 Ok(())
             })
         }))
@@ -414,11 +462,14 @@ impl<'n> Engine<'n> for Tape<'n> {
         let x = x.clone();
         Ok(self.output([x.batch(), 1, 1, output], y, move |tape, dy| {
             let mut dx = tape.pool.take(x.values.len());
-            let (dweight, dbias) = with_values([&linear.weight], |[weight]| {
-                Ok(linear_backward(&activated(&x), weight, output, &dy, &mut dx, false))
+            with_values([&linear.weight], |[weight]| {
+                linear_input_gradient(weight, output, &dy, &mut dx);
+                Ok(())
             })?;
-            tape.weight_gradient(&linear.weight, dweight);
-            tape.weight_gradient(&linear.bias, dbias);
+            tape.weight_gradient(&linear.weight, |d| {
+                linear_weight_gradient(&activated(&x), output, &dy, d);
+            })?;
+            tape.weight_gradient(&linear.bias, |d| sum_over_batch(&dy, d))?;
             dx.iter_mut().zip(&**x.values).for_each(|(dx, &x)| *dx *= f.derivative(x));
             x.gradient.add(dx);
             Ok(())
@@ -574,6 +625,53 @@ mod tests {
             forward(&many, batch)?;
         }
         assert_eq!(settled(&many)?, once);
+        Ok(())
+    }
+
+    /// Only gradients that came back are written over, and those wholly.
+    #[test]
+    fn gradients_take_the_memory_of_those_that_came_back() -> Result<()> {
+        let config = UNetConfig {
+            hidden_dims: vec![8, 16],
+            attention_resolutions: vec![0],
+            ..UNetConfig::mnist()
+        };
+        let parameters = Parameters::new(0, DType::F32, &Device::Cpu);
+        let unet = parameters.build(&config)?;
+        let x = Tensor::randn(0f32, 1.0, (2, 1, 28, 28), &Device::Cpu)?;
+        let t = Tensor::new(&[3u32, 700], &Device::Cpu)?;
+        let pass = || -> Result<Vec<Tensor>> {
+            let dropout = Dropout::new(0, 0);
+            let mut found = unet.forward_backward(&x, &t, &dropout, &mut |y| Ok(y.clone()))?;
+            let vars = parameters.vars();
+            Ok(vars.values().map(|var| found.remove(var).expect("a gradient")).collect())
+        };
+        let values = |gradients: &[Tensor]| -> Result<Vec<Vec<f32>>> {
+            gradients.iter().map(|g| Ok(g.flatten_all()?.to_vec1()?)).collect()
+        };
+        let kept = pass()?;
+        let expected = values(&kept)?;
+        assert!(expected.iter().flatten().any(|&d| d != 0.0));
+
+        let returned = pass()?;
+        let ids: Vec<_> = returned.iter().map(Tensor::id).collect();
+        assert!(kept.iter().all(|kept| !ids.contains(&kept.id())));
+        for gradient in &returned {
+            with_values_mut(gradient, |values| {
+                values.fill(f32::NAN);
+                Ok(())
+            })?;
+        }
+        unet.recycle(returned);
+        // Not one of the network's, and nothing that it may write to.
+        let other = x.copy()?;
+        unet.recycle(vec![other.clone()]);
+
+        let again = pass()?;
+        assert_eq!(again.iter().map(Tensor::id).collect::<Vec<_>>(), ids);
+        assert_eq!(values(&again)?, expected);
+        assert_eq!(values(&kept)?, expected);
+        assert_eq!(values(&[other])?, values(&[x.clone()])?);
         Ok(())
     }
 }

@@ -274,6 +274,10 @@ impl Denoiser for UNet {
         let dy = kernels::to_channels_last(&d_output.to_dtype(DType::F32)?)?;
         tape.backward(y, &dy)
     }
+
+    fn recycle(&self, gradients: Vec<Tensor>) {
+        self.pool.recycle(gradients);
+    }
 }
 
 impl Network for UNetConfig {

@@ -158,15 +158,15 @@ impl AdamW {
     /// [`Ema::update`] do one after the other, on the CPU in one pass over each weight.
     pub(super) fn update(
         &mut self,
-        mut gradients: BTreeMap<String, Tensor>,
+        gradients: &mut BTreeMap<String, Tensor>,
         max_norm: f64,
         learning_rate: f64,
         ema: Option<&mut Ema>,
     ) -> Result<Tensor> {
-        self.check(&gradients)?;
-        if gradients.is_empty() || !self.has_kernel(&gradients) {
-            let norm = clip_grad_norm(&mut gradients, max_norm)?;
-            self.step(&gradients, learning_rate)?;
+        self.check(gradients)?;
+        if gradients.is_empty() || !self.has_kernel(gradients) {
+            let norm = clip_grad_norm(gradients, max_norm)?;
+            self.step(gradients, learning_rate)?;
             let vars = self.slots.iter().map(|(name, slot)| (name, &slot.var));
             ema.map_or(Ok(()), |ema| ema.update_from(vars))?;
             return Ok(norm);
@@ -179,7 +179,7 @@ impl AdamW {
         // Above, a gradient's square may be beyond f32, and Adam's mean of it infinite for ever.
         let norm = if squares < 1e36 { squares.sqrt() } else { squares.sqrt() * f64::INFINITY };
         let scale = if max_norm.is_finite() { (max_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
-        self.step_by_kernel(&gradients, learning_rate, scale, ema)?;
+        self.step_by_kernel(gradients, learning_rate, scale, ema)?;
         Ok(Tensor::new(norm as f32, &Device::Cpu)?)
     }
 
@@ -402,7 +402,7 @@ mod tests {
                     };
                     vars.iter().filter(|(name, _)| *name != "idle").map(gradient).collect()
                 };
-                let norm = adams.0.update(of(&fast)?, max_norm, 1e-2, Some(&mut emas.0))?;
+                let norm = adams.0.update(&mut of(&fast)?, max_norm, 1e-2, Some(&mut emas.0))?;
                 let mut gradients = of(&slow)?;
                 let expected = clip_grad_norm(&mut gradients, max_norm)?;
                 adams.1.step(&gradients, 1e-2)?;

@@ -246,7 +246,9 @@ impl<N: Network> Trainer<N> {
         }
         let max_norm = self.config.clip_norm.unwrap_or(f64::INFINITY);
         let learning_rate = self.config.learning_rate(self.step);
-        let grad_norm = self.optimizer.update(sums, max_norm, learning_rate, self.ema.as_mut())?;
+        let grad_norm =
+            self.optimizer.update(&mut sums, max_norm, learning_rate, self.ema.as_mut())?;
+        self.model.recycle(sums.into_values().collect());
 
         self.step += 1;
         self.images_seen += batch as u64;

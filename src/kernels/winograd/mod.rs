@@ -163,21 +163,37 @@ pub(crate) struct Packed {
 }
 
 impl Packed {
-    /// For the convolution itself.
-    pub fn forward(isa: Isa, maps: Maps, weight: &[f32], output: usize, input: usize) -> Self {
-        let mut packed = Self { values: Vec::new(), input, output };
+    /// For the convolution itself. `memory` is used where it is large enough.
+    pub fn forward(
+        isa: Isa,
+        maps: Maps,
+        weight: &[f32],
+        (output, input): (usize, usize),
+        memory: Vec<f32>,
+    ) -> Self {
+        let mut packed = Self { values: memory, input, output };
         packed.fill(isa, maps.places(), |o, i| (o * input + i) * 9, weight, None);
         packed
     }
 
     /// For the gradient of the convolution's input, which is a convolution of the output's.
-    pub fn backward(isa: Isa, maps: Maps, weight: &[f32], output: usize, input: usize) -> Self {
-        let mut packed = Self { values: Vec::new(), input: output, output: input };
+    pub fn backward(
+        isa: Isa,
+        maps: Maps,
+        weight: &[f32],
+        (output, input): (usize, usize),
+        memory: Vec<f32>,
+    ) -> Self {
+        let mut packed = Self { values: memory, input: output, output: input };
         // A doubled pixel's gradient is the sum of a tile's four, `[1 1] A^T m A [1 1]^T`, and
         // `[1 1] A^T = [1 2 0 -1]`.
         let factors = if maps.doubled { [1.0, 2.0, 0.0, -1.0] } else { [1.0; 4] };
         packed.fill(isa, maps.places(), |i, o| (o * input + i) * 9, weight, Some(factors));
         packed
+    }
+
+    pub fn into_memory(self) -> Vec<f32> {
+        self.values
     }
 
     /// `first(column, row)` is where a kernel begins. `turned`, it is read from its end, and its
@@ -193,20 +209,22 @@ impl Packed {
         let (rows, columns) = (self.input, self.output);
         let factors = turned.unwrap_or([1.0; 4]);
         let panel_len = places.count() * rows * PANEL;
-        self.values.resize(columns.div_ceil(PANEL) * panel_len, 0.0);
-        self.values.par_chunks_mut(panel_len).enumerate().for_each(|(panel, values)| {
-            let count = PANEL.min(columns - panel * PANEL);
-            let mut taps = [[0f32; PANEL]; 9];
-            for row in 0..rows {
-                for column in 0..count {
-                    let kernel = &weight[first(panel * PANEL + column, row)..][..9];
-                    for (tap, taps) in taps.iter_mut().enumerate() {
-                        taps[column] = kernel[if turned.is_some() { 8 - tap } else { tap }];
+        sized(&mut self.values, columns.div_ceil(PANEL) * panel_len)
+            .par_chunks_mut(panel_len)
+            .enumerate()
+            .for_each(|(panel, values)| {
+                let count = PANEL.min(columns - panel * PANEL);
+                let mut taps = [[0f32; PANEL]; 9];
+                for row in 0..rows {
+                    for column in 0..count {
+                        let kernel = &weight[first(panel * PANEL + column, row)..][..9];
+                        for (tap, taps) in taps.iter_mut().enumerate() {
+                            taps[column] = kernel[if turned.is_some() { 8 - tap } else { tap }];
+                        }
                     }
+                    transform_kernels(isa, values, rows, row, &taps, places, factors);
                 }
-                transform_kernels(isa, values, rows, row, &taps, places, factors);
-            }
-        });
+            });
     }
 }
 
