@@ -236,10 +236,11 @@ impl Bench<'_> {
         let (isa, activation) = (self.isa, Activation::Silu);
         let norm = Normalization { isa, groups: 8, activation, weight: &weight, bias: &bias };
         self.measure("norm forward", &shape, Work::Bytes(8 * count), || {
-            norm.forward(batch, &x, &mut y);
+            black_box(norm.forward(batch, &x, &mut y));
         });
+        let stats = norm.forward(batch, &x, &mut y);
         self.measure("norm backward", &shape, Work::Bytes(16 * count), || {
-            black_box(norm.backward(batch, &x, &mut dy, Some(&y)));
+            black_box(norm.backward(&x, &stats, &mut dy, Some(&y)));
         });
     }
 

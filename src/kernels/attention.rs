@@ -3,7 +3,7 @@ use rayon::prelude::*;
 
 use super::elementwise::exp;
 use super::gemm::{Mat, gemm};
-use super::simd::{Isa, simd_fn};
+use super::simd::{Isa, Simd, lanes, simd_fn};
 
 /// `softmax(q k^T / sqrt(channels)) v` over all positions; each (batch, positions, channels).
 pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
@@ -48,11 +48,7 @@ impl AttentionSizes {
             gemm(&mut dv, self.square(&shares).transposed(), dy, false);
             let mut dscores = vec![0f32; n * n];
             gemm(&mut dscores, dy, self.rows(&v).transposed(), false);
-            // Through the softmax: a row's gradient less its mean by the row's shares.
-            for (d, p) in dscores.chunks_mut(n).zip(shares.chunks(n)) {
-                let mean: f32 = d.iter().zip(p).map(|(d, p)| d * p).sum();
-                d.iter_mut().zip(p).for_each(|(d, p)| *d = p * (*d - mean));
-            }
+            softmax_backward(self.isa, &mut dscores, &shares, n);
             let (mut dq, mut dk) = (vec![0f32; n * c], vec![0f32; n * c]);
             gemm(&mut dq, self.square(&dscores), self.rows(&k), false);
             // q is scaled already; its own gradient is not yet.
@@ -100,14 +96,68 @@ simd_fn! {
     fn softmax<S>(rows: &mut [f32], length: usize) {
         for row in rows.chunks_exact_mut(length) {
             // Without the maximum a large score would overflow.
-            let maximum = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            row.iter_mut().for_each(|x| *x = exp(*x - maximum));
-            let total: f32 = row.iter().sum();
+            let maximum = maximum::<S>(row);
+            let total = exponentials::<S>(row, maximum);
             row.iter_mut().for_each(|x| *x /= total);
         }
     }
 }
 
+simd_fn! {
+    /// Through the softmax, in place: a row's gradient less its mean by the row's shares.
+    fn softmax_backward<S>(gradients: &mut [f32], shares: &[f32], length: usize) {
+        let rows = gradients.chunks_exact_mut(length).zip(shares.chunks_exact(length));
+        for (d, p) in rows {
+            let mean = dot::<S>(d, p);
+            d.iter_mut().zip(p).for_each(|(d, p)| *d = p * (*d - mean));
+        }
+    }
+}
+
+#[inline(always)]
+fn maximum<S: Simd>(row: &[f32]) -> f32 {
+    let (vectors, rest) = row.split_at(row.len() / S::WIDTH * S::WIDTH);
+    let mut most = S::splat(f32::NEG_INFINITY);
+    for x in vectors.chunks_exact(S::WIDTH) {
+        // SAFETY: a vector's values.
+        most = unsafe { S::load(x.as_ptr()) }.at_least(most);
+    }
+    let lanes = lanes(most);
+    rest.iter().chain(&lanes[..S::WIDTH]).copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// Replaces each value by its distance from `maximum`, exponentiated; their sum.
+#[inline(always)]
+fn exponentials<S: Simd>(row: &mut [f32], maximum: f32) -> f32 {
+    let (vectors, rest) = row.split_at_mut(row.len() / S::WIDTH * S::WIDTH);
+    let mut total = S::splat(0.0);
+    for x in vectors.chunks_exact_mut(S::WIDTH) {
+        // SAFETY: a vector's values.
+        unsafe {
+            let value = exp(S::load(x.as_ptr()).sub(S::splat(maximum)));
+            value.store(x.as_mut_ptr());
+            total = total.add(value);
+        }
+    }
+    let mut sum: f32 = lanes(total)[..S::WIDTH].iter().sum();
+    for x in rest {
+        *x = exp(*x - maximum);
+        sum += *x;
+    }
+    sum
+}
+
+#[inline(always)]
+fn dot<S: Simd>(a: &[f32], b: &[f32]) -> f32 {
+    let whole = a.len().min(b.len()) / S::WIDTH * S::WIDTH;
+    let mut total = S::splat(0.0);
+    for (a, b) in a[..whole].chunks_exact(S::WIDTH).zip(b[..whole].chunks_exact(S::WIDTH)) {
+        // SAFETY: a vector's values each.
+        total = unsafe { S::load(a.as_ptr()).mul_add(S::load(b.as_ptr()), total) };
+    }
+    let sum: f32 = lanes(total)[..S::WIDTH].iter().sum();
+    a[whole..].iter().zip(&b[whole..]).fold(sum, |sum, (a, b)| sum + a * b)
+}
 #[cfg(test)]
 mod tests {
     use super::super::tests::agrees;

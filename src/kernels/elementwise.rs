@@ -1,33 +1,36 @@
-//! Functions of single values, written so that loops over them become vectors.
+//! Functions of single values, in vectors. Their operations are the same one by one in every width, so
+//! the bits are, too.
+
+use super::simd::Simd;
 
 /// `e^x`, within two units in the last place; beyond what f32 holds, the largest or least that it
 /// does. Cody and Waite's reduction, with the polynomial of the Cephes library.
 #[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
+pub(super) fn exp<S: Simd>(x: S) -> S {
     // Adding this rounds to an integer, which then stands in the last bits.
-    const ROUND: f32 = 12_582_912.0;
-    let x = x.clamp(-87.0, 88.0);
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
+    let round = S::splat(12_582_912.0);
+    let x = x.at_least(S::splat(-87.0)).at_most(S::splat(88.0));
+    let shifted = x.mul(S::splat(std::f32::consts::LOG2_E)).add(round);
+    let n = shifted.sub(round);
     // ln 2 in two parts, so that nothing is lost of r.
-    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
-    let mut p = 1.987_569_1e-4;
+    let r = x.sub(n.mul(S::splat(0.693_359_4))).add(n.mul(S::splat(2.121_944_4e-4)));
+    let mut p = S::splat(1.987_569_1e-4);
     for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-        p = p * r + coefficient;
+        p = p.mul(r).add(S::splat(coefficient));
     }
-    let power_of_two = f32::from_bits((shifted.to_bits() << 23).wrapping_add(1f32.to_bits()));
-    (p * r * r + r + 1.0) * power_of_two
+    p.mul(r).mul(r).add(r).add(S::splat(1.0)).mul(shifted.power_of_two())
 }
 
 /// `1 / (1 + e^-x)`.
 #[inline(always)]
-pub(super) fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x))
+pub(super) fn sigmoid<S: Simd>(x: S) -> S {
+    let one = S::splat(1.0);
+    one.div(one.add(exp(S::splat(0.0).sub(x))))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::simd::{Isa, simd_fn};
+    use super::super::simd::{Isa, for_channels, simd_fn};
     use super::*;
 
     #[test]
@@ -45,8 +48,18 @@ mod tests {
 
     simd_fn! {
         fn each<S>(values: &mut [f32]) {
-            values.iter_mut().for_each(|x| *x = exp(*x));
+            let (values, len) = (values.as_mut_ptr(), values.len());
+            // SAFETY: vectors begin where as many values are left.
+            unsafe {
+                for_channels!(i in len, one::<S>(values.add(i)));
+            }
         }
+    }
+
+    #[inline(always)]
+    unsafe fn one<S: Simd>(x: *mut f32) {
+        // SAFETY: the test's own memory.
+        unsafe { exp(S::load(x)).store(x) }
     }
 
     #[test]
@@ -54,6 +67,7 @@ mod tests {
         for length in (0..70).chain([1000]) {
             let mut values: Vec<f32> = (0..length).map(|i| (i as f32 * 1.7).sin() * 95.0).collect();
             for (value, special) in values.iter_mut().skip(3).step_by(7).zip([
+                f32::NAN,
                 f32::INFINITY,
                 f32::NEG_INFINITY,
                 -0.0,

@@ -2,7 +2,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::elementwise::sigmoid;
-use super::simd::{Isa, simd_fn};
+use super::simd::{Isa, Simd, for_channels, simd_fn};
 use super::values::{contiguous, on_cpu_in_f32, with_values};
 
 /// What follows a normalisation.
@@ -76,25 +76,110 @@ pub(crate) struct Normalization<'a> {
 }
 
 impl Normalization<'_> {
-    /// `y` from `x`, both `batch` images.
-    pub fn forward(&self, batch: usize, x: &[f32], y: &mut [f32]) {
+    /// `y` from `x`, both `batch` images, whose statistics are given back.
+    pub fn forward(&self, batch: usize, x: &[f32], y: &mut [f32]) -> Vec<Stats> {
+        // Fewer images than threads: their pixels are shared as well.
+        let shared = batch < rayon::current_num_threads();
         let image = x.len() / batch;
-        y.par_chunks_mut(image).zip(x.par_chunks(image)).for_each(|(y, x)| {
-            let span = SPAN * self.weight.len();
-            // Fewer images than threads: their pixels are shared as well.
-            let shared = batch < rayon::current_num_threads();
-            let stats = self.stats(x, shared);
-            let silu = self.activation == Activation::Silu;
-            let spans = y.par_chunks_mut(span).zip(x.par_chunks(span));
-            spans.with_min_len(least(shared)).for_each(|(y, x)| {
-                normalize(self.isa, y, x, &stats, self.weight, self.bias, silu);
+        let images = y.par_chunks_mut(image).zip(x.par_chunks(image));
+        images
+            .map(|(y, x)| {
+                let stats = self.image_stats(x, shared);
+                self.normalize(x, &stats, y, shared);
+                stats
+            })
+            .collect()
+    }
+
+    /// `y` again.
+    pub fn forward_again(&self, x: &[f32], stats: &[Stats], y: &mut [f32]) {
+        let image = x.len() / stats.len();
+        let images = y.par_chunks_mut(image).zip(x.par_chunks(image)).zip(stats);
+        images.for_each(|((y, x), stats)| self.normalize(x, stats, y, false));
+    }
+
+    /// The gradients of `weight` and `bias`; that of `x`, and `more` of it from elsewhere, takes the
+    /// place of `dy`.
+    pub fn backward(
+        &self,
+        x: &[f32],
+        stats: &[Stats],
+        dy: &mut [f32],
+        more: Option<&[f32]>,
+    ) -> (Vec<f32>, Vec<f32>) {
+        let image = x.len() / stats.len();
+        let c = self.weight.len();
+        let mut sums = vec![[0f64; 2]; stats.len() * c];
+        dy.par_chunks_mut(image)
+            .zip(x.par_chunks(image))
+            .zip(sums.par_chunks_mut(c))
+            .zip(stats)
+            .enumerate()
+            .for_each(|(k, (((dy, x), sums), stats))| {
+                let affine = Affine::new(stats, self.weight, self.bias);
+                let silu = self.activation == Activation::Silu;
+                gradient_sums(self.isa, dy, x, &affine, silu, sums);
+                for (sums, rstd) in sums.iter_mut().zip(&stats.rstd) {
+                    sums[0] *= f64::from(*rstd);
+                }
+                let more = more.map(|more| &more[k * image..][..image]);
+                let factors = self.factors(stats, sums, image / c);
+                input_gradient(self.isa, dy, x, &stats.mean, &factors, more);
             });
+        let (mut dweight, mut dbias) = (vec![0f64; c], vec![0f64; c]);
+        for sums in sums.chunks(c) {
+            for (i, [weight, bias]) in sums.iter().enumerate() {
+                dweight[i] += weight;
+                dbias[i] += bias;
+            }
+        }
+        let rounded = |values: Vec<f64>| values.into_iter().map(|value| value as f32).collect();
+        (rounded(dweight), rounded(dbias))
+    }
+
+    /// dx = rstd (weight dz - mean(weight dz) - n mean(weight dz n)), means over the group, with n = (x -
+    /// mean) rstd: a sum of dz, x - mean and 1, each times a factor of its channel. From the gradients of
+    /// weight and bias.
+    fn factors(&self, stats: &Stats, sums: &[[f64; 2]], pixels: usize) -> [Vec<f32>; 3] {
+        let c = self.weight.len();
+        let group = c / self.groups;
+        let values = (pixels * group) as f64;
+        let mut factors = [vec![0f32; c], vec![0f32; c], vec![0f32; c]];
+        for first in (0..c).step_by(group) {
+            let channels = first..first + group;
+            let mean = |k: usize| {
+                let weighted = channels.clone().map(|i| sums[i][k] * f64::from(self.weight[i]));
+                weighted.sum::<f64>() / values
+            };
+            let (mean_n, mean_dz) = (mean(0), mean(1));
+            for i in channels.clone() {
+                let rstd = f64::from(stats.rstd[i]);
+                factors[0][i] = stats.rstd[i] * self.weight[i];
+                factors[1][i] = (-rstd * rstd * mean_n) as f32;
+                factors[2][i] = (-rstd * mean_dz) as f32;
+            }
+        }
+        factors
+    }
+
+    /// Of each image.
+    fn stats(&self, batch: usize, x: &[f32]) -> Vec<Stats> {
+        x.par_chunks(x.len() / batch).map(|x| self.image_stats(x, false)).collect()
+    }
+
+    fn normalize(&self, x: &[f32], stats: &Stats, y: &mut [f32], shared: bool) {
+        let span = SPAN * self.weight.len();
+        let affine = Affine::new(stats, self.weight, self.bias);
+        let silu = self.activation == Activation::Silu;
+        let spans = y.par_chunks_mut(span).zip(x.par_chunks(span));
+        spans.with_min_len(least(shared)).for_each(|(y, x)| {
+            normalize(self.isa, y, x, &affine, silu);
         });
     }
 
     /// Of an image; its sums are shared by the threads where `shared`. In either case they are taken
     /// in the same order.
-    fn stats(&self, x: &[f32], shared: bool) -> Stats {
+    fn image_stats(&self, x: &[f32], shared: bool) -> Stats {
         let c = self.weight.len();
         let group = c / self.groups;
         let count = (x.len() / self.groups) as f64;
@@ -120,155 +205,181 @@ impl Normalization<'_> {
         }
         stats
     }
+}
 
-    /// The gradients of `weight` and `bias`; that of `x`, and `more` of it from elsewhere, takes the
-    /// place of `dy`.
-    pub fn backward(
-        &self,
-        batch: usize,
-        x: &[f32],
-        dy: &mut [f32],
-        more: Option<&[f32]>,
-    ) -> (Vec<f32>, Vec<f32>) {
-        let image = x.len() / batch;
-        let c = self.weight.len();
-        let mut sums = vec![[0f32; 2]; batch * c];
-        dy.par_chunks_mut(image)
-            .zip(x.par_chunks(image))
-            .zip(sums.par_chunks_mut(c))
-            .enumerate()
-            .for_each(|(k, ((dy, x), sums))| {
-                let stats = self.stats(x, false);
-                if self.activation == Activation::Silu {
-                    through_silu(self.isa, dy, x, &stats, self.weight, self.bias);
-                }
-                let more = more.map(|more| &more[k * image..][..image]);
-                image_backward(self.isa, x, dy, &stats, self.weight, self.groups, more, sums);
-            });
-        let (mut dweight, mut dbias) = (vec![0f32; c], vec![0f32; c]);
-        for sums in sums.chunks(c) {
-            for (i, [weight, bias]) in sums.iter().enumerate() {
-                dweight[i] += weight;
-                dbias[i] += bias;
-            }
+/// What is done to each channel `x` of an image: `z = (x - mean) scale + bias`. The mean is taken off
+/// first: as a part of the bias, a large one would cancel out with a loss.
+struct Affine<'a> {
+    mean: &'a [f32],
+    scale: Vec<f32>,
+    bias: &'a [f32],
+}
+
+impl<'a> Affine<'a> {
+    fn new(stats: &'a Stats, weight: &[f32], bias: &'a [f32]) -> Self {
+        let scale: Vec<f32> = weight.iter().zip(&stats.rstd).map(|(w, r)| w * r).collect();
+        assert!(stats.mean.len() == scale.len() && bias.len() == scale.len());
+        Self { mean: &stats.mean, scale, bias }
+    }
+
+    fn channels(&self) -> usize {
+        self.scale.len()
+    }
+
+    /// The distances from the mean of the channels from `first` on, and those normalised.
+    ///
+    /// # Safety
+    /// There must be a vector of channels from `first` on.
+    #[inline(always)]
+    unsafe fn apply<S: Simd>(&self, x: S, first: usize) -> (S, S) {
+        // SAFETY: all three have as many channels.
+        unsafe {
+            let n = x.sub(S::load(self.mean.as_ptr().add(first)));
+            let scale = S::load(self.scale.as_ptr().add(first));
+            (n, n.mul(scale).add(S::load(self.bias.as_ptr().add(first))))
         }
-        (dweight, dbias)
     }
 }
 
 simd_fn! {
     /// `y = silu(z)`, or without the activation, of the normalised `z`.
-    fn normalize<S>(
-        y: &mut [f32],
-        x: &[f32],
-        stats: &Stats,
-        weight: &[f32],
-        bias: &[f32],
-        silu: bool,
-    ) {
-        let c = weight.len();
-        let (mean, scale) = (&stats.mean, stats.scale(weight));
+    fn normalize<S>(y: &mut [f32], x: &[f32], affine: &Affine<'_>, silu: bool) {
+        let c = affine.channels();
         for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
-            for ((((y, x), mean), scale), bias) in
-                y.iter_mut().zip(x).zip(mean).zip(&scale).zip(bias)
-            {
-                let z = (x - mean) * scale + bias;
-                *y = if silu { z * sigmoid(z) } else { z };
+            let (y, x) = (y.as_mut_ptr(), x.as_ptr());
+            // SAFETY: `y` and `x` are a pixel's channels.
+            unsafe {
+                for_channels!(i in c, normalize_channels::<S>(y, x, affine, i, silu));
             }
         }
     }
 }
 
-simd_fn! {
-    /// From the gradient of `silu(z)` to that of `z`, where `z` is the normalised `x`.
-    fn through_silu<S>(
-        dz: &mut [f32], x: &[f32], stats: &Stats, weight: &[f32], bias: &[f32],
-    ) {
-        let c = weight.len();
-        let (mean, scale) = (&stats.mean, stats.scale(weight));
-        for (dz, x) in dz.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
-            for ((((dz, x), mean), scale), bias) in
-                dz.iter_mut().zip(x).zip(mean).zip(&scale).zip(bias)
-            {
-                let z = (x - mean) * scale + bias;
-                let s = sigmoid(z);
-                *dz *= s * (1.0 + z * (1.0 - s));
-            }
-        }
+/// # Safety
+/// There must be a vector of channels from `first` on.
+#[inline(always)]
+unsafe fn normalize_channels<S: Simd>(
+    y: *mut f32,
+    x: *const f32,
+    affine: &Affine<'_>,
+    first: usize,
+    silu: bool,
+) {
+    // SAFETY: passed on.
+    unsafe {
+        let (_, z) = affine.apply(S::load(x.add(first)), first);
+        let value = if silu { z.mul(sigmoid(z)) } else { z };
+        value.store(y.add(first));
     }
 }
 
 simd_fn! {
-    /// From `dz` to `dx` and `more` of it, in its place; and the sums over pixels that are the
-    /// gradients of `weight` and `bias`.
-    fn image_backward<S>(
-        x: &[f32],
-        dz: &mut [f32],
-        stats: &Stats,
-        weight: &[f32],
-        groups: usize,
-        more: Option<&[f32]>,
-        sums: &mut [[f32; 2]],
+    /// From the gradient of `silu(z)`, if it is one, to that of `z`, in its place; and its sums over an
+    /// image's pixels, times the distance from the mean and plain.
+    fn gradient_sums<S>(
+        dz: &mut [f32], x: &[f32], affine: &Affine<'_>, silu: bool, sums: &mut [[f64; 2]],
     ) {
-        let c = weight.len();
-        let Stats { mean, rstd } = stats;
-        // Sums in short runs, as in `span_sums`.
-        let mut totals = vec![0f64; 2 * c];
+        let c = affine.channels();
+        sums.fill([0.0; 2]);
+        // Short runs in f32, then f64.
         let mut run = vec![0f32; 2 * c];
-        for (dz, x) in dz.chunks(RUN * c).zip(x.chunks(RUN * c)) {
+        for (dz, x) in dz.chunks_mut(RUN * c).zip(x.chunks(RUN * c)) {
             run.fill(0.0);
-            let (sum_n, sum) = run.split_at_mut(c);
-            for (dz, x) in dz.chunks_exact(c).zip(x.chunks_exact(c)) {
-                for i in 0..c {
-                    sum_n[i] += dz[i] * (x[i] - mean[i]);
-                    sum[i] += dz[i];
+            for (dz, x) in dz.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+                let (dz, x, run) = (dz.as_mut_ptr(), x.as_ptr(), run.as_mut_ptr());
+                // SAFETY: `dz` and `x` are a pixel's channels, `run` twice as many values.
+                unsafe {
+                    for_channels!(i in c, add_gradient::<S>(dz, x, affine, i, silu, run));
                 }
             }
-            totals.iter_mut().zip(&run).for_each(|(total, run)| *total += f64::from(*run));
-        }
-        for i in 0..c {
-            sums[i] = [totals[i] as f32 * rstd[i], totals[c + i] as f32];
-        }
-        // dx = rstd (weight dz - mean(weight dz) - n mean(weight dz n)), means over the group, with
-        // n = (x - mean) rstd: a sum of dz, x and 1, each times a factor of its channel.
-        let group = c / groups;
-        let count = (x.len() / groups) as f32;
-        let [mut by_dz, mut by_x, mut constant] = [vec![0f32; c], vec![0f32; c], vec![0f32; c]];
-        for first in (0..c).step_by(group) {
-            let channels = first..first + group;
-            let weighted =
-                |k: usize| channels.clone().map(|i| sums[i][k] * weight[i]).sum::<f32>() / count;
-            let (mean_n, mean_dz) = (weighted(0), weighted(1));
-            for i in channels {
-                by_dz[i] = rstd[i] * weight[i];
-                by_x[i] = -rstd[i] * rstd[i] * mean_n;
-                constant[i] = -rstd[i] * mean_dz;
-            }
-        }
-        for (k, (dz, x)) in dz.chunks_exact_mut(c).zip(x.chunks_exact(c)).enumerate() {
-            for i in 0..c {
-                dz[i] = by_dz[i] * dz[i] + by_x[i] * (x[i] - mean[i]) + constant[i];
-            }
-            if let Some(more) = more {
-                dz.iter_mut().zip(&more[k * c..]).for_each(|(dx, more)| *dx += more);
+            for (i, sums) in sums.iter_mut().enumerate() {
+                sums[0] += f64::from(run[i]);
+                sums[1] += f64::from(run[c + i]);
             }
         }
     }
 }
 
-/// Mean and 1 / standard deviation of each channel's group.
-struct Stats {
+/// # Safety
+/// There must be a vector of channels from `first` on.
+#[inline(always)]
+unsafe fn add_gradient<S: Simd>(
+    dz: *mut f32,
+    x: *const f32,
+    affine: &Affine<'_>,
+    first: usize,
+    silu: bool,
+    run: *mut f32,
+) {
+    // SAFETY: passed on.
+    unsafe {
+        let (n, z) = affine.apply(S::load(x.add(first)), first);
+        let mut d = S::load(dz.add(first));
+        if silu {
+            let one = S::splat(1.0);
+            let s = sigmoid(z);
+            d = d.mul(s.mul(one.add(z.mul(one.sub(s)))));
+            d.store(dz.add(first));
+        }
+        let (by_n, plain) = (run.add(first), run.add(affine.channels() + first));
+        d.mul_add(n, S::load(by_n)).store(by_n);
+        d.add(S::load(plain)).store(plain);
+    }
+}
+
+simd_fn! {
+    /// From `dz` to `dx` and `more` of it, in its place: `dz`, the distance of `x` from the mean and 1,
+    /// each times a factor of the channel.
+    fn input_gradient<S>(
+        dz: &mut [f32], x: &[f32], mean: &[f32], factors: &[Vec<f32>; 3], more: Option<&[f32]>,
+    ) {
+        let c = mean.len();
+        assert!(factors.iter().all(|factors| factors.len() == c));
+        assert!(more.is_none_or(|more| more.len() == dz.len()));
+        let factors = [&factors[0], &factors[1], &factors[2]].map(|values| values.as_ptr());
+        for (pixel, (dz, x)) in dz.chunks_exact_mut(c).zip(x.chunks_exact(c)).enumerate() {
+            let more = more.map(|more| more[pixel * c..].as_ptr());
+            let (dz, x, mean) = (dz.as_mut_ptr(), x.as_ptr(), mean.as_ptr());
+            // SAFETY: all have a pixel's channels.
+            unsafe {
+                for_channels!(i in c, input_channels::<S>(dz, x, mean, factors, more, i));
+            }
+        }
+    }
+}
+
+/// # Safety
+/// There must be a vector of channels from `first` on.
+#[inline(always)]
+unsafe fn input_channels<S: Simd>(
+    dz: *mut f32,
+    x: *const f32,
+    mean: *const f32,
+    factors: [*const f32; 3],
+    more: Option<*const f32>,
+    first: usize,
+) {
+    // SAFETY: passed on.
+    unsafe {
+        let [by_dz, by_n, constant] = [
+            S::load(factors[0].add(first)),
+            S::load(factors[1].add(first)),
+            S::load(factors[2].add(first)),
+        ];
+        let n = S::load(x.add(first)).sub(S::load(mean.add(first)));
+        let mut dx = by_dz.mul_add(S::load(dz.add(first)), by_n.mul_add(n, constant));
+        if let Some(more) = more {
+            dx = dx.add(S::load(more.add(first)));
+        }
+        dx.store(dz.add(first));
+    }
+}
+
+/// Mean and 1 / standard deviation of each channel's group, in an image.
+#[derive(Debug)]
+pub(crate) struct Stats {
     mean: Vec<f32>,
     rstd: Vec<f32>,
-}
-
-impl Stats {
-    /// What each channel's distance from the mean is multiplied with. The mean is taken off before:
-    /// as a part of the bias, a large one would cancel out with a loss.
-    #[inline(always)]
-    fn scale(&self, weight: &[f32]) -> Vec<f32> {
-        weight.iter().zip(&self.rstd).map(|(w, r)| w * r).collect()
-    }
 }
 
 simd_fn! {
@@ -276,18 +387,31 @@ simd_fn! {
     fn span_sums<S>(sums: &mut [f64], x: &[f32], mean: &[f32], squares: bool) {
         let c = mean.len();
         sums.fill(0.0);
-        // Short runs in f32, which vectorise, then f64.
+        // Short runs in f32, then f64.
         let mut run = vec![0f32; c];
-        for pixels in x.chunks(RUN * c) {
+        for x in x.chunks(RUN * c) {
             run.fill(0.0);
-            for x in pixels.chunks_exact(c) {
-                for ((run, x), mean) in run.iter_mut().zip(x).zip(mean) {
-                    let x = x - mean;
-                    *run += if squares { x * x } else { x };
+            for x in x.chunks_exact(c) {
+                let (run, x, mean) = (run.as_mut_ptr(), x.as_ptr(), mean.as_ptr());
+                // SAFETY: all have a pixel's channels.
+                unsafe {
+                    for_channels!(i in c, add_distances::<S>(run.add(i), x.add(i), mean.add(i), squares));
                 }
             }
             sums.iter_mut().zip(&run).for_each(|(sum, run)| *sum += f64::from(*run));
         }
+    }
+}
+
+/// # Safety
+/// Each must be good for a vector.
+#[inline(always)]
+unsafe fn add_distances<S: Simd>(sums: *mut f32, x: *const f32, mean: *const f32, squares: bool) {
+    // SAFETY: passed on.
+    unsafe {
+        let (sum, n) = (S::load(sums), S::load(x).sub(S::load(mean)));
+        let sum = if squares { n.mul_add(n, sum) } else { sum.add(n) };
+        sum.store(sums);
     }
 }
 
@@ -338,7 +462,8 @@ impl CustomOp3 for GroupNorm {
         let dy = dy.contiguous()?;
         let (dx, dweight, dbias) = with_values([x, weight, bias, &dy], |[x, weight, bias, dy]| {
             let mut dx = dy.to_vec();
-            let (dweight, dbias) = self.with(weight, bias).backward(batch, x, &mut dx, None);
+            let norm = self.with(weight, bias);
+            let (dweight, dbias) = norm.backward(x, &norm.stats(batch, x), &mut dx, None);
             Ok((dx, dweight, dbias))
         })?;
         let device = x.device();
@@ -354,6 +479,7 @@ impl CustomOp3 for GroupNorm {
 mod tests {
     use super::super::tests::agrees_within;
     use super::*;
+    use candle_core::DType;
     use proptest::prelude::*;
 
     proptest! {
@@ -367,11 +493,12 @@ mod tests {
             mean in prop_oneof![Just(0f64), Just(30.0)],
         ) {
             // A group of one value has variance 0 and a gradient that is all rounding.
-            prop_assume!(h * w * group > 3);
+            // So, nearly, has one of a few values about a mean that happen to lie close together.
+            prop_assume!(h * w * group > if mean == 0.0 { 3 } else { 15 });
             let c = groups * group;
             let activation = if silu { Activation::Silu } else { Activation::None };
             for isa in Isa::available() {
-                // With a mean, f32 cannot hold `x` itself better than to 2e-6 of its deviation.
+                // A mean of 30 itself is held to 2e-6 in f32.
                 agrees_within(
                     if mean == 0.0 { 2e-6 } else { 1e-5 },
                     &[vec![batch, h, w, c], vec![c], vec![c]],
@@ -379,7 +506,10 @@ mod tests {
                         let op = GroupNorm { isa, groups, activation };
                         (&v[0] + mean)?.apply_op3(&v[1], &v[2], op)
                     },
-                    |v| composed(&(&v[0] + mean)?, groups, &v[1], &v[2], activation),
+                    |v| {
+                        let x = (&v[0] + mean)?.to_dtype(DType::F32)?.to_dtype(v[0].dtype())?;
+                        composed(&x, groups, &v[1], &v[2], activation)
+                    },
                 );
             }
         }

@@ -87,15 +87,27 @@ pub(super) trait Simd: Copy {
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
+    fn div(self, other: Self) -> Self;
+    /// The greater of both, or what is not a number in `self`.
+    fn at_least(self, low: Self) -> Self;
+    /// The less of both, or what is not a number in `self`.
+    fn at_most(self, high: Self) -> Self;
+    /// 2 to the power of the integer in the last 8 bits.
+    fn power_of_two(self) -> Self;
     /// `self * other + sum`, rounded once where the machine can.
     fn mul_add(self, other: Self, sum: Self) -> Self;
 }
+
+/// The bits of 1.
+const ONE: u32 = 1f32.to_bits();
 
 /// Implements [`Simd`] by a machine's instructions.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! vector {
     ($(#[$meta:meta])* $name:ident($register:ty), width $width:literal, rows $rows:literal,
-     $load:ident $store:ident $splat:ident $add:ident $sub:ident $mul:ident $mul_add:expr) => {
+     $load:ident $store:ident $splat:ident $add:ident $sub:ident $mul:ident $div:ident $max:ident
+     $min:ident $mul_add:expr,
+     bits $to_bits:ident $shift:path, $add_bits:ident $splat_bits:ident $from_bits:ident) => {
         $(#[$meta])*
         #[derive(Clone, Copy)]
         pub(in crate::kernels) struct $name($register);
@@ -143,6 +155,33 @@ macro_rules! vector {
             }
 
             #[inline(always)]
+            fn div(self, other: Self) -> Self {
+                // SAFETY: see above.
+                Self(unsafe { $div(self.0, other.0) })
+            }
+
+            #[inline(always)]
+            fn at_least(self, low: Self) -> Self {
+                // SAFETY: see above. x86 gives the second operand where one is not a number.
+                Self(unsafe { $max(low.0, self.0) })
+            }
+
+            #[inline(always)]
+            fn at_most(self, high: Self) -> Self {
+                // SAFETY: see above, and as above.
+                Self(unsafe { $min(high.0, self.0) })
+            }
+
+            #[inline(always)]
+            fn power_of_two(self) -> Self {
+                // SAFETY: see above.
+                unsafe {
+                    let exponent = $shift($to_bits(self.0));
+                    Self($from_bits($add_bits(exponent, $splat_bits(ONE as _))))
+                }
+            }
+
+            #[inline(always)]
             fn mul_add(self, other: Self, sum: Self) -> Self {
                 // SAFETY: see above.
                 Self(unsafe { $mul_add(self.0, other.0, sum.0) })
@@ -153,39 +192,47 @@ macro_rules! vector {
 
 #[cfg(target_arch = "x86_64")]
 mod machine {
-    use super::Simd;
+    use super::{ONE, Simd};
     use std::arch::x86_64::*;
 
     vector!(
         Avx512(__m512), width 16, rows 14,
         _mm512_loadu_ps _mm512_storeu_ps _mm512_set1_ps
-        _mm512_add_ps _mm512_sub_ps _mm512_mul_ps _mm512_fmadd_ps
+        _mm512_add_ps _mm512_sub_ps _mm512_mul_ps _mm512_div_ps _mm512_max_ps
+        _mm512_min_ps _mm512_fmadd_ps,
+        bits _mm512_castps_si512 _mm512_slli_epi32::<23>, _mm512_add_epi32 _mm512_set1_epi32
+        _mm512_castsi512_ps
     );
 
     vector!(
         Avx2(__m256), width 8, rows 6,
         _mm256_loadu_ps _mm256_storeu_ps _mm256_set1_ps
-        _mm256_add_ps _mm256_sub_ps _mm256_mul_ps _mm256_fmadd_ps
+        _mm256_add_ps _mm256_sub_ps _mm256_mul_ps _mm256_div_ps _mm256_max_ps
+        _mm256_min_ps _mm256_fmadd_ps,
+        bits _mm256_castps_si256 _mm256_slli_epi32::<23>, _mm256_add_epi32 _mm256_set1_epi32
+        _mm256_castsi256_ps
     );
 
     vector!(
         /// SSE2, which has no fused multiplication and addition.
         Baseline(__m128), width 4, rows 5,
-        _mm_loadu_ps _mm_storeu_ps _mm_set1_ps _mm_add_ps _mm_sub_ps _mm_mul_ps
-        |a, b, sum| _mm_add_ps(_mm_mul_ps(a, b), sum)
+        _mm_loadu_ps _mm_storeu_ps _mm_set1_ps _mm_add_ps _mm_sub_ps _mm_mul_ps _mm_div_ps
+        _mm_max_ps _mm_min_ps |a, b, sum| _mm_add_ps(_mm_mul_ps(a, b), sum),
+        bits _mm_castps_si128 _mm_slli_epi32::<23>, _mm_add_epi32 _mm_set1_epi32 _mm_castsi128_ps
     );
 }
 
 #[cfg(target_arch = "aarch64")]
 mod machine {
-    use super::Simd;
+    use super::{ONE, Simd};
     use std::arch::aarch64::*;
 
     vector!(
         /// NEON.
         Baseline(float32x4_t), width 4, rows 12,
-        vld1q_f32 vst1q_f32 vdupq_n_f32 vaddq_f32 vsubq_f32 vmulq_f32
-        |a, b, sum| vfmaq_f32(sum, a, b)
+        vld1q_f32 vst1q_f32 vdupq_n_f32 vaddq_f32 vsubq_f32 vmulq_f32 vdivq_f32 vmaxq_f32
+        vminq_f32 |a, b, sum| vfmaq_f32(sum, a, b),
+        bits vreinterpretq_u32_f32 vshlq_n_u32::<23>, vaddq_u32 vdupq_n_u32 vreinterpretq_f32_u32
     );
 }
 
@@ -234,10 +281,56 @@ impl Simd for f32 {
     }
 
     #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        self / other
+    }
+
+    #[inline(always)]
+    fn at_least(self, low: Self) -> Self {
+        if low > self { low } else { self }
+    }
+
+    #[inline(always)]
+    fn at_most(self, high: Self) -> Self {
+        if high < self { high } else { self }
+    }
+
+    #[inline(always)]
+    fn power_of_two(self) -> Self {
+        Self::from_bits((self.to_bits() << 23).wrapping_add(ONE))
+    }
+
+    #[inline(always)]
     fn mul_add(self, other: Self, sum: Self) -> Self {
         self * other + sum
     }
 }
+
+/// A vector's values, and zeros behind them.
+#[inline(always)]
+pub(super) fn lanes<S: Simd>(vector: S) -> [f32; 16] {
+    let mut lanes = [0f32; 16];
+    // SAFETY: no vector has more values.
+    unsafe { vector.store(lanes.as_mut_ptr()) };
+    lanes
+}
+
+/// Calls a function for each vector of channels, and then for each channel that is left over: with the
+/// first channel's number in the variable named.
+macro_rules! for_channels {
+    ($first:ident in $channels:expr, $f:ident::<$s:ident>($($argument:expr),* $(,)?) $(,)?) => {
+        let mut $first = 0;
+        while $first + $s::WIDTH <= $channels {
+            $f::<$s>($($argument),*);
+            $first += $s::WIDTH;
+        }
+        while $first < $channels {
+            $f::<f32>($($argument),*);
+            $first += 1;
+        }
+    };
+}
+pub(super) use for_channels;
 
 /// Defines a function that runs in the widest vectors that an [`Isa`], its first argument, has:
 /// `fn name<S>(arguments) { body }`, with `S: Simd` within the body.

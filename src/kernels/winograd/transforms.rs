@@ -125,9 +125,12 @@ simd_fn! {
         for tile in 0..tiles {
             // Pixel (y, x) of the tile, where it is within the map.
             let pixel = |y: usize, x: usize| -> Option<*const f32> {
-                let (y, x) = ((top + y).wrapping_sub(1), (2 * tile + x).wrapping_sub(1));
-                let pixel = y / scale * (w / scale) + x / scale;
-                (y < h && x < w).then(|| image[pixel * channels..][..channels].as_ptr())
+                let (y, x) = ((top + y).checked_sub(1)?, (2 * tile + x).checked_sub(1)?);
+                let inside = y < h && x < w;
+                inside.then(|| {
+                    let pixel = y / scale * (w / scale) + x / scale;
+                    image[pixel * channels..][..channels].as_ptr()
+                })
             };
             let pixels: [[Option<*const f32>; 4]; 4] =
                 each!(Y in 0 1 2 3 => each!(X in 0 1 2 3 => pixel(Y, X)));
