@@ -1,7 +1,8 @@
 //! Times each kernel at the shapes of the two networks, beside what the machine could do.
 //!
 //! ```text
-//! cargo bench --bench kernels -- [--filter TEXT] [--threads N] [--isa avx512|avx2|baseline] [--json]
+//! cargo bench --bench kernels -- [--filter TEXT] [--threads N] [--isa avx512|avx2|baseline]
+//!     [--precision highest|high|bf16] [--json]
 //! ```
 //!
 //! Shares are of ceilings that are measured first, with the same threads and instruction set:
@@ -52,6 +53,9 @@ struct Args {
     /// The instruction set; the best that there is unless given.
     #[arg(long, value_enum)]
     isa: Option<Set>,
+    /// Of convolutions' products: highest, high or bf16 (with the feature f16).
+    #[arg(long, default_value = "highest")]
+    precision: Precision,
     /// Seconds for each measure, about.
     #[arg(long, default_value_t = 0.5)]
     seconds: f64,
@@ -208,7 +212,9 @@ impl Bench<'_> {
         }
         let dims = [batch, size, size, c_in];
         let weight_shape = (c_out, c_in, kernel, kernel).into();
-        let conv = Convolution::new(self.isa, dims, &weight_shape, scale).expect("sizes that fit");
+        let conv = Convolution::new(self.isa, dims, &weight_shape, scale)
+            .expect("sizes that fit")
+            .with_precision(self.args.precision);
         let (x, weight) = (normal(dims.iter().product()), normal(weight_shape.elem_count()));
         let bias = normal(c_out);
         let mut y = normal(conv.output().iter().product());

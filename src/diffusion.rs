@@ -1,6 +1,7 @@
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::kernels::{are_plain, combine, weighted_sum};
 use crate::{Error, NoiseSchedule, Result};
 
 /// What the network's output stands for.
@@ -60,6 +61,10 @@ impl Diffusion {
     /// If the shapes or dtypes do not fit, or a timestep is out of range.
     pub fn q_sample(&self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Tensor> {
         self.check(x_0, t, eps)?;
+        if are_plain(x_0, eps) {
+            let rates = self.rates_of_each(t)?;
+            return Ok(weighted_sum(x_0, eps, &rates)?);
+        }
         let (signal, noise) = self.rates(t, x_0)?;
         Ok((x_0.broadcast_mul(&signal)? + eps.broadcast_mul(&noise)?)?)
     }
@@ -73,6 +78,11 @@ impl Diffusion {
         match self.prediction {
             Prediction::Epsilon => Ok(eps.clone()),
             Prediction::Sample => Ok(x_0.clone()),
+            Prediction::Velocity if are_plain(eps, x_0) => {
+                let rates = self.rates_of_each(t)?;
+                let rates: Vec<_> = rates.iter().map(|&[signal, noise]| [signal, -noise]).collect();
+                Ok(weighted_sum(eps, x_0, &rates)?)
+            }
             Prediction::Velocity => {
                 let (signal, noise) = self.rates(t, x_0)?;
                 Ok((eps.broadcast_mul(&signal)? - x_0.broadcast_mul(&noise)?)?)
@@ -90,7 +100,7 @@ impl Diffusion {
             Prediction::Sample => return Ok(output.clone()),
             Prediction::Velocity => (signal, -noise),
         };
-        Ok((x_t.affine(p, 0.0)? + output.affine(q, 0.0)?)?)
+        Ok(combine(x_t, p, output, q)?)
     }
 
     /// # Errors
@@ -130,6 +140,15 @@ impl Diffusion {
             }
         }
         Ok(())
+    }
+
+    /// `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` for each of the batch, of timesteps on the CPU
+    /// that were [checked](Self::check).
+    fn rates_of_each(&self, t: &Tensor) -> Result<Vec<[f64; 2]>> {
+        let bars = self.schedule.alpha_bars();
+        let timesteps = t.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+        let rates = |t: i64| [bars[t as usize].sqrt(), (1.0 - bars[t as usize]).sqrt()];
+        Ok(timesteps.into_iter().map(rates).collect())
     }
 
     /// `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` for each of the batch, in `like`'s dtype

@@ -15,12 +15,15 @@ pub enum Precision {
     /// f32 throughout.
     #[default]
     Highest,
-    /// f32 in memory, with cheaper products where the machine has some that are good to about 16 bits:
-    /// three products of bf16 parts on a CPU with AMX. Elsewhere as [`Highest`](Self::Highest).
+    /// f32 in memory, with cheaper products in convolutions where the machine has some that are good to
+    /// about 16 bits: three products of bf16 parts on a CPU with AMX, which is not yet measured.
+    /// Elsewhere as [`Highest`](Self::Highest).
     High,
-    /// Products of operands rounded to bf16 (8 bits), summed in f32. Fast on a CPU with AMX, about as
-    /// fast as [`Highest`](Self::Highest) on one with AVX-512 BF16; any other computes the same
-    /// more slowly. Needs the feature `f16`.
+    /// Convolutions' products of operands rounded to bf16 (8 bits), summed in f32; attention and linear
+    /// layers multiply in f32, and maps stay f32 in memory. Meant for a CPU with AMX, which is not yet
+    /// measured; by AVX-512 BF16 a training step takes a fifth longer than in
+    /// [`Highest`](Self::Highest), and any other CPU computes the same more slowly still. Needs the
+    /// feature `f16`.
     BF16,
 }
 
@@ -51,6 +54,9 @@ impl FromStr for Precision {
 }
 
 impl Precision {
+    /// How many there are.
+    pub(crate) const COUNT: usize = Self::BF16 as usize + 1;
+
     /// # Errors
     /// If this build lacks what it takes.
     pub(crate) fn validate(self) -> Result<()> {

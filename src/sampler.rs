@@ -3,6 +3,7 @@ use std::fmt;
 use candle_core::{Device, Shape, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::kernels::{clamp, combine};
 use crate::noise::{Noise, Purpose};
 use crate::{Denoiser, Diffusion, Error, Result};
 
@@ -287,11 +288,11 @@ impl Sampler {
         let output = output.to_dtype(x.dtype())?;
         let mut x_0 = self.diffusion.x_0(x, &output, update.alpha_bar)?;
         if self.clip {
-            x_0 = x_0.clamp(-1.0, 1.0)?;
+            x_0 = clamp(&x_0, -1.0, 1.0)?;
         }
-        let mut next = (x_0.affine(update.x_0, 0.0)? + x.affine(update.x_t, 0.0)?)?;
+        let mut next = combine(&x_0, update.x_0, x, update.x_t)?;
         if update.z != 0.0 {
-            next = (next + z(update.t)?.to_dtype(x.dtype())?.affine(update.z, 0.0)?)?;
+            next = combine(&next, 1.0, &z(update.t)?.to_dtype(x.dtype())?, update.z)?;
         }
         Ok(Step { index: i, t: update.t, x: next.detach(), x_0: x_0.detach() })
     }

@@ -144,57 +144,67 @@ unsafe fn incomplete_tiles(operands: Operands) {
     }
 }
 
-/// 32 rows by 32 columns, as two by two tiles.
+/// 32 rows by 32 columns, as two by two tiles. One piece of assembly from the first tile loaded to
+/// the last one stored, since the compiler knows nothing of tiles that live on between two.
 ///
 /// # Safety
 /// As [`product`], with the tiles configured.
 unsafe fn tiles(operands: Operands) {
     let Operands { c, c_row, a, a_row, b, depth, accumulate, .. } = operands;
     let (c_bytes, a_bytes) = (c_row * size_of::<f32>(), a_row * size_of::<u16>());
-    // SAFETY: each tile is 16 rows of 64 bytes within what the caller promises; the tile registers
-    // are this thread's own, and hold nothing from one call to the next.
+    // SAFETY: each tile is 16 rows of 64 bytes within what the caller promises. Tiles of `a` are
+    // `DEPTH` values apart; 32 rows of `b` are 16 rows of pairs, of 128 bytes, the second tile's 64
+    // further on.
     unsafe {
-        let (c1, a1) = (c.add(ROWS * c_row), a.add(ROWS * a_row));
-        if accumulate {
-            asm!(
-                "tileloadd tmm0, [{c0} + {s}*1]",
-                "tileloadd tmm1, [{c0} + {s}*1 + 64]",
-                "tileloadd tmm2, [{c1} + {s}*1]",
-                "tileloadd tmm3, [{c1} + {s}*1 + 64]",
-                c0 = in(reg) c, c1 = in(reg) c1, s = in(reg) c_bytes,
-                options(nostack, readonly),
-            );
-        } else {
-            asm!(
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-                options(nostack, nomem),
-            );
-        }
-        for k in (0..depth).step_by(DEPTH) {
-            // 32 rows of b are 16 rows of pairs, of 128 bytes, the second tile's 64 further on.
-            asm!(
-                "tileloadd tmm4, [{a0} + {s}*1]",
-                "tileloadd tmm6, [{b} + {p}*1]",
-                "tileloadd tmm7, [{b} + {p}*1 + 64]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm5, [{a1} + {s}*1]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                a0 = in(reg) a.add(k), a1 = in(reg) a1.add(k), s = in(reg) a_bytes,
-                b = in(reg) b.add(k * PANEL), p = in(reg) 4 * PANEL,
-                options(nostack, readonly),
-            );
-        }
         asm!(
-            "tilestored [{c0} + {s}*1], tmm0",
-            "tilestored [{c0} + {s}*1 + 64], tmm1",
-            "tilestored [{c1} + {s}*1], tmm2",
-            "tilestored [{c1} + {s}*1 + 64], tmm3",
-            c0 = in(reg) c, c1 = in(reg) c1, s = in(reg) c_bytes,
+            "test {accumulate}, {accumulate}",
+            "jz 2f",
+            "tileloadd tmm0, [{c0} + {c_row}*1]",
+            "tileloadd tmm1, [{c0} + {c_row}*1 + 64]",
+            "tileloadd tmm2, [{c1} + {c_row}*1]",
+            "tileloadd tmm3, [{c1} + {c_row}*1 + 64]",
+            "jmp 3f",
+            "2:",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "3:",
+            "test {steps}, {steps}",
+            "jz 5f",
+            "4:",
+            "tileloadd tmm4, [{a0} + {a_row}*1]",
+            "tileloadd tmm6, [{b} + {b_row}*1]",
+            "tileloadd tmm7, [{b} + {b_row}*1 + 64]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm5, [{a1} + {a_row}*1]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {a0}, {a_step}",
+            "add {a1}, {a_step}",
+            "add {b}, {b_step}",
+            "dec {steps}",
+            "jnz 4b",
+            "5:",
+            "tilestored [{c0} + {c_row}*1], tmm0",
+            "tilestored [{c0} + {c_row}*1 + 64], tmm1",
+            "tilestored [{c1} + {c_row}*1], tmm2",
+            "tilestored [{c1} + {c_row}*1 + 64], tmm3",
+            accumulate = in(reg) usize::from(accumulate),
+            steps = inout(reg) depth / DEPTH => _,
+            c0 = in(reg) c,
+            c1 = in(reg) c.add(ROWS * c_row),
+            c_row = in(reg) c_bytes,
+            a0 = inout(reg) a => _,
+            a1 = inout(reg) a.add(ROWS * a_row) => _,
+            a_row = in(reg) a_bytes,
+            a_step = const DEPTH * size_of::<u16>(),
+            b = inout(reg) b => _,
+            b_row = in(reg) 4 * PANEL,
+            b_step = const DEPTH * PANEL * size_of::<u16>(),
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
         );
     }

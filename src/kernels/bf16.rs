@@ -2,8 +2,6 @@
 //! or, where a machine has neither, by f32 arithmetic on the same values.
 
 pub(super) use super::product::PANEL;
-#[cfg(target_arch = "x86_64")]
-use super::simd::Kind;
 use super::simd::{Isa, simd_fn};
 
 /// The depth of a product is a multiple of this, padded with zeros: what an AMX tile takes.
@@ -33,9 +31,13 @@ pub(super) fn place(k: usize, column: usize) -> usize {
     (k / 2 * PANEL + column) * 2 + k % 2
 }
 
-/// What multiplies bf16 values.
+/// What multiplies bf16 values. There is none but by asking the machine, which is what makes it safe to
+/// use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Unit {
+pub(super) struct Unit(Kind);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
     #[cfg(target_arch = "x86_64")]
     Amx,
     #[cfg(target_arch = "x86_64")]
@@ -46,21 +48,28 @@ pub(super) enum Unit {
 impl Unit {
     /// The fastest of this machine, within this instruction set.
     pub fn detect(isa: Isa) -> Self {
+        Self::of(isa).swap_remove(0)
+    }
+
+    /// Those of this machine, within this instruction set, the fastest first; never none.
+    fn of(isa: Isa) -> Vec<Self> {
+        let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
-        if isa.kind() == Kind::Avx512 {
+        if isa.kind() == super::simd::Kind::Avx512 {
             if super::amx::available() {
-                return Self::Amx;
+                found.push(Self(Kind::Amx));
             }
             if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw") {
-                return Self::Pairs;
+                found.push(Self(Kind::Pairs));
             }
         }
-        Self::Emulated(isa)
+        found.push(Self(Kind::Emulated(isa)));
+        found
     }
 
     pub fn has_tiles(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        if self == Self::Amx {
+        if self.0 == Kind::Amx {
             return true;
         }
         false
@@ -69,13 +78,7 @@ impl Unit {
     /// All that this machine has.
     #[cfg(test)]
     pub fn available() -> Vec<Self> {
-        let mut units: Vec<Self> = Isa::available().into_iter().map(Self::Emulated).collect();
-        for isa in Isa::available() {
-            if !units.contains(&Self::detect(isa)) {
-                units.push(Self::detect(isa));
-            }
-        }
-        units
+        Isa::available().into_iter().flat_map(Self::of).collect()
     }
 }
 
@@ -99,17 +102,17 @@ pub(super) fn product(
     assert!((rows - 1) * c_row + PANEL <= c.len());
     assert!(depth == 0 || (rows - 1) * a_row + depth <= a.len());
     assert!(depth * PANEL <= b.len());
-    match unit {
-        Unit::Emulated(isa) => emulated(isa, c, c_row, rows, a, a_row, b, depth, accumulate),
+    match unit.0 {
+        Kind::Emulated(isa) => emulated(isa, c, c_row, rows, a, a_row, b, depth, accumulate),
         #[cfg(target_arch = "x86_64")]
-        Unit::Amx | Unit::Pairs => {
+        Kind::Amx | Kind::Pairs => {
             let (c, a, b) = (c.as_mut_ptr(), a.as_ptr(), b.as_ptr());
             let operands = Operands { c, c_row, rows, a, a_row, b, depth, accumulate };
-            // SAFETY: the unit was found on this machine; the assertions hold each row within its
+            // SAFETY: a `Unit` exists only where the machine has it; the assertions hold each row within its
             // slice.
             unsafe {
-                match unit {
-                    Unit::Amx => super::amx::product(operands),
+                match unit.0 {
+                    Kind::Amx => super::amx::product(operands),
                     _ => pairs::product(operands),
                 }
             }

@@ -145,9 +145,7 @@ impl Convolution {
             }
             Weights::Matrix(matrix) => self.sizes.forward(x, matrix, epilogue, y),
             Weights::Half(packed) => {
-                if let Some(half) = self.half {
-                    half.forward(x, packed, epilogue, y);
-                }
+                packed.convolution(self.isa, self.sizes).forward(x, packed, epilogue, y);
             }
         }
     }

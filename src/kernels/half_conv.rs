@@ -43,8 +43,11 @@ impl Terms {
         if self == Self::One {
             return vec![rounded];
         }
-        let rest = values.iter().zip(&rounded).map(|(&x, &r)| round(rest(x, r))).collect();
-        vec![rounded, rest]
+        let mut left = vec![0u16; values.len()];
+        left.par_iter_mut().zip(values).zip(&rounded).for_each(|((left, &x), &rounded)| {
+            *left = round(rest(x, rounded));
+        });
+        vec![rounded, left]
     }
 }
 
@@ -68,10 +71,15 @@ pub(super) struct HalfConvolution {
 
 /// Weights, rounded and packed: panels of output channels, each (terms, depth, [`PANEL`]).
 #[derive(Debug, Clone)]
-pub(crate) struct PackedHalf(Vec<u16>);
+pub(crate) struct PackedHalf {
+    values: Vec<u16>,
+    unit: Unit,
+    terms: Terms,
+}
 
 thread_local! {
-    /// Patches and products, reused from call to call.
+    /// Patches and products, reused from call to call. Nothing may wait for other threads while it is
+    /// borrowed: this one could be given work that borrows it again.
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
@@ -81,6 +89,13 @@ struct Scratch {
     left: Vec<u16>,
     right: Vec<u16>,
     sums: Vec<f32>,
+}
+
+impl PackedHalf {
+    /// The convolution of these sizes that the weights were packed for.
+    pub(super) fn convolution(&self, isa: Isa, sizes: Patches) -> HalfConvolution {
+        HalfConvolution { isa, unit: self.unit, terms: self.terms, sizes }
+    }
 }
 
 impl HalfConvolution {
@@ -115,7 +130,7 @@ impl HalfConvolution {
                 }
             }
         });
-        PackedHalf(packed)
+        PackedHalf { values: packed, unit: self.unit, terms: self.terms }
     }
 
     /// Lays out the patches of some output rows of an image, given by its parts: a row of all terms
@@ -152,7 +167,7 @@ impl HalfConvolution {
                     let patches = sized(patches, pixels * depth);
                     self.lay_out(&image, rows, patches);
                     let sums = sized(sums, pixels * panels * PANEL);
-                    for (panel, b) in weights.0.chunks(depth * PANEL).enumerate() {
+                    for (panel, b) in weights.values.chunks(depth * PANEL).enumerate() {
                         let c = (&mut sums[panel * PANEL..], panels * PANEL);
                         product(self.unit, c, pixels, (patches, depth), b, depth, false);
                     }
@@ -227,7 +242,7 @@ impl HalfConvolution {
             })
             .collect();
         let area = g.kernel * g.kernel;
-        for (o, dweight) in dweight.chunks_mut(g.patch()).enumerate() {
+        dweight.par_chunks_mut(g.patch()).enumerate().for_each(|(o, dweight)| {
             for tap in 0..area {
                 for i in 0..g.c_in {
                     let entry = tap * g.c_in + i;
@@ -235,7 +250,7 @@ impl HalfConvolution {
                     dweight[i * area + tap] = sums.iter().map(|sums| sums[at]).sum();
                 }
             }
-        }
+        });
     }
 
     /// Adds what some output rows of an image give: the product over their pixels of `dy`,

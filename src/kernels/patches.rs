@@ -20,7 +20,8 @@ pub(super) const PARTS: usize = 8;
 const CHUNK_PIXELS: usize = 192;
 
 thread_local! {
-    /// Patches, reused from call to call.
+    /// Patches, reused from call to call. Nothing may wait for other threads while it is borrowed: this
+    /// one could be given work that borrows it again.
     static PATCHES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 

@@ -21,7 +21,7 @@ impl Isa {
     pub fn detect() -> Self {
         static DETECTED: std::sync::OnceLock<Isa> = std::sync::OnceLock::new();
         *DETECTED.get_or_init(|| {
-            let limit = std::env::var("DDPM_MAX_CPU_ISA").unwrap_or_default();
+            let limit = std::env::var("DDPM_MAX_CPU_ISA").unwrap_or_default().to_lowercase();
             let mut allowed = Self::available();
             // Whatever else it says is no limit.
             let begin = match limit.as_str() {

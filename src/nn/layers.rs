@@ -3,6 +3,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
+use crate::Precision;
 use crate::kernels::{Activation, Scale, Weights};
 
 /// PyTorch's default for convolutions and linear layers, weights and biases alike.
@@ -26,7 +27,7 @@ pub(crate) struct Conv2d {
     pub scale: Scale,
     /// The weights as the CPU's kernels want them in each precision, once used, where they do not
     /// change.
-    pub packed: Arc<[OnceLock<Weights>; 3]>,
+    pub packed: Arc<[OnceLock<Weights>; Precision::COUNT]>,
 }
 
 impl Conv2d {

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::backprop::GradStore;
@@ -21,17 +22,23 @@ use crate::kernels::{
 };
 use crate::{Dropout, Precision, Result};
 
+/// Gradients that may come back, at most: several times as many as a network has weights.
+const MAX_ISSUED: usize = 1 << 13;
+
 /// Memory that is not in use at the moment.
 #[derive(Default)]
-pub(super) struct Pool(Mutex<Free>);
+pub(super) struct Pool {
+    free: Mutex<Free>,
+    /// Whether a pass is [among the threads](Self::among_threads).
+    busy: AtomicBool,
+}
 
 #[derive(Default)]
 struct Free {
     by_size: BTreeMap<usize, Vec<Vec<f32>>>,
     /// What the memory was used for last: the batch, and whether there is a way back.
     last: (usize, bool),
-    /// Of each gradient of the last way back, whose it is; and those that came back since, by their
-    /// weights.
+    /// Of each gradient that was given away, whose it is; and those that came back, by their weights.
     issued: HashMap<TensorId, TensorId>,
     gradients: HashMap<TensorId, Tensor>,
     workspace: Workspace,
@@ -49,10 +56,9 @@ impl Pool {
     fn begin(&self, batch: usize, recording: bool) {
         let mut free = self.lock();
         if free.last != (batch, recording) {
-            let workspace = std::mem::take(&mut free.workspace);
-            *free = Free { last: (batch, recording), workspace, ..Free::default() };
+            free.by_size.clear();
+            free.last = (batch, recording);
         }
-        free.issued.clear();
     }
 
     /// Takes back gradients that nobody needs any longer, if they came from here.
@@ -72,12 +78,35 @@ impl Pool {
             Some(gradient) => gradient,
             None => Tensor::zeros(weight.shape(), DType::F32, &Device::Cpu)?,
         };
+        // Most of them were let go of, where none comes back.
+        if free.issued.len() >= MAX_ISSUED {
+            free.issued.clear();
+        }
         free.issued.insert(gradient.id(), weight.id());
         Ok(gradient)
     }
 
     fn lock(&self) -> MutexGuard<'_, Free> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs a pass on one of the threads that share its work: to hand over each operation from without,
+    /// and wait for it, takes longer than some of them do. But one at a time: threads that wait within
+    /// one pass would begin others, each on top of the last one's stack.
+    pub fn among_threads<R: Send>(&self, pass: impl FnOnce() -> R + Send) -> R {
+        struct Leave<'a>(&'a AtomicBool);
+
+        impl Drop for Leave<'_> {
+            fn drop(&mut self) {
+                self.0.store(false, Ordering::Release);
+            }
+        }
+
+        if self.busy.swap(true, Ordering::Acquire) {
+            return pass();
+        }
+        let _leave = Leave(&self.busy);
+        rayon::scope(|_| pass())
     }
 
     /// Memory of this length, its content whatever was there before.

@@ -239,9 +239,7 @@ impl Denoiser for UNet {
             return self.forward_autograd(x_t, t, None);
         }
         self.check(x_t, t)?;
-        // Among the threads that share the work: to hand over each operation from without, and wait
-        // for it, takes longer than some of them do.
-        rayon::scope(|_| {
+        self.pool.among_threads(|| {
             let tape = Tape::forgetful(&self.pool, self.precision, x_t.dim(0)?);
             Ok(self.run_on(&tape, x_t, t, None)?.1)
         })

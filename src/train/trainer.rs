@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use super::checkpoint::{self, Checkpoint, Snapshot};
 use super::{AdamW, Ema, Metrics, Observer, TrainConfig, by_name};
+use crate::kernels::{add_to, squared_error};
 use crate::noise::{Noise, Purpose};
 use crate::{Denoiser, Diffusion, Dropout, Error, ImageSource, Network, Parameters, Result};
 
@@ -226,9 +227,9 @@ impl<N: Network> Trainer<N> {
             let target = self.diffusion.target(&x_0, &t, &eps)?;
             let scale = 1.0 / (parts * target.elem_count()) as f64;
             let found = self.model.forward_backward(&x_t, &t, &dropout, &mut |output| {
-                let error = (output - &target)?;
-                losses.push((error.sqr()?.sum_all()? * scale)?);
-                Ok((error * (2.0 * scale))?)
+                let (loss, gradient) = squared_error(output, &target, scale)?;
+                losses.push(loss);
+                Ok(gradient)
             })?;
 
             if losses.len() != first / part + 1 {
@@ -236,19 +237,30 @@ impl<N: Network> Trainer<N> {
                 return Err(Error::config("d_output", "called more often, or never", expected));
             }
 
-            for (name, new) in by_name(found, &self.vars) {
-                let total = match sums.remove(&name) {
-                    Some(old) => (old + new)?,
-                    None => new,
-                };
-                sums.insert(name, total);
+            if parts == 1 {
+                sums = by_name(found, &self.vars);
+                continue;
             }
+            let mut spent = Vec::new();
+            for (name, new) in by_name(found, &self.vars) {
+                match sums.get_mut(&name) {
+                    Some(sum) => add_to(sum, &new)?,
+                    // A copy of our own: what the network gives may be its memory still.
+                    None => {
+                        sums.insert(name, new.copy()?);
+                    }
+                }
+                spent.push(new);
+            }
+            self.model.recycle(spent);
         }
         let max_norm = self.config.clip_norm.unwrap_or(f64::INFINITY);
         let learning_rate = self.config.learning_rate(self.step);
         let grad_norm =
             self.optimizer.update(&mut sums, max_norm, learning_rate, self.ema.as_mut())?;
-        self.model.recycle(sums.into_values().collect());
+        if parts == 1 {
+            self.model.recycle(sums.into_values().collect());
+        }
 
         self.step += 1;
         self.images_seen += batch as u64;
@@ -362,7 +374,12 @@ impl<N: Network> Trainer<N> {
         &self.network
     }
 
-    /// The network being trained.
+    /// The network being trained, whose weights the next update changes: [`ema_model`](Self::ema_model)
+    /// gives one of its own.
+    ///
+    /// No job of a rayon pool in which this trainer makes an update may compute with it, or with a clone,
+    /// meanwhile: a thread that waits for a part of the update while it holds a weight locked could be
+    /// given that job, and would wait for itself.
     pub fn model(&self) -> &N::Model {
         &self.model
     }

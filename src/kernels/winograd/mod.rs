@@ -62,7 +62,8 @@ const SUMS_BYTES: usize = 8 << 20;
 const MIN_PART_TILES: usize = 256;
 
 thread_local! {
-    /// Transforms, reused from call to call.
+    /// Transforms, reused from call to call. Nothing may wait for other threads while it is borrowed:
+    /// this one could be given work that borrows it again.
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 

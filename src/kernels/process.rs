@@ -1,0 +1,168 @@
+//! The process's own arithmetic on images, and sums of gradients. candle's would do, but from 65,536 values on it runs on a
+//! second pool of threads, which spins against ours.
+
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
+
+use super::values::{on_cpu_in_f32, with_values, with_values_mut};
+
+/// Values that one thread takes at a time.
+const CHUNK: usize = 1 << 12;
+
+/// Whether the functions here take these two: f32 on the CPU, contiguous, of one shape, not empty, with
+/// no gradient to pass on.
+pub(crate) fn are_plain(x: &Tensor, y: &Tensor) -> bool {
+    let suits = |t: &Tensor| on_cpu_in_f32(t) && t.is_contiguous() && !t.track_op();
+    suits(x) && suits(y) && x.dims() == y.dims() && x.elem_count() > 0
+}
+
+/// `a x + b y`, of one shape (batch, ...), with a pair of factors for each of the batch or one for all.
+pub(crate) fn weighted_sum(x: &Tensor, y: &Tensor, factors: &[[f64; 2]]) -> Result<Tensor> {
+    let mut sum = vec![0f32; x.elem_count()];
+    let image = sum.len() / factors.len();
+    with_values([x, y], |[x, y]| {
+        let images = sum.par_chunks_mut(image).zip(x.par_chunks(image)).zip(y.par_chunks(image));
+        images.zip(factors).for_each(|(((sum, x), y), factors)| {
+            let [a, b] = factors.map(|factor| factor as f32);
+            let parts = sum.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).zip(y.par_chunks(CHUNK));
+            parts.for_each(|((sum, x), y)| {
+                sum.iter_mut().zip(x).zip(y).for_each(|((sum, x), y)| *sum = a * x + b * y);
+            });
+        });
+        Ok(())
+    })?;
+    Tensor::from_vec(sum, x.shape(), x.device())
+}
+
+/// `a x + b y`.
+pub(crate) fn combine(x: &Tensor, a: f64, y: &Tensor, b: f64) -> Result<Tensor> {
+    if are_plain(x, y) {
+        return weighted_sum(x, y, &[[a, b]]);
+    }
+    x.affine(a, 0.0)? + y.affine(b, 0.0)?
+}
+
+/// What lies beyond `low` or `high` becomes that.
+pub(crate) fn clamp(x: &Tensor, low: f32, high: f32) -> Result<Tensor> {
+    if !are_plain(x, x) {
+        return x.clamp(low, high);
+    }
+    let values = with_values([x], |[x]| {
+        Ok(x.par_iter().with_min_len(CHUNK).map(|x| x.clamp(low, high)).collect::<Vec<f32>>())
+    })?;
+    Tensor::from_vec(values, x.shape(), x.device())
+}
+
+/// `scale` times the sum of the squares of `output - target`, and its gradient with respect to
+/// `output`.
+pub(crate) fn squared_error(
+    output: &Tensor,
+    target: &Tensor,
+    scale: f64,
+) -> Result<(Tensor, Tensor)> {
+    if !are_plain(output, target) {
+        let error = (output - target)?;
+        return Ok(((error.sqr()?.sum_all()? * scale)?, (error * (2.0 * scale))?));
+    }
+    let mut gradient = vec![0f32; output.elem_count()];
+    let factor = (2.0 * scale) as f32;
+    let squares: Vec<f64> = with_values([output, target], |[output, target]| {
+        let parts = output.par_chunks(CHUNK).zip(target.par_chunks(CHUNK));
+        let parts = gradient.par_chunks_mut(CHUNK).zip(parts);
+        // Collected, so that they are added in one order.
+        Ok(parts
+            .map(|(gradient, (output, target))| {
+                let mut square = 0.0;
+                for ((gradient, output), target) in gradient.iter_mut().zip(output).zip(target) {
+                    let error = output - target;
+                    square += f64::from(error) * f64::from(error);
+                    *gradient = error * factor;
+                }
+                square
+            })
+            .collect())
+    })?;
+    let loss = Tensor::new((squares.iter().sum::<f64>() * scale) as f32, output.device())?;
+    Ok((loss, Tensor::from_vec(gradient, output.shape(), output.device())?))
+}
+
+/// Makes `sum` its sum with `more`; in place, if both are plain, and in every tensor that shares its
+/// values.
+pub(crate) fn add_to(sum: &mut Tensor, more: &Tensor) -> Result<()> {
+    if !are_plain(sum, more) {
+        *sum = (&*sum + more)?;
+        return Ok(());
+    }
+    with_values_mut(sum, |sum| {
+        with_values([more], |[more]| {
+            let parts = sum.par_chunks_mut(CHUNK).zip(more.par_chunks(CHUNK));
+            parts.for_each(|(sum, more)| {
+                sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
+            });
+            Ok(())
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Var};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::noise::{Noise, Purpose};
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        /// In f64, and for what takes gradients, the composition runs.
+        #[test]
+        fn kernels_agree_with_their_compositions(
+            batch in 1usize..5,
+            len in prop_oneof![1usize..9, 3000usize..9000],
+            (a, b) in (-2f64..2.0, -2f64..2.0),
+        ) {
+            let normal = |k: u64| {
+                Noise::new(2).normal(Purpose::Prior, k, &[batch, len], &Device::Cpu).unwrap()
+            };
+            let exact = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+            let values = |t: &Tensor| exact(t).flatten_all().unwrap().to_vec1::<f64>().unwrap();
+            let near = |found: &Tensor, expected: &Tensor, within: f64| {
+                values(found).iter().zip(values(expected)).all(|(a, b)| (a - b).abs() <= within)
+            };
+            let (x, y) = (normal(0), normal(1));
+            let (x64, y64) = (exact(&x), exact(&y));
+
+            let found = combine(&x, a, &y, b).unwrap();
+            prop_assert!(near(&found, &combine(&x64, a, &y64, b).unwrap(), 2e-6));
+            let taking = Var::from_tensor(&x).unwrap();
+            let differentiable = combine(&taking, a, &y, b).unwrap();
+            prop_assert!(differentiable.track_op());
+            prop_assert!(near(&found, &differentiable, 2e-6));
+
+            let factors: Vec<[f64; 2]> = (0..batch).map(|k| [a + k as f64, b]).collect();
+            let found = weighted_sum(&x, &y, &factors).unwrap();
+            for (k, [a, b]) in factors.into_iter().enumerate() {
+                let (x, y) = (x64.get(k).unwrap(), y64.get(k).unwrap());
+                let expected = combine(&x, a, &y, b).unwrap();
+                prop_assert!(near(&found.get(k).unwrap(), &expected, 4e-6));
+            }
+
+            let found = clamp(&x, -0.5, 0.7).unwrap();
+            prop_assert_eq!(values(&found), values(&x.clamp(-0.5f32, 0.7f32).unwrap()));
+
+            let (loss, gradient) = squared_error(&x, &y, 0.3).unwrap();
+            let (exact_loss, exact_gradient) = squared_error(&x64, &y64, 0.3).unwrap();
+            let total = values(&exact_loss)[0];
+            prop_assert!((values(&loss)[0] - total).abs() <= 2e-7 * total);
+            prop_assert!(near(&gradient, &exact_gradient, 1e-6));
+
+            let mut sum = x.copy().unwrap();
+            add_to(&mut sum, &y).unwrap();
+            prop_assert!(near(&sum, &(&x64 + &y64).unwrap(), 1e-6));
+            let mut sum = x64.clone();
+            add_to(&mut sum, &y64).unwrap();
+            prop_assert_eq!(values(&sum), values(&(&x64 + &y64).unwrap()));
+        }
+    }
+}
