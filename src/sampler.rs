@@ -204,7 +204,7 @@ impl Sampler {
             x = Some(step?.x);
         }
         let x = x.ok_or_else(|| Error::config("timesteps", "[]", "one or more"))?;
-        Ok(x.clamp(-1.0, 1.0)?)
+        Ok(clamp(&x, -1.0, 1.0)?)
     }
 
     /// The sampling loop as an iterator, for whoever wants to watch it or to stop early. The last

@@ -1,0 +1,35 @@
+//! In a process of its own, whose threads are counted.
+#![cfg(target_os = "linux")]
+
+use candle_core::{Device, Tensor};
+use ddpm::{Diffusion, Result, Sampler, Solver, TrainConfig, Trainer, UNetConfig};
+
+fn threads() -> usize {
+    std::fs::read_dir("/proc/self/task").unwrap().count()
+}
+
+/// candle would start a second pool for elementwise operations of so many values.
+#[test]
+fn large_batches_start_no_second_pool_of_threads() -> Result<()> {
+    const BATCH: usize = 32;
+    let network = UNetConfig { hidden_dims: vec![8, 16, 16], ..UNetConfig::cifar10() };
+    // The pool is there from now on, and has more than one thread on any machine.
+    rayon::ThreadPoolBuilder::new().num_threads(3).build_global().unwrap();
+    let before = threads();
+    assert!(before > 3);
+
+    for accumulation in [1, 2] {
+        let config = TrainConfig { batch_size: BATCH, accumulation, ..TrainConfig::cifar10() };
+        let mut trainer = Trainer::new(network.clone(), config, Diffusion::ddpm(), &Device::Cpu)?;
+        let shape = (BATCH, 3, 32, 32);
+        let x_0 = Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu)?;
+        let eps = Tensor::ones(shape, candle_core::DType::F32, &Device::Cpu)?;
+        let t = Tensor::full(500u32, BATCH, &Device::Cpu)?;
+        trainer.step_with(&x_0, &t, &eps)?;
+        assert_eq!(threads(), before, "after a training step");
+        let sampler = Sampler::new(trainer.diffusion(), Solver::ddpm(), 2)?;
+        sampler.sample(&trainer.ema_model()?, shape, 0, &Device::Cpu)?;
+        assert_eq!(threads(), before, "after sampling");
+    }
+    Ok(())
+}
