@@ -64,8 +64,8 @@ fn composed(
     }
 }
 
-/// A normalisation on the CPU: one image at a time, whose passes then find it in the cache. Nothing
-/// is kept for the backward pass, which computes the statistics again.
+/// A normalisation on the CPU: one image at a time, whose passes then find it in the cache. Statistics
+/// are kept for the backward pass.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Normalization<'a> {
     pub isa: Isa,

@@ -61,6 +61,39 @@ pub(super) enum VectorActivation {
     Gelu,
 }
 
+impl VectorActivation {
+    pub fn value(self, x: f32) -> f32 {
+        let x = f64::from(x);
+        let y = match self {
+            Self::None => x,
+            Self::Silu => x / (1.0 + libm::exp(-x)),
+            Self::Gelu => x * normal_below(x),
+        };
+        y as f32
+    }
+
+    pub fn derivative(self, x: f32) -> f32 {
+        let x = f64::from(x);
+        let dy = match self {
+            Self::None => 1.0,
+            Self::Silu => {
+                let s = 1.0 / (1.0 + libm::exp(-x));
+                s * (1.0 + x * (1.0 - s))
+            }
+            Self::Gelu => {
+                let density = libm::exp(-0.5 * x * x) / (2.0 * std::f64::consts::PI).sqrt();
+                normal_below(x) + x * density
+            }
+        };
+        dy as f32
+    }
+}
+
+/// The probability that a standard normal lies below `x`.
+fn normal_below(x: f64) -> f64 {
+    0.5 * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2))
+}
+
 /// Computes with candle's tensors, on any device, with candle's gradients.
 pub(super) struct Autograd;
 

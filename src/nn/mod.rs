@@ -6,6 +6,7 @@
 mod attention;
 mod engine;
 mod layers;
+mod pool;
 mod res_block;
 mod tape;
 mod time_embedding;

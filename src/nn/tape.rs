@@ -2,156 +2,23 @@
 //! memory and notes how to go back through it. Memory of maps that are done with is used again.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
-use std::fmt;
-use std::ops::{Deref, DerefMut};
+use std::ops::Deref;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Tensor, TensorId};
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
 use super::engine::{Add, Engine, VectorActivation};
 use super::layers::{Conv2d, GROUPS, GroupNorm, Linear};
+use super::pool::{Buffer, Pool};
 use crate::kernels::{
     AttentionSizes, Convolution, Epilogue, Isa, Normalization, Workspace, linear_forward,
     linear_input_gradient, linear_weight_gradient, sum_over_batch, sums_by_image, with_values,
     with_values_mut,
 };
 use crate::{Dropout, Precision, Result};
-
-/// Gradients that may come back, at most: several times as many as a network has weights.
-const MAX_ISSUED: usize = 1 << 13;
-
-/// Memory that is not in use at the moment.
-#[derive(Default)]
-pub(super) struct Pool {
-    free: Mutex<Free>,
-    /// Whether a pass is [among the threads](Self::among_threads).
-    busy: AtomicBool,
-}
-
-#[derive(Default)]
-struct Free {
-    by_size: BTreeMap<usize, Vec<Vec<f32>>>,
-    /// What the memory was used for last: the batch, and whether there is a way back.
-    last: (usize, bool),
-    /// Of each gradient that was given away, whose it is; and those that came back, by their weights.
-    issued: HashMap<TensorId, TensorId>,
-    gradients: HashMap<TensorId, Tensor>,
-    workspace: Workspace,
-}
-
-impl fmt::Debug for Pool {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pool").finish_non_exhaustive()
-    }
-}
-
-impl Pool {
-    /// Before a pass: another one than the last gets memory of its own sizes, so that what each kind
-    /// of pass ever needed does not add up.
-    fn begin(&self, batch: usize, recording: bool) {
-        let mut free = self.lock();
-        if free.last != (batch, recording) {
-            free.by_size.clear();
-            free.last = (batch, recording);
-        }
-    }
-
-    /// Takes back gradients that nobody needs any longer, if they came from here.
-    pub fn recycle(&self, gradients: Vec<Tensor>) {
-        let mut free = self.lock();
-        for gradient in gradients {
-            if let Some(weight) = free.issued.remove(&gradient.id()) {
-                free.gradients.insert(weight, gradient);
-            }
-        }
-    }
-
-    /// A tensor for the gradient of a weight, its content whatever was there before.
-    fn gradient(&self, weight: &Tensor) -> Result<Tensor> {
-        let mut free = self.lock();
-        let gradient = match free.gradients.remove(&weight.id()) {
-            Some(gradient) => gradient,
-            None => Tensor::zeros(weight.shape(), DType::F32, &Device::Cpu)?,
-        };
-        // Most of them were let go of, where none comes back.
-        if free.issued.len() >= MAX_ISSUED {
-            free.issued.clear();
-        }
-        free.issued.insert(gradient.id(), weight.id());
-        Ok(gradient)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Free> {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Runs a pass on one of the threads that share its work: to hand over each operation from without,
-    /// and wait for it, takes longer than some of them do. But one at a time: threads that wait within
-    /// one pass would begin others, each on top of the last one's stack.
-    pub fn among_threads<R: Send>(&self, pass: impl FnOnce() -> R + Send) -> R {
-        struct Leave<'a>(&'a AtomicBool);
-
-        impl Drop for Leave<'_> {
-            fn drop(&mut self) {
-                self.0.store(false, Ordering::Release);
-            }
-        }
-
-        if self.busy.swap(true, Ordering::Acquire) {
-            return pass();
-        }
-        let _leave = Leave(&self.busy);
-        rayon::scope(|_| pass())
-    }
-
-    /// Memory of this length, its content whatever was there before.
-    fn take(self: &Arc<Self>, len: usize) -> Buffer {
-        let mut free = self.lock();
-        // The smallest that is large enough, unless most of it would be wasted.
-        let found = free.by_size.range(len..=2 * len).find(|(_, free)| !free.is_empty());
-        let values = match found.map(|(&size, _)| size) {
-            Some(size) => free.by_size.get_mut(&size).and_then(Vec::pop),
-            None => None,
-        };
-        drop(free);
-        let values = values.unwrap_or_else(|| vec![0.0; len]);
-        Buffer { values, len, pool: self.clone() }
-    }
-}
-
-/// Values on loan from a pool.
-struct Buffer {
-    /// At least as many as `len`.
-    values: Vec<f32>,
-    len: usize,
-    pool: Arc<Pool>,
-}
-
-impl Deref for Buffer {
-    type Target = [f32];
-
-    fn deref(&self) -> &[f32] {
-        &self.values[..self.len]
-    }
-}
-
-impl DerefMut for Buffer {
-    fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.values[..self.len]
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        let values = std::mem::take(&mut self.values);
-        self.pool.lock().by_size.entry(values.len()).or_default().push(values);
-    }
-}
 
 /// A feature map (batch, height, width, channels), and its gradient on the way back.
 #[derive(Clone)]
@@ -230,7 +97,7 @@ impl Added {
 
 impl Drop for Tape<'_> {
     fn drop(&mut self) {
-        self.pool.lock().workspace = self.workspace.take();
+        self.pool.give_back(self.workspace.take());
     }
 }
 
@@ -264,7 +131,7 @@ impl<'n> Tape<'n> {
     }
 
     fn new(pool: &'n Arc<Pool>, precision: Precision) -> Self {
-        let (weights, workspace) = (RefCell::default(), std::mem::take(&mut pool.lock().workspace));
+        let (weights, workspace) = (RefCell::default(), pool.workspace());
         let workspace = RefCell::new(workspace);
         Self { isa: Isa::detect(), precision, pool, nodes: None, weights, workspace }
     }
@@ -580,124 +447,4 @@ fn add(sum: &mut [f32], d: &[f32]) {
     sum.par_chunks_mut(CHUNK).zip(d.par_chunks(CHUNK)).for_each(|(sum, d)| {
         sum.iter_mut().zip(d).for_each(|(sum, d)| *sum += d);
     });
-}
-
-impl VectorActivation {
-    fn value(self, x: f32) -> f32 {
-        let x = f64::from(x);
-        let y = match self {
-            Self::None => x,
-            Self::Silu => x / (1.0 + libm::exp(-x)),
-            Self::Gelu => x * normal_below(x),
-        };
-        y as f32
-    }
-
-    fn derivative(self, x: f32) -> f32 {
-        let x = f64::from(x);
-        let dy = match self {
-            Self::None => 1.0,
-            Self::Silu => {
-                let s = 1.0 / (1.0 + libm::exp(-x));
-                s * (1.0 + x * (1.0 - s))
-            }
-            Self::Gelu => {
-                let density = libm::exp(-0.5 * x * x) / (2.0 * std::f64::consts::PI).sqrt();
-                normal_below(x) + x * density
-            }
-        };
-        dy as f32
-    }
-}
-
-/// The probability that a standard normal lies below `x`.
-fn normal_below(x: f64) -> f64 {
-    0.5 * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{Denoiser, Parameters, UNet, UNetConfig};
-
-    #[test]
-    fn memory_is_that_of_the_last_kind_of_pass() -> Result<()> {
-        let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
-        let held = |unet: &UNet| -> usize {
-            let free = unet.pool().lock();
-            free.by_size.iter().map(|(size, free)| size * free.len()).sum()
-        };
-        let forward = |unet: &UNet, batch: usize| -> Result<usize> {
-            let x = Tensor::zeros((batch, 1, 28, 28), DType::F32, &Device::Cpu)?;
-            unet.forward(&x, &Tensor::zeros(batch, DType::U32, &Device::Cpu)?)?;
-            Ok(held(unet))
-        };
-        let path = std::path::Path::new("weights");
-        let parameters = Parameters::new(0, DType::F32, &Device::Cpu);
-        parameters.build(&config)?;
-        let weights: BTreeMap<_, _> =
-            parameters.vars().into_iter().map(|(k, v)| (k, v.as_detached_tensor())).collect();
-        let build =
-            || Parameters::frozen(path, weights.clone(), DType::F32, &Device::Cpu).build(&config);
-        let (one, many): (UNet, UNet) = (build()?, build()?);
-        // A few passes until each size has a memory that fits it well enough.
-        let settled = |unet: &UNet| -> Result<usize> {
-            (0..3).try_for_each(|_| forward(unet, 6).map(drop))?;
-            forward(unet, 6)
-        };
-        let once = settled(&one)?;
-        assert_eq!(forward(&one, 6)?, once);
-        for batch in 1..6 {
-            forward(&many, batch)?;
-        }
-        assert_eq!(settled(&many)?, once);
-        Ok(())
-    }
-
-    /// Only gradients that came back are written over, and those wholly.
-    #[test]
-    fn gradients_take_the_memory_of_those_that_came_back() -> Result<()> {
-        let config = UNetConfig {
-            hidden_dims: vec![8, 16],
-            attention_resolutions: vec![0],
-            ..UNetConfig::mnist()
-        };
-        let parameters = Parameters::new(0, DType::F32, &Device::Cpu);
-        let unet = parameters.build(&config)?;
-        let x = Tensor::randn(0f32, 1.0, (2, 1, 28, 28), &Device::Cpu)?;
-        let t = Tensor::new(&[3u32, 700], &Device::Cpu)?;
-        let pass = || -> Result<Vec<Tensor>> {
-            let dropout = Dropout::new(0, 0);
-            let mut found = unet.forward_backward(&x, &t, &dropout, &mut |y| Ok(y.clone()))?;
-            let vars = parameters.vars();
-            Ok(vars.values().map(|var| found.remove(var).expect("a gradient")).collect())
-        };
-        let values = |gradients: &[Tensor]| -> Result<Vec<Vec<f32>>> {
-            gradients.iter().map(|g| Ok(g.flatten_all()?.to_vec1()?)).collect()
-        };
-        let kept = pass()?;
-        let expected = values(&kept)?;
-        assert!(expected.iter().flatten().any(|&d| d != 0.0));
-
-        let returned = pass()?;
-        let ids: Vec<_> = returned.iter().map(Tensor::id).collect();
-        assert!(kept.iter().all(|kept| !ids.contains(&kept.id())));
-        for gradient in &returned {
-            with_values_mut(gradient, |values| {
-                values.fill(f32::NAN);
-                Ok(())
-            })?;
-        }
-        unet.recycle(returned);
-        // Not one of the network's, and nothing that it may write to.
-        let other = x.copy()?;
-        unet.recycle(vec![other.clone()]);
-
-        let again = pass()?;
-        assert_eq!(again.iter().map(Tensor::id).collect::<Vec<_>>(), ids);
-        assert_eq!(values(&again)?, expected);
-        assert_eq!(values(&kept)?, expected);
-        assert_eq!(values(&[other])?, values(std::slice::from_ref(&x))?);
-        Ok(())
-    }
 }

@@ -237,22 +237,12 @@ impl<N: Network> Trainer<N> {
                 return Err(Error::config("d_output", "called more often, or never", expected));
             }
 
+            let found = by_name(found, &self.vars);
             if parts == 1 {
-                sums = by_name(found, &self.vars);
-                continue;
+                sums = found;
+            } else {
+                self.accumulate(&mut sums, found)?;
             }
-            let mut spent = Vec::new();
-            for (name, new) in by_name(found, &self.vars) {
-                match sums.get_mut(&name) {
-                    Some(sum) => add_to(sum, &new)?,
-                    // A copy of our own: what the network gives may be its memory still.
-                    None => {
-                        sums.insert(name, new.copy()?);
-                    }
-                }
-                spent.push(new);
-            }
-            self.model.recycle(spent);
         }
         let max_norm = self.config.clip_norm.unwrap_or(f64::INFINITY);
         let learning_rate = self.config.learning_rate(self.step);
@@ -271,6 +261,25 @@ impl<N: Network> Trainer<N> {
         }
         self.unread.push(update.clone());
         Ok(update)
+    }
+
+    /// Adds gradients to their sums, and gives them back to the network.
+    fn accumulate(
+        &self,
+        sums: &mut BTreeMap<String, Tensor>,
+        gradients: BTreeMap<String, Tensor>,
+    ) -> Result<()> {
+        for (name, gradient) in &gradients {
+            match sums.get_mut(name) {
+                Some(sum) => add_to(sum, gradient)?,
+                // A copy: the network's memory may still be in it.
+                None => {
+                    sums.insert(name.clone(), gradient.copy()?);
+                }
+            }
+        }
+        self.model.recycle(gradients.into_values().collect());
+        Ok(())
     }
 
     /// The next `batch_size` images in the run's order, mirrored where the configuration asks:
