@@ -274,11 +274,11 @@ impl Bench<'_> {
         let (dy, mut dx, mut dweight) = (y.clone(), x.clone(), weight.clone());
         let product = 2 * batch * input * output;
         self.measure("linear forward", &shape, Work::Flops(product), || {
-            linear_forward(&x, &weight, &bias, &mut y);
+            linear_forward(self.isa, &x, &weight, &bias, &mut y);
         });
         self.measure("linear backward", &shape, Work::Flops(2 * product), || {
-            linear_input_gradient(&weight, output, &dy, &mut dx);
-            linear_weight_gradient(&x, output, &dy, &mut dweight);
+            linear_input_gradient(self.isa, &weight, output, &dy, &mut dx);
+            linear_weight_gradient(self.isa, &x, output, &dy, &mut dweight);
         });
     }
 

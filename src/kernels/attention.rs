@@ -1,7 +1,7 @@
 use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
 
-use super::elementwise::exp;
+use super::elementwise::{dot, exp};
 use super::gemm::{Mat, gemm};
 use super::simd::{Isa, Simd, lanes, simd_fn};
 
@@ -30,86 +30,72 @@ impl AttentionSizes {
         let image = self.positions * self.channels;
         qkv.par_chunks(3 * image).zip(y.par_chunks_mut(image)).for_each(|(qkv, y)| {
             let [q, k, v] = self.split(qkv);
-            let shares = self.shares(&q, &k);
-            gemm(y, self.square(&shares), self.rows(&v), false);
+            let shares = self.shares(q, k);
+            gemm(self.isa, (y, self.channels), self.square(&shares), v, false);
         });
     }
 
     /// The gradient of `qkv` from that of `y`.
     pub fn backward(&self, qkv: &[f32], dy: &[f32], dqkv: &mut [f32]) {
-        let (n, c) = (self.positions, self.channels);
-        let scale = 1.0 / (c as f32).sqrt();
+        let (n, c, isa) = (self.positions, self.channels, self.isa);
         let images = qkv.par_chunks(3 * n * c).zip(dy.par_chunks(n * c));
         images.zip(dqkv.par_chunks_mut(3 * n * c)).for_each(|((qkv, dy), dqkv)| {
             let [q, k, v] = self.split(qkv);
-            let shares = self.shares(&q, &k);
-            let dy = self.rows(dy);
-            let mut dv = vec![0f32; n * c];
-            gemm(&mut dv, self.square(&shares).transposed(), dy, false);
+            let shares = self.shares(q, k);
+            let dy = Mat::new(dy, n, c);
             let mut dscores = vec![0f32; n * n];
-            gemm(&mut dscores, dy, self.rows(&v).transposed(), false);
-            softmax_backward(self.isa, &mut dscores, &shares, n);
-            let (mut dq, mut dk) = (vec![0f32; n * c], vec![0f32; n * c]);
-            gemm(&mut dq, self.square(&dscores), self.rows(&k), false);
-            // q is scaled already; its own gradient is not yet.
-            gemm(&mut dk, self.square(&dscores).transposed(), self.rows(&q), false);
-            dq.iter_mut().for_each(|dq| *dq *= scale);
-            for (i, d) in dqkv.chunks_mut(3 * c).enumerate() {
-                for (d, part) in d.chunks_mut(c).zip([&dq, &dk, &dv]) {
-                    d.copy_from_slice(&part[i * c..][..c]);
-                }
-            }
+            gemm(isa, (&mut dscores, n), dy, v.transposed(), false);
+            softmax_backward(isa, &mut dscores, &shares, n, self.scale());
+            let (shares, dscores) = (self.square(&shares), self.square(&dscores));
+            gemm(isa, (&mut *dqkv, 3 * c), dscores, k, false);
+            gemm(isa, (&mut dqkv[c..], 3 * c), dscores.transposed(), q, false);
+            gemm(isa, (&mut dqkv[2 * c..], 3 * c), shares.transposed(), dy, false);
         });
     }
 
-    fn rows<'a>(&self, values: &'a [f32]) -> Mat<'a> {
-        Mat::new(values, self.positions, self.channels)
+    /// What scores are multiplied with.
+    fn scale(&self) -> f32 {
+        1.0 / (self.channels as f32).sqrt()
     }
 
     fn square<'a>(&self, values: &'a [f32]) -> Mat<'a> {
         Mat::new(values, self.positions, self.positions)
     }
 
-    /// q, scaled, k and v, each (positions, channels).
-    fn split(&self, qkv: &[f32]) -> [Vec<f32>; 3] {
-        let c = self.channels;
-        let scale = 1.0 / (c as f32).sqrt();
-        let part = |i: usize| qkv.chunks(3 * c).flat_map(move |qkv| &qkv[i * c..(i + 1) * c]);
-        [
-            part(0).map(|q| q * scale).collect(),
-            part(1).copied().collect(),
-            part(2).copied().collect(),
-        ]
+    /// q, k and v of an image, each (positions, channels).
+    fn split<'a>(&self, qkv: &'a [f32]) -> [Mat<'a>; 3] {
+        let (n, c) = (self.positions, self.channels);
+        [0, 1, 2].map(|i| Mat::with_stride(&qkv[i * c..], n, c, 3 * c))
     }
 
     /// What share of each position's attention goes to each: rows of sum 1.
-    fn shares(&self, q: &[f32], k: &[f32]) -> Vec<f32> {
+    fn shares(&self, q: Mat, k: Mat) -> Vec<f32> {
         let mut scores = vec![0f32; self.positions * self.positions];
-        gemm(&mut scores, self.rows(q), self.rows(k).transposed(), false);
-        softmax(self.isa, &mut scores, self.positions);
+        gemm(self.isa, (&mut scores, self.positions), q, k.transposed(), false);
+        softmax(self.isa, &mut scores, self.positions, self.scale());
         scores
     }
 }
 
 simd_fn! {
-    /// The softmax of each row.
-    fn softmax<S>(rows: &mut [f32], length: usize) {
+    /// The softmax of each row times `scale`, which is positive.
+    fn softmax<S>(rows: &mut [f32], length: usize, scale: f32) {
         for row in rows.chunks_exact_mut(length) {
             // Without the maximum a large score would overflow.
             let maximum = maximum::<S>(row);
-            let total = exponentials::<S>(row, maximum);
+            let total = exponentials::<S>(row, maximum, scale);
             row.iter_mut().for_each(|x| *x /= total);
         }
     }
 }
 
 simd_fn! {
-    /// Through the softmax, in place: a row's gradient less its mean by the row's shares.
-    fn softmax_backward<S>(gradients: &mut [f32], shares: &[f32], length: usize) {
+    /// Through the softmax, in place: a row's gradient less its mean by the row's shares, times `scale`.
+    fn softmax_backward<S>(gradients: &mut [f32], shares: &[f32], length: usize, scale: f32) {
         let rows = gradients.chunks_exact_mut(length).zip(shares.chunks_exact(length));
         for (d, p) in rows {
             let mean = dot::<S>(d, p);
-            d.iter_mut().zip(p).for_each(|(d, p)| *d = p * (*d - mean));
+            d.iter_mut().zip(p).for_each(|(d, p)| *d = scale * p * (*d - mean));
         }
     }
 }
@@ -126,38 +112,27 @@ fn maximum<S: Simd>(row: &[f32]) -> f32 {
     rest.iter().chain(&lanes[..S::WIDTH]).copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
-/// Replaces each value by its distance from `maximum`, exponentiated; their sum.
+/// Replaces each value by its distance from `maximum`, times `scale`, exponentiated; their sum.
 #[inline(always)]
-fn exponentials<S: Simd>(row: &mut [f32], maximum: f32) -> f32 {
+fn exponentials<S: Simd>(row: &mut [f32], maximum: f32, scale: f32) -> f32 {
     let (vectors, rest) = row.split_at_mut(row.len() / S::WIDTH * S::WIDTH);
     let mut total = S::splat(0.0);
     for x in vectors.chunks_exact_mut(S::WIDTH) {
         // SAFETY: a vector's values.
         unsafe {
-            let value = exp(S::load(x.as_ptr()).sub(S::splat(maximum)));
+            let value = exp(S::load(x.as_ptr()).sub(S::splat(maximum)).mul(S::splat(scale)));
             value.store(x.as_mut_ptr());
             total = total.add(value);
         }
     }
     let mut sum: f32 = lanes(total)[..S::WIDTH].iter().sum();
     for x in rest {
-        *x = exp(*x - maximum);
+        *x = exp((*x - maximum) * scale);
         sum += *x;
     }
     sum
 }
 
-#[inline(always)]
-fn dot<S: Simd>(a: &[f32], b: &[f32]) -> f32 {
-    let whole = a.len().min(b.len()) / S::WIDTH * S::WIDTH;
-    let mut total = S::splat(0.0);
-    for (a, b) in a[..whole].chunks_exact(S::WIDTH).zip(b[..whole].chunks_exact(S::WIDTH)) {
-        // SAFETY: a vector's values each.
-        total = unsafe { S::load(a.as_ptr()).mul_add(S::load(b.as_ptr()), total) };
-    }
-    let sum: f32 = lanes(total)[..S::WIDTH].iter().sum();
-    a[whole..].iter().zip(&b[whole..]).fold(sum, |sum, (a, b)| sum + a * b)
-}
 #[cfg(test)]
 mod tests {
     use super::super::tests::agrees;
@@ -229,7 +204,7 @@ mod tests {
     fn large_scores_leave_one_share() {
         for isa in Isa::available() {
             let mut rows = [1e4, -1e4, 9.9e3, 3e38, -3e38, 0.0];
-            softmax(isa, &mut rows, 3);
+            softmax(isa, &mut rows, 3, 1.0);
             assert!((rows[0] - 1.0).abs() < 1e-6 && (rows[3] - 1.0).abs() < 1e-6, "{isa:?}");
             assert!([1, 2, 4, 5].iter().all(|&i| (0.0..1e-30).contains(&rows[i])), "{rows:?}");
         }

@@ -3,6 +3,7 @@ use std::fmt;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
 use super::bf16::Unit;
+use super::gemm::Panels;
 use super::half_conv::{HalfConvolution, PackedHalf, Terms};
 use super::patches::{Patches, Scale};
 use super::simd::Isa;
@@ -133,7 +134,7 @@ impl Convolution {
             let sizes = (c_out, c_in);
             Weights::Winograd(Packed::forward(self.isa, self.maps(), weight, sizes, memory))
         } else {
-            Weights::Matrix(self.sizes.weight_matrix(weight))
+            Weights::Patches(self.sizes.pack(weight))
         }
     }
 
@@ -143,7 +144,7 @@ impl Convolution {
             Weights::Winograd(packed) => {
                 winograd::convolve(self.isa, self.maps(), x, packed, epilogue, y);
             }
-            Weights::Matrix(matrix) => self.sizes.forward(x, matrix, epilogue, y),
+            Weights::Patches(packed) => self.sizes.forward(self.isa, x, packed, epilogue, y),
             Weights::Half(packed) => {
                 packed.convolution(self.isa, self.sizes).forward(x, packed, epilogue, y);
             }
@@ -168,7 +169,7 @@ impl Convolution {
             winograd::input_gradient(self.isa, self.maps(), dy, &packed, dx, accumulate);
             workspace.packed = packed.into_memory();
         } else {
-            self.sizes.input_gradient(dy, &self.sizes.weight_matrix(weight), dx, accumulate);
+            self.sizes.input_gradient(self.isa, dy, weight, dx, accumulate);
         }
     }
 
@@ -186,7 +187,7 @@ impl Convolution {
             let sums = &mut workspace.sums;
             winograd::weight_gradient(self.isa, self.maps(), x, dy, dweight, sums);
         } else {
-            self.sizes.weight_gradient(x, dy, dweight);
+            self.sizes.weight_gradient(self.isa, x, dy, dweight);
         }
     }
 }
@@ -211,7 +212,7 @@ impl Workspace {
 #[derive(Clone)]
 pub(crate) enum Weights {
     Winograd(Packed),
-    Matrix(Vec<f32>),
+    Patches(Panels),
     Half(PackedHalf),
 }
 

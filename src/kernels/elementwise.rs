@@ -1,10 +1,10 @@
-//! Functions of single values, in vectors. Their operations are the same one by one in every width, so
-//! the bits are, too.
+//! Functions of values, in vectors.
 
-use super::simd::Simd;
+use super::simd::{Simd, lanes};
 
 /// `e^x`, within two units in the last place; beyond what f32 holds, the largest or least that it
 /// does. Cody and Waite's reduction, with the polynomial of the Cephes library.
+/// The same operations one by one in vectors of any width, and so the same bits.
 #[inline(always)]
 pub(super) fn exp<S: Simd>(x: S) -> S {
     // Adding this rounds to an integer, which then stands in the last bits.
@@ -28,6 +28,18 @@ pub(super) fn sigmoid<S: Simd>(x: S) -> S {
     one.div(one.add(exp(S::splat(0.0).sub(x))))
 }
 
+/// The sum of the products of two rows' values, one by one.
+#[inline(always)]
+pub(super) fn dot<S: Simd>(a: &[f32], b: &[f32]) -> f32 {
+    let whole = a.len().min(b.len()) / S::WIDTH * S::WIDTH;
+    let mut total = S::splat(0.0);
+    for (a, b) in a[..whole].chunks_exact(S::WIDTH).zip(b[..whole].chunks_exact(S::WIDTH)) {
+        // SAFETY: a vector's values each.
+        total = unsafe { S::load(a.as_ptr()).mul_add(S::load(b.as_ptr()), total) };
+    }
+    let sum: f32 = lanes(total)[..S::WIDTH].iter().sum();
+    a[whole..].iter().zip(&b[whole..]).fold(sum, |sum, (a, b)| sum + a * b)
+}
 #[cfg(test)]
 mod tests {
     use super::super::simd::{Isa, for_channels, simd_fn};

@@ -1,4 +1,13 @@
-use gemm::Parallelism;
+//! Products of matrices that lie in memory as it happens: the right-hand side is packed into panels
+//! first. On the calling thread alone, so the order of sums is always the same.
+
+use std::cell::RefCell;
+
+use rayon::prelude::*;
+
+use super::product::{Left, PANEL, panel_product};
+use super::simd::Isa;
+use super::values::sized;
 
 /// A matrix within a slice: element (i, j) stands at `i * row_stride + j * col_stride`.
 #[derive(Clone, Copy)]
@@ -17,6 +26,12 @@ impl<'a> Mat<'a> {
         Self { data, rows, cols, row_stride: cols, col_stride: 1 }
     }
 
+    /// `rows` rows that begin `row_stride` values apart.
+    pub fn with_stride(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+        assert!(rows == 0 || (rows - 1) * row_stride + cols <= data.len());
+        Self { data, rows, cols, row_stride, col_stride: 1 }
+    }
+
     pub fn transposed(self) -> Self {
         Self {
             data: self.data,
@@ -26,38 +41,178 @@ impl<'a> Mat<'a> {
             col_stride: self.row_stride,
         }
     }
+
+    /// Lays some columns out as a panel of [`PANEL`], the last ones zero where there are no more.
+    fn pack_panel(&self, first: usize, panel: &mut [f32]) {
+        let count = PANEL.min(self.cols - first);
+        for (k, row) in panel.chunks_exact_mut(PANEL).enumerate() {
+            let begin = k * self.row_stride + first * self.col_stride;
+            if self.col_stride == 1 {
+                row[..count].copy_from_slice(&self.data[begin..][..count]);
+            } else {
+                let values = self.data[begin..].iter().step_by(self.col_stride);
+                row[..count].iter_mut().zip(values).for_each(|(to, from)| *to = *from);
+            }
+            row[count..].fill(0.0);
+        }
+    }
 }
 
-/// `c = a b`, or `c += a b` where `accumulate`; `c` row by row. On the calling thread alone, so the
-/// order of its sums is always the same.
-pub(super) fn gemm(c: &mut [f32], a: Mat, b: Mat, accumulate: bool) {
-    let (m, n, k) = (a.rows, b.cols, a.cols);
-    assert_eq!(k, b.rows);
-    assert_eq!(c.len(), m * n);
-    // SAFETY: `Mat::new` checked that each matrix lies within its slice, `transposed` exchanges its
-    // two directions only, and the assertions above say that the three sizes fit. `c` is borrowed
-    // mutably, so it overlaps neither.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            c.as_mut_ptr(),
-            1,
-            n as isize,
-            accumulate,
-            a.data.as_ptr(),
-            a.col_stride as isize,
-            a.row_stride as isize,
-            b.data.as_ptr(),
-            b.col_stride as isize,
-            b.row_stride as isize,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            Parallelism::None,
-        );
+/// A right-hand side, packed: panels of columns, each (rows, [`PANEL`]).
+#[derive(Debug, Clone)]
+pub(crate) struct Panels {
+    values: Vec<f32>,
+    rows: usize,
+    cols: usize,
+}
+
+impl Panels {
+    /// Of the matrix whose element (i, j) is `values[row_at(i) + col_at(j)]`.
+    pub(super) fn gather(
+        values: &[f32],
+        (rows, cols): (usize, usize),
+        row_at: impl Fn(usize) -> usize + Sync,
+        col_at: impl Fn(usize) -> usize + Sync,
+    ) -> Self {
+        let mut packed = vec![0f32; cols.div_ceil(PANEL) * rows * PANEL];
+        packed.par_chunks_exact_mut((rows * PANEL).max(1)).enumerate().for_each(|(i, panel)| {
+            let mut columns = [0; PANEL];
+            let count = PANEL.min(cols - i * PANEL);
+            let columns = &mut columns[..count];
+            for (j, at) in columns.iter_mut().enumerate() {
+                *at = col_at(i * PANEL + j);
+            }
+            for (k, row) in panel.chunks_exact_mut(PANEL).enumerate() {
+                let values = &values[row_at(k)..];
+                row.iter_mut().zip(&*columns).for_each(|(to, at)| *to = values[*at]);
+            }
+        });
+        Self { values: packed, rows, cols }
+    }
+}
+
+thread_local! {
+    /// A panel, and a product's part that does not fill one, reused from call to call. Nothing may wait
+    /// for other threads while they are borrowed: this one could be given work that borrows them again.
+    static PANELS: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+}
+
+/// `c = a b`, or `c += a b` where `accumulate`; rows of `c` begin `c_row` values apart.
+pub(super) fn gemm(isa: Isa, (c, c_row): (&mut [f32], usize), a: Mat, b: Mat, accumulate: bool) {
+    PANELS.with_borrow_mut(|(packed, rest)| {
+        let packed = sized(packed, b.rows * PANEL);
+        for first in (0..b.cols).step_by(PANEL) {
+            b.pack_panel(first, packed);
+            multiply(isa, (&mut *c, c_row), a, packed, (first, b.cols, b.rows), accumulate, rest);
+        }
+    });
+}
+
+/// As [`gemm`], with the right-hand side packed before.
+pub(super) fn gemm_packed(
+    isa: Isa,
+    (c, c_row): (&mut [f32], usize),
+    a: Mat,
+    b: &Panels,
+    accumulate: bool,
+) {
+    PANELS.with_borrow_mut(|(_, rest)| {
+        for first in (0..b.cols).step_by(PANEL) {
+            let panel = &b.values[first * b.rows..][..b.rows * PANEL];
+            let place = (first, b.cols, b.rows);
+            multiply(isa, (&mut *c, c_row), a, panel, place, accumulate, rest);
+        }
+    });
+}
+
+/// One panel's columns, from `first` on, of a product with `cols` columns and sums of `depth` terms.
+fn multiply(
+    isa: Isa,
+    (c, c_row): (&mut [f32], usize),
+    a: Mat,
+    panel: &[f32],
+    (first, cols, depth): (usize, usize, usize),
+    accumulate: bool,
+    rest: &mut Vec<f32>,
+) {
+    assert_eq!(a.cols, depth);
+    if a.rows == 0 {
+        return;
+    }
+    let left = Left { data: a.data, row: a.row_stride, col: a.col_stride };
+    let count = PANEL.min(cols - first);
+    if count == PANEL {
+        return panel_product(isa, &mut c[first..], c_row, a.rows, left, panel, depth, accumulate);
+    }
+    let rest = sized(rest, a.rows * PANEL);
+    panel_product(isa, rest, PANEL, a.rows, left, panel, depth, false);
+    for (i, rest) in rest.chunks_exact(PANEL).enumerate() {
+        let c = &mut c[i * c_row + first..][..count];
+        if accumulate {
+            c.iter_mut().zip(rest).for_each(|(c, rest)| *c += rest);
+        } else {
+            c.copy_from_slice(&rest[..count]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::noise::{Noise, Purpose};
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(96))]
+
+        #[test]
+        fn products_are_those_of_the_definition(
+            (m, n, k) in (0usize..40, 0usize..70, 0usize..40),
+            (more_a, more_b, more_c) in (0usize..5, 0usize..5, 0usize..5),
+            (transpose_a, transpose_b, accumulate) in any::<(bool, bool, bool)>(),
+        ) {
+            let normal = |stream: u32, len: usize| {
+                let mut values = vec![0f32; len];
+                Noise::new(4).stream(Purpose::Prior, 0, stream).fill_normal(&mut values);
+                values
+            };
+            let size = |transpose, rows, cols| if transpose { (cols, rows) } else { (rows, cols) };
+            let mat = |values, transpose, (rows, cols), stride| {
+                let mat = Mat::with_stride(values, rows, cols, stride);
+                if transpose { mat.transposed() } else { mat }
+            };
+            let (a_size, b_size) = (size(transpose_a, m, k), size(transpose_b, k, n));
+            let (a_row, b_row, c_row) = (a_size.1 + more_a, b_size.1 + more_b, n + more_c);
+            let (a, b_values) = (normal(0, a_size.0 * a_row), normal(1, b_size.0 * b_row));
+            let before = normal(2, m * c_row);
+            let at = |values: &[f32], transpose, row, i: usize, j: usize| {
+                f64::from(values[if transpose { j * row + i } else { i * row + j }])
+            };
+            for isa in Isa::available() {
+                let (a_mat, b_mat) =
+                    (mat(&a, transpose_a, a_size, a_row), mat(&b_values, transpose_b, b_size, b_row));
+                let mut found = [before.clone(), before.clone()];
+                gemm(isa, (&mut found[0], c_row), a_mat, b_mat, accumulate);
+                let Mat { data, rows, cols, row_stride, col_stride } = b_mat;
+                let b = Panels::gather(data, (rows, cols), |i| i * row_stride, |j| j * col_stride);
+                gemm_packed(isa, (&mut found[1], c_row), a_mat, &b, accumulate);
+                prop_assert_eq!(&found[0], &found[1]);
+                let b = &b_values;
+                for (place, found) in found[0].iter().enumerate() {
+                    let (i, j) = (place / c_row, place % c_row);
+                    let there = f64::from(before[place]);
+                    if j >= n {
+                        prop_assert_eq!(f64::from(*found), there, "beyond the row");
+                        continue;
+                    }
+                    let mut sum = if accumulate { there } else { 0.0 };
+                    for l in 0..k {
+                        sum += at(&a, transpose_a, a_row, i, l) * at(b, transpose_b, b_row, l, j);
+                    }
+                    prop_assert!((f64::from(*found) - sum).abs() < 3e-5, "{isa:?}: {found}, {sum}");
+                }
+            }
+        }
     }
 }

@@ -195,8 +195,7 @@ impl HalfConvolution {
                 Terms::One => x.iter().map(value).collect(),
                 Terms::Three => x.to_vec(),
             };
-            let matrix = g.weight_matrix(&rounded(weight));
-            return g.input_gradient(&rounded(dy), &matrix, dx, accumulate);
+            return g.input_gradient(self.isa, &rounded(dy), &rounded(weight), dx, accumulate);
         }
         // A convolution with the kernel turned round.
         let sizes = Patches { c_in: g.c_out, c_out: g.c_in, scale: Scale::Stride(1), ..g };
@@ -359,13 +358,14 @@ mod tests {
             };
             let (mut y, mut dx) = (normal(6, dy.len()), normal(7, x.len()));
             let (y_before, dx_before) = (y.clone(), dx.clone());
-            sizes.forward(&x, &sizes.weight_matrix(&weight), epilogue, &mut y);
-            sizes.input_gradient(&dy, &sizes.weight_matrix(&weight), &mut dx, accumulate);
+            let isa = Isa::detect();
+            sizes.forward(isa, &x, &sizes.pack(&weight), epilogue, &mut y);
+            sizes.input_gradient(isa, &dy, &weight, &mut dx, accumulate);
             let mut dweight = vec![f32::NAN; weight.len()];
-            sizes.weight_gradient(&x, &dy, &mut dweight);
+            sizes.weight_gradient(isa, &x, &dy, &mut dweight);
             for unit in Unit::available() {
                 for (terms, limit) in [(Terms::One, 8e-3), (Terms::Three, 4e-5)] {
-                    let half = HalfConvolution { isa: Isa::detect(), unit, terms, sizes };
+                    let half = HalfConvolution { isa, unit, terms, sizes };
                     let (mut y_half, mut dx_half) = (y_before.clone(), dx_before.clone());
                     half.forward(&x, &half.pack(&weight), epilogue, &mut y_half);
                     half.input_gradient(&dy, &weight, &mut dx_half, accumulate);

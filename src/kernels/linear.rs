@@ -1,13 +1,15 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
 use super::conv::sum_over_batch;
+use super::elementwise::dot;
 use super::gemm::{Mat, gemm};
+use super::simd::{Isa, simd_fn};
 use super::values::{contiguous, on_cpu_in_f32, with_values};
 
 /// `x W^T + b`: `x` (batch, in), `weight` (out, in), `bias` (out).
 pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     if on_cpu_in_f32(x) {
-        x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, Linear)
+        x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, Linear(Isa::detect()))
     } else {
         composed(x, weight, bias)
     }
@@ -17,33 +19,47 @@ fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     x.matmul(&weight.t()?)?.broadcast_add(bias)
 }
 
-/// On the CPU: a product for each row. How a product's sums are blocked depends on its shape, so one
-/// product for the whole batch would make an image's result depend on the size of its batch. With a
-/// batch of time embeddings there is no time to lose.
-pub(crate) fn linear_forward(x: &[f32], weight: &[f32], bias: &[f32], y: &mut [f32]) {
-    let output = bias.len();
-    let input = weight.len() / output;
-    let weight = Mat::new(weight, output, input).transposed();
-    for (y, x) in y.chunks_mut(output).zip(x.chunks(input)) {
-        y.copy_from_slice(bias);
-        gemm(y, Mat::new(x, 1, input), weight, true);
+simd_fn! {
+    /// `y` on the CPU. With a batch of time embeddings there is no time to lose: weights are read as they
+    /// lie.
+    pub(crate) fn linear_forward<S>(x: &[f32], weight: &[f32], bias: &[f32], y: &mut [f32]) {
+        let output = bias.len();
+        let input = weight.len() / output;
+        for (y, x) in y.chunks_exact_mut(output).zip(x.chunks_exact(input)) {
+            for ((y, weight), bias) in y.iter_mut().zip(weight.chunks_exact(input)).zip(bias) {
+                *y = dot::<S>(x, weight) + bias;
+            }
+        }
     }
 }
 
 /// The gradient of `x` from `dy` (batch, `output`).
-pub(crate) fn linear_input_gradient(weight: &[f32], output: usize, dy: &[f32], dx: &mut [f32]) {
+pub(crate) fn linear_input_gradient(
+    isa: Isa,
+    weight: &[f32],
+    output: usize,
+    dy: &[f32],
+    dx: &mut [f32],
+) {
     let (batch, input) = (dy.len() / output, weight.len() / output);
-    gemm(dx, Mat::new(dy, batch, output), Mat::new(weight, output, input), false);
+    let weight = Mat::new(weight, output, input);
+    gemm(isa, (dx, input), Mat::new(dy, batch, output), weight, false);
 }
 
 /// The gradient of the weight from `dy` (batch, `output`).
-pub(crate) fn linear_weight_gradient(x: &[f32], output: usize, dy: &[f32], dweight: &mut [f32]) {
+pub(crate) fn linear_weight_gradient(
+    isa: Isa,
+    x: &[f32],
+    output: usize,
+    dy: &[f32],
+    dweight: &mut [f32],
+) {
     let (batch, input) = (dy.len() / output, dweight.len() / output);
-    let rows = Mat::new(dy, batch, output);
-    gemm(dweight, rows.transposed(), Mat::new(x, batch, input), false);
+    let turned = Mat::new(dy, batch, output).transposed();
+    gemm(isa, (dweight, input), turned, Mat::new(x, batch, input), false);
 }
 
-struct Linear;
+struct Linear(Isa);
 
 impl CustomOp3 for Linear {
     fn name(&self) -> &'static str {
@@ -68,7 +84,7 @@ impl CustomOp3 for Linear {
         }
         let mut y = vec![0f32; batch * output];
         let (weight, bias) = (contiguous(weight, weight_layout)?, contiguous(bias, bias_layout)?);
-        linear_forward(contiguous(x, x_layout)?, weight, bias, &mut y);
+        linear_forward(self.0, contiguous(x, x_layout)?, weight, bias, &mut y);
         Ok((CpuStorage::F32(y), Shape::from((batch, output))))
     }
 
@@ -83,8 +99,8 @@ impl CustomOp3 for Linear {
         let (output, dy) = (weight.dim(0)?, dy.contiguous()?);
         let (dx, dweight, dbias) = with_values([x, weight, &dy], |[x, weight, dy]| {
             let [mut dx, mut dweight] = [x, weight].map(|values| vec![0f32; values.len()]);
-            linear_input_gradient(weight, output, dy, &mut dx);
-            linear_weight_gradient(x, output, dy, &mut dweight);
+            linear_input_gradient(self.0, weight, output, dy, &mut dx);
+            linear_weight_gradient(self.0, x, output, dy, &mut dweight);
             let mut dbias = vec![0f32; output];
             sum_over_batch(dy, &mut dbias);
             Ok((dx, dweight, dbias))
@@ -111,11 +127,13 @@ mod tests {
         fn kernel_agrees_with_its_composition(
             batch in 1usize..9, input in 1usize..40, output in 1usize..40,
         ) {
-            agrees(
-                &[vec![batch, input], vec![output, input], vec![output]],
-                |v| linear(&v[0], &v[1], &v[2]),
-                |v| composed(&v[0], &v[1], &v[2]),
-            );
+            for isa in Isa::available() {
+                agrees(
+                    &[vec![batch, input], vec![output, input], vec![output]],
+                    |v| v[0].apply_op3(&v[1], &v[2], Linear(isa)),
+                    |v| composed(&v[0], &v[1], &v[2]),
+                );
+            }
         }
     }
 }

@@ -8,7 +8,8 @@ use std::ops::Range;
 use candle_core::{Result, Shape};
 use rayon::prelude::*;
 
-use super::gemm::{Mat, gemm};
+use super::gemm::{Mat, Panels, gemm, gemm_packed};
+use super::simd::Isa;
 use super::values::sized;
 use super::winograd::Epilogue;
 
@@ -106,18 +107,23 @@ impl Patches {
         first..(first + self.chunk_rows()).min(self.h_out)
     }
 
-    /// (out, in, k, k) to (k, k, in, out): a row for each value of a patch.
-    pub fn weight_matrix(&self, weight: &[f32]) -> Vec<f32> {
-        let (area, mut matrix) = (self.kernel * self.kernel, vec![0f32; weight.len()]);
-        for o in 0..self.c_out {
-            for i in 0..self.c_in {
-                for k in 0..area {
-                    matrix[(k * self.c_in + i) * self.c_out + o] =
-                        weight[(o * self.c_in + i) * area + k];
-                }
-            }
-        }
-        matrix
+    /// The weights (out, in, k, k), packed as [`forward`](Self::forward) multiplies patches with them:
+    /// a row for each value of a patch, a column for each output channel.
+    pub fn pack(&self, weight: &[f32]) -> Panels {
+        let kernels = |o| o * self.c_in * self.kernel * self.kernel;
+        Panels::gather(weight, (self.patch(), self.c_out), |k| self.tap(k), kernels)
+    }
+
+    /// As [`pack`](Self::pack), with rows and columns exchanged.
+    fn pack_turned(&self, weight: &[f32]) -> Panels {
+        let kernels = |o| o * self.c_in * self.kernel * self.kernel;
+        Panels::gather(weight, (self.c_out, self.patch()), kernels, |k| self.tap(k))
+    }
+
+    /// Where in the weights (in, k, k) of an output channel that of a patch's value stands.
+    fn tap(&self, value: usize) -> usize {
+        let (tap, channel) = (value / self.c_in, value % self.c_in);
+        channel * self.kernel * self.kernel + tap
     }
 
     /// What [`weight_gradient`](Self::weight_gradient) sums, (out, k, k, in), to (out, in, k, k).
@@ -185,16 +191,24 @@ impl Patches {
         });
     }
 
-    /// Adds to an image's gradient what these output rows of `dy` give.
-    fn add_input_gradient(&self, dx: &mut [f32], dy: Mat, weight: Mat, rows: Range<usize>) {
+    /// Adds to an image's gradient what these output rows of `dy` give, with the weights turned: a row
+    /// for each output channel.
+    fn add_input_gradient(
+        &self,
+        isa: Isa,
+        dx: &mut [f32],
+        dy: Mat,
+        turned: &Panels,
+        rows: Range<usize>,
+    ) {
         let pixels = rows.len() * self.w_out;
         if self.is_pointwise() {
             let dx = &mut dx[rows.start * self.w * self.c_in..][..pixels * self.c_in];
-            return gemm(dx, dy, weight.transposed(), true);
+            return gemm_packed(isa, (dx, self.c_in), dy, turned, true);
         }
         PATCHES.with_borrow_mut(|patches| {
             let patches = sized(patches, pixels * self.patch());
-            gemm(patches, dy, weight.transposed(), false);
+            gemm_packed(isa, (patches, self.patch()), dy, turned, false);
             for (row, oy) in patches.chunks(self.w_out * self.patch()).zip(rows) {
                 for (patch, image, len) in self.spans(oy, self.patch()) {
                     let (dx, patch) = (&mut dx[image..][..len], &row[patch..][..len]);
@@ -204,9 +218,8 @@ impl Patches {
         });
     }
 
-    /// `y` from `x`, with the weights as a [matrix](Self::weight_matrix).
-    pub fn forward(&self, x: &[f32], weight: &[f32], epilogue: Epilogue, y: &mut [f32]) {
-        let weight = Mat::new(weight, self.patch(), self.c_out);
+    /// `y` from `x`, with the weights [packed](Self::pack).
+    pub fn forward(&self, isa: Isa, x: &[f32], weight: &Panels, epilogue: Epilogue, y: &mut [f32]) {
         let line = self.w_out * self.c_out;
         let images = y.par_chunks_mut(self.y_len()).zip(x.par_chunks(self.x_len())).enumerate();
         images.for_each(|(k, (y, x))| {
@@ -227,14 +240,23 @@ impl Patches {
                     let residual = &residual[rows.start * line..];
                     y.iter_mut().zip(residual).for_each(|(y, residual)| *y += residual);
                 }
-                self.with_patches(x, rows, |patches| gemm(y, patches, weight, true));
+                self.with_patches(x, rows, |patches| {
+                    gemm_packed(isa, (y, self.c_out), patches, weight, true);
+                });
             });
         });
     }
 
     /// The gradient of `x`, written or added to `dx`.
-    pub fn input_gradient(&self, dy: &[f32], weight: &[f32], dx: &mut [f32], accumulate: bool) {
-        let weight = Mat::new(weight, self.patch(), self.c_out);
+    pub fn input_gradient(
+        &self,
+        isa: Isa,
+        dy: &[f32],
+        weight: &[f32],
+        dx: &mut [f32],
+        accumulate: bool,
+    ) {
+        let turned = self.pack_turned(weight);
         let line = self.w_out * self.c_out;
         let images = dx.par_chunks_mut(self.x_len()).zip(dy.par_chunks(self.y_len()));
         images.for_each(|(dx, dy)| {
@@ -245,13 +267,13 @@ impl Patches {
                 let rows = self.chunk(i);
                 let dy = &dy[rows.start * line..rows.end * line];
                 let dy = Mat::new(dy, rows.len() * self.w_out, self.c_out);
-                self.add_input_gradient(dx, dy, weight, rows);
+                self.add_input_gradient(isa, dx, dy, &turned, rows);
             }
         });
     }
 
     /// The gradient of the weights, (out, in, k, k), to `dweight`.
-    pub fn weight_gradient(&self, x: &[f32], dy: &[f32], dweight: &mut [f32]) {
+    pub fn weight_gradient(&self, isa: Isa, x: &[f32], dy: &[f32], dweight: &mut [f32]) {
         let images = self.batch.div_ceil(PARTS);
         let line = self.w_out * self.c_out;
         let parts = x.par_chunks(images * self.x_len()).zip(dy.par_chunks(images * self.y_len()));
@@ -264,7 +286,8 @@ impl Patches {
                         let dy = &dy[rows.start * line..rows.end * line];
                         let dy = Mat::new(dy, rows.len() * self.w_out, self.c_out);
                         self.with_patches(x, rows, |patches| {
-                            gemm(&mut dweight, dy.transposed(), patches, true);
+                            let dweight = (&mut dweight[..], self.patch());
+                            gemm(isa, dweight, dy.transposed(), patches, true);
                         });
                     }
                 }

@@ -349,18 +349,18 @@ impl<'n> Engine<'n> for Tape<'n> {
             move |x: &Map| -> Vec<f32> { x.values.iter().map(|&x| f.value(x)).collect() };
         let mut y = self.pool.take(x.batch() * output);
         with_values([&linear.weight, &linear.bias], |[weight, bias]| {
-            linear_forward(&activated(x), weight, bias, &mut y);
+            linear_forward(self.isa, &activated(x), weight, bias, &mut y);
             Ok(())
         })?;
         let x = x.clone();
         Ok(self.output([x.batch(), 1, 1, output], y, move |tape, dy| {
             let mut dx = tape.pool.take(x.values.len());
             with_values([&linear.weight], |[weight]| {
-                linear_input_gradient(weight, output, &dy, &mut dx);
+                linear_input_gradient(tape.isa, weight, output, &dy, &mut dx);
                 Ok(())
             })?;
             tape.weight_gradient(&linear.weight, |d| {
-                linear_weight_gradient(&activated(&x), output, &dy, d);
+                linear_weight_gradient(tape.isa, &activated(&x), output, &dy, d);
             })?;
             tape.weight_gradient(&linear.bias, |d| sum_over_batch(&dy, d))?;
             dx.iter_mut().zip(&**x.values).for_each(|(dx, &x)| *dx *= f.derivative(x));
