@@ -10,9 +10,6 @@
 //! the plain algorithm: a 3x3 convolution at stride 1 is computed with fewer, so its GFLOP/s are
 //! "effective" and may exceed the ceiling. Bytes are each operand's once, whatever is read again; small
 //! ones stay in caches, which are faster than memory.
-//!
-//! What goes through the crate `gemm` (convolutions of other kernels and strides, linear layers,
-//! attention's products) chooses its instructions itself, whatever `--isa` says.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
