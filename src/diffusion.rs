@@ -61,7 +61,7 @@ impl Diffusion {
     /// If the shapes or dtypes do not fit, or a timestep is out of range.
     pub fn q_sample(&self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Tensor> {
         self.check(x_0, t, eps)?;
-        if are_plain(x_0, eps) {
+        if are_plain(x_0, eps) && t.device().is_cpu() {
             let rates = self.rates_of_each(t)?;
             return Ok(weighted_sum(x_0, eps, &rates)?);
         }
@@ -78,7 +78,7 @@ impl Diffusion {
         match self.prediction {
             Prediction::Epsilon => Ok(eps.clone()),
             Prediction::Sample => Ok(x_0.clone()),
-            Prediction::Velocity if are_plain(eps, x_0) => {
+            Prediction::Velocity if are_plain(eps, x_0) && t.device().is_cpu() => {
                 let rates = self.rates_of_each(t)?;
                 let rates: Vec<_> = rates.iter().map(|&[signal, noise]| [signal, -noise]).collect();
                 Ok(weighted_sum(eps, x_0, &rates)?)

@@ -34,7 +34,9 @@ pub(crate) use conv::{Convolution, Weights, Workspace, conv2d, sum_over_batch, s
 pub(crate) use group_norm::{Activation, Normalization, group_norm};
 pub(crate) use linear::{linear, linear_forward, linear_input_gradient, linear_weight_gradient};
 pub(crate) use patches::Scale;
-pub(crate) use process::{add_to, are_plain, clamp, combine, squared_error, weighted_sum};
+pub(crate) use process::{
+    add_to, add_values, are_plain, clamp, combine, squared_error, weighted_sum,
+};
 pub(crate) use simd::Isa;
 pub(crate) use values::{on_cpu_in_f32, same_storage, with_values, with_values_mut};
 pub(crate) use winograd::Epilogue;

@@ -1,5 +1,5 @@
-//! The process's own arithmetic on images, and sums of gradients. candle's would do, but from 65,536 values on it runs on a
-//! second pool of threads, which spins against ours.
+//! The process's own arithmetic on images, and sums of gradients. candle's would do, but from 65,536
+//! values on it runs on a second pool of threads, which spins against ours.
 
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
@@ -95,13 +95,17 @@ pub(crate) fn add_to(sum: &mut Tensor, more: &Tensor) -> Result<()> {
     }
     with_values_mut(sum, |sum| {
         with_values([more], |[more]| {
-            let parts = sum.par_chunks_mut(CHUNK).zip(more.par_chunks(CHUNK));
-            parts.for_each(|(sum, more)| {
-                sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
-            });
+            add_values(sum, more);
             Ok(())
         })
     })
+}
+
+/// Adds `more` to `sum`, value by value.
+pub(crate) fn add_values(sum: &mut [f32], more: &[f32]) {
+    sum.par_chunks_mut(CHUNK).zip(more.par_chunks(CHUNK)).for_each(|(sum, more)| {
+        sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
+    });
 }
 
 #[cfg(test)]

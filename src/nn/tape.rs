@@ -14,9 +14,9 @@ use super::engine::{Add, Engine, VectorActivation};
 use super::layers::{Conv2d, GROUPS, GroupNorm, Linear};
 use super::pool::{Buffer, Pool};
 use crate::kernels::{
-    AttentionSizes, Convolution, Epilogue, Isa, Normalization, Workspace, linear_forward,
-    linear_input_gradient, linear_weight_gradient, sum_over_batch, sums_by_image, with_values,
-    with_values_mut,
+    AttentionSizes, Convolution, Epilogue, Isa, Normalization, Workspace, add_values,
+    linear_forward, linear_input_gradient, linear_weight_gradient, sum_over_batch, sums_by_image,
+    with_values, with_values_mut,
 };
 use crate::{Dropout, Precision, Result};
 
@@ -50,7 +50,7 @@ impl Gradient {
         let Some(sum) = &self.sum else { return };
         let mut sum = sum.borrow_mut();
         match &mut *sum {
-            Some(sum) => add(sum, &d),
+            Some(sum) => add_values(sum, &d),
             None => *sum = Some(d),
         }
     }
@@ -438,13 +438,4 @@ impl<'n> Engine<'n> for Tape<'n> {
             Ok(())
         }))
     }
-}
-
-/// Values that one thread adds at a time.
-const CHUNK: usize = 1 << 14;
-
-fn add(sum: &mut [f32], d: &[f32]) {
-    sum.par_chunks_mut(CHUNK).zip(d.par_chunks(CHUNK)).for_each(|(sum, d)| {
-        sum.iter_mut().zip(d).for_each(|(sum, d)| *sum += d);
-    });
 }
