@@ -44,6 +44,6 @@ pub use precision::Precision;
 pub use sampler::{Sampler, Solver, Step, Steps, Variance};
 pub use schedule::NoiseSchedule;
 pub use train::{
-    AdamConfig, AdamW, Checkpoint, Ema, EmaConfig, Metrics, Observer, TrainConfig, Trainer, Update,
-    WeightDecay, clip_grad_norm, gradients,
+    AdamConfig, AdamW, Checkpoint, Ema, EmaConfig, GradScaler, GradScalerConfig, Metrics, Observer,
+    TrainConfig, Trainer, Update, WeightDecay, clip_grad_norm, gradients,
 };

@@ -35,16 +35,16 @@ pub trait Network: Serialize + DeserializeOwned {
     fn build(&self, vb: VarBuilder) -> Result<Self::Model>;
 
     /// The model, with products of this precision. Unless this is implemented, a network computes in
-    /// its own way, and [`Precision::BF16`] is refused.
+    /// its own way, and half precision is refused.
     ///
     /// # Errors
     /// If the model cannot compute like that.
     fn with_precision(model: Self::Model, precision: Precision) -> Result<Self::Model> {
         match precision {
             Precision::Highest | Precision::High => Ok(model),
-            Precision::BF16 => {
+            Precision::BF16 | Precision::F16 => {
                 let expected = format!("highest or high with a network of kind {}", Self::KIND);
-                Err(Error::config("precision", "bf16", expected))
+                Err(Error::config("precision", precision, expected))
             }
         }
     }

@@ -25,6 +25,10 @@ pub enum Precision {
     /// [`Highest`](Self::Highest), and any other CPU computes the same more slowly still. Needs the
     /// feature `f16`.
     BF16,
+    /// As [`BF16`](Self::BF16) with f16 in its place (11 bits, but none beyond 65504): on CUDA devices
+    /// alone. Training scales its gradients by a [`GradScaler`](crate::GradScaler). Needs the feature
+    /// `f16`.
+    F16,
 }
 
 impl fmt::Display for Precision {
@@ -33,6 +37,7 @@ impl fmt::Display for Precision {
             Self::Highest => "highest",
             Self::High => "high",
             Self::BF16 => "bf16",
+            Self::F16 => "f16",
         })
     }
 }
@@ -43,10 +48,10 @@ impl FromStr for Precision {
     /// # Errors
     /// Unless it is one of the names, and this build has the precision.
     fn from_str(name: &str) -> Result<Self> {
-        let all = [Self::Highest, Self::High, Self::BF16];
+        let all = [Self::Highest, Self::High, Self::BF16, Self::F16];
         let Some(precision) = all.into_iter().find(|precision| precision.to_string() == name)
         else {
-            return Err(Error::config("precision", name, "highest, high or bf16"));
+            return Err(Error::config("precision", name, "highest, high, bf16 or f16"));
         };
         precision.validate()?;
         Ok(precision)
@@ -55,14 +60,20 @@ impl FromStr for Precision {
 
 impl Precision {
     /// How many there are.
-    pub(crate) const COUNT: usize = Self::BF16 as usize + 1;
+    pub(crate) const COUNT: usize = Self::F16 as usize + 1;
+
+    /// Whether it takes the feature `f16`.
+    pub(crate) fn is_half(self) -> bool {
+        matches!(self, Self::BF16 | Self::F16)
+    }
 
     /// # Errors
     /// If this build lacks what it takes.
     pub(crate) fn validate(self) -> Result<()> {
-        if self == Self::BF16 && !cfg!(feature = "f16") {
-            let expected = "highest or high: bf16 needs the feature `f16`, which this build lacks";
-            return Err(Error::config("precision", "bf16", expected));
+        if self.is_half() && !cfg!(feature = "f16") {
+            let expected =
+                format!("highest or high: {self} needs the feature `f16`, which this build lacks");
+            return Err(Error::config("precision", self, expected));
         }
         Ok(())
     }
@@ -74,14 +85,14 @@ mod tests {
 
     #[test]
     fn names_go_both_ways() {
-        for precision in [Precision::Highest, Precision::High, Precision::BF16] {
+        for precision in [Precision::Highest, Precision::High, Precision::BF16, Precision::F16] {
             assert_eq!(serde_json::to_value(precision).unwrap(), precision.to_string());
-            if precision != Precision::BF16 || cfg!(feature = "f16") {
+            if !precision.is_half() || cfg!(feature = "f16") {
                 assert_eq!(precision.to_string().parse::<Precision>().unwrap(), precision);
             }
         }
         let message = "half".parse::<Precision>().unwrap_err().to_string();
-        assert_eq!(message, "precision is half; it must be highest, high or bf16");
+        assert_eq!(message, "precision is half; it must be highest, high, bf16 or f16");
         if !cfg!(feature = "f16") {
             let message = "bf16".parse::<Precision>().unwrap_err().to_string();
             assert!(message.contains("needs the feature `f16`"), "{message}");

@@ -31,7 +31,7 @@ pub struct SamplingArgs {
     /// The averaged weights, or those of the last update
     #[arg(long, value_enum, default_value = "ema")]
     pub weights: Weights,
-    /// How exactly products are computed: highest, high or bf16 (with the feature f16)
+    /// How exactly products are computed: highest or high; bf16 or f16 (with the feature f16)
     #[arg(long, value_name = "P", default_value = "highest", value_parser = precision)]
     pub precision: Precision,
     /// Do not clip the predicted image to the range of pixels at each step

@@ -62,7 +62,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=65_536))]
     accumulation: Option<usize>,
-    /// How exactly products are computed: highest, high or bf16 (with the feature f16)
+    /// How exactly products are computed: highest or high; bf16 or f16 (with the feature f16)
     #[arg(long, value_name = "P", value_parser = precision)]
     precision: Option<Precision>,
     /// Seed of everything random

@@ -91,7 +91,8 @@ impl Convolution {
             // Without a look at the machine's units: AMX is not asked for where it is not used.
             Precision::Highest => return self,
             Precision::High => Terms::Three,
-            Precision::BF16 => Terms::One,
+            // F16 is none of the CPU's.
+            Precision::BF16 | Precision::F16 => Terms::One,
         };
         let (isa, sizes, unit) = (self.isa, self.sizes, Unit::detect(self.isa));
         // Only tiles are fast enough to make up for three products where f32 takes one.

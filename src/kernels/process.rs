@@ -54,18 +54,20 @@ pub(crate) fn clamp(x: &Tensor, low: f32, high: f32) -> Result<Tensor> {
 }
 
 /// `scale` times the sum of the squares of `output - target`, and its gradient with respect to
-/// `output`.
+/// `output`, times `gradient_scale`.
 pub(crate) fn squared_error(
     output: &Tensor,
     target: &Tensor,
     scale: f64,
+    gradient_scale: f64,
 ) -> Result<(Tensor, Tensor)> {
+    let factor = 2.0 * scale * gradient_scale;
     if !are_plain(output, target) {
         let error = (output - target)?;
-        return Ok(((error.sqr()?.sum_all()? * scale)?, (error * (2.0 * scale))?));
+        return Ok(((error.sqr()?.sum_all()? * scale)?, (error * factor)?));
     }
     let mut gradient = vec![0f32; output.elem_count()];
-    let factor = (2.0 * scale) as f32;
+    let factor = factor as f32;
     let squares: Vec<f64> = with_values([output, target], |[output, target]| {
         let parts = output.par_chunks(CHUNK).zip(target.par_chunks(CHUNK));
         let parts = gradient.par_chunks_mut(CHUNK).zip(parts);
@@ -155,8 +157,8 @@ mod tests {
             let found = clamp(&x, -0.5, 0.7).unwrap();
             prop_assert_eq!(values(&found), values(&x.clamp(-0.5f32, 0.7f32).unwrap()));
 
-            let (loss, gradient) = squared_error(&x, &y, 0.3).unwrap();
-            let (exact_loss, exact_gradient) = squared_error(&x64, &y64, 0.3).unwrap();
+            let (loss, gradient) = squared_error(&x, &y, 0.3, b).unwrap();
+            let (exact_loss, exact_gradient) = squared_error(&x64, &y64, 0.3, b).unwrap();
             let total = values(&exact_loss)[0];
             prop_assert!((values(&loss)[0] - total).abs() <= 2e-7 * total);
             prop_assert!(near(&gradient, &exact_gradient, 1e-6));

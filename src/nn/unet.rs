@@ -130,9 +130,15 @@ impl UNet {
     /// If this build, or a network of this device or dtype, lacks what the precision takes.
     pub fn with_precision(self, precision: Precision) -> Result<Self> {
         precision.validate()?;
-        if precision == Precision::BF16 && !self.has_tape(&self.init_conv.weight) {
-            let expected = "highest or high: bf16 is for networks of f32 weights on the CPU";
-            return Err(Error::config("precision", "bf16", expected));
+        if precision.is_half() && !self.has_tape(&self.init_conv.weight) {
+            let expected =
+                format!("highest or high: {precision} is for networks of f32 weights on the CPU");
+            return Err(Error::config("precision", precision, expected));
+        }
+        if precision == Precision::F16 {
+            let expected =
+                "highest, high or bf16 on the CPU: f16 is for CUDA devices (feature `cuda`)";
+            return Err(Error::config("precision", precision, expected));
         }
         Ok(Self { precision, ..self })
     }

@@ -4,7 +4,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, DeviceLocation, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
-use super::Ema;
+use super::{Ema, GradScaler};
 use crate::kernels::{
     AdamStep, Isa, on_cpu_in_f32, same_storage, sum_of_squares, with_values, with_values_mut,
 };
@@ -156,16 +156,33 @@ impl AdamW {
     /// Clips the gradients to the global norm `max_norm`, updates the weights, and their average
     /// after them; gives the norm before. What [`clip_grad_norm`], [`step`](Self::step) and
     /// [`Ema::update`] do one after the other, on the CPU in one pass over each weight.
+    ///
+    /// With a scaler: first divides its scale out; and where the norm is not finite, changes nothing
+    /// but the scale.
     pub(super) fn update(
         &mut self,
         gradients: &mut BTreeMap<String, Tensor>,
         max_norm: f64,
         learning_rate: f64,
         ema: Option<&mut Ema>,
+        mut scaler: Option<&mut GradScaler>,
     ) -> Result<Tensor> {
         self.check(gradients)?;
+        let unscale = scaler.as_ref().map_or(1.0, |scaler| 1.0 / scaler.scale());
         if gradients.is_empty() || !self.has_kernel(gradients) {
+            if scaler.is_some() {
+                for gradient in gradients.values_mut() {
+                    *gradient = gradient.affine(unscale, 0.0)?;
+                }
+            }
             let norm = clip_grad_norm(gradients, max_norm)?;
+            if let Some(scaler) = &mut scaler {
+                let finite = norm.to_dtype(DType::F64)?.to_scalar::<f64>()?.is_finite();
+                scaler.update(finite);
+                if !finite {
+                    return Ok(norm);
+                }
+            }
             self.step(gradients, learning_rate)?;
             let vars = self.slots.iter().map(|(name, slot)| (name, &slot.var));
             ema.map_or(Ok(()), |ema| ema.update_from(vars))?;
@@ -176,10 +193,17 @@ impl AdamW {
         for gradient in gradients.values() {
             squares += with_values([gradient], |[values]| Ok(sum_of_squares(isa, values)))?;
         }
+        let norm = squares.sqrt() * unscale;
         // Above, a gradient's square may be beyond f32, and Adam's mean of it infinite for ever.
-        let norm = if squares < 1e36 { squares.sqrt() } else { squares.sqrt() * f64::INFINITY };
-        let scale = if max_norm.is_finite() { (max_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
-        self.step_by_kernel(gradients, learning_rate, scale, ema)?;
+        let norm = if norm < 1e18 { norm } else { norm * f64::INFINITY };
+        if let Some(scaler) = scaler {
+            scaler.update(norm.is_finite());
+            if !norm.is_finite() {
+                return Ok(Tensor::new(norm as f32, &Device::Cpu)?);
+            }
+        }
+        let clip = if max_norm.is_finite() { (max_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        self.step_by_kernel(gradients, learning_rate, unscale * clip, ema)?;
         Ok(Tensor::new(norm as f32, &Device::Cpu)?)
     }
 
@@ -402,7 +426,8 @@ mod tests {
                     };
                     vars.iter().filter(|(name, _)| *name != "idle").map(gradient).collect()
                 };
-                let norm = adams.0.update(&mut of(&fast)?, max_norm, 1e-2, Some(&mut emas.0))?;
+                let norm =
+                    adams.0.update(&mut of(&fast)?, max_norm, 1e-2, Some(&mut emas.0), None)?;
                 let mut gradients = of(&slow)?;
                 let expected = clip_grad_norm(&mut gradients, max_norm)?;
                 adams.1.step(&gradients, 1e-2)?;

@@ -8,7 +8,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{AdamConfig, AdamW, Ema, EmaConfig, TrainConfig};
+use super::scaler::ScalerState;
+use super::{AdamConfig, AdamW, Ema, EmaConfig, GradScaler, GradScalerConfig, TrainConfig};
 use crate::network::read_tensors;
 use crate::{Diffusion, Error, Network, Parameters, Result};
 
@@ -37,6 +38,9 @@ struct State {
     /// Images in the source, once one was used.
     dataset_len: Option<u64>,
     ema_updates: u64,
+    /// With [`Precision::F16`](crate::Precision::F16).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    grad_scaler: Option<ScalerState>,
     network: NetworkState,
     diffusion: Diffusion,
     train: TrainConfig,
@@ -184,8 +188,18 @@ impl Checkpoint {
         let state = read_tensors(&path, device)?;
         let mut optimizer = AdamW::new(config, vars)?;
         check_tensors(&path, &state, &optimizer.shared_state())?;
-        optimizer.restore(self.state.step, &state)?;
+        // No update of a run was one of the optimiser's but for those that were skipped.
+        let skipped = self.state.grad_scaler.map_or(0, |scaler| scaler.skipped);
+        optimizer.restore(self.state.step - skipped, &state)?;
         Ok(optimizer)
+    }
+
+    /// The scaler of a run that has one.
+    pub(super) fn grad_scaler(&self, config: GradScalerConfig) -> Result<GradScaler> {
+        match self.state.grad_scaler {
+            Some(state) => GradScaler::restore(config, state),
+            None => Err(Error::damaged(self.dir.join(STATE), "grad_scaler is missing")),
+        }
     }
 
     pub(super) fn average(
@@ -246,6 +260,7 @@ pub(super) struct Snapshot<'a, N> {
     pub vars: &'a BTreeMap<String, Var>,
     pub optimizer: &'a AdamW,
     pub ema: Option<&'a Ema>,
+    pub scaler: Option<&'a GradScaler>,
 }
 
 impl<N: Network> Snapshot<'_, N> {
@@ -318,6 +333,7 @@ fn write_files<N: Network>(dir: &Path, snapshot: &Snapshot<N>) -> Result<()> {
         images_seen: snapshot.images_seen,
         dataset_len: snapshot.dataset_len,
         ema_updates: snapshot.ema.map_or(0, Ema::updates),
+        grad_scaler: snapshot.scaler.map(GradScaler::state),
         network: NetworkState { kind: N::KIND.into(), config: to_value(snapshot.network)? },
         diffusion: snapshot.diffusion.clone(),
         train: snapshot.train.clone(),
@@ -509,7 +525,10 @@ fn check_state(state: &State) -> Result<()> {
     within("images_seen", state.images_seen, u64::MAX / 2)?;
     // One an update.
     within("ema_updates", state.ema_updates, state.step)?;
-    state.train.validate()
+    state.train.validate()?;
+    let Some(scaler) = state.grad_scaler else { return Ok(()) };
+    within("grad_scaler.skipped", scaler.skipped, state.step)?;
+    GradScaler::restore(state.train.grad_scaler, scaler).map(drop)
 }
 
 /// # Errors

@@ -1,6 +1,6 @@
 use serde::{Deserialize, Serialize};
 
-use super::{AdamConfig, EmaConfig};
+use super::{AdamConfig, EmaConfig, GradScalerConfig};
 use crate::{Error, Precision, Result};
 
 /// How to train: everything that, with the network and the data, determines the result.
@@ -35,6 +35,9 @@ pub struct TrainConfig {
     /// How exactly products are computed.
     #[serde(default)]
     pub precision: Precision,
+    /// How gradients are scaled with [`Precision::F16`], and with no other.
+    #[serde(default)]
+    pub grad_scaler: GradScalerConfig,
     /// Whether images are mirrored left to right, at random.
     pub horizontal_flip: bool,
     /// Updates from one report of the loss to the next; at least 1. Reading the loss makes a GPU
@@ -58,6 +61,7 @@ impl TrainConfig {
             clip_norm: None,
             ema: Some(EmaConfig { decay: 0.999, warmup: true }),
             precision: Precision::Highest,
+            grad_scaler: GradScalerConfig::default(),
             horizontal_flip: false,
             log_every: 1,
             keep_checkpoints: 2,
@@ -107,6 +111,7 @@ impl TrainConfig {
             return Err(Error::config("clip_norm", norm, "positive and finite"));
         }
         self.precision.validate()?;
+        self.grad_scaler.validate()?;
         self.optimizer.validate()?;
         self.ema.map_or(Ok(()), |ema| ema.validate())
     }

@@ -5,6 +5,7 @@ mod checkpoint;
 mod config;
 mod ema;
 mod observer;
+mod scaler;
 mod trainer;
 
 use adam::by_name;
@@ -13,4 +14,5 @@ pub use checkpoint::Checkpoint;
 pub use config::TrainConfig;
 pub use ema::{Ema, EmaConfig};
 pub use observer::{Metrics, Observer};
+pub use scaler::{GradScaler, GradScalerConfig};
 pub use trainer::{Trainer, Update};

@@ -15,8 +15,12 @@ pub struct Metrics {
     pub loss: f32,
     /// Learning rate of the last update.
     pub lr: f64,
-    /// Global norm of the last update's gradient, before clipping.
+    /// Global norm of the last update's gradient, before clipping; of the last that was not skipped.
     pub grad_norm: f32,
+    /// What the next update's gradients are scaled by, with
+    /// [`Precision::F16`](crate::Precision::F16).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
     /// Images a second in the same updates: with the source's time, without the observer's own.
     pub images_per_second: f64,
 }

@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::checkpoint::{self, Checkpoint, Snapshot};
-use super::{AdamW, Ema, Metrics, Observer, TrainConfig, by_name};
+use super::{AdamW, Ema, GradScaler, Metrics, Observer, TrainConfig, by_name};
 use crate::kernels::{add_to, squared_error};
 use crate::noise::{Noise, Purpose};
-use crate::{Denoiser, Diffusion, Dropout, Error, ImageSource, Network, Parameters, Result};
+use crate::{
+    Denoiser, Diffusion, Dropout, Error, ImageSource, Network, Parameters, Precision, Result,
+};
 
 /// Trains a network: Ho et al. 2020, algorithm 1.
 ///
@@ -37,6 +39,7 @@ pub struct Trainer<N: Network> {
     vars: BTreeMap<String, Var>,
     optimizer: AdamW,
     ema: Option<Ema>,
+    scaler: Option<GradScaler>,
     step: u64,
     images_seen: u64,
     /// Images in the source, once one was used: the order of a run depends on it.
@@ -70,7 +73,8 @@ pub struct Update {
     pub step: u64,
     /// The mean squared error over the whole batch, a scalar.
     pub loss: Tensor,
-    /// The gradient's global norm before clipping, a scalar.
+    /// The gradient's global norm before clipping, a scalar; not finite where the update was skipped
+    /// for that, with [`Precision::F16`].
     pub grad_norm: Tensor,
 }
 
@@ -115,6 +119,9 @@ impl<N: Network> Trainer<N> {
         if let Some(ema) = run.config.ema {
             run.ema = Some(checkpoint.average(ema, &run.vars, device)?);
         }
+        if run.scaler.is_some() {
+            run.scaler = Some(checkpoint.grad_scaler(run.config.grad_scaler)?);
+        }
         run.step = checkpoint.step();
         run.images_seen = checkpoint.images_seen();
         run.dataset_len = checkpoint.dataset_len();
@@ -133,6 +140,9 @@ impl<N: Network> Trainer<N> {
         let vars = parameters.vars();
         let optimizer = AdamW::new(config.optimizer, &vars)?;
         let ema = config.ema.map(|ema| Ema::new(ema, &vars)).transpose()?;
+        let scaler = (config.precision == Precision::F16)
+            .then(|| GradScaler::new(config.grad_scaler))
+            .transpose()?;
         Ok(Self {
             network,
             config,
@@ -142,6 +152,7 @@ impl<N: Network> Trainer<N> {
             vars,
             optimizer,
             ema,
+            scaler,
             step: 0,
             images_seen: 0,
             dataset_len: None,
@@ -218,6 +229,7 @@ impl<N: Network> Trainer<N> {
         let part = batch / parts;
         let mut sums = BTreeMap::new();
         let mut losses = Vec::with_capacity(parts);
+        let gradient_scale = self.scaler.as_ref().map_or(1.0, GradScaler::scale);
         for first in (0..batch).step_by(part) {
             let (x_0, eps) = (x_0.narrow(0, first, part)?, eps.narrow(0, first, part)?);
             let t = t.narrow(0, first, part)?;
@@ -227,7 +239,7 @@ impl<N: Network> Trainer<N> {
             let target = self.diffusion.target(&x_0, &t, &eps)?;
             let scale = 1.0 / (parts * target.elem_count()) as f64;
             let found = self.model.forward_backward(&x_t, &t, &dropout, &mut |output| {
-                let (loss, gradient) = squared_error(output, &target, scale)?;
+                let (loss, gradient) = squared_error(output, &target, scale, gradient_scale)?;
                 losses.push(loss);
                 Ok(gradient)
             })?;
@@ -246,8 +258,8 @@ impl<N: Network> Trainer<N> {
         }
         let max_norm = self.config.clip_norm.unwrap_or(f64::INFINITY);
         let learning_rate = self.config.learning_rate(self.step);
-        let grad_norm =
-            self.optimizer.update(&mut sums, max_norm, learning_rate, self.ema.as_mut())?;
+        let (ema, scaler) = (self.ema.as_mut(), self.scaler.as_mut());
+        let grad_norm = self.optimizer.update(&mut sums, max_norm, learning_rate, ema, scaler)?;
         if parts == 1 {
             self.model.recycle(sums.into_values().collect());
         }
@@ -352,6 +364,7 @@ impl<N: Network> Trainer<N> {
                 vars: &self.vars,
                 optimizer: &self.optimizer,
                 ema: self.ema.as_ref(),
+                scaler: self.scaler.as_ref(),
             },
         )
     }
@@ -412,6 +425,11 @@ impl<N: Network> Trainer<N> {
         &self.vars
     }
 
+    /// What scales the gradients, with [`Precision::F16`].
+    pub fn grad_scaler(&self) -> Option<&GradScaler> {
+        self.scaler.as_ref()
+    }
+
     /// The average of the weights, where there is one.
     pub fn ema(&self) -> Option<&Ema> {
         self.ema.as_ref()
@@ -467,13 +485,15 @@ impl<N: Network> Trainer<N> {
     /// Losses and gradient norms that were not read since the last report.
     ///
     /// # Errors
-    /// If one of them is not finite.
+    /// If one of them is not finite, but for norms of gradients that a smaller scale may mend.
     fn read_unread(&self) -> Result<Vec<(f32, f32)>> {
         let read = |update: &Update| -> Result<(f32, f32)> {
             let scalar = |t: &Tensor| -> Result<f32> { Ok(t.to_dtype(DType::F32)?.to_scalar()?) };
             let (loss, grad_norm) = (scalar(&update.loss)?, scalar(&update.grad_norm)?);
-            for (what, value) in [("loss", loss), ("gradient norm", grad_norm)] {
-                if !value.is_finite() {
+            let skips = self.scaler.as_ref().is_some_and(|scaler| !scaler.is_exhausted());
+            for (what, value, fatal) in [("loss", loss, true), ("gradient norm", grad_norm, !skips)]
+            {
+                if fatal && !value.is_finite() {
                     return Err(Error::NonFinite { what, value, step: update.step });
                 }
             }
@@ -482,13 +502,15 @@ impl<N: Network> Trainer<N> {
         self.unread.iter().map(read).collect()
     }
 
-    /// Adds the losses that were not read to those that were; gives the last gradient norm.
+    /// Adds the losses that were not read to those that were; gives the last gradient norm that is
+    /// finite.
     fn read_losses(&mut self) -> Result<f32> {
         let read = self.read_unread()?;
         self.unread.clear();
         self.read.0 += read.iter().map(|(loss, _)| f64::from(*loss)).sum::<f64>();
         self.read.1 += read.len() as u64;
-        Ok(read.last().map_or(0.0, |(_, norm)| *norm))
+        let mut norms = read.iter().map(|(_, norm)| *norm);
+        Ok(norms.rfind(|norm| norm.is_finite()).unwrap_or_default())
     }
 
     /// The report since the last one, but for `images_per_second`.
@@ -500,6 +522,7 @@ impl<N: Network> Trainer<N> {
             loss: (sum / count.max(1) as f64) as f32,
             lr: self.config.learning_rate(self.step.saturating_sub(1)),
             grad_norm,
+            loss_scale: self.scaler.as_ref().map(GradScaler::scale),
             images_per_second: 0.0,
         })
     }
