@@ -10,8 +10,8 @@ use crate::{Dropout, Result};
 /// once, for all of them.
 ///
 /// [`Autograd`] composes candle's tensors, which runs everywhere and can be differentiated with
-/// whatever else a user computes; [`Tape`](super::tape::Tape) is the fast way on the CPU. `'n` is the
-/// network's lifetime.
+/// whatever else a user computes; [`Tape`](super::tape::Tape) is the fast way, by the kernels of a
+/// [`Backend`](super::backend::Backend). `'n` is the network's lifetime.
 pub(super) trait Engine<'n> {
     /// A feature map (batch, height, width, channels), or a batch of vectors (batch, 1, 1, n).
     type Map: Clone;

@@ -4,6 +4,8 @@
 //! stay channels-last, as [`kernels`](crate::kernels) wants them.
 
 mod attention;
+mod backend;
+mod cpu;
 mod engine;
 mod layers;
 mod pool;

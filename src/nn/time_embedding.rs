@@ -57,6 +57,10 @@ impl TimeEmbedding {
         Ok(self.run(&Autograd, &embedding)?.flatten_from(1)?)
     }
 
+    pub(super) fn dim(&self) -> usize {
+        2 * self.frequencies.len()
+    }
+
     /// As [`forward`](Self::forward), from [`sinusoids`](Self::sinusoids).
     pub(super) fn run<'n, E: Engine<'n>>(
         &'n self,

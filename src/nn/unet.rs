@@ -6,6 +6,8 @@ use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 
 use super::attention::Attention;
+use super::backend::Backend;
+use super::cpu::Cpu;
 use super::engine::{Add, Autograd, Engine, Survey};
 use super::layers::{Conv2d, GroupNorm};
 use super::pool::Pool;
@@ -208,18 +210,42 @@ impl UNet {
     }
 
     /// The output on a tape: its map, and as images.
-    fn run_on<'n>(
+    fn run_on<'n, B: Backend + 'n>(
         &'n self,
-        tape: &Tape<'n>,
+        tape: &Tape<'n, B>,
         x_t: &Tensor,
         t: &Tensor,
         dropout: Option<&Dropout>,
-    ) -> Result<(Map, Tensor)> {
-        let x = tape.input(&kernels::to_channels_last(&x_t.to_dtype(DType::F32)?)?)?;
-        let sinusoids = tape.input(&self.time_mlp.sinusoids(t)?.unsqueeze(1)?.unsqueeze(1)?)?;
+    ) -> Result<(Map<B>, Tensor)> {
+        let (x, sinusoids) = (tape.images(x_t)?, tape.sinusoids(&self.time_mlp, t)?);
         let y = self.run(tape, &x, &sinusoids, dropout)?;
-        let output = kernels::to_channels_first(&y.to_tensor()?)?.to_dtype(x_t.dtype())?;
+        let output = tape.to_images(&y)?.to_dtype(x_t.dtype())?;
         Ok((y, output))
+    }
+
+    /// Forward without a way back, by a backend's kernels.
+    fn forward_on<B: Backend>(&self, backend: B, x_t: &Tensor, t: &Tensor) -> Result<Tensor> {
+        Ok(self.run_on(&Tape::forgetful(backend), x_t, t, None)?.1)
+    }
+
+    /// Forward and back, by a backend's kernels.
+    fn forward_backward_on<B: Backend>(
+        &self,
+        backend: B,
+        x_t: &Tensor,
+        t: &Tensor,
+        dropout: &Dropout,
+        d_output: &mut dyn FnMut(&Tensor) -> Result<Tensor>,
+    ) -> Result<GradStore> {
+        let tape = Tape::recording(backend);
+        let (y, output) = self.run_on(&tape, x_t, t, Some(dropout))?;
+        let d_output = d_output(&output)?;
+        if d_output.dims() != output.dims() {
+            let expected = format!("{:?}, that of the output", output.dims());
+            let found = d_output.dims().to_vec();
+            return Err(Error::Shape { what: "the output's gradient", found, expected });
+        }
+        tape.backward(y, &d_output)
     }
 
     #[cfg(test)]
@@ -247,8 +273,8 @@ impl Denoiser for UNet {
         }
         self.check(x_t, t)?;
         self.pool.among_threads(|| {
-            let tape = Tape::forgetful(&self.pool, self.precision, x_t.dim(0)?);
-            Ok(self.run_on(&tape, x_t, t, None)?.1)
+            let backend = Cpu::new(&self.pool, self.precision, x_t.dim(0)?, false);
+            self.forward_on(backend, x_t, t)
         })
     }
 
@@ -268,16 +294,8 @@ impl Denoiser for UNet {
             return backward_by_autograd(self, x_t, t, dropout, d_output);
         }
         self.check(x_t, t)?;
-        let tape = Tape::recording(&self.pool, self.precision, x_t.dim(0)?);
-        let (y, output) = self.run_on(&tape, x_t, t, Some(dropout))?;
-        let d_output = d_output(&output)?;
-        if d_output.dims() != output.dims() {
-            let expected = format!("{:?}, that of the output", output.dims());
-            let found = d_output.dims().to_vec();
-            return Err(Error::Shape { what: "the output's gradient", found, expected });
-        }
-        let dy = kernels::to_channels_last(&d_output.to_dtype(DType::F32)?)?;
-        tape.backward(y, &dy)
+        let backend = Cpu::new(&self.pool, self.precision, x_t.dim(0)?, true);
+        self.forward_backward_on(backend, x_t, t, dropout, d_output)
     }
 
     fn recycle(&self, gradients: Vec<Tensor>) {

@@ -1,0 +1,339 @@
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+
+use super::TimeEmbedding;
+use super::backend::Backend;
+use super::engine::{Add, VectorActivation};
+use super::layers::{Conv2d, GROUPS, GroupNorm, Linear};
+use super::pool::{Buffer, Pool};
+use crate::kernels::{
+    AttentionSizes, Convolution, Epilogue, Isa, Normalization, Stats, Workspace, add_values,
+    linear_forward, linear_input_gradient, linear_weight_gradient, sum_over_batch, sums_by_image,
+    to_channels_first, to_channels_last, with_values, with_values_mut,
+};
+use crate::{Dropout, Precision, Result};
+
+/// Computes in f32 with the crate's kernels for the CPU.
+pub(super) struct Cpu<'p> {
+    isa: Isa,
+    precision: Precision,
+    pool: &'p Arc<Pool>,
+    workspace: RefCell<Workspace>,
+}
+
+impl Drop for Cpu<'_> {
+    fn drop(&mut self) {
+        self.pool.give_back(self.workspace.take());
+    }
+}
+
+impl<'p> Cpu<'p> {
+    /// For a pass of this batch, which is to be followed by one back where it is recording.
+    pub fn new(pool: &'p Arc<Pool>, precision: Precision, batch: usize, recording: bool) -> Self {
+        pool.begin(batch, recording);
+        let workspace = RefCell::new(pool.workspace());
+        Self { isa: Isa::detect(), precision, pool, workspace }
+    }
+
+    fn memory(&self, len: usize) -> Buffer {
+        self.pool.take(len)
+    }
+
+    /// The values of a tensor.
+    fn copied(&self, x: &Tensor) -> Result<Buffer> {
+        let mut values = self.memory(x.elem_count());
+        with_values([&x.contiguous()?], |[x]| {
+            values.copy_from_slice(x);
+            Ok(())
+        })?;
+        Ok(values)
+    }
+
+    /// The gradient of a weight, which `write` writes.
+    fn weight_gradient(&self, weight: &Tensor, write: impl FnOnce(&mut [f32])) -> Result<Tensor> {
+        let gradient = self.pool.gradient(weight)?;
+        with_values_mut(&gradient, |values| {
+            write(values);
+            Ok(())
+        })?;
+        Ok(gradient)
+    }
+
+    fn convolution(&self, conv: &Conv2d, x: [usize; 4]) -> Result<Convolution> {
+        let sizes = Convolution::new(self.isa, x, conv.weight.shape(), conv.scale)?;
+        Ok(sizes.with_precision(self.precision))
+    }
+
+    /// Calls `f` with the normalisation.
+    fn normalization<R>(
+        &self,
+        norm: &GroupNorm,
+        f: impl FnOnce(Normalization<'_>) -> R,
+    ) -> Result<R> {
+        let GroupNorm { weight, bias, activation } = norm;
+        Ok(with_values([weight, bias], |[weight, bias]| {
+            let activation = *activation;
+            Ok(f(Normalization { isa: self.isa, groups: GROUPS, activation, weight, bias }))
+        })?)
+    }
+}
+
+impl Backend for Cpu<'_> {
+    type Buffer = Buffer;
+    type Statistics = Vec<Stats>;
+
+    fn images(&self, x: &Tensor) -> Result<Buffer> {
+        self.copied(&to_channels_last(&x.to_dtype(DType::F32)?)?)
+    }
+
+    fn to_images(&self, dims: [usize; 4], map: &Buffer) -> Result<Tensor> {
+        let map: &[f32] = map;
+        Ok(to_channels_first(&Tensor::from_slice(map, &dims, &Device::Cpu)?)?)
+    }
+
+    fn sinusoids(&self, embedding: &TimeEmbedding, t: &Tensor) -> Result<Buffer> {
+        self.copied(&embedding.sinusoids(t)?)
+    }
+
+    fn take(&self, len: usize) -> Result<Buffer> {
+        Ok(self.memory(len))
+    }
+
+    fn add(&self, sum: &mut Buffer, more: &Buffer) -> Result<()> {
+        add_values(sum, more);
+        Ok(())
+    }
+
+    fn convolve(
+        &self,
+        conv: &Conv2d,
+        dims: [usize; 4],
+        x: &Buffer,
+        add: Add<'_, Buffer>,
+    ) -> Result<([usize; 4], Buffer)> {
+        let sizes = self.convolution(conv, dims)?;
+        let mut y = self.memory(sizes.output().iter().product());
+        with_values([&conv.weight, &conv.bias], |[weight, bias]| {
+            let epilogue = Epilogue {
+                bias: Some(bias),
+                per_image: add.per_image.map(|values| &**values),
+                residual: add.residual.map(|values| &**values),
+                accumulate: false,
+            };
+            if conv.weight.track_op() {
+                let mut workspace = self.workspace.borrow_mut();
+                let weights = sizes.pack_for_now(weight, &mut workspace);
+                sizes.forward(x, &weights, epilogue, &mut y);
+                workspace.unpack(weights);
+                return Ok(());
+            }
+            // Not packed by `get_or_init`: threads of the pool that wait for the first one would
+            // keep it from ending. At worst it is done twice.
+            let packed = &conv.packed[self.precision as usize];
+            let weights = match packed.get() {
+                Some(weights) => weights,
+                None => {
+                    let weights = sizes.pack(weight);
+                    packed.get_or_init(|| weights)
+                }
+            };
+            sizes.forward(x, weights, epilogue, &mut y);
+            Ok(())
+        })?;
+        Ok((sizes.output(), y))
+    }
+
+    fn convolve_weight_gradients(
+        &self,
+        conv: &Conv2d,
+        dims: [usize; 4],
+        x: &Buffer,
+        dy: &Buffer,
+        per_image: bool,
+    ) -> Result<([Tensor; 2], Option<Buffer>)> {
+        let sizes = self.convolution(conv, dims)?;
+        let [batch, _, _, channels] = sizes.output();
+        let sums = sums_by_image(dy, batch, channels);
+        let bias = self.weight_gradient(&conv.bias, |d| sum_over_batch(&sums, d))?;
+        let weight = self.weight_gradient(&conv.weight, |d| {
+            sizes.weight_gradient(x, dy, d, &mut self.workspace.borrow_mut());
+        })?;
+        let of_images = per_image.then(|| {
+            let mut d = self.memory(sums.len());
+            d.iter_mut().zip(&sums).for_each(|(d, sum)| *d = *sum as f32);
+            d
+        });
+        Ok(([weight, bias], of_images))
+    }
+
+    fn convolve_input_gradient(
+        &self,
+        conv: &Conv2d,
+        dims: [usize; 4],
+        dy: &Buffer,
+        dx: &mut Buffer,
+        accumulate: bool,
+    ) -> Result<()> {
+        let sizes = self.convolution(conv, dims)?;
+        with_values([&conv.weight], |[weight]| {
+            sizes.input_gradient(dy, weight, dx, accumulate, &mut self.workspace.borrow_mut());
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    fn normalize(
+        &self,
+        norm: &GroupNorm,
+        dims: [usize; 4],
+        x: &Buffer,
+    ) -> Result<(Buffer, Vec<Stats>)> {
+        let mut n = self.memory(x.len());
+        let statistics = self.normalization(norm, |norm| norm.forward(dims[0], x, &mut n))?;
+        Ok((n, statistics))
+    }
+
+    fn normalize_again(
+        &self,
+        norm: &GroupNorm,
+        _: [usize; 4],
+        x: &Buffer,
+        statistics: &Vec<Stats>,
+    ) -> Result<Buffer> {
+        let mut n = self.memory(x.len());
+        self.normalization(norm, |norm| norm.forward_again(x, statistics, &mut n))?;
+        Ok(n)
+    }
+
+    fn normalize_backward(
+        &self,
+        norm: &GroupNorm,
+        _: [usize; 4],
+        x: &Buffer,
+        statistics: &Vec<Stats>,
+        d: &mut Buffer,
+        more: Option<&Buffer>,
+    ) -> Result<[Tensor; 2]> {
+        let more = more.map(|values| &**values);
+        let (weight, bias) =
+            self.normalization(norm, |norm| norm.backward(x, statistics, d, more))?;
+        Ok([
+            self.weight_gradient(&norm.weight, |d| d.copy_from_slice(&weight))?,
+            self.weight_gradient(&norm.bias, |d| d.copy_from_slice(&bias))?,
+        ])
+    }
+
+    fn linear(
+        &self,
+        f: VectorActivation,
+        linear: &Linear,
+        batch: usize,
+        x: &Buffer,
+    ) -> Result<Buffer> {
+        let mut y = self.memory(batch * linear.bias.elem_count());
+        with_values([&linear.weight, &linear.bias], |[weight, bias]| {
+            linear_forward(self.isa, &activated(f, x), weight, bias, &mut y);
+            Ok(())
+        })?;
+        Ok(y)
+    }
+
+    fn linear_backward(
+        &self,
+        f: VectorActivation,
+        linear: &Linear,
+        _: usize,
+        x: &Buffer,
+        dy: &Buffer,
+    ) -> Result<(Buffer, [Tensor; 2])> {
+        let output = linear.bias.elem_count();
+        let mut dx = self.memory(x.len());
+        with_values([&linear.weight], |[weight]| {
+            linear_input_gradient(self.isa, weight, output, dy, &mut dx);
+            Ok(())
+        })?;
+        dx.iter_mut().zip(&**x).for_each(|(dx, &x)| *dx *= f.derivative(x));
+        let weight = self.weight_gradient(&linear.weight, |d| {
+            linear_weight_gradient(self.isa, &activated(f, x), output, dy, d);
+        })?;
+        let bias = self.weight_gradient(&linear.bias, |d| sum_over_batch(dy, d))?;
+        Ok((dx, [weight, bias]))
+    }
+
+    fn mask(&self, dropout: &Dropout, layer: u16, dims: [usize; 4], p: f64) -> Result<Buffer> {
+        let [batch, _, _, channels] = dims;
+        self.copied(&dropout.mask(layer, batch, channels, p, DType::F32, &Device::Cpu)?)
+    }
+
+    fn scale_maps(&self, dims: [usize; 4], x: &Buffer, mask: &Buffer) -> Result<Buffer> {
+        let [batch, _, _, c] = dims;
+        let image = x.len() / batch;
+        let mut y = self.memory(x.len());
+        let images = y.par_chunks_mut(image).zip(x.par_chunks(image));
+        images.zip(mask.par_chunks(c)).for_each(|((to, from), mask)| {
+            for (to, from) in to.chunks_mut(c).zip(from.chunks(c)) {
+                to.iter_mut().zip(from).zip(mask).for_each(|((to, from), m)| *to = from * m);
+            }
+        });
+        Ok(y)
+    }
+
+    fn concatenate(
+        &self,
+        pixels: usize,
+        channels: [usize; 2],
+        maps: [&Buffer; 2],
+    ) -> Result<Buffer> {
+        let ([first, second], [a, b]) = (channels, maps);
+        let mut y = self.memory(pixels * (first + second));
+        let rows = a.par_chunks(ROW * first).zip(b.par_chunks(ROW * second));
+        y.par_chunks_mut(ROW * (first + second)).zip(rows).for_each(|(y, (a, b))| {
+            let pixels = a.chunks_exact(first).zip(b.chunks_exact(second));
+            for (y, (a, b)) in y.chunks_exact_mut(first + second).zip(pixels) {
+                y[..first].copy_from_slice(a);
+                y[first..].copy_from_slice(b);
+            }
+        });
+        Ok(y)
+    }
+
+    fn split(&self, pixels: usize, channels: [usize; 2], map: &Buffer) -> Result<[Buffer; 2]> {
+        let [first, second] = channels;
+        let (mut a, mut b) = (self.memory(pixels * first), self.memory(pixels * second));
+        let rows = a.par_chunks_mut(ROW * first).zip(b.par_chunks_mut(ROW * second));
+        map.par_chunks(ROW * (first + second)).zip(rows).for_each(|(map, (a, b))| {
+            let pixels = a.chunks_exact_mut(first).zip(b.chunks_exact_mut(second));
+            for (map, (a, b)) in map.chunks_exact(first + second).zip(pixels) {
+                a.copy_from_slice(&map[..first]);
+                b.copy_from_slice(&map[first..]);
+            }
+        });
+        Ok([a, b])
+    }
+
+    fn attention(&self, dims: [usize; 4], qkv: &Buffer) -> Result<Buffer> {
+        let mut y = self.memory(qkv.len() / 3);
+        attention(self.isa, dims).forward(qkv, &mut y);
+        Ok(y)
+    }
+
+    fn attention_backward(&self, dims: [usize; 4], qkv: &Buffer, dy: &Buffer) -> Result<Buffer> {
+        let mut d = self.memory(qkv.len());
+        attention(self.isa, dims).backward(qkv, dy, &mut d);
+        Ok(d)
+    }
+}
+
+/// Pixels that one thread copies at a time.
+const ROW: usize = 32;
+
+fn attention(isa: Isa, [_, h, w, c]: [usize; 4]) -> AttentionSizes {
+    AttentionSizes { isa, positions: h * w, channels: c / 3 }
+}
+
+fn activated(f: VectorActivation, x: &[f32]) -> Vec<f32> {
+    x.iter().map(|&x| f.value(x)).collect()
+}
