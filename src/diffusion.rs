@@ -65,6 +65,10 @@ impl Diffusion {
             let rates = self.rates_of_each(t)?;
             return Ok(weighted_sum(x_0, eps, &rates)?);
         }
+        #[cfg(feature = "cuda")]
+        if let Some(x_t) = crate::kernels::mix(x_0, eps, t, &self.table(), false)? {
+            return Ok(x_t);
+        }
         let (signal, noise) = self.rates(t, x_0)?;
         Ok((x_0.broadcast_mul(&signal)? + eps.broadcast_mul(&noise)?)?)
     }
@@ -84,6 +88,10 @@ impl Diffusion {
                 Ok(weighted_sum(eps, x_0, &rates)?)
             }
             Prediction::Velocity => {
+                #[cfg(feature = "cuda")]
+                if let Some(v) = crate::kernels::mix(eps, x_0, t, &self.table(), true)? {
+                    return Ok(v);
+                }
                 let (signal, noise) = self.rates(t, x_0)?;
                 Ok((eps.broadcast_mul(&signal)? - x_0.broadcast_mul(&noise)?)?)
             }
@@ -140,6 +148,12 @@ impl Diffusion {
             }
         }
         Ok(())
+    }
+
+    /// `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` of every timestep.
+    #[cfg(feature = "cuda")]
+    fn table(&self) -> Vec<[f64; 2]> {
+        self.schedule.alpha_bars().iter().map(|&bar| [bar.sqrt(), (1.0 - bar).sqrt()]).collect()
     }
 
     /// `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` for each of the batch, of timesteps on the CPU

@@ -18,6 +18,13 @@ pub struct Noise {
     seed: u64,
 }
 
+/// Where random numbers are, but for the sample: the key, and the upper half of the counter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Address {
+    pub seed: u64,
+    pub place: u64,
+}
+
 /// What random numbers are for. Streams of different purposes never overlap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Purpose {
@@ -52,14 +59,20 @@ impl Noise {
 
     /// As [`stream`](Self::stream), for the `index`-th user of the same purpose.
     pub(crate) fn indexed(self, purpose: Purpose, index: u16, step: u64, sample: u32) -> Stream {
-        // 8 bits of purpose, 16 of index, 40 of step: a trillion steps before one repeats.
-        let place = ((purpose as u64) << 56) | (u64::from(index) << 40) | (step & 0xff_ffff_ffff);
+        let Address { seed, place } = self.address(purpose, index, step);
         Stream {
-            key: [self.seed as u32, (self.seed >> 32) as u32],
+            key: [seed as u32, (seed >> 32) as u32],
             counter: [0, sample, place as u32, (place >> 32) as u32],
             block: [0; 4],
             used: 4,
         }
+    }
+
+    /// Where the numbers of all samples are.
+    pub(crate) fn address(self, purpose: Purpose, index: u16, step: u64) -> Address {
+        // 8 bits of purpose, 16 of index, 40 of step: a trillion steps before one repeats.
+        let place = ((purpose as u64) << 56) | (u64::from(index) << 40) | (step & 0xff_ffff_ffff);
+        Address { seed: self.seed, place }
     }
 
     /// Standard normals of shape (batch, ...): sample `k` has its own stream.
@@ -70,6 +83,12 @@ impl Noise {
         shape: &[usize],
         device: &Device,
     ) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            let gpu = crate::kernels::cuda::Gpu::of(device)?;
+            let address = self.address(purpose, 0, step);
+            return Ok(crate::kernels::cuda::normals(&gpu, address, shape)?);
+        }
         let mut values = zeros("noise", shape)?;
         let count = values.len() / shape[0].max(1);
         for (k, sample) in values.chunks_mut(count.max(1)).enumerate() {

@@ -275,7 +275,7 @@ impl Sampler {
         i: usize,
     ) -> Result<Step> {
         let update = self.updates[i];
-        let t = Tensor::full(update.t as u32, x.dim(0)?, x.device())?;
+        let t = Tensor::from_vec(vec![update.t as u32; x.dim(0)?], x.dim(0)?, x.device())?;
         let output = denoiser.forward(x, &t)?;
         if output.dims() != x.dims() {
             return Err(Error::Shape {

@@ -14,6 +14,8 @@ mod amx;
 mod attention;
 mod bf16;
 mod conv;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod elementwise;
 mod gemm;
 mod group_norm;
@@ -34,6 +36,8 @@ pub(crate) use conv::{Convolution, Weights, Workspace, conv2d, sum_over_batch, s
 pub(crate) use group_norm::{Activation, Normalization, Stats, group_norm};
 pub(crate) use linear::{linear, linear_forward, linear_input_gradient, linear_weight_gradient};
 pub(crate) use patches::Scale;
+#[cfg(feature = "cuda")]
+pub(crate) use process::mix;
 pub(crate) use process::{
     add_to, add_values, are_plain, clamp, combine, squared_error, weighted_sum,
 };

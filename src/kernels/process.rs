@@ -4,6 +4,8 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::values::{on_cpu_in_f32, with_values, with_values_mut};
 
 /// Values that one thread takes at a time.
@@ -34,16 +36,40 @@ pub(crate) fn weighted_sum(x: &Tensor, y: &Tensor, factors: &[[f64; 2]]) -> Resu
     Tensor::from_vec(sum, x.shape(), x.device())
 }
 
+/// `a x + b y` on a CUDA device, with the factors of each image's timestep `t` (batch) from `table`; the
+/// second negated where that is asked for. None where there is no kernel for these.
+#[cfg(feature = "cuda")]
+pub(crate) fn mix(
+    x: &Tensor,
+    y: &Tensor,
+    t: &Tensor,
+    table: &[[f64; 2]],
+    negate: bool,
+) -> Result<Option<Tensor>> {
+    if !cuda::are_plain(&[x, y]) || !t.device().same_device(x.device()) {
+        return Ok(None);
+    }
+    cuda::mix(x, y, t, table, negate).map(Some)
+}
+
 /// `a x + b y`.
 pub(crate) fn combine(x: &Tensor, a: f64, y: &Tensor, b: f64) -> Result<Tensor> {
     if are_plain(x, y) {
         return weighted_sum(x, y, &[[a, b]]);
+    }
+    #[cfg(feature = "cuda")]
+    if cuda::are_plain(&[x, y]) {
+        return cuda::combine(x, a, y, b);
     }
     x.affine(a, 0.0)? + y.affine(b, 0.0)?
 }
 
 /// What lies beyond `low` or `high` becomes that.
 pub(crate) fn clamp(x: &Tensor, low: f32, high: f32) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::are_plain(&[x]) {
+        return cuda::clamp(x, low, high);
+    }
     if !are_plain(x, x) {
         return x.clamp(low, high);
     }
@@ -54,13 +80,21 @@ pub(crate) fn clamp(x: &Tensor, low: f32, high: f32) -> Result<Tensor> {
 }
 
 /// `scale` times the sum of the squares of `output - target`, and its gradient with respect to
-/// `output`, times `gradient_scale`.
+/// `output`, times `gradient_scale`, a scalar of f32, where it is given.
 pub(crate) fn squared_error(
     output: &Tensor,
     target: &Tensor,
     scale: f64,
-    gradient_scale: f64,
+    gradient_scale: Option<&Tensor>,
 ) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if cuda::are_plain(&[output, target]) {
+        return cuda::squared_error(output, target, scale, gradient_scale);
+    }
+    let gradient_scale = match gradient_scale {
+        Some(scale) => f64::from(scale.to_scalar::<f32>()?),
+        None => 1.0,
+    };
     let factor = 2.0 * scale * gradient_scale;
     if !are_plain(output, target) {
         let error = (output - target)?;
@@ -91,6 +125,10 @@ pub(crate) fn squared_error(
 /// Makes `sum` its sum with `more`; in place, if both are plain, and in every tensor that shares its
 /// values.
 pub(crate) fn add_to(sum: &mut Tensor, more: &Tensor) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if cuda::are_plain(&[sum, more]) {
+        return cuda::add_to(sum, more);
+    }
     if !are_plain(sum, more) {
         *sum = (&*sum + more)?;
         return Ok(());
@@ -157,8 +195,9 @@ mod tests {
             let found = clamp(&x, -0.5, 0.7).unwrap();
             prop_assert_eq!(values(&found), values(&x.clamp(-0.5f32, 0.7f32).unwrap()));
 
-            let (loss, gradient) = squared_error(&x, &y, 0.3, b).unwrap();
-            let (exact_loss, exact_gradient) = squared_error(&x64, &y64, 0.3, b).unwrap();
+            let by = Tensor::new(b as f32, &Device::Cpu).unwrap();
+            let (loss, gradient) = squared_error(&x, &y, 0.3, Some(&by)).unwrap();
+            let (exact_loss, exact_gradient) = squared_error(&x64, &y64, 0.3, Some(&by)).unwrap();
             let total = values(&exact_loss)[0];
             prop_assert!((values(&loss)[0] - total).abs() <= 2e-7 * total);
             prop_assert!(near(&gradient, &exact_gradient, 1e-6));

@@ -29,8 +29,8 @@ pub(super) trait Backend {
     /// Memory for a map of `len` values, its content whatever was there before.
     fn take(&self, len: usize) -> Result<Self::Buffer>;
 
-    /// Adds `more` to `sum`.
-    fn add(&self, sum: &mut Self::Buffer, more: &Self::Buffer) -> Result<()>;
+    /// Adds `more` to `sum`, maps of `len` values.
+    fn add(&self, sum: &mut Self::Buffer, more: &Self::Buffer, len: usize) -> Result<()>;
 
     /// The convolution of a map `x` of these dimensions, and what is added to it: its dimensions and
     /// values.

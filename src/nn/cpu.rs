@@ -102,7 +102,7 @@ impl Backend for Cpu<'_> {
         Ok(self.memory(len))
     }
 
-    fn add(&self, sum: &mut Buffer, more: &Buffer) -> Result<()> {
+    fn add(&self, sum: &mut Buffer, more: &Buffer, _: usize) -> Result<()> {
         add_values(sum, more);
         Ok(())
     }

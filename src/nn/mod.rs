@@ -6,6 +6,8 @@
 mod attention;
 mod backend;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod engine;
 mod layers;
 mod pool;

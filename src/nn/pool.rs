@@ -7,7 +7,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candle_core::{DType, Device, Tensor, TensorId};
+use candle_core::{DType, Tensor, TensorId};
 
 use crate::Result;
 use crate::kernels::Workspace;
@@ -66,7 +66,7 @@ impl Pool {
         let mut free = self.lock();
         let gradient = match free.gradients.remove(&weight.id()) {
             Some(gradient) => gradient,
-            None => Tensor::zeros(weight.shape(), DType::F32, &Device::Cpu)?,
+            None => Tensor::zeros(weight.shape(), DType::F32, weight.device())?,
         };
         // Most of them were let go of, where none comes back.
         if free.issued.len() >= MAX_ISSUED {
@@ -154,6 +154,8 @@ impl Drop for Buffer {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
     use crate::kernels::with_values_mut;
     use crate::{Denoiser, Dropout, Parameters, UNet, UNetConfig};

@@ -35,10 +35,6 @@ impl<B: Backend> Map<B> {
     fn channels(&self) -> usize {
         self.dims[3]
     }
-
-    fn len(&self) -> usize {
-        self.dims.iter().product()
-    }
 }
 
 /// The gradient of a map, as far as it has been summed up. Operations that need no more of a map than
@@ -46,19 +42,21 @@ impl<B: Backend> Map<B> {
 struct Gradient<B: Backend> {
     /// None where no gradient is wanted.
     sum: Option<Rc<RefCell<Option<B::Buffer>>>>,
+    len: usize,
 }
 
 impl<B: Backend> Clone for Gradient<B> {
     fn clone(&self) -> Self {
-        Self { sum: self.sum.clone() }
+        Self { sum: self.sum.clone(), len: self.len }
     }
 }
 
 impl<B: Backend> Gradient<B> {
-    const UNWANTED: Self = Self { sum: None };
+    const UNWANTED: Self = Self { sum: None, len: 0 };
 
-    fn wanted() -> Self {
-        Self { sum: Some(Rc::default()) }
+    /// Of a map of `len` values.
+    fn wanted(len: usize) -> Self {
+        Self { sum: Some(Rc::default()), len }
     }
 
     /// What there is, which is then no longer there.
@@ -70,23 +68,18 @@ impl<B: Backend> Gradient<B> {
         let Some(sum) = &self.sum else { return Ok(()) };
         let mut sum = sum.borrow_mut();
         match &mut *sum {
-            Some(sum) => backend.add(sum, &d)?,
+            Some(sum) => backend.add(sum, &d, self.len)?,
             None => *sum = Some(d),
         }
         Ok(())
     }
 
-    /// Lets `f` write the gradient of `len` values, or add to it where it is told so.
-    fn write(
-        &self,
-        backend: &B,
-        len: usize,
-        f: impl FnOnce(&mut B::Buffer, bool) -> Result<()>,
-    ) -> Result<()> {
+    /// Lets `f` write the gradient, or add to it where it is told so.
+    fn write(&self, backend: &B, f: impl FnOnce(&mut B::Buffer, bool) -> Result<()>) -> Result<()> {
         let Some(sum) = &self.sum else { return Ok(()) };
         let there = sum.borrow_mut().take();
         let accumulate = there.is_some();
-        let mut d = there.map_or_else(|| backend.take(len), Ok)?;
+        let mut d = there.map_or_else(|| backend.take(self.len), Ok)?;
         f(&mut d, accumulate)?;
         *sum.borrow_mut() = Some(d);
         Ok(())
@@ -110,11 +103,14 @@ impl<B: Backend> Added<B> {
 /// How to go back through an operation, from its output's gradient.
 type Backward<'n, B> = Box<dyn FnOnce(&Tape<'n, B>, <B as Backend>::Buffer) -> Result<()> + 'n>;
 
+/// An operation's output, and how to go back through it.
+type Node<'n, B> = (Gradient<B>, Backward<'n, B>);
+
 /// The network's operations by the kernels of a [`Backend`].
 pub(super) struct Tape<'n, B: Backend> {
     backend: B,
     /// None where nothing is noted, since there will be no way back.
-    nodes: Option<RefCell<Vec<(Gradient<B>, Backward<'n, B>)>>>,
+    nodes: Option<RefCell<Vec<Node<'n, B>>>>,
     /// The gradients of weights, as far as the way back has led.
     weights: RefCell<Vec<(&'n Tensor, Tensor)>>,
 }
@@ -181,7 +177,7 @@ impl<'n, B: Backend + 'n> Tape<'n, B> {
     ) -> Map<B> {
         let mut gradient = Gradient::UNWANTED;
         if let Some(nodes) = &self.nodes {
-            gradient = Gradient::wanted();
+            gradient = Gradient::wanted(dims.iter().product());
             nodes.borrow_mut().push((gradient.clone(), Box::new(backward)));
         }
         Map { dims, values: Rc::new(values), gradient }
@@ -223,7 +219,7 @@ impl<'n, B: Backend + 'n> Engine<'n> for Tape<'n, B> {
         Ok(self.output(dims, y, move |tape, dy| {
             let backend = &tape.backend;
             tape.convolve_weight_gradients(conv, x.dims, &x.values, &dy, &added.per_image)?;
-            x.gradient.write(backend, x.len(), |dx, accumulate| {
+            x.gradient.write(backend, |dx, accumulate| {
                 backend.convolve_input_gradient(conv, x.dims, &dy, dx, accumulate)
             })?;
             added.residual.add(backend, dy)

@@ -37,8 +37,7 @@ impl TimeEmbedding {
         check_dim(dim)?;
         let dtype = weights_dtype(&vb)?;
         let half = dim / 2;
-        // Ho's divisor: the last frequency is exactly 1 / 10000.
-        let decay = libm::log(10000.0) / (half - 1) as f64;
+        let decay = decay(half);
         let vb = vb.pp("mlp");
         Ok(Self {
             frequencies: (0..half).map(|i| libm::exp(-decay * i as f64)).collect(),
@@ -59,6 +58,12 @@ impl TimeEmbedding {
 
     pub(super) fn dim(&self) -> usize {
         2 * self.frequencies.len()
+    }
+
+    /// The k-th frequency is `exp(-decay * k)`.
+    #[cfg(feature = "cuda")]
+    pub(super) fn decay(&self) -> f64 {
+        decay(self.frequencies.len())
     }
 
     /// As [`forward`](Self::forward), from [`sinusoids`](Self::sinusoids).
@@ -85,6 +90,11 @@ impl TimeEmbedding {
         let angles = t.to_dtype(dtype)?.unsqueeze(1)?.broadcast_mul(&frequencies.unsqueeze(0)?)?;
         Ok(Tensor::cat(&[angles.sin()?, angles.cos()?], 1)?.to_dtype(self.dtype)?)
     }
+}
+
+/// Of `half` frequencies. Ho's divisor: the last is exactly 1 / 10000.
+fn decay(half: usize) -> f64 {
+    libm::log(10000.0) / (half - 1) as f64
 }
 
 pub(super) fn check_dim(dim: usize) -> Result<()> {

@@ -8,6 +8,8 @@ use candle_nn::VarBuilder;
 use super::attention::Attention;
 use super::backend::Backend;
 use super::cpu::Cpu;
+#[cfg(feature = "cuda")]
+use super::cuda::Cuda;
 use super::engine::{Add, Autograd, Engine, Survey};
 use super::layers::{Conv2d, GroupNorm};
 use super::pool::Pool;
@@ -133,11 +135,12 @@ impl UNet {
     pub fn with_precision(self, precision: Precision) -> Result<Self> {
         precision.validate()?;
         if precision.is_half() && !self.has_tape(&self.init_conv.weight) {
-            let expected =
-                format!("highest or high: {precision} is for networks of f32 weights on the CPU");
+            let expected = format!(
+                "highest or high: {precision} is for networks of f32 weights on the CPU or a CUDA device"
+            );
             return Err(Error::config("precision", precision, expected));
         }
-        if precision == Precision::F16 {
+        if precision == Precision::F16 && !self.init_conv.weight.device().is_cuda() {
             let expected =
                 "highest, high or bf16 on the CPU: f16 is for CUDA devices (feature `cuda`)";
             return Err(Error::config("precision", precision, expected));
@@ -223,6 +226,13 @@ impl UNet {
         Ok((y, output))
     }
 
+    /// The kernels of the CUDA device that the weights are on.
+    #[cfg(feature = "cuda")]
+    fn cuda(&self) -> Result<Cuda<'_>> {
+        let gpu = kernels::cuda::Gpu::of(self.init_conv.weight.device())?;
+        Ok(Cuda::new(gpu, &self.pool, self.precision))
+    }
+
     /// Forward without a way back, by a backend's kernels.
     fn forward_on<B: Backend>(&self, backend: B, x_t: &Tensor, t: &Tensor) -> Result<Tensor> {
         Ok(self.run_on(&Tape::forgetful(backend), x_t, t, None)?.1)
@@ -259,9 +269,11 @@ impl UNet {
         Ok(survey)
     }
 
-    /// Whether a tape can compute the network: it knows f32 on the CPU alone.
+    /// Whether a tape can compute the network: it knows f32 alone, on the CPU and CUDA devices.
     fn has_tape(&self, x_t: &Tensor) -> bool {
-        self.dtype == DType::F32 && x_t.device().is_cpu() && self.init_conv.weight.device().is_cpu()
+        let (device, own) = (x_t.device(), self.init_conv.weight.device());
+        let known = device.is_cpu() || cfg!(feature = "cuda") && device.is_cuda();
+        self.dtype == DType::F32 && known && device.same_device(own)
     }
 }
 
@@ -272,6 +284,10 @@ impl Denoiser for UNet {
             return self.forward_autograd(x_t, t, None);
         }
         self.check(x_t, t)?;
+        #[cfg(feature = "cuda")]
+        if x_t.device().is_cuda() {
+            return self.forward_on(self.cuda()?, x_t, t);
+        }
         self.pool.among_threads(|| {
             let backend = Cpu::new(&self.pool, self.precision, x_t.dim(0)?, false);
             self.forward_on(backend, x_t, t)
@@ -294,6 +310,10 @@ impl Denoiser for UNet {
             return backward_by_autograd(self, x_t, t, dropout, d_output);
         }
         self.check(x_t, t)?;
+        #[cfg(feature = "cuda")]
+        if x_t.device().is_cuda() {
+            return self.forward_backward_on(self.cuda()?, x_t, t, dropout, d_output);
+        }
         let backend = Cpu::new(&self.pool, self.precision, x_t.dim(0)?, true);
         self.forward_backward_on(backend, x_t, t, dropout, d_output)
     }

@@ -5,6 +5,8 @@ use candle_core::{DType, Device, DeviceLocation, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use super::{Ema, GradScaler};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda;
 use crate::kernels::{
     AdamStep, Isa, on_cpu_in_f32, same_storage, sum_of_squares, with_values, with_values_mut,
 };
@@ -86,6 +88,9 @@ pub struct AdamW {
     config: AdamConfig,
     step: u64,
     slots: BTreeMap<String, Slot>,
+    /// What updates count on a CUDA device, and what was known of it here after the last one.
+    #[cfg(feature = "cuda")]
+    updater: Option<(cuda::Updater, cuda::Counts)>,
 }
 
 #[derive(Debug)]
@@ -113,7 +118,13 @@ impl AdamW {
             let slot = Slot { var: var.clone(), mean, square };
             slots.insert(name.clone(), slot);
         }
-        Ok(Self { config, step: 0, slots })
+        Ok(Self {
+            config,
+            step: 0,
+            slots,
+            #[cfg(feature = "cuda")]
+            updater: None,
+        })
     }
 
     /// One update with these gradients, by the weights' names, at this learning rate, which takes
@@ -168,6 +179,10 @@ impl AdamW {
         mut scaler: Option<&mut GradScaler>,
     ) -> Result<Tensor> {
         self.check(gradients)?;
+        #[cfg(feature = "cuda")]
+        if self.on_cuda() && gradients.values().all(|d| cuda::are_plain(&[d])) {
+            return self.update_on_cuda(gradients, max_norm, learning_rate, ema, scaler);
+        }
         let unscale = scaler.as_ref().map_or(1.0, |scaler| 1.0 / scaler.scale());
         if gradients.is_empty() || !self.has_kernel(gradients) {
             if scaler.is_some() {
@@ -207,6 +222,49 @@ impl AdamW {
         Ok(Tensor::new(norm as f32, &Device::Cpu)?)
     }
 
+    /// A scalar that the loss's gradient is to be multiplied by, where there is a scaler.
+    pub(super) fn loss_scale(
+        &mut self,
+        ema: Option<&Ema>,
+        scaler: Option<&GradScaler>,
+    ) -> Result<Option<Tensor>> {
+        let Some(scaler) = scaler else { return Ok(None) };
+        #[cfg(feature = "cuda")]
+        if self.on_cuda() {
+            return Ok(Some(self.updater(ema, Some(scaler))?.scale().clone()));
+        }
+        let _ = ema;
+        Ok(Some(Tensor::new(scaler.scale() as f32, &Device::Cpu)?))
+    }
+
+    /// The scaler as it is on the device, if that is where updates are skipped; else as it is here.
+    pub(super) fn settled(&self, scaler: &GradScaler) -> Result<GradScaler> {
+        #[cfg(feature = "cuda")]
+        if let Some((updater, _)) = &self.updater {
+            return Ok(scaler.with_counts(updater.counts()?));
+        }
+        Ok(scaler.clone())
+    }
+
+    /// Makes the counts here those of the device, which skips updates without a word.
+    pub(super) fn settle(&mut self, ema: Option<&mut Ema>, scaler: &mut GradScaler) -> Result<()> {
+        let settled = self.settled(scaler)?;
+        let skipped = settled.skipped() - scaler.skipped();
+        *scaler = settled;
+        #[cfg(feature = "cuda")]
+        if let Some((_, known)) = &mut self.updater {
+            self.step -= skipped;
+            let updates = ema.map_or(0, |ema| {
+                ema.forget_updates(skipped);
+                ema.updates()
+            });
+            *known = scaler.counts(self.step, updates);
+            return Ok(());
+        }
+        let _ = (ema, skipped);
+        Ok(())
+    }
+
     fn check(&self, gradients: &BTreeMap<String, Tensor>) -> Result<()> {
         for (name, slot) in &self.slots {
             let Some(gradient) = gradients.get(name) else { continue };
@@ -222,6 +280,92 @@ impl AdamW {
     fn has_kernel(&self, gradients: &BTreeMap<String, Tensor>) -> bool {
         let suits = |t: &Tensor| on_cpu_in_f32(t) && t.is_contiguous();
         self.slots.values().all(|slot| suits(&slot.var)) && gradients.values().all(suits)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_cuda(&self) -> bool {
+        !self.slots.is_empty()
+            && self.slots.values().all(|Slot { var, mean, square }| {
+                let var = var.as_detached_tensor();
+                cuda::are_plain(&[&var, mean, square])
+            })
+    }
+
+    /// The device's part, which goes on with what is known here.
+    #[cfg(feature = "cuda")]
+    fn updater(
+        &mut self,
+        ema: Option<&Ema>,
+        scaler: Option<&GradScaler>,
+    ) -> Result<&mut cuda::Updater> {
+        let known = counts(self.step, ema, scaler);
+        let device =
+            self.slots.values().next().map_or(Device::Cpu, |slot| slot.var.device().clone());
+        let current = self.updater.take().filter(|(_, last)| *last == known);
+        let current = match current {
+            Some(current) => current,
+            None => (cuda::Updater::new(&device, known)?, known),
+        };
+        Ok(&mut self.updater.insert(current).0)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn update_on_cuda(
+        &mut self,
+        gradients: &BTreeMap<String, Tensor>,
+        max_norm: f64,
+        learning_rate: f64,
+        mut ema: Option<&mut Ema>,
+        scaler: Option<&mut GradScaler>,
+    ) -> Result<Tensor> {
+        let AdamConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
+        let (l2, decoupled) = match weight_decay {
+            WeightDecay::None => (0.0, 0.0),
+            WeightDecay::L2(decay) => (decay, 0.0),
+            WeightDecay::Decoupled(decay) => (0.0, decay),
+        };
+        let mut settings = cuda::UpdateSettings {
+            beta1,
+            beta2,
+            eps,
+            l2,
+            decoupled,
+            max_norm,
+            ..Default::default()
+        };
+        if let Some(ema) = &ema {
+            let config = ema.config();
+            settings.ema_decay = config.decay;
+            settings.ema_warmup = f64::from(u8::from(config.warmup));
+        }
+        if let Some(scaler) = &scaler {
+            scaler.put_settings(&mut settings);
+        }
+        self.updater(ema.as_deref(), scaler.as_deref())?;
+        let vars: Vec<Tensor> =
+            self.slots.values().map(|slot| slot.var.as_detached_tensor()).collect();
+        let weights: Vec<_> = self
+            .slots
+            .iter()
+            .zip(&vars)
+            .map(|((name, slot), weight)| cuda::WeightUpdate {
+                weight,
+                mean: &slot.mean,
+                square: &slot.square,
+                gradient: gradients.get(name),
+                average: ema.as_ref().and_then(|ema| ema.averages().get(name)),
+            })
+            .collect();
+        let Some((updater, known)) = &mut self.updater else {
+            return Err(Error::config("optimizer", "without its device's part", "one with it"));
+        };
+        let norm = updater.update(&weights, settings, learning_rate)?;
+        self.step += 1;
+        if let Some(ema) = &mut ema {
+            ema.begin_update();
+        }
+        *known = counts(self.step, ema.as_deref(), scaler.as_deref());
+        Ok(norm)
     }
 
     /// What corrects the bias of the two means, which begin at 0.
@@ -341,6 +485,15 @@ impl AdamW {
         }
         self.step = steps;
         Ok(())
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn counts(steps: u64, ema: Option<&Ema>, scaler: Option<&GradScaler>) -> cuda::Counts {
+    let ema_updates = ema.map_or(0, Ema::updates);
+    match scaler {
+        Some(scaler) => scaler.counts(steps, ema_updates),
+        None => cuda::Counts { steps, ema_updates, scale: 1.0, ..Default::default() },
     }
 }
 

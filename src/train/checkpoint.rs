@@ -260,6 +260,7 @@ pub(super) struct Snapshot<'a, N> {
     pub vars: &'a BTreeMap<String, Var>,
     pub optimizer: &'a AdamW,
     pub ema: Option<&'a Ema>,
+    pub ema_updates: u64,
     pub scaler: Option<&'a GradScaler>,
 }
 
@@ -332,7 +333,7 @@ fn write_files<N: Network>(dir: &Path, snapshot: &Snapshot<N>) -> Result<()> {
         step: snapshot.step,
         images_seen: snapshot.images_seen,
         dataset_len: snapshot.dataset_len,
-        ema_updates: snapshot.ema.map_or(0, Ema::updates),
+        ema_updates: snapshot.ema_updates,
         grad_scaler: snapshot.scaler.map(GradScaler::state),
         network: NetworkState { kind: N::KIND.into(), config: to_value(snapshot.network)? },
         diffusion: snapshot.diffusion.clone(),

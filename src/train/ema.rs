@@ -82,6 +82,17 @@ impl Ema {
         decay
     }
 
+    /// After updates that turned out to have been skipped.
+    #[cfg(feature = "cuda")]
+    pub(super) fn forget_updates(&mut self, skipped: u64) {
+        self.updates = self.updates.saturating_sub(skipped);
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(super) fn config(&self) -> EmaConfig {
+        self.config
+    }
+
     /// How many updates there were.
     pub fn updates(&self) -> u64 {
         self.updates

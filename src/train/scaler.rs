@@ -1,5 +1,7 @@
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::{Counts, UpdateSettings};
 use crate::{Error, Result};
 
 /// Settings of [`GradScaler`]; the defaults are PyTorch's.
@@ -105,6 +107,29 @@ impl GradScaler {
 
     pub(super) fn state(&self) -> ScalerState {
         self.state
+    }
+
+    /// With what a device counted.
+    #[cfg(feature = "cuda")]
+    pub(super) fn with_counts(&self, counts: Counts) -> Self {
+        let Counts { scale, good_updates, skipped, exhausted, .. } = counts;
+        Self { config: self.config, state: ScalerState { scale, good_updates, skipped }, exhausted }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(super) fn counts(&self, steps: u64, ema_updates: u64) -> Counts {
+        let ScalerState { scale, good_updates, skipped } = self.state;
+        let exhausted = self.exhausted;
+        Counts { steps, ema_updates, scale, good_updates, skipped, exhausted }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(super) fn put_settings(&self, settings: &mut UpdateSettings) {
+        settings.scaled = 1.0;
+        settings.growth_factor = self.config.growth_factor;
+        settings.growth_interval = self.config.growth_interval as f64;
+        settings.backoff_factor = self.config.backoff_factor;
+        settings.min_scale = self.config.min_scale;
     }
 
     /// What the loss's gradient is multiplied by.

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use super::checkpoint::{self, Checkpoint, Snapshot};
 use super::{AdamW, Ema, GradScaler, Metrics, Observer, TrainConfig, by_name};
-use crate::kernels::{add_to, squared_error};
+use crate::kernels::{add_to, combine, squared_error};
 use crate::noise::{Noise, Purpose};
 use crate::{
     Denoiser, Diffusion, Dropout, Error, ImageSource, Network, Parameters, Precision, Result,
@@ -228,8 +228,8 @@ impl<N: Network> Trainer<N> {
         self.diffusion.check(x_0, t, eps)?;
         let part = batch / parts;
         let mut sums = BTreeMap::new();
-        let mut losses = Vec::with_capacity(parts);
-        let gradient_scale = self.scaler.as_ref().map_or(1.0, GradScaler::scale);
+        let mut sum_of_losses: Option<Tensor> = None;
+        let gradient_scale = self.optimizer.loss_scale(self.ema.as_ref(), self.scaler.as_ref())?;
         for first in (0..batch).step_by(part) {
             let (x_0, eps) = (x_0.narrow(0, first, part)?, eps.narrow(0, first, part)?);
             let t = t.narrow(0, first, part)?;
@@ -238,16 +238,22 @@ impl<N: Network> Trainer<N> {
             let x_t = self.diffusion.q_sample(&x_0, &t, &eps)?;
             let target = self.diffusion.target(&x_0, &t, &eps)?;
             let scale = 1.0 / (parts * target.elem_count()) as f64;
+            let mut losses = Vec::new();
             let found = self.model.forward_backward(&x_t, &t, &dropout, &mut |output| {
-                let (loss, gradient) = squared_error(output, &target, scale, gradient_scale)?;
+                let (loss, gradient) =
+                    squared_error(output, &target, scale, gradient_scale.as_ref())?;
                 losses.push(loss);
                 Ok(gradient)
             })?;
 
-            if losses.len() != first / part + 1 {
+            let [loss] = losses.as_slice() else {
                 let expected = "called once by forward_backward";
                 return Err(Error::config("d_output", "called more often, or never", expected));
-            }
+            };
+            sum_of_losses = Some(match sum_of_losses {
+                Some(sum) => combine(&sum, 1.0, loss, 1.0)?,
+                None => loss.clone(),
+            });
 
             let found = by_name(found, &self.vars);
             if parts == 1 {
@@ -256,6 +262,9 @@ impl<N: Network> Trainer<N> {
                 self.accumulate(&mut sums, found)?;
             }
         }
+        let Some(loss) = sum_of_losses else {
+            return Err(Error::config("accumulation", parts, "at least 1"));
+        };
         let max_norm = self.config.clip_norm.unwrap_or(f64::INFINITY);
         let learning_rate = self.config.learning_rate(self.step);
         let (ema, scaler) = (self.ema.as_mut(), self.scaler.as_mut());
@@ -266,7 +275,6 @@ impl<N: Network> Trainer<N> {
 
         self.step += 1;
         self.images_seen += batch as u64;
-        let loss = Tensor::stack(&losses, 0)?.sum_all()?;
         let update = Update { step: self.step, loss, grad_norm };
         if self.unread.len() == MAX_UNREAD {
             self.read_losses()?;
@@ -351,6 +359,10 @@ impl<N: Network> Trainer<N> {
     /// written. If a file cannot be written.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
         self.read_unread()?;
+        let scaler = self.grad_scaler()?;
+        // Until the device was asked, those count that it skipped.
+        let skipped = |scaler: &Option<GradScaler>| scaler.as_ref().map_or(0, GradScaler::skipped);
+        let skipped_since = skipped(&scaler) - skipped(&self.scaler);
         checkpoint::save(
             dir.as_ref(),
             self.config.keep_checkpoints,
@@ -364,7 +376,8 @@ impl<N: Network> Trainer<N> {
                 vars: &self.vars,
                 optimizer: &self.optimizer,
                 ema: self.ema.as_ref(),
-                scaler: self.scaler.as_ref(),
+                ema_updates: self.ema.as_ref().map_or(0, |ema| ema.updates() - skipped_since),
+                scaler: scaler.as_ref(),
             },
         )
     }
@@ -425,9 +438,12 @@ impl<N: Network> Trainer<N> {
         &self.vars
     }
 
-    /// What scales the gradients, with [`Precision::F16`].
-    pub fn grad_scaler(&self) -> Option<&GradScaler> {
-        self.scaler.as_ref()
+    /// What scales the gradients, as it is now, with [`Precision::F16`]. Waits for a GPU.
+    ///
+    /// # Errors
+    /// Those of reading it from a GPU.
+    pub fn grad_scaler(&self) -> Result<Option<GradScaler>> {
+        self.scaler.as_ref().map(|scaler| self.optimizer.settled(scaler)).transpose()
     }
 
     /// The average of the weights, where there is one.
@@ -487,10 +503,10 @@ impl<N: Network> Trainer<N> {
     /// # Errors
     /// If one of them is not finite, but for norms of gradients that a smaller scale may mend.
     fn read_unread(&self) -> Result<Vec<(f32, f32)>> {
+        let skips = self.grad_scaler()?.is_some_and(|scaler| !scaler.is_exhausted());
         let read = |update: &Update| -> Result<(f32, f32)> {
             let scalar = |t: &Tensor| -> Result<f32> { Ok(t.to_dtype(DType::F32)?.to_scalar()?) };
             let (loss, grad_norm) = (scalar(&update.loss)?, scalar(&update.grad_norm)?);
-            let skips = self.scaler.as_ref().is_some_and(|scaler| !scaler.is_exhausted());
             for (what, value, fatal) in [("loss", loss, true), ("gradient norm", grad_norm, !skips)]
             {
                 if fatal && !value.is_finite() {
@@ -507,6 +523,9 @@ impl<N: Network> Trainer<N> {
     fn read_losses(&mut self) -> Result<f32> {
         let read = self.read_unread()?;
         self.unread.clear();
+        if let Some(scaler) = &mut self.scaler {
+            self.optimizer.settle(self.ema.as_mut(), scaler)?;
+        }
         self.read.0 += read.iter().map(|(loss, _)| f64::from(*loss)).sum::<f64>();
         self.read.1 += read.len() as u64;
         let mut norms = read.iter().map(|(_, norm)| *norm);

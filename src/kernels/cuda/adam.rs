@@ -1,0 +1,173 @@
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
+use candle_core::{Device, Result, Tensor};
+
+use super::{Element, Gpu, THREADS, blocks_of, launch};
+
+/// Values that a block works on: `CHUNK` in `adam.cu`.
+const CHUNK: usize = 4096;
+
+/// `Settings` in `adam.cu`.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[repr(C)]
+pub(crate) struct UpdateSettings {
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    /// Decay in the gradient, and apart from it.
+    pub l2: f64,
+    pub decoupled: f64,
+    /// Infinite not to clip.
+    pub max_norm: f64,
+    pub ema_decay: f64,
+    /// Not 0 for the warm-up of the average.
+    pub ema_warmup: f64,
+    /// Not 0 where gradients are scaled; the others are the scaler's settings.
+    pub scaled: f64,
+    pub growth_factor: f64,
+    pub growth_interval: f64,
+    pub backoff_factor: f64,
+    pub min_scale: f64,
+}
+
+// SAFETY: plain numbers, laid out as in the source.
+unsafe impl DeviceRepr for UpdateSettings {}
+
+/// What updates count: on the device, since there it is decided which ones are skipped.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(crate) struct Counts {
+    pub steps: u64,
+    pub ema_updates: u64,
+    pub scale: f64,
+    pub good_updates: u64,
+    pub skipped: u64,
+    pub exhausted: bool,
+}
+
+/// `Control` in `adam.cu`: five counts in f64, then 13 f32 and what fills them up.
+const CONTROL_COUNTS: usize = 5;
+const CONTROL_BYTES: usize = (CONTROL_COUNTS + 7) * 8;
+
+/// A weight, and what follows it; all of f32, contiguous, on one device.
+pub(crate) struct WeightUpdate<'a> {
+    pub weight: &'a Tensor,
+    pub mean: &'a Tensor,
+    pub square: &'a Tensor,
+    pub gradient: Option<&'a Tensor>,
+    pub average: Option<&'a Tensor>,
+}
+
+/// The optimiser's part on a device.
+pub(crate) struct Updater {
+    device: Device,
+    control: CudaSlice<u8>,
+    /// What gradients are multiplied by, a scalar.
+    scale: Tensor,
+    learning_rate: CudaSlice<f64>,
+    /// The addresses that the tables on the device hold, and the tables.
+    addresses: Vec<u64>,
+    weights: CudaSlice<u64>,
+    parts: CudaSlice<u32>,
+    squares: CudaSlice<f64>,
+}
+
+impl std::fmt::Debug for Updater {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Updater").finish_non_exhaustive()
+    }
+}
+
+impl Updater {
+    pub fn new(device: &Device, counts: Counts) -> Result<Self> {
+        let (cuda, scale) = (Gpu::of(device)?.device.clone(), counts.scale as f32);
+        let Counts { steps, ema_updates, good_updates, skipped, exhausted, .. } = counts;
+        let mut control = Vec::with_capacity(CONTROL_BYTES);
+        for count in [steps, ema_updates, good_updates, skipped, u64::from(exhausted)] {
+            control.extend((count as f64).to_ne_bytes());
+        }
+        control.resize(CONTROL_BYTES, 0);
+        Ok(Self {
+            device: device.clone(),
+            control: cuda.clone_htod(&control)?,
+            scale: Tensor::from_vec(vec![scale], (), device)?,
+            learning_rate: cuda.alloc_zeros(1)?,
+            addresses: Vec::new(),
+            weights: cuda.alloc_zeros(1)?,
+            parts: cuda.alloc_zeros(1)?,
+            squares: cuda.alloc_zeros(1)?,
+        })
+    }
+
+    /// What the gradients of the next update are multiplied by, a scalar that updates change.
+    pub fn scale(&self) -> &Tensor {
+        &self.scale
+    }
+
+    /// Waits for the device.
+    pub fn counts(&self) -> Result<Counts> {
+        let bytes = Gpu::of(&self.device)?.device.clone_dtoh(&self.control)?;
+        let mut counts = [0f64; CONTROL_COUNTS];
+        for (count, bytes) in counts.iter_mut().zip(bytes.chunks_exact(8)) {
+            let mut own = [0; 8];
+            own.copy_from_slice(bytes);
+            *count = f64::from_ne_bytes(own);
+        }
+        let [steps, ema_updates, good_updates, skipped, exhausted] = counts.map(|n| n as u64);
+        let scale = f64::from(self.scale.to_scalar::<f32>()?);
+        let exhausted = exhausted != 0;
+        Ok(Counts { steps, ema_updates, scale, good_updates, skipped, exhausted })
+    }
+
+    /// One update; gives the gradient's norm, a scalar.
+    pub fn update(
+        &mut self,
+        weights: &[WeightUpdate<'_>],
+        settings: UpdateSettings,
+        learning_rate: f64,
+    ) -> Result<Tensor> {
+        let gpu = Gpu::of(&self.device)?;
+        self.tabulate(&gpu, weights)?;
+        gpu.device.memcpy_htod(&[learning_rate], &mut self.learning_rate)?;
+        let (norm, norm_pointer) = gpu.tensor(&[])?;
+        let parts = (self.parts.len() / 2) as u32;
+        let blocks = blocks_of((parts, 1), (THREADS, 1));
+        let stream = &gpu.stream;
+        let weights = self.weights.device_ptr(stream).0;
+        let table = self.parts.device_ptr(stream).0;
+        let squares = self.squares.device_ptr(stream).0;
+        let control = self.control.device_ptr(stream).0;
+        let learning_rate = self.learning_rate.device_ptr(stream).0;
+        launch!(gpu, Element::F32, "gradient_squares", blocks; weights, table, squares)?;
+        launch!(gpu, Element::F32, "begin_update", blocks_of((1, 1), (THREADS, 1));
+            squares, parts, settings, learning_rate, control, gpu.pointer(&self.scale)?,
+            norm_pointer)?;
+        launch!(gpu, Element::F32, "update_weights", blocks; weights, table, control)?;
+        Ok(norm)
+    }
+
+    /// Writes where the weights are to the device, unless it is known there.
+    fn tabulate(&mut self, gpu: &Gpu, weights: &[WeightUpdate<'_>]) -> Result<()> {
+        let optional = |tensor: Option<&Tensor>| tensor.map_or(Ok(0), |tensor| gpu.pointer(tensor));
+        let (mut addresses, mut parts) = (Vec::new(), Vec::new());
+        for (i, own) in weights.iter().enumerate() {
+            let count = own.weight.elem_count();
+            addresses.extend([
+                gpu.pointer(own.weight)?,
+                gpu.pointer(own.mean)?,
+                gpu.pointer(own.square)?,
+                optional(own.average)?,
+                optional(own.gradient)?,
+                count as u64,
+            ]);
+            for chunk in 0..count.div_ceil(CHUNK) {
+                parts.extend([i as u32, chunk as u32]);
+            }
+        }
+        if addresses != self.addresses {
+            self.weights = gpu.device.clone_htod(&addresses)?;
+            self.parts = gpu.device.clone_htod(&parts)?;
+            self.squares = gpu.device.alloc_zeros((parts.len() / 2).max(1))?;
+            self.addresses = addresses;
+        }
+        Ok(())
+    }
+}

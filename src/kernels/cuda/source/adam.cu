@@ -1,0 +1,139 @@
+// AdamW, clipping, scaled gradients and the average of the weights, for all weights in three launches, none
+// of which the host waits for.
+
+// A weight: addresses of f32, of which the gradient's and the average's may be missing.
+struct Weight {
+    float *weight, *mean, *square, *average;
+    const float *gradient;
+    u64 count;
+};
+
+// What a block works on: values of a weight from `first` on, at most CHUNK.
+struct Part {
+    u32 weight;
+    u32 chunk;
+};
+
+#define CHUNK 4096
+
+struct Settings {
+    double beta1, beta2, eps, l2, decoupled;
+    double max_norm;
+    double ema_decay, ema_warmup;
+    // 0 where gradients are not scaled.
+    double scaled, growth_factor, growth_interval, backoff_factor, min_scale;
+};
+
+// The state that updates change, and what the present one multiplies with.
+struct Control {
+    double steps, ema_updates;
+    double good_updates, skipped, exhausted;
+    float skip;
+    float mean[2], square[2], average[2];
+    float eps, step_size, root_scale, keep, l2, gradient_scale;
+};
+
+// For each block, the sum of squares of its part of the gradient.
+extern "C" __global__ void gradient_squares(const Weight *weights, const Part *parts, double *squares) {
+    __shared__ double sums[THREADS];
+    Weight own = weights[parts[blockIdx.x].weight];
+    u64 first = (u64)parts[blockIdx.x].chunk * CHUNK;
+    double sum = 0.0;
+    for (u64 i = first + threadIdx.x; own.gradient && i < own.count && i < first + CHUNK; i += THREADS) {
+        sum += (double)own.gradient[i] * own.gradient[i];
+    }
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) squares[blockIdx.x] = sums[0];
+}
+
+// From the squares to what this update does; one block. `scale` is what gradients were multiplied by, and
+// then what the next ones will be; `norm` becomes the gradient's, before it is clipped.
+extern "C" __global__ void begin_update(
+    const double *squares, u32 count, Settings s, const double *learning_rate, Control *control, float *scale,
+    float *norm
+) {
+    __shared__ double sums[THREADS];
+    double sum = 0.0;
+    for (u32 i = threadIdx.x; i < count; i += THREADS) sum += squares[i];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+        __syncthreads();
+    }
+    if (threadIdx.x != 0) return;
+
+    double unscale = s.scaled != 0.0 ? 1.0 / *scale : 1.0;
+    double total = sqrt(sums[0]) * unscale;
+    // Above, a gradient's square may be beyond f32, and Adam's mean of it infinite for ever.
+    if (!(total < 1e18)) total *= infinite();
+    *norm = (float)total;
+    bool finite = is_finite(total);
+
+    Control c = *control;
+    c.skip = 0.0f;
+    if (s.scaled != 0.0) {
+        if (!finite) {
+            c.skip = 1.0f;
+            c.exhausted = *scale <= s.min_scale ? 1.0 : 0.0;
+            *scale = (float)fmax(*scale * s.backoff_factor, s.min_scale);
+            c.good_updates = 0.0;
+            c.skipped += 1.0;
+            *control = c;
+            return;
+        }
+        c.good_updates += 1.0;
+        if (c.good_updates >= s.growth_interval) {
+            float grown = (float)(*scale * s.growth_factor);
+            if (is_finite(grown)) *scale = grown;
+            c.good_updates = 0.0;
+        }
+    }
+    double clip = is_finite(s.max_norm) ? fmin(s.max_norm / (total + 1e-6), 1.0) : 1.0;
+    // A NaN is nobody's least.
+    if (total != total) clip = is_finite(s.max_norm) ? not_a_number() : 1.0;
+    double decay = s.ema_decay;
+    if (s.ema_warmup != 0.0) decay = fmin(decay, (1.0 + c.ema_updates) / (10.0 + c.ema_updates));
+    c.steps += 1.0;
+    c.ema_updates += 1.0;
+    double bias1 = 1.0 - pow(s.beta1, c.steps), bias2 = 1.0 - pow(s.beta2, c.steps);
+    c.mean[0] = (float)s.beta1;
+    c.mean[1] = (float)(1.0 - s.beta1);
+    c.square[0] = (float)s.beta2;
+    c.square[1] = (float)(1.0 - s.beta2);
+    c.average[0] = (float)decay;
+    c.average[1] = (float)(1.0 - decay);
+    c.eps = (float)s.eps;
+    c.step_size = (float)(*learning_rate / bias1);
+    c.root_scale = (float)(1.0 / sqrt(bias2));
+    c.keep = (float)(1.0 - *learning_rate * s.decoupled);
+    c.l2 = (float)s.l2;
+    c.gradient_scale = (float)(unscale * clip);
+    *control = c;
+}
+
+extern "C" __global__ void update_weights(const Weight *weights, const Part *parts, const Control *control) {
+    Control c = *control;
+    if (c.skip != 0.0f) return;
+    Weight own = weights[parts[blockIdx.x].weight];
+    u64 first = (u64)parts[blockIdx.x].chunk * CHUNK;
+    for (u64 i = first + threadIdx.x; i < own.count && i < first + CHUNK; i += THREADS) {
+        float weight = own.weight[i];
+        if (own.gradient) {
+            float gradient = own.gradient[i] * c.gradient_scale + weight * c.l2;
+            float mean = own.mean[i] * c.mean[0] + gradient * c.mean[1];
+            float square = own.square[i] * c.square[0] + gradient * gradient * c.square[1];
+            float root = sqrtf(square) * c.root_scale + c.eps;
+            own.mean[i] = mean;
+            own.square[i] = square;
+            weight = weight * c.keep - mean * c.step_size / root;
+            own.weight[i] = weight;
+        }
+        if (own.average) own.average[i] = own.average[i] * c.average[0] + weight * c.average[1];
+    }
+}

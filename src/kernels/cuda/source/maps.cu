@@ -1,0 +1,149 @@
+// Maps and vectors, value by value.
+
+// (batch, channels, pixels) of f32 to (batch, pixels, channels).
+extern "C" __global__ void images_to_map(const float *x, T *y, u32 channels, u32 pixels, u64 count) {
+    u64 i = global_index();
+    if (i >= count) return;
+    u64 image = i / ((u64)channels * pixels);
+    u32 channel = i % channels, pixel = (i / channels) % pixels;
+    y[i] = put(x[(image * channels + channel) * pixels + pixel]);
+}
+
+extern "C" __global__ void map_to_images(const T *x, float *y, u32 channels, u32 pixels, u64 count) {
+    u64 i = global_index();
+    if (i >= count) return;
+    u64 image = i / ((u64)channels * pixels);
+    u32 pixel = i % pixels, channel = (i / pixels) % channels;
+    y[i] = get(x[(image * pixels + pixel) * channels + channel]);
+}
+
+extern "C" __global__ void cast(const float *x, T *y, u64 count) {
+    u64 i = global_index();
+    if (i < count) y[i] = put(x[i]);
+}
+
+// [sin | cos] of each timestep times `half` geometrically falling frequencies.
+extern "C" __global__ void sinusoids(const u32 *t, T *y, u32 half, double decay, u64 count) {
+    u64 i = global_index();
+    if (i >= count) return;
+    u32 k = i % (2 * half);
+    double angle = t[i / (2 * half)] * exp(-decay * (k % half));
+    y[i] = put((float)(k < half ? sin(angle) : cos(angle)));
+}
+
+extern "C" __global__ void add(T *sum, const T *more, u64 count) {
+    u64 i = global_index();
+    if (i < count) sum[i] = put(get(sum[i]) + get(more[i]));
+}
+
+// Adds to a map what there is of a bias, values for each image and channel, and another map.
+extern "C" __global__ void add_to_map(
+    T *y, const float *bias, const T *per_image, const T *residual, u32 channels, u32 pixels, u64 count
+) {
+    u64 i = global_index();
+    if (i >= count) return;
+    u32 channel = i % channels;
+    float sum = get(y[i]) + bias[channel];
+    if (per_image) sum += get(per_image[i / ((u64)channels * pixels) * channels + channel]);
+    if (residual) sum += get(residual[i]);
+    y[i] = put(sum);
+}
+
+extern "C" __global__ void scale_maps(
+    const T *x, const T *mask, T *y, u32 channels, u32 pixels, u64 count
+) {
+    u64 i = global_index();
+    if (i >= count) return;
+    y[i] = put(get(x[i]) * get(mask[i / ((u64)channels * pixels) * channels + i % channels]));
+}
+
+extern "C" __global__ void concatenate(const T *a, const T *b, T *y, u32 first, u32 second, u64 count) {
+    u64 i = global_index();
+    if (i >= count) return;
+    u64 pixel = i / (first + second);
+    u32 channel = i % (first + second);
+    y[i] = channel < first ? a[pixel * first + channel] : b[pixel * second + channel - first];
+}
+
+extern "C" __global__ void split(const T *y, T *a, T *b, u32 first, u32 second, u64 count) {
+    u64 i = global_index();
+    if (i >= count) return;
+    u64 pixel = i / (first + second);
+    u32 channel = i % (first + second);
+    if (channel < first) {
+        a[pixel * first + channel] = y[i];
+    } else {
+        b[pixel * second + channel - first] = y[i];
+    }
+}
+
+extern "C" __global__ void activate(const T *x, T *y, int f, u64 count) {
+    u64 i = global_index();
+    if (i < count) y[i] = put(activated(f, get(x[i])));
+}
+
+extern "C" __global__ void activate_backward(const T *x, T *d, int f, u64 count) {
+    u64 i = global_index();
+    if (i < count) d[i] = put(get(d[i]) * derivative(f, get(x[i])));
+}
+
+// Of each image, the sums over its pixels: (batch, channels). Blocks of 32 channels by 8 pixels, one
+// for each image in y.
+extern "C" __global__ void sums_by_image(const T *x, float *sums, T *also, u32 channels, u32 pixels) {
+    __shared__ float rows[8][33];
+    u32 channel = blockIdx.x * 32 + threadIdx.x;
+    float sum = 0.0f;
+    if (channel < channels) {
+        for (u32 pixel = threadIdx.y; pixel < pixels; pixel += 8) {
+            sum += get(x[((u64)blockIdx.y * pixels + pixel) * channels + channel]);
+        }
+    }
+    rows[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y || channel >= channels) return;
+    sum = 0.0f;
+    for (int row = 0; row < 8; ++row) sum += rows[row][threadIdx.x];
+    u64 i = (u64)blockIdx.y * channels + channel;
+    sums[i] = sum;
+    if (also) also[i] = put(sum);
+}
+
+// The sums over `rows` rows of `columns` values. Blocks as above.
+extern "C" __global__ void column_sums(const float *x, float *sums, u32 columns, u32 count) {
+    __shared__ double rows[8][33];
+    u32 column = blockIdx.x * 32 + threadIdx.x;
+    double sum = 0.0;
+    if (column < columns) {
+        for (u32 row = threadIdx.y; row < count; row += 8) sum += x[(u64)row * columns + column];
+    }
+    rows[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y || column >= columns) return;
+    sum = 0.0;
+    for (int row = 0; row < 8; ++row) sum += rows[row][threadIdx.x];
+    sums[column] = (float)sum;
+}
+
+// Softmax of each row, in place. A block for each row.
+extern "C" __global__ void softmax(T *x, u32 columns) {
+    __shared__ float shared[THREADS / 32];
+    T *row = x + (u64)blockIdx.x * columns;
+    float most = -infinite();
+    for (u32 i = threadIdx.x; i < columns; i += THREADS) most = fmaxf(most, get(row[i]));
+    most = block_max(most, shared);
+    float sum = 0.0f;
+    for (u32 i = threadIdx.x; i < columns; i += THREADS) sum += expf(get(row[i]) - most);
+    sum = block_sum(sum, shared);
+    for (u32 i = threadIdx.x; i < columns; i += THREADS) row[i] = put(expf(get(row[i]) - most) / sum);
+}
+
+// From the gradient `d` of softmax's output `y` to that of its input, in place.
+extern "C" __global__ void softmax_backward(const T *y, T *d, u32 columns) {
+    __shared__ float shared[THREADS / 32];
+    y += (u64)blockIdx.x * columns;
+    d += (u64)blockIdx.x * columns;
+    float sum = 0.0f;
+    for (u32 i = threadIdx.x; i < columns; i += THREADS) sum += get(y[i]) * get(d[i]);
+    sum = block_sum(sum, shared);
+    for (u32 i = threadIdx.x; i < columns; i += THREADS) d[i] = put(get(y[i]) * (get(d[i]) - sum));
+}

@@ -1,0 +1,68 @@
+// Convolutions as products of patches: rows of kernel x kernel x channels values, one for each output
+// pixel. Where `upsample` is set the map is doubled in both directions before.
+
+// Weights (out, in, kernel, kernel) to the rows (out, kernel, kernel, in) that patches are multiplied
+// with.
+extern "C" __global__ void pack_weight(const float *x, T *y, u32 channels, u32 taps, u64 count) {
+    u64 i = global_index();
+    if (i >= count) return;
+    u64 out = i / ((u64)channels * taps);
+    u32 channel = i % channels, tap = (i / channels) % taps;
+    y[i] = put(x[(out * channels + channel) * taps + tap]);
+}
+
+// A gradient of packed weights to that of weights as they are.
+extern "C" __global__ void unpack_gradient(const float *x, float *y, u32 channels, u32 taps, u64 count) {
+    u64 i = global_index();
+    if (i >= count) return;
+    u64 out = i / ((u64)channels * taps);
+    u32 tap = i % taps, channel = (i / taps) % channels;
+    y[i] = x[(out * taps + tap) * channels + channel];
+}
+
+struct Sizes {
+    // Of the input, not doubled.
+    int h, w, channels;
+    int h_out, w_out;
+    int kernel, stride, upsample;
+};
+
+extern "C" __global__ void gather_patches(const T *x, T *patches, Sizes s, u64 count) {
+    u64 i = global_index();
+    if (i >= count) return;
+    int channel = i % s.channels, tap = (i / s.channels) % (s.kernel * s.kernel);
+    u64 pixel = i / ((u64)s.channels * s.kernel * s.kernel);
+    int out_x = pixel % s.w_out, out_y = (pixel / s.w_out) % s.h_out;
+    u64 image = pixel / ((u64)s.w_out * s.h_out);
+    int y = out_y * s.stride + tap / s.kernel - s.kernel / 2;
+    int x_ = out_x * s.stride + tap % s.kernel - s.kernel / 2;
+    bool inside = y >= 0 && x_ >= 0 && y < s.h << s.upsample && x_ < s.w << s.upsample;
+    u64 from = ((image * s.h + (y >> s.upsample)) * s.w + (x_ >> s.upsample)) * s.channels + channel;
+    patches[i] = inside ? x[from] : put(0.0f);
+}
+
+// From the gradients of patches to that of the map: what each value went into, added up.
+extern "C" __global__ void scatter_patches(
+    const T *patches, T *dx, Sizes s, int accumulate, u64 count
+) {
+    u64 i = global_index();
+    if (i >= count) return;
+    int channel = i % s.channels, x = (i / s.channels) % s.w;
+    int y = (i / s.channels / s.w) % s.h;
+    u64 image = i / ((u64)s.channels * s.w * s.h);
+    int reach = s.kernel / 2, doubled = s.upsample ? 2 : 1;
+    float sum = accumulate ? get(dx[i]) : 0.0f;
+    for (int tap = 0; tap < s.kernel * s.kernel; ++tap) {
+        for (int copy = 0; copy < doubled * doubled; ++copy) {
+            int out_y = y * doubled + copy / doubled + reach - tap / s.kernel;
+            int out_x = x * doubled + copy % doubled + reach - tap % s.kernel;
+            if (out_y < 0 || out_x < 0 || out_y % s.stride || out_x % s.stride) continue;
+            out_y /= s.stride;
+            out_x /= s.stride;
+            if (out_y >= s.h_out || out_x >= s.w_out) continue;
+            u64 pixel = (image * s.h_out + out_y) * s.w_out + out_x;
+            sum += get(patches[(pixel * s.kernel * s.kernel + tap) * s.channels + channel]);
+        }
+    }
+    dx[i] = put(sum);
+}

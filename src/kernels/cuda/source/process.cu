@@ -1,0 +1,113 @@
+// The process's own arithmetic, in f32, and random numbers: Philox4x32-10 (Salmon et al. 2011), from the
+// counters that the CPU uses.
+
+__device__ inline void philox(u32 c[4], u32 k0, u32 k1) {
+    for (int round = 0; round < 10; ++round) {
+        u64 p0 = (u64)c[0] * 0xD2511F53u, p1 = (u64)c[2] * 0xCD9E8D57u;
+        u32 c1 = c[1], c3 = c[3];
+        c[0] = (u32)(p1 >> 32) ^ c1 ^ k0;
+        c[1] = (u32)p1;
+        c[2] = (u32)(p0 >> 32) ^ c3 ^ k1;
+        c[3] = (u32)p0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+}
+
+__device__ inline double uniform(u32 word) { return (word + 0.5) / 4294967296.0; }
+
+// Four integers for each of `count` counters of a stream.
+extern "C" __global__ void integers(u32 *y, u64 seed, u64 place, u32 sample, u32 count) {
+    u32 i = global_index();
+    if (i >= count) return;
+    u32 c[4] = {i, sample, (u32)place, (u32)(place >> 32)};
+    philox(c, (u32)seed, (u32)(seed >> 32));
+    for (int k = 0; k < 4; ++k) y[4 * (u64)i + k] = c[k];
+}
+
+// Standard normals (batch, size), four from each counter (Box and Muller 1958): sample k has its own
+// stream. A thread for each counter in x, a row of blocks for each sample in y.
+extern "C" __global__ void normals(float *y, u64 seed, u64 place, u32 size) {
+    u32 i = global_index();
+    if (4 * (u64)i >= size) return;
+    u32 c[4] = {i, blockIdx.y, (u32)place, (u32)(place >> 32)};
+    philox(c, (u32)seed, (u32)(seed >> 32));
+    y += (u64)blockIdx.y * size + 4 * (u64)i;
+    for (int pair = 0; pair < 4; pair += 2) {
+        if (4 * (u64)i + pair >= size) return;
+        double radius = sqrt(-2.0 * log(uniform(c[pair])));
+        double angle = 6.283185307179586 * uniform(c[pair + 1]);
+        y[pair] = (float)(radius * cos(angle));
+        if (4 * (u64)i + pair + 1 < size) y[pair + 1] = (float)(radius * sin(angle));
+    }
+}
+
+// A dropout mask (batch, channels): 0 with probability p, and `keep` otherwise.
+extern "C" __global__ void dropout_mask(
+    T *y, u64 seed, u64 place, u32 first_sample, double p, float keep, u32 channels, u64 count
+) {
+    u64 i = global_index();
+    if (i >= count) return;
+    u32 channel = i % channels;
+    u32 c[4] = {channel / 4, first_sample + (u32)(i / channels), (u32)place, (u32)(place >> 32)};
+    philox(c, (u32)seed, (u32)(seed >> 32));
+    y[i] = put(uniform(c[channel % 4]) < p ? 0.0f : keep);
+}
+
+// a x + b y, with the factors of each image's timestep: `table` (timesteps, 2), the second negated where
+// `negate` is set. NaN for a timestep that there is none of: to refuse it would wait for the device.
+extern "C" __global__ void mix(
+    const float *x, const float *y, const u32 *t, const float *table, u32 timesteps, float *sum, int negate,
+    u64 image, u64 count
+) {
+    u64 i = global_index();
+    if (i >= count) return;
+    u32 own = t[i / image];
+    if (own >= timesteps) {
+        sum[i] = not_a_number();
+        return;
+    }
+    const float *factors = table + 2 * own;
+    sum[i] = factors[0] * x[i] + (negate ? -factors[1] : factors[1]) * y[i];
+}
+
+extern "C" __global__ void combine(
+    const float *x, float a, const float *y, float b, float *sum, u64 count
+) {
+    u64 i = global_index();
+    if (i < count) sum[i] = a * x[i] + b * y[i];
+}
+
+extern "C" __global__ void clamp(const float *x, float low, float high, float *y, u64 count) {
+    u64 i = global_index();
+    // A NaN stays one.
+    if (i < count) y[i] = x[i] < low ? low : x[i] > high ? high : x[i];
+}
+
+// The gradient of a squared error, times `scale` where that is given, and the sums of squares of THREADS
+// values each.
+extern "C" __global__ void squared_error(
+    const float *output, const float *target, float factor, const float *scale, float *gradient, float *squares,
+    u64 count
+) {
+    __shared__ float shared[THREADS / 32];
+    u64 i = global_index();
+    float error = i < count ? output[i] - target[i] : 0.0f;
+    if (i < count) gradient[i] = error * (scale ? factor * *scale : factor);
+    float sum = block_sum(error * error, shared);
+    if (threadIdx.x == 0) squares[blockIdx.x] = sum;
+}
+
+// `scale` times the sum of all. One block.
+extern "C" __global__ void total(const float *x, double scale, float *y, u64 count) {
+    __shared__ double sums[THREADS];
+    double sum = 0.0;
+    for (u64 i = threadIdx.x; i < count; i += THREADS) sum += x[i];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) *y = (float)(sums[0] * scale);
+}

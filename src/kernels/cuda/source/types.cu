@@ -1,0 +1,105 @@
+// What all kernels share. Compiled at run time, once for each type T of a map's values: DDPM_F32,
+// DDPM_BF16 or DDPM_F16 says which. All arithmetic is in f32 or f64; T is how values are kept.
+//
+// Feature maps are (batch, height, width, channels), contiguous. No kernel adds floating-point numbers
+// by atomics: sums have one order.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#if defined(DDPM_F32)
+
+typedef float T;
+__device__ inline float get(T value) { return value; }
+__device__ inline T put(float value) { return value; }
+
+#elif defined(DDPM_BF16)
+
+struct T {
+    unsigned short bits;
+};
+__device__ inline float get(T value) { return __uint_as_float((u32)value.bits << 16); }
+__device__ inline T put(float value) {
+    T result;
+    u32 bits = __float_as_uint(value);
+    // To the nearest, ties to even; NaN stays NaN.
+    bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    result.bits = nan ? (unsigned short)0x7fff
+                      : (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    return result;
+}
+
+#elif defined(DDPM_F16)
+
+struct T {
+    unsigned short bits;
+};
+#ifndef DDPM_HALF_CONVERSIONS
+__device__ inline float half_to_float(unsigned short bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+__device__ inline unsigned short float_to_half(float value) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+#endif
+__device__ inline float get(T value) { return half_to_float(value.bits); }
+__device__ inline T put(float value) {
+    T result;
+    result.bits = float_to_half(value);
+    return result;
+}
+
+#endif
+
+// Without headers there are no names for these.
+__device__ inline float infinite() { return __uint_as_float(0x7f800000u); }
+__device__ inline float not_a_number() { return __uint_as_float(0x7fffffffu); }
+__device__ inline bool is_finite(double x) { return x - x == 0.0; }
+
+// Threads of a block that sums up.
+#define THREADS 256
+
+__device__ inline u64 global_index() { return (u64)blockIdx.x * blockDim.x + threadIdx.x; }
+
+// The sum over a block of THREADS threads, in each of them. `shared`: THREADS / 32 values.
+__device__ inline float block_sum(float value, float *shared) {
+    for (int other = 16; other > 0; other /= 2) value += __shfl_xor_sync(0xffffffffu, value, other);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = 0.0f;
+    for (int warp = 0; warp < THREADS / 32; ++warp) value += shared[warp];
+    return value;
+}
+
+__device__ inline float block_max(float value, float *shared) {
+    for (int other = 16; other > 0; other /= 2) {
+        value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, other));
+    }
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = shared[0];
+    for (int warp = 1; warp < THREADS / 32; ++warp) value = fmaxf(value, shared[warp]);
+    return value;
+}
+
+// What a vector or a map goes through, and the derivative: 0 nothing, 1 SiLU, 2 GELU.
+__device__ inline float activated(int f, float x) {
+    if (f == 1) return x / (1.0f + expf(-x));
+    if (f == 2) return 0.5f * x * (1.0f + erff(x * 0.70710678f));
+    return x;
+}
+
+__device__ inline float derivative(int f, float x) {
+    if (f == 1) {
+        float s = 1.0f / (1.0f + expf(-x));
+        return s * (1.0f + x * (1.0f - s));
+    }
+    if (f == 2) return 0.5f * (1.0f + erff(x * 0.70710678f)) + x * 0.39894228f * expf(-0.5f * x * x);
+    return 1.0f;
+}

@@ -1,0 +1,235 @@
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use candle_core::{DType, Tensor, TensorId};
+
+use super::TimeEmbedding;
+use super::backend::Backend;
+use super::engine::{Add, VectorActivation};
+use super::layers::{Conv2d, GROUPS, GroupNorm, Linear};
+use super::pool::Pool;
+use crate::kernels::cuda::{
+    Added, Attention, Convolution, Element, Gpu, LinearLayer, Memory, Norm, NormStatistics,
+};
+use crate::noise::Purpose;
+use crate::{Dropout, Error, Precision, Result};
+
+/// Computes with the crate's kernels for CUDA devices.
+pub(super) struct Cuda<'p> {
+    gpu: Rc<Gpu>,
+    precision: Precision,
+    /// Of gradients alone.
+    pool: &'p Pool,
+    /// The weights as products take them, for this pass.
+    packed: RefCell<HashMap<TensorId, Rc<Memory>>>,
+}
+
+impl<'p> Cuda<'p> {
+    pub fn new(gpu: Rc<Gpu>, pool: &'p Pool, precision: Precision) -> Self {
+        Self { gpu, precision, pool, packed: RefCell::default() }
+    }
+
+    fn element(&self) -> Element {
+        Element::of(self.precision)
+    }
+
+    fn convolution(&self, conv: &Conv2d, x: [usize; 4]) -> Result<Convolution> {
+        Ok(Convolution::new(self.precision, x, &conv.weight, conv.scale)?)
+    }
+
+    fn packed(&self, convolution: &Convolution, weight: &Tensor) -> Result<Rc<Memory>> {
+        if let Some(packed) = self.packed.borrow().get(&weight.id()) {
+            return Ok(packed.clone());
+        }
+        let packed = Rc::new(convolution.pack(&self.gpu, weight)?);
+        self.packed.borrow_mut().insert(weight.id(), packed.clone());
+        Ok(packed)
+    }
+
+    fn norm<'a>(&self, norm: &'a GroupNorm, dims: [usize; 4]) -> Norm<'a> {
+        let GroupNorm { weight, bias, activation } = norm;
+        Norm { dims, groups: GROUPS, weight, bias, activation: *activation }
+    }
+
+    fn layer<'a>(&self, f: VectorActivation, linear: &'a Linear, batch: usize) -> LinearLayer<'a> {
+        let Linear { weight, bias } = linear;
+        let activation = match f {
+            VectorActivation::None => 0,
+            VectorActivation::Silu => 1,
+            VectorActivation::Gelu => 2,
+        };
+        LinearLayer { precision: self.precision, batch, weight, bias, activation }
+    }
+
+    /// Memory for the gradients of weights.
+    fn gradients(&self, weights: [&Tensor; 2]) -> Result<[Tensor; 2]> {
+        let [weight, bias] = weights;
+        Ok([self.pool.gradient(weight)?, self.pool.gradient(bias)?])
+    }
+
+    fn attention_of(&self, [batch, h, w, c]: [usize; 4]) -> Attention {
+        Attention { precision: self.precision, batch, positions: h * w, channels: c / 3 }
+    }
+}
+
+impl Backend for Cuda<'_> {
+    type Buffer = Memory;
+    type Statistics = NormStatistics;
+
+    fn images(&self, x: &Tensor) -> Result<Memory> {
+        Ok(self.gpu.images_to_map(&x.to_dtype(DType::F32)?, self.element())?)
+    }
+
+    fn to_images(&self, dims: [usize; 4], map: &Memory) -> Result<Tensor> {
+        Ok(self.gpu.map_to_images(map, dims, self.element())?)
+    }
+
+    fn sinusoids(&self, embedding: &TimeEmbedding, t: &Tensor) -> Result<Memory> {
+        let t = t.to_dtype(DType::U32)?.contiguous()?;
+        let half = embedding.dim() / 2;
+        Ok(self.gpu.sinusoids(&t, half, embedding.decay(), self.element())?)
+    }
+
+    fn take(&self, len: usize) -> Result<Memory> {
+        Ok(self.gpu.take_for(len, self.element())?)
+    }
+
+    fn add(&self, sum: &mut Memory, more: &Memory, len: usize) -> Result<()> {
+        Ok(self.gpu.add(sum, more, len, self.element())?)
+    }
+
+    fn convolve(
+        &self,
+        conv: &Conv2d,
+        dims: [usize; 4],
+        x: &Memory,
+        add: Add<'_, Memory>,
+    ) -> Result<([usize; 4], Memory)> {
+        let convolution = self.convolution(conv, dims)?;
+        let packed = self.packed(&convolution, &conv.weight)?;
+        let Add { per_image, residual } = add;
+        let added = Added { bias: &conv.bias, per_image, residual };
+        Ok((convolution.output(), convolution.forward(&self.gpu, x, &packed, &added)?))
+    }
+
+    fn convolve_weight_gradients(
+        &self,
+        conv: &Conv2d,
+        dims: [usize; 4],
+        x: &Memory,
+        dy: &Memory,
+        per_image: bool,
+    ) -> Result<([Tensor; 2], Option<Memory>)> {
+        let convolution = self.convolution(conv, dims)?;
+        let [weight, bias] = self.gradients([&conv.weight, &conv.bias])?;
+        convolution.weight_gradient(&self.gpu, x, dy, &weight)?;
+        let of_images = convolution.bias_gradient(&self.gpu, dy, &bias, per_image)?;
+        Ok(([weight, bias], of_images))
+    }
+
+    fn convolve_input_gradient(
+        &self,
+        conv: &Conv2d,
+        dims: [usize; 4],
+        dy: &Memory,
+        dx: &mut Memory,
+        accumulate: bool,
+    ) -> Result<()> {
+        let convolution = self.convolution(conv, dims)?;
+        let packed = self.packed(&convolution, &conv.weight)?;
+        Ok(convolution.input_gradient(&self.gpu, dy, &packed, dx, accumulate)?)
+    }
+
+    fn normalize(
+        &self,
+        norm: &GroupNorm,
+        dims: [usize; 4],
+        x: &Memory,
+    ) -> Result<(Memory, NormStatistics)> {
+        Ok(self.gpu.normalize(&self.norm(norm, dims), x, self.element())?)
+    }
+
+    fn normalize_again(
+        &self,
+        norm: &GroupNorm,
+        dims: [usize; 4],
+        x: &Memory,
+        statistics: &NormStatistics,
+    ) -> Result<Memory> {
+        Ok(self.gpu.normalize_again(&self.norm(norm, dims), x, statistics, self.element())?)
+    }
+
+    fn normalize_backward(
+        &self,
+        norm: &GroupNorm,
+        dims: [usize; 4],
+        x: &Memory,
+        statistics: &NormStatistics,
+        d: &mut Memory,
+        more: Option<&Memory>,
+    ) -> Result<[Tensor; 2]> {
+        let [weight, bias] = self.gradients([&norm.weight, &norm.bias])?;
+        let (norm, gradients) = (self.norm(norm, dims), [&weight, &bias]);
+        self.gpu.normalize_backward(&norm, x, statistics, d, more, gradients, self.element())?;
+        Ok([weight, bias])
+    }
+
+    fn linear(
+        &self,
+        f: VectorActivation,
+        linear: &Linear,
+        batch: usize,
+        x: &Memory,
+    ) -> Result<Memory> {
+        Ok(self.layer(f, linear, batch).forward(&self.gpu, x)?)
+    }
+
+    fn linear_backward(
+        &self,
+        f: VectorActivation,
+        linear: &Linear,
+        batch: usize,
+        x: &Memory,
+        dy: &Memory,
+    ) -> Result<(Memory, [Tensor; 2])> {
+        let [weight, bias] = self.gradients([&linear.weight, &linear.bias])?;
+        let layer = self.layer(f, linear, batch);
+        let dx = layer.backward(&self.gpu, x, dy, [&weight, &bias])?;
+        Ok((dx, [weight, bias]))
+    }
+
+    fn mask(&self, dropout: &Dropout, layer: u16, dims: [usize; 4], p: f64) -> Result<Memory> {
+        if !(0.0..1.0).contains(&p) {
+            return Err(Error::config("dropout", p, "at least 0 and less than 1"));
+        }
+        let address = dropout.noise.address(Purpose::Dropout, layer, dropout.step);
+        let (first, sizes) = (dropout.first_sample, (dims[0], dims[3]));
+        Ok(self.gpu.dropout_mask(address, first, sizes, p, self.element())?)
+    }
+
+    fn scale_maps(&self, dims: [usize; 4], x: &Memory, mask: &Memory) -> Result<Memory> {
+        Ok(self.gpu.scale_maps(x, mask, dims, self.element())?)
+    }
+
+    fn concatenate(
+        &self,
+        pixels: usize,
+        channels: [usize; 2],
+        maps: [&Memory; 2],
+    ) -> Result<Memory> {
+        Ok(self.gpu.concatenate(maps, channels, pixels, self.element())?)
+    }
+
+    fn split(&self, pixels: usize, channels: [usize; 2], map: &Memory) -> Result<[Memory; 2]> {
+        Ok(self.gpu.split(map, channels, pixels, self.element())?)
+    }
+
+    fn attention(&self, dims: [usize; 4], qkv: &Memory) -> Result<Memory> {
+        Ok(self.attention_of(dims).forward(&self.gpu, qkv)?)
+    }
+
+    fn attention_backward(&self, dims: [usize; 4], qkv: &Memory, dy: &Memory) -> Result<Memory> {
+        Ok(self.attention_of(dims).backward(&self.gpu, qkv, dy)?)
+    }
+}

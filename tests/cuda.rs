@@ -1,0 +1,318 @@
+//! A CUDA device against the CPU: the same networks, the same numbers within what rounding does.
+//!
+//! Without a GPU, `tests/stand-in-cuda` is one.
+#![cfg(feature = "cuda")]
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor};
+use ddpm::{
+    AdamConfig, Checkpoint, Denoiser, Diffusion, Dropout, GradScalerConfig, NoiseSchedule,
+    Parameters, Precision, Prediction, Result, Sampler, Solver, TrainConfig, Trainer, UNet,
+    UNetConfig,
+};
+
+fn gpu() -> Device {
+    Device::new_cuda(0).expect("a CUDA device, or the libraries that stand in for one")
+}
+
+fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.to_device(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// The norm of the difference, relative to that of `expected`.
+fn off(found: &Tensor, expected: &Tensor) -> f64 {
+    off_of(found, expected, 0.0)
+}
+
+/// The same, where `expected` may be next to nothing beside what has this norm.
+fn off_of(found: &Tensor, expected: &Tensor, beside: f64) -> f64 {
+    assert_eq!(found.dims(), expected.dims());
+    let difference: Vec<f32> =
+        values(found).iter().zip(values(expected)).map(|(a, b)| a - b).collect();
+    norm(&difference) / (norm(&values(expected)) + beside)
+}
+
+fn norm(values: &[f32]) -> f64 {
+    values.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt()
+}
+
+/// Networks with every kind of layer, and sizes that are no multiples of anything.
+fn networks() -> [UNetConfig; 2] {
+    [
+        UNetConfig {
+            image_size: 8,
+            hidden_dims: vec![8, 16, 24],
+            time_dim: 12,
+            attention_resolutions: vec![0, 1],
+            dropout: 0.3,
+            ..UNetConfig::mnist()
+        },
+        UNetConfig { image_size: 12, channels: 3, hidden_dims: vec![16, 8], ..UNetConfig::mnist() },
+    ]
+}
+
+fn inputs(config: &UNetConfig) -> Result<(Tensor, Tensor)> {
+    let shape = (3, config.channels, config.image_size, config.image_size);
+    let t = Tensor::new(&[3u32, 500, 999], &Device::Cpu)?;
+    Ok((Sampler::prior(shape, 1, &Device::Cpu)?, t))
+}
+
+fn build(config: &UNetConfig, device: &Device) -> Result<(Parameters, UNet)> {
+    let parameters = Parameters::new(7, DType::F32, device);
+    let unet = parameters.build(config)?;
+    Ok((parameters, unet))
+}
+
+fn gradients(
+    config: &UNetConfig,
+    precision: Precision,
+    device: &Device,
+) -> Result<(Tensor, BTreeMap<String, Tensor>)> {
+    let (parameters, unet) = build(config, device)?;
+    let unet = unet.with_precision(precision)?;
+    let (x, t) = inputs(config)?;
+    let target = Sampler::prior(x.dims(), 2, &Device::Cpu)?;
+    let mut output = None;
+    let mut pass = || -> Result<_> {
+        unet.forward_backward(
+            &x.to_device(device)?,
+            &t.to_device(device)?,
+            &Dropout::new(5, 11),
+            &mut |y| {
+                output = Some(y.clone());
+                Ok((y.to_device(&Device::Cpu)? - &target)?.to_device(device)?)
+            },
+        )
+    };
+    let mut found = pass()?;
+    let vars = parameters.vars();
+    let mut named = BTreeMap::new();
+    for (name, var) in &vars {
+        named.insert(name.clone(), found.remove(var).expect("a gradient").to_device(&Device::Cpu)?);
+    }
+    Ok((output.unwrap().to_device(&Device::Cpu)?, named))
+}
+
+#[test]
+fn networks_and_their_gradients_are_the_cpus() -> Result<()> {
+    for config in networks() {
+        let (expected, expected_gradients) = gradients(&config, Precision::Highest, &Device::Cpu)?;
+        let mut limits = vec![(Precision::Highest, 3e-6, 2e-5), (Precision::High, 2e-3, 1e-2)];
+        if cfg!(feature = "f16") {
+            limits.extend([(Precision::BF16, 3e-2, 5e-1), (Precision::F16, 4e-3, 2e-2)]);
+        }
+        for (precision, output_limit, gradient_limit) in limits {
+            let (output, found) = gradients(&config, precision, &gpu())?;
+            let error = off(&output, &expected);
+            println!("{precision}: output off by {error:.1e}");
+            assert!(error < output_limit, "{precision}: output off by {error}");
+            // A bias before a normalisation of single channels has none.
+            let all =
+                expected_gradients.values().map(|d| norm(&values(d)).powi(2)).sum::<f64>().sqrt();
+            let mut most = 0f64;
+            for (name, expected) in &expected_gradients {
+                let error = off_of(&found[name], expected, 1e-3 * all);
+                most = most.max(error);
+                assert!(error < gradient_limit, "{precision}: {name} off by {error}");
+            }
+            println!("{precision}: gradients off by {most:.1e}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_same_counters_give_the_same_noise() -> Result<()> {
+    for shape in [vec![3, 5], vec![2, 1, 28, 28], vec![1, 1], vec![4, 3, 32, 32]] {
+        let found = values(&Sampler::prior(shape.as_slice(), 42, &gpu())?);
+        let expected = values(&Sampler::prior(shape.as_slice(), 42, &Device::Cpu)?);
+        for (i, (a, b)) in found.iter().zip(&expected).enumerate() {
+            assert!((a - b).abs() < 1e-6, "{shape:?}, {i}: {a}, not {b}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_process_is_the_cpus() -> Result<()> {
+    let gpu = gpu();
+    let shape = (3, 2, 5, 7);
+    let (x, eps) =
+        (Sampler::prior(shape, 1, &Device::Cpu)?, Sampler::prior(shape, 2, &Device::Cpu)?);
+    let t = Tensor::new(&[0u32, 17, 99], &Device::Cpu)?;
+    let on_gpu = [x.to_device(&gpu)?, t.to_device(&gpu)?, eps.to_device(&gpu)?];
+    for prediction in [Prediction::Epsilon, Prediction::Sample, Prediction::Velocity] {
+        let diffusion = Diffusion::new(NoiseSchedule::cosine(100)?, prediction);
+        let [gx, gt, ge] = &on_gpu;
+        assert!(off(&diffusion.q_sample(gx, gt, ge)?, &diffusion.q_sample(&x, &t, &eps)?) < 1e-6);
+        assert!(off(&diffusion.target(gx, gt, ge)?, &diffusion.target(&x, &t, &eps)?) < 1e-6);
+    }
+    // Beyond the schedule there is nothing to read.
+    let diffusion = Diffusion::new(NoiseSchedule::cosine(100)?, Prediction::Epsilon);
+    let beyond = Tensor::new(&[5u32, 100, 6], &Device::Cpu)?.to_device(&gpu)?;
+    let found = values(&diffusion.q_sample(&on_gpu[0], &beyond, &on_gpu[2])?);
+    for (i, image) in found.chunks(2 * 5 * 7).enumerate() {
+        assert!(image.iter().all(|x| x.is_nan() == (i == 1)), "image {i}: {image:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn samples_are_the_cpus() -> Result<()> {
+    let config = &networks()[0];
+    let weights = build(config, &Device::Cpu)?.0;
+    let sample = |device: &Device, solver| -> Result<Tensor> {
+        let weights: BTreeMap<_, _> =
+            weights.vars().into_iter().map(|(k, v)| (k, v.as_detached_tensor())).collect();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("weights.safetensors");
+        candle_core::safetensors::save(&weights.into_iter().collect(), &path)?;
+        let unet = Parameters::load(&path, DType::F32, device)?.build(config)?;
+        let sampler = Sampler::new(&Diffusion::ddpm(), solver, 5)?.clip_denoised(true);
+        sampler.sample(&unet, (2, 1, 8, 8), 3, device)
+    };
+    for solver in [Solver::ddim(), Solver::ddpm()] {
+        let (found, expected) = (sample(&gpu(), solver)?, sample(&Device::Cpu, solver)?);
+        let error = off(&found, &expected);
+        assert!(error < 1e-5, "{solver:?}: off by {error}");
+    }
+    Ok(())
+}
+
+/// Training with everything that there is.
+fn training(precision: Precision) -> TrainConfig {
+    TrainConfig {
+        optimizer: AdamConfig::adamw(1e-3, 0.1),
+        batch_size: 4,
+        accumulation: 2,
+        clip_norm: Some(0.5),
+        warmup_steps: 3,
+        precision,
+        log_every: 1000,
+        ..TrainConfig::mnist()
+    }
+}
+
+fn trainer(config: TrainConfig, device: &Device) -> Result<Trainer<UNetConfig>> {
+    Trainer::new(networks()[0].clone(), config, Diffusion::ddpm(), device)
+}
+
+/// The `k`-th batch of 8x8 images.
+fn batch(k: u64, device: &Device) -> Result<Tensor> {
+    let values = Sampler::prior((4, 1, 8, 8), 50 + k, &Device::Cpu)?;
+    Ok(values.clamp(-1f32, 1f32)?.to_device(device)?)
+}
+
+/// All weights, or their averages, one after the other.
+fn all(tensors: impl Iterator<Item = Tensor>) -> Result<Tensor> {
+    let tensors = tensors.map(|t| Ok(t.to_device(&Device::Cpu)?.flatten_all()?));
+    Ok(Tensor::cat(&tensors.collect::<Result<Vec<_>>>()?, 0)?)
+}
+
+fn weights(trainer: &Trainer<UNetConfig>) -> Result<Tensor> {
+    all(trainer.vars().values().map(|var| var.as_detached_tensor()))
+}
+
+fn averages(trainer: &Trainer<UNetConfig>) -> Result<Tensor> {
+    all(trainer.ema().unwrap().averages().values().cloned())
+}
+
+#[test]
+fn training_is_the_cpus() -> Result<()> {
+    for optimizer in [AdamConfig::adamw(1e-3, 0.1), AdamConfig::adam(1e-3)] {
+        let config = TrainConfig { optimizer, ..training(Precision::Highest) };
+        let devices = [Device::Cpu, gpu()];
+        let mut runs = devices.clone().map(|device| trainer(config.clone(), &device).unwrap());
+        let before = weights(&runs[0])?;
+        for k in 0..6 {
+            let mut found = [[0f32; 2]; 2];
+            for ((run, device), found) in runs.iter_mut().zip(&devices).zip(&mut found) {
+                let update = run.step(&batch(k, device)?)?;
+                *found = [update.loss.to_scalar()?, update.grad_norm.to_scalar()?];
+            }
+            let [[loss, norm], [loss_there, norm_there]] = found;
+            assert!((loss / loss_there - 1.0).abs() < 1e-4, "{k}: {loss}, {loss_there}");
+            assert!((norm / norm_there - 1.0).abs() < 1e-3, "{k}: {norm}, {norm_there}");
+        }
+        // Adam's first updates hang on the signs of gradients near 0.
+        let [expected, found] = [weights(&runs[0])?, weights(&runs[1])?];
+        let way = off(&before, &expected);
+        let error = off(&found, &expected);
+        assert!(error < 0.05 * way, "weights went {way:.1e}, and are off by {error:.1e}");
+        let error = off(&averages(&runs[1])?, &averages(&runs[0])?);
+        assert!(error < 0.05 * way, "averages are off by {error:.1e}");
+    }
+    Ok(())
+}
+
+/// As on the CPU, but bit for bit only as far as the device's own sums are: here they have one order.
+#[test]
+fn a_resumed_run_is_the_unbroken_one() -> Result<()> {
+    let mut precisions = vec![Precision::Highest];
+    if cfg!(feature = "f16") {
+        precisions.push(Precision::F16);
+    }
+    for precision in precisions {
+        let scaler = GradScalerConfig { growth_interval: 2, ..GradScalerConfig::default() };
+        let config = TrainConfig { grad_scaler: scaler, ..training(precision) };
+        let (gpu, dir) = (gpu(), tempfile::tempdir().unwrap());
+        let path = dir.path().join("checkpoint");
+        let mut unbroken = trainer(config.clone(), &gpu)?;
+        let mut run = trainer(config.clone(), &gpu)?;
+        for k in 0..4 {
+            unbroken.step(&batch(k, &gpu)?)?;
+            run.save(&path)?;
+            let network = networks()[0].clone();
+            run = Trainer::resume(&path, network, config.clone(), Diffusion::ddpm(), &gpu)?;
+            run.step(&batch(k, &gpu)?)?;
+        }
+        assert_eq!(values(&weights(&run)?), values(&weights(&unbroken)?), "{precision}");
+        assert_eq!(values(&averages(&run)?), values(&averages(&unbroken)?), "{precision}");
+        let scale = |run: &Trainer<_>| run.grad_scaler().unwrap().map(|scaler| scaler.scale());
+        assert_eq!(scale(&run), scale(&unbroken));
+    }
+    Ok(())
+}
+
+/// From a scale at which everything overflows down to one at which nothing does.
+#[test]
+fn overflows_are_skipped_on_the_device() -> Result<()> {
+    if !cfg!(feature = "f16") {
+        return Ok(());
+    }
+    let initial_scale = 2f64.powi(40);
+    let grad_scaler =
+        GradScalerConfig { initial_scale, growth_interval: 4, ..GradScalerConfig::default() };
+    let config = TrainConfig { grad_scaler, accumulation: 1, ..training(Precision::F16) };
+    let (gpu, dir) = (gpu(), tempfile::tempdir().unwrap());
+    let mut run = trainer(config.clone(), &gpu)?;
+    let before = values(&weights(&run)?);
+    let (mut scale, mut skipped, mut good, mut since) = (initial_scale, 0, 0, 0);
+    for k in 0..40 {
+        let update = run.step(&batch(k, &gpu)?)?;
+        assert!(update.loss.to_scalar::<f32>()?.is_finite());
+        if update.grad_norm.to_scalar::<f32>()?.is_finite() {
+            (good, since) = (good + 1, since + 1);
+            scale *= if since % 4 == 0 { 2.0 } else { 1.0 };
+        } else {
+            (skipped, scale, since) = (skipped + 1, scale / 2.0, 0);
+        }
+        let scaler = run.grad_scaler()?.expect("a scaler");
+        assert_eq!((scaler.scale(), scaler.skipped()), (scale, skipped), "update {k}");
+        assert_eq!(values(&weights(&run)?) == before, good == 0, "update {k}");
+        if good == 8 {
+            break;
+        }
+    }
+    assert!(skipped > 5 && good == 8, "{skipped} skipped, {good} good");
+
+    let path = dir.path().join("checkpoint");
+    run.save(&path)?;
+    let json = std::fs::read(path.join("checkpoint.json")).unwrap();
+    let state: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    assert_eq!(state["ema_updates"], good);
+    assert_eq!(state["grad_scaler"]["skipped"], skipped);
+    assert_eq!(Checkpoint::open(&path)?.step(), good + skipped);
+    Ok(())
+}

@@ -1,0 +1,152 @@
+// A CUDA driver whose device is this CPU: memory is malloc's, a stream runs what it is given at once, and
+// a graph is a list of what was given while it was captured. Modules come from the stand-in for NVRTC.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <dlfcn.h>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#define API extern "C" __attribute__((visibility("default")))
+
+typedef int Result;
+typedef uint64_t Pointer;
+enum { SUCCESS = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500 };
+
+static std::mutex lock;
+static std::vector<std::function<void()>> *capture;
+
+typedef std::vector<std::function<void()>> Graph;
+
+// Now, or when the graph that is captured is launched.
+API void stand_in_submit(const std::function<void()> *work) {
+    std::lock_guard<std::mutex> guard(lock);
+    if (capture) capture->push_back(*work);
+    else (*work)();
+}
+static Result submit(const std::function<void()> &work) {
+    stand_in_submit(&work);
+    return SUCCESS;
+}
+
+API Result cuInit(unsigned) { return SUCCESS; }
+API Result cuDeviceGetCount(int *n) { return *n = 1, SUCCESS; }
+API Result cuDeviceGet(int *device, int ordinal) { return *device = 0, ordinal ? 101 : SUCCESS; }
+API Result cuDeviceGetName(char *name, int length, int) {
+    return snprintf(name, length, "stand-in"), SUCCESS;
+}
+API Result cuDeviceGetAttribute(int *value, int attribute, int) {
+    // Compute capability 7.5, and memory pools; of the others, none is asked for.
+    *value = attribute == 75 ? 7 : attribute == 76 ? 5 : attribute == 115 ? 1 : 0;
+    return SUCCESS;
+}
+API Result cuDevicePrimaryCtxRetain(void **context, int) { return *context = (void *)1, SUCCESS; }
+API Result cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
+API Result cuCtxGetCurrent(void **context) { return *context = (void *)1, SUCCESS; }
+API Result cuCtxSetCurrent(void *) { return SUCCESS; }
+API Result cuCtxSynchronize() { return SUCCESS; }
+API Result cuMemGetInfo_v2(size_t *available, size_t *total) {
+    return *available = *total = (size_t)8 << 30, SUCCESS;
+}
+
+API Result cuMemAlloc_v2(Pointer *pointer, size_t size) {
+    void *memory = aligned_alloc(256, (size + 255) / 256 * 256);
+    if (!memory) return OUT_OF_MEMORY;
+    // Not zeros: what is read before it is written must show. These are NaN in each type.
+    memset(memory, 0xff, size);
+    *pointer = (Pointer)memory;
+    return SUCCESS;
+}
+API Result cuMemAllocAsync(Pointer *pointer, size_t size, void *) { return cuMemAlloc_v2(pointer, size); }
+API Result cuMemFree_v2(Pointer pointer) { return free((void *)pointer), SUCCESS; }
+API Result cuMemFreeAsync(Pointer pointer, void *) { return cuMemFree_v2(pointer); }
+API Result cuMemHostAlloc(void **memory, size_t size, unsigned) {
+    return (*memory = malloc(size)) ? SUCCESS : OUT_OF_MEMORY;
+}
+API Result cuMemFreeHost(void *memory) { return free(memory), SUCCESS; }
+API Result cuMemsetD8Async(Pointer pointer, unsigned char value, size_t size, void *) {
+    return submit([=] { memset((void *)pointer, value, size); });
+}
+API Result cuMemcpyHtoDAsync_v2(Pointer to, const void *from, size_t size, void *) {
+    return submit([=] { memcpy((void *)to, from, size); });
+}
+API Result cuMemcpyDtoHAsync_v2(void *to, Pointer from, size_t size, void *) {
+    return submit([=] { memcpy(to, (void *)from, size); });
+}
+API Result cuMemcpyDtoDAsync_v2(Pointer to, Pointer from, size_t size, void *) {
+    return submit([=] { memmove((void *)to, (void *)from, size); });
+}
+
+API Result cuStreamCreate(void **stream, unsigned) { return *stream = (void *)16, SUCCESS; }
+API Result cuStreamDestroy_v2(void *) { return SUCCESS; }
+API Result cuStreamSynchronize(void *) { return capture ? 900 : SUCCESS; }
+API Result cuStreamWaitEvent(void *, void *, unsigned) { return SUCCESS; }
+API Result cuEventCreate(void **event, unsigned) { return *event = (void *)32, SUCCESS; }
+API Result cuEventDestroy_v2(void *) { return SUCCESS; }
+API Result cuEventRecord(void *, void *) { return SUCCESS; }
+API Result cuEventSynchronize(void *) { return SUCCESS; }
+API Result cuEventQuery(void *) { return SUCCESS; }
+API Result cuEventElapsedTime_v2(float *ms, void *, void *) { return *ms = 0, SUCCESS; }
+
+API Result cuStreamBeginCapture_v2(void *, int) { return capture = new Graph, SUCCESS; }
+API Result cuStreamIsCapturing(void *, int *status) { return *status = capture ? 1 : 0, SUCCESS; }
+API Result cuStreamEndCapture(void *, void **graph) {
+    *graph = capture;
+    capture = nullptr;
+    return *graph ? SUCCESS : INVALID;
+}
+API Result cuGraphInstantiateWithFlags(void **exec, void *graph, unsigned long long) {
+    return *exec = new Graph(*(Graph *)graph), SUCCESS;
+}
+API Result cuGraphUpload(void *, void *) { return SUCCESS; }
+API Result cuGraphLaunch(void *exec, void *) {
+    for (auto &work : *(Graph *)exec) work();
+    return SUCCESS;
+}
+API Result cuGraphExecDestroy(void *exec) { return delete (Graph *)exec, SUCCESS; }
+API Result cuGraphDestroy(void *graph) { return delete (Graph *)graph, SUCCESS; }
+
+struct Function {
+    void *(*bind)(void **);
+    void (*run)(void *, const unsigned *, const unsigned *);
+};
+
+API Result cuModuleLoadData(void **module, const void *image) {
+    // The stand-in for NVRTC leaves the path of a library; candle's kernels, compiled by the stand-in for
+    // nvcc, are empty.
+    std::string text((const char *)image);
+    *module = text.rfind("stand-in:", 0) == 0 ? dlopen(text.c_str() + 9, RTLD_NOW) : nullptr;
+    if (!text.empty() && !*module) fprintf(stderr, "stand-in-cuda: %s\n", dlerror());
+    return text.empty() || *module ? SUCCESS : INVALID;
+}
+API Result cuModuleUnload(void *) { return SUCCESS; }
+API Result cuModuleGetFunction(void **function, void *module, const char *name) {
+    if (!module) {
+        fprintf(stderr, "stand-in-cuda: %s is none of the crate's own kernels\n", name);
+        return NOT_FOUND;
+    }
+    auto *found = new Function;
+    found->bind = (void *(*)(void **))dlsym(module, (std::string(name) + "__bind").c_str());
+    found->run = (void (*)(void *, const unsigned *, const unsigned *))dlsym(module, "stand_in_run");
+    *function = found;
+    return found->bind && found->run ? SUCCESS : NOT_FOUND;
+}
+API Result cuLaunchKernel(
+    void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned,
+    void *, void **arguments, void **
+) {
+    // A GPU's own limits.
+    if (!gx || !gy || !gz || gy > 65535 || gz > 65535 || bx * by * bz > 1024) return INVALID;
+    auto *own = (Function *)function;
+    void *bound = own->bind(arguments);
+    return submit([=] {
+        unsigned grid[] = {gx, gy, gz}, block[] = {bx, by, bz};
+        own->run(bound, grid, block);
+    });
+}
+API Result cuGetErrorName(int, const char **text) { return *text = "stand-in", SUCCESS; }
+API Result cuGetErrorString(int, const char **text) { return *text = "error of the stand-in", SUCCESS; }
