@@ -46,6 +46,15 @@ pub trait Denoiser {
         backward_by_autograd(self, x_t, t, dropout, d_output)
     }
 
+    /// Whether [`forward_backward`](Self::forward_backward) launches the same work on a CUDA device for
+    /// every batch of the shape of `x_t`, by kernels that read what changes from the device, uploads
+    /// nothing and reads nothing back: then a training loop may capture it as a CUDA graph. It does not,
+    /// unless this is implemented.
+    fn is_repeatable(&self, x_t: &Tensor) -> bool {
+        let _ = x_t;
+        false
+    }
+
     /// Takes back gradients that [`forward_backward`](Self::forward_backward) gave and nobody needs
     /// any longer: the next ones may take their memory, and change these and whatever shares their
     /// values. A training loop calls it after its update to save the system the work of clearing fresh
@@ -88,6 +97,10 @@ macro_rules! denoiser_behind {
                 d_output: &mut dyn FnMut(&Tensor) -> Result<Tensor>,
             ) -> Result<GradStore> {
                 (**self).forward_backward(x_t, t, dropout, d_output)
+            }
+
+            fn is_repeatable(&self, x_t: &Tensor) -> bool {
+                (**self).is_repeatable(x_t)
             }
 
             fn recycle(&self, gradients: Vec<Tensor>) {

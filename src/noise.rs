@@ -18,11 +18,12 @@ pub struct Noise {
     seed: u64,
 }
 
-/// Where random numbers are, but for the sample: the key, and the upper half of the counter.
+/// Where random numbers are, but for the sample: the key, and the two parts of the counter's upper half.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Address {
     pub seed: u64,
     pub place: u64,
+    pub step: u64,
 }
 
 /// What random numbers are for. Streams of different purposes never overlap.
@@ -59,7 +60,8 @@ impl Noise {
 
     /// As [`stream`](Self::stream), for the `index`-th user of the same purpose.
     pub(crate) fn indexed(self, purpose: Purpose, index: u16, step: u64, sample: u32) -> Stream {
-        let Address { seed, place } = self.address(purpose, index, step);
+        let Address { seed, place, step } = self.address(purpose, index, step);
+        let place = place | step;
         Stream {
             key: [seed as u32, (seed >> 32) as u32],
             counter: [0, sample, place as u32, (place >> 32) as u32],
@@ -71,8 +73,8 @@ impl Noise {
     /// Where the numbers of all samples are.
     pub(crate) fn address(self, purpose: Purpose, index: u16, step: u64) -> Address {
         // 8 bits of purpose, 16 of index, 40 of step: a trillion steps before one repeats.
-        let place = ((purpose as u64) << 56) | (u64::from(index) << 40) | (step & 0xff_ffff_ffff);
-        Address { seed: self.seed, place }
+        let place = ((purpose as u64) << 56) | (u64::from(index) << 40);
+        Address { seed: self.seed, place, step: step & 0xff_ffff_ffff }
     }
 
     /// Standard normals of shape (batch, ...): sample `k` has its own stream.

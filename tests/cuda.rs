@@ -220,12 +220,17 @@ fn averages(trainer: &Trainer<UNetConfig>) -> Result<Tensor> {
 
 #[test]
 fn training_is_the_cpus() -> Result<()> {
-    for optimizer in [AdamConfig::adamw(1e-3, 0.1), AdamConfig::adam(1e-3)] {
-        let config = TrainConfig { optimizer, ..training(Precision::Highest) };
+    // Updates of one part are captured after some, and launched as a graph from then on.
+    for (optimizer, accumulation) in [
+        (AdamConfig::adamw(1e-3, 0.1), 2),
+        (AdamConfig::adamw(1e-3, 0.1), 1),
+        (AdamConfig::adam(1e-3), 1),
+    ] {
+        let config = TrainConfig { optimizer, accumulation, ..training(Precision::Highest) };
         let devices = [Device::Cpu, gpu()];
         let mut runs = devices.clone().map(|device| trainer(config.clone(), &device).unwrap());
         let before = weights(&runs[0])?;
-        for k in 0..6 {
+        for k in 0..8 {
             let mut found = [[0f32; 2]; 2];
             for ((run, device), found) in runs.iter_mut().zip(&devices).zip(&mut found) {
                 let update = run.step(&batch(k, device)?)?;
@@ -235,6 +240,8 @@ fn training_is_the_cpus() -> Result<()> {
             assert!((loss / loss_there - 1.0).abs() < 1e-4, "{k}: {loss}, {loss_there}");
             assert!((norm / norm_there - 1.0).abs() < 1e-3, "{k}: {norm}, {norm_there}");
         }
+        let captured = format!("{:?}", runs[1]).contains("captured: true");
+        assert_eq!(captured, accumulation == 1, "{:?}", runs[1]);
         // Adam's first updates hang on the signs of gradients near 0.
         let [expected, found] = [weights(&runs[0])?, weights(&runs[1])?];
         let way = off(&before, &expected);
@@ -255,12 +262,13 @@ fn a_resumed_run_is_the_unbroken_one() -> Result<()> {
     }
     for precision in precisions {
         let scaler = GradScalerConfig { growth_interval: 2, ..GradScalerConfig::default() };
-        let config = TrainConfig { grad_scaler: scaler, ..training(precision) };
+        // Unbroken, it is captured; broken after each step, it never is.
+        let config = TrainConfig { grad_scaler: scaler, accumulation: 1, ..training(precision) };
         let (gpu, dir) = (gpu(), tempfile::tempdir().unwrap());
         let path = dir.path().join("checkpoint");
         let mut unbroken = trainer(config.clone(), &gpu)?;
         let mut run = trainer(config.clone(), &gpu)?;
-        for k in 0..4 {
+        for k in 0..7 {
             unbroken.step(&batch(k, &gpu)?)?;
             run.save(&path)?;
             let network = networks()[0].clone();

@@ -318,6 +318,11 @@ impl Denoiser for UNet {
         self.forward_backward_on(backend, x_t, t, dropout, d_output)
     }
 
+    fn is_repeatable(&self, x_t: &Tensor) -> bool {
+        let derived = self.survey().map_or(true, |survey| survey.derived.get());
+        x_t.device().is_cuda() && !x_t.track_op() && !derived && self.has_tape(x_t)
+    }
+
     fn recycle(&self, gradients: Vec<Tensor>) {
         self.pool.recycle(gradients);
     }

@@ -309,6 +309,41 @@ impl AdamW {
         Ok(&mut self.updater.insert(current).0)
     }
 
+    /// Before updates are captured, or launched again: what they read of this one.
+    #[cfg(feature = "cuda")]
+    pub(super) fn prepare(
+        &mut self,
+        learning_rate: f64,
+        ema: Option<&Ema>,
+        scaler: Option<&GradScaler>,
+    ) -> Result<()> {
+        Ok(self.updater(ema, scaler)?.set_learning_rate(learning_rate)?)
+    }
+
+    /// An update that a graph made, or one that was captured and not made.
+    #[cfg(feature = "cuda")]
+    pub(super) fn count(
+        &mut self,
+        made: bool,
+        mut ema: Option<&mut Ema>,
+        scaler: Option<&GradScaler>,
+    ) {
+        if made {
+            self.step += 1;
+            if let Some(ema) = &mut ema {
+                ema.begin_update();
+            }
+        } else {
+            self.step -= 1;
+            if let Some(ema) = &mut ema {
+                ema.forget_updates(1);
+            }
+        }
+        if let Some((_, known)) = &mut self.updater {
+            *known = counts(self.step, ema.as_deref(), scaler);
+        }
+    }
+
     #[cfg(feature = "cuda")]
     fn update_on_cuda(
         &mut self,

@@ -44,6 +44,12 @@ pub struct Trainer<N: Network> {
     images_seen: u64,
     /// Images in the source, once one was used: the order of a run depends on it.
     dataset_len: Option<u64>,
+    /// The update, once it was captured.
+    #[cfg(feature = "cuda")]
+    graph: Option<crate::kernels::cuda::StepGraph>,
+    /// The shape of the last batches, and how many more of them come before one is captured.
+    #[cfg(feature = "cuda")]
+    before_capture: (Vec<usize>, usize),
     /// The order of the images in the epoch at hand: epoch, number of images, order.
     order: Option<(u64, usize, Vec<u32>)>,
     /// What has not been read since the last report.
@@ -54,17 +60,27 @@ pub struct Trainer<N: Network> {
 
 impl<N: Network> fmt::Debug for Trainer<N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Trainer")
+        let mut fields = f.debug_struct("Trainer");
+        fields
             .field("network", &N::KIND)
             .field("config", &self.config)
             .field("device", &self.device)
-            .field("step", &self.step)
-            .finish_non_exhaustive()
+            .field("step", &self.step);
+        #[cfg(feature = "cuda")]
+        fields.field("captured", &self.graph.is_some());
+        fields.finish_non_exhaustive()
     }
 }
 
 /// How many updates may go unread in a loop of the user's own before they are checked.
 const MAX_UNREAD: usize = 10_000;
+
+/// How many batches of a shape come before the update is captured as a CUDA graph.
+#[cfg(feature = "cuda")]
+const STEPS_BEFORE_CAPTURE: usize = 4;
+
+/// The loss, the gradient's norm, and the gradients.
+type Computed = (Tensor, Tensor, Vec<Tensor>);
 
 /// What an update computed. The numbers are still on the device: reading one waits for it.
 #[derive(Debug, Clone)]
@@ -156,6 +172,10 @@ impl<N: Network> Trainer<N> {
             step: 0,
             images_seen: 0,
             dataset_len: None,
+            #[cfg(feature = "cuda")]
+            graph: None,
+            #[cfg(feature = "cuda")]
+            before_capture: Default::default(),
             order: None,
             unread: Vec::new(),
             read: (0.0, 0),
@@ -208,6 +228,10 @@ impl<N: Network> Trainer<N> {
             return Err(Error::Shape { what: "x_0", found: vec![], expected });
         }
         let t = self.timesteps(dims[0])?;
+        #[cfg(feature = "cuda")]
+        if let Some(update) = self.step_by_graph(x_0, &t)? {
+            return Ok(update);
+        }
         let eps = self.noise().normal(Purpose::Training, self.step, dims, &self.device)?;
         self.step_with(x_0, &t, &eps)
     }
@@ -219,6 +243,25 @@ impl<N: Network> Trainer<N> {
     /// As [`step`](Self::step), and if the shapes or dtypes do not fit each other, or a timestep is
     /// out of range.
     pub fn step_with(&mut self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Update> {
+        let (loss, grad_norm, gradients) = self.compute(x_0, t, eps)?;
+        self.model.recycle(gradients);
+        self.note(x_0.dim(0)?, loss, grad_norm)
+    }
+
+    /// Counts an update.
+    fn note(&mut self, batch: usize, loss: Tensor, grad_norm: Tensor) -> Result<Update> {
+        self.step += 1;
+        self.images_seen += batch as u64;
+        let update = Update { step: self.step, loss, grad_norm };
+        if self.unread.len() == MAX_UNREAD {
+            self.read_losses()?;
+        }
+        self.unread.push(update.clone());
+        Ok(update)
+    }
+
+    /// Updates the weights: the loss, the gradient's norm, and gradients that nobody needs any longer.
+    fn compute(&mut self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Computed> {
         let batch = x_0.dims().first().copied().unwrap_or(0);
         let parts = self.config.accumulation;
         if batch == 0 || !batch.is_multiple_of(parts) {
@@ -269,18 +312,64 @@ impl<N: Network> Trainer<N> {
         let learning_rate = self.config.learning_rate(self.step);
         let (ema, scaler) = (self.ema.as_mut(), self.scaler.as_mut());
         let grad_norm = self.optimizer.update(&mut sums, max_norm, learning_rate, ema, scaler)?;
-        if parts == 1 {
-            self.model.recycle(sums.into_values().collect());
-        }
+        // Where there are several parts, the sums are none of the network's.
+        let gradients = if parts == 1 { sums.into_values().collect() } else { Vec::new() };
+        Ok((loss, grad_norm, gradients))
+    }
 
-        self.step += 1;
-        self.images_seen += batch as u64;
-        let update = Update { step: self.step, loss, grad_norm };
-        if self.unread.len() == MAX_UNREAD {
-            self.read_losses()?;
-        }
-        self.unread.push(update.clone());
-        Ok(update)
+    /// The update by a graph, where it was captured or can be.
+    #[cfg(feature = "cuda")]
+    fn step_by_graph(&mut self, x_0: &Tensor, t: &Tensor) -> Result<Option<Update>> {
+        use crate::kernels::cuda::{self, StepGraph};
+
+        let learning_rate = self.config.learning_rate(self.step);
+        let captured = self.graph.take().filter(|graph| graph.fits(x_0));
+        let graph = match captured {
+            Some(graph) => graph,
+            None => {
+                // What a step takes must be there: the first ones compile kernels, choose algorithms and
+                // leave their memory.
+                if self.before_capture.0.as_slice() != x_0.dims() {
+                    self.before_capture = (x_0.dims().to_vec(), STEPS_BEFORE_CAPTURE);
+                }
+                let repeatable = self.config.accumulation == 1
+                    && cuda::are_plain(&[x_0])
+                    && self.model.is_repeatable(x_0);
+                self.before_capture.1 = self.before_capture.1.saturating_sub(1);
+                if !repeatable || self.before_capture.1 > 0 {
+                    return Ok(None);
+                }
+                // If it fails, some more steps may leave what was missing.
+                self.before_capture.1 = 10 * STEPS_BEFORE_CAPTURE;
+                self.prepare(learning_rate)?;
+                let steps = self.optimizer.steps();
+                let captured = StepGraph::capture(x_0, t, |x_0, t| {
+                    let (step, dims) = (self.step, x_0.dims());
+                    let eps = self.noise().normal(Purpose::Training, step, dims, &self.device)?;
+                    self.compute(x_0, t, &eps)
+                });
+                if self.optimizer.steps() > steps {
+                    self.optimizer.count(false, self.ema.as_mut(), self.scaler.as_ref());
+                }
+                match captured {
+                    Ok(graph) => graph,
+                    Err(_) => return Ok(None),
+                }
+            }
+        };
+        self.prepare(learning_rate)?;
+        let (loss, grad_norm) = graph.launch(x_0, t)?;
+        self.optimizer.count(true, self.ema.as_mut(), self.scaler.as_ref());
+        self.graph = Some(graph);
+        self.note(x_0.dim(0)?, loss, grad_norm).map(Some)
+    }
+
+    /// What a graph reads of the next update.
+    #[cfg(feature = "cuda")]
+    fn prepare(&mut self, learning_rate: f64) -> Result<()> {
+        self.optimizer.prepare(learning_rate, self.ema.as_ref(), self.scaler.as_ref())?;
+        crate::kernels::cuda::Gpu::of(&self.device)?.step(self.step)?;
+        Ok(())
     }
 
     /// Adds gradients to their sums, and gives them back to the network.

@@ -62,7 +62,11 @@ API Result cuMemAlloc_v2(Pointer *pointer, size_t size) {
     return SUCCESS;
 }
 API Result cuMemAllocAsync(Pointer *pointer, size_t size, void *) { return cuMemAlloc_v2(pointer, size); }
-API Result cuMemFree_v2(Pointer pointer) { return free((void *)pointer), SUCCESS; }
+// What is freed while a graph is captured is the graph's.
+API Result cuMemFree_v2(Pointer pointer) {
+    if (!capture) free((void *)pointer);
+    return SUCCESS;
+}
 API Result cuMemFreeAsync(Pointer pointer, void *) { return cuMemFree_v2(pointer); }
 API Result cuMemHostAlloc(void **memory, size_t size, unsigned) {
     return (*memory = malloc(size)) ? SUCCESS : OUT_OF_MEMORY;

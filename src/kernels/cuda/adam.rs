@@ -62,7 +62,8 @@ pub(crate) struct Updater {
     control: CudaSlice<u8>,
     /// What gradients are multiplied by, a scalar.
     scale: Tensor,
-    learning_rate: CudaSlice<f64>,
+    /// On the device, and as it is known here.
+    learning_rate: (CudaSlice<f64>, Option<f64>),
     /// The addresses that the tables on the device hold, and the tables.
     addresses: Vec<u64>,
     weights: CudaSlice<u64>,
@@ -89,7 +90,7 @@ impl Updater {
             device: device.clone(),
             control: cuda.clone_htod(&control)?,
             scale: Tensor::from_vec(vec![scale], (), device)?,
-            learning_rate: cuda.alloc_zeros(1)?,
+            learning_rate: (cuda.alloc_zeros(1)?, None),
             addresses: Vec::new(),
             weights: cuda.alloc_zeros(1)?,
             parts: cuda.alloc_zeros(1)?,
@@ -117,6 +118,16 @@ impl Updater {
         Ok(Counts { steps, ema_updates, scale, good_updates, skipped, exhausted })
     }
 
+    /// Writes the learning rate of the next update to the device, unless it is known there.
+    pub fn set_learning_rate(&mut self, learning_rate: f64) -> Result<()> {
+        let (memory, known) = &mut self.learning_rate;
+        if *known != Some(learning_rate) {
+            Gpu::of(&self.device)?.device.memcpy_htod(&[learning_rate], memory)?;
+            *known = Some(learning_rate);
+        }
+        Ok(())
+    }
+
     /// One update; gives the gradient's norm, a scalar.
     pub fn update(
         &mut self,
@@ -126,7 +137,7 @@ impl Updater {
     ) -> Result<Tensor> {
         let gpu = Gpu::of(&self.device)?;
         self.tabulate(&gpu, weights)?;
-        gpu.device.memcpy_htod(&[learning_rate], &mut self.learning_rate)?;
+        self.set_learning_rate(learning_rate)?;
         let (norm, norm_pointer) = gpu.tensor(&[])?;
         let parts = (self.parts.len() / 2) as u32;
         let blocks = blocks_of((parts, 1), (THREADS, 1));
@@ -135,7 +146,7 @@ impl Updater {
         let table = self.parts.device_ptr(stream).0;
         let squares = self.squares.device_ptr(stream).0;
         let control = self.control.device_ptr(stream).0;
-        let learning_rate = self.learning_rate.device_ptr(stream).0;
+        let learning_rate = self.learning_rate.0.device_ptr(stream).0;
         launch!(gpu, Element::F32, "gradient_squares", blocks; weights, table, squares)?;
         launch!(gpu, Element::F32, "begin_update", blocks_of((1, 1), (THREADS, 1));
             squares, parts, settings, learning_rate, control, gpu.pointer(&self.scale)?,

@@ -7,10 +7,11 @@
 mod adam;
 mod convolution;
 mod gemm;
+mod graph;
 mod operations;
 mod process;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -30,6 +31,7 @@ use crate::Precision;
 pub(crate) use adam::{Counts, UpdateSettings, Updater, WeightUpdate};
 pub(crate) use convolution::{Added, Convolution};
 use gemm::Products;
+pub(crate) use graph::StepGraph;
 pub(crate) use operations::{Attention, LinearLayer, Norm, NormStatistics};
 pub(crate) use process::*;
 
@@ -88,6 +90,10 @@ pub(crate) struct Gpu {
     free: RefCell<BTreeMap<usize, Vec<CudaSlice<u8>>>>,
     /// Of schedules that were used: their values, and where they are on the device.
     tables: RefCell<Vec<(Vec<[f64; 2]>, Tensor)>>,
+    /// The step that random numbers are drawn for, on the device and as it is known here.
+    step: RefCell<(CudaSlice<u64>, Option<u64>)>,
+    /// Whether launches are noted instead of run; see [`Gpu::capture`].
+    capturing: Cell<bool>,
     products: Products,
 }
 
@@ -112,6 +118,8 @@ impl Gpu {
             let gpu = Rc::new(Self {
                 device: device.clone(),
                 products: Products::new(&stream)?,
+                step: RefCell::new((device.alloc_zeros(1)?, None)),
+                capturing: Cell::new(false),
                 stream,
                 modules: RefCell::default(),
                 functions: RefCell::default(),
@@ -168,6 +176,8 @@ impl Gpu {
         };
         let slice = match found {
             Some(slice) => slice,
+            // A graph would own it.
+            None if self.capturing.get() => candle_core::bail!("no memory is free to be captured"),
             // SAFETY: whoever takes memory writes it before it is read.
             None => unsafe { self.device.alloc::<u8>(bytes.max(1))? },
         };
@@ -178,6 +188,23 @@ impl Gpu {
     /// Memory for a map of `len` values.
     pub fn take_for(self: &Rc<Self>, len: usize, element: Element) -> Result<Memory> {
         self.take(len * element.bytes())
+    }
+
+    /// Where kernels read the step that they draw random numbers for, once it is this.
+    ///
+    /// # Errors
+    /// If the step is another one while launches are captured.
+    pub fn step(&self, step: u64) -> Result<u64> {
+        let mut current = self.step.borrow_mut();
+        let (memory, known) = &mut *current;
+        if *known != Some(step) {
+            if self.capturing.get() {
+                candle_core::bail!("the step changes within what is captured")
+            }
+            self.device.memcpy_htod(&[step], memory)?;
+            *known = Some(step);
+        }
+        Ok(memory.device_ptr(&self.stream).0)
     }
 
     /// A tensor of f32 whose values are still to be written.

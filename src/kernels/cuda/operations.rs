@@ -106,7 +106,7 @@ impl Gpu {
         let mask = self.take(count * element.bytes())?;
         let keep = (1.0 / (1.0 - p)) as f32;
         launch!(self, element, "dropout_mask", each(count);
-            mask.pointer, address.seed, address.place, first as u32, p, keep, channels as u32,
+            mask.pointer, address.seed, address.place, self.step(address.step)?, first as u32, p, keep, channels as u32,
             count as u64)?;
         Ok(mask)
     }

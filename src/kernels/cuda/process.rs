@@ -26,7 +26,7 @@ pub(crate) fn normals(gpu: &Gpu, address: Address, shape: &[usize]) -> Result<Te
     if size > 0 {
         let blocks = size.div_ceil(4).div_ceil(THREADS as usize) as u32;
         launch!(gpu, Element::F32, "normals", blocks_of((blocks, batch as u32), (THREADS, 1));
-            pointer, address.seed, address.place, size as u32)?;
+            pointer, address.seed, address.place, gpu.step(address.step)?, size as u32)?;
     }
     Ok(y)
 }
@@ -40,7 +40,8 @@ pub(crate) fn integers(gpu: &Gpu, address: Address, sample: u32, count: usize) -
     let shape = Shape::from(4 * count);
     let y = Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false);
     launch!(gpu, Element::F32, "integers", each(count);
-        gpu.pointer(&y)?, address.seed, address.place, sample, count as u32)?;
+        gpu.pointer(&y)?, address.seed, address.place, gpu.step(address.step)?, sample,
+        count as u32)?;
     Ok(y)
 }
 

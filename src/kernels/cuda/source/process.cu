@@ -14,12 +14,17 @@ __device__ inline void philox(u32 c[4], u32 k0, u32 k1) {
     }
 }
 
+// The upper half of a counter: a purpose and an index, and the step, which is read from the device so that
+// a captured launch draws other numbers each time.
+__device__ inline u64 placed(u64 place, const u64 *step) { return place | (*step & 0xffffffffffull); }
+
 __device__ inline double uniform(u32 word) { return (word + 0.5) / 4294967296.0; }
 
 // Four integers for each of `count` counters of a stream.
-extern "C" __global__ void integers(u32 *y, u64 seed, u64 place, u32 sample, u32 count) {
+extern "C" __global__ void integers(u32 *y, u64 seed, u64 place, const u64 *step, u32 sample, u32 count) {
     u32 i = global_index();
     if (i >= count) return;
+    place = placed(place, step);
     u32 c[4] = {i, sample, (u32)place, (u32)(place >> 32)};
     philox(c, (u32)seed, (u32)(seed >> 32));
     for (int k = 0; k < 4; ++k) y[4 * (u64)i + k] = c[k];
@@ -27,9 +32,10 @@ extern "C" __global__ void integers(u32 *y, u64 seed, u64 place, u32 sample, u32
 
 // Standard normals (batch, size), four from each counter (Box and Muller 1958): sample k has its own
 // stream. A thread for each counter in x, a row of blocks for each sample in y.
-extern "C" __global__ void normals(float *y, u64 seed, u64 place, u32 size) {
+extern "C" __global__ void normals(float *y, u64 seed, u64 place, const u64 *step, u32 size) {
     u32 i = global_index();
     if (4 * (u64)i >= size) return;
+    place = placed(place, step);
     u32 c[4] = {i, blockIdx.y, (u32)place, (u32)(place >> 32)};
     philox(c, (u32)seed, (u32)(seed >> 32));
     y += (u64)blockIdx.y * size + 4 * (u64)i;
@@ -44,10 +50,11 @@ extern "C" __global__ void normals(float *y, u64 seed, u64 place, u32 size) {
 
 // A dropout mask (batch, channels): 0 with probability p, and `keep` otherwise.
 extern "C" __global__ void dropout_mask(
-    T *y, u64 seed, u64 place, u32 first_sample, double p, float keep, u32 channels, u64 count
+    T *y, u64 seed, u64 place, const u64 *step, u32 first_sample, double p, float keep, u32 channels, u64 count
 ) {
     u64 i = global_index();
     if (i >= count) return;
+    place = placed(place, step);
     u32 channel = i % channels;
     u32 c[4] = {channel / 4, first_sample + (u32)(i / channels), (u32)place, (u32)(place >> 32)};
     philox(c, (u32)seed, (u32)(seed >> 32));
