@@ -1,13 +1,7 @@
 // The part of cuBLASLt that the crate uses: strided, batched products of f32, f16 and bf16, column after
 // column, with sums in f64.
-#include <cstdint>
-#include <cstring>
+#include "values.h"
 #include <functional>
-#include <vector>
-
-#define API extern "C" __attribute__((visibility("default")))
-
-extern "C" void stand_in_submit(const std::function<void()> *);
 
 struct Layout {
     int type;
@@ -59,33 +53,6 @@ API int cublasLtMatmulAlgoGetHeuristic(
     // As cuBLASLt: one type for both factors, which the result shares or is f32.
     bool known = a->type == b->type && c->type == d->type && (d->type == a->type || d->type == 0);
     return *count = known ? 1 : 0, 0;
-}
-
-static float load(const void *memory, int type, int64_t i) {
-    if (type == 0) return ((const float *)memory)[i];
-    uint16_t bits = ((const uint16_t *)memory)[i];
-    if (type == 14) {
-        uint32_t wide = (uint32_t)bits << 16;
-        float value;
-        memcpy(&value, &wide, 4);
-        return value;
-    }
-    _Float16 half;
-    memcpy(&half, &bits, 2);
-    return (float)half;
-}
-static void store(void *memory, int type, int64_t i, float value) {
-    if (type == 0) {
-        ((float *)memory)[i] = value;
-    } else if (type == 14) {
-        uint32_t bits;
-        memcpy(&bits, &value, 4);
-        bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-        ((uint16_t *)memory)[i] = nan ? 0x7fff : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    } else {
-        _Float16 half = (_Float16)value;
-        memcpy((uint16_t *)memory + i, &half, 2);
-    }
 }
 
 API int cublasLtMatmul(

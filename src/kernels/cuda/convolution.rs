@@ -164,12 +164,18 @@ impl Convolution {
     ) -> Result<Memory> {
         let count = self.output().iter().product::<usize>();
         let y = gpu.take(count * self.element.bytes())?;
-        let weights = (self.packed(packed), As::Transposed);
-        self.for_patches(gpu, x, |patches, first, _| {
-            let rows = self.rows_of(&y, first, &patches);
-            let patches = (patches, As::Stored);
-            gpu.multiply(self.precision, patches, weights, rows, How::PLAIN)
-        })?;
+        #[cfg(feature = "cudnn")]
+        let done = self.forward_by_cudnn(gpu, x, packed, &y)?;
+        #[cfg(not(feature = "cudnn"))]
+        let done = false;
+        if !done {
+            let weights = (self.packed(packed), As::Transposed);
+            self.for_patches(gpu, x, |patches, first, _| {
+                let rows = self.rows_of(&y, first, &patches);
+                let patches = (patches, As::Stored);
+                gpu.multiply(self.precision, patches, weights, rows, How::PLAIN)
+            })?;
+        }
         let pointer = |memory: Option<&Memory>| memory.map_or(0, |memory| memory.pointer);
         launch!(gpu, self.element, "add_to_map", each(count);
             y.pointer, gpu.pointer(added.bias)?, pointer(added.per_image),
@@ -185,6 +191,10 @@ impl Convolution {
         dy: &Memory,
         gradient: &Tensor,
     ) -> Result<()> {
+        #[cfg(feature = "cudnn")]
+        if self.weight_gradient_by_cudnn(gpu, x, dy, gradient)? {
+            return Ok(());
+        }
         let count = gradient.elem_count();
         let packed = gpu.take(count * Element::F32.bytes())?;
         let sum = Matrix::new(packed.pointer, self.c_out, self.patch(), Element::F32);
@@ -226,6 +236,10 @@ impl Convolution {
         dx: &Memory,
         accumulate: bool,
     ) -> Result<()> {
+        #[cfg(feature = "cudnn")]
+        if self.input_gradient_by_cudnn(gpu, dy, packed, dx, accumulate)? {
+            return Ok(());
+        }
         let weights = (self.packed(packed), As::Stored);
         let bytes = self.element.bytes();
         if self.is_pointwise() {
@@ -249,5 +263,99 @@ impl Convolution {
                 i32::from(accumulate), count as u64)?;
         }
         Ok(())
+    }
+}
+
+/// By cuDNN, where it can; each tells whether it did.
+#[cfg(feature = "cudnn")]
+impl Convolution {
+    /// None for products of pixels as they are, which cuBLASLt computes at once.
+    fn plan(&self, gpu: &Gpu) -> Option<Rc<super::cudnn::Plan>> {
+        if self.is_pointwise() {
+            return None;
+        }
+        let Sizes { h, w, upsample, kernel, stride, .. } = self.sizes;
+        let x = [self.batch, (h << upsample) as usize, (w << upsample) as usize, self.channels()];
+        gpu.cudnn.plan(&super::cudnn::Shape {
+            element: self.element,
+            tf32: self.precision == Precision::High,
+            x,
+            y: self.output(),
+            kernel: kernel as usize,
+            stride: stride as usize,
+        })
+    }
+
+    /// Values of the input, before it is doubled.
+    fn input_len(&self) -> usize {
+        self.batch * (self.sizes.h * self.sizes.w) as usize * self.channels()
+    }
+
+    /// The doubled input, where it is to be doubled.
+    fn doubled(&self, gpu: &Rc<Gpu>, x: &Memory) -> Result<Option<Memory>> {
+        if self.sizes.upsample == 0 {
+            return Ok(None);
+        }
+        let count = 4 * self.input_len();
+        let doubled = gpu.take(count * self.element.bytes())?;
+        launch!(gpu, self.element, "upsample", each(count);
+            x.pointer, doubled.pointer, self.sizes.w as u32, self.channels() as u32,
+            count as u64)?;
+        Ok(Some(doubled))
+    }
+
+    fn forward_by_cudnn(
+        &self,
+        gpu: &Rc<Gpu>,
+        x: &Memory,
+        packed: &Memory,
+        y: &Memory,
+    ) -> Result<bool> {
+        let Some(plan) = self.plan(gpu) else { return Ok(false) };
+        let doubled = self.doubled(gpu, x)?;
+        let x = doubled.as_ref().unwrap_or(x);
+        plan.forward(gpu, x.pointer, packed.pointer, y.pointer)?;
+        Ok(true)
+    }
+
+    fn weight_gradient_by_cudnn(
+        &self,
+        gpu: &Rc<Gpu>,
+        x: &Memory,
+        dy: &Memory,
+        gradient: &Tensor,
+    ) -> Result<bool> {
+        let Some(plan) = self.plan(gpu) else { return Ok(false) };
+        let doubled = self.doubled(gpu, x)?;
+        let x = doubled.as_ref().unwrap_or(x);
+        let count = gradient.elem_count();
+        let packed = gpu.take(count * self.element.bytes())?;
+        plan.weight_gradient(gpu, x.pointer, dy.pointer, packed.pointer)?;
+        let (channels, taps) = (self.channels() as u32, self.taps() as u32);
+        launch!(gpu, self.element, "unpack_rounded_gradient", each(count);
+            packed.pointer, gpu.pointer(gradient)?, channels, taps, count as u64)?;
+        Ok(true)
+    }
+
+    fn input_gradient_by_cudnn(
+        &self,
+        gpu: &Rc<Gpu>,
+        dy: &Memory,
+        packed: &Memory,
+        dx: &Memory,
+        accumulate: bool,
+    ) -> Result<bool> {
+        let Some(plan) = self.plan(gpu) else { return Ok(false) };
+        if self.sizes.upsample == 0 {
+            plan.input_gradient(gpu, packed.pointer, dy.pointer, dx.pointer, accumulate)?;
+            return Ok(true);
+        }
+        let count = self.input_len();
+        let doubled = gpu.take(4 * count * self.element.bytes())?;
+        plan.input_gradient(gpu, packed.pointer, dy.pointer, doubled.pointer, false)?;
+        launch!(gpu, self.element, "upsample_backward", each(count);
+            doubled.pointer, dx.pointer, self.sizes.w as u32, self.channels() as u32,
+            i32::from(accumulate), count as u64)?;
+        Ok(true)
     }
 }

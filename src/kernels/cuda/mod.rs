@@ -1,11 +1,13 @@
 //! The kernels for CUDA devices: compiled when the program runs, from the sources beside this file;
-//! matrix products are cuBLASLt's.
+//! matrix products are cuBLASLt's, and convolutions cuDNN's with the feature `cudnn`.
 //!
 //! Maps are kept in f32, bf16 or f16 ([`Element`]); all arithmetic is in f32, all sums in one order.
 //! Every kernel's launch is on candle's stream, so that nothing here waits for the device.
 
 mod adam;
 mod convolution;
+#[cfg(feature = "cudnn")]
+mod cudnn;
 mod gemm;
 mod graph;
 mod operations;
@@ -95,6 +97,8 @@ pub(crate) struct Gpu {
     /// Whether launches are noted instead of run; see [`Gpu::capture`].
     capturing: Cell<bool>,
     products: Products,
+    #[cfg(feature = "cudnn")]
+    cudnn: cudnn::Cudnn,
 }
 
 thread_local! {
@@ -118,6 +122,8 @@ impl Gpu {
             let gpu = Rc::new(Self {
                 device: device.clone(),
                 products: Products::new(&stream)?,
+                #[cfg(feature = "cudnn")]
+                cudnn: cudnn::Cudnn::new(&stream)?,
                 step: RefCell::new((device.alloc_zeros(1)?, None)),
                 capturing: Cell::new(false),
                 stream,

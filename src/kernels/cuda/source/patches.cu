@@ -20,6 +20,42 @@ extern "C" __global__ void unpack_gradient(const float *x, float *y, u32 channel
     y[i] = x[(out * taps + tap) * channels + channel];
 }
 
+// The same of a gradient that is kept as maps are.
+extern "C" __global__ void unpack_rounded_gradient(
+    const T *x, float *y, u32 channels, u32 taps, u64 count
+) {
+    u64 i = global_index();
+    if (i >= count) return;
+    u64 out = i / ((u64)channels * taps);
+    u32 tap = i % taps, channel = (i / taps) % channels;
+    y[i] = get(x[(out * taps + tap) * channels + channel]);
+}
+
+// Each pixel doubled in both directions; `w` is the width before.
+extern "C" __global__ void upsample(const T *x, T *y, u32 w, u32 channels, u64 count) {
+    u64 i = global_index();
+    if (i >= count) return;
+    u32 channel = i % channels;
+    u64 pixel = i / channels;
+    u64 row = pixel / (2 * w), column = pixel % (2 * w);
+    // Rows of all images are one below the other, and there is an even number of them in each.
+    y[i] = x[(row / 2 * w + column / 2) * channels + channel];
+}
+
+// The gradient of that: the sum of the four.
+extern "C" __global__ void upsample_backward(
+    const T *dy, T *dx, u32 w, u32 channels, int accumulate, u64 count
+) {
+    u64 i = global_index();
+    if (i >= count) return;
+    u32 channel = i % channels;
+    u64 pixel = i / channels;
+    u64 at = (2 * (pixel / w) * 2 * w + 2 * (pixel % w)) * channels + channel;
+    float sum = get(dy[at]) + get(dy[at + channels]);
+    sum += get(dy[at + 2 * w * channels]) + get(dy[at + (2 * w + 1) * channels]);
+    dx[i] = put(accumulate ? get(dx[i]) + sum : sum);
+}
+
 struct Sizes {
     // Of the input, not doubled.
     int h, w, channels;

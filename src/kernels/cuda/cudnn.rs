@@ -1,0 +1,255 @@
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::cudnn::result::{self, CudnnError};
+use candle_core::cuda_backend::cudarc::cudnn::sys;
+use candle_core::cuda_backend::cudarc::driver::CudaStream;
+use candle_core::{Error, Result};
+
+use super::{Element, Gpu};
+
+/// What an algorithm may work in, at most.
+const WORKSPACE: usize = 1 << 30;
+
+/// Algorithms that cuDNN is asked for.
+const CHOICES: usize = 8;
+
+/// A thread's cuDNN, and what was found for each convolution.
+pub(super) struct Cudnn {
+    handle: sys::cudnnHandle_t,
+    plans: RefCell<HashMap<Shape, Option<Rc<Plan>>>>,
+}
+
+/// A convolution of maps, of stride 1 or more, padded by half of the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Shape {
+    pub element: Element,
+    /// Whether f32 may be multiplied as TF32.
+    pub tf32: bool,
+    /// (batch, height, width, channels)
+    pub x: [usize; 4],
+    pub y: [usize; 4],
+    pub kernel: usize,
+    pub stride: usize,
+}
+
+/// A convolution's descriptors and algorithms. These are chosen by cuDNN's rules, not by timing, and
+/// only among those that give the same bits each time.
+pub(super) struct Plan {
+    handle: sys::cudnnHandle_t,
+    x: sys::cudnnTensorDescriptor_t,
+    y: sys::cudnnTensorDescriptor_t,
+    w: sys::cudnnFilterDescriptor_t,
+    convolution: sys::cudnnConvolutionDescriptor_t,
+    forward: (sys::cudnnConvolutionFwdAlgo_t, usize),
+    of_input: (sys::cudnnConvolutionBwdDataAlgo_t, usize),
+    of_weight: (sys::cudnnConvolutionBwdFilterAlgo_t, usize),
+}
+
+impl Drop for Cudnn {
+    fn drop(&mut self) {
+        self.plans.borrow_mut().clear();
+        // SAFETY: made by `new`, and not destroyed before. That destroying fails is no harm.
+        let _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, and not destroyed before. That destroying fails is no harm.
+        unsafe {
+            let _ = result::destroy_tensor_descriptor(self.x);
+            let _ = result::destroy_tensor_descriptor(self.y);
+            let _ = result::destroy_filter_descriptor(self.w);
+            let _ = result::destroy_convolution_descriptor(self.convolution);
+        }
+    }
+}
+
+impl Cudnn {
+    pub fn new(stream: &Arc<CudaStream>) -> Result<Self> {
+        stream.context().bind_to_thread().w()?;
+        let handle = result::create_handle().map_err(Error::wrap)?;
+        // SAFETY: the stream is candle's, which lives as long as the device.
+        unsafe { result::set_stream(handle, stream.cu_stream().cast()) }.map_err(Error::wrap)?;
+        Ok(Self { handle, plans: RefCell::default() })
+    }
+
+    /// How cuDNN computes it, if it can.
+    pub fn plan(&self, shape: &Shape) -> Option<Rc<Plan>> {
+        if let Some(plan) = self.plans.borrow().get(shape) {
+            return plan.clone();
+        }
+        let plan = Plan::new(self.handle, shape).ok().flatten().map(Rc::new);
+        self.plans.borrow_mut().insert(*shape, plan.clone());
+        plan
+    }
+}
+
+/// The first of cuDNN's answers that is possible, deterministic and within the workspace.
+macro_rules! choose {
+    ($function:ident, $performance:ty; $($argument:expr),*) => {{
+        let mut count = 0;
+        let mut found = [const { std::mem::MaybeUninit::<$performance>::zeroed() }; CHOICES];
+        // SAFETY: the descriptors are alive, and there is room for as many answers as are asked for.
+        unsafe {
+            result::$function($($argument,)* CHOICES as i32, &mut count, found.as_mut_ptr().cast())?;
+        }
+        let count = usize::try_from(count).unwrap_or(0).min(CHOICES);
+        // SAFETY: cuDNN wrote so many.
+        let found = found[..count].iter().map(|found| unsafe { found.assume_init_ref() });
+        found
+            .filter(|found| found.status == sys::cudnnStatus_t::CUDNN_STATUS_SUCCESS)
+            .filter(|found| found.determinism == sys::cudnnDeterminism_t::CUDNN_DETERMINISTIC)
+            .find(|found| found.memory <= WORKSPACE)
+            .map(|found| (found.algo, found.memory))
+    }};
+}
+
+impl Plan {
+    fn new(
+        handle: sys::cudnnHandle_t,
+        shape: &Shape,
+    ) -> std::result::Result<Option<Self>, CudnnError> {
+        use sys::cudnnMathType_t::{CUDNN_DEFAULT_MATH, CUDNN_FMA_MATH, CUDNN_TENSOR_OP_MATH};
+        use sys::cudnnTensorFormat_t::CUDNN_TENSOR_NHWC;
+
+        let (element, math) = match shape.element {
+            // The default is TF32 where the device has it.
+            Element::F32 if shape.tf32 => {
+                (sys::cudnnDataType_t::CUDNN_DATA_FLOAT, CUDNN_DEFAULT_MATH)
+            }
+            Element::F32 => (sys::cudnnDataType_t::CUDNN_DATA_FLOAT, CUDNN_FMA_MATH),
+            Element::Bf16 => (sys::cudnnDataType_t::CUDNN_DATA_BFLOAT16, CUDNN_TENSOR_OP_MATH),
+            Element::F16 => (sys::cudnnDataType_t::CUDNN_DATA_HALF, CUDNN_TENSOR_OP_MATH),
+        };
+        let channels_first = |[n, h, w, c]: [usize; 4]| [n, c, h, w].map(|size| size as i32);
+        let (pad, stride, kernel) =
+            ((shape.kernel / 2) as i32, shape.stride as i32, shape.kernel as i32);
+        let (x, y) = (result::create_tensor_descriptor()?, result::create_tensor_descriptor()?);
+        let (w, convolution) =
+            (result::create_filter_descriptor()?, result::create_convolution_descriptor()?);
+        let weight = [shape.y[3] as i32, shape.x[3] as i32, kernel, kernel];
+        // SAFETY: the descriptors were made above.
+        unsafe {
+            let format = CUDNN_TENSOR_NHWC;
+            result::set_tensor4d_descriptor(x, format, element, channels_first(shape.x))?;
+            result::set_tensor4d_descriptor(y, format, element, channels_first(shape.y))?;
+            result::set_filter4d_descriptor(w, element, format, weight)?;
+            // Sums in f32, whatever the element.
+            result::set_convolution2d_descriptor(
+                convolution,
+                pad,
+                pad,
+                stride,
+                stride,
+                1,
+                1,
+                sys::cudnnConvolutionMode_t::CUDNN_CROSS_CORRELATION,
+                sys::cudnnDataType_t::CUDNN_DATA_FLOAT,
+            )?;
+            result::set_convolution_math_type(convolution, math)?;
+        }
+        let forward = choose!(get_convolution_forward_algorithm, sys::cudnnConvolutionFwdAlgoPerf_t;
+            handle, x, w, convolution, y);
+        let of_input = choose!(get_convolution_backward_data_algorithm,
+            sys::cudnnConvolutionBwdDataAlgoPerf_t; handle, w, y, convolution, x);
+        let of_weight = choose!(get_convolution_backward_filter_algorithm,
+            sys::cudnnConvolutionBwdFilterAlgoPerf_t; handle, x, y, convolution, w);
+        let (Some(forward), Some(of_input), Some(of_weight)) = (forward, of_input, of_weight)
+        else {
+            return Ok(None);
+        };
+        Ok(Some(Self { handle, x, y, w, convolution, forward, of_input, of_weight }))
+    }
+
+    /// Writes `y`.
+    pub fn forward(&self, gpu: &Rc<Gpu>, x: u64, w: u64, y: u64) -> Result<()> {
+        let (algorithm, bytes) = self.forward;
+        let workspace = gpu.take(bytes)?;
+        let (one, zero) = (1f32, 0f32);
+        // SAFETY: the descriptors are alive, and describe the memory at the addresses, which whoever
+        // calls this holds.
+        unsafe {
+            result::convolution_forward(
+                self.handle,
+                (&raw const one).cast(),
+                self.x,
+                x as *const c_void,
+                self.w,
+                w as *const c_void,
+                self.convolution,
+                algorithm,
+                workspace.pointer as *mut c_void,
+                bytes,
+                (&raw const zero).cast(),
+                self.y,
+                y as *mut c_void,
+            )
+        }
+        .map_err(Error::wrap)
+    }
+
+    /// Writes `dx`, or adds to it.
+    pub fn input_gradient(
+        &self,
+        gpu: &Rc<Gpu>,
+        w: u64,
+        dy: u64,
+        dx: u64,
+        accumulate: bool,
+    ) -> Result<()> {
+        let (algorithm, bytes) = self.of_input;
+        let workspace = gpu.take(bytes)?;
+        let (one, keep) = (1f32, if accumulate { 1f32 } else { 0.0 });
+        // SAFETY: as in `forward`.
+        unsafe {
+            result::convolution_backward_data(
+                self.handle,
+                (&raw const one).cast(),
+                self.w,
+                w as *const c_void,
+                self.y,
+                dy as *const c_void,
+                self.convolution,
+                algorithm,
+                workspace.pointer as *mut c_void,
+                bytes,
+                (&raw const keep).cast(),
+                self.x,
+                dx as *mut c_void,
+            )
+        }
+        .map_err(Error::wrap)
+    }
+
+    /// Writes `dw`.
+    pub fn weight_gradient(&self, gpu: &Rc<Gpu>, x: u64, dy: u64, dw: u64) -> Result<()> {
+        let (algorithm, bytes) = self.of_weight;
+        let workspace = gpu.take(bytes)?;
+        let (one, zero) = (1f32, 0f32);
+        // SAFETY: as in `forward`.
+        unsafe {
+            result::convolution_backward_filter(
+                self.handle,
+                (&raw const one).cast(),
+                self.x,
+                x as *const c_void,
+                self.y,
+                dy as *const c_void,
+                self.convolution,
+                algorithm,
+                workspace.pointer as *mut c_void,
+                bytes,
+                (&raw const zero).cast(),
+                self.w,
+                dw as *mut c_void,
+            )
+        }
+        .map_err(Error::wrap)
+    }
+}
