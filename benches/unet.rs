@@ -5,13 +5,17 @@
 //! ```
 //!
 //! `train_step` is noising, forward, loss, backward, clipping to norm 1 and AdamW; `forward` is the network
-//! alone, without gradients. One line a measure, in JSON with `--json`.
+//! alone, without gradients; `sample` is ten steps of DDIM. One line a measure, in JSON with `--json`. With
+//! `--device cuda`, a run is ten of them before the device is waited for, and memory is the device's.
 
 use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use clap::{Parser, ValueEnum};
-use ddpm::{AdamConfig, Denoiser, Diffusion, Precision, Result, TrainConfig, Trainer, UNetConfig};
+use ddpm::{
+    AdamConfig, Denoiser, Diffusion, Precision, Result, Sampler, Solver, TrainConfig, Trainer,
+    UNetConfig,
+};
 
 #[derive(Parser)]
 struct Args {
@@ -21,7 +25,10 @@ struct Args {
     /// Images a batch.
     #[arg(long, default_value_t = 32)]
     batch: usize,
-    /// How exactly products are computed: highest, high or bf16 (with the feature f16).
+    /// What computes.
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: Where,
+    /// How exactly products are computed: highest or high; bf16 or f16 (with the feature f16).
     #[arg(long, default_value = "highest")]
     precision: Precision,
     /// Timed runs, after three that are not.
@@ -30,7 +37,7 @@ struct Args {
     /// Threads; all cores unless given.
     #[arg(long)]
     threads: Option<usize>,
-    /// What to measure; both unless given.
+    /// What to measure: train_step, forward or sample; the first two unless given.
     #[arg(long)]
     what: Option<String>,
     /// Print JSON lines.
@@ -47,6 +54,12 @@ enum Model {
     Cifar10,
 }
 
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Where {
+    Cpu,
+    Cuda,
+}
+
 fn main() -> Result<()> {
     let args = Args::parse();
     if let Some(threads) = args.threads {
@@ -56,7 +69,10 @@ fn main() -> Result<()> {
         Model::Mnist => ("mnist", UNetConfig::mnist()),
         Model::Cifar10 => ("cifar10", UNetConfig::cifar10()),
     };
-    let device = Device::Cpu;
+    let device = match args.device {
+        Where::Cpu => Device::Cpu,
+        Where::Cuda => Device::new_cuda(0)?,
+    };
     let train = TrainConfig {
         batch_size: args.batch,
         optimizer: AdamConfig::adamw(2e-4, 1e-5),
@@ -69,20 +85,30 @@ fn main() -> Result<()> {
 
     let shape = (args.batch, config.channels, config.image_size, config.image_size);
     // Not zeros, which some units multiply faster.
-    let x = Tensor::randn(0f32, 1.0, shape, &device)?;
-    let eps = Tensor::randn(0f32, 1.0, shape, &device)?;
+    let x = Sampler::prior(shape, 0, &device)?;
+    let eps = Sampler::prior(shape, 1, &device)?;
     let t: Vec<u32> = (0..args.batch as u32).map(|k| k * 37 % 1000).collect();
-    let t = Tensor::new(t, &device)?;
+    let t = Tensor::from_vec(t, args.batch, &device)?;
 
     let wanted = |what: &str| args.what.as_deref().is_none_or(|w| w == what);
     if wanted("train_step") {
-        measure("train_step", name, &args, &mut || trainer.step_with(&x, &t, &eps).map(drop))?;
+        measure("train_step", name, &args, &device, &mut || match args.device {
+            Where::Cpu => trainer.step_with(&x, &t, &eps).map(drop),
+            // Noise and all, as training goes there.
+            Where::Cuda => trainer.step(&x).map(drop),
+        })?;
     }
     if wanted("forward") {
         // Weights that take no gradient, as in sampling.
         let unet = trainer.ema_model()?;
         drop(trainer);
-        measure("forward", name, &args, &mut || unet.forward(&x, &t).map(drop))?;
+        measure("forward", name, &args, &device, &mut || unet.forward(&x, &t).map(drop))?;
+    } else if args.what.as_deref() == Some("sample") {
+        let unet = trainer.ema_model()?;
+        let sampler = Sampler::new(trainer.diffusion(), Solver::ddim(), 10)?.clip_denoised(true);
+        measure("sample", name, &args, &device, &mut || {
+            sampler.sample(&unet, shape, 0, &device).map(drop)
+        })?;
     }
     Ok(())
 }
@@ -91,16 +117,23 @@ fn measure(
     name: &str,
     model: &str,
     args: &Args,
+    device: &Device,
     run: &mut dyn FnMut() -> Result<()>,
 ) -> Result<()> {
-    for _ in 0..3 {
+    // On a GPU the first ones choose algorithms, and then the step is captured.
+    let (warm_up, at_once) = if device.is_cpu() { (3, 1) } else { (10, 10) };
+    for _ in 0..warm_up {
         run()?;
     }
+    device.synchronize()?;
     let mut ms = Vec::new();
     for _ in 0..args.iters.max(1) {
         let start = Instant::now();
-        run()?;
-        ms.push(start.elapsed().as_secs_f64() * 1e3);
+        for _ in 0..at_once {
+            run()?;
+        }
+        device.synchronize()?;
+        ms.push(start.elapsed().as_secs_f64() * 1e3 / at_once as f64);
     }
     ms.sort_by(f64::total_cmp);
     let (min, median) = (ms[0], ms[ms.len() / 2]);
@@ -109,6 +142,7 @@ fn measure(
         let line = serde_json::json!({
             "name": name, "model": model, "batch": batch, "precision": args.precision,
             "threads": threads, "ms_min": min, "ms_median": median, "peak_rss_mb": rss,
+            "gpu_mb": gpu_mb(device),
         });
         println!("{line}");
     } else {
@@ -118,6 +152,18 @@ fn measure(
         );
     }
     Ok(())
+}
+
+/// What of a GPU's memory is taken: by this process, if it is alone. Nothing is given back before its
+/// end, so it is the most that was.
+fn gpu_mb(device: &Device) -> Option<f64> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        let (free, total) = device.cuda_stream().context().mem_get_info().ok()?;
+        return Some((total - free) as f64 / 1e6);
+    }
+    let _ = device;
+    None
 }
 
 /// The most memory that this process held, where the system tells.

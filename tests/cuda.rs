@@ -324,3 +324,23 @@ fn overflows_are_skipped_on_the_device() -> Result<()> {
     assert_eq!(Checkpoint::open(&path)?.step(), good + skipped);
     Ok(())
 }
+
+/// More batches than may be on their way at once, each kept.
+#[test]
+fn batches_are_the_cpus() -> Result<()> {
+    let images = ddpm::Images::new((0..64 * 20).map(|i| (i * 7 % 251) as u8).collect(), (1, 8, 8))?;
+    let config = TrainConfig { horizontal_flip: true, ..training(Precision::Highest) };
+    let mut batches = [Vec::new(), Vec::new()];
+    for (device, batches) in [Device::Cpu, gpu()].iter().zip(&mut batches) {
+        let mut run = trainer(config.clone(), device)?;
+        for _ in 0..7 {
+            let batch = run.next_batch(&images)?;
+            run.step(&batch)?;
+            batches.push(batch);
+        }
+    }
+    for (found, expected) in batches[1].iter().zip(&batches[0]) {
+        assert_eq!(values(found), values(expected));
+    }
+    Ok(())
+}

@@ -2,15 +2,17 @@
 //!
 //! Runs over every `*.safetensors` in `tests/data/pytorch/`, or in the folder that the environment
 //! variable `DDPM_FIXTURES` names. `tests/data/README.md` says what such a file holds and how to
-//! make one; nothing here depends on a configuration or a size.
+//! make one; nothing here depends on a configuration or a size. With `DDPM_DEVICE=cuda`, the device that
+//! computes is a GPU.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
 use ddpm::{
-    AdamConfig, Denoiser, Diffusion, EmaConfig, NoiseSchedule, Prediction, Sampler, Solver,
-    TrainConfig, Trainer, UNetConfig, WeightDecay,
+    AdamConfig, Denoiser, Diffusion, Dropout, EmaConfig, NoiseSchedule, Prediction, Sampler,
+    Solver, TrainConfig, Trainer, UNetConfig, WeightDecay,
 };
 use serde::Deserialize;
 
@@ -27,10 +29,9 @@ const NO_GRADIENT: f64 = 1e-6;
 
 #[test]
 fn every_fixture_agrees() {
-    let dir = std::env::var_os("DDPM_FIXTURES").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/pytorch"),
-        PathBuf::from,
-    );
+    // Cargo runs tests where the manifest is; so does whoever carries them elsewhere.
+    let dir = std::env::var_os("DDPM_FIXTURES").unwrap_or("tests/data/pytorch".into());
+    let dir = PathBuf::from(dir);
     let mut paths: Vec<PathBuf> = std::fs::read_dir(&dir)
         .unwrap_or_else(|e| panic!("{}: {e}", dir.display()))
         .map(|entry| entry.unwrap().path())
@@ -51,20 +52,36 @@ fn output_and_gradients(fixture: &Fixture) {
     let trainer = fixture.trainer();
     let [x, t, eps] = ["x", "t", "eps"].map(|name| fixture.get(name).clone());
 
-    let out = trainer.model().forward(&x, &t).unwrap();
+    let mut out = None;
+    let gradients = if device().is_cpu() {
+        let output = trainer.model().forward(&x, &t).unwrap();
+        out = Some(output.detach());
+        (output - &eps).unwrap().sqr().unwrap().mean_all().unwrap().backward().unwrap()
+    } else {
+        let dropout = Dropout::new(0, 0);
+        let mut gradient = |output: &Tensor| {
+            let own = here(output);
+            let scale = 2.0 / own.elem_count() as f64;
+            let gradient = ((&own - &eps).unwrap() * scale).unwrap();
+            out = Some(own);
+            Ok(there(&gradient))
+        };
+        trainer.model().forward_backward(&there(&x), &there(&t), &dropout, &mut gradient).unwrap()
+    };
+    let out = out.expect("an output");
     close("out", max_abs(&out, fixture.get("out_f64")), OUT);
 
     let loss = (out - eps).unwrap().sqr().unwrap().mean_all().unwrap();
     close("loss", max_abs(&loss, fixture.get("loss")), LOSS);
 
-    let gradients = loss.backward().unwrap();
     let expected = fixture.group("grad.");
     assert_eq!(expected.len(), trainer.vars().len(), "weights with a gradient");
     let mut worst = (0.0, String::new());
     for (name, expected) in expected {
         let var = &trainer.vars()[&name];
         let gradient = gradients.get(var).unwrap_or_else(|| panic!("{name} has no gradient"));
-        let (gradient, expected) = (without_key(&name, gradient), without_key(&name, &expected));
+        let (gradient, expected) =
+            (without_key(&name, &here(gradient)), without_key(&name, &expected));
         if fixture.has_no_gradient(&name) {
             assert!(rms(&gradient) < NO_GRADIENT, "{name} should have no gradient");
             continue;
@@ -83,14 +100,16 @@ fn training(fixture: &Fixture) {
     let losses: Vec<Tensor> = (0..x0.dim(0).unwrap())
         .map(|i| {
             let [x0, t, eps] = [x0, t, eps].map(|all| all.get(i).unwrap());
-            trainer.step_with(&x0, &t, &eps).unwrap().loss
+            here(&trainer.step_with(&there(&x0), &there(&t), &there(&eps)).unwrap().loss)
         })
         .collect();
     let losses = Tensor::stack(&losses, 0).unwrap();
     close("train.loss", max_abs(&losses, fixture.get("train.loss")), LOSS);
 
-    let trained = trainer.vars().iter().map(|(k, v)| (k.clone(), v.as_tensor().clone())).collect();
-    for (prefix, ours) in [("trained.", &trained), ("ema.", trainer.ema().unwrap().averages())] {
+    let own = |(name, values): (&String, &Tensor)| (name.clone(), here(values));
+    let trained: BTreeMap<_, _> = trainer.vars().iter().map(|(k, v)| own((k, v))).collect();
+    let averages = trainer.ema().unwrap().averages().iter().map(own).collect();
+    for (prefix, ours) in [("trained.", &trained), ("ema.", &averages)] {
         let expected = fixture.group(prefix);
         assert_eq!(expected.len(), ours.len());
         let mut worst = (0.0, String::new());
@@ -112,13 +131,15 @@ fn sampling(fixture: &Fixture) {
     let steps = diffusion.schedule().steps();
     let trainer = fixture.trainer();
     let sampler = Sampler::new(&diffusion, Solver::ddpm(), steps).unwrap();
+    // There have been no updates: its weights are the fixture's.
+    let model = trainer.ema_model().unwrap();
     let z = fixture.get("sample.z");
     let x_0 = sampler
-        .steps_from(trainer.model(), fixture.get("sample.x_T").clone(), |t| Ok(z.get(t)?))
+        .steps_from(&model, there(fixture.get("sample.x_T")), |t| Ok(there(&z.get(t)?)))
         .map(|step| step.unwrap().x)
         .last()
         .unwrap();
-    close("sample.x_0", max_abs(&x_0, fixture.get("sample.x_0")), SAMPLE);
+    close("sample.x_0", max_abs(&here(&x_0), fixture.get("sample.x_0")), SAMPLE);
 }
 
 struct Fixture {
@@ -202,7 +223,7 @@ impl Fixture {
             ..TrainConfig::mnist()
         };
         let mut trainer =
-            Trainer::new(self.config.clone(), config, self.diffusion(), &Device::Cpu).unwrap();
+            Trainer::new(self.config.clone(), config, self.diffusion(), &device()).unwrap();
         // Through a file, as a user's weights from PyTorch would come.
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("weights.safetensors");
@@ -211,6 +232,26 @@ impl Fixture {
         trainer.set_weights(&path).unwrap();
         trainer
     }
+}
+
+/// What computes: one and the same, since candle knows devices by their handles.
+fn device() -> Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    let find = || match std::env::var("DDPM_DEVICE").as_deref() {
+        Ok("cuda") => Device::new_cuda(0).unwrap(),
+        _ => Device::Cpu,
+    };
+    DEVICE.get_or_init(find).clone()
+}
+
+fn there(tensor: &Tensor) -> Tensor {
+    // Timesteps as the kernels take them.
+    let dtype = if tensor.dtype() == DType::I64 { DType::U32 } else { tensor.dtype() };
+    tensor.to_dtype(dtype).unwrap().to_device(&device()).unwrap()
+}
+
+fn here(tensor: &Tensor) -> Tensor {
+    tensor.to_device(&Device::Cpu).unwrap()
 }
 
 /// Without the bias of attention's keys, which has no gradient in exact arithmetic: softmax does not

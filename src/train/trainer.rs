@@ -433,6 +433,11 @@ impl<N: Network> Trainer<N> {
                 }
             }
         }
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() {
+            let dims = [batch, channels, height, width];
+            return Ok(crate::kernels::cuda::upload(&self.device, &pixels, &dims)?);
+        }
         Ok(Tensor::from_vec(pixels, (batch, channels, height, width), &self.device)?)
     }
 

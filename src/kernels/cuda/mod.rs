@@ -12,6 +12,7 @@ mod gemm;
 mod graph;
 mod operations;
 mod process;
+mod upload;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
@@ -36,6 +37,7 @@ use gemm::Products;
 pub(crate) use graph::StepGraph;
 pub(crate) use operations::{Attention, LinearLayer, Norm, NormStatistics};
 pub(crate) use process::*;
+pub(crate) use upload::upload;
 
 const SOURCE: &str = concat!(
     include_str!("source/types.cu"),
@@ -92,6 +94,7 @@ pub(crate) struct Gpu {
     free: RefCell<BTreeMap<usize, Vec<CudaSlice<u8>>>>,
     /// Of schedules that were used: their values, and where they are on the device.
     tables: RefCell<Vec<(Vec<[f64; 2]>, Tensor)>>,
+    staging: RefCell<upload::Staging>,
     /// The step that random numbers are drawn for, on the device and as it is known here.
     step: RefCell<(CudaSlice<u64>, Option<u64>)>,
     /// Whether launches are noted instead of run; see [`Gpu::capture`].
@@ -131,6 +134,7 @@ impl Gpu {
                 functions: RefCell::default(),
                 free: RefCell::default(),
                 tables: RefCell::default(),
+                staging: RefCell::default(),
             });
             gpus.insert(device.id(), gpu.clone());
             Ok(gpu)
