@@ -5,8 +5,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
-/// How exactly products are computed. Weights, their averages and the optimiser's state, statistics of
-/// normalisations, softmax, loss and sampler are f32 with each; `Highest` and `High` are the words of
+/// How exactly products are computed, and on CUDA devices how feature maps are kept. Weights, their
+/// averages and the optimiser's state, statistics of normalisations, softmax, loss and sampler are f32 with
+/// each; `Highest` and `High` are the words of
 /// PyTorch and JAX.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -17,13 +18,13 @@ pub enum Precision {
     Highest,
     /// f32 in memory, with cheaper products in convolutions where the machine has some that are good to
     /// about 16 bits: three products of bf16 parts on a CPU with AMX, which is not yet measured.
-    /// Elsewhere as [`Highest`](Self::Highest).
+    /// On a CUDA device all products are TF32. Elsewhere as [`Highest`](Self::Highest).
     High,
     /// Convolutions' products of operands rounded to bf16 (8 bits), summed in f32; attention and linear
     /// layers multiply in f32, and maps stay f32 in memory. Meant for a CPU with AMX, which is not yet
     /// measured; by AVX-512 BF16 a training step takes a fifth longer than in
     /// [`Highest`](Self::Highest), and any other CPU computes the same more slowly still. Needs the
-    /// feature `f16`.
+    /// feature `f16`. On a CUDA device all products take bf16, and maps are bf16 in memory.
     BF16,
     /// As [`BF16`](Self::BF16) with f16 in its place (11 bits, but none beyond 65504): on CUDA devices
     /// alone. Training scales its gradients by a [`GradScaler`](crate::GradScaler). Needs the feature
