@@ -12,6 +12,8 @@ mod gemm;
 mod graph;
 mod operations;
 mod process;
+#[cfg(test)]
+mod tests;
 mod upload;
 
 use std::cell::{Cell, RefCell};
