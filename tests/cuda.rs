@@ -344,3 +344,29 @@ fn batches_are_the_cpus() -> Result<()> {
     }
     Ok(())
 }
+
+/// Steps of one's own between captured ones: the graph must not outlive what it reads.
+#[test]
+fn captured_steps_and_others_take_turns() -> Result<()> {
+    let config = TrainConfig { accumulation: 1, ..training(Precision::Highest) };
+    let devices = [Device::Cpu, gpu()];
+    let mut runs = devices.clone().map(|device| trainer(config.clone(), &device).unwrap());
+    let before = weights(&runs[0])?;
+    for k in 0..12 {
+        for (run, device) in runs.iter_mut().zip(&devices) {
+            let x_0 = batch(k, device)?;
+            if k == 6 {
+                let t = Tensor::from_vec(vec![5u32, 400, 700, 999], 4, device)?;
+                run.step_with(&x_0, &t, &Sampler::prior((4, 1, 8, 8), 7, device)?)?;
+            } else {
+                run.step(&x_0)?;
+            }
+        }
+        let captured = format!("{:?}", runs[1]).contains("captured: true");
+        assert_eq!(captured, (3..6).contains(&k) || k >= 10, "{k}: {:?}", runs[1]);
+    }
+    let [expected, found] = [weights(&runs[0])?, weights(&runs[1])?];
+    let (way, error) = (off(&before, &expected), off(&found, &expected));
+    assert!(error < 0.05 * way, "weights went {way:.1e}, and are off by {error:.1e}");
+    Ok(())
+}

@@ -180,7 +180,11 @@ impl AdamW {
     ) -> Result<Tensor> {
         self.check(gradients)?;
         #[cfg(feature = "cuda")]
-        if self.on_cuda() && gradients.values().all(|d| cuda::are_plain(&[d])) {
+        if self.on_cuda() && !gradients.is_empty() {
+            // One way for all updates: what is skipped is counted there.
+            for gradient in gradients.values_mut().filter(|d| !cuda::are_plain(&[d])) {
+                *gradient = gradient.detach().contiguous()?;
+            }
             return self.update_on_cuda(gradients, max_norm, learning_rate, ema, scaler);
         }
         let unscale = scaler.as_ref().map_or(1.0, |scaler| 1.0 / scaler.scale());

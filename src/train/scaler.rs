@@ -98,6 +98,10 @@ impl GradScaler {
 
     pub(super) fn restore(config: GradScalerConfig, state: ScalerState) -> Result<Self> {
         config.validate()?;
+        // As a device keeps them.
+        let rounded = |x: f64| f64::from(x as f32);
+        let config = GradScalerConfig { min_scale: rounded(config.min_scale), ..config };
+        let state = ScalerState { scale: rounded(state.scale), ..state };
         if !(state.scale >= config.min_scale && (state.scale as f32).is_finite()) {
             let expected = format!("at least {}, and finite in f32", config.min_scale);
             return Err(Error::config("grad_scaler.scale", state.scale, expected));
@@ -154,15 +158,15 @@ impl GradScaler {
         let state = &mut self.state;
         if !finite {
             self.exhausted = state.scale <= min_scale;
-            state.scale = (state.scale * backoff_factor).max(min_scale);
+            state.scale = f64::from((state.scale * backoff_factor).max(min_scale) as f32);
             state.good_updates = 0;
             state.skipped += 1;
             return;
         }
         state.good_updates += 1;
         if state.good_updates >= growth_interval {
-            let grown = state.scale * growth_factor;
-            if (grown as f32).is_finite() {
+            let grown = f64::from((state.scale * growth_factor) as f32);
+            if grown.is_finite() {
                 state.scale = grown;
             }
             state.good_updates = 0;
@@ -207,9 +211,9 @@ mod tests {
             assert_eq!((scaler.scale(), scaler.is_exhausted()), (scale, exhausted));
         }
         scaler.update(true);
-        assert_eq!(scaler.scale(), 1e30);
+        assert_eq!(scaler.scale() as f32, 1e30);
         scaler.update(true);
-        assert_eq!(scaler.scale(), 1e30);
+        assert_eq!(scaler.scale() as f32, 1e30);
         Ok(())
     }
 }

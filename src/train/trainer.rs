@@ -50,6 +50,12 @@ pub struct Trainer<N: Network> {
     /// The shape of the last batches, and how many more of them come before one is captured.
     #[cfg(feature = "cuda")]
     before_capture: (Vec<usize>, usize),
+    /// Why capturing failed.
+    #[cfg(feature = "cuda")]
+    not_captured: Option<String>,
+    /// The thread that made the last update.
+    #[cfg(feature = "cuda")]
+    thread: std::thread::ThreadId,
     /// The order of the images in the epoch at hand: epoch, number of images, order.
     order: Option<(u64, usize, Vec<u32>)>,
     /// What has not been read since the last report.
@@ -67,7 +73,7 @@ impl<N: Network> fmt::Debug for Trainer<N> {
             .field("device", &self.device)
             .field("step", &self.step);
         #[cfg(feature = "cuda")]
-        fields.field("captured", &self.graph.is_some());
+        fields.field("captured", &self.graph.is_some()).field("not_captured", &self.not_captured);
         fields.finish_non_exhaustive()
     }
 }
@@ -176,6 +182,10 @@ impl<N: Network> Trainer<N> {
             graph: None,
             #[cfg(feature = "cuda")]
             before_capture: Default::default(),
+            #[cfg(feature = "cuda")]
+            not_captured: None,
+            #[cfg(feature = "cuda")]
+            thread: std::thread::current().id(),
             order: None,
             unread: Vec::new(),
             read: (0.0, 0),
@@ -233,7 +243,7 @@ impl<N: Network> Trainer<N> {
             return Ok(update);
         }
         let eps = self.noise().normal(Purpose::Training, self.step, dims, &self.device)?;
-        self.step_with(x_0, &t, &eps)
+        self.eager(x_0, &t, &eps)
     }
 
     /// One update with timesteps `t` (batch), of an integer dtype, less than the schedule's steps,
@@ -243,6 +253,18 @@ impl<N: Network> Trainer<N> {
     /// As [`step`](Self::step), and if the shapes or dtypes do not fit each other, or a timestep is
     /// out of range.
     pub fn step_with(&mut self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Update> {
+        // Its gradients may lie elsewhere, and the tables that a graph reads be written anew.
+        #[cfg(feature = "cuda")]
+        {
+            self.graph = None;
+            self.before_capture = Default::default();
+        }
+        self.eager(x_0, t, eps)
+    }
+
+    /// An update that is not captured.
+    fn eager(&mut self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Update> {
+        self.follow_thread()?;
         let (loss, grad_norm, gradients) = self.compute(x_0, t, eps)?;
         self.model.recycle(gradients);
         self.note(x_0.dim(0)?, loss, grad_norm)
@@ -322,6 +344,7 @@ impl<N: Network> Trainer<N> {
     fn step_by_graph(&mut self, x_0: &Tensor, t: &Tensor) -> Result<Option<Update>> {
         use crate::kernels::cuda::{self, StepGraph};
 
+        self.follow_thread()?;
         let learning_rate = self.config.learning_rate(self.step);
         let captured = self.graph.take().filter(|graph| graph.fits(x_0));
         let graph = match captured {
@@ -353,7 +376,10 @@ impl<N: Network> Trainer<N> {
                 }
                 match captured {
                     Ok(graph) => graph,
-                    Err(_) => return Ok(None),
+                    Err(error) => {
+                        self.not_captured = Some(error.to_string());
+                        return Ok(None);
+                    }
                 }
             }
         };
@@ -362,6 +388,25 @@ impl<N: Network> Trainer<N> {
         self.optimizer.count(true, self.ema.as_mut(), self.scaler.as_ref());
         self.graph = Some(graph);
         self.note(x_0.dim(0)?, loss, grad_norm).map(Some)
+    }
+
+    /// A thread's work on a GPU is in a stream of its own: what another one left there must be done.
+    fn follow_thread(&mut self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if self.wait_for_other_thread()? {
+            self.thread = std::thread::current().id();
+        }
+        Ok(())
+    }
+
+    /// Whether the last update was another thread's; then waits for it.
+    #[cfg(feature = "cuda")]
+    fn wait_for_other_thread(&self) -> Result<bool> {
+        let other = self.device.is_cuda() && self.thread != std::thread::current().id();
+        if other {
+            crate::kernels::cuda::Gpu::of(&self.device)?.wait_for_all()?;
+        }
+        Ok(other)
     }
 
     /// What a graph reads of the next update.
@@ -452,6 +497,8 @@ impl<N: Network> Trainer<N> {
     /// configuration, as [`resume`](Self::resume) compares them, or of a later step; then nothing is
     /// written. If a file cannot be written.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        self.wait_for_other_thread()?;
         self.read_unread()?;
         let scaler = self.grad_scaler()?;
         // Until the device was asked, those count that it skipped.
@@ -519,6 +566,8 @@ impl<N: Network> Trainer<N> {
     /// # Errors
     /// Those of building it.
     pub fn ema_model(&self) -> Result<N::Model> {
+        #[cfg(feature = "cuda")]
+        self.wait_for_other_thread()?;
         let weights = match &self.ema {
             Some(ema) => ema.averages().clone(),
             None => self.vars.iter().map(|(k, v)| (k.clone(), v.as_detached_tensor())).collect(),
@@ -537,6 +586,8 @@ impl<N: Network> Trainer<N> {
     /// # Errors
     /// Those of reading it from a GPU.
     pub fn grad_scaler(&self) -> Result<Option<GradScaler>> {
+        #[cfg(feature = "cuda")]
+        self.wait_for_other_thread()?;
         self.scaler.as_ref().map(|scaler| self.optimizer.settled(scaler)).transpose()
     }
 

@@ -174,6 +174,9 @@ impl Updater {
             }
         }
         if addresses != self.addresses {
+            if gpu.capturing.get() {
+                candle_core::bail!("weights or gradients moved within what is captured")
+            }
             self.weights = gpu.device.clone_htod(&addresses)?;
             self.parts = gpu.device.clone_htod(&parts)?;
             self.squares = gpu.device.alloc_zeros((parts.len() / 2).max(1))?;

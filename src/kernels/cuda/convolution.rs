@@ -271,19 +271,28 @@ impl Convolution {
 impl Convolution {
     /// None for products of pixels as they are, which cuBLASLt computes at once.
     fn plan(&self, gpu: &Gpu) -> Option<Rc<super::cudnn::Plan>> {
-        if self.is_pointwise() {
-            return None;
+        gpu.cudnn.as_ref().filter(|_| !self.is_pointwise())?.plan(&self.shape())
+    }
+
+    /// Whether it was done. What cuDNN refuses at the last moment is not asked of it again.
+    fn done(&self, gpu: &Gpu, result: Result<()>) -> bool {
+        if let (Err(_), Some(cudnn)) = (&result, &gpu.cudnn) {
+            cudnn.forget(&self.shape());
         }
+        result.is_ok()
+    }
+
+    fn shape(&self) -> super::cudnn::Shape {
         let Sizes { h, w, upsample, kernel, stride, .. } = self.sizes;
         let x = [self.batch, (h << upsample) as usize, (w << upsample) as usize, self.channels()];
-        gpu.cudnn.plan(&super::cudnn::Shape {
+        super::cudnn::Shape {
             element: self.element,
             tf32: self.precision == Precision::High,
             x,
             y: self.output(),
             kernel: kernel as usize,
             stride: stride as usize,
-        })
+        }
     }
 
     /// Values of the input, before it is doubled.
@@ -314,8 +323,7 @@ impl Convolution {
         let Some(plan) = self.plan(gpu) else { return Ok(false) };
         let doubled = self.doubled(gpu, x)?;
         let x = doubled.as_ref().unwrap_or(x);
-        plan.forward(gpu, x.pointer, packed.pointer, y.pointer)?;
-        Ok(true)
+        Ok(self.done(gpu, plan.forward(gpu, x.pointer, packed.pointer, y.pointer)))
     }
 
     fn weight_gradient_by_cudnn(
@@ -330,7 +338,9 @@ impl Convolution {
         let x = doubled.as_ref().unwrap_or(x);
         let count = gradient.elem_count();
         let packed = gpu.take(count * self.element.bytes())?;
-        plan.weight_gradient(gpu, x.pointer, dy.pointer, packed.pointer)?;
+        if !self.done(gpu, plan.weight_gradient(gpu, x.pointer, dy.pointer, packed.pointer)) {
+            return Ok(false);
+        }
         let (channels, taps) = (self.channels() as u32, self.taps() as u32);
         launch!(gpu, self.element, "unpack_rounded_gradient", each(count);
             packed.pointer, gpu.pointer(gradient)?, channels, taps, count as u64)?;
@@ -347,12 +357,16 @@ impl Convolution {
     ) -> Result<bool> {
         let Some(plan) = self.plan(gpu) else { return Ok(false) };
         if self.sizes.upsample == 0 {
-            plan.input_gradient(gpu, packed.pointer, dy.pointer, dx.pointer, accumulate)?;
-            return Ok(true);
+            let result =
+                plan.input_gradient(gpu, packed.pointer, dy.pointer, dx.pointer, accumulate);
+            return Ok(self.done(gpu, result));
         }
         let count = self.input_len();
         let doubled = gpu.take(4 * count * self.element.bytes())?;
-        plan.input_gradient(gpu, packed.pointer, dy.pointer, doubled.pointer, false)?;
+        let result = plan.input_gradient(gpu, packed.pointer, dy.pointer, doubled.pointer, false);
+        if !self.done(gpu, result) {
+            return Ok(false);
+        }
         launch!(gpu, self.element, "upsample_backward", each(count);
             doubled.pointer, dx.pointer, self.sizes.w as u32, self.channels() as u32,
             i32::from(accumulate), count as u64)?;

@@ -21,6 +21,8 @@ const CHOICES: usize = 8;
 /// A thread's cuDNN, and what was found for each convolution.
 pub(super) struct Cudnn {
     handle: sys::cudnnHandle_t,
+    /// Whose context outlives the handle.
+    _stream: Arc<CudaStream>,
     plans: RefCell<HashMap<Shape, Option<Rc<Plan>>>>,
 }
 
@@ -44,7 +46,8 @@ pub(super) struct Plan {
     x: sys::cudnnTensorDescriptor_t,
     y: sys::cudnnTensorDescriptor_t,
     w: sys::cudnnFilterDescriptor_t,
-    convolution: sys::cudnnConvolutionDescriptor_t,
+    /// One for each direction, since a kind of arithmetic is part of an algorithm.
+    convolutions: [sys::cudnnConvolutionDescriptor_t; 3],
     forward: (sys::cudnnConvolutionFwdAlgo_t, usize),
     of_input: (sys::cudnnConvolutionBwdDataAlgo_t, usize),
     of_weight: (sys::cudnnConvolutionBwdFilterAlgo_t, usize),
@@ -65,7 +68,9 @@ impl Drop for Plan {
             let _ = result::destroy_tensor_descriptor(self.x);
             let _ = result::destroy_tensor_descriptor(self.y);
             let _ = result::destroy_filter_descriptor(self.w);
-            let _ = result::destroy_convolution_descriptor(self.convolution);
+            for convolution in self.convolutions {
+                let _ = result::destroy_convolution_descriptor(convolution);
+            }
         }
     }
 }
@@ -76,7 +81,7 @@ impl Cudnn {
         let handle = result::create_handle().map_err(Error::wrap)?;
         // SAFETY: the stream is candle's, which lives as long as the device.
         unsafe { result::set_stream(handle, stream.cu_stream().cast()) }.map_err(Error::wrap)?;
-        Ok(Self { handle, plans: RefCell::default() })
+        Ok(Self { handle, _stream: stream.clone(), plans: RefCell::default() })
     }
 
     /// How cuDNN computes it, if it can.
@@ -88,11 +93,16 @@ impl Cudnn {
         self.plans.borrow_mut().insert(*shape, plan.clone());
         plan
     }
+
+    /// After it failed: there is another way.
+    pub fn forget(&self, shape: &Shape) {
+        self.plans.borrow_mut().insert(*shape, None);
+    }
 }
 
 /// The first of cuDNN's answers that is possible, deterministic and within the workspace.
 macro_rules! choose {
-    ($function:ident, $performance:ty; $($argument:expr),*) => {{
+    ($function:ident, $performance:ty, $exact:expr; $($argument:expr),*) => {{
         let mut count = 0;
         let mut found = [const { std::mem::MaybeUninit::<$performance>::zeroed() }; CHOICES];
         // SAFETY: the descriptors are alive, and there is room for as many answers as are asked for.
@@ -105,9 +115,22 @@ macro_rules! choose {
         found
             .filter(|found| found.status == sys::cudnnStatus_t::CUDNN_STATUS_SUCCESS)
             .filter(|found| found.determinism == sys::cudnnDeterminism_t::CUDNN_DETERMINISTIC)
+            // Exact f32 has no other arithmetic than this.
+            .filter(|found| !$exact || found.mathType == sys::cudnnMathType_t::CUDNN_FMA_MATH)
             .find(|found| found.memory <= WORKSPACE)
-            .map(|found| (found.algo, found.memory))
+            .map(|found| (found.algo, found.memory, found.mathType))
     }};
+}
+
+/// With this kind of arithmetic for the algorithm.
+fn settled<A>(
+    found: Option<(A, usize, sys::cudnnMathType_t)>,
+    convolution: sys::cudnnConvolutionDescriptor_t,
+) -> std::result::Result<Option<(A, usize)>, CudnnError> {
+    let Some((algorithm, bytes, math)) = found else { return Ok(None) };
+    // SAFETY: the descriptor is alive.
+    unsafe { result::set_convolution_math_type(convolution, math)? };
+    Ok(Some((algorithm, bytes)))
 }
 
 impl Plan {
@@ -131,8 +154,12 @@ impl Plan {
         let (pad, stride, kernel) =
             ((shape.kernel / 2) as i32, shape.stride as i32, shape.kernel as i32);
         let (x, y) = (result::create_tensor_descriptor()?, result::create_tensor_descriptor()?);
-        let (w, convolution) =
-            (result::create_filter_descriptor()?, result::create_convolution_descriptor()?);
+        let w = result::create_filter_descriptor()?;
+        let convolutions = [
+            result::create_convolution_descriptor()?,
+            result::create_convolution_descriptor()?,
+            result::create_convolution_descriptor()?,
+        ];
         let weight = [shape.y[3] as i32, shape.x[3] as i32, kernel, kernel];
         // SAFETY: the descriptors were made above.
         unsafe {
@@ -140,31 +167,36 @@ impl Plan {
             result::set_tensor4d_descriptor(x, format, element, channels_first(shape.x))?;
             result::set_tensor4d_descriptor(y, format, element, channels_first(shape.y))?;
             result::set_filter4d_descriptor(w, element, format, weight)?;
-            // Sums in f32, whatever the element.
-            result::set_convolution2d_descriptor(
-                convolution,
-                pad,
-                pad,
-                stride,
-                stride,
-                1,
-                1,
-                sys::cudnnConvolutionMode_t::CUDNN_CROSS_CORRELATION,
-                sys::cudnnDataType_t::CUDNN_DATA_FLOAT,
-            )?;
-            result::set_convolution_math_type(convolution, math)?;
+            for convolution in convolutions {
+                // Sums in f32, whatever the element.
+                result::set_convolution2d_descriptor(
+                    convolution,
+                    pad,
+                    pad,
+                    stride,
+                    stride,
+                    1,
+                    1,
+                    sys::cudnnConvolutionMode_t::CUDNN_CROSS_CORRELATION,
+                    sys::cudnnDataType_t::CUDNN_DATA_FLOAT,
+                )?;
+                result::set_convolution_math_type(convolution, math)?;
+            }
         }
-        let forward = choose!(get_convolution_forward_algorithm, sys::cudnnConvolutionFwdAlgoPerf_t;
-            handle, x, w, convolution, y);
+        let exact = math == CUDNN_FMA_MATH;
+        let [for_y, for_x, for_w] = convolutions;
+        let forward = choose!(get_convolution_forward_algorithm, sys::cudnnConvolutionFwdAlgoPerf_t,
+            exact; handle, x, w, for_y, y);
         let of_input = choose!(get_convolution_backward_data_algorithm,
-            sys::cudnnConvolutionBwdDataAlgoPerf_t; handle, w, y, convolution, x);
+            sys::cudnnConvolutionBwdDataAlgoPerf_t, exact; handle, w, y, for_x, x);
         let of_weight = choose!(get_convolution_backward_filter_algorithm,
-            sys::cudnnConvolutionBwdFilterAlgoPerf_t; handle, x, y, convolution, w);
-        let (Some(forward), Some(of_input), Some(of_weight)) = (forward, of_input, of_weight)
+            sys::cudnnConvolutionBwdFilterAlgoPerf_t, exact; handle, x, y, for_w, w);
+        let (Some(forward), Some(of_input), Some(of_weight)) =
+            (settled(forward, for_y)?, settled(of_input, for_x)?, settled(of_weight, for_w)?)
         else {
             return Ok(None);
         };
-        Ok(Some(Self { handle, x, y, w, convolution, forward, of_input, of_weight }))
+        Ok(Some(Self { handle, x, y, w, convolutions, forward, of_input, of_weight }))
     }
 
     /// Writes `y`.
@@ -182,7 +214,7 @@ impl Plan {
                 x as *const c_void,
                 self.w,
                 w as *const c_void,
-                self.convolution,
+                self.convolutions[0],
                 algorithm,
                 workspace.pointer as *mut c_void,
                 bytes,
@@ -215,7 +247,7 @@ impl Plan {
                 w as *const c_void,
                 self.y,
                 dy as *const c_void,
-                self.convolution,
+                self.convolutions[1],
                 algorithm,
                 workspace.pointer as *mut c_void,
                 bytes,
@@ -241,7 +273,7 @@ impl Plan {
                 x as *const c_void,
                 self.y,
                 dy as *const c_void,
-                self.convolution,
+                self.convolutions[2],
                 algorithm,
                 workspace.pointer as *mut c_void,
                 bytes,

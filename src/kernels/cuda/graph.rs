@@ -21,7 +21,11 @@ pub(crate) struct StepGraph {
     shape: Vec<usize>,
 }
 
-/// What a graph reads and writes, which is kept for as long as it may be launched.
+/// CUDA's handle of the stream that each thread has by itself.
+const PER_THREAD: sys::CUstream = std::ptr::without_provenance_mut(2);
+
+/// What a graph reads and writes of its own. The weights, what follows them, and the optimiser's part are
+/// the trainer's, which lets go of the graph before it lets go of them.
 struct Captured {
     graph: CudaGraph,
     gpu: Rc<Gpu>,
@@ -116,25 +120,46 @@ impl Gpu {
     fn captured<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<(CudaGraph, R)> {
         struct Capture<'a>(&'a Gpu);
 
-        impl Drop for Capture<'_> {
-            fn drop(&mut self) {
+        impl Capture<'_> {
+            fn end(&self) -> candle_core::Result<Option<CudaGraph>> {
                 self.0.capturing.set(false);
+                let flags =
+                    sys::CUgraphInstantiate_flags_enum::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+                // What dropping something recorded would keep the capture from ending. It shows in the
+                // graph, or in the error that led to it.
+                let _ = self.0.stream.context().check_err();
+                let graph = self.0.stream.end_capture(flags);
+                let _ = self.0.stream.context().check_err();
+                graph.w()
             }
         }
 
+        impl Drop for Capture<'_> {
+            fn drop(&mut self) {
+                if self.0.capturing.get() {
+                    let _ = self.end();
+                }
+            }
+        }
+
+        let context = self.stream.context();
+        // What other threads launch must not be captured, nor slices wait for events from without.
+        if self.stream.cu_stream() != PER_THREAD || context.is_managing_stream_synchronization() {
+            let reason =
+                "only the stream of `Device::new_cuda` is captured, the only one of its device";
+            return Err(candle_core::Error::Msg(reason.into()).into());
+        }
+        // With it candle refuses to upload and to read back while launches are captured.
+        let _no_copies = self.device.enable_cuda_graph_htod_cache();
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_RELAXED;
         self.stream.begin_capture(mode).w()?;
         self.capturing.set(true);
-        let result = {
-            let _capture = Capture(self);
-            work()
-        };
-        let flags =
-            sys::CUgraphInstantiate_flags_enum::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         // Ended even after an error, which is told first.
-        let graph = self.stream.end_capture(flags);
+        let capture = Capture(self);
+        let result = work();
+        let graph = capture.end();
         let result = result?;
-        match graph.w()? {
+        match graph? {
             Some(graph) => Ok((graph, result)),
             None => Err(candle_core::Error::Msg("nothing was captured".into()).into()),
         }

@@ -87,7 +87,7 @@ impl Element {
 }
 
 /// A device as a thread sees it, with memory that its passes use again. Each thread has its own, since
-/// candle's stream is the thread's.
+/// candle's stream is the thread's, with `Device::new_cuda`.
 pub(crate) struct Gpu {
     device: CudaDevice,
     stream: Arc<CudaStream>,
@@ -103,7 +103,7 @@ pub(crate) struct Gpu {
     capturing: Cell<bool>,
     products: Products,
     #[cfg(feature = "cudnn")]
-    cudnn: cudnn::Cudnn,
+    cudnn: Option<cudnn::Cudnn>,
 }
 
 thread_local! {
@@ -128,7 +128,11 @@ impl Gpu {
                 device: device.clone(),
                 products: Products::new(&stream)?,
                 #[cfg(feature = "cudnn")]
-                cudnn: cudnn::Cudnn::new(&stream)?,
+                // `DDPM_CUDNN=0` goes without, as does a machine that lacks it.
+                cudnn: match std::env::var("DDPM_CUDNN").as_deref() {
+                    Ok("0") => None,
+                    _ => cudnn::Cudnn::new(&stream).ok(),
+                },
                 step: RefCell::new((device.alloc_zeros(1)?, None)),
                 capturing: Cell::new(false),
                 stream,
@@ -179,6 +183,8 @@ impl Gpu {
 
     /// Memory for so many bytes, its content whatever was there before.
     pub fn take(self: &Rc<Self>, bytes: usize) -> Result<Memory> {
+        // Nothing is allocated as nothing, and is found again as what it is.
+        let bytes = bytes.max(1);
         let found = {
             let mut free = self.free.borrow_mut();
             // The smallest that is large enough, unless most of it would be wasted.
@@ -191,7 +197,7 @@ impl Gpu {
             // A graph would own it.
             None if self.capturing.get() => candle_core::bail!("no memory is free to be captured"),
             // SAFETY: whoever takes memory writes it before it is read.
-            None => unsafe { self.device.alloc::<u8>(bytes.max(1))? },
+            None => unsafe { self.device.alloc::<u8>(bytes)? },
         };
         let pointer = slice.device_ptr(&self.stream).0;
         Ok(Memory { slice: Some(slice), pointer, gpu: self.clone() })
@@ -217,6 +223,11 @@ impl Gpu {
             *known = Some(step);
         }
         Ok(memory.device_ptr(&self.stream).0)
+    }
+
+    /// Waits for whatever any thread gave the device to do.
+    pub fn wait_for_all(&self) -> Result<()> {
+        self.stream.context().synchronize().w()
     }
 
     /// A tensor of f32 whose values are still to be written.

@@ -13,6 +13,15 @@ const AHEAD: usize = 3;
 #[derive(Default)]
 pub(super) struct Staging(VecDeque<(PinnedHostSlice<f32>, CudaEvent)>);
 
+impl Drop for Staging {
+    fn drop(&mut self) {
+        for (_, copied) in &self.0 {
+            // If that fails there is no device left to copy.
+            let _ = copied.synchronize();
+        }
+    }
+}
+
 /// Values as a tensor on the device, without waiting for it.
 pub(crate) fn upload(device: &Device, values: &[f32], dims: &[usize]) -> Result<Tensor> {
     let gpu = Gpu::of(device)?;
