@@ -97,6 +97,9 @@ fn main() -> Result<()> {
             // Noise and all, as training goes there.
             Where::Cuda => trainer.step(&x).map(drop),
         })?;
+        if args.device == Where::Cuda && !format!("{trainer:?}").contains("captured: true") {
+            eprintln!("The step was not captured as a graph: {trainer:?}");
+        }
     }
     if wanted("forward") {
         // Weights that take no gradient, as in sampling.
@@ -154,8 +157,8 @@ fn measure(
     Ok(())
 }
 
-/// What of a GPU's memory is taken: by this process, if it is alone. Nothing is given back before its
-/// end, so it is the most that was.
+/// What of a GPU's memory is taken: by this process, if it is alone. Maps' memory is not given back before
+/// its end, so it is about the most that was.
 fn gpu_mb(device: &Device) -> Option<f64> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device {

@@ -138,7 +138,8 @@ impl Diffusion {
         if !t.dtype().is_int() {
             return Err(Error::config("dtype of t", t.dtype().as_str(), "an integer one"));
         }
-        // On a GPU reading `t` would wait for all work before it: there candle's own kernels check.
+        // On a GPU reading `t` would wait for all work before it: there candle's own kernels check, and
+        // this crate's give NaN.
         if t.device().is_cpu() {
             let steps = self.schedule.steps();
             let timesteps = t.to_dtype(DType::I64)?.to_vec1::<i64>()?;

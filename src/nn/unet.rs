@@ -127,8 +127,8 @@ impl UNet {
     }
 
     /// The same network, with products of this precision, where it is computed by the crate's kernels:
-    /// without gradients, or by [`forward_backward`](Denoiser::forward_backward), on the CPU and in
-    /// f32. [`Precision::Highest`] unless this is called.
+    /// without gradients, or by [`forward_backward`](Denoiser::forward_backward), with weights of f32 on
+    /// the CPU or a CUDA device. [`Precision::Highest`] unless this is called.
     ///
     /// # Errors
     /// If this build, or a network of this device or dtype, lacks what the precision takes.

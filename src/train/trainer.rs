@@ -251,7 +251,7 @@ impl<N: Network> Trainer<N> {
     ///
     /// # Errors
     /// As [`step`](Self::step), and if the shapes or dtypes do not fit each other, or a timestep is
-    /// out of range.
+    /// out of range; on a CUDA device the loss is NaN then.
     pub fn step_with(&mut self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Update> {
         // Its gradients may lie elsewhere, and the tables that a graph reads be written anew.
         #[cfg(feature = "cuda")]

@@ -1,5 +1,5 @@
-// A CUDA driver whose device is this CPU: memory is malloc's, a stream runs what it is given at once, and
-// a graph is a list of what was given while it was captured. Modules come from the stand-in for NVRTC.
+// A CUDA driver whose device is this CPU: memory is malloc's, each thread's stream runs what it is given at
+// once, one at a time, and a graph is a list of what a thread gave while it captured. Modules come from the stand-in for NVRTC.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -18,15 +18,19 @@ typedef uint64_t Pointer;
 enum { SUCCESS = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500 };
 
 static std::mutex lock;
-static std::vector<std::function<void()>> *capture;
+// Of this thread's stream.
+static thread_local std::vector<std::function<void()>> *capture;
 
 typedef std::vector<std::function<void()>> Graph;
 
 // Now, or when the graph that is captured is launched.
 API void stand_in_submit(const std::function<void()> *work) {
+    if (capture) {
+        capture->push_back(*work);
+        return;
+    }
     std::lock_guard<std::mutex> guard(lock);
-    if (capture) capture->push_back(*work);
-    else (*work)();
+    (*work)();
 }
 static Result submit(const std::function<void()> &work) {
     stand_in_submit(&work);
@@ -108,6 +112,7 @@ API Result cuGraphInstantiateWithFlags(void **exec, void *graph, unsigned long l
 }
 API Result cuGraphUpload(void *, void *) { return SUCCESS; }
 API Result cuGraphLaunch(void *exec, void *) {
+    std::lock_guard<std::mutex> guard(lock);
     for (auto &work : *(Graph *)exec) work();
     return SUCCESS;
 }

@@ -113,8 +113,8 @@ impl Convolution {
         let count = weight.elem_count();
         let packed = gpu.take(count * self.element.bytes())?;
         let (channels, taps) = (self.channels() as u32, self.taps() as u32);
-        launch!(gpu, self.element, "pack_weight", each(count);
-            gpu.pointer(weight)?, packed.pointer, channels, taps, count as u64)?;
+        launch!(gpu, self.element, "pack_weight", each(count)?;
+            gpu.pointer(weight)?, packed.pointer, channels, taps, count as u32)?;
         Ok(packed)
     }
 
@@ -141,8 +141,8 @@ impl Convolution {
         for first in (0..self.batch).step_by(images) {
             let rows = images.min(self.batch - first) * self.pixels();
             let count = rows * self.patch();
-            launch!(gpu, self.element, "gather_patches", each(count);
-                x.pointer + (first * image) as u64, patches.pointer, self.sizes, count as u64)?;
+            launch!(gpu, self.element, "gather_patches", each(count)?;
+                x.pointer + (first * image) as u64, patches.pointer, self.sizes, count as u32)?;
             let patches = Matrix::new(patches.pointer, rows, self.patch(), self.element);
             f(patches, first, first == 0)?;
         }
@@ -177,9 +177,9 @@ impl Convolution {
             })?;
         }
         let pointer = |memory: Option<&Memory>| memory.map_or(0, |memory| memory.pointer);
-        launch!(gpu, self.element, "add_to_map", each(count);
+        launch!(gpu, self.element, "add_to_map", each(count)?;
             y.pointer, gpu.pointer(added.bias)?, pointer(added.per_image),
-            pointer(added.residual), self.c_out as u32, self.pixels() as u32, count as u64)?;
+            pointer(added.residual), self.c_out as u32, self.pixels() as u32, count as u32)?;
         Ok(y)
     }
 
@@ -203,8 +203,8 @@ impl Convolution {
             gpu.multiply(self.precision, dy, (patches, As::Stored), sum, How::accumulating(!begins))
         })?;
         let (channels, taps) = (self.channels() as u32, self.taps() as u32);
-        launch!(gpu, self.element, "unpack_gradient", each(count);
-            packed.pointer, gpu.pointer(gradient)?, channels, taps, count as u64)
+        launch!(gpu, self.element, "unpack_gradient", each(count)?;
+            packed.pointer, gpu.pointer(gradient)?, channels, taps, count as u32)
     }
 
     /// Writes the gradient of the bias, and gives that of what was added to each image where it is
@@ -258,9 +258,9 @@ impl Convolution {
             let dy = (self.rows_of(dy, first, &d), As::Stored);
             gpu.multiply(self.precision, dy, weights, d, How::PLAIN)?;
             let count = images * image;
-            launch!(gpu, self.element, "scatter_patches", each(count);
+            launch!(gpu, self.element, "scatter_patches", each(count)?;
                 patches.pointer, dx.pointer + (first * image * bytes) as u64, self.sizes,
-                i32::from(accumulate), count as u64)?;
+                i32::from(accumulate), count as u32)?;
         }
         Ok(())
     }
@@ -307,9 +307,9 @@ impl Convolution {
         }
         let count = 4 * self.input_len();
         let doubled = gpu.take(count * self.element.bytes())?;
-        launch!(gpu, self.element, "upsample", each(count);
+        launch!(gpu, self.element, "upsample", each(count)?;
             x.pointer, doubled.pointer, self.sizes.w as u32, self.channels() as u32,
-            count as u64)?;
+            count as u32)?;
         Ok(Some(doubled))
     }
 
@@ -342,8 +342,8 @@ impl Convolution {
             return Ok(false);
         }
         let (channels, taps) = (self.channels() as u32, self.taps() as u32);
-        launch!(gpu, self.element, "unpack_rounded_gradient", each(count);
-            packed.pointer, gpu.pointer(gradient)?, channels, taps, count as u64)?;
+        launch!(gpu, self.element, "unpack_rounded_gradient", each(count)?;
+            packed.pointer, gpu.pointer(gradient)?, channels, taps, count as u32)?;
         Ok(true)
     }
 
@@ -367,9 +367,9 @@ impl Convolution {
         if !self.done(gpu, result) {
             return Ok(false);
         }
-        launch!(gpu, self.element, "upsample_backward", each(count);
+        launch!(gpu, self.element, "upsample_backward", each(count)?;
             doubled.pointer, dx.pointer, self.sizes.w as u32, self.channels() as u32,
-            i32::from(accumulate), count as u64)?;
+            i32::from(accumulate), count as u32)?;
         Ok(true)
     }
 }

@@ -1,8 +1,9 @@
 //! The kernels for CUDA devices: compiled when the program runs, from the sources beside this file;
 //! matrix products are cuBLASLt's, and convolutions cuDNN's with the feature `cudnn`.
 //!
-//! Maps are kept in f32, bf16 or f16 ([`Element`]); all arithmetic is in f32, all sums in one order.
-//! Every kernel's launch is on candle's stream, so that nothing here waits for the device.
+//! Maps are kept in f32, bf16 or f16 ([`Element`]); the kernels' arithmetic is in f32 or f64, their sums
+//! have one order. Everything is launched on candle's stream, and nothing waits for the device but what
+//! reads from it.
 
 mod adam;
 mod convolution;
@@ -281,9 +282,15 @@ impl Drop for Memory {
 }
 
 /// A thread for each of `count` values.
-fn each(count: usize) -> LaunchConfig {
+///
+/// # Errors
+/// If they are too many for the kernels' indices.
+fn each(count: usize) -> Result<LaunchConfig> {
+    if count > u32::MAX as usize {
+        candle_core::bail!("{count} values in a map: the CUDA kernels take less than 2^32")
+    }
     let blocks = count.div_ceil(THREADS as usize) as u32;
-    blocks_of((blocks, 1), (THREADS, 1))
+    Ok(blocks_of((blocks, 1), (THREADS, 1)))
 }
 
 fn blocks_of(grid: (u32, u32), block: (u32, u32)) -> LaunchConfig {

@@ -44,8 +44,8 @@ impl Gpu {
         let (x, (_, channels, h, w)) = (x.contiguous()?, x.dims4()?);
         let count = x.elem_count();
         let y = self.take(count * element.bytes())?;
-        launch!(self, element, "images_to_map", each(count);
-            self.pointer(&x)?, y.pointer, channels as u32, (h * w) as u32, count as u64)?;
+        launch!(self, element, "images_to_map", each(count)?;
+            self.pointer(&x)?, y.pointer, channels as u32, (h * w) as u32, count as u32)?;
         Ok(y)
     }
 
@@ -53,8 +53,8 @@ impl Gpu {
         let [batch, h, w, channels] = dims;
         let (images, pointer) = self.tensor(&[batch, channels, h, w])?;
         let count = images.elem_count();
-        launch!(self, element, "map_to_images", each(count);
-            x.pointer, pointer, channels as u32, (h * w) as u32, count as u64)?;
+        launch!(self, element, "map_to_images", each(count)?;
+            x.pointer, pointer, channels as u32, (h * w) as u32, count as u32)?;
         Ok(images)
     }
 
@@ -68,13 +68,13 @@ impl Gpu {
     ) -> Result<Memory> {
         let count = t.elem_count() * 2 * half;
         let y = self.take(count * element.bytes())?;
-        launch!(self, element, "sinusoids", each(count);
-            self.pointer(t)?, y.pointer, half as u32, decay, count as u64)?;
+        launch!(self, element, "sinusoids", each(count)?;
+            self.pointer(t)?, y.pointer, half as u32, decay, count as u32)?;
         Ok(y)
     }
 
     pub fn add(&self, sum: &Memory, more: &Memory, count: usize, element: Element) -> Result<()> {
-        launch!(self, element, "add", each(count); sum.pointer, more.pointer, count as u64)
+        launch!(self, element, "add", each(count)?; sum.pointer, more.pointer, count as u32)
     }
 
     /// Of each of `batch` images its channels, times their factors.
@@ -88,8 +88,8 @@ impl Gpu {
         let [_, h, w, channels] = dims;
         let count = dims.iter().product::<usize>();
         let y = self.take(count * element.bytes())?;
-        launch!(self, element, "scale_maps", each(count);
-            x.pointer, mask.pointer, y.pointer, channels as u32, (h * w) as u32, count as u64)?;
+        launch!(self, element, "scale_maps", each(count)?;
+            x.pointer, mask.pointer, y.pointer, channels as u32, (h * w) as u32, count as u32)?;
         Ok(y)
     }
 
@@ -105,9 +105,9 @@ impl Gpu {
         let count = batch * channels;
         let mask = self.take(count * element.bytes())?;
         let keep = (1.0 / (1.0 - p)) as f32;
-        launch!(self, element, "dropout_mask", each(count);
+        launch!(self, element, "dropout_mask", each(count)?;
             mask.pointer, address.seed, address.place, self.step(address.step)?, first as u32, p, keep, channels as u32,
-            count as u64)?;
+            count as u32)?;
         Ok(mask)
     }
 
@@ -121,8 +121,8 @@ impl Gpu {
         let [first, second] = channels.map(|channels| channels as u32);
         let count = pixels * (channels[0] + channels[1]);
         let y = self.take(count * element.bytes())?;
-        launch!(self, element, "concatenate", each(count);
-            a.pointer, b.pointer, y.pointer, first, second, count as u64)?;
+        launch!(self, element, "concatenate", each(count)?;
+            a.pointer, b.pointer, y.pointer, first, second, count as u32)?;
         Ok(y)
     }
 
@@ -137,8 +137,8 @@ impl Gpu {
         let a = self.take(pixels * channels[0] * element.bytes())?;
         let b = self.take(pixels * channels[1] * element.bytes())?;
         let count = pixels * (channels[0] + channels[1]);
-        launch!(self, element, "split", each(count);
-            y.pointer, a.pointer, b.pointer, first, second, count as u64)?;
+        launch!(self, element, "split", each(count)?;
+            y.pointer, a.pointer, b.pointer, first, second, count as u32)?;
         Ok([a, b])
     }
 
@@ -178,10 +178,10 @@ impl Gpu {
     ) -> Result<Memory> {
         let (channels, pixels) = norm.sizes();
         let y = self.take(norm.count() * element.bytes())?;
-        launch!(self, element, "normalize_again", each(norm.count());
+        launch!(self, element, "normalize_again", each(norm.count())?;
             x.pointer, y.pointer, self.pointer(norm.weight)?, self.pointer(norm.bias)?,
             statistics.pointer, norm.activation(), channels, pixels, norm.groups as u32,
-            norm.count() as u64)?;
+            norm.count() as u32)?;
         Ok(y)
     }
 
@@ -237,8 +237,8 @@ impl LinearLayer<'_> {
         let (element, (output, input)) = (self.element(), self.sizes()?);
         let count = output * input;
         let weights = gpu.take(count * element.bytes())?;
-        launch!(gpu, element, "cast", each(count);
-            gpu.pointer(self.weight)?, weights.pointer, count as u64)?;
+        launch!(gpu, element, "cast", each(count)?;
+            gpu.pointer(self.weight)?, weights.pointer, count as u32)?;
         let matrix = Matrix::new(weights.pointer, output, input, element);
         Ok((weights, matrix))
     }
@@ -247,8 +247,8 @@ impl LinearLayer<'_> {
         let (element, (_, input)) = (self.element(), self.sizes()?);
         let count = self.batch * input;
         let y = gpu.take(count * element.bytes())?;
-        launch!(gpu, element, "activate", each(count);
-            x.pointer, y.pointer, self.activation, count as u64)?;
+        launch!(gpu, element, "activate", each(count)?;
+            x.pointer, y.pointer, self.activation, count as u32)?;
         let matrix = Matrix::new(y.pointer, self.batch, input, element);
         Ok((y, matrix))
     }
@@ -262,8 +262,8 @@ impl LinearLayer<'_> {
         let d = Matrix::new(y.pointer, self.batch, output, element);
         let (x, weights) = ((x, As::Stored), (weights, As::Transposed));
         gpu.multiply(self.precision, x, weights, d, How::PLAIN)?;
-        launch!(gpu, element, "add_to_map", each(count);
-            y.pointer, gpu.pointer(self.bias)?, 0u64, 0u64, output as u32, 1u32, count as u64)?;
+        launch!(gpu, element, "add_to_map", each(count)?;
+            y.pointer, gpu.pointer(self.bias)?, 0u64, 0u64, output as u32, 1u32, count as u32)?;
         Ok(y)
     }
 
@@ -292,8 +292,8 @@ impl LinearLayer<'_> {
         let (_weights, weights) = self.weights(gpu)?;
         let to = Matrix::new(dx.pointer, self.batch, input, element);
         gpu.multiply(self.precision, (d, As::Stored), (weights, As::Stored), to, How::PLAIN)?;
-        launch!(gpu, element, "activate_backward", each(count);
-            x.pointer, dx.pointer, self.activation, count as u64)?;
+        launch!(gpu, element, "activate_backward", each(count)?;
+            x.pointer, dx.pointer, self.activation, count as u32)?;
         Ok(dx)
     }
 }

@@ -39,7 +39,7 @@ pub(crate) fn integers(gpu: &Gpu, address: Address, sample: u32, count: usize) -
     let storage = candle_core::CudaStorage::wrap_cuda_slice(slice, gpu.device.clone());
     let shape = Shape::from(4 * count);
     let y = Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false);
-    launch!(gpu, Element::F32, "integers", each(count);
+    launch!(gpu, Element::F32, "integers", each(count)?;
         gpu.pointer(&y)?, address.seed, address.place, gpu.step(address.step)?, sample,
         count as u32)?;
     Ok(y)
@@ -59,7 +59,7 @@ pub(crate) fn mix(
     let table = &gpu.table(table)?;
     let (sum, pointer) = gpu.tensor(x.dims())?;
     let count = x.elem_count();
-    launch!(gpu, Element::F32, "mix", each(count);
+    launch!(gpu, Element::F32, "mix", each(count)?;
         gpu.pointer(x)?, gpu.pointer(y)?, gpu.pointer(t)?, gpu.pointer(table)?,
         table.dim(0)? as u32, pointer, i32::from(negate), (count / t.elem_count()) as u64, count as u64)?;
     Ok(sum)
@@ -85,7 +85,7 @@ pub(crate) fn combine(x: &Tensor, a: f64, y: &Tensor, b: f64) -> Result<Tensor> 
     let gpu = Gpu::of(x.device())?;
     let (sum, pointer) = gpu.tensor(x.dims())?;
     let count = x.elem_count();
-    launch!(gpu, Element::F32, "combine", each(count);
+    launch!(gpu, Element::F32, "combine", each(count)?;
         gpu.pointer(x)?, a as f32, gpu.pointer(y)?, b as f32, pointer, count as u64)?;
     Ok(sum)
 }
@@ -94,8 +94,8 @@ pub(crate) fn combine(x: &Tensor, a: f64, y: &Tensor, b: f64) -> Result<Tensor> 
 pub(crate) fn add_to(sum: &Tensor, more: &Tensor) -> Result<()> {
     let gpu = Gpu::of(sum.device())?;
     let count = sum.elem_count();
-    launch!(gpu, Element::F32, "add", each(count);
-        gpu.pointer(sum)?, gpu.pointer(more)?, count as u64)
+    launch!(gpu, Element::F32, "add", each(count)?;
+        gpu.pointer(sum)?, gpu.pointer(more)?, count as u32)
 }
 
 /// What lies beyond `low` or `high` becomes that.
@@ -103,7 +103,7 @@ pub(crate) fn clamp(x: &Tensor, low: f32, high: f32) -> Result<Tensor> {
     let gpu = Gpu::of(x.device())?;
     let (y, pointer) = gpu.tensor(x.dims())?;
     let count = x.elem_count();
-    launch!(gpu, Element::F32, "clamp", each(count);
+    launch!(gpu, Element::F32, "clamp", each(count)?;
         gpu.pointer(x)?, low, high, pointer, count as u64)?;
     Ok(y)
 }
@@ -120,7 +120,7 @@ pub(crate) fn squared_error(
     let count = output.elem_count();
     let (gradient, d) = gpu.tensor(output.dims())?;
     let (loss, sum) = gpu.tensor(&[])?;
-    let config = each(count);
+    let config = each(count)?;
     let squares = gpu.take(config.grid_dim.0 as usize * Element::F32.bytes())?;
     let factor = (2.0 * scale) as f32;
     let gradient_scale = gradient_scale.map_or(Ok(0), |scale| gpu.pointer(scale))?;

@@ -1,74 +1,74 @@
 // Maps and vectors, value by value.
 
 // (batch, channels, pixels) of f32 to (batch, pixels, channels).
-extern "C" __global__ void images_to_map(const float *x, T *y, u32 channels, u32 pixels, u64 count) {
-    u64 i = global_index();
+extern "C" __global__ void images_to_map(const float *x, T *y, u32 channels, u32 pixels, u32 count) {
+    u32 i = global_index();
     if (i >= count) return;
-    u64 image = i / ((u64)channels * pixels);
+    u32 image = i / (channels * pixels);
     u32 channel = i % channels, pixel = (i / channels) % pixels;
     y[i] = put(x[(image * channels + channel) * pixels + pixel]);
 }
 
-extern "C" __global__ void map_to_images(const T *x, float *y, u32 channels, u32 pixels, u64 count) {
-    u64 i = global_index();
+extern "C" __global__ void map_to_images(const T *x, float *y, u32 channels, u32 pixels, u32 count) {
+    u32 i = global_index();
     if (i >= count) return;
-    u64 image = i / ((u64)channels * pixels);
+    u32 image = i / (channels * pixels);
     u32 pixel = i % pixels, channel = (i / pixels) % channels;
     y[i] = get(x[(image * pixels + pixel) * channels + channel]);
 }
 
-extern "C" __global__ void cast(const float *x, T *y, u64 count) {
-    u64 i = global_index();
+extern "C" __global__ void cast(const float *x, T *y, u32 count) {
+    u32 i = global_index();
     if (i < count) y[i] = put(x[i]);
 }
 
 // [sin | cos] of each timestep times `half` geometrically falling frequencies.
-extern "C" __global__ void sinusoids(const u32 *t, T *y, u32 half, double decay, u64 count) {
-    u64 i = global_index();
+extern "C" __global__ void sinusoids(const u32 *t, T *y, u32 half, double decay, u32 count) {
+    u32 i = global_index();
     if (i >= count) return;
     u32 k = i % (2 * half);
     double angle = t[i / (2 * half)] * exp(-decay * (k % half));
     y[i] = put((float)(k < half ? sin(angle) : cos(angle)));
 }
 
-extern "C" __global__ void add(T *sum, const T *more, u64 count) {
-    u64 i = global_index();
+extern "C" __global__ void add(T *sum, const T *more, u32 count) {
+    u32 i = global_index();
     if (i < count) sum[i] = put(get(sum[i]) + get(more[i]));
 }
 
 // Adds to a map what there is of a bias, values for each image and channel, and another map.
 extern "C" __global__ void add_to_map(
-    T *y, const float *bias, const T *per_image, const T *residual, u32 channels, u32 pixels, u64 count
+    T *y, const float *bias, const T *per_image, const T *residual, u32 channels, u32 pixels, u32 count
 ) {
-    u64 i = global_index();
+    u32 i = global_index();
     if (i >= count) return;
     u32 channel = i % channels;
     float sum = get(y[i]) + bias[channel];
-    if (per_image) sum += get(per_image[i / ((u64)channels * pixels) * channels + channel]);
+    if (per_image) sum += get(per_image[i / (channels * pixels) * channels + channel]);
     if (residual) sum += get(residual[i]);
     y[i] = put(sum);
 }
 
 extern "C" __global__ void scale_maps(
-    const T *x, const T *mask, T *y, u32 channels, u32 pixels, u64 count
+    const T *x, const T *mask, T *y, u32 channels, u32 pixels, u32 count
 ) {
-    u64 i = global_index();
+    u32 i = global_index();
     if (i >= count) return;
-    y[i] = put(get(x[i]) * get(mask[i / ((u64)channels * pixels) * channels + i % channels]));
+    y[i] = put(get(x[i]) * get(mask[i / (channels * pixels) * channels + i % channels]));
 }
 
-extern "C" __global__ void concatenate(const T *a, const T *b, T *y, u32 first, u32 second, u64 count) {
-    u64 i = global_index();
+extern "C" __global__ void concatenate(const T *a, const T *b, T *y, u32 first, u32 second, u32 count) {
+    u32 i = global_index();
     if (i >= count) return;
-    u64 pixel = i / (first + second);
+    u32 pixel = i / (first + second);
     u32 channel = i % (first + second);
     y[i] = channel < first ? a[pixel * first + channel] : b[pixel * second + channel - first];
 }
 
-extern "C" __global__ void split(const T *y, T *a, T *b, u32 first, u32 second, u64 count) {
-    u64 i = global_index();
+extern "C" __global__ void split(const T *y, T *a, T *b, u32 first, u32 second, u32 count) {
+    u32 i = global_index();
     if (i >= count) return;
-    u64 pixel = i / (first + second);
+    u32 pixel = i / (first + second);
     u32 channel = i % (first + second);
     if (channel < first) {
         a[pixel * first + channel] = y[i];
@@ -77,13 +77,13 @@ extern "C" __global__ void split(const T *y, T *a, T *b, u32 first, u32 second, 
     }
 }
 
-extern "C" __global__ void activate(const T *x, T *y, int f, u64 count) {
-    u64 i = global_index();
+extern "C" __global__ void activate(const T *x, T *y, int f, u32 count) {
+    u32 i = global_index();
     if (i < count) y[i] = put(activated(f, get(x[i])));
 }
 
-extern "C" __global__ void activate_backward(const T *x, T *d, int f, u64 count) {
-    u64 i = global_index();
+extern "C" __global__ void activate_backward(const T *x, T *d, int f, u32 count) {
+    u32 i = global_index();
     if (i < count) d[i] = put(get(d[i]) * derivative(f, get(x[i])));
 }
 

@@ -3,54 +3,54 @@
 
 // Weights (out, in, kernel, kernel) to the rows (out, kernel, kernel, in) that patches are multiplied
 // with.
-extern "C" __global__ void pack_weight(const float *x, T *y, u32 channels, u32 taps, u64 count) {
-    u64 i = global_index();
+extern "C" __global__ void pack_weight(const float *x, T *y, u32 channels, u32 taps, u32 count) {
+    u32 i = global_index();
     if (i >= count) return;
-    u64 out = i / ((u64)channels * taps);
+    u32 out = i / (channels * taps);
     u32 channel = i % channels, tap = (i / channels) % taps;
     y[i] = put(x[(out * channels + channel) * taps + tap]);
 }
 
 // A gradient of packed weights to that of weights as they are.
-extern "C" __global__ void unpack_gradient(const float *x, float *y, u32 channels, u32 taps, u64 count) {
-    u64 i = global_index();
+extern "C" __global__ void unpack_gradient(const float *x, float *y, u32 channels, u32 taps, u32 count) {
+    u32 i = global_index();
     if (i >= count) return;
-    u64 out = i / ((u64)channels * taps);
+    u32 out = i / (channels * taps);
     u32 tap = i % taps, channel = (i / taps) % channels;
     y[i] = x[(out * taps + tap) * channels + channel];
 }
 
 // The same of a gradient that is kept as maps are.
 extern "C" __global__ void unpack_rounded_gradient(
-    const T *x, float *y, u32 channels, u32 taps, u64 count
+    const T *x, float *y, u32 channels, u32 taps, u32 count
 ) {
-    u64 i = global_index();
+    u32 i = global_index();
     if (i >= count) return;
-    u64 out = i / ((u64)channels * taps);
+    u32 out = i / (channels * taps);
     u32 tap = i % taps, channel = (i / taps) % channels;
     y[i] = get(x[(out * taps + tap) * channels + channel]);
 }
 
 // Each pixel doubled in both directions; `w` is the width before.
-extern "C" __global__ void upsample(const T *x, T *y, u32 w, u32 channels, u64 count) {
-    u64 i = global_index();
+extern "C" __global__ void upsample(const T *x, T *y, u32 w, u32 channels, u32 count) {
+    u32 i = global_index();
     if (i >= count) return;
     u32 channel = i % channels;
-    u64 pixel = i / channels;
-    u64 row = pixel / (2 * w), column = pixel % (2 * w);
+    u32 pixel = i / channels;
+    u32 row = pixel / (2 * w), column = pixel % (2 * w);
     // Rows of all images are one below the other, and there is an even number of them in each.
-    y[i] = x[(row / 2 * w + column / 2) * channels + channel];
+    y[i] = x[((u64)(row / 2) * w + column / 2) * channels + channel];
 }
 
 // The gradient of that: the sum of the four.
 extern "C" __global__ void upsample_backward(
-    const T *dy, T *dx, u32 w, u32 channels, int accumulate, u64 count
+    const T *dy, T *dx, u32 w, u32 channels, int accumulate, u32 count
 ) {
-    u64 i = global_index();
+    u32 i = global_index();
     if (i >= count) return;
     u32 channel = i % channels;
-    u64 pixel = i / channels;
-    u64 at = (2 * (pixel / w) * 2 * w + 2 * (pixel % w)) * channels + channel;
+    u32 pixel = i / channels;
+    u64 at = (2 * (u64)(pixel / w) * 2 * w + 2 * (pixel % w)) * channels + channel;
     float sum = get(dy[at]) + get(dy[at + channels]);
     sum += get(dy[at + 2 * w * channels]) + get(dy[at + (2 * w + 1) * channels]);
     dx[i] = put(accumulate ? get(dx[i]) + sum : sum);
@@ -63,29 +63,29 @@ struct Sizes {
     int kernel, stride, upsample;
 };
 
-extern "C" __global__ void gather_patches(const T *x, T *patches, Sizes s, u64 count) {
-    u64 i = global_index();
+extern "C" __global__ void gather_patches(const T *x, T *patches, Sizes s, u32 count) {
+    u32 i = global_index();
     if (i >= count) return;
     int channel = i % s.channels, tap = (i / s.channels) % (s.kernel * s.kernel);
-    u64 pixel = i / ((u64)s.channels * s.kernel * s.kernel);
+    u32 pixel = i / (s.channels * s.kernel * s.kernel);
     int out_x = pixel % s.w_out, out_y = (pixel / s.w_out) % s.h_out;
-    u64 image = pixel / ((u64)s.w_out * s.h_out);
+    u32 image = pixel / (s.w_out * s.h_out);
     int y = out_y * s.stride + tap / s.kernel - s.kernel / 2;
     int x_ = out_x * s.stride + tap % s.kernel - s.kernel / 2;
     bool inside = y >= 0 && x_ >= 0 && y < s.h << s.upsample && x_ < s.w << s.upsample;
-    u64 from = ((image * s.h + (y >> s.upsample)) * s.w + (x_ >> s.upsample)) * s.channels + channel;
+    u64 from = (((u64)image * s.h + (y >> s.upsample)) * s.w + (x_ >> s.upsample)) * s.channels + channel;
     patches[i] = inside ? x[from] : put(0.0f);
 }
 
 // From the gradients of patches to that of the map: what each value went into, added up.
 extern "C" __global__ void scatter_patches(
-    const T *patches, T *dx, Sizes s, int accumulate, u64 count
+    const T *patches, T *dx, Sizes s, int accumulate, u32 count
 ) {
-    u64 i = global_index();
+    u32 i = global_index();
     if (i >= count) return;
     int channel = i % s.channels, x = (i / s.channels) % s.w;
     int y = (i / s.channels / s.w) % s.h;
-    u64 image = i / ((u64)s.channels * s.w * s.h);
+    u32 image = i / (s.channels * s.w * s.h);
     int reach = s.kernel / 2, doubled = s.upsample ? 2 : 1;
     float sum = accumulate ? get(dx[i]) : 0.0f;
     for (int tap = 0; tap < s.kernel * s.kernel; ++tap) {
@@ -96,7 +96,7 @@ extern "C" __global__ void scatter_patches(
             out_y /= s.stride;
             out_x /= s.stride;
             if (out_y >= s.h_out || out_x >= s.w_out) continue;
-            u64 pixel = (image * s.h_out + out_y) * s.w_out + out_x;
+            u64 pixel = ((u64)image * s.h_out + out_y) * s.w_out + out_x;
             sum += get(patches[(pixel * s.kernel * s.kernel + tap) * s.channels + channel]);
         }
     }

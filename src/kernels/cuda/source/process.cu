@@ -50,9 +50,9 @@ extern "C" __global__ void normals(float *y, u64 seed, u64 place, const u64 *ste
 
 // A dropout mask (batch, channels): 0 with probability p, and `keep` otherwise.
 extern "C" __global__ void dropout_mask(
-    T *y, u64 seed, u64 place, const u64 *step, u32 first_sample, double p, float keep, u32 channels, u64 count
+    T *y, u64 seed, u64 place, const u64 *step, u32 first_sample, double p, float keep, u32 channels, u32 count
 ) {
-    u64 i = global_index();
+    u32 i = global_index();
     if (i >= count) return;
     place = placed(place, step);
     u32 channel = i % channels;

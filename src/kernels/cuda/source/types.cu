@@ -60,6 +60,8 @@ __device__ inline float infinite() { return __uint_as_float(0x7f800000u); }
 __device__ inline float not_a_number() { return __uint_as_float(0x7fffffffu); }
 __device__ inline bool is_finite(double x) { return x - x == 0.0; }
 
+// A map has less than 2^32 values, so indices are of 32 bits where divisions are made of them.
+
 // Threads of a block that sums up.
 #define THREADS 256
 
