@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <mutex>
 #include <regex>
 #include <sstream>
 #include <string>
@@ -22,7 +23,9 @@ API int nvrtcCreateProgram(Program **program, const char *source, const char *, 
 API int nvrtcDestroyProgram(Program **program) { return delete *program, 0; }
 
 API int nvrtcCompileProgram(Program *program, int count, const char *const *options) {
-    // Beside the prelude, and kept: it is the same for the same source and options.
+    // Kept: it is the same for the same source and options. One thread at a time writes it.
+    static std::mutex lock;
+    std::lock_guard<std::mutex> guard(lock);
     std::string definitions;
     for (int i = 0; i < count; ++i) {
         if (!strncmp(options[i], "-D", 2)) definitions += std::string(" ") + options[i];
