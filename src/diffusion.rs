@@ -154,7 +154,7 @@ impl Diffusion {
     /// `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` of every timestep.
     #[cfg(feature = "cuda")]
     fn table(&self) -> Vec<[f64; 2]> {
-        self.schedule.alpha_bars().iter().map(|&bar| [bar.sqrt(), (1.0 - bar).sqrt()]).collect()
+        self.schedule.alpha_bars().iter().map(|&bar| rates_at(bar)).collect()
     }
 
     /// `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` for each of the batch, of timesteps on the CPU
@@ -162,8 +162,7 @@ impl Diffusion {
     fn rates_of_each(&self, t: &Tensor) -> Result<Vec<[f64; 2]>> {
         let bars = self.schedule.alpha_bars();
         let timesteps = t.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-        let rates = |t: i64| [bars[t as usize].sqrt(), (1.0 - bars[t as usize]).sqrt()];
-        Ok(timesteps.into_iter().map(rates).collect())
+        Ok(timesteps.into_iter().map(|t| rates_at(bars[t as usize])).collect())
     }
 
     /// `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` for each of the batch, in `like`'s dtype
@@ -183,6 +182,11 @@ impl Diffusion {
         };
         Ok((gather(&f64::sqrt)?, gather(&|a| (1.0 - a).sqrt())?))
     }
+}
+
+/// Of image and noise in `x_t`.
+fn rates_at(alpha_bar: f64) -> [f64; 2] {
+    [alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()]
 }
 
 #[cfg(test)]

@@ -158,24 +158,26 @@ impl Updater {
     /// Writes where the weights are to the device, unless it is known there.
     fn tabulate(&mut self, gpu: &Gpu, weights: &[WeightUpdate<'_>]) -> Result<()> {
         let optional = |tensor: Option<&Tensor>| tensor.map_or(Ok(0), |tensor| gpu.pointer(tensor));
-        let (mut addresses, mut parts) = (Vec::new(), Vec::new());
-        for (i, own) in weights.iter().enumerate() {
-            let count = own.weight.elem_count();
+        let mut addresses = Vec::new();
+        for own in weights {
             addresses.extend([
                 gpu.pointer(own.weight)?,
                 gpu.pointer(own.mean)?,
                 gpu.pointer(own.square)?,
                 optional(own.average)?,
                 optional(own.gradient)?,
-                count as u64,
+                own.weight.elem_count() as u64,
             ]);
-            for chunk in 0..count.div_ceil(CHUNK) {
-                parts.extend([i as u32, chunk as u32]);
-            }
         }
         if addresses != self.addresses {
             if gpu.capturing.get() {
                 candle_core::bail!("weights or gradients moved within what is captured")
+            }
+            let mut parts = Vec::new();
+            for (i, own) in weights.iter().enumerate() {
+                for chunk in 0..own.weight.elem_count().div_ceil(CHUNK) {
+                    parts.extend([i as u32, chunk as u32]);
+                }
             }
             self.weights = gpu.device.clone_htod(&addresses)?;
             self.parts = gpu.device.clone_htod(&parts)?;

@@ -113,7 +113,7 @@ impl Convolution {
         let count = weight.elem_count();
         let packed = gpu.take(count * self.element.bytes())?;
         let (channels, taps) = (self.channels() as u32, self.taps() as u32);
-        launch!(gpu, self.element, "pack_weight", each(count)?;
+        launch!(gpu, self.element, "images_to_map", each(count)?;
             gpu.pointer(weight)?, packed.pointer, channels, taps, count as u32)?;
         Ok(packed)
     }
@@ -203,7 +203,7 @@ impl Convolution {
             gpu.multiply(self.precision, dy, (patches, As::Stored), sum, How::accumulating(!begins))
         })?;
         let (channels, taps) = (self.channels() as u32, self.taps() as u32);
-        launch!(gpu, self.element, "unpack_gradient", each(count)?;
+        launch!(gpu, Element::F32, "map_to_images", each(count)?;
             packed.pointer, gpu.pointer(gradient)?, channels, taps, count as u32)
     }
 
@@ -342,7 +342,7 @@ impl Convolution {
             return Ok(false);
         }
         let (channels, taps) = (self.channels() as u32, self.taps() as u32);
-        launch!(gpu, self.element, "unpack_rounded_gradient", each(count)?;
+        launch!(gpu, self.element, "map_to_images", each(count)?;
             packed.pointer, gpu.pointer(gradient)?, channels, taps, count as u32)?;
         Ok(true)
     }

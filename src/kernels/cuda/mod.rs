@@ -100,7 +100,7 @@ pub(crate) struct Gpu {
     staging: RefCell<upload::Staging>,
     /// The step that random numbers are drawn for, on the device and as it is known here.
     step: RefCell<(CudaSlice<u64>, Option<u64>)>,
-    /// Whether launches are noted instead of run; see [`Gpu::capture`].
+    /// Whether launches are noted instead of run; see [`Gpu::captured`].
     capturing: Cell<bool>,
     products: Products,
     #[cfg(feature = "cudnn")]

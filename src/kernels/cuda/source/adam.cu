@@ -42,13 +42,8 @@ extern "C" __global__ void gradient_squares(const Weight *weights, const Part *p
     for (u64 i = first + threadIdx.x; own.gradient && i < own.count && i < first + CHUNK; i += THREADS) {
         sum += (double)own.gradient[i] * own.gradient[i];
     }
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    for (int half = THREADS / 2; half > 0; half /= 2) {
-        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-        __syncthreads();
-    }
-    if (threadIdx.x == 0) squares[blockIdx.x] = sums[0];
+    sum = block_sum(sum, sums);
+    if (threadIdx.x == 0) squares[blockIdx.x] = sum;
 }
 
 // From the squares to what this update does; one block. `scale` is what gradients were multiplied by, and
@@ -60,16 +55,11 @@ extern "C" __global__ void begin_update(
     __shared__ double sums[THREADS];
     double sum = 0.0;
     for (u32 i = threadIdx.x; i < count; i += THREADS) sum += squares[i];
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    for (int half = THREADS / 2; half > 0; half /= 2) {
-        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-        __syncthreads();
-    }
+    sum = block_sum(sum, sums);
     if (threadIdx.x != 0) return;
 
     double unscale = s.scaled != 0.0 ? 1.0 / *scale : 1.0;
-    double total = sqrt(sums[0]) * unscale;
+    double total = sqrt(sum) * unscale;
     // Above, a gradient's square may be beyond f32, and Adam's mean of it infinite for ever.
     if (!(total < 1e18)) total *= infinite();
     *norm = (float)total;

@@ -1,6 +1,7 @@
 // Maps and vectors, value by value.
 
-// (batch, channels, pixels) of f32 to (batch, pixels, channels).
+// (batch, channels, pixels) of f32 to (batch, pixels, channels): images to maps, and weights (out, in,
+// kernel, kernel) to the rows (out, kernel, kernel, in) that patches are multiplied with.
 extern "C" __global__ void images_to_map(const float *x, T *y, u32 channels, u32 pixels, u32 count) {
     u32 i = global_index();
     if (i >= count) return;
@@ -9,6 +10,7 @@ extern "C" __global__ void images_to_map(const float *x, T *y, u32 channels, u32
     y[i] = put(x[(image * channels + channel) * pixels + pixel]);
 }
 
+// And back: maps, and gradients of weights.
 extern "C" __global__ void map_to_images(const T *x, float *y, u32 channels, u32 pixels, u32 count) {
     u32 i = global_index();
     if (i >= count) return;

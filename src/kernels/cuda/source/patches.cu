@@ -1,36 +1,6 @@
 // Convolutions as products of patches: rows of kernel x kernel x channels values, one for each output
 // pixel. Where `upsample` is set the map is doubled in both directions before.
 
-// Weights (out, in, kernel, kernel) to the rows (out, kernel, kernel, in) that patches are multiplied
-// with.
-extern "C" __global__ void pack_weight(const float *x, T *y, u32 channels, u32 taps, u32 count) {
-    u32 i = global_index();
-    if (i >= count) return;
-    u32 out = i / (channels * taps);
-    u32 channel = i % channels, tap = (i / channels) % taps;
-    y[i] = put(x[(out * channels + channel) * taps + tap]);
-}
-
-// A gradient of packed weights to that of weights as they are.
-extern "C" __global__ void unpack_gradient(const float *x, float *y, u32 channels, u32 taps, u32 count) {
-    u32 i = global_index();
-    if (i >= count) return;
-    u32 out = i / (channels * taps);
-    u32 tap = i % taps, channel = (i / taps) % channels;
-    y[i] = x[(out * taps + tap) * channels + channel];
-}
-
-// The same of a gradient that is kept as maps are.
-extern "C" __global__ void unpack_rounded_gradient(
-    const T *x, float *y, u32 channels, u32 taps, u32 count
-) {
-    u32 i = global_index();
-    if (i >= count) return;
-    u32 out = i / (channels * taps);
-    u32 tap = i % taps, channel = (i / taps) % channels;
-    y[i] = get(x[(out * taps + tap) * channels + channel]);
-}
-
 // Each pixel doubled in both directions; `w` is the width before.
 extern "C" __global__ void upsample(const T *x, T *y, u32 w, u32 channels, u32 count) {
     u32 i = global_index();

@@ -110,11 +110,6 @@ extern "C" __global__ void total(const float *x, double scale, float *y, u64 cou
     __shared__ double sums[THREADS];
     double sum = 0.0;
     for (u64 i = threadIdx.x; i < count; i += THREADS) sum += x[i];
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    for (int half = THREADS / 2; half > 0; half /= 2) {
-        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-        __syncthreads();
-    }
-    if (threadIdx.x == 0) *y = (float)(sums[0] * scale);
+    sum = block_sum(sum, sums);
+    if (threadIdx.x == 0) *y = (float)(sum * scale);
 }

@@ -78,6 +78,17 @@ __device__ inline float block_sum(float value, float *shared) {
     return value;
 }
 
+// The same in f64. `shared`: THREADS values.
+__device__ inline double block_sum(double value, double *shared) {
+    shared[threadIdx.x] = value;
+    __syncthreads();
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+        if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+        __syncthreads();
+    }
+    return shared[0];
+}
+
 __device__ inline float block_max(float value, float *shared) {
     for (int other = 16; other > 0; other /= 2) {
         value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, other));
