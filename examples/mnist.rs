@@ -8,17 +8,25 @@ use std::process::ExitCode;
 use clap::Parser;
 use common::train::{Recipe, TrainArgs};
 use common::{cli, datasets, train};
-use ddpm::{TrainConfig, UNetConfig};
+use ddpm::{AdamConfig, TrainConfig, UNetConfig};
 
 fn recipe() -> Recipe {
     Recipe {
         example: "mnist",
         network: UNetConfig::mnist(),
-        // Small batches: in a quarter of an hour, many updates do more than exact ones.
-        train: TrainConfig { steps: 4_500, batch_size: 16, ..TrainConfig::mnist() },
+        // For a quarter of an hour: small batches, since many updates do more than exact ones, and
+        // large strides, which need a warm-up and clipping.
+        train: TrainConfig {
+            steps: 9_000,
+            batch_size: 8,
+            optimizer: AdamConfig::adam(4e-4),
+            warmup_steps: 200,
+            clip_norm: Some(1.0),
+            ..TrainConfig::mnist()
+        },
         out: "out/mnist",
-        save_every: 500,
-        sample_every: 1_000,
+        save_every: 1_000,
+        sample_every: 2_000,
         sample_count: 64,
         sampling_steps: 50,
     }
