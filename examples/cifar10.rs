@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use common::train::{Recipe, TrainArgs};
 use common::{cli, datasets, train};
-use ddpm::{TrainConfig, UNetConfig};
+use ddpm::{Solver, TrainConfig, UNetConfig};
 
 fn recipe() -> Recipe {
     Recipe {
@@ -19,13 +19,14 @@ fn recipe() -> Recipe {
         save_every: 1_000,
         sample_every: 5_000,
         sample_count: 64,
+        solver: Solver::ddim(),
         sampling_steps: 50,
     }
 }
 
 /// Train a DDPM on CIFAR-10, and draw samples from it
 #[derive(Parser)]
-#[command(name = "cifar10", version, after_help = recipe().defaults())]
+#[command(name = "cifar10", version, after_help = recipe().defaults("Defaults"))]
 struct Cli {
     /// The directory with cifar-10-batches-bin/, or `hub`
     #[arg(long, value_name = "DIR", default_value = "data")]

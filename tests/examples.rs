@@ -347,6 +347,12 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
         ("mnist", &["--steps"], &["a value is required for '--steps"]),
         ("mnist", &["--steps", "1", "--steps", "2"], &["cannot be used multiple times"]),
         ("mnist", &["--batch-size", "-3"], &["'-3'", "whole number from 1 to 65536"]),
+        (
+            "mnist",
+            &["--learning-rate", "0", "--out", &nothing],
+            &["learning_rate is 0", "positive"],
+        ),
+        ("mnist", &["--learning-rate", "-1"], &["'-1'", "a number from 0 to 1"]),
         ("mnist", &["--seed", "-1"], &["'-1'", "whole number from 0"]),
         ("mnist", &["--sample-count", "5000"], &["from 1 to 1024"]),
         ("mnist", &["--sampling-steps", "1001"], &["from 1 to 1000"]),
@@ -386,7 +392,8 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
     assert_fails(example("mnist").args(["--data", "hub", "--out", &nothing]), &["--features hub"])?;
     assert!(!Path::new(&nothing).exists(), "an error left something behind");
     let help = succeed(example("mnist").arg("--help"))?;
-    assert!(help.contains("--save-every") && help.contains("--steps 4500"), "{help}");
+    assert!(help.contains("--save-every") && help.contains("--steps 8000"), "{help}");
+    assert!(help.contains("--steps 20000"), "{help}");
     Ok(())
 }
 

@@ -5,10 +5,12 @@ use std::process::ExitCode;
 
 use candle_core::Device;
 use clap::Args;
-use ddpm::{Checkpoint, Diffusion, Error, Precision, TrainConfig, Trainer, UNetConfig};
+use ddpm::{
+    AdamConfig, Checkpoint, Diffusion, Error, Precision, Solver, TrainConfig, Trainer, UNetConfig,
+};
 use indicatif::HumanCount;
 
-use super::cli::{Result, precision, resume_command, whole};
+use super::cli::{Result, fraction, precision, resume_command, whole};
 use super::datasets::{DataSet, check_shape};
 use super::watch::Watch;
 use super::{device, files, interrupt};
@@ -22,17 +24,19 @@ pub struct Recipe {
     pub save_every: u64,
     pub sample_every: u64,
     pub sample_count: usize,
+    pub solver: Solver,
     pub sampling_steps: usize,
 }
 
 impl Recipe {
-    /// For the end of --help.
-    pub fn defaults(&self) -> String {
+    /// For the end of --help: what holds `when`.
+    pub fn defaults(&self, when: &str) -> String {
         let Self { train, .. } = self;
         format!(
-            "Defaults: --out {} --save-every {} --sample-every {} --sample-count {} \
+            "{when}: --out {} --save-every {} --sample-every {} --sample-count {} \
              --sampling-steps {} and, but for --resume, which takes them from the checkpoint, \
-             --steps {} --batch-size {} --accumulation {} --precision {} --seed {} --log-every {}.",
+             --steps {} --batch-size {} --learning-rate {} --accumulation {} --precision {} --seed {} \
+             --log-every {}.",
             self.out,
             self.save_every,
             self.sample_every,
@@ -40,6 +44,7 @@ impl Recipe {
             self.sampling_steps,
             train.steps,
             train.batch_size,
+            train.optimizer.learning_rate,
             train.accumulation,
             train.precision,
             train.seed,
@@ -58,6 +63,9 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=65_536))]
     batch_size: Option<usize>,
+    /// The optimiser's, once warm-up is over
+    #[arg(long, value_name = "R", allow_negative_numbers = true, value_parser = fraction)]
+    learning_rate: Option<f64>,
     /// Parts in which a batch goes through the network, to save memory; divides --batch-size
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=65_536))]
@@ -88,7 +96,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=1024))]
     pub sample_count: Option<usize>,
-    /// Steps of DDIM for the grids
+    /// Timesteps that the sampler visits for the grids
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=1000))]
     pub sampling_steps: Option<usize>,
@@ -108,6 +116,10 @@ impl TrainArgs {
             seed: self.seed.unwrap_or(config.seed),
             steps: self.steps.unwrap_or(config.steps),
             batch_size: self.batch_size.unwrap_or(config.batch_size),
+            optimizer: AdamConfig {
+                learning_rate: self.learning_rate.unwrap_or(config.optimizer.learning_rate),
+                ..config.optimizer
+            },
             accumulation: self.accumulation.unwrap_or(config.accumulation),
             precision: self.precision.unwrap_or(config.precision),
             log_every: self.log_every.unwrap_or(config.log_every),

@@ -4,7 +4,7 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use ddpm::{Metrics, Observer, Sampler, Solver, Trainer, UNetConfig};
+use ddpm::{Metrics, Observer, Sampler, Trainer, UNetConfig};
 
 use super::cli::Result;
 use super::metrics::{self, Log};
@@ -33,7 +33,7 @@ impl Watch {
         trainer: &Trainer<UNetConfig>,
     ) -> Result<Self> {
         let sampling_steps = args.sampling_steps.unwrap_or(recipe.sampling_steps);
-        let sampler = Sampler::new(trainer.diffusion(), Solver::ddim(), sampling_steps)?;
+        let sampler = Sampler::new(trainer.diffusion(), recipe.solver, sampling_steps)?;
         Ok(Self {
             progress: Progress::new(trainer.config().steps, trainer.steps()),
             out: out.into(),

@@ -1,6 +1,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+#[cfg(feature = "cuda")]
+use candle_core::Device;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
@@ -144,6 +146,10 @@ impl UNet {
             let expected =
                 "highest, high or bf16 on the CPU: f16 is for CUDA devices (feature `cuda`)";
             return Err(Error::config("precision", precision, expected));
+        }
+        #[cfg(feature = "cuda")]
+        if let device @ Device::Cuda(_) = self.init_conv.weight.device() {
+            crate::kernels::cuda::Gpu::of(device)?.check(precision)?;
         }
         Ok(Self { precision, ..self })
     }

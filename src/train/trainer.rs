@@ -342,9 +342,16 @@ impl<N: Network> Trainer<N> {
     /// The update by a graph, where it was captured or can be.
     #[cfg(feature = "cuda")]
     fn step_by_graph(&mut self, x_0: &Tensor, t: &Tensor) -> Result<Option<Update>> {
-        use crate::kernels::cuda::{self, StepGraph};
+        use crate::kernels::cuda::{self, Gpu, StepGraph};
 
+        if !self.device.is_cuda() {
+            return Ok(None);
+        }
         self.follow_thread()?;
+        // A step from within a pass, by the function that gives it its gradient, say.
+        if Gpu::of(&self.device)?.in_a_pass() {
+            return Ok(None);
+        }
         let learning_rate = self.config.learning_rate(self.step);
         let captured = self.graph.take().filter(|graph| graph.fits(x_0));
         let graph = match captured {

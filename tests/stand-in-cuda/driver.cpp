@@ -44,8 +44,8 @@ API Result cuDeviceGetName(char *name, int length, int) {
     return snprintf(name, length, "stand-in"), SUCCESS;
 }
 API Result cuDeviceGetAttribute(int *value, int attribute, int) {
-    // Compute capability 7.5, and memory pools; of the others, none is asked for.
-    *value = attribute == 75 ? 7 : attribute == 76 ? 5 : attribute == 115 ? 1 : 0;
+    // Compute capability 8.0, and memory pools; of the others, none is asked for.
+    *value = attribute == 75 ? 8 : attribute == 115 ? 1 : 0;
     return SUCCESS;
 }
 API Result cuDevicePrimaryCtxRetain(void **context, int) { return *context = (void *)1, SUCCESS; }

@@ -48,7 +48,8 @@ API int nvrtcCompileProgram(Program *program, int count, const char *const *opti
     if (!access(program->library.c_str(), R_OK)) return 0;
     std::string unique = base + "." + std::to_string(getpid());
     std::ofstream(unique + ".cpp") << source;
-    std::string command = std::string("c++ -std=c++17 -g -fPIC -shared -ffp-contract=off ") + flags + definitions + " -o " +
+    std::string command = std::string("c++ -std=c++17 -g -fPIC -shared -ffp-contract=off "
+                          "-fsanitize=alignment -fsanitize-undefined-trap-on-error ") + flags + definitions + " -o " +
                           unique + ".so " + unique + ".cpp 2> " + unique + ".log && mv " + unique + ".so " +
                           program->library;
     if (!system(command.c_str())) return 0;

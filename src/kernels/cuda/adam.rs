@@ -1,7 +1,7 @@
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
 use candle_core::{Device, Result, Tensor};
 
-use super::{Element, Gpu, THREADS, blocks_of, launch};
+use super::{Argument, Element, Gpu, THREADS, blocks_of};
 
 /// Values that a block works on: `CHUNK` in `adam.cu`.
 const CHUNK: usize = 4096;
@@ -31,6 +31,10 @@ pub(crate) struct UpdateSettings {
 
 // SAFETY: plain numbers, laid out as in the source.
 unsafe impl DeviceRepr for UpdateSettings {}
+
+impl Argument for UpdateSettings {
+    const TYPE: &'static str = "Settings";
+}
 
 /// What updates count: on the device, since there it is decided which ones are skipped.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -147,11 +151,22 @@ impl Updater {
         let squares = self.squares.device_ptr(stream).0;
         let control = self.control.device_ptr(stream).0;
         let learning_rate = self.learning_rate.0.device_ptr(stream).0;
-        launch!(gpu, Element::F32, "gradient_squares", blocks; weights, table, squares)?;
-        launch!(gpu, Element::F32, "begin_update", blocks_of((1, 1), (THREADS, 1));
-            squares, parts, settings, learning_rate, control, gpu.pointer(&self.scale)?,
-            norm_pointer)?;
-        launch!(gpu, Element::F32, "update_weights", blocks; weights, table, control)?;
+        gpu.launch(Element::F32, "gradient_squares", blocks, (weights, table, squares))?;
+        gpu.launch(
+            Element::F32,
+            "begin_update",
+            blocks_of((1, 1), (THREADS, 1)),
+            (
+                squares,
+                parts,
+                settings,
+                learning_rate,
+                control,
+                gpu.pointer(&self.scale)?,
+                norm_pointer,
+            ),
+        )?;
+        gpu.launch(Element::F32, "update_weights", blocks, (weights, table, control))?;
         Ok(norm)
     }
 

@@ -4,7 +4,7 @@ use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{Result, Tensor};
 
 use super::gemm::{As, How, Matrix};
-use super::{Element, Gpu, Memory, blocks_of, each, launch};
+use super::{Argument, Element, Gpu, Memory, each, each_of};
 use crate::Precision;
 use crate::kernels::Scale;
 
@@ -27,6 +27,10 @@ struct Sizes {
 
 // SAFETY: plain integers, laid out as in the source.
 unsafe impl DeviceRepr for Sizes {}
+
+impl Argument for Sizes {
+    const TYPE: &'static str = "Sizes";
+}
 
 /// A convolution of maps, padded, by matrix products of patches.
 #[derive(Debug, Clone, Copy)]
@@ -113,8 +117,12 @@ impl Convolution {
         let count = weight.elem_count();
         let packed = gpu.take(count * self.element.bytes())?;
         let (channels, taps) = (self.channels() as u32, self.taps() as u32);
-        launch!(gpu, self.element, "images_to_map", each(count)?;
-            gpu.pointer(weight)?, packed.pointer, channels, taps, count as u32)?;
+        gpu.launch(
+            self.element,
+            "images_to_map",
+            each(count)?,
+            (gpu.pointer(weight)?, packed.pointer, channels, taps, count as u32),
+        )?;
         Ok(packed)
     }
 
@@ -141,8 +149,14 @@ impl Convolution {
         for first in (0..self.batch).step_by(images) {
             let rows = images.min(self.batch - first) * self.pixels();
             let count = rows * self.patch();
-            launch!(gpu, self.element, "gather_patches", each(count)?;
-                x.pointer + (first * image) as u64, patches.pointer, self.sizes, count as u32)?;
+            let x = x.pointer + (first * image) as u64;
+            let width = self.element.width(&[self.channels()], &[x, patches.pointer]);
+            gpu.launch(
+                self.element,
+                "gather_patches",
+                each_of(count, width)?,
+                (x, patches.pointer, self.sizes, width, count as u32),
+            )?;
             let patches = Matrix::new(patches.pointer, rows, self.patch(), self.element);
             f(patches, first, first == 0)?;
         }
@@ -176,10 +190,7 @@ impl Convolution {
                 gpu.multiply(self.precision, patches, weights, rows, How::PLAIN)
             })?;
         }
-        let pointer = |memory: Option<&Memory>| memory.map_or(0, |memory| memory.pointer);
-        launch!(gpu, self.element, "add_to_map", each(count)?;
-            y.pointer, gpu.pointer(added.bias)?, pointer(added.per_image),
-            pointer(added.residual), self.c_out as u32, self.pixels() as u32, count as u32)?;
+        gpu.add_to_map(&y, [self.batch, self.pixels(), self.c_out], added, self.element)?;
         Ok(y)
     }
 
@@ -203,8 +214,12 @@ impl Convolution {
             gpu.multiply(self.precision, dy, (patches, As::Stored), sum, How::accumulating(!begins))
         })?;
         let (channels, taps) = (self.channels() as u32, self.taps() as u32);
-        launch!(gpu, Element::F32, "map_to_images", each(count)?;
-            packed.pointer, gpu.pointer(gradient)?, channels, taps, count as u32)
+        gpu.launch(
+            Element::F32,
+            "map_to_images",
+            each(count)?,
+            (packed.pointer, gpu.pointer(gradient)?, channels, taps, count as u32),
+        )
     }
 
     /// Writes the gradient of the bias, and gives that of what was added to each image where it is
@@ -219,10 +234,8 @@ impl Convolution {
         let count = self.batch * self.c_out;
         let sums = gpu.take(count * Element::F32.bytes())?;
         let of_images = per_image.then(|| gpu.take(count * self.element.bytes())).transpose()?;
-        let also = of_images.as_ref().map_or(0, |memory| memory.pointer);
-        let grid = (self.c_out.div_ceil(32) as u32, self.batch as u32);
-        launch!(gpu, self.element, "sums_by_image", blocks_of(grid, (32, 8));
-            dy.pointer, sums.pointer, also, self.c_out as u32, self.pixels() as u32)?;
+        let sizes = [self.batch, self.pixels(), self.c_out];
+        gpu.sums_by_image(dy, sizes, sums.pointer, of_images.as_ref(), self.element)?;
         gpu.sum_columns(&sums, gradient, self.batch)?;
         Ok(of_images)
     }
@@ -258,9 +271,14 @@ impl Convolution {
             let dy = (self.rows_of(dy, first, &d), As::Stored);
             gpu.multiply(self.precision, dy, weights, d, How::PLAIN)?;
             let count = images * image;
-            launch!(gpu, self.element, "scatter_patches", each(count)?;
-                patches.pointer, dx.pointer + (first * image * bytes) as u64, self.sizes,
-                i32::from(accumulate), count as u32)?;
+            let dx = dx.pointer + (first * image * bytes) as u64;
+            let width = self.element.width(&[self.channels()], &[patches.pointer, dx]);
+            gpu.launch(
+                self.element,
+                "scatter_patches",
+                each_of(count, width)?,
+                (patches.pointer, dx, self.sizes, i32::from(accumulate), width, count as u32),
+            )?;
         }
         Ok(())
     }
@@ -307,9 +325,20 @@ impl Convolution {
         }
         let count = 4 * self.input_len();
         let doubled = gpu.take(count * self.element.bytes())?;
-        launch!(gpu, self.element, "upsample", each(count)?;
-            x.pointer, doubled.pointer, self.sizes.w as u32, self.channels() as u32,
-            count as u32)?;
+        let width = self.element.width(&[self.channels()], &[x.pointer, doubled.pointer]);
+        gpu.launch(
+            self.element,
+            "upsample",
+            each_of(count, width)?,
+            (
+                x.pointer,
+                doubled.pointer,
+                self.sizes.w as u32,
+                self.channels() as u32,
+                width,
+                count as u32,
+            ),
+        )?;
         Ok(Some(doubled))
     }
 
@@ -342,8 +371,12 @@ impl Convolution {
             return Ok(false);
         }
         let (channels, taps) = (self.channels() as u32, self.taps() as u32);
-        launch!(gpu, self.element, "map_to_images", each(count)?;
-            packed.pointer, gpu.pointer(gradient)?, channels, taps, count as u32)?;
+        gpu.launch(
+            self.element,
+            "map_to_images",
+            each(count)?,
+            (packed.pointer, gpu.pointer(gradient)?, channels, taps, count as u32),
+        )?;
         Ok(true)
     }
 
@@ -367,9 +400,21 @@ impl Convolution {
         if !self.done(gpu, result) {
             return Ok(false);
         }
-        launch!(gpu, self.element, "upsample_backward", each(count)?;
-            doubled.pointer, dx.pointer, self.sizes.w as u32, self.channels() as u32,
-            i32::from(accumulate), count as u32)?;
+        let width = self.element.width(&[self.channels()], &[doubled.pointer, dx.pointer]);
+        gpu.launch(
+            self.element,
+            "upsample_backward",
+            each_of(count, width)?,
+            (
+                doubled.pointer,
+                dx.pointer,
+                self.sizes.w as u32,
+                self.channels() as u32,
+                i32::from(accumulate),
+                width,
+                count as u32,
+            ),
+        )?;
         Ok(true)
     }
 }

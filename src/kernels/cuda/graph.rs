@@ -40,6 +40,12 @@ thread_local! {
     static GRAPHS: RefCell<HashMap<u64, Captured>> = RefCell::default();
 }
 
+/// Whether this thread has captured steps, which use memory that is free otherwise.
+pub(super) fn any() -> bool {
+    // If they are not to be had, they are being looked at.
+    GRAPHS.with(|graphs| graphs.try_borrow().map_or(true, |graphs| !graphs.is_empty()))
+}
+
 /// What a step computes: the loss, the gradient's norm, and the gradients.
 pub(crate) type Computed = (Tensor, Tensor, Vec<Tensor>);
 
@@ -86,13 +92,16 @@ impl StepGraph {
     /// Launches the step for this batch: the loss, and the gradient's norm.
     ///
     /// # Errors
-    /// Unless it [fits](Self::fits).
+    /// Unless it [fits](Self::fits), and no [pass](Gpu::in_a_pass) is under way.
     pub fn launch(&self, x_0: &Tensor, t: &Tensor) -> Result<(Tensor, Tensor)> {
         GRAPHS
             .with_borrow(|graphs| {
                 let Some(own) = graphs.get(&self.id).filter(|_| x_0.dims() == self.shape) else {
                     candle_core::bail!("a captured step was given another batch, or another thread")
                 };
+                if own.gpu.in_a_pass() {
+                    candle_core::bail!("a captured step was launched within another pass")
+                }
                 own.gpu.copy(x_0, &own.x_0)?;
                 own.gpu.copy(t, &own.t)?;
                 own.graph.launch().w()?;

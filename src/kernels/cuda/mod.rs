@@ -11,6 +11,7 @@ mod convolution;
 mod cudnn;
 mod gemm;
 mod graph;
+mod launch;
 mod operations;
 mod process;
 #[cfg(test)]
@@ -23,12 +24,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, LaunchConfig,
-};
-use candle_core::cuda_backend::cudarc::nvrtc::{
-    CompileError, CompileOptions, compile_ptx_with_opts,
-};
+use candle_core::cuda_backend::cudarc::driver::{CudaModule, CudaSlice, CudaStream, DevicePtr};
 use candle_core::cuda_backend::{CudaDevice, DeviceId};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaStorage, DType, Device, Result, Storage, Tensor};
@@ -38,21 +34,10 @@ pub(crate) use adam::{Counts, UpdateSettings, Updater, WeightUpdate};
 pub(crate) use convolution::{Added, Convolution};
 use gemm::Products;
 pub(crate) use graph::StepGraph;
+use launch::{Argument, Kernel, THREADS, blocks_of, each, each_of};
 pub(crate) use operations::{Attention, LinearLayer, Norm, NormStatistics};
 pub(crate) use process::*;
 pub(crate) use upload::upload;
-
-const SOURCE: &str = concat!(
-    include_str!("source/types.cu"),
-    include_str!("source/maps.cu"),
-    include_str!("source/norm.cu"),
-    include_str!("source/patches.cu"),
-    include_str!("source/process.cu"),
-    include_str!("source/adam.cu"),
-);
-
-/// Threads of a block that sums up: `THREADS` in `types.cu`.
-const THREADS: u32 = 256;
 
 /// How the values of a map are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -92,9 +77,13 @@ impl Element {
 pub(crate) struct Gpu {
     device: CudaDevice,
     stream: Arc<CudaStream>,
+    /// Major and minor number.
+    capability: (i32, i32),
     modules: RefCell<HashMap<Element, Arc<CudaModule>>>,
-    functions: RefCell<HashMap<(Element, &'static str), CudaFunction>>,
+    kernels: RefCell<HashMap<(Element, &'static str), Kernel>>,
     free: RefCell<BTreeMap<usize, Vec<CudaSlice<u8>>>>,
+    /// How many pieces of memory are taken and not free again.
+    on_loan: Cell<usize>,
     /// Of schedules that were used: their values, and where they are on the device.
     tables: RefCell<Vec<(Vec<[f64; 2]>, Tensor)>>,
     staging: RefCell<upload::Staging>,
@@ -115,7 +104,7 @@ impl Gpu {
     /// The device's kernels and memory, for this thread.
     ///
     /// # Errors
-    /// If it is not a CUDA device, or cuBLASLt cannot be had.
+    /// If it is not a CUDA device of compute capability 7.0 or later, or cuBLASLt cannot be had.
     pub fn of(device: &Device) -> Result<Rc<Self>> {
         let Device::Cuda(device) = device else {
             candle_core::bail!("a CUDA kernel was given a tensor of another device")
@@ -125,6 +114,13 @@ impl Gpu {
                 return Ok(gpu.clone());
             }
             let stream = device.cuda_stream();
+            let capability = stream.context().compute_capability().w()?;
+            if capability < (7, 0) {
+                let (major, minor) = capability;
+                candle_core::bail!(
+                    "the CUDA kernels are for compute capability 7.0 and later; this device has {major}.{minor}"
+                )
+            }
             let gpu = Rc::new(Self {
                 device: device.clone(),
                 products: Products::new(&stream)?,
@@ -137,49 +133,17 @@ impl Gpu {
                 step: RefCell::new((device.alloc_zeros(1)?, None)),
                 capturing: Cell::new(false),
                 stream,
+                capability,
                 modules: RefCell::default(),
-                functions: RefCell::default(),
+                kernels: RefCell::default(),
                 free: RefCell::default(),
+                on_loan: Cell::new(0),
                 tables: RefCell::default(),
                 staging: RefCell::default(),
             });
             gpus.insert(device.id(), gpu.clone());
             Ok(gpu)
         })
-    }
-
-    fn function(&self, element: Element, name: &'static str) -> Result<CudaFunction> {
-        if let Some(function) = self.functions.borrow().get(&(element, name)) {
-            return Ok(function.clone());
-        }
-        let function = self.module(element)?.load_function(name).w()?;
-        self.functions.borrow_mut().insert((element, name), function.clone());
-        Ok(function)
-    }
-
-    fn module(&self, element: Element) -> Result<Arc<CudaModule>> {
-        if let Some(module) = self.modules.borrow().get(&element) {
-            return Ok(module.clone());
-        }
-        let context = self.stream.context();
-        let (major, minor) = context.compute_capability().w()?;
-        let options = vec![
-            format!("--gpu-architecture=compute_{major}{minor}"),
-            "--std=c++17".to_owned(),
-            element.definition().to_owned(),
-        ];
-        let options = CompileOptions { options, ..Default::default() };
-        let ptx = compile_ptx_with_opts(SOURCE, options).map_err(|error| match error {
-            CompileError::CompileError { log, .. } => {
-                let log = log.to_string_lossy();
-                let line = log.lines().find(|line| line.contains("error")).unwrap_or(&log);
-                candle_core::Error::Msg(format!("NVRTC does not take the kernels' source: {line}"))
-            }
-            other => candle_core::Error::wrap(other),
-        })?;
-        let module = context.load_module(ptx).w()?;
-        self.modules.borrow_mut().insert(element, module.clone());
-        Ok(module)
     }
 
     /// Memory for so many bytes, its content whatever was there before.
@@ -197,11 +161,38 @@ impl Gpu {
             Some(slice) => slice,
             // A graph would own it.
             None if self.capturing.get() => candle_core::bail!("no memory is free to be captured"),
-            // SAFETY: whoever takes memory writes it before it is read.
-            None => unsafe { self.device.alloc::<u8>(bytes)? },
+            None => self.allocate(bytes)?,
         };
         let pointer = slice.device_ptr(&self.stream).0;
+        self.on_loan.set(self.on_loan.get() + 1);
         Ok(Memory { slice: Some(slice), pointer, gpu: self.clone() })
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<CudaSlice<u8>> {
+        // SAFETY: whoever takes memory writes it before it is read.
+        let allocate = || unsafe { self.device.alloc::<u8>(bytes) };
+        allocate().or_else(|error| {
+            // What lies free in other sizes may be enough; but captured steps use it.
+            let mut free = self.free.borrow_mut();
+            if free.is_empty() || graph::any() {
+                return Err(error);
+            }
+            free.clear();
+            allocate()
+        })
+    }
+
+    /// Whether the device computes in this precision.
+    ///
+    /// # Errors
+    /// Unless it does: which ones do.
+    pub fn check(&self, precision: Precision) -> crate::Result<()> {
+        check_precision(precision, self.capability)
+    }
+
+    /// Whether this thread computes something with maps in memory that a captured step may use, too.
+    pub fn in_a_pass(&self) -> bool {
+        self.on_loan.get() > 0
     }
 
     /// Memory for a map of `len` values.
@@ -258,6 +249,17 @@ impl Gpu {
     }
 }
 
+fn check_precision(precision: Precision, capability: (i32, i32)) -> crate::Result<()> {
+    if precision == Precision::BF16 && capability < (8, 0) {
+        let (major, minor) = capability;
+        let expected = format!(
+            "highest, high or f16 on a device of compute capability {major}.{minor}: bf16 is for 8.0 and later"
+        );
+        return Err(crate::Error::config("precision", precision, expected));
+    }
+    Ok(())
+}
+
 impl std::fmt::Debug for Gpu {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Gpu").field("device", &self.device).finish_non_exhaustive()
@@ -277,42 +279,7 @@ impl Drop for Memory {
         // What was launched before still uses it; whoever takes it next launches after.
         if let Some(slice) = self.slice.take() {
             self.gpu.free.borrow_mut().entry(slice.len()).or_default().push(slice);
+            self.gpu.on_loan.set(self.gpu.on_loan.get() - 1);
         }
     }
 }
-
-/// A thread for each of `count` values.
-///
-/// # Errors
-/// If they are too many for the kernels' indices.
-fn each(count: usize) -> Result<LaunchConfig> {
-    if count > u32::MAX as usize {
-        candle_core::bail!("{count} values in a map: the CUDA kernels take less than 2^32")
-    }
-    let blocks = count.div_ceil(THREADS as usize) as u32;
-    Ok(blocks_of((blocks, 1), (THREADS, 1)))
-}
-
-fn blocks_of(grid: (u32, u32), block: (u32, u32)) -> LaunchConfig {
-    let (grid_dim, block_dim) = ((grid.0.max(1), grid.1, 1), (block.0, block.1, 1));
-    LaunchConfig { grid_dim, block_dim, shared_mem_bytes: 0 }
-}
-
-/// Launches a kernel: `launch!(gpu, element, "name", config; arguments)`. The arguments must be those of
-/// its source, in type and order, and pointers to as much memory as it reads and writes.
-macro_rules! launch {
-    ($gpu:expr, $element:expr, $name:literal, $config:expr; $($argument:expr),* $(,)?) => {{
-        use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
-        let function = $gpu.function($element, $name)?;
-        let mut arguments = $gpu.stream.launch_builder(&function);
-        $(
-            let argument = $argument;
-            arguments.arg(&argument);
-        )*
-        // SAFETY: the arguments are those of the source; the functions here that launch see to the
-        // memory, whose sizes they know.
-        let launched = unsafe { arguments.launch($config) };
-        candle_core::cuda_backend::WrapErr::w(launched).map(drop)
-    }};
-}
-use launch;

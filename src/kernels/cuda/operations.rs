@@ -3,7 +3,7 @@ use std::rc::Rc;
 use candle_core::{Result, Tensor};
 
 use super::gemm::{As, How, Matrix};
-use super::{Element, Gpu, Memory, THREADS, blocks_of, each, launch};
+use super::{Added, Element, Gpu, Memory, THREADS, blocks_of, each, each_of};
 use crate::Precision;
 use crate::kernels::Activation;
 use crate::noise::Address;
@@ -36,6 +36,13 @@ impl Norm<'_> {
     fn sizes(&self) -> (u32, u32) {
         (self.dims[3] as u32, (self.dims[1] * self.dims[2]) as u32)
     }
+
+    /// What a thread takes at once of these maps.
+    fn width(&self, gpu: &Gpu, element: Element, maps: &[u64]) -> Result<u32> {
+        let mut addresses = vec![gpu.pointer(self.weight)?, gpu.pointer(self.bias)?];
+        addresses.extend(maps);
+        Ok(element.width(&[self.dims[3] / self.groups], &addresses))
+    }
 }
 
 /// What can be computed of a map's values one by one.
@@ -44,8 +51,12 @@ impl Gpu {
         let (x, (_, channels, h, w)) = (x.contiguous()?, x.dims4()?);
         let count = x.elem_count();
         let y = self.take(count * element.bytes())?;
-        launch!(self, element, "images_to_map", each(count)?;
-            self.pointer(&x)?, y.pointer, channels as u32, (h * w) as u32, count as u32)?;
+        self.launch(
+            element,
+            "images_to_map",
+            each(count)?,
+            (self.pointer(&x)?, y.pointer, channels as u32, (h * w) as u32, count as u32),
+        )?;
         Ok(y)
     }
 
@@ -53,8 +64,12 @@ impl Gpu {
         let [batch, h, w, channels] = dims;
         let (images, pointer) = self.tensor(&[batch, channels, h, w])?;
         let count = images.elem_count();
-        launch!(self, element, "map_to_images", each(count)?;
-            x.pointer, pointer, channels as u32, (h * w) as u32, count as u32)?;
+        self.launch(
+            element,
+            "map_to_images",
+            each(count)?,
+            (x.pointer, pointer, channels as u32, (h * w) as u32, count as u32),
+        )?;
         Ok(images)
     }
 
@@ -68,13 +83,22 @@ impl Gpu {
     ) -> Result<Memory> {
         let count = t.elem_count() * 2 * half;
         let y = self.take(count * element.bytes())?;
-        launch!(self, element, "sinusoids", each(count)?;
-            self.pointer(t)?, y.pointer, half as u32, decay, count as u32)?;
+        self.launch(
+            element,
+            "sinusoids",
+            each(count)?,
+            (self.pointer(t)?, y.pointer, half as u32, decay, count as u32),
+        )?;
         Ok(y)
     }
 
     pub fn add(&self, sum: &Memory, more: &Memory, count: usize, element: Element) -> Result<()> {
-        launch!(self, element, "add", each(count)?; sum.pointer, more.pointer, count as u32)
+        self.add_at(sum.pointer, more.pointer, count, element)
+    }
+
+    pub(super) fn add_at(&self, sum: u64, more: u64, count: usize, element: Element) -> Result<()> {
+        let width = element.width(&[count], &[sum, more]);
+        self.launch(element, "add", each_of(count, width)?, (sum, more, width, count as u32))
     }
 
     /// Of each of `batch` images its channels, times their factors.
@@ -88,8 +112,22 @@ impl Gpu {
         let [_, h, w, channels] = dims;
         let count = dims.iter().product::<usize>();
         let y = self.take(count * element.bytes())?;
-        launch!(self, element, "scale_maps", each(count)?;
-            x.pointer, mask.pointer, y.pointer, channels as u32, (h * w) as u32, count as u32)?;
+        let maps = [x.pointer, mask.pointer, y.pointer];
+        let width = element.width(&[channels], &maps);
+        self.launch(
+            element,
+            "scale_maps",
+            each_of(count, width)?,
+            (
+                x.pointer,
+                mask.pointer,
+                y.pointer,
+                channels as u32,
+                (h * w) as u32,
+                width,
+                count as u32,
+            ),
+        )?;
         Ok(y)
     }
 
@@ -105,9 +143,22 @@ impl Gpu {
         let count = batch * channels;
         let mask = self.take(count * element.bytes())?;
         let keep = (1.0 / (1.0 - p)) as f32;
-        launch!(self, element, "dropout_mask", each(count)?;
-            mask.pointer, address.seed, address.place, self.step(address.step)?, first as u32, p, keep, channels as u32,
-            count as u32)?;
+        self.launch(
+            element,
+            "dropout_mask",
+            each(count)?,
+            (
+                mask.pointer,
+                address.seed,
+                address.place,
+                self.step(address.step)?,
+                first as u32,
+                p,
+                keep,
+                channels as u32,
+                count as u32,
+            ),
+        )?;
         Ok(mask)
     }
 
@@ -121,8 +172,13 @@ impl Gpu {
         let [first, second] = channels.map(|channels| channels as u32);
         let count = pixels * (channels[0] + channels[1]);
         let y = self.take(count * element.bytes())?;
-        launch!(self, element, "concatenate", each(count)?;
-            a.pointer, b.pointer, y.pointer, first, second, count as u32)?;
+        let width = element.width(&channels, &[a.pointer, b.pointer, y.pointer]);
+        self.launch(
+            element,
+            "concatenate",
+            each_of(count, width)?,
+            (a.pointer, b.pointer, y.pointer, first, second, width, count as u32),
+        )?;
         Ok(y)
     }
 
@@ -137,17 +193,76 @@ impl Gpu {
         let a = self.take(pixels * channels[0] * element.bytes())?;
         let b = self.take(pixels * channels[1] * element.bytes())?;
         let count = pixels * (channels[0] + channels[1]);
-        launch!(self, element, "split", each(count)?;
-            y.pointer, a.pointer, b.pointer, first, second, count as u32)?;
+        let width = element.width(&channels, &[y.pointer, a.pointer, b.pointer]);
+        self.launch(
+            element,
+            "split",
+            each_of(count, width)?,
+            (y.pointer, a.pointer, b.pointer, first, second, width, count as u32),
+        )?;
         Ok([a, b])
+    }
+
+    /// Adds to the map `y` (.., channels), images of so many pixels, a bias and what else there is.
+    pub(super) fn add_to_map(
+        &self,
+        y: &Memory,
+        [batch, pixels, channels]: [usize; 3],
+        added: &Added<'_>,
+        element: Element,
+    ) -> Result<()> {
+        let pointer = |memory: Option<&Memory>| memory.map_or(0, |memory| memory.pointer);
+        let (per_image, residual) = (pointer(added.per_image), pointer(added.residual));
+        let (bias, count) = (self.pointer(added.bias)?, batch * pixels * channels);
+        let width = element.width(&[channels], &[y.pointer, bias, per_image, residual]);
+        self.launch(
+            element,
+            "add_to_map",
+            each_of(count, width)?,
+            (
+                y.pointer,
+                bias,
+                per_image,
+                residual,
+                channels as u32,
+                pixels as u32,
+                width,
+                count as u32,
+            ),
+        )
+    }
+
+    /// Writes the sums over the pixels of each image, (batch, channels) of f32, and the same as maps are
+    /// kept where that is asked for.
+    pub(super) fn sums_by_image(
+        &self,
+        x: &Memory,
+        [batch, pixels, channels]: [usize; 3],
+        sums: u64,
+        also: Option<&Memory>,
+        element: Element,
+    ) -> Result<()> {
+        let width = element.width(&[channels], &[x.pointer]);
+        let grid = ((channels as u32).div_ceil(32 * width), batch as u32);
+        let also = also.map_or(0, |also| also.pointer);
+        self.launch(
+            element,
+            "sums_by_image",
+            blocks_of(grid, (THREADS, 1)),
+            (x.pointer, sums, also, channels as u32, pixels as u32, width),
+        )
     }
 
     /// Writes the sums over `rows` rows of f32 to a vector.
     pub(super) fn sum_columns(&self, x: &Memory, sums: &Tensor, rows: usize) -> Result<()> {
         let columns = sums.elem_count();
         let grid = (columns.div_ceil(32) as u32, 1);
-        launch!(self, Element::F32, "column_sums", blocks_of(grid, (32, 8));
-            x.pointer, self.pointer(sums)?, columns as u32, rows as u32)
+        self.launch(
+            Element::F32,
+            "column_sums",
+            blocks_of(grid, (32, 8)),
+            (x.pointer, self.pointer(sums)?, columns as u32, rows as u32),
+        )
     }
 }
 
@@ -162,10 +277,24 @@ impl Gpu {
         let (batch, (channels, pixels)) = (norm.dims[0], norm.sizes());
         let y = self.take(norm.count() * element.bytes())?;
         let statistics = self.take(batch * norm.groups * 2 * Element::F32.bytes())?;
+        let width = norm.width(self, element, &[x.pointer, y.pointer])?;
         let grid = (norm.groups as u32, batch as u32);
-        launch!(self, element, "normalize", blocks_of(grid, (THREADS, 1));
-            x.pointer, y.pointer, self.pointer(norm.weight)?, self.pointer(norm.bias)?,
-            statistics.pointer, norm.activation(), channels, pixels)?;
+        self.launch(
+            element,
+            "normalize",
+            blocks_of(grid, (THREADS, 1)),
+            (
+                x.pointer,
+                y.pointer,
+                self.pointer(norm.weight)?,
+                self.pointer(norm.bias)?,
+                statistics.pointer,
+                norm.activation(),
+                channels,
+                pixels,
+                width,
+            ),
+        )?;
         Ok((y, NormStatistics(statistics)))
     }
 
@@ -178,10 +307,25 @@ impl Gpu {
     ) -> Result<Memory> {
         let (channels, pixels) = norm.sizes();
         let y = self.take(norm.count() * element.bytes())?;
-        launch!(self, element, "normalize_again", each(norm.count())?;
-            x.pointer, y.pointer, self.pointer(norm.weight)?, self.pointer(norm.bias)?,
-            statistics.pointer, norm.activation(), channels, pixels, norm.groups as u32,
-            norm.count() as u32)?;
+        let width = norm.width(self, element, &[x.pointer, y.pointer])?;
+        self.launch(
+            element,
+            "normalize_again",
+            each_of(norm.count(), width)?,
+            (
+                x.pointer,
+                y.pointer,
+                self.pointer(norm.weight)?,
+                self.pointer(norm.bias)?,
+                statistics.pointer,
+                norm.activation(),
+                channels,
+                pixels,
+                norm.groups as u32,
+                width,
+                norm.count() as u32,
+            ),
+        )?;
         Ok(y)
     }
 
@@ -202,11 +346,28 @@ impl Gpu {
             self.take(batch * norm.dims[3] * Element::F32.bytes())?,
             self.take(batch * norm.dims[3] * Element::F32.bytes())?,
         ];
+        let more = more.map_or(0, |more| more.pointer);
+        let width = norm.width(self, element, &[x.pointer, d.pointer, more])?;
         let grid = (norm.groups as u32, batch as u32);
-        launch!(self, element, "normalize_backward", blocks_of(grid, (THREADS, 1));
-            x.pointer, d.pointer, more.map_or(0, |more| more.pointer),
-            self.pointer(norm.weight)?, self.pointer(norm.bias)?, statistics.pointer,
-            for_weight.pointer, for_bias.pointer, norm.activation(), channels, pixels)?;
+        self.launch(
+            element,
+            "normalize_backward",
+            blocks_of(grid, (THREADS, 1)),
+            (
+                x.pointer,
+                d.pointer,
+                more,
+                self.pointer(norm.weight)?,
+                self.pointer(norm.bias)?,
+                statistics.pointer,
+                for_weight.pointer,
+                for_bias.pointer,
+                norm.activation(),
+                channels,
+                pixels,
+                width,
+            ),
+        )?;
         self.sum_columns(&for_weight, d_weight, batch)?;
         self.sum_columns(&for_bias, d_bias, batch)
     }
@@ -237,8 +398,12 @@ impl LinearLayer<'_> {
         let (element, (output, input)) = (self.element(), self.sizes()?);
         let count = output * input;
         let weights = gpu.take(count * element.bytes())?;
-        launch!(gpu, element, "cast", each(count)?;
-            gpu.pointer(self.weight)?, weights.pointer, count as u32)?;
+        gpu.launch(
+            element,
+            "cast",
+            each(count)?,
+            (gpu.pointer(self.weight)?, weights.pointer, count as u32),
+        )?;
         let matrix = Matrix::new(weights.pointer, output, input, element);
         Ok((weights, matrix))
     }
@@ -247,8 +412,12 @@ impl LinearLayer<'_> {
         let (element, (_, input)) = (self.element(), self.sizes()?);
         let count = self.batch * input;
         let y = gpu.take(count * element.bytes())?;
-        launch!(gpu, element, "activate", each(count)?;
-            x.pointer, y.pointer, self.activation, count as u32)?;
+        gpu.launch(
+            element,
+            "activate",
+            each(count)?,
+            (x.pointer, y.pointer, self.activation, count as u32),
+        )?;
         let matrix = Matrix::new(y.pointer, self.batch, input, element);
         Ok((y, matrix))
     }
@@ -262,8 +431,8 @@ impl LinearLayer<'_> {
         let d = Matrix::new(y.pointer, self.batch, output, element);
         let (x, weights) = ((x, As::Stored), (weights, As::Transposed));
         gpu.multiply(self.precision, x, weights, d, How::PLAIN)?;
-        launch!(gpu, element, "add_to_map", each(count)?;
-            y.pointer, gpu.pointer(self.bias)?, 0u64, 0u64, output as u32, 1u32, count as u32)?;
+        let bias = Added { bias: self.bias, per_image: None, residual: None };
+        gpu.add_to_map(&y, [1, self.batch, output], &bias, element)?;
         Ok(y)
     }
 
@@ -283,17 +452,19 @@ impl LinearLayer<'_> {
         gpu.multiply(self.precision, transposed, activated, gradient, How::PLAIN)?;
 
         // The batch as pixels of one image.
-        let grid = (output.div_ceil(32) as u32, 1);
-        launch!(gpu, element, "sums_by_image", blocks_of(grid, (32, 8));
-            dy.pointer, gpu.pointer(d_bias)?, 0u64, output as u32, self.batch as u32)?;
+        gpu.sums_by_image(dy, [1, self.batch, output], gpu.pointer(d_bias)?, None, element)?;
 
         let count = self.batch * input;
         let dx = gpu.take(count * element.bytes())?;
         let (_weights, weights) = self.weights(gpu)?;
         let to = Matrix::new(dx.pointer, self.batch, input, element);
         gpu.multiply(self.precision, (d, As::Stored), (weights, As::Stored), to, How::PLAIN)?;
-        launch!(gpu, element, "activate_backward", each(count)?;
-            x.pointer, dx.pointer, self.activation, count as u32)?;
+        gpu.launch(
+            element,
+            "activate_backward",
+            each(count)?,
+            (x.pointer, dx.pointer, self.activation, count as u32),
+        )?;
         Ok(dx)
     }
 }
@@ -350,8 +521,12 @@ impl Attention {
         let scores = gpu.take(rows * self.positions * self.element().bytes())?;
         let (q, k) = ((self.part(qkv, 0), As::Stored), (self.part(qkv, 1), As::Transposed));
         self.product(gpu, q, k, self.scores(&scores), self.scale())?;
-        launch!(gpu, self.element(), "softmax", blocks_of((rows as u32, 1), (THREADS, 1));
-            scores.pointer, self.positions as u32)?;
+        gpu.launch(
+            self.element(),
+            "softmax",
+            blocks_of((rows as u32, 1), (THREADS, 1)),
+            (scores.pointer, self.positions as u32),
+        )?;
         Ok(scores)
     }
 
@@ -375,8 +550,12 @@ impl Attention {
 
         self.product(gpu, (scores, As::Transposed), (dy, As::Stored), dv, 1.0)?;
         self.product(gpu, (dy, As::Stored), (v, As::Transposed), ds, 1.0)?;
-        launch!(gpu, self.element(), "softmax_backward", blocks_of((rows as u32, 1), (THREADS, 1));
-            p.pointer, d.pointer, self.positions as u32)?;
+        gpu.launch(
+            self.element(),
+            "softmax_backward",
+            blocks_of((rows as u32, 1), (THREADS, 1)),
+            (p.pointer, d.pointer, self.positions as u32),
+        )?;
         self.product(gpu, (ds, As::Stored), (k, As::Stored), dq, self.scale())?;
         self.product(gpu, (ds, As::Transposed), (q, As::Stored), dk, self.scale())?;
         Ok(dqkv)

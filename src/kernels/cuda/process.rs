@@ -1,6 +1,6 @@
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::{Element, Gpu, THREADS, blocks_of, each, launch};
+use super::{Element, Gpu, THREADS, blocks_of, each};
 use crate::noise::Address;
 
 /// Whether the functions here take these: f32 on one CUDA device, contiguous, of one shape, not empty,
@@ -25,8 +25,12 @@ pub(crate) fn normals(gpu: &Gpu, address: Address, shape: &[usize]) -> Result<Te
     let size = y.elem_count() / batch.max(1);
     if size > 0 {
         let blocks = size.div_ceil(4).div_ceil(THREADS as usize) as u32;
-        launch!(gpu, Element::F32, "normals", blocks_of((blocks, batch as u32), (THREADS, 1));
-            pointer, address.seed, address.place, gpu.step(address.step)?, size as u32)?;
+        gpu.launch(
+            Element::F32,
+            "normals",
+            blocks_of((blocks, batch as u32), (THREADS, 1)),
+            (pointer, address.seed, address.place, gpu.step(address.step)?, size as u32),
+        )?;
     }
     Ok(y)
 }
@@ -39,9 +43,19 @@ pub(crate) fn integers(gpu: &Gpu, address: Address, sample: u32, count: usize) -
     let storage = candle_core::CudaStorage::wrap_cuda_slice(slice, gpu.device.clone());
     let shape = Shape::from(4 * count);
     let y = Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false);
-    launch!(gpu, Element::F32, "integers", each(count)?;
-        gpu.pointer(&y)?, address.seed, address.place, gpu.step(address.step)?, sample,
-        count as u32)?;
+    gpu.launch(
+        Element::F32,
+        "integers",
+        each(count)?,
+        (
+            gpu.pointer(&y)?,
+            address.seed,
+            address.place,
+            gpu.step(address.step)?,
+            sample,
+            count as u32,
+        ),
+    )?;
     Ok(y)
 }
 
@@ -59,9 +73,22 @@ pub(crate) fn mix(
     let table = &gpu.table(table)?;
     let (sum, pointer) = gpu.tensor(x.dims())?;
     let count = x.elem_count();
-    launch!(gpu, Element::F32, "mix", each(count)?;
-        gpu.pointer(x)?, gpu.pointer(y)?, gpu.pointer(t)?, gpu.pointer(table)?,
-        table.dim(0)? as u32, pointer, i32::from(negate), (count / t.elem_count()) as u64, count as u64)?;
+    gpu.launch(
+        Element::F32,
+        "mix",
+        each(count)?,
+        (
+            gpu.pointer(x)?,
+            gpu.pointer(y)?,
+            gpu.pointer(t)?,
+            gpu.pointer(table)?,
+            table.dim(0)? as u32,
+            pointer,
+            i32::from(negate),
+            (count / t.elem_count()) as u64,
+            count as u64,
+        ),
+    )?;
     Ok(sum)
 }
 
@@ -85,8 +112,12 @@ pub(crate) fn combine(x: &Tensor, a: f64, y: &Tensor, b: f64) -> Result<Tensor> 
     let gpu = Gpu::of(x.device())?;
     let (sum, pointer) = gpu.tensor(x.dims())?;
     let count = x.elem_count();
-    launch!(gpu, Element::F32, "combine", each(count)?;
-        gpu.pointer(x)?, a as f32, gpu.pointer(y)?, b as f32, pointer, count as u64)?;
+    gpu.launch(
+        Element::F32,
+        "combine",
+        each(count)?,
+        (gpu.pointer(x)?, a as f32, gpu.pointer(y)?, b as f32, pointer, count as u64),
+    )?;
     Ok(sum)
 }
 
@@ -94,8 +125,7 @@ pub(crate) fn combine(x: &Tensor, a: f64, y: &Tensor, b: f64) -> Result<Tensor> 
 pub(crate) fn add_to(sum: &Tensor, more: &Tensor) -> Result<()> {
     let gpu = Gpu::of(sum.device())?;
     let count = sum.elem_count();
-    launch!(gpu, Element::F32, "add", each(count)?;
-        gpu.pointer(sum)?, gpu.pointer(more)?, count as u32)
+    gpu.add_at(gpu.pointer(sum)?, gpu.pointer(more)?, count, Element::F32)
 }
 
 /// What lies beyond `low` or `high` becomes that.
@@ -103,8 +133,12 @@ pub(crate) fn clamp(x: &Tensor, low: f32, high: f32) -> Result<Tensor> {
     let gpu = Gpu::of(x.device())?;
     let (y, pointer) = gpu.tensor(x.dims())?;
     let count = x.elem_count();
-    launch!(gpu, Element::F32, "clamp", each(count)?;
-        gpu.pointer(x)?, low, high, pointer, count as u64)?;
+    gpu.launch(
+        Element::F32,
+        "clamp",
+        each(count)?,
+        (gpu.pointer(x)?, low, high, pointer, count as u64),
+    )?;
     Ok(y)
 }
 
@@ -124,11 +158,26 @@ pub(crate) fn squared_error(
     let squares = gpu.take(config.grid_dim.0 as usize * Element::F32.bytes())?;
     let factor = (2.0 * scale) as f32;
     let gradient_scale = gradient_scale.map_or(Ok(0), |scale| gpu.pointer(scale))?;
-    launch!(gpu, Element::F32, "squared_error", config;
-        gpu.pointer(output)?, gpu.pointer(target)?, factor, gradient_scale, d, squares.pointer,
-        count as u64)?;
-    launch!(gpu, Element::F32, "total", blocks_of((1, 1), (THREADS, 1));
-        squares.pointer, scale, sum, u64::from(config.grid_dim.0))?;
+    gpu.launch(
+        Element::F32,
+        "squared_error",
+        config,
+        (
+            gpu.pointer(output)?,
+            gpu.pointer(target)?,
+            factor,
+            gradient_scale,
+            d,
+            squares.pointer,
+            count as u64,
+        ),
+    )?;
+    gpu.launch(
+        Element::F32,
+        "total",
+        blocks_of((1, 1), (THREADS, 1)),
+        (squares.pointer, scale, sum, u64::from(config.grid_dim.0)),
+    )?;
     Ok((loss, gradient))
 }
 

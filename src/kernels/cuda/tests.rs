@@ -82,6 +82,24 @@ fn agree(what: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {
     assert!(error <= limit, "{what}: off by {error:e}, more than {limit:e}");
 }
 
+#[test]
+fn devices_lack_precisions() {
+    for precision in [Precision::Highest, Precision::High, Precision::F16] {
+        check_precision(precision, (7, 0)).unwrap();
+    }
+    check_precision(Precision::BF16, (8, 0)).unwrap();
+    let message = check_precision(Precision::BF16, (7, 5)).unwrap_err().to_string();
+    assert!(message.contains("capability 7.5: bf16 is for 8.0"), "{message}");
+}
+
+#[test]
+fn kernels_refuse_other_arguments() {
+    let gpu = gpu();
+    let launch = gpu.launch(Element::F32, "cast", each(1).unwrap(), (0u64, 0u64, 1u64));
+    let message = launch.unwrap_err().to_string();
+    assert!(message.contains(r#"cast takes ["u64", "u64", "u32"]"#), "{message}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
@@ -156,7 +174,7 @@ proptest! {
     #[test]
     fn normalisations_are_their_compositions(
         (batch, h, w) in (1usize..4, 1usize..7, 1usize..7),
-        (groups, group) in (1usize..9, prop_oneof![1usize..5, Just(37), Just(300)]),
+        (groups, group) in (1usize..9, prop_oneof![1usize..5, Just(8), Just(16), Just(37), Just(259), Just(300)]),
         (silu, add) in any::<(bool, bool)>(),
     ) {
         let gpu = gpu();

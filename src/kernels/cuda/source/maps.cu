@@ -33,50 +33,64 @@ extern "C" __global__ void sinusoids(const u32 *t, T *y, u32 half, double decay,
     y[i] = put((float)(k < half ? sin(angle) : cos(angle)));
 }
 
-extern "C" __global__ void add(T *sum, const T *more, u32 count) {
-    u32 i = global_index();
-    if (i < count) sum[i] = put(get(sum[i]) + get(more[i]));
+extern "C" __global__ void add(T *sum, const T *more, u32 width, u32 count) {
+    u32 i = global_index() * width;
+    if (i >= count) return;
+    Values values = load(sum + i, width), others = load(more + i, width);
+    EACH(k) values.at[k] += others.at[k];
+    store(sum + i, values, width);
 }
 
 // Adds to a map what there is of a bias, values for each image and channel, and another map.
 extern "C" __global__ void add_to_map(
-    T *y, const float *bias, const T *per_image, const T *residual, u32 channels, u32 pixels, u32 count
+    T *y, const float *bias, const T *per_image, const T *residual, u32 channels, u32 pixels, u32 width,
+    u32 count
 ) {
-    u32 i = global_index();
+    u32 i = global_index() * width;
     if (i >= count) return;
     u32 channel = i % channels;
-    float sum = get(y[i]) + bias[channel];
-    if (per_image) sum += get(per_image[i / (channels * pixels) * channels + channel]);
-    if (residual) sum += get(residual[i]);
-    y[i] = put(sum);
+    Values sum = load(y + i, width), more = load_channels(bias + channel, width);
+    EACH(k) sum.at[k] += more.at[k];
+    if (per_image) {
+        more = load(per_image + i / (channels * pixels) * channels + channel, width);
+        EACH(k) sum.at[k] += more.at[k];
+    }
+    if (residual) {
+        more = load(residual + i, width);
+        EACH(k) sum.at[k] += more.at[k];
+    }
+    store(y + i, sum, width);
 }
 
 extern "C" __global__ void scale_maps(
-    const T *x, const T *mask, T *y, u32 channels, u32 pixels, u32 count
+    const T *x, const T *mask, T *y, u32 channels, u32 pixels, u32 width, u32 count
 ) {
-    u32 i = global_index();
+    u32 i = global_index() * width;
     if (i >= count) return;
-    y[i] = put(get(x[i]) * get(mask[i / (channels * pixels) * channels + i % channels]));
+    Values values = load(x + i, width);
+    Values factors = load(mask + i / (channels * pixels) * channels + i % channels, width);
+    EACH(k) values.at[k] *= factors.at[k];
+    store(y + i, values, width);
 }
 
-extern "C" __global__ void concatenate(const T *a, const T *b, T *y, u32 first, u32 second, u32 count) {
-    u32 i = global_index();
+extern "C" __global__ void concatenate(
+    const T *a, const T *b, T *y, u32 first, u32 second, u32 width, u32 count
+) {
+    u32 i = global_index() * width;
     if (i >= count) return;
-    u32 pixel = i / (first + second);
-    u32 channel = i % (first + second);
-    y[i] = channel < first ? a[pixel * first + channel] : b[pixel * second + channel - first];
+    u32 pixel = i / (first + second), channel = i % (first + second);
+    const T *from = channel < first ? a + pixel * first + channel : b + pixel * second + channel - first;
+    store(y + i, load(from, width), width);
 }
 
-extern "C" __global__ void split(const T *y, T *a, T *b, u32 first, u32 second, u32 count) {
-    u32 i = global_index();
+extern "C" __global__ void split(
+    const T *y, T *a, T *b, u32 first, u32 second, u32 width, u32 count
+) {
+    u32 i = global_index() * width;
     if (i >= count) return;
-    u32 pixel = i / (first + second);
-    u32 channel = i % (first + second);
-    if (channel < first) {
-        a[pixel * first + channel] = y[i];
-    } else {
-        b[pixel * second + channel - first] = y[i];
-    }
+    u32 pixel = i / (first + second), channel = i % (first + second);
+    T *to = channel < first ? a + pixel * first + channel : b + pixel * second + channel - first;
+    store(to, load(y + i, width), width);
 }
 
 extern "C" __global__ void activate(const T *x, T *y, int f, u32 count) {
@@ -89,28 +103,33 @@ extern "C" __global__ void activate_backward(const T *x, T *d, int f, u32 count)
     if (i < count) d[i] = put(get(d[i]) * derivative(f, get(x[i])));
 }
 
-// Of each image, the sums over its pixels: (batch, channels). Blocks of 32 channels by 8 pixels, one
-// for each image in y.
-extern "C" __global__ void sums_by_image(const T *x, float *sums, T *also, u32 channels, u32 pixels) {
-    __shared__ float rows[8][33];
-    u32 channel = blockIdx.x * 32 + threadIdx.x;
-    float sum = 0.0f;
-    if (channel < channels) {
-        for (u32 pixel = threadIdx.y; pixel < pixels; pixel += 8) {
-            sum += get(x[((u64)blockIdx.y * pixels + pixel) * channels + channel]);
-        }
+// Of each image, the sums over its pixels: (batch, channels). A block for 32 widths of channels (in x) of
+// each image (in y), its threads in as many rows of pixels as there are.
+extern "C" __global__ void sums_by_image(
+    const T *x, float *sums, T *also, u32 channels, u32 pixels, u32 width
+) {
+    __shared__ Values shared[THREADS];
+    u32 first = blockIdx.x * 32 * width, left = (channels - first) / width;
+    u32 packs = left < 32 ? left : 32, rows = THREADS / packs;
+    u32 row = threadIdx.x / packs, channel = first + threadIdx.x % packs * width;
+    Values sum = zeros();
+    for (u32 pixel = row; row < rows && pixel < pixels; pixel += rows) {
+        Values more = load(x + ((u64)blockIdx.y * pixels + pixel) * channels + channel, width);
+        EACH(k) sum.at[k] += more.at[k];
     }
-    rows[threadIdx.y][threadIdx.x] = sum;
+    shared[threadIdx.x] = sum;
     __syncthreads();
-    if (threadIdx.y || channel >= channels) return;
-    sum = 0.0f;
-    for (int row = 0; row < 8; ++row) sum += rows[row][threadIdx.x];
-    u64 i = (u64)blockIdx.y * channels + channel;
-    sums[i] = sum;
-    if (also) also[i] = put(sum);
+    if (threadIdx.x >= packs * width) return;
+    float total = 0.0f;
+    for (row = 0; row < rows; ++row) {
+        total += shared[row * packs + threadIdx.x / width].at[threadIdx.x % width];
+    }
+    u64 i = (u64)blockIdx.y * channels + first + threadIdx.x;
+    sums[i] = total;
+    if (also) also[i] = put(total);
 }
 
-// The sums over `rows` rows of `columns` values. Blocks as above.
+// The sums over `count` rows of `columns` values. Blocks of 32 columns by 8 rows.
 extern "C" __global__ void column_sums(const float *x, float *sums, u32 columns, u32 count) {
     __shared__ double rows[8][33];
     u32 column = blockIdx.x * 32 + threadIdx.x;

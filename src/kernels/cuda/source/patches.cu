@@ -2,28 +2,31 @@
 // pixel. Where `upsample` is set the map is doubled in both directions before.
 
 // Each pixel doubled in both directions; `w` is the width before.
-extern "C" __global__ void upsample(const T *x, T *y, u32 w, u32 channels, u32 count) {
-    u32 i = global_index();
+extern "C" __global__ void upsample(const T *x, T *y, u32 w, u32 channels, u32 width, u32 count) {
+    u32 i = global_index() * width;
     if (i >= count) return;
     u32 channel = i % channels;
     u32 pixel = i / channels;
     u32 row = pixel / (2 * w), column = pixel % (2 * w);
     // Rows of all images are one below the other, and there is an even number of them in each.
-    y[i] = x[((u64)(row / 2) * w + column / 2) * channels + channel];
+    store(y + i, load(x + ((u64)(row / 2) * w + column / 2) * channels + channel, width), width);
 }
 
 // The gradient of that: the sum of the four.
 extern "C" __global__ void upsample_backward(
-    const T *dy, T *dx, u32 w, u32 channels, int accumulate, u32 count
+    const T *dy, T *dx, u32 w, u32 channels, int accumulate, u32 width, u32 count
 ) {
-    u32 i = global_index();
+    u32 i = global_index() * width;
     if (i >= count) return;
     u32 channel = i % channels;
     u32 pixel = i / channels;
     u64 at = (2 * (u64)(pixel / w) * 2 * w + 2 * (pixel % w)) * channels + channel;
-    float sum = get(dy[at]) + get(dy[at + channels]);
-    sum += get(dy[at + 2 * w * channels]) + get(dy[at + (2 * w + 1) * channels]);
-    dx[i] = put(accumulate ? get(dx[i]) + sum : sum);
+    Values sum = accumulate ? load(dx + i, width) : zeros();
+    for (u32 copy = 0; copy < 4; ++copy) {
+        Values more = load(dy + at + (copy / 2 * 2 * w + copy % 2) * channels, width);
+        EACH(k) sum.at[k] += more.at[k];
+    }
+    store(dx + i, sum, width);
 }
 
 struct Sizes {
@@ -33,8 +36,8 @@ struct Sizes {
     int kernel, stride, upsample;
 };
 
-extern "C" __global__ void gather_patches(const T *x, T *patches, Sizes s, u32 count) {
-    u32 i = global_index();
+extern "C" __global__ void gather_patches(const T *x, T *patches, Sizes s, u32 width, u32 count) {
+    u32 i = global_index() * width;
     if (i >= count) return;
     int channel = i % s.channels, tap = (i / s.channels) % (s.kernel * s.kernel);
     u32 pixel = i / (s.channels * s.kernel * s.kernel);
@@ -44,20 +47,20 @@ extern "C" __global__ void gather_patches(const T *x, T *patches, Sizes s, u32 c
     int x_ = out_x * s.stride + tap % s.kernel - s.kernel / 2;
     bool inside = y >= 0 && x_ >= 0 && y < s.h << s.upsample && x_ < s.w << s.upsample;
     u64 from = (((u64)image * s.h + (y >> s.upsample)) * s.w + (x_ >> s.upsample)) * s.channels + channel;
-    patches[i] = inside ? x[from] : put(0.0f);
+    store(patches + i, inside ? load(x + from, width) : zeros(), width);
 }
 
 // From the gradients of patches to that of the map: what each value went into, added up.
 extern "C" __global__ void scatter_patches(
-    const T *patches, T *dx, Sizes s, int accumulate, u32 count
+    const T *patches, T *dx, Sizes s, int accumulate, u32 width, u32 count
 ) {
-    u32 i = global_index();
+    u32 i = global_index() * width;
     if (i >= count) return;
     int channel = i % s.channels, x = (i / s.channels) % s.w;
     int y = (i / s.channels / s.w) % s.h;
     u32 image = i / (s.channels * s.w * s.h);
     int reach = s.kernel / 2, doubled = s.upsample ? 2 : 1;
-    float sum = accumulate ? get(dx[i]) : 0.0f;
+    Values sum = accumulate ? load(dx + i, width) : zeros();
     for (int tap = 0; tap < s.kernel * s.kernel; ++tap) {
         for (int copy = 0; copy < doubled * doubled; ++copy) {
             int out_y = y * doubled + copy / doubled + reach - tap / s.kernel;
@@ -67,8 +70,10 @@ extern "C" __global__ void scatter_patches(
             out_x /= s.stride;
             if (out_y >= s.h_out || out_x >= s.w_out) continue;
             u64 pixel = ((u64)image * s.h_out + out_y) * s.w_out + out_x;
-            sum += get(patches[(pixel * s.kernel * s.kernel + tap) * s.channels + channel]);
+            u64 at = (pixel * s.kernel * s.kernel + tap) * s.channels + channel;
+            Values more = load(patches + at, width);
+            EACH(k) sum.at[k] += more.at[k];
         }
     }
-    dx[i] = put(sum);
+    store(dx + i, sum, width);
 }

@@ -60,12 +60,83 @@ __device__ inline float infinite() { return __uint_as_float(0x7f800000u); }
 __device__ inline float not_a_number() { return __uint_as_float(0x7fffffffu); }
 __device__ inline bool is_finite(double x) { return x - x == 0.0; }
 
-// A map has less than 2^32 values, so indices are of 32 bits where divisions are made of them.
-
 // Threads of a block that sums up.
 #define THREADS 256
 
 __device__ inline u64 global_index() { return (u64)blockIdx.x * blockDim.x + threadIdx.x; }
+
+// A map has less than 2^32 values, so indices are of 32 bits where divisions are made of them. A thread
+// takes some that lie side by side: as a launch says by `width` 16 or 8 bytes of them, of channels that
+// divide into so many, or one value. The first of a thread is `width` times its global index.
+#define WIDTH (16 / (u32)sizeof(T))
+
+// What a thread takes, with zeros for what is beyond `width`.
+struct Values {
+    float at[WIDTH];
+};
+
+#define EACH(k) _Pragma("unroll") for (u32 k = 0; k < WIDTH; ++k)
+
+template <u32 N> struct alignas(N * sizeof(T)) Pack {
+    T at[N];
+};
+
+template <u32 N> __device__ inline void load_pack(const T *x, Values &values) {
+    Pack<N> pack = *(const Pack<N> *)x;
+    EACH(k) if (k < N) values.at[k] = get(pack.at[k % N]);
+}
+
+template <u32 N> __device__ inline void store_pack(T *x, const Values &values) {
+    Pack<N> pack;
+    EACH(k) if (k < N) pack.at[k % N] = put(values.at[k]);
+    *(Pack<N> *)x = pack;
+}
+
+__device__ inline Values zeros() {
+    Values values;
+    EACH(k) values.at[k] = 0.0f;
+    return values;
+}
+
+__device__ inline Values load(const T *x, u32 width) {
+    Values values = zeros();
+    if (width == WIDTH) {
+        load_pack<WIDTH>(x, values);
+    } else if (width == WIDTH / 2) {
+        load_pack<WIDTH / 2>(x, values);
+    } else {
+        values.at[0] = get(*x);
+    }
+    return values;
+}
+
+__device__ inline void store(T *x, const Values &values, u32 width) {
+    if (width == WIDTH) {
+        store_pack<WIDTH>(x, values);
+    } else if (width == WIDTH / 2) {
+        store_pack<WIDTH / 2>(x, values);
+    } else {
+        *x = put(values.at[0]);
+    }
+}
+
+struct alignas(16) Four {
+    float at[4];
+};
+
+// What channels have each: of a bias, say.
+__device__ inline Values load_channels(const float *x, u32 width) {
+    Values values = zeros();
+    if (width >= 4) {
+        EACH(k) if (k % 4 == 0 && k < width) {
+            Four four = *(const Four *)(x + k);
+            for (u32 j = 0; j < 4; ++j) values.at[k + j] = four.at[j];
+        }
+    } else {
+        EACH(k) if (k < width) values.at[k] = x[k];
+    }
+    return values;
+}
 
 // The sum over a block of THREADS threads, in each of them. `shared`: THREADS / 32 values.
 __device__ inline float block_sum(float value, float *shared) {
