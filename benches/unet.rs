@@ -97,8 +97,9 @@ fn main() -> Result<()> {
             // Noise and all, as training goes there.
             Where::Cuda => trainer.step(&x).map(drop),
         })?;
-        if args.device == Where::Cuda && !format!("{trainer:?}").contains("captured: true") {
-            eprintln!("The step was not captured as a graph: {trainer:?}");
+        if args.device == Where::Cuda && !trainer.is_captured() {
+            eprintln!("the step was not captured as a graph: {trainer:?}");
+            std::process::exit(1);
         }
     }
     if wanted("forward") {

@@ -64,8 +64,9 @@ impl<'p> Cuda<'p> {
 
     /// Memory for the gradients of weights.
     fn gradients(&self, weights: [&Tensor; 2]) -> Result<[Tensor; 2]> {
-        let [weight, bias] = weights;
-        Ok([self.pool.gradient(weight)?, self.pool.gradient(bias)?])
+        let gradients = [self.pool.gradient(weights[0])?, self.pool.gradient(weights[1])?];
+        gradients.iter().for_each(|gradient| self.gpu.keep(gradient));
+        Ok(gradients)
     }
 
     fn attention_of(&self, [batch, h, w, c]: [usize; 4]) -> Attention {

@@ -1,3 +1,6 @@
+#[cfg(feature = "cuda")]
+mod by_graph;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
@@ -44,15 +47,8 @@ pub struct Trainer<N: Network> {
     images_seen: u64,
     /// Images in the source, once one was used: the order of a run depends on it.
     dataset_len: Option<u64>,
-    /// The update, once it was captured.
     #[cfg(feature = "cuda")]
-    graph: Option<crate::kernels::cuda::StepGraph>,
-    /// The shape of the last batches, and how many more of them come before one is captured.
-    #[cfg(feature = "cuda")]
-    before_capture: (Vec<usize>, usize),
-    /// Why capturing failed.
-    #[cfg(feature = "cuda")]
-    not_captured: Option<String>,
+    capture: by_graph::Capture,
     /// The thread that made the last update.
     #[cfg(feature = "cuda")]
     thread: std::thread::ThreadId,
@@ -73,17 +69,13 @@ impl<N: Network> fmt::Debug for Trainer<N> {
             .field("device", &self.device)
             .field("step", &self.step);
         #[cfg(feature = "cuda")]
-        fields.field("captured", &self.graph.is_some()).field("not_captured", &self.not_captured);
+        fields.field("capture", &self.capture);
         fields.finish_non_exhaustive()
     }
 }
 
 /// How many updates may go unread in a loop of the user's own before they are checked.
 const MAX_UNREAD: usize = 10_000;
-
-/// How many batches of a shape come before the update is captured as a CUDA graph.
-#[cfg(feature = "cuda")]
-const STEPS_BEFORE_CAPTURE: usize = 4;
 
 /// The loss, the gradient's norm, and the gradients.
 type Computed = (Tensor, Tensor, Vec<Tensor>);
@@ -179,11 +171,7 @@ impl<N: Network> Trainer<N> {
             images_seen: 0,
             dataset_len: None,
             #[cfg(feature = "cuda")]
-            graph: None,
-            #[cfg(feature = "cuda")]
-            before_capture: Default::default(),
-            #[cfg(feature = "cuda")]
-            not_captured: None,
+            capture: Default::default(),
             #[cfg(feature = "cuda")]
             thread: std::thread::current().id(),
             order: None,
@@ -253,12 +241,8 @@ impl<N: Network> Trainer<N> {
     /// As [`step`](Self::step), and if the shapes or dtypes do not fit each other, or a timestep is
     /// out of range; on a CUDA device the loss is NaN then.
     pub fn step_with(&mut self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Update> {
-        // Its gradients may lie elsewhere, and the tables that a graph reads be written anew.
         #[cfg(feature = "cuda")]
-        {
-            self.graph = None;
-            self.before_capture = Default::default();
-        }
+        self.capture.forget();
         self.eager(x_0, t, eps)
     }
 
@@ -339,64 +323,6 @@ impl<N: Network> Trainer<N> {
         Ok((loss, grad_norm, gradients))
     }
 
-    /// The update by a graph, where it was captured or can be.
-    #[cfg(feature = "cuda")]
-    fn step_by_graph(&mut self, x_0: &Tensor, t: &Tensor) -> Result<Option<Update>> {
-        use crate::kernels::cuda::{self, Gpu, StepGraph};
-
-        if !self.device.is_cuda() {
-            return Ok(None);
-        }
-        self.follow_thread()?;
-        // A step from within a pass, by the function that gives it its gradient, say.
-        if Gpu::of(&self.device)?.in_a_pass() {
-            return Ok(None);
-        }
-        let learning_rate = self.config.learning_rate(self.step);
-        let captured = self.graph.take().filter(|graph| graph.fits(x_0));
-        let graph = match captured {
-            Some(graph) => graph,
-            None => {
-                // What a step takes must be there: the first ones compile kernels, choose algorithms and
-                // leave their memory.
-                if self.before_capture.0.as_slice() != x_0.dims() {
-                    self.before_capture = (x_0.dims().to_vec(), STEPS_BEFORE_CAPTURE);
-                }
-                let repeatable = self.config.accumulation == 1
-                    && cuda::are_plain(&[x_0])
-                    && self.model.is_repeatable(x_0);
-                self.before_capture.1 = self.before_capture.1.saturating_sub(1);
-                if !repeatable || self.before_capture.1 > 0 {
-                    return Ok(None);
-                }
-                // If it fails, some more steps may leave what was missing.
-                self.before_capture.1 = 10 * STEPS_BEFORE_CAPTURE;
-                self.prepare(learning_rate)?;
-                let steps = self.optimizer.steps();
-                let captured = StepGraph::capture(x_0, t, |x_0, t| {
-                    let (step, dims) = (self.step, x_0.dims());
-                    let eps = self.noise().normal(Purpose::Training, step, dims, &self.device)?;
-                    self.compute(x_0, t, &eps)
-                });
-                if self.optimizer.steps() > steps {
-                    self.optimizer.count(false, self.ema.as_mut(), self.scaler.as_ref());
-                }
-                match captured {
-                    Ok(graph) => graph,
-                    Err(error) => {
-                        self.not_captured = Some(error.to_string());
-                        return Ok(None);
-                    }
-                }
-            }
-        };
-        self.prepare(learning_rate)?;
-        let (loss, grad_norm) = graph.launch(x_0, t)?;
-        self.optimizer.count(true, self.ema.as_mut(), self.scaler.as_ref());
-        self.graph = Some(graph);
-        self.note(x_0.dim(0)?, loss, grad_norm).map(Some)
-    }
-
     /// A thread's work on a GPU is in a stream of its own: what another one left there must be done.
     fn follow_thread(&mut self) -> Result<()> {
         #[cfg(feature = "cuda")]
@@ -414,14 +340,6 @@ impl<N: Network> Trainer<N> {
             crate::kernels::cuda::Gpu::of(&self.device)?.wait_for_all()?;
         }
         Ok(other)
-    }
-
-    /// What a graph reads of the next update.
-    #[cfg(feature = "cuda")]
-    fn prepare(&mut self, learning_rate: f64) -> Result<()> {
-        self.optimizer.prepare(learning_rate, self.ema.as_ref(), self.scaler.as_ref())?;
-        crate::kernels::cuda::Gpu::of(&self.device)?.step(self.step)?;
-        Ok(())
     }
 
     /// Adds gradients to their sums, and gives them back to the network.
@@ -608,6 +526,17 @@ impl<N: Network> Trainer<N> {
         self.step
     }
 
+    /// Whether the last update was launched as a CUDA graph: the CPU's share of it is next to nothing then.
+    /// Updates of [`step`](Self::step) and [`fit`](Self::fit) come to be, after some of one shape, on a CUDA
+    /// device, without [`accumulation`](TrainConfig::accumulation), where the network
+    /// [is repeatable](Denoiser::is_repeatable); if they do not, the `Debug` form says why.
+    pub fn is_captured(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        return self.capture.is_there();
+        #[cfg(not(feature = "cuda"))]
+        return false;
+    }
+
     /// How the network is trained.
     pub fn config(&self) -> &TrainConfig {
         &self.config
@@ -633,6 +562,10 @@ impl<N: Network> Trainer<N> {
         let t: Vec<u32> = (0..batch)
             .map(|k| self.noise().stream(Purpose::Timestep, self.step, k as u32).below(bound))
             .collect();
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() {
+            return Ok(crate::kernels::cuda::upload(&self.device, &t, &[batch])?);
+        }
         Ok(Tensor::from_vec(t, batch, &self.device)?)
     }
 

@@ -1,5 +1,6 @@
 // A CUDA driver whose device is this CPU: memory is malloc's, each thread's stream runs what it is given at
-// once, one at a time, and a graph is a list of what a thread gave while it captured. Modules come from the stand-in for NVRTC.
+// once, one at a time, and a graph is a list of what a thread gave while it captured. Modules come from the
+// stand-in for NVRTC. What would wait for a device adds a letter to the file that STAND_IN_WAITS names.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -18,8 +20,9 @@ typedef uint64_t Pointer;
 enum { SUCCESS = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500 };
 
 static std::mutex lock;
-// Of this thread's stream.
+// Of this thread's stream; and the memory that belongs to the graph.
 static thread_local std::vector<std::function<void()>> *capture;
+static thread_local std::set<Pointer> captured_memory;
 
 typedef std::vector<std::function<void()>> Graph;
 
@@ -37,6 +40,15 @@ static Result submit(const std::function<void()> &work) {
     return SUCCESS;
 }
 
+static Result waits(char what) {
+    if (const char *path = getenv("STAND_IN_WAITS")) {
+        FILE *file = fopen(path, "a");
+        fputc(what, file);
+        fclose(file);
+    }
+    return capture ? 900 : SUCCESS;
+}
+
 API Result cuInit(unsigned) { return SUCCESS; }
 API Result cuDeviceGetCount(int *n) { return *n = 1, SUCCESS; }
 API Result cuDeviceGet(int *device, int ordinal) { return *device = 0, ordinal ? 101 : SUCCESS; }
@@ -52,7 +64,9 @@ API Result cuDevicePrimaryCtxRetain(void **context, int) { return *context = (vo
 API Result cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 API Result cuCtxGetCurrent(void **context) { return *context = (void *)1, SUCCESS; }
 API Result cuCtxSetCurrent(void *) { return SUCCESS; }
-API Result cuCtxSynchronize() { return SUCCESS; }
+API Result cuCtxSynchronize() { return waits('c'); }
+API Result cuDeviceGetDefaultMemPool(void **pool, int) { return *pool = (void *)64, SUCCESS; }
+API Result cuMemPoolSetAttribute(void *, int attribute, void *) { return attribute == 4 ? SUCCESS : INVALID; }
 API Result cuMemGetInfo_v2(size_t *available, size_t *total) {
     return *available = *total = (size_t)8 << 30, SUCCESS;
 }
@@ -63,26 +77,46 @@ API Result cuMemAlloc_v2(Pointer *pointer, size_t size) {
     // Not zeros: what is read before it is written must show. These are NaN in each type.
     memset(memory, 0xff, size);
     *pointer = (Pointer)memory;
+    if (capture) captured_memory.insert(*pointer);
     return SUCCESS;
 }
 API Result cuMemAllocAsync(Pointer *pointer, size_t size, void *) { return cuMemAlloc_v2(pointer, size); }
-// What is freed while a graph is captured is the graph's.
-API Result cuMemFree_v2(Pointer pointer) {
-    if (!capture) free((void *)pointer);
+// While a graph is captured only what was allocated in it can be freed, and stays for its launches.
+API Result cuMemFreeAsync(Pointer pointer, void *) {
+    if (capture) return captured_memory.count(pointer) ? SUCCESS : INVALID;
+    if (!captured_memory.count(pointer)) free((void *)pointer);
     return SUCCESS;
 }
-API Result cuMemFreeAsync(Pointer pointer, void *) { return cuMemFree_v2(pointer); }
+API Result cuMemFree_v2(Pointer pointer) { return waits('f'), cuMemFreeAsync(pointer, nullptr); }
+
+static std::mutex pinned_lock;
+static std::set<const void *> pinned;
+
 API Result cuMemHostAlloc(void **memory, size_t size, unsigned) {
-    return (*memory = malloc(size)) ? SUCCESS : OUT_OF_MEMORY;
+    if (!(*memory = malloc(size))) return OUT_OF_MEMORY;
+    std::lock_guard<std::mutex> guard(pinned_lock);
+    pinned.insert(*memory);
+    return SUCCESS;
 }
-API Result cuMemFreeHost(void *memory) { return free(memory), SUCCESS; }
+API Result cuMemFreeHost(void *memory) {
+    std::lock_guard<std::mutex> guard(pinned_lock);
+    pinned.erase(memory);
+    return free(memory), SUCCESS;
+}
 API Result cuMemsetD8Async(Pointer pointer, unsigned char value, size_t size, void *) {
     return submit([=] { memset((void *)pointer, value, size); });
 }
 API Result cuMemcpyHtoDAsync_v2(Pointer to, const void *from, size_t size, void *) {
+    bool waiting;
+    {
+        std::lock_guard<std::mutex> guard(pinned_lock);
+        waiting = !pinned.count(from);
+    }
+    if (waiting) waits('u');
     return submit([=] { memcpy((void *)to, from, size); });
 }
 API Result cuMemcpyDtoHAsync_v2(void *to, Pointer from, size_t size, void *) {
+    waits('d');
     return submit([=] { memcpy(to, (void *)from, size); });
 }
 API Result cuMemcpyDtoDAsync_v2(Pointer to, Pointer from, size_t size, void *) {
@@ -91,7 +125,7 @@ API Result cuMemcpyDtoDAsync_v2(Pointer to, Pointer from, size_t size, void *) {
 
 API Result cuStreamCreate(void **stream, unsigned) { return *stream = (void *)16, SUCCESS; }
 API Result cuStreamDestroy_v2(void *) { return SUCCESS; }
-API Result cuStreamSynchronize(void *) { return capture ? 900 : SUCCESS; }
+API Result cuStreamSynchronize(void *) { return waits('s'); }
 API Result cuStreamWaitEvent(void *, void *, unsigned) { return SUCCESS; }
 API Result cuEventCreate(void **event, unsigned) { return *event = (void *)32, SUCCESS; }
 API Result cuEventDestroy_v2(void *) { return SUCCESS; }

@@ -1,7 +1,7 @@
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
 use candle_core::{Device, Result, Tensor};
 
-use super::{Argument, Element, Gpu, THREADS, blocks_of};
+use super::{Argument, Element, Gpu, Pointer, THREADS, blocks_of};
 
 /// Values that a block works on: `CHUNK` in `adam.cu`.
 const CHUNK: usize = 4096;
@@ -126,7 +126,8 @@ impl Updater {
     pub fn set_learning_rate(&mut self, learning_rate: f64) -> Result<()> {
         let (memory, known) = &mut self.learning_rate;
         if *known != Some(learning_rate) {
-            Gpu::of(&self.device)?.device.memcpy_htod(&[learning_rate], memory)?;
+            let gpu = Gpu::of(&self.device)?;
+            gpu.send(&[learning_rate], Pointer::to(memory, &gpu.stream))?;
             *known = Some(learning_rate);
         }
         Ok(())
@@ -146,11 +147,11 @@ impl Updater {
         let parts = (self.parts.len() / 2) as u32;
         let blocks = blocks_of((parts, 1), (THREADS, 1));
         let stream = &gpu.stream;
-        let weights = self.weights.device_ptr(stream).0;
-        let table = self.parts.device_ptr(stream).0;
-        let squares = self.squares.device_ptr(stream).0;
-        let control = self.control.device_ptr(stream).0;
-        let learning_rate = self.learning_rate.0.device_ptr(stream).0;
+        let weights = Pointer::to(&self.weights, stream);
+        let table = Pointer::to(&self.parts, stream);
+        let squares = Pointer::to(&self.squares, stream);
+        let control = Pointer::to(&self.control, stream);
+        let learning_rate = Pointer::to(&self.learning_rate.0, stream);
         gpu.launch(Element::F32, "gradient_squares", blocks, (weights, table, squares))?;
         gpu.launch(
             Element::F32,
@@ -170,17 +171,20 @@ impl Updater {
         Ok(norm)
     }
 
-    /// Writes where the weights are to the device, unless it is known there.
+    /// Writes where the weights are to the device, unless it is known there. They are the same ones each
+    /// time, but gradients may lie elsewhere.
     fn tabulate(&mut self, gpu: &Gpu, weights: &[WeightUpdate<'_>]) -> Result<()> {
-        let optional = |tensor: Option<&Tensor>| tensor.map_or(Ok(0), |tensor| gpu.pointer(tensor));
+        let optional = |tensor: Option<&Tensor>| {
+            tensor.map_or(Ok(Pointer::NONE), |tensor| gpu.pointer(tensor))
+        };
         let mut addresses = Vec::new();
         for own in weights {
             addresses.extend([
-                gpu.pointer(own.weight)?,
-                gpu.pointer(own.mean)?,
-                gpu.pointer(own.square)?,
-                optional(own.average)?,
-                optional(own.gradient)?,
+                gpu.pointer(own.weight)?.0,
+                gpu.pointer(own.mean)?.0,
+                gpu.pointer(own.square)?.0,
+                optional(own.average)?.0,
+                optional(own.gradient)?.0,
                 own.weight.elem_count() as u64,
             ]);
         }
@@ -188,15 +192,18 @@ impl Updater {
             if gpu.capturing.get() {
                 candle_core::bail!("weights or gradients moved within what is captured")
             }
-            let mut parts = Vec::new();
-            for (i, own) in weights.iter().enumerate() {
-                for chunk in 0..own.weight.elem_count().div_ceil(CHUNK) {
-                    parts.extend([i as u32, chunk as u32]);
+            if self.addresses.len() != addresses.len() {
+                let mut parts = Vec::new();
+                for (i, own) in weights.iter().enumerate() {
+                    for chunk in 0..own.weight.elem_count().div_ceil(CHUNK) {
+                        parts.extend([i as u32, chunk as u32]);
+                    }
                 }
+                self.weights = gpu.device.alloc_zeros(addresses.len().max(1))?;
+                self.parts = gpu.device.clone_htod(&parts)?;
+                self.squares = gpu.device.alloc_zeros((parts.len() / 2).max(1))?;
             }
-            self.weights = gpu.device.clone_htod(&addresses)?;
-            self.parts = gpu.device.clone_htod(&parts)?;
-            self.squares = gpu.device.alloc_zeros((parts.len() / 2).max(1))?;
+            gpu.send(&addresses, Pointer::to(&self.weights, &gpu.stream))?;
             self.addresses = addresses;
         }
         Ok(())

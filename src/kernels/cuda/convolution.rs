@@ -9,7 +9,7 @@ use crate::Precision;
 use crate::kernels::Scale;
 
 /// Bytes of patches that are laid out at a time, at most, unless those of one image are more.
-const PATCHES: usize = 256 << 20;
+const PATCHES: usize = if cfg!(test) { 4 << 10 } else { 256 << 20 };
 
 /// `Sizes` in `patches.cu`.
 #[derive(Debug, Clone, Copy)]
@@ -149,7 +149,7 @@ impl Convolution {
         for first in (0..self.batch).step_by(images) {
             let rows = images.min(self.batch - first) * self.pixels();
             let count = rows * self.patch();
-            let x = x.pointer + (first * image) as u64;
+            let x = x.pointer.offset(first * image);
             let width = self.element.width(&[self.channels()], &[x, patches.pointer]);
             gpu.launch(
                 self.element,
@@ -166,7 +166,7 @@ impl Convolution {
     /// The output rows that belong to the patches of images from `first` on.
     fn rows_of(&self, y: &Memory, first: usize, patches: &Matrix) -> Matrix {
         let offset = first * self.pixels() * self.c_out * self.element.bytes();
-        Matrix::new(y.pointer + offset as u64, patches.rows, self.c_out, self.element)
+        Matrix::new(y.pointer.offset(offset), patches.rows, self.c_out, self.element)
     }
 
     pub fn forward(
@@ -271,7 +271,7 @@ impl Convolution {
             let dy = (self.rows_of(dy, first, &d), As::Stored);
             gpu.multiply(self.precision, dy, weights, d, How::PLAIN)?;
             let count = images * image;
-            let dx = dx.pointer + (first * image * bytes) as u64;
+            let dx = dx.pointer.offset(first * image * bytes);
             let width = self.element.width(&[self.channels()], &[patches.pointer, dx]);
             gpu.launch(
                 self.element,
@@ -293,14 +293,14 @@ impl Convolution {
     }
 
     /// Whether it was done. What cuDNN refuses at the last moment is not asked of it again.
-    fn done(&self, gpu: &Gpu, result: Result<()>) -> bool {
-        if let (Err(_), Some(cudnn)) = (&result, &gpu.cudnn) {
+    fn done(&self, gpu: &Gpu, done: Result<bool>) -> Result<bool> {
+        if let (Ok(false), Some(cudnn)) = (&done, &gpu.cudnn) {
             cudnn.forget(&self.shape());
         }
-        result.is_ok()
+        done
     }
 
-    fn shape(&self) -> super::cudnn::Shape {
+    pub(super) fn shape(&self) -> super::cudnn::Shape {
         let Sizes { h, w, upsample, kernel, stride, .. } = self.sizes;
         let x = [self.batch, (h << upsample) as usize, (w << upsample) as usize, self.channels()];
         super::cudnn::Shape {
@@ -352,7 +352,7 @@ impl Convolution {
         let Some(plan) = self.plan(gpu) else { return Ok(false) };
         let doubled = self.doubled(gpu, x)?;
         let x = doubled.as_ref().unwrap_or(x);
-        Ok(self.done(gpu, plan.forward(gpu, x.pointer, packed.pointer, y.pointer)))
+        self.done(gpu, plan.forward(gpu, x.pointer, packed.pointer, y.pointer))
     }
 
     fn weight_gradient_by_cudnn(
@@ -367,7 +367,7 @@ impl Convolution {
         let x = doubled.as_ref().unwrap_or(x);
         let count = gradient.elem_count();
         let packed = gpu.take(count * self.element.bytes())?;
-        if !self.done(gpu, plan.weight_gradient(gpu, x.pointer, dy.pointer, packed.pointer)) {
+        if !self.done(gpu, plan.weight_gradient(gpu, x.pointer, dy.pointer, packed.pointer))? {
             return Ok(false);
         }
         let (channels, taps) = (self.channels() as u32, self.taps() as u32);
@@ -392,12 +392,12 @@ impl Convolution {
         if self.sizes.upsample == 0 {
             let result =
                 plan.input_gradient(gpu, packed.pointer, dy.pointer, dx.pointer, accumulate);
-            return Ok(self.done(gpu, result));
+            return self.done(gpu, result);
         }
         let count = self.input_len();
         let doubled = gpu.take(4 * count * self.element.bytes())?;
         let result = plan.input_gradient(gpu, packed.pointer, dy.pointer, doubled.pointer, false);
-        if !self.done(gpu, result) {
+        if !self.done(gpu, result)? {
             return Ok(false);
         }
         let width = self.element.width(&[self.channels()], &[doubled.pointer, dx.pointer]);

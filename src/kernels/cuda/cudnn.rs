@@ -1,6 +1,5 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::ffi::c_void;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -10,7 +9,7 @@ use candle_core::cuda_backend::cudarc::cudnn::sys;
 use candle_core::cuda_backend::cudarc::driver::CudaStream;
 use candle_core::{Error, Result};
 
-use super::{Element, Gpu};
+use super::{Element, Gpu, Owned, Pointer};
 
 /// What an algorithm may work in, at most.
 const WORKSPACE: usize = 1 << 30;
@@ -43,11 +42,11 @@ pub(super) struct Shape {
 /// only among those that give the same bits each time.
 pub(super) struct Plan {
     handle: sys::cudnnHandle_t,
-    x: sys::cudnnTensorDescriptor_t,
-    y: sys::cudnnTensorDescriptor_t,
-    w: sys::cudnnFilterDescriptor_t,
+    x: Owned<sys::cudnnTensorDescriptor_t, CudnnError>,
+    y: Owned<sys::cudnnTensorDescriptor_t, CudnnError>,
+    w: Owned<sys::cudnnFilterDescriptor_t, CudnnError>,
     /// One for each direction, since a kind of arithmetic is part of an algorithm.
-    convolutions: [sys::cudnnConvolutionDescriptor_t; 3],
+    convolutions: [Owned<sys::cudnnConvolutionDescriptor_t, CudnnError>; 3],
     forward: (sys::cudnnConvolutionFwdAlgo_t, usize),
     of_input: (sys::cudnnConvolutionBwdDataAlgo_t, usize),
     of_weight: (sys::cudnnConvolutionBwdFilterAlgo_t, usize),
@@ -58,20 +57,6 @@ impl Drop for Cudnn {
         self.plans.borrow_mut().clear();
         // SAFETY: made by `new`, and not destroyed before. That destroying fails is no harm.
         let _ = unsafe { result::destroy_handle(self.handle) };
-    }
-}
-
-impl Drop for Plan {
-    fn drop(&mut self) {
-        // SAFETY: made by `new`, and not destroyed before. That destroying fails is no harm.
-        unsafe {
-            let _ = result::destroy_tensor_descriptor(self.x);
-            let _ = result::destroy_tensor_descriptor(self.y);
-            let _ = result::destroy_filter_descriptor(self.w);
-            for convolution in self.convolutions {
-                let _ = result::destroy_convolution_descriptor(convolution);
-            }
-        }
     }
 }
 
@@ -115,10 +100,15 @@ macro_rules! choose {
         found
             .filter(|found| found.status == sys::cudnnStatus_t::CUDNN_STATUS_SUCCESS)
             .filter(|found| found.determinism == sys::cudnnDeterminism_t::CUDNN_DETERMINISTIC)
-            // Exact f32 has no other arithmetic than this.
-            .filter(|found| !$exact || found.mathType == sys::cudnnMathType_t::CUDNN_FMA_MATH)
-            .find(|found| found.memory <= WORKSPACE)
-            .map(|found| (found.algo, found.memory, found.mathType))
+            .filter(|found| {
+                !$exact || found.mathType != sys::cudnnMathType_t::CUDNN_TENSOR_OP_MATH
+            })
+            // Exact f32 has no other arithmetic, even where cuDNN leaves it open.
+            .map(|found| {
+                let fma = sys::cudnnMathType_t::CUDNN_FMA_MATH;
+                (found.algo, found.memory, if $exact { fma } else { found.mathType })
+            })
+            .find(|(_, bytes, _)| *bytes <= WORKSPACE)
     }};
 }
 
@@ -153,21 +143,26 @@ impl Plan {
         let channels_first = |[n, h, w, c]: [usize; 4]| [n, c, h, w].map(|size| size as i32);
         let (pad, stride, kernel) =
             ((shape.kernel / 2) as i32, shape.stride as i32, shape.kernel as i32);
-        let (x, y) = (result::create_tensor_descriptor()?, result::create_tensor_descriptor()?);
-        let w = result::create_filter_descriptor()?;
-        let convolutions = [
-            result::create_convolution_descriptor()?,
-            result::create_convolution_descriptor()?,
-            result::create_convolution_descriptor()?,
-        ];
+        let tensor = || -> std::result::Result<_, CudnnError> {
+            let made = result::create_tensor_descriptor()?;
+            Ok(Owned::new(made, result::destroy_tensor_descriptor as _))
+        };
+        let convolution = || -> std::result::Result<_, CudnnError> {
+            let made = result::create_convolution_descriptor()?;
+            Ok(Owned::new(made, result::destroy_convolution_descriptor as _))
+        };
+        let (x, y) = (tensor()?, tensor()?);
+        let w =
+            Owned::new(result::create_filter_descriptor()?, result::destroy_filter_descriptor as _);
+        let convolutions = [convolution()?, convolution()?, convolution()?];
         let weight = [shape.y[3] as i32, shape.x[3] as i32, kernel, kernel];
         // SAFETY: the descriptors were made above.
         unsafe {
             let format = CUDNN_TENSOR_NHWC;
-            result::set_tensor4d_descriptor(x, format, element, channels_first(shape.x))?;
-            result::set_tensor4d_descriptor(y, format, element, channels_first(shape.y))?;
-            result::set_filter4d_descriptor(w, element, format, weight)?;
-            for convolution in convolutions {
+            result::set_tensor4d_descriptor(x.value, format, element, channels_first(shape.x))?;
+            result::set_tensor4d_descriptor(y.value, format, element, channels_first(shape.y))?;
+            result::set_filter4d_descriptor(w.value, element, format, weight)?;
+            for convolution in convolutions.each_ref().map(|own| own.value) {
                 // Sums in f32, whatever the element.
                 result::set_convolution2d_descriptor(
                     convolution,
@@ -184,13 +179,14 @@ impl Plan {
             }
         }
         let exact = math == CUDNN_FMA_MATH;
-        let [for_y, for_x, for_w] = convolutions;
+        let [for_y, for_x, for_w] = convolutions.each_ref().map(|own| own.value);
+        let (of_x, of_y, of_w) = (x.value, y.value, w.value);
         let forward = choose!(get_convolution_forward_algorithm, sys::cudnnConvolutionFwdAlgoPerf_t,
-            exact; handle, x, w, for_y, y);
+            exact; handle, of_x, of_w, for_y, of_y);
         let of_input = choose!(get_convolution_backward_data_algorithm,
-            sys::cudnnConvolutionBwdDataAlgoPerf_t, exact; handle, w, y, for_x, x);
+            sys::cudnnConvolutionBwdDataAlgoPerf_t, exact; handle, of_w, of_y, for_x, of_x);
         let of_weight = choose!(get_convolution_backward_filter_algorithm,
-            sys::cudnnConvolutionBwdFilterAlgoPerf_t, exact; handle, x, y, for_w, w);
+            sys::cudnnConvolutionBwdFilterAlgoPerf_t, exact; handle, of_x, of_y, for_w, of_w);
         let (Some(forward), Some(of_input), Some(of_weight)) =
             (settled(forward, for_y)?, settled(of_input, for_x)?, settled(of_weight, for_w)?)
         else {
@@ -199,89 +195,95 @@ impl Plan {
         Ok(Some(Self { handle, x, y, w, convolutions, forward, of_input, of_weight }))
     }
 
-    /// Writes `y`.
-    pub fn forward(&self, gpu: &Rc<Gpu>, x: u64, w: u64, y: u64) -> Result<()> {
+    /// Writes `y`; false if cuDNN does not. So do the others.
+    pub fn forward(&self, gpu: &Rc<Gpu>, x: Pointer, w: Pointer, y: Pointer) -> Result<bool> {
         let (algorithm, bytes) = self.forward;
         let workspace = gpu.take(bytes)?;
         let (one, zero) = (1f32, 0f32);
-        // SAFETY: the descriptors are alive, and describe the memory at the addresses, which whoever
+        // SAFETY: the descriptors are alive, and describe the memory at the pointers, which whoever
         // calls this holds.
-        unsafe {
+        let done = unsafe {
             result::convolution_forward(
                 self.handle,
                 (&raw const one).cast(),
-                self.x,
-                x as *const c_void,
-                self.w,
-                w as *const c_void,
-                self.convolutions[0],
+                self.x.value,
+                x.as_ptr(),
+                self.w.value,
+                w.as_ptr(),
+                self.convolutions[0].value,
                 algorithm,
-                workspace.pointer as *mut c_void,
+                workspace.pointer.as_ptr(),
                 bytes,
                 (&raw const zero).cast(),
-                self.y,
-                y as *mut c_void,
+                self.y.value,
+                y.as_ptr(),
             )
-        }
-        .map_err(Error::wrap)
+        };
+        Ok(done.is_ok())
     }
 
     /// Writes `dx`, or adds to it.
     pub fn input_gradient(
         &self,
         gpu: &Rc<Gpu>,
-        w: u64,
-        dy: u64,
-        dx: u64,
+        w: Pointer,
+        dy: Pointer,
+        dx: Pointer,
         accumulate: bool,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let (algorithm, bytes) = self.of_input;
         let workspace = gpu.take(bytes)?;
         let (one, keep) = (1f32, if accumulate { 1f32 } else { 0.0 });
         // SAFETY: as in `forward`.
-        unsafe {
+        let done = unsafe {
             result::convolution_backward_data(
                 self.handle,
                 (&raw const one).cast(),
-                self.w,
-                w as *const c_void,
-                self.y,
-                dy as *const c_void,
-                self.convolutions[1],
+                self.w.value,
+                w.as_ptr(),
+                self.y.value,
+                dy.as_ptr(),
+                self.convolutions[1].value,
                 algorithm,
-                workspace.pointer as *mut c_void,
+                workspace.pointer.as_ptr(),
                 bytes,
                 (&raw const keep).cast(),
-                self.x,
-                dx as *mut c_void,
+                self.x.value,
+                dx.as_ptr(),
             )
-        }
-        .map_err(Error::wrap)
+        };
+        Ok(done.is_ok())
     }
 
     /// Writes `dw`.
-    pub fn weight_gradient(&self, gpu: &Rc<Gpu>, x: u64, dy: u64, dw: u64) -> Result<()> {
+    pub fn weight_gradient(
+        &self,
+        gpu: &Rc<Gpu>,
+        x: Pointer,
+        dy: Pointer,
+        dw: Pointer,
+    ) -> Result<bool> {
         let (algorithm, bytes) = self.of_weight;
         let workspace = gpu.take(bytes)?;
         let (one, zero) = (1f32, 0f32);
         // SAFETY: as in `forward`.
-        unsafe {
+        let done = unsafe {
             result::convolution_backward_filter(
                 self.handle,
                 (&raw const one).cast(),
-                self.x,
-                x as *const c_void,
-                self.y,
-                dy as *const c_void,
-                self.convolutions[2],
+                self.x.value,
+                x.as_ptr(),
+                self.y.value,
+                dy.as_ptr(),
+                self.convolutions[2].value,
                 algorithm,
-                workspace.pointer as *mut c_void,
+                workspace.pointer.as_ptr(),
                 bytes,
                 (&raw const zero).cast(),
-                self.w,
-                dw as *mut c_void,
+                self.w.value,
+                dw.as_ptr(),
             )
-        }
-        .map_err(Error::wrap)
+        };
+        Ok(done.is_ok())
     }
 }

@@ -1,14 +1,14 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::ffi::c_void;
 use std::sync::Arc;
 
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::cublaslt::{result, sys};
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use candle_core::cuda_backend::cudarc::cublaslt::result::{self, CublasError};
+use candle_core::cuda_backend::cudarc::cublaslt::sys;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
 use candle_core::{Error, Result};
 
-use super::{Element, Gpu};
+use super::{Element, Gpu, Owned, Pointer};
 use crate::Precision;
 
 /// What cuBLASLt may work in.
@@ -26,7 +26,7 @@ pub(super) struct Products {
 /// batch, `batch_stride` values apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Matrix {
-    pub pointer: u64,
+    pub pointer: Pointer,
     pub rows: usize,
     pub columns: usize,
     pub stride: usize,
@@ -36,7 +36,7 @@ pub(super) struct Matrix {
 
 impl Matrix {
     /// Rows one after the other, and one matrix alone.
-    pub fn new(pointer: u64, rows: usize, columns: usize, element: Element) -> Self {
+    pub fn new(pointer: Pointer, rows: usize, columns: usize, element: Element) -> Self {
         Self { pointer, rows, columns, stride: columns, batch_stride: 0, element }
     }
 
@@ -47,12 +47,12 @@ impl Matrix {
 
     /// Bytes that its address is a multiple of, as far as cuBLASLt asks.
     fn alignment(&self) -> u32 {
-        1 << self.pointer.trailing_zeros().min(8)
+        1 << self.pointer.0.trailing_zeros().min(8)
     }
 
     /// The same for every matrix of this shape and alignment.
     fn kind(self) -> Self {
-        Self { pointer: u64::from(self.alignment()), ..self }
+        Self { pointer: Pointer(self.alignment().into()), ..self }
     }
 }
 
@@ -94,23 +94,15 @@ struct Product {
 /// A product's descriptors, in cuBLASLt's order of columns: there `d` is its own transpose, and so the
 /// product that of `b` and `a`.
 struct Plan {
-    description: sys::cublasLtMatmulDesc_t,
-    a: sys::cublasLtMatrixLayout_t,
-    b: sys::cublasLtMatrixLayout_t,
-    d: sys::cublasLtMatrixLayout_t,
+    description: Description,
+    a: Layout,
+    b: Layout,
+    d: Layout,
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
-impl Drop for Plan {
-    fn drop(&mut self) {
-        for layout in [self.a, self.b, self.d] {
-            // SAFETY: made by `Plan::new`, and not destroyed before. That destroying fails is no harm.
-            let _ = unsafe { result::destroy_matrix_layout(layout) };
-        }
-        // SAFETY: as above.
-        let _ = unsafe { result::destroy_matmul_desc(self.description) };
-    }
-}
+type Description = Owned<sys::cublasLtMatmulDesc_t, CublasError>;
+type Layout = Owned<sys::cublasLtMatrixLayout_t, CublasError>;
 
 impl Drop for Products {
     fn drop(&mut self) {
@@ -163,26 +155,25 @@ impl Gpu {
             }
         };
         let beta = if accumulate { 1f32 } else { 0.0 };
-        let address = |matrix: &Matrix| matrix.pointer as *const c_void;
-        let workspace = products.workspace.device_ptr(&products.stream).0;
+        let workspace = Pointer::to(&products.workspace, &products.stream);
         // SAFETY: the descriptors are alive, and describe the memory of `a`, `b` and `d`, which whoever
         // calls this holds; alpha and beta are read before this returns.
         unsafe {
             result::matmul(
                 products.handle,
-                plan.description,
+                plan.description.value,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),
-                address(&b),
-                plan.b,
-                address(&a),
-                plan.a,
-                address(&d),
-                plan.d,
-                d.pointer as *mut c_void,
-                plan.d,
+                b.pointer.as_ptr(),
+                plan.b.value,
+                a.pointer.as_ptr(),
+                plan.a.value,
+                d.pointer.as_ptr(),
+                plan.d.value,
+                d.pointer.as_ptr(),
+                plan.d.value,
                 &raw const plan.algorithm,
-                workspace as *mut c_void,
+                workspace.as_ptr(),
                 WORKSPACE,
                 products.stream.cu_stream().cast(),
             )
@@ -195,14 +186,14 @@ impl Plan {
     fn new(
         handle: sys::cublasLtHandle_t,
         product: &Product,
-    ) -> std::result::Result<Self, result::CublasError> {
+    ) -> std::result::Result<Self, CublasError> {
         use sys::cublasLtMatmulDescAttributes_t::{
             CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB,
         };
         use sys::cublasLtMatmulPreferenceAttributes_t::{
             CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
             CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
         };
         let compute = if product.tf32 {
             sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32
@@ -210,6 +201,7 @@ impl Plan {
             sys::cublasComputeType_t::CUBLAS_COMPUTE_32F
         };
         let description = result::create_matmul_desc(compute, sys::cudaDataType_t::CUDA_R_32F)?;
+        let description = Owned::new(description, result::destroy_matmul_desc as _);
         let (a, b) = (product.b, product.a);
         for (attribute, how) in
             [(CUBLASLT_MATMUL_DESC_TRANSA, a.1), (CUBLASLT_MATMUL_DESC_TRANSB, b.1)]
@@ -219,7 +211,7 @@ impl Plan {
             // SAFETY: the attribute is of this size.
             unsafe {
                 result::set_matmul_desc_attribute(
-                    description,
+                    description.value,
                     attribute,
                     (&raw const operation).cast(),
                     size_of_val(&operation),
@@ -228,15 +220,25 @@ impl Plan {
         }
         let layout = |matrix: &Matrix| layout(matrix, product.batch);
         let (of_a, of_b, of_d) = (layout(&a.0)?, layout(&b.0)?, layout(&product.d)?);
-        let preference = result::create_matmul_pref()?;
+        let preference =
+            Owned::new(result::create_matmul_pref()?, result::destroy_matmul_pref as _);
+        // Parts of a sum are never added up in the type of `d`, which may be of half precision.
+        let reduction =
+            sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
         let workspace = WORKSPACE;
         // SAFETY: each attribute is of the size given; the descriptors were made above.
         let found = unsafe {
             result::set_matmul_pref_attribute(
-                preference,
+                preference.value,
                 CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                 (&raw const workspace).cast(),
                 size_of_val(&workspace),
+            )?;
+            result::set_matmul_pref_attribute(
+                preference.value,
+                CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                (&raw const reduction).cast(),
+                size_of_val(&reduction),
             )?;
             for (attribute, matrix) in [
                 (CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &a.0),
@@ -246,23 +248,21 @@ impl Plan {
             ] {
                 let alignment = matrix.alignment();
                 result::set_matmul_pref_attribute(
-                    preference,
+                    preference.value,
                     attribute,
                     (&raw const alignment).cast(),
                     size_of_val(&alignment),
                 )?;
             }
-            let found = result::get_matmul_algo_heuristic(
+            result::get_matmul_algo_heuristic(
                 handle,
-                description,
-                of_a,
-                of_b,
-                of_d,
-                of_d,
-                preference,
-            );
-            result::destroy_matmul_pref(preference)?;
-            found?
+                description.value,
+                of_a.value,
+                of_b.value,
+                of_d.value,
+                of_d.value,
+                preference.value,
+            )?
         };
         // The plan's `a` is the product's, which is cuBLASLt's second factor.
         Ok(Self { description, a: of_b, b: of_a, d: of_d, algorithm: found.algo })
@@ -270,10 +270,7 @@ impl Plan {
 }
 
 /// A matrix of rows, as cuBLASLt sees it: of as many columns.
-fn layout(
-    matrix: &Matrix,
-    batch: usize,
-) -> std::result::Result<sys::cublasLtMatrixLayout_t, result::CublasError> {
+fn layout(matrix: &Matrix, batch: usize) -> std::result::Result<Layout, CublasError> {
     use sys::cublasLtMatrixLayoutAttribute_t::{
         CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
     };
@@ -284,17 +281,18 @@ fn layout(
     };
     let (rows, columns) = (matrix.columns as u64, matrix.rows as u64);
     let layout = result::create_matrix_layout(element, rows, columns, matrix.stride as i64)?;
+    let layout = Owned::new(layout, result::destroy_matrix_layout as _);
     let (count, offset) = (batch as i32, matrix.batch_stride as i64);
     // SAFETY: the attributes are of these sizes, and the layout was made above.
     unsafe {
         result::set_matrix_layout_attribute(
-            layout,
+            layout.value,
             CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT,
             (&raw const count).cast(),
             size_of_val(&count),
         )?;
         result::set_matrix_layout_attribute(
-            layout,
+            layout.value,
             CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
             (&raw const offset).cast(),
             size_of_val(&offset),

@@ -122,7 +122,7 @@ impl Gpu {
         let bytes = from.elem_count() * 4;
         let (from, to) = (self.pointer(from)?, self.pointer(to)?);
         // SAFETY: both are of this length.
-        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }.w()
+        unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, self.stream.cu_stream()) }.w()
     }
 
     /// A graph of what `work` launches, which is not run.
@@ -139,6 +139,7 @@ impl Gpu {
                 let _ = self.0.stream.context().check_err();
                 let graph = self.0.stream.end_capture(flags);
                 let _ = self.0.stream.context().check_err();
+                self.0.kept.borrow_mut().clear();
                 graph.w()
             }
         }

@@ -7,10 +7,10 @@ use candle_core::cuda_backend::cudarc::driver::{
     CudaFunction, CudaModule, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::{
-    CompileError, CompileOptions, Ptx, compile_ptx_with_opts,
+    CompileError, CompileOptions, Ptx, compile_ptx_with_opts, sys,
 };
 
-use super::{Element, Gpu};
+use super::{Element, Gpu, Pointer};
 
 const SOURCE: &str = concat!(
     include_str!("source/types.cu"),
@@ -24,8 +24,8 @@ const SOURCE: &str = concat!(
 /// Threads of a block that sums up: `THREADS` in `types.cu`.
 pub(super) const THREADS: u32 = 256;
 
-/// What a kernel takes by value.
-pub(super) trait Argument: DeviceRepr {
+/// What a kernel takes by value: plain numbers.
+pub(crate) trait Argument: DeviceRepr {
     /// What the source calls it.
     const TYPE: &'static str;
 }
@@ -34,9 +34,15 @@ impl Argument for u32 {
     const TYPE: &'static str = "u32";
 }
 
-/// Addresses, too.
 impl Argument for u64 {
     const TYPE: &'static str = "u64";
+}
+
+// SAFETY: a `u64` within.
+unsafe impl DeviceRepr for Pointer {}
+
+impl Argument for Pointer {
+    const TYPE: &'static str = "*";
 }
 
 impl Argument for i32 {
@@ -86,7 +92,7 @@ pub(super) struct Kernel {
 impl Gpu {
     /// Launches the kernel of this name.
     ///
-    /// Addresses among the arguments must be of as much memory as it reads and writes: the functions of
+    /// Pointers among the arguments must be of as much memory as it reads and writes: the functions of
     /// this module that launch see to that.
     ///
     /// # Errors
@@ -129,12 +135,12 @@ impl Gpu {
     }
 }
 
-/// The types of a kernel's parameters in the source, an address being `u64`.
+/// The types of a kernel's parameters in the source, `*` for any pointer.
 fn parameters(name: &str) -> Vec<&'static str> {
     let (_, from) = SOURCE.split_once(&format!("__global__ void {name}(")).unwrap_or_default();
     let (list, _) = from.split_once(')').unwrap_or_default();
     let of = |parameter: &'static str| match parameter.contains('*') {
-        true => "u64",
+        true => "*",
         false => parameter.split_whitespace().next().unwrap_or_default(),
     };
     list.split(',').map(of).collect()
@@ -150,9 +156,8 @@ fn compiled(element: Element, capability: (i32, i32)) -> Result<Ptx> {
     if let Some((_, found)) = all.iter().find(|(own, _)| *own == (element, capability)) {
         return Ok(found.clone());
     }
-    let (major, minor) = capability;
     let options = vec![
-        format!("--gpu-architecture=compute_{major}{minor}"),
+        format!("--gpu-architecture=compute_{}", architecture(capability)?),
         "--std=c++17".to_owned(),
         element.definition().to_owned(),
     ];
@@ -169,11 +174,31 @@ fn compiled(element: Element, capability: (i32, i32)) -> Result<Ptx> {
     Ok(ptx)
 }
 
+/// The newest architecture that NVRTC knows and the device has: 75 for compute capability 7.5.
+fn architecture((major, minor): (i32, i32)) -> Result<i32> {
+    let own = 10 * major + minor;
+    let mut count = 0;
+    // SAFETY: it writes one number.
+    let counted = unsafe { sys::nvrtcGetNumSupportedArchs(&mut count) };
+    let mut known = vec![0; usize::try_from(count).unwrap_or(0)];
+    // SAFETY: it writes as many numbers as it said.
+    let listed = unsafe { sys::nvrtcGetSupportedArchs(known.as_mut_ptr()) };
+    if [counted, listed] != [sys::nvrtcResult::NVRTC_SUCCESS; 2] {
+        return Ok(own);
+    }
+    known.iter().copied().filter(|&known| known <= own).max().ok_or_else(|| {
+        let message = format!(
+            "this version of NVRTC is for other devices than one of compute capability {major}.{minor}"
+        );
+        candle_core::Error::Msg(message)
+    })
+}
+
 impl Element {
     /// How many values of a map a thread takes at once, `width` in the source: 16 or 8 bytes of them, if
     /// each of these numbers of channels divides into so many and the memory begins at a multiple of 16.
-    pub(super) fn width(self, channels: &[usize], addresses: &[u64]) -> u32 {
-        let aligned = addresses.iter().all(|address| address.is_multiple_of(16));
+    pub(super) fn width(self, channels: &[usize], pointers: &[Pointer]) -> u32 {
+        let aligned = pointers.iter().all(|pointer| pointer.0.is_multiple_of(16));
         let fits = |width: &usize| aligned && channels.iter().all(|n| n.is_multiple_of(*width));
         let widths = [16 / self.bytes(), 8 / self.bytes()];
         widths.into_iter().find(fits).unwrap_or(1) as u32
@@ -213,16 +238,17 @@ mod tests {
 
     #[test]
     fn parameters_are_the_sources() {
-        assert_eq!(parameters("cast"), ["u64", "u64", "u32"]);
-        let expected = ["u64", "u64", "u64", "u64", "u32", "double", "float", "u32", "u32"];
+        assert_eq!(parameters("cast"), ["*", "*", "u32"]);
+        let expected = ["*", "u64", "u64", "*", "u32", "double", "float", "u32", "u32"];
         assert_eq!(parameters("dropout_mask"), expected);
         assert_eq!(parameters("gather_patches")[2], "Sizes");
     }
 
     #[test]
     fn widths_divide() {
-        let width =
-            |element: Element, channels: usize, at| element.width(&[64, channels], &[256, at]);
+        let width = |element: Element, channels: usize, at| {
+            element.width(&[64, channels], &[Pointer(256), Pointer(at)])
+        };
         assert_eq!(width(Element::F32, 8, 16), 4);
         assert_eq!(width(Element::F32, 6, 16), 2);
         assert_eq!(width(Element::F32, 3, 16), 1);

@@ -20,12 +20,15 @@ mod upload;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
+use std::ffi::c_void;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::{CudaModule, CudaSlice, CudaStream, DevicePtr};
-use candle_core::cuda_backend::{CudaDevice, DeviceId};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaModule, CudaSlice, CudaStream, DevicePtr, DeviceRepr, sys,
+};
+use candle_core::cuda_backend::{CudaDType, CudaDevice, DeviceId};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaStorage, DType, Device, Result, Storage, Tensor};
 
@@ -38,6 +41,27 @@ use launch::{Argument, Kernel, THREADS, blocks_of, each, each_of};
 pub(crate) use operations::{Attention, LinearLayer, Norm, NormStatistics};
 pub(crate) use process::*;
 pub(crate) use upload::upload;
+
+/// Where something lies in the device's memory, or nowhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(transparent)]
+pub(crate) struct Pointer(u64);
+
+impl Pointer {
+    const NONE: Self = Self(0);
+
+    fn to<T>(slice: &CudaSlice<T>, stream: &CudaStream) -> Self {
+        Self(slice.device_ptr(stream).0)
+    }
+
+    fn offset(self, bytes: usize) -> Self {
+        Self(self.0 + bytes as u64)
+    }
+
+    fn as_ptr(self) -> *mut c_void {
+        self.0 as *mut c_void
+    }
+}
 
 /// How the values of a map are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -91,6 +115,8 @@ pub(crate) struct Gpu {
     step: RefCell<(CudaSlice<u64>, Option<u64>)>,
     /// Whether launches are noted instead of run; see [`Gpu::captured`].
     capturing: Cell<bool>,
+    /// What is not let go of before launches are run again.
+    kept: RefCell<Vec<Tensor>>,
     products: Products,
     #[cfg(feature = "cudnn")]
     cudnn: Option<cudnn::Cudnn>,
@@ -121,17 +147,19 @@ impl Gpu {
                     "the CUDA kernels are for compute capability 7.0 and later; this device has {major}.{minor}"
                 )
             }
+            keep_freed_memory(&stream);
             let gpu = Rc::new(Self {
                 device: device.clone(),
                 products: Products::new(&stream)?,
                 #[cfg(feature = "cudnn")]
-                // `DDPM_CUDNN=0` goes without, as does a machine that lacks it.
+                // `DDPM_CUDNN=0` goes without, as does a machine whose cuDNN cannot be used.
                 cudnn: match std::env::var("DDPM_CUDNN").as_deref() {
                     Ok("0") => None,
                     _ => cudnn::Cudnn::new(&stream).ok(),
                 },
                 step: RefCell::new((device.alloc_zeros(1)?, None)),
                 capturing: Cell::new(false),
+                kept: RefCell::default(),
                 stream,
                 capability,
                 modules: RefCell::default(),
@@ -161,16 +189,16 @@ impl Gpu {
             Some(slice) => slice,
             // A graph would own it.
             None if self.capturing.get() => candle_core::bail!("no memory is free to be captured"),
-            None => self.allocate(bytes)?,
+            None => self.allocate::<u8>(bytes)?,
         };
-        let pointer = slice.device_ptr(&self.stream).0;
+        let pointer = Pointer::to(&slice, &self.stream);
         self.on_loan.set(self.on_loan.get() + 1);
         Ok(Memory { slice: Some(slice), pointer, gpu: self.clone() })
     }
 
-    fn allocate(&self, bytes: usize) -> Result<CudaSlice<u8>> {
+    fn allocate<T: DeviceRepr>(&self, len: usize) -> Result<CudaSlice<T>> {
         // SAFETY: whoever takes memory writes it before it is read.
-        let allocate = || unsafe { self.device.alloc::<u8>(bytes) };
+        let allocate = || unsafe { self.device.alloc::<T>(len) };
         allocate().or_else(|error| {
             // What lies free in other sizes may be enough; but captured steps use it.
             let mut free = self.free.borrow_mut();
@@ -190,6 +218,13 @@ impl Gpu {
         check_precision(precision, self.capability)
     }
 
+    /// Keeps a tensor while launches are captured: what was there before must not be freed among them.
+    pub fn keep(&self, tensor: &Tensor) {
+        if self.capturing.get() {
+            self.kept.borrow_mut().push(tensor.clone());
+        }
+    }
+
     /// Whether this thread computes something with maps in memory that a captured step may use, too.
     pub fn in_a_pass(&self) -> bool {
         self.on_loan.get() > 0
@@ -204,17 +239,17 @@ impl Gpu {
     ///
     /// # Errors
     /// If the step is another one while launches are captured.
-    pub fn step(&self, step: u64) -> Result<u64> {
+    pub fn step(&self, step: u64) -> Result<Pointer> {
         let mut current = self.step.borrow_mut();
         let (memory, known) = &mut *current;
         if *known != Some(step) {
             if self.capturing.get() {
                 candle_core::bail!("the step changes within what is captured")
             }
-            self.device.memcpy_htod(&[step], memory)?;
+            self.send(&[step], Pointer::to(memory, &self.stream))?;
             *known = Some(step);
         }
-        Ok(memory.device_ptr(&self.stream).0)
+        Ok(Pointer::to(memory, &self.stream))
     }
 
     /// Waits for whatever any thread gave the device to do.
@@ -223,29 +258,66 @@ impl Gpu {
     }
 
     /// A tensor of f32 whose values are still to be written.
-    fn tensor(&self, dims: &[usize]) -> Result<(Tensor, u64)> {
-        // SAFETY: whoever asks for it writes it before it is read.
-        let slice = unsafe { self.device.alloc::<f32>(dims.iter().product::<usize>().max(1))? };
-        let pointer = slice.device_ptr(&self.stream).0;
+    fn tensor(&self, dims: &[usize]) -> Result<(Tensor, Pointer)> {
+        self.tensor_of::<f32>(dims)
+    }
+
+    fn tensor_of<T: CudaDType + DeviceRepr>(&self, dims: &[usize]) -> Result<(Tensor, Pointer)> {
+        let slice = self.allocate::<T>(dims.iter().product::<usize>().max(1))?;
+        let pointer = Pointer::to(&slice, &self.stream);
         let storage = CudaStorage::wrap_cuda_slice(slice, self.device.clone());
         let storage = Storage::Cuda(storage);
         Ok((Tensor::from_storage(storage, dims, BackpropOp::none(), false), pointer))
     }
 
     /// Where the values of a contiguous tensor lie.
-    fn pointer(&self, tensor: &Tensor) -> Result<u64> {
+    fn pointer(&self, tensor: &Tensor) -> Result<Pointer> {
         let (storage, layout) = tensor.storage_and_layout();
         let (Storage::Cuda(storage), true) = (&*storage, layout.is_contiguous()) else {
             candle_core::bail!(
                 "a CUDA kernel was given a tensor that is elsewhere or not contiguous"
             )
         };
-        let (pointer, size) = match tensor.dtype() {
-            DType::F32 => (storage.as_cuda_slice::<f32>()?.device_ptr(&self.stream).0, 4),
-            DType::U32 => (storage.as_cuda_slice::<u32>()?.device_ptr(&self.stream).0, 4),
+        let first = match tensor.dtype() {
+            DType::F32 => Pointer::to(storage.as_cuda_slice::<f32>()?, &self.stream),
+            DType::U32 => Pointer::to(storage.as_cuda_slice::<u32>()?, &self.stream),
             dtype => candle_core::bail!("a CUDA kernel was given a tensor of {}", dtype.as_str()),
         };
-        Ok(pointer + (layout.start_offset() * size) as u64)
+        Ok(first.offset(layout.start_offset() * 4))
+    }
+}
+
+/// Memory that is freed stays the process's: to ask the system for it anew takes longer than a small
+/// network's step, which frees some. Each wait for the device would give it back otherwise.
+fn keep_freed_memory(stream: &CudaStream) {
+    let (mut pool, mut all) = (std::ptr::null_mut(), u64::MAX);
+    // SAFETY: the pool is the device's own, and its attribute a `u64`. Without it everything works, too.
+    unsafe {
+        let found = sys::cuDeviceGetDefaultMemPool(&mut pool, stream.context().cu_device());
+        if found == sys::CUresult::CUDA_SUCCESS {
+            let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+            let _ = sys::cuMemPoolSetAttribute(pool, threshold, (&raw mut all).cast());
+        }
+    }
+}
+
+/// A library's object, which is destroyed with this.
+struct Owned<T: Copy, E> {
+    value: T,
+    destroy: unsafe fn(T) -> std::result::Result<(), E>,
+}
+
+impl<T: Copy, E> Owned<T, E> {
+    /// What was just made, by what destroys it.
+    fn new(value: T, destroy: unsafe fn(T) -> std::result::Result<(), E>) -> Self {
+        Self { value, destroy }
+    }
+}
+
+impl<T: Copy, E> Drop for Owned<T, E> {
+    fn drop(&mut self) {
+        // SAFETY: it was made for this, and is destroyed once. That destroying fails is no harm.
+        let _ = unsafe { (self.destroy)(self.value) };
     }
 }
 
@@ -270,7 +342,7 @@ impl std::fmt::Debug for Gpu {
 pub(crate) struct Memory {
     /// There until this is dropped.
     slice: Option<CudaSlice<u8>>,
-    pointer: u64,
+    pointer: Pointer,
     gpu: Rc<Gpu>,
 }
 

@@ -3,7 +3,7 @@ use std::rc::Rc;
 use candle_core::{Result, Tensor};
 
 use super::gemm::{As, How, Matrix};
-use super::{Added, Element, Gpu, Memory, THREADS, blocks_of, each, each_of};
+use super::{Added, Element, Gpu, Memory, Pointer, THREADS, blocks_of, each, each_of};
 use crate::Precision;
 use crate::kernels::Activation;
 use crate::noise::Address;
@@ -38,7 +38,7 @@ impl Norm<'_> {
     }
 
     /// What a thread takes at once of these maps.
-    fn width(&self, gpu: &Gpu, element: Element, maps: &[u64]) -> Result<u32> {
+    fn width(&self, gpu: &Gpu, element: Element, maps: &[Pointer]) -> Result<u32> {
         let mut addresses = vec![gpu.pointer(self.weight)?, gpu.pointer(self.bias)?];
         addresses.extend(maps);
         Ok(element.width(&[self.dims[3] / self.groups], &addresses))
@@ -96,7 +96,13 @@ impl Gpu {
         self.add_at(sum.pointer, more.pointer, count, element)
     }
 
-    pub(super) fn add_at(&self, sum: u64, more: u64, count: usize, element: Element) -> Result<()> {
+    pub(super) fn add_at(
+        &self,
+        sum: Pointer,
+        more: Pointer,
+        count: usize,
+        element: Element,
+    ) -> Result<()> {
         let width = element.width(&[count], &[sum, more]);
         self.launch(element, "add", each_of(count, width)?, (sum, more, width, count as u32))
     }
@@ -211,7 +217,8 @@ impl Gpu {
         added: &Added<'_>,
         element: Element,
     ) -> Result<()> {
-        let pointer = |memory: Option<&Memory>| memory.map_or(0, |memory| memory.pointer);
+        let pointer =
+            |memory: Option<&Memory>| memory.map_or(Pointer::NONE, |memory| memory.pointer);
         let (per_image, residual) = (pointer(added.per_image), pointer(added.residual));
         let (bias, count) = (self.pointer(added.bias)?, batch * pixels * channels);
         let width = element.width(&[channels], &[y.pointer, bias, per_image, residual]);
@@ -238,13 +245,13 @@ impl Gpu {
         &self,
         x: &Memory,
         [batch, pixels, channels]: [usize; 3],
-        sums: u64,
+        sums: Pointer,
         also: Option<&Memory>,
         element: Element,
     ) -> Result<()> {
         let width = element.width(&[channels], &[x.pointer]);
-        let grid = ((channels as u32).div_ceil(32 * width), batch as u32);
-        let also = also.map_or(0, |also| also.pointer);
+        let grid = (batch as u32, (channels as u32).div_ceil(32 * width));
+        let also = also.map_or(Pointer::NONE, |also| also.pointer);
         self.launch(
             element,
             "sums_by_image",
@@ -278,7 +285,7 @@ impl Gpu {
         let y = self.take(norm.count() * element.bytes())?;
         let statistics = self.take(batch * norm.groups * 2 * Element::F32.bytes())?;
         let width = norm.width(self, element, &[x.pointer, y.pointer])?;
-        let grid = (norm.groups as u32, batch as u32);
+        let grid = (batch as u32, norm.groups as u32);
         self.launch(
             element,
             "normalize",
@@ -346,9 +353,9 @@ impl Gpu {
             self.take(batch * norm.dims[3] * Element::F32.bytes())?,
             self.take(batch * norm.dims[3] * Element::F32.bytes())?,
         ];
-        let more = more.map_or(0, |more| more.pointer);
+        let more = more.map_or(Pointer::NONE, |more| more.pointer);
         let width = norm.width(self, element, &[x.pointer, d.pointer, more])?;
-        let grid = (norm.groups as u32, batch as u32);
+        let grid = (batch as u32, norm.groups as u32);
         self.launch(
             element,
             "normalize_backward",
@@ -484,7 +491,7 @@ impl Attention {
 
     /// q, k or v (0, 1 or 2) in memory that holds all three.
     fn part(&self, qkv: &Memory, i: usize) -> Matrix {
-        let pointer = qkv.pointer + (i * self.channels * self.element().bytes()) as u64;
+        let pointer = qkv.pointer.offset(i * self.channels * self.element().bytes());
         let stride = 3 * self.channels;
         Matrix::new(pointer, self.positions, self.channels, self.element())
             .batched(stride, self.positions * stride)

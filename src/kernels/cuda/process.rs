@@ -1,6 +1,6 @@
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::{Element, Gpu, THREADS, blocks_of, each};
+use super::{Element, Gpu, Pointer, THREADS, blocks_of, each};
 use crate::noise::Address;
 
 /// Whether the functions here take these: f32 on one CUDA device, contiguous, of one shape, not empty,
@@ -28,7 +28,7 @@ pub(crate) fn normals(gpu: &Gpu, address: Address, shape: &[usize]) -> Result<Te
         gpu.launch(
             Element::F32,
             "normals",
-            blocks_of((blocks, batch as u32), (THREADS, 1)),
+            blocks_of((batch as u32, blocks), (THREADS, 1)),
             (pointer, address.seed, address.place, gpu.step(address.step)?, size as u32),
         )?;
     }
@@ -157,7 +157,7 @@ pub(crate) fn squared_error(
     let config = each(count)?;
     let squares = gpu.take(config.grid_dim.0 as usize * Element::F32.bytes())?;
     let factor = (2.0 * scale) as f32;
-    let gradient_scale = gradient_scale.map_or(Ok(0), |scale| gpu.pointer(scale))?;
+    let gradient_scale = gradient_scale.map_or(Ok(Pointer::NONE), |scale| gpu.pointer(scale))?;
     gpu.launch(
         Element::F32,
         "squared_error",

@@ -1,58 +1,89 @@
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
-use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaEvent, PinnedHostSlice, result};
+use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{Device, Result, Tensor};
 
-use super::Gpu;
+use super::{Argument, Gpu, Pointer};
 
-/// Batches that may be on their way at once; the next one waits for the first of them.
+/// Uploads of one length that may be on their way at once; the next one waits for the first of them.
 const AHEAD: usize = 3;
 
-/// Memory of the host from which the device copies by itself, and when it has done so.
+/// Lengths that memory is kept for, at most.
+const MAX_LENGTHS: usize = 8;
+
+/// Memory of the host from which the device copies by itself, and when it has done so; by its length.
 #[derive(Default)]
-pub(super) struct Staging(VecDeque<(PinnedHostSlice<f32>, CudaEvent)>);
+pub(super) struct Staging(BTreeMap<usize, VecDeque<(PinnedHostSlice<u8>, CudaEvent)>>);
+
+impl Staging {
+    /// Frees all of it, when it was copied.
+    fn clear(&mut self) -> Result<()> {
+        for (_, copied) in self.0.values().flatten() {
+            copied.synchronize().w()?;
+        }
+        self.0.clear();
+        Ok(())
+    }
+}
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        for (_, copied) in &self.0 {
-            // If that fails there is no device left to copy.
-            let _ = copied.synchronize();
-        }
+        // If that fails there is no device left to copy.
+        let _ = self.clear();
     }
 }
 
 /// Values as a tensor on the device, without waiting for it.
-pub(crate) fn upload(device: &Device, values: &[f32], dims: &[usize]) -> Result<Tensor> {
+pub(crate) fn upload<T: CudaDType + Argument>(
+    device: &Device,
+    values: &[T],
+    dims: &[usize],
+) -> Result<Tensor> {
     let gpu = Gpu::of(device)?;
-    let (tensor, pointer) = gpu.tensor(dims)?;
+    let (tensor, pointer) = gpu.tensor_of::<T>(dims)?;
     if tensor.elem_count() != values.len() {
         candle_core::bail!("{} values for a tensor of shape {dims:?}", values.len())
     }
-    let mut staging = gpu.staging.borrow_mut();
-    let known = |(memory, _): &(PinnedHostSlice<f32>, _)| memory.len() == values.len();
-    if !staging.0.iter().all(known) {
-        for (_, copied) in staging.0.drain(..) {
-            copied.synchronize().w()?;
-        }
-    }
-    let (mut memory, copied) = match staging.0.pop_front() {
-        Some(first) if staging.0.len() + 1 >= AHEAD => first,
-        first => {
-            staging.0.extend(first);
-            let context = gpu.stream.context();
-            // SAFETY: it is written below, before anything reads it.
-            let memory = unsafe { context.alloc_pinned::<f32>(values.len()) }.w()?;
-            (memory, context.new_event(None).w()?)
-        }
-    };
-    copied.synchronize().w()?;
-    let staged = memory.as_mut_slice().w()?;
-    staged.copy_from_slice(values);
-    // SAFETY: the tensor has as many values; the memory is not touched again before the event below, and
-    // stays in the queue until then.
-    unsafe { result::memcpy_htod_async(pointer, staged, gpu.stream.cu_stream()) }.w()?;
-    copied.record(&gpu.stream).w()?;
-    staging.0.push_back((memory, copied));
+    gpu.send(values, pointer)?;
     Ok(tensor)
+}
+
+impl Gpu {
+    /// Copies values to the device's memory, where there must be room for them, without waiting for it.
+    pub(super) fn send<T: Argument>(&self, values: &[T], to: Pointer) -> Result<()> {
+        if self.capturing.get() {
+            candle_core::bail!("an upload within what is captured")
+        }
+        let len = size_of_val(values);
+        if len == 0 {
+            return Ok(());
+        }
+        // SAFETY: arguments of kernels are plain numbers, of which any byte can be read.
+        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), len) };
+        let mut staging = self.staging.borrow_mut();
+        if staging.0.len() >= MAX_LENGTHS && !staging.0.contains_key(&len) {
+            staging.clear()?;
+        }
+        let queue = staging.0.entry(len).or_default();
+        let (mut memory, copied) = match queue.pop_front() {
+            Some(first) if queue.len() + 1 >= AHEAD => first,
+            first => {
+                queue.extend(first);
+                let context = self.stream.context();
+                // SAFETY: it is written below, before anything reads it.
+                let memory = unsafe { context.alloc_pinned::<u8>(len) }.w()?;
+                (memory, context.new_event(None).w()?)
+            }
+        };
+        copied.synchronize().w()?;
+        let staged = memory.as_mut_slice().w()?;
+        staged.copy_from_slice(bytes);
+        // SAFETY: there is room for as many; the memory is not touched again before the event below, and
+        // stays in the queue until then.
+        unsafe { result::memcpy_htod_async(to.0, staged, self.stream.cu_stream()) }.w()?;
+        copied.record(&self.stream).w()?;
+        queue.push_back((memory, copied));
+        Ok(())
+    }
 }

@@ -103,30 +103,25 @@ extern "C" __global__ void activate_backward(const T *x, T *d, int f, u32 count)
     if (i < count) d[i] = put(get(d[i]) * derivative(f, get(x[i])));
 }
 
-// Of each image, the sums over its pixels: (batch, channels). A block for 32 widths of channels (in x) of
-// each image (in y), its threads in as many rows of pixels as there are.
+// Of each image, the sums over its pixels: (batch, channels). A block for each image (in x) and 32 widths of
+// channels (in y), its threads in as many rows of pixels as there are.
 extern "C" __global__ void sums_by_image(
     const T *x, float *sums, T *also, u32 channels, u32 pixels, u32 width
 ) {
     __shared__ Values shared[THREADS];
-    u32 first = blockIdx.x * 32 * width, left = (channels - first) / width;
+    u32 first = blockIdx.y * 32 * width, left = (channels - first) / width;
     u32 packs = left < 32 ? left : 32, rows = THREADS / packs;
     u32 row = threadIdx.x / packs, channel = first + threadIdx.x % packs * width;
     Values sum = zeros();
     for (u32 pixel = row; row < rows && pixel < pixels; pixel += rows) {
-        Values more = load(x + ((u64)blockIdx.y * pixels + pixel) * channels + channel, width);
+        Values more = load(x + ((u64)blockIdx.x * pixels + pixel) * channels + channel, width);
         EACH(k) sum.at[k] += more.at[k];
     }
-    shared[threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.x >= packs * width) return;
-    float total = 0.0f;
-    for (row = 0; row < rows; ++row) {
-        total += shared[row * packs + threadIdx.x / width].at[threadIdx.x % width];
-    }
-    u64 i = (u64)blockIdx.y * channels + first + threadIdx.x;
-    sums[i] = total;
-    if (also) also[i] = put(total);
+    sum_rows(sum, shared, packs, width, [&](u32 own, float total) {
+        u64 i = (u64)blockIdx.x * channels + first + own;
+        sums[i] = total;
+        if (also) also[i] = put(total);
+    });
 }
 
 // The sums over `count` rows of `columns` values. Blocks of 32 columns by 8 rows.

@@ -1,4 +1,4 @@
-// GroupNorm and what follows it. A block for each group (in x) of each image (in y).
+// GroupNorm and what follows it. A block for each image (in x) and group (in y).
 
 #define EPS 1e-5f
 
@@ -24,8 +24,8 @@ struct Group {
 };
 
 __device__ inline Group group_of_block(u32 channels, u32 pixels, u32 width) {
-    u32 size = channels / gridDim.x;
-    return {blockIdx.x * size, size, channels, pixels, width, (u64)blockIdx.y * pixels * channels};
+    u32 size = channels / gridDim.y;
+    return {blockIdx.y * size, size, channels, pixels, width, (u64)blockIdx.x * pixels * channels};
 }
 
 // Normalised and activated.
@@ -59,7 +59,7 @@ extern "C" __global__ void normalize(
     });
     float rstd = 1.0f / sqrtf(block_sum(sum, shared) / count + EPS);
     if (threadIdx.x == 0) {
-        float *own = statistics + 2 * ((u64)blockIdx.y * gridDim.x + blockIdx.x);
+        float *own = statistics + 2 * ((u64)blockIdx.x * gridDim.y + blockIdx.y);
         own[0] = mean;
         own[1] = rstd;
     }
@@ -90,10 +90,10 @@ extern "C" __global__ void normalize_backward(
     float *for_weight, float *for_bias, int f, u32 channels, u32 pixels, u32 width
 ) {
     __shared__ float shared[THREADS / 32];
-    __shared__ Values by_weight[THREADS], by_bias[THREADS];
+    __shared__ Values rows_of_sums[THREADS];
     Group group = group_of_block(channels, pixels, width);
     u32 count = group.size * pixels;
-    const float *own = statistics + 2 * ((u64)blockIdx.y * gridDim.x + blockIdx.x);
+    const float *own = statistics + 2 * ((u64)blockIdx.x * gridDim.y + blockIdx.y);
     float mean = own[0], rstd = own[1];
 
     // As many channels at a time as fit, each with as many threads as fit.
@@ -114,23 +114,15 @@ extern "C" __global__ void normalize_backward(
                 sum_bias.at[k] += dz;
             }
         }
-        __syncthreads();
-        by_weight[threadIdx.x] = sum_weight;
-        by_bias[threadIdx.x] = sum_bias;
-        __syncthreads();
-        for (u32 i = threadIdx.x; i < packs * width; i += THREADS) {
-            float of_weight = 0.0f, of_bias = 0.0f;
-            for (row = 0; row < rows; ++row) {
-                of_weight += by_weight[row * packs + i / width].at[i % width];
-                of_bias += by_bias[row * packs + i / width].at[i % width];
-            }
-            u32 own_channel = group.first + begin + i;
-            u64 at = (u64)blockIdx.y * channels + own_channel;
-            for_weight[at] = of_weight;
-            for_bias[at] = of_bias;
-            of_x += weight[own_channel] * of_weight;
-            of_d += weight[own_channel] * of_bias;
-        }
+        u32 begins = group.first + begin;
+        sum_rows(sum_weight, rows_of_sums, packs, width, [&](u32 i, float sum) {
+            for_weight[(u64)blockIdx.x * channels + begins + i] = sum;
+            of_x += weight[begins + i] * sum;
+        });
+        sum_rows(sum_bias, rows_of_sums, packs, width, [&](u32 i, float sum) {
+            for_bias[(u64)blockIdx.x * channels + begins + i] = sum;
+            of_d += weight[begins + i] * sum;
+        });
     }
     of_x = block_sum(of_x, shared) / count;
     of_d = block_sum(of_d, shared) / count;

@@ -31,14 +31,14 @@ extern "C" __global__ void integers(u32 *y, u64 seed, u64 place, const u64 *step
 }
 
 // Standard normals (batch, size), four from each counter (Box and Muller 1958): sample k has its own
-// stream. A thread for each counter in x, a row of blocks for each sample in y.
+// stream. A block's threads for counters, blocks in x for samples, and in y for what is more than a block.
 extern "C" __global__ void normals(float *y, u64 seed, u64 place, const u64 *step, u32 size) {
-    u32 i = global_index();
+    u32 i = blockIdx.y * blockDim.x + threadIdx.x;
     if (4 * (u64)i >= size) return;
     place = placed(place, step);
-    u32 c[4] = {i, blockIdx.y, (u32)place, (u32)(place >> 32)};
+    u32 c[4] = {i, blockIdx.x, (u32)place, (u32)(place >> 32)};
     philox(c, (u32)seed, (u32)(seed >> 32));
-    y += (u64)blockIdx.y * size + 4 * (u64)i;
+    y += (u64)blockIdx.x * size + 4 * (u64)i;
     for (int pair = 0; pair < 4; pair += 2) {
         if (4 * (u64)i + pair >= size) return;
         double radius = sqrt(-2.0 * log(uniform(c[pair])));

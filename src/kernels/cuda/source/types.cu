@@ -172,6 +172,36 @@ __device__ inline float block_max(float value, float *shared) {
     return value;
 }
 
+// Sums up what each thread of a block has, `packs` of them a row, over the rows: calls `take` in some thread
+// for each of `packs * width` channels, with the sum. `shared`: THREADS of them.
+template <class F>
+__device__ inline void sum_rows(const Values &own, Values *shared, u32 packs, u32 width, F take) {
+    u32 rows = THREADS / packs, channels = packs * width;
+    __syncthreads();
+    shared[threadIdx.x] = own;
+    __syncthreads();
+    if (channels > THREADS / 2) {
+        for (u32 channel = threadIdx.x; channel < channels; channel += THREADS) {
+            float sum = 0.0f;
+            for (u32 row = 0; row < rows; ++row) sum += shared[row * packs + channel / width].at[channel % width];
+            take(channel, sum);
+        }
+        return;
+    }
+    // As many threads for each channel as there are, and one for their sums.
+    u32 parts = THREADS / channels, channel = threadIdx.x % channels, part = threadIdx.x / channels;
+    float sum = 0.0f;
+    for (u32 row = part; part < parts && row < rows; row += parts) {
+        sum += shared[row * packs + channel / width].at[channel % width];
+    }
+    __syncthreads();
+    shared[threadIdx.x].at[0] = sum;
+    __syncthreads();
+    if (part) return;
+    for (part = 1; part < parts; ++part) sum += shared[part * channels + channel].at[0];
+    take(channel, sum);
+}
+
 // What a vector or a map goes through, and the derivative: 0 nothing, 1 SiLU, 2 GELU.
 __device__ inline float activated(int f, float x) {
     if (f == 1) return x / (1.0f + expf(-x));

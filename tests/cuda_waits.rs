@@ -1,0 +1,58 @@
+//! Training does not wait for a CUDA device: told by the libraries of `tests/stand-in-cuda`, which note each
+//! wait in the file that `STAND_IN_WAITS` names. Without it there is nothing to tell.
+//!
+//! Alone in its program, since other tests wait.
+#![cfg(feature = "cuda")]
+
+use candle_core::Device;
+use ddpm::{AdamConfig, Diffusion, Images, Precision, Result, TrainConfig, Trainer, UNetConfig};
+
+fn waits() -> Option<String> {
+    let path = std::env::var_os("STAND_IN_WAITS")?;
+    Some(std::fs::read_to_string(path).unwrap_or_default())
+}
+
+#[test]
+fn steps_do_not_wait() -> Result<()> {
+    if waits().is_none() {
+        return Ok(());
+    }
+    let device = Device::new_cuda(0)?;
+    let images = Images::new((0..64 * 40).map(|i| (i * 7 % 251) as u8).collect(), (1, 8, 8))?;
+    let network = UNetConfig {
+        image_size: 8,
+        hidden_dims: vec![8, 16],
+        time_dim: 12,
+        dropout: 0.1,
+        ..UNetConfig::mnist()
+    };
+    let half = if cfg!(feature = "f16") { Precision::F16 } else { Precision::Highest };
+    for (precision, accumulation) in [(Precision::Highest, 1), (half, 1), (Precision::Highest, 2)] {
+        let config = TrainConfig {
+            optimizer: AdamConfig::adamw(1e-3, 0.1),
+            batch_size: 4,
+            accumulation,
+            clip_norm: Some(1.0),
+            // The rate changes from step to step, too.
+            warmup_steps: 1000,
+            precision,
+            ..TrainConfig::mnist()
+        };
+        let mut run = Trainer::new(network.clone(), config, Diffusion::ddpm(), &device)?;
+        let mut steps = |run: &mut Trainer<_>, count| -> Result<()> {
+            (0..count).try_for_each(|_| {
+                let batch = run.next_batch(&images)?;
+                run.step(&batch).map(drop)
+            })
+        };
+        steps(&mut run, 12)?;
+        assert_eq!(run.is_captured(), accumulation == 1, "{run:?}");
+        let before = waits();
+        steps(&mut run, 10)?;
+        assert_eq!(waits(), before, "{precision}, accumulation {accumulation}");
+        // That it would be seen:
+        device.synchronize()?;
+        assert_ne!(waits(), before);
+    }
+    Ok(())
+}
