@@ -31,7 +31,7 @@ struct Args {
     /// How exactly products are computed: highest or high; bf16 or f16 (with the feature f16).
     #[arg(long, default_value = "highest")]
     precision: Precision,
-    /// Timed runs, after three that are not.
+    /// Timed runs, after three that are not, or ten on a GPU.
     #[arg(long, default_value_t = 10)]
     iters: usize,
     /// Threads; all cores unless given.

@@ -32,7 +32,7 @@ pub trait Denoiser {
     /// to it, of the same shape.
     ///
     /// Unless this is implemented, candle's own gradients are taken. A network implements it that
-    /// has a faster way, such as [`UNet`](crate::UNet) on the CPU.
+    /// has a faster way, as [`UNet`](crate::UNet) does on the CPU and on CUDA devices.
     ///
     /// # Errors
     /// Those of the network and of `d_output`.

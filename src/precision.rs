@@ -18,7 +18,7 @@ pub enum Precision {
     Highest,
     /// f32 in memory, with cheaper products in convolutions where the machine has some that are good to
     /// about 16 bits: three products of bf16 parts on a CPU with AMX, which is not yet measured.
-    /// On a CUDA device all products are TF32. Elsewhere as [`Highest`](Self::Highest).
+    /// On a CUDA device of compute capability 8.0 or later all products are TF32. Elsewhere as [`Highest`](Self::Highest).
     High,
     /// Convolutions' products of operands rounded to bf16 (8 bits), summed in f32; attention and linear
     /// layers multiply in f32, and maps stay f32 in memory. Meant for a CPU with AMX, which is not yet

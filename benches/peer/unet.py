@@ -1,6 +1,6 @@
 """Times the same networks in PyTorch, with the options and the JSON lines of `cargo bench --bench unet`.
 
-    python benches/peer/unet.py --model mnist --batch 32 [--precision bf16] [--channels-last] [--compile] --json
+    python benches/peer/unet.py --model mnist --batch 32 [--precision bf16] [--channels-last] [--compile MODE] --json
 
 Needs the packages of tests/data/generate/requirements.txt. `bf16` and `f16` are autocast, `f16` with a gradient
 scaler; `high` is TF32. With --device cuda, a run is ten of what is measured before the device is waited for.
@@ -35,7 +35,7 @@ def main():
     parser.add_argument("--precision", choices=["highest", "high", "bf16", "f16"], default="highest")
     parser.add_argument("--what", choices=["train_step", "forward", "sample"])
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", choices=["default", "reduce-overhead", "max-autotune"])
     parser.add_argument("--json", action="store_true", help="as always: only there to match")
     args = parser.parse_args()
     if args.threads:
@@ -51,7 +51,7 @@ def main():
     t = torch.arange(args.batch, device=args.device) * 37 % 1000
     if args.channels_last:
         net, x, eps = (v.to(memory_format=torch.channels_last) for v in (net, x, eps))
-    run = torch.compile(net) if args.compile else net
+    run = torch.compile(net, mode=args.compile) if args.compile else net
     optimizer = torch.optim.AdamW(net.parameters(), 2e-4, weight_decay=1e-5, fused=True)
     half = {"bf16": torch.bfloat16, "f16": torch.float16}.get(args.precision)
     precision = torch.autocast(args.device, half) if half else contextlib.nullcontext()

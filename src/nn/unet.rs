@@ -52,7 +52,7 @@ pub struct UNet {
     up_blocks: Vec<UpBlock>,
     out_norm: GroupNorm,
     out_conv: Conv2d,
-    /// Memory for the maps of the CPU's kernels, reused from one pass to the next.
+    /// Memory for the maps of the CPU's kernels, and for gradients, reused from one pass to the next.
     pool: Arc<Pool>,
 }
 
