@@ -39,7 +39,7 @@ fn steps_do_not_wait() -> Result<()> {
             ..TrainConfig::mnist()
         };
         let mut run = Trainer::new(network.clone(), config, Diffusion::ddpm(), &device)?;
-        let mut steps = |run: &mut Trainer<_>, count| -> Result<()> {
+        let steps = |run: &mut Trainer<_>, count| -> Result<()> {
             (0..count).try_for_each(|_| {
                 let batch = run.next_batch(&images)?;
                 run.step(&batch).map(drop)
