@@ -6,6 +6,9 @@ use std::sync::OnceLock;
 
 use super::bf16::{DEPTH, Operands, PANEL};
 
+#[cfg(all(test, target_os = "linux"))]
+mod emulator;
+
 /// Rows of a tile.
 const ROWS: usize = 16;
 
@@ -207,5 +210,33 @@ unsafe fn tiles(operands: Operands) {
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
         );
+    }
+}
+
+/// Whether tests may use the tiles: the machine's, or emulated ones.
+#[cfg(test)]
+pub(super) fn testable() -> bool {
+    #[cfg(target_os = "linux")]
+    let emulated = || emulator::install();
+    #[cfg(not(target_os = "linux"))]
+    let emulated = || false;
+    available() || emulated()
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    /// That the tiles multiply rightly on all shapes, the tests of `bf16` and `half_conv` show.
+    #[test]
+    fn tiles_that_compute_something_else_are_not_used() {
+        assert!(testable());
+        assert!(works());
+        if !available() {
+            emulator::WRONG.set(true);
+            assert!(!works());
+            emulator::WRONG.set(false);
+            assert!(works());
+        }
     }
 }

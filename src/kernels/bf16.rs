@@ -75,10 +75,15 @@ impl Unit {
         false
     }
 
-    /// All that this machine has.
+    /// All that this machine has, and tiles even where they must be emulated.
     #[cfg(test)]
     pub fn available() -> Vec<Self> {
-        Isa::available().into_iter().flat_map(Self::of).collect()
+        let mut found: Vec<_> = Isa::available().into_iter().flat_map(Self::of).collect();
+        #[cfg(target_arch = "x86_64")]
+        if !found.contains(&Self(Kind::Amx)) && super::amx::testable() {
+            found.push(Self(Kind::Amx));
+        }
+        found
     }
 }
 

@@ -1,0 +1,226 @@
+//! Tile registers for tests on a machine that has none: each tile instruction is a fault there, and
+//! this handler of the fault does what the instruction would (Intel's "Architectures Software
+//! Developer's Manual", volume 2), then goes on behind it.
+//!
+//! What a machine would refuse ends the process: operands of other shapes than the configured ones,
+//! tiles named twice, a configuration with reserved bits. The instructions are decoded by a library,
+//! so that an encoding's mistake is not made twice.
+
+use std::cell::Cell;
+use std::ffi::{c_int, c_void};
+use std::io::Write;
+use std::ptr;
+use std::sync::OnceLock;
+
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Register};
+
+use super::Config;
+
+/// Bytes of a tile's row, and rows of a tile, at most.
+const ROW: usize = 64;
+const ROWS: usize = 16;
+const LONGEST_INSTRUCTION: usize = 15;
+
+#[derive(Clone, Copy)]
+struct Tile {
+    rows: usize,
+    row_bytes: usize,
+    bytes: [[u8; ROW]; ROWS],
+}
+
+const EMPTY: Tile = Tile { rows: 0, row_bytes: 0, bytes: [[0; ROW]; ROWS] };
+
+thread_local! {
+    /// This thread's registers; none before they are configured.
+    static TILES: Cell<Option<[Tile; 8]>> = const { Cell::new(None) };
+
+    /// Makes this thread's `tdpbf16ps` add up columns that do not belong together, as no machine should.
+    pub static WRONG: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether tile instructions are emulated from here on; not where the process may not handle faults.
+pub fn install() -> bool {
+    static INSTALLED: OnceLock<bool> = OnceLock::new();
+    *INSTALLED.get_or_init(|| {
+        // The decoder's tables are made at its first use, which should not be in the handler.
+        _ = Decoder::new(64, &[0x90], DecoderOptions::NONE).decode();
+        // SAFETY: a zeroed `sigaction` is one without flags and without blocked signals; the handler is
+        // of the type that `SA_SIGINFO` calls for.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = on_fault;
+            action.sa_sigaction = handler as usize;
+            action.sa_flags = libc::SA_SIGINFO;
+            libc::sigaction(libc::SIGILL, &action, ptr::null_mut()) == 0
+        }
+    })
+}
+
+extern "C" fn on_fault(_: c_int, _: *mut libc::siginfo_t, context: *mut c_void) {
+    // SAFETY: the system hands over the interrupted thread's registers, which are ours until the
+    // handler returns. Faults come from the instruction itself, never from within an allocation or a
+    // borrow of `TILES`.
+    let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+    let at = registers[libc::REG_RIP as usize] as usize;
+    // SAFETY: instructions that are being executed can be read; this crate's kernels are not the last
+    // bytes of the program.
+    let bytes = unsafe { std::slice::from_raw_parts(at as *const u8, LONGEST_INSTRUCTION) };
+    let instruction = Decoder::new(64, bytes, DecoderOptions::NONE).decode();
+    let general = |register: Register| {
+        use libc::*;
+        Some(match register {
+            Register::RAX => REG_RAX,
+            Register::RBX => REG_RBX,
+            Register::RCX => REG_RCX,
+            Register::RDX => REG_RDX,
+            Register::RSI => REG_RSI,
+            Register::RDI => REG_RDI,
+            Register::RBP => REG_RBP,
+            Register::RSP => REG_RSP,
+            Register::R8 => REG_R8,
+            Register::R9 => REG_R9,
+            Register::R10 => REG_R10,
+            Register::R11 => REG_R11,
+            Register::R12 => REG_R12,
+            Register::R13 => REG_R13,
+            Register::R14 => REG_R14,
+            Register::R15 => REG_R15,
+            _ => return None,
+        })
+        .map(|number| registers[number as usize] as usize)
+    };
+    // SAFETY: the kernel that is interrupted vouches for the memory that it names.
+    let done = unsafe { execute(&instruction, general) };
+    if let Err(why) = done {
+        fail(&instruction, why);
+    }
+    registers[libc::REG_RIP as usize] += instruction.len() as i64;
+}
+
+/// There is no going on, and no unwinding out of a handler.
+fn fail(instruction: &Instruction, why: &str) -> ! {
+    // With no word said, the process still ends.
+    _ = writeln!(std::io::stderr(), "{:?}: {why}", instruction.code());
+    std::process::abort()
+}
+
+/// # Safety
+/// The memory that the instruction names, by these registers, is the program's to read or write.
+unsafe fn execute(
+    instruction: &Instruction,
+    general: impl Fn(Register) -> Option<usize>,
+) -> Result<(), &'static str> {
+    let code = instruction.code();
+    let base = general(instruction.memory_base()).unwrap_or(0);
+    let start = base.wrapping_add(instruction.memory_displacement64() as usize);
+    // Rows are as far apart as the index says.
+    let step = general(instruction.memory_index()).unwrap_or(0)
+        * instruction.memory_index_scale() as usize;
+    let row = |i: usize| start.wrapping_add(i * step) as *mut u8;
+    if code == Code::VEX_Ldtilecfg_m512 {
+        if !start.is_multiple_of(align_of::<Config>()) {
+            return Err("the kernel's configuration is aligned to its size");
+        }
+        // SAFETY: as the caller promises; any bytes are a `Config`.
+        TILES.set(configured(unsafe { &*(start as *const Config) })?);
+        return Ok(());
+    }
+    let Some(mut tiles) = TILES.get() else {
+        return Err("no tiles are configured");
+    };
+    let number = |operand| match instruction.op_register(operand) as usize {
+        register if (Register::TMM0 as usize..=Register::TMM7 as usize).contains(&register) => {
+            Ok(register - Register::TMM0 as usize)
+        }
+        _ => Err("no tile"),
+    };
+    match code {
+        Code::VEX_Tilerelease => {
+            TILES.set(None);
+            return Ok(());
+        }
+        Code::VEX_Tilezero_tmm => tiles[number(0)?].bytes = EMPTY.bytes,
+        Code::VEX_Tileloadd_tmm_sibmem => {
+            let tile = &mut tiles[number(0)?];
+            tile.bytes = EMPTY.bytes;
+            for i in 0..tile.rows {
+                // SAFETY: as the caller promises.
+                unsafe {
+                    row(i).copy_to_nonoverlapping(tile.bytes[i].as_mut_ptr(), tile.row_bytes)
+                };
+            }
+        }
+        Code::VEX_Tilestored_sibmem_tmm => {
+            let tile = &tiles[number(1)?];
+            for i in 0..tile.rows {
+                // SAFETY: as the caller promises.
+                unsafe { row(i).copy_from_nonoverlapping(tile.bytes[i].as_ptr(), tile.row_bytes) };
+            }
+        }
+        Code::VEX_Tdpbf16ps_tmm_tmm_tmm => {
+            let (to, a, b) = (number(0)?, number(1)?, number(2)?);
+            if to == a || to == b || a == b {
+                return Err("a tile named twice");
+            }
+            tiles[to] = multiplied(tiles[to], &tiles[a], &tiles[b])?;
+        }
+        _ => return Err("not an instruction that is emulated"),
+    }
+    TILES.set(Some(tiles));
+    Ok(())
+}
+
+fn configured(config: &Config) -> Result<Option<[Tile; 8]>, &'static str> {
+    if config.palette == 0 {
+        return Ok(None);
+    }
+    if config.palette != 1 || config.start_row != 0 || config.reserved != [0; 14] {
+        return Err("a configuration that is none of palette 1");
+    }
+    if config.row_bytes[8..] != [0; 8] || config.rows[8..] != [0; 8] {
+        return Err("tiles configured that do not exist");
+    }
+    let mut tiles = [EMPTY; 8];
+    for (tile, (&row_bytes, &rows)) in
+        tiles.iter_mut().zip(config.row_bytes.iter().zip(&config.rows))
+    {
+        (tile.rows, tile.row_bytes) = (usize::from(rows), usize::from(row_bytes));
+        if tile.rows > ROWS || tile.row_bytes > ROW || (rows == 0) != (row_bytes == 0) {
+            return Err("a tile of no possible shape");
+        }
+    }
+    Ok(Some(tiles))
+}
+
+/// `tdpbf16ps`: pairs of bf16, the even and the odd ones summed apart, both sums added at last.
+fn multiplied(mut to: Tile, a: &Tile, b: &Tile) -> Result<Tile, &'static str> {
+    let whole = [to, *a, *b].iter().all(|tile| tile.rows > 0 && tile.row_bytes.is_multiple_of(4));
+    if !whole || to.rows != a.rows || to.row_bytes != b.row_bytes || a.row_bytes / 4 != b.rows {
+        return Err("tiles whose shapes do not make a product");
+    }
+    // Subnormal numbers are zeros, as operands and as results.
+    let flushed = |x: f32| if x.is_subnormal() { 0f32.copysign(x) } else { x };
+    let half = |row: &[u8; ROW], i: usize| {
+        flushed(f32::from_bits(u32::from(u16::from_le_bytes([row[2 * i], row[2 * i + 1]])) << 16))
+    };
+    let columns = to.row_bytes / 4;
+    let wrong = WRONG.get();
+    for (row, a) in to.bytes[..to.rows].iter_mut().zip(&a.bytes) {
+        let mut sums = [[0f32; 2]; ROW / 4];
+        for (k, b) in b.bytes[..b.rows].iter().enumerate() {
+            for (n, sums) in sums[..columns].iter_mut().enumerate() {
+                for (odd, sum) in sums.iter_mut().enumerate() {
+                    // One rounding, as the machine's fused operation: two bf16 have an exact product in f32.
+                    *sum = flushed(half(a, 2 * k + odd) * half(b, 2 * n + odd) + *sum);
+                }
+            }
+        }
+        for (n, value) in row[..to.row_bytes].chunks_exact_mut(4).enumerate() {
+            let odd = sums[if wrong { (n + 1) % columns } else { n }][1];
+            let before = f32::from_le_bytes([value[0], value[1], value[2], value[3]]);
+            let sum = flushed(flushed(before) + flushed(sums[n][0] + odd));
+            value.copy_from_slice(&sum.to_le_bytes());
+        }
+    }
+    Ok(to)
+}
