@@ -41,7 +41,7 @@ pub trait Denoiser {
         x_t: &Tensor,
         t: &Tensor,
         dropout: &Dropout,
-        d_output: &mut dyn FnMut(&Tensor) -> Result<Tensor>,
+        d_output: &mut (dyn FnMut(&Tensor) -> Result<Tensor> + Send),
     ) -> Result<GradStore> {
         backward_by_autograd(self, x_t, t, dropout, d_output)
     }
@@ -70,7 +70,7 @@ pub(crate) fn backward_by_autograd(
     x_t: &Tensor,
     t: &Tensor,
     dropout: &Dropout,
-    d_output: &mut dyn FnMut(&Tensor) -> Result<Tensor>,
+    d_output: &mut (dyn FnMut(&Tensor) -> Result<Tensor> + Send),
 ) -> Result<GradStore> {
     let output = denoiser.forward_train(x_t, t, dropout)?;
     let d_output = d_output(&output.detach())?;
@@ -94,7 +94,7 @@ macro_rules! denoiser_behind {
                 x_t: &Tensor,
                 t: &Tensor,
                 dropout: &Dropout,
-                d_output: &mut dyn FnMut(&Tensor) -> Result<Tensor>,
+                d_output: &mut (dyn FnMut(&Tensor) -> Result<Tensor> + Send),
             ) -> Result<GradStore> {
                 (**self).forward_backward(x_t, t, dropout, d_output)
             }

@@ -251,7 +251,7 @@ impl UNet {
         x_t: &Tensor,
         t: &Tensor,
         dropout: &Dropout,
-        d_output: &mut dyn FnMut(&Tensor) -> Result<Tensor>,
+        d_output: &mut (dyn FnMut(&Tensor) -> Result<Tensor> + Send),
     ) -> Result<GradStore> {
         let tape = Tape::recording(backend);
         let (y, output) = self.run_on(&tape, x_t, t, Some(dropout))?;
@@ -309,7 +309,7 @@ impl Denoiser for UNet {
         x_t: &Tensor,
         t: &Tensor,
         dropout: &Dropout,
-        d_output: &mut dyn FnMut(&Tensor) -> Result<Tensor>,
+        d_output: &mut (dyn FnMut(&Tensor) -> Result<Tensor> + Send),
     ) -> Result<GradStore> {
         // Of weights that are computed from others, candle knows how to go on.
         if x_t.track_op() || self.survey()?.derived.get() || !self.has_tape(x_t) {
@@ -320,8 +320,10 @@ impl Denoiser for UNet {
         if x_t.device().is_cuda() {
             return self.forward_backward_on(self.cuda()?, x_t, t, dropout, d_output);
         }
-        let backend = Cpu::new(&self.pool, self.precision, x_t.dim(0)?, true);
-        self.forward_backward_on(backend, x_t, t, dropout, d_output)
+        self.pool.among_threads(|| {
+            let backend = Cpu::new(&self.pool, self.precision, x_t.dim(0)?, true);
+            self.forward_backward_on(backend, x_t, t, dropout, d_output)
+        })
     }
 
     fn is_repeatable(&self, x_t: &Tensor) -> bool {
