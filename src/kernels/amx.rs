@@ -4,13 +4,10 @@
 use std::arch::asm;
 use std::sync::OnceLock;
 
-use super::bf16::{DEPTH, Operands, PANEL};
+use super::bf16::{DEPTH, Operands, PANEL, ROWS, Step};
 
 #[cfg(all(test, target_os = "linux"))]
 mod emulator;
-
-/// Rows of a tile.
-const ROWS: usize = 16;
 
 /// `ldtilecfg`'s operand: the shapes of the eight tile registers.
 #[repr(C, align(64))]
@@ -59,10 +56,12 @@ fn permitted() -> bool {
 /// One product of small integers, which has one right answer: a machine, or an emulator of one, that
 /// gives another is not used.
 fn works() -> bool {
-    let (rows, depth) = (2 * ROWS + 3, 2 * DEPTH);
+    let (rows, count) = (3 * ROWS, 2);
+    let depth = count * DEPTH;
     let integer = |i: usize, modulus: usize| (i % modulus) as f32 - 2.0;
     let a: Vec<u16> = (0..rows * depth).map(|i| super::bf16::round(integer(i, 5))).collect();
     let b: Vec<u16> = (0..depth * PANEL).map(|i| super::bf16::round(integer(i, 7))).collect();
+    let steps: Vec<_> = (0..count).map(|i| Step { a: i * DEPTH, b: i * DEPTH * PANEL }).collect();
     let mut c = vec![1f32; rows * PANEL];
     // SAFETY: the machine has tiles and we may use them; the slices are as long as the sizes say.
     unsafe {
@@ -73,7 +72,8 @@ fn works() -> bool {
             a: a.as_ptr(),
             a_row: depth,
             b: b.as_ptr(),
-            depth,
+            b_row: 2 * PANEL,
+            steps: &steps,
             accumulate: true,
         });
     }
@@ -100,20 +100,20 @@ unsafe fn configure() {
 }
 
 /// # Safety
-/// [`available`] must have said so, and all rows lie within memory that may be read, or written for
-/// `c`.
+/// [`available`] must have said so, and all rows of all steps, up to the next multiple of [`ROWS`], lie
+/// within memory that may be read, or written for `c`.
 pub(super) unsafe fn product(operands: Operands) {
     // Each time, since whatever else runs on this thread may use tiles in its own way.
     // SAFETY: as the caller promises.
     unsafe { configure() };
     for first in (0..operands.rows).step_by(2 * ROWS) {
         let some = operands.some(first, (operands.rows - first).min(2 * ROWS));
-        // SAFETY: rows from `first` on, no more than there are.
+        // SAFETY: rows from `first` on, no more than there is room for.
         unsafe {
-            if some.rows == 2 * ROWS {
-                tiles(some);
+            if some.rows > ROWS {
+                two_by_two(some);
             } else {
-                incomplete_tiles(some);
+                one_by_two(some);
             }
         }
     }
@@ -122,42 +122,15 @@ pub(super) unsafe fn product(operands: Operands) {
     unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }
 
-/// Fewer than 32 rows, by way of copies of so many.
-///
-/// # Safety
-/// As [`product`], with the tiles configured.
-unsafe fn incomplete_tiles(operands: Operands) {
-    let Operands { c, c_row, rows, a, a_row, depth, accumulate, .. } = operands;
-    let mut whole_c = [0f32; 2 * ROWS * PANEL];
-    let mut whole_a = vec![0u16; 2 * ROWS * depth];
-    // SAFETY: rows of the caller's, as long as the sizes say, to and from those of the copies.
-    unsafe {
-        for i in 0..rows {
-            if accumulate {
-                let to = whole_c.as_mut_ptr().add(i * PANEL);
-                c.add(i * c_row).copy_to_nonoverlapping(to, PANEL);
-            }
-            a.add(i * a_row).copy_to_nonoverlapping(whole_a.as_mut_ptr().add(i * depth), depth);
-        }
-        let (c_copy, a_copy) = (whole_c.as_mut_ptr(), whole_a.as_ptr());
-        tiles(Operands { c: c_copy, c_row: PANEL, a: a_copy, a_row: depth, ..operands });
-        for i in 0..rows {
-            c.add(i * c_row).copy_from_nonoverlapping(whole_c.as_ptr().add(i * PANEL), PANEL);
-        }
-    }
-}
-
 /// 32 rows by 32 columns, as two by two tiles. One piece of assembly from the first tile loaded to
 /// the last one stored, since the compiler knows nothing of tiles that live on between two.
 ///
 /// # Safety
 /// As [`product`], with the tiles configured.
-unsafe fn tiles(operands: Operands) {
-    let Operands { c, c_row, a, a_row, b, depth, accumulate, .. } = operands;
-    let (c_bytes, a_bytes) = (c_row * size_of::<f32>(), a_row * size_of::<u16>());
-    // SAFETY: each tile is 16 rows of 64 bytes within what the caller promises. Tiles of `a` are
-    // `DEPTH` values apart; 32 rows of `b` are 16 rows of pairs, of 128 bytes, the second tile's 64
-    // further on.
+unsafe fn two_by_two(operands: Operands) {
+    let Operands { c, c_row, a, a_row, b, b_row, steps, accumulate, .. } = operands;
+    // SAFETY: each tile is 16 rows of 64 bytes within what the caller promises. A step is two numbers
+    // of values, of two bytes each; the second tile of `b` begins 64 bytes further on in each row.
     unsafe {
         asm!(
             "test {accumulate}, {accumulate}",
@@ -173,21 +146,24 @@ unsafe fn tiles(operands: Operands) {
             "tilezero tmm2",
             "tilezero tmm3",
             "3:",
-            "test {steps}, {steps}",
+            "test {count}, {count}",
             "jz 5f",
             "4:",
-            "tileloadd tmm4, [{a0} + {a_row}*1]",
-            "tileloadd tmm6, [{b} + {b_row}*1]",
-            "tileloadd tmm7, [{b} + {b_row}*1 + 64]",
+            "mov {at}, [{step}]",
+            "lea {at}, [{a} + {at}*2]",
+            "tileloadd tmm4, [{at} + {a_row}*1]",
+            "add {at}, {a_tile}",
+            "tileloadd tmm5, [{at} + {a_row}*1]",
+            "mov {at}, [{step} + 8]",
+            "lea {at}, [{b} + {at}*2]",
+            "tileloadd tmm6, [{at} + {b_row}*1]",
+            "tileloadd tmm7, [{at} + {b_row}*1 + 64]",
             "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm5, [{a1} + {a_row}*1]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
             "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
             "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {a0}, {a_step}",
-            "add {a1}, {a_step}",
-            "add {b}, {b_step}",
-            "dec {steps}",
+            "add {step}, 16",
+            "dec {count}",
             "jnz 4b",
             "5:",
             "tilestored [{c0} + {c_row}*1], tmm0",
@@ -195,19 +171,71 @@ unsafe fn tiles(operands: Operands) {
             "tilestored [{c1} + {c_row}*1], tmm2",
             "tilestored [{c1} + {c_row}*1 + 64], tmm3",
             accumulate = in(reg) usize::from(accumulate),
-            steps = inout(reg) depth / DEPTH => _,
+            count = inout(reg) steps.len() => _,
+            step = inout(reg) steps.as_ptr() => _,
+            at = out(reg) _,
             c0 = in(reg) c,
             c1 = in(reg) c.add(ROWS * c_row),
-            c_row = in(reg) c_bytes,
-            a0 = inout(reg) a => _,
-            a1 = inout(reg) a.add(ROWS * a_row) => _,
-            a_row = in(reg) a_bytes,
-            a_step = const DEPTH * size_of::<u16>(),
-            b = inout(reg) b => _,
-            b_row = in(reg) 4 * PANEL,
-            b_step = const DEPTH * PANEL * size_of::<u16>(),
+            c_row = in(reg) c_row * size_of::<f32>(),
+            a = in(reg) a,
+            a_row = in(reg) a_row * size_of::<u16>(),
+            a_tile = in(reg) ROWS * a_row * size_of::<u16>(),
+            b = in(reg) b,
+            b_row = in(reg) b_row * size_of::<u16>(),
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
+    }
+}
+
+/// 16 rows by 32 columns: as [`two_by_two`], without the lower half.
+///
+/// # Safety
+/// As [`product`], with the tiles configured.
+unsafe fn one_by_two(operands: Operands) {
+    let Operands { c, c_row, a, a_row, b, b_row, steps, accumulate, .. } = operands;
+    // SAFETY: as in `two_by_two`.
+    unsafe {
+        asm!(
+            "test {accumulate}, {accumulate}",
+            "jz 2f",
+            "tileloadd tmm0, [{c} + {c_row}*1]",
+            "tileloadd tmm1, [{c} + {c_row}*1 + 64]",
+            "jmp 3f",
+            "2:",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "3:",
+            "test {count}, {count}",
+            "jz 5f",
+            "4:",
+            "mov {at}, [{step}]",
+            "lea {at}, [{a} + {at}*2]",
+            "tileloadd tmm4, [{at} + {a_row}*1]",
+            "mov {at}, [{step} + 8]",
+            "lea {at}, [{b} + {at}*2]",
+            "tileloadd tmm6, [{at} + {b_row}*1]",
+            "tileloadd tmm7, [{at} + {b_row}*1 + 64]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "add {step}, 16",
+            "dec {count}",
+            "jnz 4b",
+            "5:",
+            "tilestored [{c} + {c_row}*1], tmm0",
+            "tilestored [{c} + {c_row}*1 + 64], tmm1",
+            accumulate = in(reg) usize::from(accumulate),
+            count = inout(reg) steps.len() => _,
+            step = inout(reg) steps.as_ptr() => _,
+            at = out(reg) _,
+            c = in(reg) c,
+            c_row = in(reg) c_row * size_of::<f32>(),
+            a = in(reg) a,
+            a_row = in(reg) a_row * size_of::<u16>(),
+            b = in(reg) b,
+            b_row = in(reg) b_row * size_of::<u16>(),
+            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
         );
     }

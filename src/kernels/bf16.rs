@@ -16,12 +16,10 @@ pub(super) fn round(x: f32) -> u16 {
     (if x.is_nan() { (bits >> 16) | 0x40 } else { rounded }) as u16
 }
 
-simd_fn! {
-    pub(super) fn round_all<S>(from: &[f32], to: &mut [u16]) {
-        for (to, from) in to.iter_mut().zip(from) {
-            *to = round(*from);
-        }
-    }
+/// What rounding leaves.
+#[inline(always)]
+pub(super) fn rest(x: f32, rounded: u16) -> f32 {
+    x - f32::from_bits(u32::from(rounded) << 16)
 }
 
 /// Where entry (k, column) of a panel stands: pairs of rows are interleaved, so that the two values
@@ -87,34 +85,58 @@ impl Unit {
     }
 }
 
-/// `c = a b`, or `c += a b` where `accumulate`, for one panel of columns.
+/// One step of a product: where [`DEPTH`] columns of the left-hand side begin, and the rows of the
+/// right-hand side that they meet.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct Step {
+    pub a: usize,
+    pub b: usize,
+}
+
+/// A product's operands: `c = a b`, or `c += a b` where `accumulate`, for one panel of columns.
 ///
-/// `a` is `rows` by `depth`, its rows as far apart as it says; `b` a panel of `depth` rows, its
-/// entries at their [`place`]s; `c` likewise `rows` by [`PANEL`]. `depth` is a multiple of [`DEPTH`].
-pub(super) fn product(
-    unit: Unit,
-    (c, c_row): (&mut [f32], usize),
-    rows: usize,
-    (a, a_row): (&[u16], usize),
-    b: &[u16],
-    depth: usize,
-    accumulate: bool,
-) {
+/// Row i of `c` begins at `i * c_row`, and that of a step's `a` at `i * a_row` from where the step
+/// says. Pairs of a step's rows of `b` are `b_row` apart: in each, [`PANEL`] columns' two values side
+/// by side. A sum runs through the steps in order, however many rows there are.
+///
+/// `c` and `a` have room for rows up to the next multiple of [`ROWS`], and `c` may hold anything there
+/// afterwards.
+pub(super) struct Product<'a> {
+    pub c: &'a mut [f32],
+    pub c_row: usize,
+    pub rows: usize,
+    pub a: &'a [u16],
+    pub a_row: usize,
+    pub b: &'a [u16],
+    pub b_row: usize,
+    pub steps: &'a [Step],
+    pub accumulate: bool,
+}
+
+/// Rows that a tile has: products may compute so many where fewer are asked for.
+pub(super) const ROWS: usize = 16;
+
+pub(super) fn product(unit: Unit, product: Product) {
+    let Product { c, c_row, rows, a, a_row, b, b_row, steps, accumulate } = product;
     if rows == 0 {
         return;
     }
-    assert!(depth.is_multiple_of(DEPTH));
-    assert!((rows - 1) * c_row + PANEL <= c.len());
-    assert!(depth == 0 || (rows - 1) * a_row + depth <= a.len());
-    assert!(depth * PANEL <= b.len());
+    let last = rows.next_multiple_of(ROWS) - 1;
+    let ends = steps.iter().fold((0, 0), |(a, b), step| (a.max(step.a), b.max(step.b)));
+    assert!(last * c_row + PANEL <= c.len());
+    assert!(steps.is_empty() || ends.0 + last * a_row + DEPTH <= a.len());
+    assert!(steps.is_empty() || ends.1 + (DEPTH / 2 - 1) * b_row + 2 * PANEL <= b.len());
     match unit.0 {
-        Kind::Emulated(isa) => emulated(isa, c, c_row, rows, a, a_row, b, depth, accumulate),
+        Kind::Emulated(isa) => {
+            emulated(isa, c, c_row, rows, a, a_row, b, b_row, steps, accumulate);
+        }
         #[cfg(target_arch = "x86_64")]
         Kind::Amx | Kind::Pairs => {
             let (c, a, b) = (c.as_mut_ptr(), a.as_ptr(), b.as_ptr());
-            let operands = Operands { c, c_row, rows, a, a_row, b, depth, accumulate };
-            // SAFETY: a `Unit` exists only where the machine has it; the assertions hold each row within its
-            // slice.
+            let operands = Operands { c, c_row, rows, a, a_row, b, b_row, steps, accumulate };
+            // SAFETY: a `Unit` exists only where the machine has it; the assertions hold each row of each
+            // step within its slice.
             unsafe {
                 match unit.0 {
                     Kind::Amx => super::amx::product(operands),
@@ -128,19 +150,20 @@ pub(super) fn product(
 /// The operands of [`product`], for code that knows them to be whole.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
-pub(super) struct Operands {
+pub(super) struct Operands<'a> {
     pub c: *mut f32,
     pub c_row: usize,
     pub rows: usize,
     pub a: *const u16,
     pub a_row: usize,
     pub b: *const u16,
-    pub depth: usize,
+    pub b_row: usize,
+    pub steps: &'a [Step],
     pub accumulate: bool,
 }
 
 #[cfg(target_arch = "x86_64")]
-impl Operands {
+impl Operands<'_> {
     /// Those of some of the rows.
     pub fn some(self, first: usize, rows: usize) -> Self {
         let c = self.c.wrapping_add(first * self.c_row);
@@ -157,7 +180,8 @@ simd_fn! {
         a: &[u16],
         a_row: usize,
         b: &[u16],
-        depth: usize,
+        b_row: usize,
+        steps: &[Step],
         accumulate: bool,
     ) {
         let value = |bits: u16| f32::from_bits(u32::from(bits) << 16);
@@ -167,11 +191,13 @@ simd_fn! {
             if accumulate {
                 sums.copy_from_slice(c);
             }
-            let pairs = a[i * a_row..][..depth].chunks_exact(2);
-            for (a, b) in pairs.zip(b.chunks_exact(2 * PANEL)) {
-                let (even, odd) = (value(a[0]), value(a[1]));
-                for (sum, b) in sums.iter_mut().zip(b.chunks_exact(2)) {
-                    *sum += even * value(b[0]) + odd * value(b[1]);
+            for step in steps {
+                let pairs = a[step.a + i * a_row..][..DEPTH].chunks_exact(2);
+                for (a, b) in pairs.zip(b[step.b..].chunks(b_row)) {
+                    let (even, odd) = (value(a[0]), value(a[1]));
+                    for (sum, b) in sums.iter_mut().zip(b[..2 * PANEL].chunks_exact(2)) {
+                        *sum += even * value(b[0]) + odd * value(b[1]);
+                    }
                 }
             }
             c.copy_from_slice(&sums);
@@ -184,14 +210,14 @@ simd_fn! {
 mod pairs {
     use std::arch::x86_64::*;
 
-    use super::{Operands, PANEL};
+    use super::{DEPTH, Operands, PANEL};
 
     /// Rows that, with two vectors a row, leave registers for the operands.
     const ROWS: usize = 14;
 
     /// # Safety
-    /// The machine must have AVX-512 with BF16, and all rows lie within memory that may be read, or
-    /// written for `c`.
+    /// The machine must have AVX-512 with BF16, and all rows of all steps lie within memory that may be
+    /// read, or written for `c`.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub unsafe fn product(operands: Operands) {
         macro_rules! of_height {
@@ -215,7 +241,7 @@ mod pairs {
     /// As [`product`].
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     unsafe fn tile<const M: usize>(operands: Operands) {
-        let Operands { c, c_row, mut a, a_row, mut b, depth, accumulate, .. } = operands;
+        let Operands { c, c_row, a, a_row, b, b_row, steps, accumulate, .. } = operands;
         // SAFETY: the caller's promise covers each of these elements; a vector of pairs and one of
         // bf16 values are the same bits.
         unsafe {
@@ -227,17 +253,20 @@ mod pairs {
                 }
             }
             let pairs = |v: __m512i| std::mem::transmute::<__m512i, __m512bh>(v);
-            for _ in 0..depth / 2 {
-                let first = pairs(_mm512_loadu_epi16(b.cast()));
-                let second = pairs(_mm512_loadu_epi16(b.add(PANEL).cast()));
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    let pair = a.add(i * a_row).cast::<i32>().read_unaligned();
-                    let pair = pairs(_mm512_set1_epi32(pair));
-                    sums[0] = _mm512_dpbf16_ps(sums[0], pair, first);
-                    sums[1] = _mm512_dpbf16_ps(sums[1], pair, second);
+            for step in steps {
+                let (mut a, mut b) = (a.add(step.a), b.add(step.b));
+                for _ in 0..DEPTH / 2 {
+                    let first = pairs(_mm512_loadu_epi16(b.cast()));
+                    let second = pairs(_mm512_loadu_epi16(b.add(PANEL).cast()));
+                    for (i, sums) in sums.iter_mut().enumerate() {
+                        let pair = a.add(i * a_row).cast::<i32>().read_unaligned();
+                        let pair = pairs(_mm512_set1_epi32(pair));
+                        sums[0] = _mm512_dpbf16_ps(sums[0], pair, first);
+                        sums[1] = _mm512_dpbf16_ps(sums[1], pair, second);
+                    }
+                    a = a.wrapping_add(2);
+                    b = b.wrapping_add(b_row);
                 }
-                a = a.wrapping_add(2);
-                b = b.wrapping_add(2 * PANEL);
             }
             for (i, sums) in sums.iter().enumerate() {
                 let c = c.add(i * c_row);
@@ -271,13 +300,17 @@ mod tests {
 
         #[test]
         fn every_unit_multiplies(
-            (rows, depth) in (1usize..70, 0usize..5),
-            (more_a, more_c) in (0usize..9, 0usize..40),
+            (rows, count) in (1usize..70, 0usize..5),
+            (more_a, more_b, more_c) in (0usize..9, 0usize..9, 0usize..40),
             accumulate: bool,
             seed: u64,
         ) {
-            let depth = depth * DEPTH;
-            let (a_row, c_row) = (depth + more_a, PANEL + more_c);
+            let (a_row, b_row) = (DEPTH + more_a, 2 * (PANEL + more_b));
+            let c_row = PANEL + more_c;
+            // Steps that lie on each other, out of order, at any distance.
+            let step = |i: usize| Step { a: (5 * i + 3) % 7, b: 2 * ((3 * i + 1) % 4) };
+            let steps: Vec<Step> = (0..count).map(step).collect();
+            let room = rows.next_multiple_of(ROWS);
             let normal = |k: u32, len: usize| {
                 let mut values = vec![0f32; len];
                 crate::noise::Noise::new(seed)
@@ -286,22 +319,27 @@ mod tests {
                 values
             };
             let bits = |values: &[f32]| values.iter().map(|&x| round(x)).collect::<Vec<u16>>();
-            let (a, b) = (bits(&normal(0, rows * a_row)), bits(&normal(1, depth * PANEL)));
-            let before = normal(2, rows * c_row);
+            let (a, b) = (bits(&normal(0, room * a_row + 7)), bits(&normal(1, 16 * b_row + 8)));
+            let before = normal(2, room * c_row);
             let value = |bits: u16| f64::from(f32::from_bits(u32::from(bits) << 16));
             for unit in Unit::available() {
                 let mut c = before.clone();
-                product(unit, (&mut c, c_row), rows, (&a, a_row), &b, depth, accumulate);
+                product(unit, Product {
+                    c: &mut c, c_row, rows, a: &a, a_row, b: &b, b_row, steps: &steps, accumulate,
+                });
                 for i in 0..rows {
-                    for j in 0..c_row.min(before.len() - i * c_row) {
+                    for j in 0..c_row {
                         let at = i * c_row + j;
                         if j >= PANEL {
                             prop_assert_eq!(c[at], before[at], "beyond the panel");
                             continue;
                         }
                         let mut sum = if accumulate { f64::from(before[at]) } else { 0.0 };
-                        for k in 0..depth {
-                            sum += value(a[i * a_row + k]) * value(b[place(k, j)]);
+                        for step in &steps {
+                            for k in 0..DEPTH {
+                                let b = b[step.b + k / 2 * b_row + 2 * j + k % 2];
+                                sum += value(a[step.a + i * a_row + k]) * value(b);
+                            }
                         }
                         prop_assert!(
                             (f64::from(c[at]) - sum).abs() < 3e-5,

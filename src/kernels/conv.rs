@@ -119,24 +119,20 @@ impl Convolution {
     /// The weights as [`forward`](Self::forward) wants them, for now: [`Workspace::unpack`] takes their
     /// memory back.
     pub fn pack_for_now(&self, weight: &[f32], workspace: &mut Workspace) -> Weights {
-        self.pack_into(weight, std::mem::take(&mut workspace.packed))
-    }
-
-    /// The weights as [`forward`](Self::forward) wants them.
-    pub fn pack(&self, weight: &[f32]) -> Weights {
-        self.pack_into(weight, Vec::new())
-    }
-
-    fn pack_into(&self, weight: &[f32], memory: Vec<f32>) -> Weights {
         let Patches { c_in, c_out, .. } = self.sizes;
         if let Some(half) = self.half {
-            Weights::Half(half.pack(weight))
+            Weights::Half(half.pack(weight, std::mem::take(&mut workspace.half)))
         } else if self.by_winograd() {
-            let sizes = (c_out, c_in);
+            let (sizes, memory) = ((c_out, c_in), std::mem::take(&mut workspace.packed));
             Weights::Winograd(Packed::forward(self.isa, self.maps(), weight, sizes, memory))
         } else {
             Weights::Patches(self.sizes.pack(weight))
         }
+    }
+
+    /// The weights as [`forward`](Self::forward) wants them.
+    pub fn pack(&self, weight: &[f32]) -> Weights {
+        self.pack_for_now(weight, &mut Workspace::default())
     }
 
     /// `y` from `x`.
@@ -163,7 +159,8 @@ impl Convolution {
     ) {
         let Patches { c_in, c_out, .. } = self.sizes;
         if let Some(half) = self.half {
-            half.input_gradient(dy, weight, dx, accumulate);
+            let Workspace { packed, half: memory, .. } = workspace;
+            half.input_gradient(dy, weight, dx, accumulate, (memory, packed));
         } else if self.by_winograd() {
             let memory = std::mem::take(&mut workspace.packed);
             let packed = Packed::backward(self.isa, self.maps(), weight, (c_out, c_in), memory);
@@ -183,7 +180,7 @@ impl Convolution {
         workspace: &mut Workspace,
     ) {
         if let Some(half) = self.half {
-            half.weight_gradient(x, dy, dweight);
+            half.weight_gradient(x, dy, dweight, &mut workspace.sums);
         } else if self.by_winograd() {
             let sums = &mut workspace.sums;
             winograd::weight_gradient(self.isa, self.maps(), x, dy, dweight, sums);
@@ -197,14 +194,17 @@ impl Convolution {
 #[derive(Default)]
 pub(crate) struct Workspace {
     packed: Vec<f32>,
+    half: Vec<u16>,
     sums: Vec<f32>,
 }
 
 impl Workspace {
     /// Takes back the memory of weights that are no longer needed.
     pub fn unpack(&mut self, weights: Weights) {
-        if let Weights::Winograd(packed) = weights {
-            self.packed = packed.into_memory();
+        match weights {
+            Weights::Winograd(packed) => self.packed = packed.into_memory(),
+            Weights::Half(packed) => self.half = packed.into_memory(),
+            Weights::Patches(_) => {}
         }
     }
 }
@@ -444,7 +444,7 @@ mod tests {
                 };
                 // Memory of which more is asked than it has, and less.
                 let dirt = || vec![f32::NAN; c_in * c_out * 20];
-                let mut workspace = Workspace { packed: dirt(), sums: dirt() };
+                let mut workspace = Workspace { packed: dirt(), half: Vec::new(), sums: dirt() };
                 let packed = conv.pack_for_now(&values(&weight), &mut workspace);
                 let mut found = there(&y_there);
                 conv.forward(&values(&x), &packed, epilogue, &mut found);

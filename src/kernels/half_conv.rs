@@ -5,12 +5,14 @@
 //! product that of the terms but for the least: about 16 bits.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::bf16::{DEPTH, PANEL, Unit, place, product, round, round_all};
+use super::bf16::{DEPTH, PANEL, Product, ROWS, Step, Unit, place, product, rest, round};
 use super::patches::{PARTS, Patches, Scale};
-use super::simd::Isa;
+use super::simd::{Isa, simd_fn};
+use super::strips::{Chunk, Side, Strips, round_pixels, strip_width, turn};
 use super::values::sized;
 use super::winograd::Epilogue;
 
@@ -24,40 +26,26 @@ pub(crate) enum Terms {
 impl Terms {
     /// For each product, which part of the left and of the right factor it takes: 0 for the rounding,
     /// 1 for what that leaves.
-    fn parts(self) -> &'static [(usize, usize)] {
+    fn products(self) -> &'static [(usize, usize)] {
         match self {
             Self::One => &[(0, 0)],
             Self::Three => &[(0, 0), (0, 1), (1, 0)],
         }
     }
 
-    fn count(self) -> usize {
-        self.parts().len()
-    }
-
-    /// The parts of values: as many as there are.
-    fn split(self, isa: Isa, values: &[f32]) -> Vec<Vec<u16>> {
-        let mut rounded = vec![0u16; values.len()];
-        let cut = |(to, from): (&mut [u16], &[f32])| round_all(isa, from, to);
-        rounded.par_chunks_mut(1 << 14).zip(values.par_chunks(1 << 14)).for_each(cut);
-        if self == Self::One {
-            return vec![rounded];
+    /// Parts of a value.
+    fn parts(self) -> usize {
+        match self {
+            Self::One => 1,
+            Self::Three => 2,
         }
-        let mut left = vec![0u16; values.len()];
-        left.par_iter_mut().zip(values).zip(&rounded).for_each(|((left, &x), &rounded)| {
-            *left = round(rest(x, rounded));
-        });
-        vec![rounded, left]
     }
-}
 
-/// One image of `len` values, in each of its parts.
-fn image(parts: &[Vec<u16>], k: usize, len: usize) -> Vec<&[u16]> {
-    parts.iter().map(|part| &part[k * len..][..len]).collect()
-}
-
-fn rest(x: f32, rounded: u16) -> f32 {
-    x - f32::from_bits(u32::from(rounded) << 16)
+    /// The places of both parts of `len` values, the second one empty where there is none.
+    fn split(self, values: &mut [u16], len: usize) -> [&mut [u16]; 2] {
+        let (first, second) = values.split_at_mut(len);
+        [first, second]
+    }
 }
 
 /// Such a convolution.
@@ -69,7 +57,7 @@ pub(super) struct HalfConvolution {
     pub sizes: Patches,
 }
 
-/// Weights, rounded and packed: panels of output channels, each (terms, depth, [`PANEL`]).
+/// Weights, rounded and packed: panels of output channels, each (parts, kernel, strip, [`PANEL`]).
 #[derive(Debug, Clone)]
 pub(crate) struct PackedHalf {
     values: Vec<u16>,
@@ -77,18 +65,30 @@ pub(crate) struct PackedHalf {
     terms: Terms,
 }
 
+/// Bytes of a chunk's operands and sums, about: within a usual second-level cache. Tests need small
+/// maps to be cut, too.
+const CHUNK_BYTES: usize = if cfg!(test) { 12 << 10 } else { 640 << 10 };
+
+/// The most memory that sums of parts take, unless one part alone needs more.
+const SUMS_BYTES: usize = 8 << 20;
+
+/// Channels that a task of the weights' gradient takes: of the input, and of the output.
+const GROUP: (usize, usize) = if cfg!(test) { (16, 24) } else { (64, 128) };
+
 thread_local! {
-    /// Patches and products, reused from call to call. Nothing may wait for other threads while it is
+    /// Layouts and products, reused from call to call. Nothing may wait for other threads while it is
     /// borrowed: this one could be given work that borrows it again.
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 #[derive(Default)]
 struct Scratch {
-    patches: Vec<u16>,
+    strips: Vec<u16>,
+    line: Vec<u16>,
     left: Vec<u16>,
-    right: Vec<u16>,
+    rounded: Vec<u16>,
     sums: Vec<f32>,
+    shift: Vec<f32>,
 }
 
 impl PackedHalf {
@@ -96,96 +96,166 @@ impl PackedHalf {
     pub(super) fn convolution(&self, isa: Isa, sizes: Patches) -> HalfConvolution {
         HalfConvolution { isa, unit: self.unit, terms: self.terms, sizes }
     }
+
+    pub fn into_memory(self) -> Vec<u16> {
+        self.values
+    }
 }
 
 impl HalfConvolution {
-    /// The values of a patch, up to the next multiple of [`DEPTH`].
-    fn depth(&self) -> usize {
-        self.sizes.patch().next_multiple_of(DEPTH)
-    }
-
-    /// Weights (out, in, k, k).
-    pub fn pack(&self, weight: &[f32]) -> PackedHalf {
+    /// Weights (out, in, k, k). `memory` is used where it is large enough.
+    pub fn pack(&self, weight: &[f32], memory: Vec<u16>) -> PackedHalf {
         let Patches { c_in, kernel, .. } = self.sizes;
         let area = kernel * kernel;
-        self.pack_by(|o, i, tap| weight[(o * c_in + i) * area + tap])
+        self.pack_kernels(|o, i| &weight[(o * c_in + i) * area..][..area], false, memory)
     }
 
-    fn pack_by(&self, weight: impl Fn(usize, usize, usize) -> f32 + Sync) -> PackedHalf {
+    /// From the kernels of an output and an input channel, `turned` to be read from their ends.
+    fn pack_kernels<'a>(
+        &self,
+        kernels: impl Fn(usize, usize) -> &'a [f32] + Sync,
+        turned: bool,
+        memory: Vec<u16>,
+    ) -> PackedHalf {
         let Patches { c_in, c_out, kernel, .. } = self.sizes;
-        let panel_len = self.terms.count() * self.depth() * PANEL;
-        let mut packed = vec![0u16; c_out.div_ceil(PANEL) * panel_len];
-        packed.par_chunks_mut(panel_len).enumerate().for_each(|(panel, packed)| {
-            for column in 0..PANEL.min(c_out - panel * PANEL) {
-                for tap in 0..kernel * kernel {
-                    for i in 0..c_in {
-                        let value = weight(panel * PANEL + column, i, tap);
-                        let first = round(value);
-                        let parts = [first, round(rest(value, first))];
-                        for (term, (_, part)) in self.terms.parts().iter().enumerate() {
-                            let k = term * self.depth() + tap * c_in + i;
-                            packed[place(k, column)] = parts[*part];
+        let width = strip_width(&self.sizes, c_in);
+        let part_len = kernel * width * PANEL;
+        let panel_len = self.terms.parts() * part_len;
+        let mut values = memory;
+        let panels = sized(&mut values, c_out.div_ceil(PANEL) * panel_len);
+        panels.par_chunks_mut(panel_len).enumerate().for_each(|(panel, packed)| {
+            let count = PANEL.min(c_out - panel * PANEL);
+            if count < PANEL || width > kernel * c_in {
+                packed.fill(0);
+            }
+            let [first, second] = self.terms.split(packed, part_len);
+            // Where the taps of a channel stand, in the order of the kernels.
+            let mut places = vec![0; kernel * kernel];
+            for i in 0..c_in {
+                for (tap, at) in places.iter_mut().enumerate() {
+                    let tap = if turned { kernel * kernel - 1 - tap } else { tap };
+                    *at = place(tap / kernel * width + tap % kernel * c_in + i, 0);
+                }
+                for column in 0..count {
+                    let weights = kernels(panel * PANEL + column, i);
+                    for (&weight, at) in weights.iter().zip(&places) {
+                        let (at, rounded) = (at + 2 * column, round(weight));
+                        first[at] = rounded;
+                        if !second.is_empty() {
+                            second[at] = round(rest(weight, rounded));
                         }
                     }
                 }
             }
         });
-        PackedHalf { values: packed, unit: self.unit, terms: self.terms }
+        PackedHalf { values, unit: self.unit, terms: self.terms }
     }
 
-    /// Lays out the patches of some output rows of an image, given by its parts: a row of all terms
-    /// for each pixel.
-    fn lay_out(&self, image: &[&[u16]], rows: std::ops::Range<usize>, patches: &mut [u16]) {
-        let row_len = self.terms.count() * self.depth();
-        patches.fill(0);
-        for (row, oy) in patches.chunks_mut(self.sizes.w_out * row_len).zip(rows) {
-            for (patch, at, len) in self.sizes.spans(oy, row_len) {
-                for (term, (part, _)) in self.terms.parts().iter().enumerate() {
-                    row[patch + term * self.depth()..][..len]
-                        .copy_from_slice(&image[*part][at..][..len]);
-                }
-            }
-        }
+    /// How many images are worked on at a time, and how many of their output rows, where a pixel takes
+    /// so many bytes.
+    fn chunk_size(&self, bytes: usize, images: usize) -> (usize, usize) {
+        let Patches { h_out, w_out, .. } = self.sizes;
+        let pixels = CHUNK_BYTES / bytes;
+        let count = (pixels / (h_out * w_out)).min(images);
+        if count > 0 { (count, h_out) } else { (1, (pixels / w_out).clamp(1, h_out)) }
+    }
+
+    /// The chunks of these images.
+    fn chunks(&self, images: Range<usize>, size: (usize, usize)) -> impl Iterator<Item = Chunk> {
+        let h_out = self.sizes.h_out;
+        let end = images.end;
+        images.step_by(size.0).flat_map(move |first| {
+            (0..h_out).step_by(size.1).map(move |row| Chunk {
+                images: first..(first + size.0).min(end),
+                rows: row..(row + size.1).min(h_out),
+            })
+        })
     }
 
     /// `y` from `x`.
     pub fn forward(&self, x: &[f32], weights: &PackedHalf, epilogue: Epilogue, y: &mut [f32]) {
         let g = &self.sizes;
-        let parts = self.terms.split(self.isa, x);
-        let (line, depth) = (g.w_out * g.c_out, self.terms.count() * self.depth());
-        let panels = g.c_out.div_ceil(PANEL);
-        y.par_chunks_mut(g.y_len()).enumerate().for_each(|(k, y)| {
-            let image = image(&parts, k, g.x_len());
-            let mut shift = vec![0f32; g.c_out];
-            epilogue.shift(k, &mut shift);
-            let residual = epilogue.residual.map(|r| &r[k * g.y_len()..][..g.y_len()]);
-            y.par_chunks_mut(g.chunk_rows() * line).enumerate().for_each(|(i, y)| {
-                let rows = g.chunk(i);
-                let pixels = rows.len() * g.w_out;
-                let residual = residual.map(|r| &r[rows.start * line..rows.end * line]);
-                SCRATCH.with_borrow_mut(|Scratch { patches, sums, .. }| {
-                    let patches = sized(patches, pixels * depth);
-                    self.lay_out(&image, rows, patches);
-                    let sums = sized(sums, pixels * panels * PANEL);
-                    for (panel, b) in weights.values.chunks(depth * PANEL).enumerate() {
-                        let c = (&mut sums[panel * PANEL..], panels * PANEL);
-                        product(self.unit, c, pixels, (patches, depth), b, depth, false);
-                    }
-                    for (pixel, y) in y.chunks_mut(g.c_out).enumerate() {
-                        let sums = &sums[pixel * panels * PANEL..];
-                        let residual = residual.map(|r| &r[pixel * g.c_out..]);
-                        for (o, y) in y.iter_mut().enumerate() {
-                            let value = sums[o] + shift[o] + residual.map_or(0.0, |r| r[o]);
-                            *y = if epilogue.accumulate { *y + value } else { value };
-                        }
-                    }
-                });
+        let padded = g.c_out.next_multiple_of(PANEL);
+        let strip = self.terms.parts() * strip_width(g, g.c_in);
+        let bytes = strip * size_of::<u16>() + padded * size_of::<f32>();
+        // Small batches leave something for every thread.
+        let threads = rayon::current_num_threads();
+        let (images, rows) = self.chunk_size(bytes, g.batch.div_ceil(threads));
+        let rows = rows.min((g.batch * g.h_out).div_ceil(threads));
+        let mut chunks = Vec::new();
+        let mut left = y;
+        for chunk in self.chunks(0..g.batch, (images, rows)) {
+            let len = chunk.images.len() * chunk.rows.len() * g.w_out * g.c_out;
+            let (y, others) = left.split_at_mut(len);
+            chunks.push((chunk, y));
+            left = others;
+        }
+        chunks.into_par_iter().for_each(|(chunk, y)| {
+            SCRATCH.with_borrow_mut(|scratch| {
+                self.convolve(x, chunk, weights, epilogue, y, scratch);
             });
         });
     }
 
+    fn convolve(
+        &self,
+        x: &[f32],
+        chunk: Chunk,
+        weights: &PackedHalf,
+        epilogue: Epilogue,
+        y: &mut [f32],
+        scratch: &mut Scratch,
+    ) {
+        let g = &self.sizes;
+        let Scratch { strips: layout, line, sums, shift, .. } = scratch;
+        let strips = Strips { sizes: *g, channels: 0..g.c_in, chunk, side: Side::Left };
+        let a = sized(layout, self.terms.parts() * strips.len());
+        strips.fill(self.isa, x, self.terms.split(a, strips.len()), line);
+        let width = strips.width();
+        let part_len = g.kernel * width * PANEL;
+        let mut steps = Vec::new();
+        for (left, right) in self.terms.products() {
+            for ky in 0..g.kernel {
+                let (a, b) = (left * strips.len() + strips.origin(ky), ky * width);
+                let step = |k| Step { a: a + k, b: right * part_len + (b + k) * PANEL };
+                steps.extend((0..width).step_by(DEPTH).map(step));
+            }
+        }
+        let rows = strips.pixels();
+        let c_row = g.c_out.next_multiple_of(PANEL);
+        let sums = sized(sums, rows.next_multiple_of(ROWS) * c_row);
+        let panels = weights.values.chunks_exact(self.terms.parts() * part_len);
+        for (panel, b) in panels.take(c_row / PANEL).enumerate() {
+            let c = &mut sums[panel * PANEL..];
+            let (a_row, b_row, steps) = (width, 2 * PANEL, &steps);
+            let operands = Product { c, c_row, rows, a, a_row, b, b_row, steps, accumulate: false };
+            product(self.unit, operands);
+        }
+        let Chunk { images, rows } = strips.chunk;
+        let shift = sized(shift, g.c_out);
+        let line = g.w_out * g.c_out;
+        let lines = y.chunks_exact_mut(line).enumerate();
+        for (at, y) in lines {
+            let (j, i) = (at / rows.len(), at % rows.len());
+            if i == 0 {
+                epilogue.shift(images.start + j, shift);
+            }
+            let sums = &sums[(i * images.len() + j) * g.w_out * c_row..][..g.w_out * c_row];
+            let row = (images.start + j) * g.h_out + rows.start + i;
+            let residual = epilogue.residual.map_or(&[][..], |r| &r[row * line..][..line]);
+            finish(self.isa, y, sums, c_row, shift, residual, epilogue.accumulate);
+        }
+    }
+
     /// The gradient of `x`, written or added to `dx`.
-    pub fn input_gradient(&self, dy: &[f32], weight: &[f32], dx: &mut [f32], accumulate: bool) {
+    pub fn input_gradient(
+        &self,
+        dy: &[f32],
+        weight: &[f32],
+        dx: &mut [f32],
+        accumulate: bool,
+        (packed, doubled): (&mut Vec<u16>, &mut Vec<f32>),
+    ) {
         let g = self.sizes;
         let area = g.kernel * g.kernel;
         if g.stride() > 1 {
@@ -200,114 +270,200 @@ impl HalfConvolution {
         // A convolution with the kernel turned round.
         let sizes = Patches { c_in: g.c_out, c_out: g.c_in, scale: Scale::Stride(1), ..g };
         let turned = Self { sizes, ..*self };
-        let weights = turned.pack_by(|i, o, tap| weight[(o * g.c_in + i) * area + area - 1 - tap]);
-        if !g.upsamples() {
-            let epilogue = Epilogue { accumulate, ..Epilogue::default() };
-            return turned.forward(dy, &weights, epilogue, dx);
-        }
-        let mut doubled = vec![0f32; 4 * dx.len()];
-        turned.forward(dy, &weights, Epilogue::default(), &mut doubled);
-        let (line, c) = (g.w * g.c_in, g.c_in);
-        dx.par_chunks_mut(line / 2).zip(doubled.par_chunks(2 * line)).for_each(|(dx, rows)| {
-            let (top, bottom) = rows.split_at(line);
-            let pairs = top.chunks_exact(2 * c).zip(bottom.chunks_exact(2 * c));
-            for (dx, (top, bottom)) in dx.chunks_exact_mut(c).zip(pairs) {
-                for (i, dx) in dx.iter_mut().enumerate() {
-                    let sum = (top[i] + top[c + i]) + (bottom[i] + bottom[c + i]);
-                    *dx = if accumulate { *dx + sum } else { sum };
+        let kernels = |i, o| &weight[(o * g.c_in + i) * area..][..area];
+        let weights = turned.pack_kernels(kernels, true, std::mem::take(packed));
+        if g.upsamples() {
+            let doubled = sized(doubled, 4 * dx.len());
+            turned.forward(dy, &weights, Epilogue::default(), doubled);
+            let (line, c) = (g.w * g.c_in, g.c_in);
+            dx.par_chunks_mut(line / 2).zip(doubled.par_chunks(2 * line)).for_each(|(dx, rows)| {
+                let (top, bottom) = rows.split_at(line);
+                let pairs = top.chunks_exact(2 * c).zip(bottom.chunks_exact(2 * c));
+                for (dx, (top, bottom)) in dx.chunks_exact_mut(c).zip(pairs) {
+                    for (i, dx) in dx.iter_mut().enumerate() {
+                        let sum = (top[i] + top[c + i]) + (bottom[i] + bottom[c + i]);
+                        *dx = if accumulate { *dx + sum } else { sum };
+                    }
                 }
-            }
-        });
+            });
+        } else {
+            let epilogue = Epilogue { accumulate, ..Epilogue::default() };
+            turned.forward(dy, &weights, epilogue, dx);
+        }
+        *packed = weights.into_memory();
     }
 
     /// The gradient of the weights, (out, in, k, k), to `dweight`.
-    pub fn weight_gradient(&self, x: &[f32], dy: &[f32], dweight: &mut [f32]) {
+    ///
+    /// The batch is cut into parts, and the channels into groups, by their numbers alone: so the order
+    /// of sums does not depend on the number of threads.
+    pub fn weight_gradient(&self, x: &[f32], dy: &[f32], dweight: &mut [f32], sums: &mut Vec<f32>) {
         let g = &self.sizes;
-        let (xs, dys) = (self.terms.split(self.isa, x), self.terms.split(self.isa, dy));
-        let images = g.batch.div_ceil(PARTS);
-        let panels = g.patch().div_ceil(PANEL);
-        let sums: Vec<Vec<f32>> = (0..g.batch.div_ceil(images))
-            .into_par_iter()
-            .map(|part| {
-                // (panels, out, PANEL)
-                let mut sums = vec![0f32; panels * g.c_out * PANEL];
-                for k in part * images..((part + 1) * images).min(g.batch) {
-                    let (x, dy) = (image(&xs, k, g.x_len()), image(&dys, k, g.y_len()));
-                    for i in 0..g.h_out.div_ceil(g.chunk_rows()) {
-                        self.add_weight_gradient(&x, &dy, g.chunk(i), &mut sums);
-                    }
-                }
-                sums
-            })
-            .collect();
+        let (inputs, outputs) = (g.c_in.min(GROUP.0), g.c_out.min(GROUP.1));
+        let c_row = g.kernel * strip_width(g, inputs);
+        let group_len = outputs.next_multiple_of(ROWS) * c_row;
+        let (in_groups, out_groups) = (g.c_in.div_ceil(inputs), g.c_out.div_ceil(outputs));
+        let groups = in_groups * out_groups;
+        let most = (SUMS_BYTES / (groups * group_len * size_of::<f32>())).clamp(1, PARTS);
+        let images = g.batch.div_ceil(most.min(g.batch));
+        let parts = g.batch.div_ceil(images);
+        let sums = sized(sums, parts * groups * group_len);
+        sums.par_chunks_mut(group_len).enumerate().for_each(|(task, sums)| {
+            let (part, group) = (task / groups, task % groups);
+            let (input, output) = (group % in_groups * inputs, group / in_groups * outputs);
+            let channels =
+                [input..(input + inputs).min(g.c_in), output..(output + outputs).min(g.c_out)];
+            let images = part * images..((part + 1) * images).min(g.batch);
+            self.sum_weight_gradient(x, dy, images, channels, (sums, c_row));
+        });
+        let sums = &*sums;
         let area = g.kernel * g.kernel;
         dweight.par_chunks_mut(g.patch()).enumerate().for_each(|(o, dweight)| {
-            for tap in 0..area {
-                for i in 0..g.c_in {
-                    let entry = tap * g.c_in + i;
-                    let at = (entry / PANEL * g.c_out + o) * PANEL + entry % PANEL;
-                    dweight[i * area + tap] = sums.iter().map(|sums| sums[at]).sum();
-                }
-            }
-        });
-    }
-
-    /// Adds what some output rows of an image give: the product over their pixels of `dy`,
-    /// transposed, and the patches.
-    fn add_weight_gradient(
-        &self,
-        x: &[&[u16]],
-        dy: &[&[u16]],
-        rows: std::ops::Range<usize>,
-        sums: &mut [f32],
-    ) {
-        let g = &self.sizes;
-        let pixels = rows.len() * g.w_out;
-        let padded = pixels.next_multiple_of(DEPTH);
-        let depth = self.terms.count() * padded;
-        let origin = rows.start * g.w_out * g.c_out;
-        SCRATCH.with_borrow_mut(|Scratch { left, right, patches, .. }| {
-            let left = sized(left, g.c_out * depth);
-            left.fill(0);
-            for (term, (part, _)) in self.terms.parts().iter().enumerate() {
-                let dy = dy[*part][origin..][..pixels * g.c_out].chunks(g.c_out);
-                for (pixel, dy) in dy.enumerate() {
-                    for (o, d) in dy.iter().enumerate() {
-                        left[o * depth + term * padded + pixel] = *d;
+            SCRATCH.with_borrow_mut(|Scratch { shift: total, .. }| {
+                for input in 0..in_groups {
+                    let count = inputs.min(g.c_in - input * inputs);
+                    let group = o / outputs * in_groups + input;
+                    let total = sized(total, c_row);
+                    total.fill(0.0);
+                    for part in 0..parts {
+                        let first = (part * groups + group) * group_len + o % outputs * c_row;
+                        let sums = &sums[first..][..c_row];
+                        total.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
                     }
-                }
-            }
-            let panel_len = depth * PANEL;
-            let panels = g.patch().div_ceil(PANEL);
-            let right = sized(right, panels * panel_len);
-            // Patches of whole panels, two pixels of which then make a row of pairs.
-            let row_len = panels * PANEL;
-            let patches = sized(patches, padded * row_len);
-            for (term, (_, part)) in self.terms.parts().iter().enumerate() {
-                patches.fill(0);
-                let lines = patches.chunks_mut(g.w_out * row_len);
-                for (line, oy) in lines.zip(rows.clone()) {
-                    for (patch, at, len) in g.spans(oy, row_len) {
-                        line[patch..][..len].copy_from_slice(&x[*part][at..][..len]);
-                    }
-                }
-                for (pair, rows) in patches.chunks_exact(2 * row_len).enumerate() {
-                    let (even, odd) = rows.split_at(row_len);
-                    let values = even.chunks_exact(PANEL).zip(odd.chunks_exact(PANEL));
-                    for (panel, (even, odd)) in values.enumerate() {
-                        let at = panel * panel_len + place(term * padded + 2 * pair, 0);
-                        let pairs = right[at..][..2 * PANEL].chunks_exact_mut(2);
-                        for ((pair, even), odd) in pairs.zip(even).zip(odd) {
-                            (pair[0], pair[1]) = (*even, *odd);
+                    let width = strip_width(g, count);
+                    let dweight = &mut dweight[input * inputs * area..][..count * area];
+                    for tap in 0..area {
+                        let total = &total[tap / g.kernel * width + tap % g.kernel * count..];
+                        for (dweight, total) in dweight[tap..].iter_mut().step_by(area).zip(total) {
+                            *dweight = *total;
                         }
                     }
                 }
-            }
-            let panels = sums.chunks_mut(g.c_out * PANEL).zip(right.chunks(panel_len));
-            for (sums, b) in panels {
-                product(self.unit, (sums, PANEL), g.c_out, (left, depth), b, depth, true);
-            }
+            });
         });
+    }
+
+    /// What these images give to the gradient of the weights from some input channels to some output
+    /// ones, (out, kernel, strip): the product over their pixels of `dy`, turned, and the strips.
+    fn sum_weight_gradient(
+        &self,
+        x: &[f32],
+        dy: &[f32],
+        images: Range<usize>,
+        [inputs, outputs]: [Range<usize>; 2],
+        (sums, c_row): (&mut [f32], usize),
+    ) {
+        let g = &self.sizes;
+        let parts = self.terms.parts();
+        let values = parts * (strip_width(g, inputs.len()) + outputs.len());
+        let size = self.chunk_size(values * size_of::<u16>(), images.len());
+        for (i, chunk) in self.chunks(images, size).enumerate() {
+            SCRATCH.with_borrow_mut(|scratch| {
+                let Scratch { strips: layout, line, left, rounded, .. } = scratch;
+                let channels = inputs.clone();
+                let strips = Strips { sizes: *g, channels, chunk, side: Side::Right };
+                let b = sized(layout, parts * strips.len());
+                strips.fill(self.isa, x, self.terms.split(b, strips.len()), line);
+                let depth = strips.pixels().next_multiple_of(DEPTH);
+                // An odd number of cache lines, so that rows do not all fall into the same few sets.
+                let a_row = ((depth / DEPTH) | 1) * DEPTH;
+                let a_len = outputs.len().next_multiple_of(ROWS) * a_row;
+                let a = sized(left, parts * a_len);
+                self.turn_gradient(dy, &strips, outputs.clone(), depth, a, a_row, rounded);
+                let width = strips.width();
+                let mut steps = Vec::new();
+                for (left, right) in self.terms.products() {
+                    let (a, b) = (left * a_len, right * strips.len());
+                    let step = |k| Step { a: a + k, b: b + k * width };
+                    steps.extend((0..depth).step_by(DEPTH).map(step));
+                }
+                for ky in 0..g.kernel {
+                    for column in (0..width).step_by(PANEL) {
+                        product(
+                            self.unit,
+                            Product {
+                                c: &mut sums[ky * width + column..],
+                                c_row,
+                                rows: outputs.len(),
+                                a,
+                                a_row,
+                                b: &b[strips.origin(ky) + 2 * column..],
+                                b_row: 2 * width,
+                                steps: &steps,
+                                accumulate: i > 0,
+                            },
+                        );
+                    }
+                }
+            });
+        }
+    }
+
+    /// Some channels of `dy`, rounded, and turned: a row for each, of the chunk's pixels as its strips
+    /// stand, and zeros.
+    #[allow(clippy::too_many_arguments)]
+    fn turn_gradient(
+        &self,
+        dy: &[f32],
+        strips: &Strips,
+        channels: Range<usize>,
+        depth: usize,
+        a: &mut [u16],
+        a_row: usize,
+        rounded: &mut Vec<u16>,
+    ) {
+        let g = &self.sizes;
+        let count = channels.len();
+        let Chunk { images, rows } = &strips.chunk;
+        let parts = self.terms.parts();
+        let rounded = sized(rounded, parts * depth * count);
+        let image_pitch = strips.pitch() / images.len();
+        if image_pitch > g.w_out || depth > strips.pixels() {
+            rounded.fill(0);
+        }
+        for (i, row) in rows.clone().enumerate() {
+            for (j, image) in images.clone().enumerate() {
+                let first = (i * strips.pitch() + j * image_pitch) * count;
+                let line = g.w_out * g.c_out;
+                let dy = &dy[(image * g.h_out + row) * line..][..line];
+                let [to, left] = self.terms.split(rounded, depth * count);
+                let place = first..first + g.w_out * count;
+                let left = if left.is_empty() { left } else { &mut left[place.clone()] };
+                round_pixels(self.isa, dy, g.c_out, channels.clone(), &mut to[place], left);
+            }
+        }
+        let a_len = a.len() / parts;
+        for (a, rounded) in a.chunks_exact_mut(a_len).zip(rounded.chunks_exact(depth * count)) {
+            turn(rounded, count, a, a_row);
+        }
+    }
+}
+
+simd_fn! {
+    /// A row of the output from the sums of its pixels, `c_row` apart.
+    fn finish<S>(
+        y: &mut [f32],
+        sums: &[f32],
+        c_row: usize,
+        shift: &[f32],
+        residual: &[f32],
+        accumulate: bool,
+    ) {
+        let channels = shift.len();
+        for (i, (y, sums)) in y.chunks_exact_mut(channels).zip(sums.chunks_exact(c_row)).enumerate() {
+            let sums = sums.iter().zip(shift).map(|(sum, shift)| sum + shift);
+            match (accumulate, residual.is_empty()) {
+                (false, true) => y.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum),
+                (true, true) => y.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum),
+                (_, false) => {
+                    let residual = &residual[i * channels..][..channels];
+                    for ((y, sum), residual) in y.iter_mut().zip(sums).zip(residual) {
+                        let value = sum + residual;
+                        *y = if accumulate { *y + value } else { value };
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -367,10 +523,13 @@ mod tests {
                 for (terms, limit) in [(Terms::One, 8e-3), (Terms::Three, 4e-5)] {
                     let half = HalfConvolution { isa, unit, terms, sizes };
                     let (mut y_half, mut dx_half) = (y_before.clone(), dx_before.clone());
-                    half.forward(&x, &half.pack(&weight), epilogue, &mut y_half);
-                    half.input_gradient(&dy, &weight, &mut dx_half, accumulate);
+                    let mut dirt = (vec![u16::MAX; 999], vec![f32::NAN; 999]);
+                    let packed = half.pack(&weight, std::mem::take(&mut dirt.0));
+                    half.forward(&x, &packed, epilogue, &mut y_half);
+                    let memory = (&mut dirt.0, &mut dirt.1);
+                    half.input_gradient(&dy, &weight, &mut dx_half, accumulate, memory);
                     let mut dweight_half = vec![f32::NAN; weight.len()];
-                    half.weight_gradient(&x, &dy, &mut dweight_half);
+                    half.weight_gradient(&x, &dy, &mut dweight_half, &mut dirt.1);
                     for (what, found, expected) in
                         [("y", &y_half, &y), ("dx", &dx_half, &dx), ("dw", &dweight_half, &dweight)]
                     {

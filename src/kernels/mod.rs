@@ -25,6 +25,7 @@ mod patches;
 mod process;
 mod product;
 mod simd;
+mod strips;
 mod values;
 mod winograd;
 
