@@ -73,6 +73,8 @@ fn same_seed_same_bits_and_another_seed_others() {
 
 /// Set for the processes of the test below.
 const SAVE_TO: &str = "DDPM_TEST_TRAINS_AND_SAVES_TO";
+#[cfg(feature = "f16")]
+const IN_HALF: &str = "DDPM_TEST_TRAINS_IN_HALF";
 
 /// A short run of a network with every kind of layer, large enough to be cut among threads. Only as
 /// a child process, since the number of threads is a process's.
@@ -82,6 +84,11 @@ fn trains_and_saves() {
     let network =
         UNetConfig { attention_resolutions: vec![1], dropout: 0.1, ..UNetConfig::mnist() };
     let config = TrainConfig { clip_norm: Some(1.0), accumulation: 2, batch_size: 10, ..config() };
+    #[cfg(feature = "f16")]
+    let config = match std::env::var_os(IN_HALF) {
+        Some(_) => TrainConfig { precision: ddpm::Precision::BF16, ..config },
+        None => config,
+    };
     let mut trainer = Trainer::new(network, config, Diffusion::ddpm(), &Device::Cpu).unwrap();
     let images = Tensor::arange(0f32, 7840.0, &Device::Cpu).unwrap().sin().unwrap();
     let images = images.reshape((10, 1, 28, 28)).unwrap();
@@ -93,12 +100,23 @@ fn trains_and_saves() {
 
 #[test]
 fn any_number_of_threads_same_bits() {
+    any_number_of_threads(&[]);
+}
+
+#[test]
+#[cfg(feature = "f16")]
+fn any_number_of_threads_same_bits_in_half() {
+    any_number_of_threads(&[(IN_HALF, "1")]);
+}
+
+fn any_number_of_threads(environment: &[(&str, &str)]) {
     let dir = tempfile::tempdir().unwrap();
     let run = |threads: &str| {
         let path = dir.path().join(threads);
         let status = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "trains_and_saves", "--test-threads=1"])
             .envs([("RAYON_NUM_THREADS", threads.as_ref()), (SAVE_TO, path.as_os_str())])
+            .envs(environment.iter().copied())
             .stdout(Stdio::null())
             .status()
             .unwrap();

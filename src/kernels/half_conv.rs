@@ -129,8 +129,9 @@ impl HalfConvolution {
                 packed.fill(0);
             }
             let [first, second] = self.terms.split(packed, part_len);
-            // Where the taps of a channel stand, in the order of the kernels.
+            // Where the taps of a channel stand, in the order of the kernels, and their values by columns.
             let mut places = vec![0; kernel * kernel];
+            let mut taps = vec![0f32; kernel * kernel * PANEL];
             for i in 0..c_in {
                 for (tap, at) in places.iter_mut().enumerate() {
                     let tap = if turned { kernel * kernel - 1 - tap } else { tap };
@@ -138,14 +139,10 @@ impl HalfConvolution {
                 }
                 for column in 0..count {
                     let weights = kernels(panel * PANEL + column, i);
-                    for (&weight, at) in weights.iter().zip(&places) {
-                        let (at, rounded) = (at + 2 * column, round(weight));
-                        first[at] = rounded;
-                        if !second.is_empty() {
-                            second[at] = round(rest(weight, rounded));
-                        }
-                    }
+                    let taps = taps[column..].iter_mut().step_by(PANEL);
+                    taps.zip(weights).for_each(|(to, weight)| *to = *weight);
                 }
+                pack_taps(self.isa, &taps, &places, first, second);
             }
         });
         PackedHalf { values, unit: self.unit, terms: self.terms }
@@ -435,6 +432,33 @@ impl HalfConvolution {
         let a_len = a.len() / parts;
         for (a, rounded) in a.chunks_exact_mut(a_len).zip(rounded.chunks_exact(depth * count)) {
             turn(rounded, count, a, a_row);
+        }
+    }
+}
+
+simd_fn! {
+    /// Rounds rows of [`PANEL`] columns to every other value from their places on, and what that leaves
+    /// to `second` unless it is empty.
+    fn pack_taps<S>(rows: &[f32], places: &[usize], first: &mut [u16], second: &mut [u16]) {
+        for (row, &at) in rows.chunks_exact(PANEL).zip(places) {
+            let (mut rounded, mut left) = ([0u16; PANEL], [0u16; PANEL]);
+            for (rounded, &x) in rounded.iter_mut().zip(row) {
+                *rounded = round(x);
+            }
+            for ((left, &x), &rounded) in left.iter_mut().zip(row).zip(&rounded) {
+                *left = round(rest(x, rounded));
+            }
+            for (to, values) in [(&mut *first, &rounded), (&mut *second, &left)] {
+                if to.is_empty() {
+                    continue;
+                }
+                let pairs = to[at & !1..][..2 * PANEL].chunks_exact_mut(2).zip(values);
+                if at % 2 == 0 {
+                    pairs.for_each(|(pair, &value)| (pair[0], pair[1]) = (value, pair[1]));
+                } else {
+                    pairs.for_each(|(pair, &value)| (pair[0], pair[1]) = (pair[0], value));
+                }
+            }
         }
     }
 }
