@@ -2,19 +2,25 @@
 //!
 //! ```text
 //! cargo bench --bench kernels -- [--filter TEXT] [--threads N] [--isa avx512|avx2|baseline]
-//!     [--precision highest|high|bf16] [--json]
+//!     [--precision highest|high|bf16] [--seconds S] [--json]
 //! ```
 //!
 //! Shares are of ceilings that are measured first, with the same threads and instruction set:
-//! arithmetic in registers, and a copy between memory that no cache holds. Operations are those of
-//! the plain algorithm: a 3x3 convolution at stride 1 is computed with fewer, so its GFLOP/s are
-//! "effective" and may exceed the ceiling. Bytes are each operand's once, whatever is read again; small
-//! ones stay in caches, which are faster than memory.
+//! arithmetic in registers, and the fastest of a few ways to go through memory that no cache holds.
+//! Operations are those of the plain algorithm: a 3x3 convolution at stride 1 is computed with fewer,
+//! so its GFLOP/s are "effective" and may exceed the ceiling. Bytes are each operand's once, whatever
+//! is read again; small operands stay in caches, which are
+//! faster than memory.
 
+use std::cell::Cell;
 use std::hint::black_box;
+use std::num::NonZero;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use clap::{Parser, ValueEnum};
+use clap::builder::RangedU64ValueParser;
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, ValueEnum};
 use rayon::prelude::*;
 
 // Nothing becomes public for this: the kernels are compiled into it, and what their tests need.
@@ -34,7 +40,8 @@ mod precision;
 use error::{Error, Result};
 use kernels::{
     Activation, AdamStep, AttentionSizes, Convolution, Epilogue, Isa, Normalization, Scale,
-    Workspace, linear_forward, linear_input_gradient, linear_weight_gradient, sum_of_squares,
+    Weights, Workspace, linear_forward, linear_input_gradient, linear_weight_gradient,
+    sum_of_squares,
 };
 use noise::{Noise, Purpose};
 use precision::Precision;
@@ -45,23 +52,38 @@ struct Args {
     #[arg(long, default_value = "")]
     filter: String,
     /// Threads; all cores unless given.
-    #[arg(long)]
+    #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     threads: Option<usize>,
     /// The instruction set; the best that there is unless given.
     #[arg(long, value_enum)]
     isa: Option<Set>,
     /// Of convolutions' products: highest, high or bf16 (with the feature f16).
-    #[arg(long, default_value = "highest")]
+    #[arg(long, default_value = "highest", value_parser = precision_of_cpu)]
     precision: Precision,
-    /// Seconds for each measure, about.
-    #[arg(long, default_value_t = 0.5)]
-    seconds: f64,
+    /// Seconds for each measure, about; 0 to 3600.
+    #[arg(long, default_value = "0.5", value_parser = seconds, allow_negative_numbers = true)]
+    seconds: Duration,
     /// Print JSON lines.
     #[arg(long)]
     json: bool,
     /// Passed by `cargo bench`.
     #[arg(long, hide = true)]
     bench: bool,
+}
+
+fn seconds(text: &str) -> std::result::Result<Duration, String> {
+    match text.parse() {
+        Ok(seconds) if (0.0..=3600.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err("it must be a number from 0 to 3600".into()),
+    }
+}
+
+/// The CPU's kernels would take f16 for bf16.
+fn precision_of_cpu(name: &str) -> Result<Precision> {
+    match name.parse()? {
+        Precision::F16 => Err(Error::config("precision", name, "highest, high or bf16")),
+        precision => Ok(precision),
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -89,17 +111,27 @@ fn main() {
     let available = Isa::available();
     let isa = match args.isa {
         None => available[0],
-        Some(set) => match available.into_iter().find(|&isa| Set::of(isa) == set) {
-            Some(isa) => isa,
-            None => return eprintln!("This machine does not have these instructions."),
+        Some(set) => match available.iter().find(|&&isa| Set::of(isa) == set) {
+            Some(&isa) => isa,
+            None => {
+                let names: Vec<_> = available.iter().map(|isa| isa.name()).collect();
+                let asked = set.to_possible_value().expect("none is skipped");
+                refuse(
+                    "--isa",
+                    asked.get_name(),
+                    format!("this machine has {}", names.join(" and ")),
+                )
+            }
         },
     };
-    let limit = Duration::from_secs_f64(args.seconds);
+    if args.precision == Precision::High && !by_parts(isa) {
+        eprintln!("Without AMX, high is highest.");
+    }
     let bench = Bench {
         isa,
-        flops: ceiling::flops(isa, limit),
-        bytes: ceiling::bytes(limit),
-        limit,
+        flops: ceiling::flops(isa),
+        bytes: ceiling::bytes(),
+        measured: Cell::new(false),
         args: &args,
     };
     bench.ceilings();
@@ -130,6 +162,21 @@ fn main() {
     for (model, weights) in [("mnist", 2_268_929), ("cifar10", 21_355_395)] {
         bench.adam(model, weights);
     }
+    if !bench.measured.get() {
+        refuse("--filter", &args.filter, "no measure's name and shape hold it".into());
+    }
+}
+
+fn refuse(option: &str, value: &str, why: String) -> ! {
+    let message = format!("invalid value '{value}' for '{option}': {why}");
+    Args::command().error(ErrorKind::InvalidValue, message).exit()
+}
+
+/// Whether convolutions in [`Precision::High`] differ from those in [`Precision::Highest`].
+fn by_parts(isa: Isa) -> bool {
+    let conv = Convolution::new(isa, [1, 4, 4, 16], &(16, 16, 3, 3).into(), SAME);
+    let conv = conv.expect("sizes that fit").with_precision(Precision::High);
+    matches!(conv.pack(&[0.0; 16 * 16 * 9]), Weights::Half(_))
 }
 
 /// Size of a square map, channels in and out, size of the kernel, scale.
@@ -192,7 +239,8 @@ struct Bench<'a> {
     /// A second, at best.
     flops: f64,
     bytes: f64,
-    limit: Duration,
+    /// Whether anything was.
+    measured: Cell<bool>,
     args: &'a Args,
 }
 
@@ -204,7 +252,8 @@ impl Bench<'_> {
             Scale::Upsample => " upsampled".to_string(),
         };
         let shape = format!("{model} {batch}x{size}x{size} {c_in}->{c_out} {kernel}x{kernel}{how}");
-        if !self.wants_any(&["conv forward", "conv d input", "conv d weight"], &shape) {
+        let names = ["conv forward", "conv d input", "conv d weight"];
+        if !self.wants_any(&names, &shape) {
             return;
         }
         let dims = [batch, size, size, c_in];
@@ -281,7 +330,7 @@ impl Bench<'_> {
 
     fn adam(&self, model: &str, weights: usize) {
         let shape = format!("{model} {weights}");
-        if !self.wants_any(&["gradient norm", "adamw"], &shape) {
+        if !self.wants_any(&["gradient norm", "adamw, clipping, average"], &shape) {
             return;
         }
         let [mut weight, gradient, mut mean, mut average] = [(); 4].map(|()| normal(weights));
@@ -324,7 +373,8 @@ impl Bench<'_> {
         if !self.wants(name, shape) {
             return;
         }
-        let (min, median) = time(self.limit, run);
+        self.measured.set(true);
+        let (min, median) = time(self.args.seconds, run);
         let (rate, unit, ceiling) = match work {
             Work::Flops(flops) => (flops as f64 / median, "gflops", self.flops),
             Work::Bytes(bytes) => (bytes as f64 / median, "gbs", self.bytes),
@@ -332,7 +382,7 @@ impl Bench<'_> {
         let (rate, share) = (rate / 1e9, rate / ceiling);
         if self.args.json {
             let line = serde_json::json!({
-                "name": name, "shape": shape, "isa": format!("{:?}", self.isa).to_lowercase(),
+                "name": name, "shape": shape, "isa": self.isa.name(),
                 "threads": rayon::current_num_threads(), "ms_min": min * 1e3,
                 "ms_median": median * 1e3, unit: rate, "share": share,
             });
@@ -349,8 +399,7 @@ impl Bench<'_> {
 
     fn ceilings(&self) {
         let (flops, bytes) = (self.flops / 1e9, self.bytes / 1e9);
-        let (isa, threads) =
-            (format!("{:?}", self.isa).to_lowercase(), rayon::current_num_threads());
+        let (isa, threads) = (self.isa.name(), rayon::current_num_threads());
         if self.args.json {
             let line = serde_json::json!({
                 "name": "ceilings", "isa": isa, "threads": threads, "gflops": flops, "gbs": bytes,
@@ -387,8 +436,15 @@ fn time(limit: Duration, mut run: impl FnMut()) -> (f64, f64) {
 mod ceiling {
     use super::*;
 
-    /// Copies larger than caches, in values.
-    const COPY: usize = 64 << 20;
+    /// For each way to reach a ceiling, however short the measures are: threads wake up, and clocks
+    /// rise, slower than one run is over.
+    const LIMIT: Duration = Duration::from_millis(500);
+
+    /// Larger than caches, in values.
+    const MEMORY: usize = 64 << 20;
+
+    /// Values that one thread takes at a time.
+    const CHUNK: usize = 1 << 20;
 
     /// Turns of the loop in registers.
     const TURNS: usize = 1 << 18;
@@ -397,29 +453,50 @@ mod ceiling {
     /// enough to keep two units of a delay of five busy.
     const SUMS: usize = 10;
 
-    /// The most bytes a second that a copy reads and writes.
-    pub fn bytes(limit: Duration) -> f64 {
-        let (from, mut to) = (vec![1f32; COPY], vec![0f32; COPY]);
-        let (least, _) = time(limit, || {
-            to.par_chunks_mut(1 << 20)
-                .zip(from.par_chunks(1 << 20))
-                .for_each(|(to, from)| to.copy_from_slice(from));
+    /// The most bytes a second that memory gives and takes, by the fastest of three ways. In plain
+    /// loops, since a library's copy may write past the caches, which no kernel does.
+    pub fn bytes() -> f64 {
+        let (from, mut to) = (vec![1f32; MEMORY], vec![0f32; MEMORY]);
+        let factor = black_box(1.5f32);
+        let bytes = |count: usize, run: &mut dyn FnMut()| {
+            (count * MEMORY * size_of::<f32>()) as f64 / time(LIMIT, run).0
+        };
+        let read = bytes(1, &mut || {
+            from.par_chunks(CHUNK).for_each(|from| {
+                let mut sums = [0f32; 32];
+                for from in from.as_chunks::<32>().0 {
+                    sums.iter_mut().zip(from).for_each(|(sum, value)| *sum += value);
+                }
+                black_box(sums);
+            });
+        });
+        let update = bytes(2, &mut || {
+            to.par_chunks_mut(CHUNK).for_each(|to| to.iter_mut().for_each(|to| *to += factor));
             black_box(&to);
         });
-        (2 * COPY * size_of::<f32>()) as f64 / least
+        // What is written is read before, for its cache line to be owned.
+        let copy = bytes(3, &mut || {
+            to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| {
+                to.iter_mut().zip(from).for_each(|(to, x)| *to = factor * x)
+            });
+            black_box(&to);
+        });
+        read.max(update).max(copy)
     }
 
-    /// The most multiplications and additions a second.
-    pub fn flops(isa: Isa, limit: Duration) -> f64 {
+    /// The most multiplications and additions a second. Each thread is timed by itself, and by its
+    /// median: all of them together would be as slow as two that share a core, or one that shares it
+    /// with another program, and the least would hold only while a core's other thread sleeps.
+    pub fn flops(isa: Isa) -> f64 {
         let width = match Set::of(isa) {
             Set::Avx512 => 16,
             Set::Avx2 => 8,
             Set::Baseline => 4,
         };
-        let (least, _) = time(limit, || {
-            rayon::broadcast(|_| in_registers(isa));
-        });
-        (rayon::current_num_threads() * TURNS * SUMS * width * 2) as f64 / least
+        let work = (TURNS * SUMS * width * 2) as f64;
+        let rates = rayon::broadcast(|_| work / time(LIMIT, || in_registers(isa)).1);
+        let cores = thread::available_parallelism().map_or(rates.len(), NonZero::get);
+        rates.iter().sum::<f64>() * (cores as f64 / rates.len() as f64).min(1.0)
     }
 
     fn in_registers(isa: Isa) {
@@ -434,8 +511,11 @@ mod ceiling {
         }
     }
 
+    #[cfg(target_arch = "x86_64")]
+    use std::arch::x86_64::*;
+    #[cfg(target_arch = "x86_64")]
     macro_rules! in_registers {
-        ($name:ident $features:literal: $splat:ident, $mul_add:expr) => {
+        ($name:ident $features:literal: $splat:ident, $mul_add:ident) => {
             #[target_feature(enable = $features)]
             fn $name() {
                 let factor = $splat(black_box(0.5));
@@ -449,29 +529,21 @@ mod ceiling {
             }
         };
     }
+    #[cfg(target_arch = "x86_64")]
+    in_registers!(avx512 "avx512f": _mm512_set1_ps, _mm512_fmadd_ps);
+    #[cfg(target_arch = "x86_64")]
+    in_registers!(avx2 "avx2,fma": _mm256_set1_ps, _mm256_fmadd_ps);
 
-    #[cfg(target_arch = "x86_64")]
-    use std::arch::x86_64::*;
-    #[cfg(target_arch = "x86_64")]
-    in_registers!(avx512 "avx512f": _mm512_set1_ps, |a, b, c| _mm512_fmadd_ps(a, b, c));
-    #[cfg(target_arch = "x86_64")]
-    in_registers!(avx2 "avx2,fma": _mm256_set1_ps, |a, b, c| _mm256_fmadd_ps(a, b, c));
-    #[cfg(target_arch = "x86_64")]
-    in_registers!(sse2 "sse2": _mm_set1_ps, |a, b, c| _mm_add_ps(_mm_mul_ps(a, b), c));
-
-    #[cfg(target_arch = "x86_64")]
-    fn baseline() {
-        // SAFETY: every machine of this kind has them.
-        unsafe { sse2() }
-    }
-
-    #[cfg(not(target_arch = "x86_64"))]
     fn baseline() {
         let factor = black_box(0.5f32);
         let mut sums = [[black_box(1f32); 4]; SUMS];
         for _ in 0..TURNS {
             for value in sums.as_flattened_mut() {
-                *value = value.mul_add(factor, factor);
+                // Fused only where that is an instruction.
+                *value = match cfg!(target_arch = "x86_64") {
+                    true => *value * factor + factor,
+                    false => value.mul_add(factor, factor),
+                };
             }
         }
         black_box(sums);
