@@ -1,20 +1,23 @@
 //! Times whole networks, with figures that can be set beside another implementation's.
 //!
 //! ```text
-//! cargo bench --bench unet -- --model mnist|cifar10 --batch N [--iters N] [--threads N] --json
+//! cargo bench --bench unet -- --model mnist|cifar10 --batch N [--iters N] [--threads N]
+//!     [--precision highest|high|bf16|f16] [--what train_step|forward|sample] --json
 //! ```
 //!
 //! `train_step` is noising, forward, loss, backward, clipping to norm 1 and AdamW; `forward` is the network
-//! alone, without gradients; `sample` is ten steps of DDIM. One line a measure, in JSON with `--json`. With
-//! `--device cuda`, a run is ten of them before the device is waited for, and memory is the device's.
+//! alone, without gradients; `sample` is ten steps of DDIM. One line a measure, in JSON with `--json`; `ran_as`
+//! there is the precision that it came to on this CPU. With `--device cuda`, a run is ten of them before the
+//! device is waited for, and memory is the device's.
 
 use std::time::Instant;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
+use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
 use ddpm::{
-    AdamConfig, Denoiser, Diffusion, Precision, Result, Sampler, Solver, TrainConfig, Trainer,
-    UNetConfig,
+    AdamConfig, Denoiser, Diffusion, Parameters, Precision, Result, Sampler, Solver, TrainConfig,
+    Trainer, UNetConfig,
 };
 
 #[derive(Parser)]
@@ -23,7 +26,7 @@ struct Args {
     #[arg(long, value_enum, default_value = "mnist")]
     model: Model,
     /// Images a batch.
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 32, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     batch: usize,
     /// What computes.
     #[arg(long, value_enum, default_value = "cpu")]
@@ -32,14 +35,14 @@ struct Args {
     #[arg(long, default_value = "highest")]
     precision: Precision,
     /// Timed runs, after three that are not, or ten on a GPU.
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 10, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     iters: usize,
     /// Threads; all cores unless given.
-    #[arg(long)]
+    #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     threads: Option<usize>,
-    /// What to measure: train_step, forward or sample; the first two unless given.
-    #[arg(long)]
-    what: Option<String>,
+    /// What to measure; train_step and forward unless given.
+    #[arg(long, value_enum)]
+    what: Option<What>,
     /// Print JSON lines.
     #[arg(long)]
     json: bool,
@@ -58,6 +61,14 @@ enum Model {
 enum Where {
     Cpu,
     Cuda,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+enum What {
+    TrainStep,
+    Forward,
+    Sample,
 }
 
 fn main() -> Result<()> {
@@ -90,8 +101,11 @@ fn main() -> Result<()> {
     let t: Vec<u32> = (0..args.batch as u32).map(|k| k * 37 % 1000).collect();
     let t = Tensor::from_vec(t, args.batch, &device)?;
 
-    let wanted = |what: &str| args.what.as_deref().is_none_or(|w| w == what);
-    if wanted("train_step") {
+    if ran_as(&args)?.is_some_and(|precision| precision != args.precision) {
+        eprintln!("Without AMX, high is highest.");
+    }
+    let wanted = |what| args.what.is_none_or(|w| w == what);
+    if wanted(What::TrainStep) {
         measure("train_step", name, &args, &device, &mut || match args.device {
             Where::Cpu => trainer.step_with(&x, &t, &eps).map(drop),
             // Noise and all, as training goes there.
@@ -102,12 +116,12 @@ fn main() -> Result<()> {
             std::process::exit(1);
         }
     }
-    if wanted("forward") {
+    if wanted(What::Forward) {
         // Weights that take no gradient, as in sampling.
         let unet = trainer.ema_model()?;
         drop(trainer);
         measure("forward", name, &args, &device, &mut || unet.forward(&x, &t).map(drop))?;
-    } else if args.what.as_deref() == Some("sample") {
+    } else if args.what == Some(What::Sample) {
         let unet = trainer.ema_model()?;
         let sampler = Sampler::new(trainer.diffusion(), Solver::ddim(), 10)?.clip_denoised(true);
         measure("sample", name, &args, &device, &mut || {
@@ -131,7 +145,7 @@ fn measure(
     }
     device.synchronize()?;
     let mut ms = Vec::new();
-    for _ in 0..args.iters.max(1) {
+    for _ in 0..args.iters {
         let start = Instant::now();
         for _ in 0..at_once {
             run()?;
@@ -145,7 +159,7 @@ fn measure(
     if args.json {
         let line = serde_json::json!({
             "name": name, "model": model, "batch": batch, "precision": args.precision,
-            "threads": threads, "ms_min": min, "ms_median": median, "peak_rss_mb": rss,
+            "ran_as": ran_as(args)?, "threads": threads, "ms_min": min, "ms_median": median, "peak_rss_mb": rss,
             "gpu_mb": gpu_mb(device),
         });
         println!("{line}");
@@ -156,6 +170,23 @@ fn measure(
         );
     }
     Ok(())
+}
+
+/// The precision that the CPU computes in where this one is asked for. By asking it: the crate does not tell.
+fn ran_as(args: &Args) -> Result<Option<Precision>> {
+    if args.device != Where::Cpu || args.precision != Precision::High {
+        return Ok((args.device == Where::Cpu).then_some(args.precision));
+    }
+    let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
+    let x = Sampler::prior((1, 1, config.image_size, config.image_size), 0, &Device::Cpu)?;
+    let t = Tensor::new(&[500u32], &Device::Cpu)?;
+    let output = |precision| -> Result<Vec<f32>> {
+        let unet = Parameters::new(0, DType::F32, &Device::Cpu).build(&config)?;
+        let y = unet.with_precision(precision)?.forward(&x, &t)?;
+        Ok(y.flatten_all()?.to_vec1()?)
+    };
+    let same = output(Precision::High)? == output(Precision::Highest)?;
+    Ok(Some(if same { Precision::Highest } else { Precision::High }))
 }
 
 /// What of a GPU's memory is taken: by this process, if it is alone. Maps' memory is not given back before
