@@ -9,7 +9,7 @@
 //! arithmetic in registers, and the fastest of a few ways to go through memory that no cache holds.
 //! Operations are those of the plain algorithm: a 3x3 convolution at stride 1 is computed with fewer,
 //! so its GFLOP/s are "effective" and may exceed the ceiling. Bytes are each operand's once, whatever
-//! is read again; small operands stay in caches, which are
+//! is read again, and packed weights count as the weights; small operands stay in caches, which are
 //! faster than memory.
 
 use std::cell::Cell;
@@ -18,6 +18,7 @@ use std::num::NonZero;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use candle_core::{Device, Tensor};
 use clap::builder::RangedU64ValueParser;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, ValueEnum};
@@ -40,8 +41,8 @@ mod precision;
 use error::{Error, Result};
 use kernels::{
     Activation, AdamStep, AttentionSizes, Convolution, Epilogue, Isa, Normalization, Scale,
-    Weights, Workspace, linear_forward, linear_input_gradient, linear_weight_gradient,
-    sum_of_squares,
+    Weights, Workspace, clamp, combine, linear_forward, linear_input_gradient,
+    linear_weight_gradient, squared_error, sum_of_squares, weighted_sum,
 };
 use noise::{Noise, Purpose};
 use precision::Precision;
@@ -162,6 +163,9 @@ fn main() {
     for (model, weights) in [("mnist", 2_268_929), ("cifar10", 21_355_395)] {
         bench.adam(model, weights);
     }
+    for (model, dims) in [("mnist", [32, 1, 28, 28]), ("cifar10", [8, 3, 32, 32])] {
+        bench.process(model, dims).expect("sizes that fit");
+    }
     if !bench.measured.get() {
         refuse("--filter", &args.filter, "no measure's name and shape hold it".into());
     }
@@ -252,7 +256,7 @@ impl Bench<'_> {
             Scale::Upsample => " upsampled".to_string(),
         };
         let shape = format!("{model} {batch}x{size}x{size} {c_in}->{c_out} {kernel}x{kernel}{how}");
-        let names = ["conv forward", "conv d input", "conv d weight"];
+        let names = ["conv pack", "conv forward", "conv d input", "conv d weight"];
         if !self.wants_any(&names, &shape) {
             return;
         }
@@ -270,6 +274,11 @@ impl Bench<'_> {
         let (mut dweight, mut workspace) = (weight.clone(), Workspace::default());
         let work = Work::Flops(2 * y.len() * c_in * kernel * kernel);
         let epilogue = Epilogue { bias: Some(&bias), ..Epilogue::default() };
+        // As in training, where the memory stays.
+        self.measure("conv pack", &shape, Work::Bytes(8 * weight.len()), || {
+            let packed = conv.pack_for_now(&weight, &mut workspace);
+            workspace.unpack(black_box(packed));
+        });
         self.measure("conv forward", &shape, work, || conv.forward(&x, &packed, epilogue, &mut y));
         self.measure("conv d input", &shape, work, || {
             conv.input_gradient(&dy, &weight, &mut dx, false, &mut workspace);
@@ -359,6 +368,29 @@ impl Bench<'_> {
                 Some(&mut average),
             );
         });
+    }
+
+    /// What is done to images in training and in sampling. Its results are in fresh memory, as there.
+    fn process(&self, model: &str, dims: [usize; 4]) -> Result<()> {
+        let [batch, channels, h, w] = dims;
+        let shape = format!("{model} {batch}x{h}x{w} {channels}");
+        let count = dims.iter().product();
+        let x = Tensor::from_vec(normal(count), &dims, &Device::Cpu)?;
+        let y = x.copy()?;
+        let factors: Vec<[f64; 2]> = (0..batch).map(|k| [0.8, 0.01 * k as f64]).collect();
+        self.measure("noising", &shape, Work::Bytes(12 * count), || {
+            black_box(weighted_sum(&x, &y, &factors).expect("sizes that fit"));
+        });
+        self.measure("squared error", &shape, Work::Bytes(12 * count), || {
+            black_box(squared_error(&x, &y, 0.5, None).expect("sizes that fit"));
+        });
+        self.measure("sampler's combination", &shape, Work::Bytes(12 * count), || {
+            black_box(combine(&x, 0.9, &y, 0.1).expect("sizes that fit"));
+        });
+        self.measure("sampler's clipping", &shape, Work::Bytes(8 * count), || {
+            black_box(clamp(&x, -1.0, 1.0).expect("sizes that fit"));
+        });
+        Ok(())
     }
 
     fn wants(&self, name: &str, shape: &str) -> bool {
