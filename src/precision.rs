@@ -22,8 +22,8 @@ pub enum Precision {
     High,
     /// Convolutions' products of operands rounded to bf16 (8 bits), summed in f32; attention and linear
     /// layers multiply in f32, and maps stay f32 in memory. Meant for a CPU with AMX, which is not yet
-    /// measured; by AVX-512 BF16 a training step takes a fifth longer than in
-    /// [`Highest`](Self::Highest), and any other CPU computes the same more slowly still. Needs the
+    /// measured; by AVX-512 BF16 a training step takes about as long as in
+    /// [`Highest`](Self::Highest), and any other CPU computes the same more slowly. Needs the
     /// feature `f16`. On a CUDA device all products take bf16, and maps are bf16 in memory.
     BF16,
     /// As [`BF16`](Self::BF16) with f16 in its place (11 bits, but none beyond 65504): on CUDA devices
