@@ -10,6 +10,7 @@ use clap::Parser;
 use common::cli::{self, Result, whole};
 use common::progress::Progress;
 use common::sampling::SamplingArgs;
+use common::tell::out;
 use common::{device, files, pictures};
 use ddpm::{Denoiser, Steps, UNetConfig};
 
@@ -45,8 +46,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
 
     let device = device::pick(cli.sampling.cpu)?;
     let model = cli.sampling.model(&checkpoint, &device)?;
-    println!("checkpoint  {}, step {}", checkpoint.dir().display(), checkpoint.step());
-    println!("device      {}", device::describe(&device));
+    out!("checkpoint  {}, step {}", checkpoint.dir().display(), checkpoint.step());
+    out!("device      {}", device::describe(&device));
     let start = Instant::now();
     let shape = (cli.count, network.channels, network.image_size, network.image_size);
     draw(&cli, sampler.steps(&model, shape, cli.sampling.seed, &device)?)?;
@@ -55,7 +56,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let files: Vec<_> = files.iter().map(|path| path.display().to_string()).collect();
     let seconds = start.elapsed().as_secs_f64();
     let images = if cli.count == 1 { "image" } else { "images" };
-    println!("{} {images} in {seconds:.1} s: {}", cli.count, files.join(", "));
+    out!("{} {images} in {seconds:.1} s: {}", cli.count, files.join(", "));
     Ok(ExitCode::SUCCESS)
 }
 

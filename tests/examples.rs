@@ -5,9 +5,11 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use candle_core::Device;
+use ddpm::{Checkpoint, UNetConfig};
 use image::AnimationDecoder;
 use image::codecs::gif::GifDecoder;
 use serde_json::Value;
@@ -397,6 +399,35 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
     Ok(())
 }
 
+/// Waits until a run has logged so many steps.
+fn wait_for_steps(child: &mut Child, out: &Path, count: usize) -> Result<()> {
+    let start = Instant::now();
+    while steps(out).map_or(0, |steps| steps.len()) < count {
+        assert!(child.try_wait()?.is_none(), "it ended by itself");
+        if start.elapsed() > Duration::from_secs(300) {
+            child.kill()?;
+            panic!("it does not train");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+#[cfg(unix)]
+fn signal(name: &str, child: &Child) -> Result<()> {
+    let kill =
+        Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]).status()?;
+    assert!(kill.success());
+    Ok(())
+}
+
+/// The step of a checkpoint whose weights can be read.
+fn saved_step(out: &Path) -> Result<u64> {
+    let checkpoint = Checkpoint::open(out.join("checkpoint"))?;
+    checkpoint.ema::<UNetConfig>(&Device::Cpu)?;
+    Ok(checkpoint.step())
+}
+
 #[cfg(unix)]
 #[test]
 fn ctrl_c_saves_and_tells_how_to_resume() -> Result<()> {
@@ -409,16 +440,8 @@ fn ctrl_c_saves_and_tells_how_to_resume() -> Result<()> {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;
-    let start = Instant::now();
-    while steps(&out).map_or(0, |steps| steps.len()) < 2 {
-        assert!(child.try_wait()?.is_none(), "it ended by itself");
-        if start.elapsed() > Duration::from_secs(300) {
-            child.kill()?;
-            panic!("it does not train");
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status()?.success());
+    wait_for_steps(&mut child, &out, 2)?;
+    signal("INT", &child)?;
     let Output { status, stdout, stderr } = child.wait_with_output()?;
     let (said, warned) = (String::from_utf8(stdout)?, String::from_utf8(stderr)?);
     assert_eq!(status.code(), Some(130), "{said}{warned}");
@@ -432,5 +455,29 @@ fn ctrl_c_saves_and_tells_how_to_resume() -> Result<()> {
     let said = succeed(Command::new("sh").args(["-c", &command]))?;
     assert!(said.contains("done: "), "{said}");
     assert_eq!(steps(&out)?, (1..=done + 1).collect::<Vec<_>>());
+    Ok(())
+}
+
+/// What is left of a terminal that was closed: nobody reads what is said, and the signal comes twice.
+#[cfg(unix)]
+#[test]
+fn a_closed_terminal_ends_a_run_that_saves() -> Result<()> {
+    let temp = TempDir::new()?;
+    let out = temp.path().join("run");
+    let (reader, writer) = std::io::pipe()?;
+    drop(reader);
+    let mut child = example("mnist")
+        .args(SMALL)
+        .arg("--out")
+        .arg(&out)
+        .stdout(writer.try_clone()?)
+        .stderr(writer)
+        .spawn()?;
+    wait_for_steps(&mut child, &out, 2)?;
+    signal("HUP", &child)?;
+    std::thread::sleep(Duration::from_millis(20));
+    signal("HUP", &child)?;
+    assert_eq!(child.wait()?.code(), Some(130));
+    assert_eq!(Some(saved_step(&out)?), steps(&out)?.last().copied());
     Ok(())
 }

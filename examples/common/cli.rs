@@ -7,6 +7,8 @@ use std::process::ExitCode;
 use clap::Parser;
 use ddpm::Precision;
 
+use super::tell::err;
+
 pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 /// Parses the arguments and runs. Wrong arguments exit with 2, other errors with 1.
@@ -14,7 +16,7 @@ pub fn main<C: Parser>(run: impl FnOnce(C) -> Result<ExitCode>) -> ExitCode {
     let arguments = match C::try_parse() {
         Ok(arguments) => arguments,
         Err(error) if error.use_stderr() => {
-            eprintln!("{} (see --help)", usage_error(&error.to_string()));
+            err!("{} (see --help)", usage_error(&error.to_string()));
             return ExitCode::from(2);
         }
         // --help and --version
@@ -24,7 +26,7 @@ pub fn main<C: Parser>(run: impl FnOnce(C) -> Result<ExitCode>) -> ExitCode {
         }
     };
     run(arguments).unwrap_or_else(|error| {
-        eprintln!("error: {}", one_line(&*error));
+        err!("error: {}", one_line(&*error));
         ExitCode::FAILURE
     })
 }

@@ -1,21 +1,30 @@
 //! Ctrl-C, and the wish of the system to stop.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use super::cli::Result;
 
 /// What a shell expects of a program that was interrupted.
 pub const EXIT_CODE: u8 = 130;
 
+/// A terminal that is closed may send SIGHUP itself and have it sent by its shell: within this time
+/// it is the same wish.
+const SAME: Duration = Duration::from_secs(1);
+
 static STOPPED: AtomicBool = AtomicBool::new(false);
 
 /// From now on the first Ctrl-C only [asks to stop](stopped), and the second one stops.
 pub fn watch(say: impl Fn(&str) + Send + 'static) -> Result<()> {
-    ctrlc::set_handler(move || {
-        if STOPPED.swap(true, Ordering::SeqCst) {
-            std::process::exit(EXIT_CODE.into());
+    let mut first = None;
+    ctrlc::set_handler(move || match first {
+        None => {
+            first = Some(Instant::now());
+            STOPPED.store(true, Ordering::SeqCst);
+            say("stopping after this step; once more leaves without saving");
         }
-        say("stopping after this step; once more leaves without saving");
+        Some(first) if first.elapsed() < SAME => {}
+        Some(_) => std::process::exit(EXIT_CODE.into()),
     })?;
     Ok(())
 }

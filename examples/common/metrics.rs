@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use super::cli::Result;
 use super::files;
+use super::tell::out;
 
 /// What is read back of a line.
 #[derive(Deserialize)]
@@ -68,7 +69,7 @@ fn put_aside(path: &Path) -> Result<()> {
         aside.set_file_name(format!("metrics-old-{n}.jsonl"));
     }
     fs::rename(path, &aside).map_err(|e| files::at(path, e))?;
-    println!("kept     {}, of an earlier run", aside.display());
+    out!("kept     {}, of an earlier run", aside.display());
     Ok(())
 }
 

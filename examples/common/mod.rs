@@ -11,5 +11,6 @@ pub mod metrics;
 pub mod pictures;
 pub mod progress;
 pub mod sampling;
+pub mod tell;
 pub mod train;
 mod watch;

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{FormattedDuration, ProgressBar, ProgressStyle};
 
+use super::tell::err;
+
 /// From one line to the next where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
@@ -59,7 +61,7 @@ impl Progress {
             }
             None if self.last_line.elapsed() >= LINE_EVERY => {
                 self.last_line = Instant::now();
-                eprintln!("{at}/{} {}", self.total, self.message());
+                err!("{at}/{} {}", self.total, self.message());
             }
             None => {}
         }
@@ -85,8 +87,9 @@ impl Progress {
     pub fn say(&self) -> impl Fn(&str) + Send + 'static {
         let bar = self.bar.clone();
         move |line| match &bar {
-            Some(bar) => bar.suspend(|| eprintln!("{line}")),
-            None => eprintln!("{line}"),
+            // Not `suspend`: what panics in there leaves the bar's lock poisoned.
+            Some(bar) => bar.println(line),
+            None => err!("{line}"),
         }
     }
 

@@ -12,6 +12,7 @@ use indicatif::HumanCount;
 
 use super::cli::{Result, fraction, precision, resume_command, whole};
 use super::datasets::{DataSet, check_shape};
+use super::tell::out;
 use super::watch::Watch;
 use super::{device, files, interrupt};
 
@@ -151,24 +152,24 @@ pub fn run(
     interrupt::watch(watch.progress.say())?;
     if step < steps {
         let config = trainer.config();
-        println!(
+        out!(
             "steps    {} to {steps}, batches of {}, seed {}",
             step + 1,
             config.batch_size,
             config.seed
         );
     } else {
-        println!("nothing to train: the run is at step {step} of {steps}; more with --steps");
+        out!("nothing to train: the run is at step {step} of {steps}; more with --steps");
     }
     let trained = trainer.fit(&set.images, &mut watch).map_err(Into::into);
     let complete = trained.and_then(|()| watch.finish(&trainer, step));
     watch.progress.finish();
     if complete? {
-        println!("done: {}", out.display());
+        out!("done: {}", out.display());
         return Ok(ExitCode::SUCCESS);
     }
     let step = trainer.steps();
-    println!(
+    out!(
         "stopped and saved at step {step} of {steps}; resume with: {}",
         resume_command(recipe.example)
     );
@@ -211,8 +212,8 @@ fn announce(trainer: &Trainer<UNetConfig>, set: &DataSet, out: &Path) {
     use ddpm::ImageSource;
 
     let weights: usize = trainer.vars().values().map(|v| v.elem_count()).sum();
-    println!("data     {}, {} images", set.about, HumanCount(set.images.len() as u64));
-    println!("network  {} weights", HumanCount(weights as u64));
-    println!("device   {}", device::describe(trainer.device()));
-    println!("output   {}", out.display());
+    out!("data     {}, {} images", set.about, HumanCount(set.images.len() as u64));
+    out!("network  {} weights", HumanCount(weights as u64));
+    out!("device   {}", device::describe(trainer.device()));
+    out!("output   {}", out.display());
 }

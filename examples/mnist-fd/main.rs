@@ -16,6 +16,7 @@ use clap::Parser;
 use classifier::{Classifier, SIZE};
 use common::cli::{self, Result, whole};
 use common::sampling::SamplingArgs;
+use common::tell::{err, out};
 use common::{datasets, device, files};
 use ddpm::{ImageSource, Images, UNetConfig};
 use indicatif::HumanCount;
@@ -83,9 +84,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
     cli.json.as_deref().map_or(Ok(()), |json| files::check("--json", json, "json"))?;
 
     let device = device::pick(cli.sampling.cpu)?;
-    println!("data        {}", test.about);
-    println!("checkpoint  {}, step {}", checkpoint.dir().display(), checkpoint.step());
-    println!("device      {}", device::describe(&device));
+    out!("data        {}", test.about);
+    out!("checkpoint  {}, step {}", checkpoint.dir().display(), checkpoint.step());
+    out!("device      {}", device::describe(&device));
     let classifier = classifier(&cli, &train.images, &device)?;
     let reference = Reference::new(&classifier, &test.images)?;
     introduce(&cli, &reference, &test.images);
@@ -99,11 +100,11 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let [samples, digits, noise] =
         [samples, digits, noise].map(|images| reference.compare(&classifier, &images));
     let (samples, digits, noise) = (samples?, digits?, noise?);
-    println!("\n{:16}{:>7}{:>10}{:>8}  % of 0 to 9", "", "images", "mnist-fd", "> 0.9");
+    out!("\n{:16}{:>7}{:>10}{:>8}  % of 0 to 9", "", "images", "mnist-fd", "> 0.9");
     for (name, figures) in
         [("train images", &digits), ("samples", &samples), ("uniform noise", &noise)]
     {
-        println!("{name:16}{}", line(figures));
+        out!("{name:16}{}", line(figures));
     }
     if let Some(path) = &cli.json {
         let figures = json!({
@@ -122,7 +123,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
             "uniform_noise": noise,
         });
         files::write(path, format!("{figures:#}\n").as_bytes())?;
-        println!("\n{}", path.display());
+        out!("\n{}", path.display());
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -132,7 +133,7 @@ fn classifier(cli: &Cli, images: &Images, device: &Device) -> Result<Classifier>
         return Classifier::load(&cli.classifier, device);
     }
     let steps = cli.classifier_steps;
-    println!("training    a classifier, {steps} steps");
+    out!("training    a classifier, {steps} steps");
     Classifier::train(images, steps, &cli.classifier, device)
 }
 
@@ -140,12 +141,12 @@ fn classifier(cli: &Cli, images: &Images, device: &Device) -> Result<Classifier>
 fn introduce(cli: &Cli, reference: &Reference, images: &Images) {
     let (file, right) = (cli.classifier.display(), 100.0 * reference.accuracy);
     let count = HumanCount(images.len() as u64);
-    println!("classifier  {file}, right on {right:.2}% of {count} test images");
+    out!("classifier  {file}, right on {right:.2}% of {count} test images");
     if reference.accuracy < GOOD {
-        eprintln!("warning: a good classifier is right on over 99%; this one sees little");
+        err!("warning: a good classifier is right on over 99%; this one sees little");
     }
     if cli.count < ENOUGH {
-        eprintln!("warning: the fewer images, the larger the distance; {ENOUGH} are usual");
+        err!("warning: the fewer images, the larger the distance; {ENOUGH} are usual");
     }
 }
 
