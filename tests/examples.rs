@@ -4,6 +4,7 @@
 //! missing or old: `cargo build --examples` first.
 
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -184,9 +185,8 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
         sample(&["--count", "2", "--sampling-steps", "3"], "a.png").arg("--gif").arg(&gif),
     )?;
     assert!(said.contains("2 images in ") && said.contains("a.png"), "{said}");
-    let frames = GifDecoder::new(std::io::BufReader::new(File::open(gif)?))?
-        .into_frames()
-        .collect_frames()?;
+    let frames =
+        GifDecoder::new(BufReader::new(File::open(gif)?))?.into_frames().collect_frames()?;
     let picture = image::open(temp.join("a.png"))?;
     assert_eq!(frames.len(), 3);
     assert_eq!(frames[2].delay().numer_denom_ms(), (2000, 1));
@@ -480,4 +480,53 @@ fn a_closed_terminal_ends_a_run_that_saves() -> Result<()> {
     assert_eq!(child.wait()?.code(), Some(130));
     assert_eq!(Some(saved_step(&out)?), steps(&out)?.last().copied());
     Ok(())
+}
+
+#[cfg(unix)]
+#[test]
+fn an_error_ends_a_run_that_saves_and_a_missing_picture_does_not() -> Result<()> {
+    let temp = TempDir::new()?;
+    let (out, log) = (temp.path().join("run"), temp.path().join("run/metrics.jsonl"));
+    fs::create_dir(&out)?;
+    assert!(Command::new("mkfifo").arg(&log).status()?.success());
+    // The log is read to its end before the run, and takes no line after the second.
+    let (samples, fifo) = (out.join("samples"), log.clone());
+    let reader = std::thread::spawn(move || -> std::io::Result<()> {
+        File::options().write(true).open(&fifo)?;
+        let mut lines = BufReader::new(File::open(&fifo)?).lines();
+        lines.next().transpose()?;
+        fs::remove_dir_all(samples)?;
+        lines.next().transpose()?;
+        Ok(())
+    });
+    let Output { status, stderr, .. } =
+        example("mnist").args(SMALL).args(["--sample-every", "1", "--out"]).arg(&out).output()?;
+    let said = String::from_utf8(stderr)?;
+    assert_eq!(status.code(), Some(1), "{said}");
+    reader.join().expect("the reader does not panic")?;
+
+    let step = saved_step(&out)?;
+    assert!(step >= 3, "{said}");
+    let (warnings, error) = said.trim_end().rsplit_once('\n').ok_or("several lines")?;
+    for line in warnings.lines() {
+        assert!(line.starts_with("warning: ") && line.contains("samples/step-00000"), "{said}");
+    }
+    assert!(error.starts_with("error: ") && error.contains("metrics.jsonl: Broken pipe"), "{said}");
+    assert!(error.contains(&format!("saved at step {step}")), "{said}");
+    fs::remove_file(&log)?;
+    mnist(&out, &["--resume", "--steps", &(step + 1).to_string(), "--sample-count", "3"])?;
+    assert_eq!(steps(&out)?, [step + 1]);
+    Ok(())
+}
+
+/// What cannot be saved is told beside what went wrong first: no file may grow here.
+#[cfg(unix)]
+#[test]
+fn both_errors_are_told_where_saving_fails() -> Result<()> {
+    let temp = TempDir::new()?;
+    let mut command = Command::new("sh");
+    let limited = r#"trap '' XFSZ; ulimit -f 0; exec "$0" "$@""#;
+    command.args(["-c", limited]).arg(example("mnist").get_program()).args(SMALL);
+    command.current_dir(env!("CARGO_MANIFEST_DIR")).arg("--out").arg(temp.path().join("run"));
+    assert_fails(&mut command, &["metrics.jsonl: File too large", "saving", "step 1 failed, too"])
 }

@@ -161,8 +161,10 @@ pub fn run(
     } else {
         out!("nothing to train: the run is at step {step} of {steps}; more with --steps");
     }
-    let trained = trainer.fit(&set.images, &mut watch).map_err(Into::into);
-    let complete = trained.and_then(|()| watch.finish(&trainer, step));
+    let complete = match trainer.fit(&set.images, &mut watch) {
+        Ok(()) => watch.finish(&trainer, step),
+        Err(error) => Err(watch.rescue(&trainer, step, error)),
+    };
     watch.progress.finish();
     if complete? {
         out!("done: {}", out.display());

@@ -4,9 +4,10 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use candle_core::Tensor;
 use ddpm::{Metrics, Observer, Sampler, Trainer, UNetConfig};
 
-use super::cli::Result;
+use super::cli::{Result, one_line};
 use super::metrics::{self, Log};
 use super::progress::Progress;
 use super::train::{Recipe, TrainArgs};
@@ -51,17 +52,48 @@ impl Watch {
         let complete = trainer.steps() >= trainer.config().steps;
         let grid = self.grid(trainer.steps());
         if trainer.steps() > from {
-            if complete && grid.exists() {
+            let removed = if complete && grid.exists() {
                 // An earlier run's: it must not pass for this one's if we are stopped before ours.
-                fs::remove_file(&grid).map_err(|e| files::at(&grid, e))?;
-            }
+                fs::remove_file(&grid)
+            } else {
+                Ok(())
+            };
             self.save(trainer)?;
+            removed.map_err(|e| files::at(&grid, e))?;
         }
         let history = metrics::history(&self.out.join("metrics.jsonl"))?;
         if let Some(picture) = curve::draw("Training loss", &history)? {
             files::write(&self.out.join("loss.png"), &pictures::png(&picture)?)?;
         }
-        Ok(complete && (grid.is_file() || self.sample(trainer)?))
+        if !complete || grid.is_file() {
+            return Ok(complete);
+        }
+        let Some(images) = self.sample(trainer)? else { return Ok(false) };
+        write_grid(&grid, &images)?;
+        Ok(true)
+    }
+
+    /// Saves what an error would lose of a run that began at step `from`: the error, and what became
+    /// of the run.
+    pub fn rescue(
+        &mut self,
+        trainer: &Trainer<UNetConfig>,
+        from: u64,
+        error: ddpm::Error,
+    ) -> Box<dyn std::error::Error + Send + Sync> {
+        let step = trainer.steps();
+        // Weights that are not finite are no loss.
+        if step == from || matches!(error, ddpm::Error::NonFinite { .. }) {
+            return error.into();
+        }
+        let error = one_line(&error);
+        match self.save(trainer) {
+            Ok(()) => format!("{error}; the run is saved at step {step}: --resume goes on").into(),
+            Err(other) => {
+                let other = one_line(&other);
+                format!("{error}; saving the run at step {step} failed, too: {other}").into()
+            }
+        }
     }
 
     fn save(&mut self, trainer: &Trainer<UNetConfig>) -> ddpm::Result<()> {
@@ -75,8 +107,8 @@ impl Watch {
         self.out.join("samples").join(format!("step-{step:06}.png"))
     }
 
-    /// Draws a grid; false if the user stopped it.
-    fn sample(&mut self, trainer: &Trainer<UNetConfig>) -> Result<bool> {
+    /// Draws images; none if the user stopped it.
+    fn sample(&mut self, trainer: &Trainer<UNetConfig>) -> Result<Option<Tensor>> {
         let UNetConfig { channels, image_size, .. } = *trainer.model().config();
         let shape = (self.sample_count, channels, image_size, image_size);
         let model = trainer.ema_model()?;
@@ -84,18 +116,19 @@ impl Watch {
         let mut images = None;
         for step in self.sampler.steps(&model, shape, SAMPLE_SEED, trainer.device())? {
             if interrupt::stopped() {
-                return Ok(false);
+                return Ok(None);
             }
             let step = step?;
             self.progress.note(&format!("sampling, step {} of {total}", step.index + 1));
             images = Some(step.x);
         }
-        let images = images.ok_or("the sampler has no steps")?;
-        let path = self.grid(trainer.steps());
-        files::write(&path, &pictures::png(&pictures::grid(&images)?)?)?;
         self.progress.note("");
-        Ok(true)
+        Ok(Some(images.ok_or("the sampler has no steps")?))
     }
+}
+
+fn write_grid(path: &Path, images: &Tensor) -> Result<()> {
+    files::write(path, &pictures::png(&pictures::grid(images)?)?)
 }
 
 impl Observer<UNetConfig> for Watch {
@@ -113,7 +146,11 @@ impl Observer<UNetConfig> for Watch {
             self.save(trainer)?;
         }
         if due(self.sample_every) && !interrupt::stopped() {
-            self.sample(trainer).map_err(ddpm::Error::external)?;
+            let images = self.sample(trainer).map_err(ddpm::Error::external)?;
+            // A picture less is no reason to end a run.
+            if let Some(Err(error)) = images.map(|images| write_grid(&self.grid(step), &images)) {
+                self.progress.say()(&format!("warning: {}", one_line(&*error)));
+            }
         }
         Ok(if interrupt::stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     }
