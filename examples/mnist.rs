@@ -11,7 +11,7 @@ use common::{cli, datasets, train};
 use ddpm::{AdamConfig, Solver, TrainConfig, UNetConfig};
 
 /// For a full set, and for a quarter of an hour on the embedded digits.
-fn recipe(full: bool) -> Recipe {
+fn recipe(full: bool, fashion: bool) -> Recipe {
     // Small batches, since many updates do more than exact ones, and large strides, which need a warm-up
     // and clipping.
     let short = || TrainConfig {
@@ -26,7 +26,12 @@ fn recipe(full: bool) -> Recipe {
         example: "mnist",
         network: UNetConfig::mnist(),
         train: if full { TrainConfig::mnist() } else { short() },
-        out: "out/mnist",
+        // One for each data set, so that none is in the way of another's run.
+        out: match (full, fashion) {
+            (_, true) => "out/fashion-mnist",
+            (true, false) => "out/mnist-full",
+            (false, false) => "out/mnist",
+        },
         save_every: 500,
         sample_every: if full { 1_000 } else { 2_000 },
         sample_count: 64,
@@ -37,7 +42,10 @@ fn recipe(full: bool) -> Recipe {
 }
 
 fn defaults() -> String {
-    format!("{}\n\n{}", recipe(false).defaults("Defaults"), recipe(true).defaults("With --data"))
+    let (embedded, full) = (recipe(false, false), recipe(true, false));
+    let fashion =
+        format!("With --fashion: as with --data, but for --out {}.", recipe(true, true).out);
+    format!("{}\n\n{}\n\n{fashion}", embedded.defaults("Defaults"), full.defaults("With --data"))
 }
 
 /// Train a DDPM on MNIST, and draw samples from it
@@ -56,7 +64,7 @@ struct Cli {
 
 fn main() -> ExitCode {
     cli::main(|cli: Cli| {
-        let recipe = recipe(cli.data.is_some());
+        let recipe = recipe(cli.data.is_some(), cli.fashion);
         train::run(&recipe, &cli.train, || datasets::mnist(cli.data.as_deref(), cli.fashion))
     })
 }

@@ -149,6 +149,28 @@ fn a_run_on_the_embedded_digits_writes_all_its_files() -> Result<()> {
     errors_about_a_run(&out, temp.path())
 }
 
+#[test]
+fn each_data_set_has_a_directory_of_its_own() -> Result<()> {
+    let temp = TempDir::new()?;
+    write_idx(&temp.path().join("data/mnist"), 5)?;
+    write_idx(&temp.path().join("data/fashion-mnist"), 4)?;
+    let sets: [(&[&str], &str, &str); 3] = [
+        (&[], "out/mnist", "10,000 images"),
+        (&["--data", "data"], "out/mnist-full", "5 images"),
+        (&["--data", "data", "--fashion"], "out/fashion-mnist", "4 images"),
+    ];
+    for (args, out, images) in sets {
+        let mut command = example("mnist");
+        command.args(SMALL).args(args).args(["--steps", "1"]).current_dir(&temp);
+        let said = succeed(&mut command)?;
+        assert!(said.contains(images) && said.contains(&format!("done: {out}\n")), "{said}");
+        assert_eq!(saved_step(&temp.path().join(out))?, 1);
+        let (help, out) = (succeed(example("mnist").arg("--help"))?, format!("--out {out}"));
+        assert!(help.split(&out).skip(1).any(|next| next.starts_with([' ', '.'])), "{help}");
+    }
+    Ok(())
+}
+
 /// What a run without a checkpoint, or none of ours, may have left.
 #[test]
 fn a_new_run_among_an_old_ones_files_loses_none_and_draws_its_own() -> Result<()> {
