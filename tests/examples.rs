@@ -171,6 +171,43 @@ fn each_data_set_has_a_directory_of_its_own() -> Result<()> {
     Ok(())
 }
 
+/// As many images, but others: the trainer could not tell.
+#[test]
+fn a_run_goes_on_with_its_own_images_only() -> Result<()> {
+    let temp = TempDir::new()?;
+    let out = temp.path().join("run");
+    let data = temp.path().to_str().ok_or("a path in UTF-8")?;
+    let clothes = temp.path().join("fashion-mnist");
+    write_idx(&temp.path().join("mnist"), 5)?;
+    write_idx(&clothes, 5)?;
+    let images = clothes.join("train-images-idx3-ubyte");
+    let mut bytes = fs::read(&images)?;
+    // The last pixel.
+    *bytes.last_mut().ok_or("pixels")? ^= 1;
+    fs::write(&images, bytes)?;
+
+    mnist(&out, &[&SMALL[..], &["--data", data, "--steps", "1"]].concat())?;
+    let small = [&SMALL[..], &["--resume", "--data"]].concat();
+    let resume = [&small[..], &[data, "--steps", "2"]].concat();
+    let (digits, others) = ("the run is of MNIST (5 images", "not of Fashion-MNIST (5 images");
+    assert_fails(
+        example("mnist").args(&resume).args(["--fashion", "--out"]).arg(&out),
+        &["data.json", digits, others, "pass --data", "no --fashion"],
+    )?;
+    assert_eq!(saved_step(&out)?, 1);
+    mnist(&out, &resume)?;
+
+    // The same images in another place; and a run of an earlier version, which does not say.
+    fs::rename(temp.path().join("mnist"), temp.path().join("elsewhere"))?;
+    let elsewhere = temp.path().join("elsewhere");
+    let elsewhere = [&small[..], &[elsewhere.to_str().ok_or("a path in UTF-8")?]].concat();
+    mnist(&out, &[&elsewhere[..], &["--steps", "3"]].concat())?;
+    fs::remove_file(out.join("data.json"))?;
+    mnist(&out, &[&elsewhere[..], &["--steps", "4"]].concat())?;
+    assert_eq!(saved_step(&out)?, 4);
+    Ok(())
+}
+
 /// What a run without a checkpoint, or none of ours, may have left.
 #[test]
 fn a_new_run_among_an_old_ones_files_loses_none_and_draws_its_own() -> Result<()> {
@@ -308,14 +345,21 @@ fn errors_about_a_run(out: &Path, temp: &Path) -> Result<()> {
         &["(3, 32, 32)", "the network's have (1, 28, 28)"],
     )?;
     write_idx(&temp.join("other"), 3)?;
-    assert_fails(
-        example("mnist")
-            .args(["--resume", "--steps", "9", "--out"])
-            .arg(out)
-            .arg("--data")
-            .arg(temp.join("other")),
-        &["number of images is 10000", "but 3 is asked for"],
-    )?;
+    let mut other = example("mnist");
+    other
+        .args(["--resume", "--steps", "9", "--out"])
+        .arg(out)
+        .arg("--data")
+        .arg(temp.join("other"));
+    let (ours, theirs) = ("MNIST (10000 images, crc32 ", "not of MNIST (3 images, crc32 ");
+    assert_fails(&mut other, &["data.json", ours, theirs, "pass neither --data nor --fashion"])?;
+    // A run of an earlier version.
+    let identity = fs::read(out.join("data.json"))?;
+    fs::remove_file(out.join("data.json"))?;
+    assert_fails(&mut other, &["number of images is 10000", "but 3 is asked for"])?;
+    fs::write(out.join("data.json"), "{}")?;
+    assert_fails(&mut other, &["data.json", "missing field"])?;
+    fs::write(out.join("data.json"), identity)?;
     assert!(before == fs::read(out.join("metrics.jsonl"))?, "an error changed the log");
 
     let samples: [(&[&str], &[&str]); 6] = [

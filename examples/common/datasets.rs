@@ -12,22 +12,45 @@ const HUB: &str = "hub";
 
 const EMBEDDED: &str = "examples/data/mnist-train-10k-images-idx3-ubyte.gz";
 
+/// A set that the examples can read.
+pub struct Kind {
+    pub name: &'static str,
+    /// Its directory, and what fetch-data calls it.
+    folder: &'static str,
+    /// What to do to choose it.
+    pub options: &'static str,
+}
+
+static MNIST: Kind = Kind {
+    name: "MNIST",
+    folder: "mnist",
+    options: "pass --data with their directory, and no --fashion",
+};
+static DIGITS: Kind = Kind { options: "pass neither --data nor --fashion", ..MNIST };
+static FASHION_MNIST: Kind = Kind {
+    name: "Fashion-MNIST",
+    folder: "fashion-mnist",
+    options: "pass --fashion, and --data with their directory",
+};
+static CIFAR_10: Kind =
+    Kind { name: "CIFAR-10", folder: "cifar10", options: "pass --data with their directory" };
+
 pub struct DataSet {
+    pub kind: &'static Kind,
     pub images: Images,
     /// For the user: which images, and from where.
     pub about: String,
 }
 
 impl DataSet {
-    fn new(name: &str, source: &str, images: Images) -> Self {
-        Self { images, about: format!("{name} {source}") }
+    fn new(kind: &'static Kind, source: &str, images: Images) -> Self {
+        Self { kind, images, about: format!("{} {source}", kind.name) }
     }
 }
 
 /// MNIST or Fashion-MNIST from `data`, or the digits that come with the repository.
 pub fn mnist(data: Option<&Path>, fashion: bool) -> Result<DataSet> {
-    let (name, folder) =
-        if fashion { ("Fashion-MNIST", "fashion-mnist") } else { ("MNIST", "mnist") };
+    let kind = if fashion { &FASHION_MNIST } else { &MNIST };
     let Some(dir) = data else {
         return match fashion {
             true => Err("--fashion needs --data DIR; `scripts/fetch-data fashion-mnist data` \
@@ -37,31 +60,31 @@ pub fn mnist(data: Option<&Path>, fashion: bool) -> Result<DataSet> {
         };
     };
     if dir.as_os_str() == HUB {
-        return Ok(DataSet::new(name, "from the Hugging Face hub", hub::mnist(fashion)?));
+        return Ok(DataSet::new(kind, "from the Hugging Face hub", hub::mnist(fashion)?));
     }
-    read_mnist(name, folder, dir, Split::Train)
+    read_mnist(kind, dir, Split::Train)
 }
 
 /// The digits of a full set, those to train on and those to test with.
 pub fn mnist_digits(dir: &Path) -> Result<(DataSet, DataSet)> {
-    let read = |split| read_mnist("MNIST", "mnist", dir, split);
+    let read = |split| read_mnist(&MNIST, dir, split);
     Ok((read(Split::Train)?, read(Split::Test)?))
 }
 
-fn read_mnist(name: &str, folder: &str, dir: &Path, split: Split) -> Result<DataSet> {
+fn read_mnist(kind: &'static Kind, dir: &Path, split: Split) -> Result<DataSet> {
     // Either DIR itself, or what fetch-data made in it.
-    let nested = dir.join(folder);
+    let nested = dir.join(kind.folder);
     let place = if nested.is_dir() { &nested } else { dir };
-    let images = data::mnist(place, split).map_err(|e| fetch(e, folder, dir))?;
-    Ok(DataSet::new(name, &format!("from {}", place.display()), images))
+    let images = data::mnist(place, split).map_err(|e| fetch(e, kind, dir))?;
+    Ok(DataSet::new(kind, &format!("from {}", place.display()), images))
 }
 
 pub fn cifar10(dir: &Path) -> Result<DataSet> {
     if dir.as_os_str() == HUB {
-        return Ok(DataSet::new("CIFAR-10", "from the Hugging Face hub", hub::cifar10()?));
+        return Ok(DataSet::new(&CIFAR_10, "from the Hugging Face hub", hub::cifar10()?));
     }
-    let images = data::cifar10(dir, Split::Train).map_err(|e| fetch(e, "cifar10", dir))?;
-    Ok(DataSet::new("CIFAR-10", &format!("from {}", dir.display()), images))
+    let images = data::cifar10(dir, Split::Train).map_err(|e| fetch(e, &CIFAR_10, dir))?;
+    Ok(DataSet::new(&CIFAR_10, &format!("from {}", dir.display()), images))
 }
 
 /// The bundled digits are read when the example runs: they are in the repository, but not in the
@@ -73,11 +96,11 @@ fn embedded() -> Result<DataSet> {
         return Err(format!("{EMBEDDED}, the embedded digits, is not there: {expected}").into());
     };
     let source = "digits embedded in the repository (--data DIR for the full set)";
-    Ok(DataSet::new("MNIST", source, data::read_idx_images(path)?))
+    Ok(DataSet::new(&DIGITS, source, data::read_idx_images(path)?))
 }
 
-fn fetch(error: ddpm::Error, set: &str, dir: &Path) -> String {
-    format!("{error}; `scripts/fetch-data {set} {}` fetches it", dir.display())
+fn fetch(error: ddpm::Error, kind: &Kind, dir: &Path) -> String {
+    format!("{error}; `scripts/fetch-data {} {}` fetches it", kind.folder, dir.display())
 }
 
 /// Whether a network for images of this shape can be trained on the set.

@@ -6,6 +6,7 @@ pub mod curve;
 pub mod datasets;
 pub mod device;
 pub mod files;
+pub mod identity;
 pub mod interrupt;
 pub mod metrics;
 pub mod pictures;

@@ -12,6 +12,7 @@ use indicatif::HumanCount;
 
 use super::cli::{Result, fraction, precision, resume_command, whole};
 use super::datasets::{DataSet, check_shape};
+use super::identity::Identity;
 use super::tell::out;
 use super::watch::Watch;
 use super::{device, files, interrupt};
@@ -78,8 +79,8 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<u64>(0..=u64::MAX))]
     seed: Option<u64>,
-    /// Directory for checkpoint/, samples/, metrics.jsonl and loss.png; a new run keeps the
-    /// metrics.jsonl that is there as metrics-old.jsonl
+    /// Directory for checkpoint/, samples/, metrics.jsonl, loss.png and data.json, which says what
+    /// it is trained on; a new run keeps the metrics.jsonl that is there as metrics-old.jsonl
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Continue the run in --out
@@ -142,9 +143,16 @@ pub fn run(
 
     let set = load()?;
     check_shape(&set, network.channels, network.image_size)?;
+    let (identity, identity_file) = (Identity::of(&set), out.join("data.json"));
+    if saved.is_some() {
+        identity.check(&identity_file)?;
+    }
     let device = device::pick(args.cpu)?;
     let mut trainer = begin(saved.as_ref(), network, config, &device)?;
     files::create_dir(&out.join("samples"))?;
+    if saved.is_none() {
+        identity.write(&identity_file)?;
+    }
     let (step, steps) = (trainer.steps(), trainer.config().steps);
     announce(&trainer, &set, &out);
 

@@ -1,0 +1,69 @@
+//! Which images a run is trained on: a small file beside its checkpoint.
+
+use std::fmt;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::Path;
+
+use ddpm::ImageSource;
+use flate2::Crc;
+use serde::{Deserialize, Serialize};
+
+use super::cli::Result;
+use super::datasets::DataSet;
+use super::files;
+
+#[derive(Serialize, Deserialize)]
+pub struct Identity {
+    name: String,
+    images: usize,
+    /// Of all pixels.
+    crc32: String,
+    /// What to do to choose the set.
+    options: String,
+}
+
+impl Identity {
+    pub fn of(set: &DataSet) -> Self {
+        Self {
+            name: set.kind.name.into(),
+            images: set.images.len(),
+            crc32: crc32(set.images.pixels()),
+            options: set.kind.options.into(),
+        }
+    }
+
+    pub fn write(&self, path: &Path) -> Result<()> {
+        files::write(path, format!("{}\n", serde_json::to_string(self)?).as_bytes())
+    }
+
+    /// Whether the run with this file is trained on the same images. A run of an earlier version has
+    /// no such file.
+    pub fn check(&self, path: &Path) -> Result<()> {
+        let text = match fs::read(path) {
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+            read => read.map_err(|e| files::at(path, e))?,
+        };
+        let run: Self =
+            serde_json::from_slice(&text).map_err(|e| format!("{}: {e}", path.display()))?;
+        if (run.images, &run.crc32) != (self.images, &self.crc32) {
+            let (path, options) = (path.display(), &run.options);
+            let wrong = format!("{path}: the run is of {run}, not of {self}");
+            return Err(format!("{wrong}; to go on with it, {options}").into());
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({} images, crc32 {})", self.name, self.images, self.crc32)
+    }
+}
+
+/// As gzip's.
+pub fn crc32(bytes: &[u8]) -> String {
+    let mut crc = Crc::new();
+    crc.update(bytes);
+    format!("{:08x}", crc.sum())
+}
