@@ -237,6 +237,7 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
     let sample = |args: &[&str], png: &str| {
         let mut command = example("sample");
         command.args(args).arg("--checkpoint").arg(checkpoint).arg("--out").arg(temp.join(png));
+        command.arg("--cpu");
         command
     };
     let gif = temp.join("new/denoising.gif");
@@ -253,8 +254,12 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
 
     // The same seed gives the same picture; the first image is not another one for being alone.
     let read = |png: &str| fs::read(temp.join(png));
-    succeed(&mut sample(&["--count", "2", "--sampling-steps", "3"], "b.png"))?;
-    assert!(read("a.png")? == read("b.png")?);
+    for threads in ["1 thread", "3 threads"] {
+        let mut again = sample(&["--count", "2", "--sampling-steps", "3"], "b.png");
+        let said = succeed(again.env("RAYON_NUM_THREADS", &threads[..1]))?;
+        assert!(said.contains(&format!("device      CPU, {threads}\n")), "{said}");
+        assert!(read("a.png")? == read("b.png")?, "{threads}");
+    }
     for (args, png) in [
         (vec!["--seed", "1"], "c.png"),
         (vec!["--eta", "1"], "d.png"),

@@ -23,8 +23,9 @@ pub fn pick(cpu: bool) -> Result<Device> {
 pub fn describe(device: &Device) -> String {
     match device {
         Device::Cpu => {
-            let threads = std::thread::available_parallelism().map_or(1, usize::from);
-            format!("CPU, {threads} threads")
+            // The library's, which need not be as many as the machine has.
+            let threads = rayon::current_num_threads();
+            format!("CPU, {threads} {}", if threads == 1 { "thread" } else { "threads" })
         }
         Device::Cuda(_) => "CUDA device 0".into(),
         Device::Metal(_) => "Metal device 0".into(),
