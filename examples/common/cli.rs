@@ -7,11 +7,13 @@ use std::process::ExitCode;
 use clap::Parser;
 use ddpm::Precision;
 
+use super::interrupt::{EXIT_CODE, Interrupted};
 use super::tell::err;
 
 pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
-/// Parses the arguments and runs. Wrong arguments exit with 2, other errors with 1.
+/// Parses the arguments and runs. Wrong arguments exit with 2, other errors with 1, but for
+/// [`Interrupted`].
 pub fn main<C: Parser>(run: impl FnOnce(C) -> Result<ExitCode>) -> ExitCode {
     let arguments = match C::try_parse() {
         Ok(arguments) => arguments,
@@ -26,6 +28,10 @@ pub fn main<C: Parser>(run: impl FnOnce(C) -> Result<ExitCode>) -> ExitCode {
         }
     };
     run(arguments).unwrap_or_else(|error| {
+        if error.is::<Interrupted>() {
+            err!("{error}");
+            return ExitCode::from(EXIT_CODE);
+        }
         err!("error: {}", one_line(&*error));
         ExitCode::FAILURE
     })

@@ -14,14 +14,20 @@ const SAME: Duration = Duration::from_secs(1);
 
 static STOPPED: AtomicBool = AtomicBool::new(false);
 
-/// From now on the first Ctrl-C only [asks to stop](stopped), and the second one stops.
-pub fn watch(say: impl Fn(&str) + Send + 'static) -> Result<()> {
+/// What work that was stopped ends with.
+#[derive(Debug, thiserror::Error)]
+#[error("stopped")]
+pub struct Interrupted;
+
+/// From now on the first Ctrl-C only [asks to stop](stopped), which `say` tells, and the second one
+/// stops.
+pub fn watch(say: impl Fn() + Send + 'static) -> Result<()> {
     let mut first = None;
     ctrlc::set_handler(move || match first {
         None => {
             first = Some(Instant::now());
             STOPPED.store(true, Ordering::SeqCst);
-            say("stopping after this step; once more leaves without saving");
+            say();
         }
         Some(first) if first.elapsed() < SAME => {}
         Some(_) => std::process::exit(EXIT_CODE.into()),
@@ -31,4 +37,9 @@ pub fn watch(say: impl Fn(&str) + Send + 'static) -> Result<()> {
 
 pub fn stopped() -> bool {
     STOPPED.load(Ordering::SeqCst)
+}
+
+/// Ends work that has nothing to save.
+pub fn check() -> Result<()> {
+    if stopped() { Err(Interrupted.into()) } else { Ok(()) }
 }

@@ -157,7 +157,8 @@ pub fn run(
     announce(&trainer, &set, &out);
 
     let mut watch = Watch::new(recipe, args, &out, &trainer)?;
-    interrupt::watch(watch.progress.say())?;
+    let say = watch.progress.say();
+    interrupt::watch(move || say("stopping after this step; once more leaves without saving"))?;
     if step < steps {
         let config = trainer.config();
         out!(

@@ -7,8 +7,8 @@ use candle_nn::{Linear, Module, VarBuilder, linear, loss, ops};
 use ddpm::{AdamConfig, AdamW, ImageSource, Images, Parameters, gradients};
 
 use super::common::cli::Result;
-use super::common::files;
 use super::common::progress::Progress;
+use super::common::{files, interrupt};
 use super::random::Random;
 
 /// Height and width of an image.
@@ -67,6 +67,7 @@ impl Classifier {
         let mut order: Vec<usize> = vec![];
         let mut progress = Progress::new(steps, 0);
         for step in 0..steps {
+            interrupt::check()?;
             let (mut patches, mut targets) = (vec![], vec![]);
             for _ in 0..BATCH {
                 if order.is_empty() {
@@ -95,6 +96,7 @@ impl Classifier {
     pub fn look(&self, images: &Images) -> Result<(Vec<f32>, Vec<Vec<f32>>)> {
         let (mut features, mut probabilities) = (vec![], vec![]);
         for start in (0..images.len()).step_by(BATCH) {
+            interrupt::check()?;
             let mut patches = vec![];
             for index in start..images.len().min(start + BATCH) {
                 lay_out(images, index, (0, 0), &mut patches)?;

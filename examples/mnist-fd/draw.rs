@@ -5,8 +5,8 @@ use ddpm::{Denoiser, Images, Sampler};
 
 use super::classifier::SIZE;
 use super::common::cli::Result;
-use super::common::pictures;
 use super::common::progress::Progress;
+use super::common::{interrupt, pictures};
 use super::random::Random;
 
 /// Drawn at a time.
@@ -28,6 +28,7 @@ pub fn samples(
         let shape = (BATCH.min(count - start), 1, SIZE, SIZE);
         let mut images = None;
         for step in sampler.steps(model, shape, seed, device)? {
+            interrupt::check()?;
             let step = step?;
             progress.advance((batch * sampler.timesteps().len() + step.index + 1) as u64);
             images = Some(step.x);

@@ -8,6 +8,7 @@ mod frechet;
 mod measure;
 mod random;
 
+use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -17,7 +18,7 @@ use classifier::{Classifier, SIZE};
 use common::cli::{self, Result, whole};
 use common::sampling::SamplingArgs;
 use common::tell::{err, out};
-use common::{datasets, device, files};
+use common::{datasets, device, files, identity, interrupt};
 use ddpm::{ImageSource, Images, UNetConfig};
 use indicatif::HumanCount;
 use measure::{Figures, Reference};
@@ -80,18 +81,25 @@ fn run(cli: Cli) -> Result<ExitCode> {
     if train.images.len().min(test.images.len()) < 2 {
         return Err(format!("{}: at least 2 images of each kind are needed", test.about).into());
     }
-    files::check("--classifier", &cli.classifier, "safetensors")?;
+    // One that is there is only read.
+    if !cli.classifier.exists() {
+        files::check("--classifier", &cli.classifier, "safetensors")?;
+    }
     cli.json.as_deref().map_or(Ok(()), |json| files::check("--json", json, "json"))?;
 
     let device = device::pick(cli.sampling.cpu)?;
+    interrupt::watch(|| err!("stopping after this step; once more stops at once"))?;
     out!("data        {}", test.about);
     out!("checkpoint  {}, step {}", checkpoint.dir().display(), checkpoint.step());
     out!("device      {}", device::describe(&device));
     let classifier = classifier(&cli, &train.images, &device)?;
     let reference = Reference::new(&classifier, &test.images)?;
-    introduce(&cli, &reference, &test.images);
+    let weights = fs::read(&cli.classifier).map_err(|e| files::at(&cli.classifier, e))?;
+    let crc32 = identity::crc32(&weights);
+    introduce(&cli, &crc32, &reference, &test.images);
 
     let model = cli.sampling.model(&checkpoint, &device)?;
+    out!("drawing     {} images, {} steps each", cli.count, sampler.timesteps().len());
     let samples = draw::samples(&sampler, &model, cli.count, cli.sampling.seed, &device)?;
     // As many as the samples, since the distance depends on their number.
     let mut digits = train.images;
@@ -100,12 +108,6 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let [samples, digits, noise] =
         [samples, digits, noise].map(|images| reference.compare(&classifier, &images));
     let (samples, digits, noise) = (samples?, digits?, noise?);
-    out!("\n{:16}{:>7}{:>10}{:>8}  % of 0 to 9", "", "images", "mnist-fd", "> 0.9");
-    for (name, figures) in
-        [("train images", &digits), ("samples", &samples), ("uniform noise", &noise)]
-    {
-        out!("{name:16}{}", line(figures));
-    }
     if let Some(path) = &cli.json {
         let figures = json!({
             "checkpoint": checkpoint.dir(),
@@ -115,7 +117,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
             "sampling_steps": sampler.timesteps().len(),
             "clip_denoised": !cli.sampling.no_clip,
             "seed": cli.sampling.seed,
+            "precision": cli.sampling.precision,
             "classifier": cli.classifier,
+            "classifier_crc32": crc32,
             "test_images": test.images.len(),
             "test_accuracy": reference.accuracy,
             "samples": samples,
@@ -123,6 +127,14 @@ fn run(cli: Cli) -> Result<ExitCode> {
             "uniform_noise": noise,
         });
         files::write(path, format!("{figures:#}\n").as_bytes())?;
+    }
+    out!("\n{:16}{:>7}{:>10}{:>8}  % of 0 to 9", "", "images", "mnist-fd", "> 0.9");
+    for (name, figures) in
+        [("train images", &digits), ("samples", &samples), ("uniform noise", &noise)]
+    {
+        out!("{name:16}{}", line(figures));
+    }
+    if let Some(path) = &cli.json {
         out!("\n{}", path.display());
     }
     Ok(ExitCode::SUCCESS)
@@ -138,10 +150,10 @@ fn classifier(cli: &Cli, images: &Images, device: &Device) -> Result<Classifier>
 }
 
 /// What one must know of the measure before its figures.
-fn introduce(cli: &Cli, reference: &Reference, images: &Images) {
+fn introduce(cli: &Cli, crc32: &str, reference: &Reference, images: &Images) {
     let (file, right) = (cli.classifier.display(), 100.0 * reference.accuracy);
     let count = HumanCount(images.len() as u64);
-    out!("classifier  {file}, right on {right:.2}% of {count} test images");
+    out!("classifier  {file}, crc32 {crc32}, right on {right:.2}% of {count} test images");
     if reference.accuracy < GOOD {
         err!("warning: a good classifier is right on over 99%; this one sees little");
     }
