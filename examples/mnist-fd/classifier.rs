@@ -22,7 +22,7 @@ const CHANNELS: [usize; 4] = [1, 16, 64, 64];
 /// Height and width of the first convolution's map.
 const FIRST: usize = SIZE / 2;
 /// Pixels that it computes each of its own from.
-const PATCH: usize = 4 * 4;
+pub const PATCH: usize = 4 * 4;
 
 const SEED: u64 = 0;
 const BATCH: usize = 100;
@@ -133,7 +133,7 @@ pub fn labels(images: &Images) -> Result<&[u8]> {
 }
 
 /// Adds the patches of the first convolution, of an image moved by so many pixels down and right.
-fn lay_out(
+pub fn lay_out(
     images: &Images,
     index: usize,
     (down, right): (isize, isize),
@@ -157,7 +157,7 @@ fn lay_out(
 /// A convolution of 4 x 4 at stride 2, of maps (batch, height, width, channels): one product of
 /// all patches, since the gradient of candle's `conv2d` is slow. Of blocks of 2 x 2 pixels, a patch
 /// is again 2 x 2.
-fn convolve(maps: &Tensor, weights: &Linear) -> candle_core::Result<Tensor> {
+pub fn convolve(maps: &Tensor, weights: &Linear) -> candle_core::Result<Tensor> {
     let (batch, h, w, channels) = maps.dims4()?;
     let (h_out, w_out) = (h.div_ceil(2), w.div_ceil(2));
     let blocks = maps

@@ -39,16 +39,18 @@ impl Reference {
 
     pub fn compare(&self, classifier: &Classifier, images: &Images) -> Result<Figures> {
         let (features, probabilities) = classifier.look(images)?;
-        let mut classes = [0; CLASSES];
-        probabilities.iter().for_each(|p| classes[best(p)] += 1);
-        let clear = probabilities.iter().filter(|p| p[best(p)] > CONFIDENT).count();
-        Ok(Figures {
-            images: images.len(),
-            mnist_fd: self.gaussian.distance(&Gaussian::fit(&features, FEATURES)),
-            confident: clear as f64 / images.len() as f64,
-            classes,
-        })
+        let mnist_fd = self.gaussian.distance(&Gaussian::fit(&features, FEATURES));
+        let (confident, classes) = tally(&probabilities);
+        Ok(Figures { images: images.len(), mnist_fd, confident, classes })
     }
+}
+
+/// The share of images that are clearly of a class, and how many are most like each.
+pub fn tally(probabilities: &[Vec<f32>]) -> (f64, [usize; CLASSES]) {
+    let mut classes = [0; CLASSES];
+    probabilities.iter().for_each(|p| classes[best(p)] += 1);
+    let clear = probabilities.iter().filter(|p| p[best(p)] > CONFIDENT).count();
+    (clear as f64 / probabilities.len() as f64, classes)
 }
 
 fn best(probabilities: &[f32]) -> usize {
