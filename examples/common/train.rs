@@ -34,11 +34,19 @@ impl Recipe {
     /// For the end of --help: what holds `when`.
     pub fn defaults(&self, when: &str) -> String {
         let Self { train, .. } = self;
+        let clipping = train.clip_norm.map_or_else(
+            || "no clipping of gradients".into(),
+            |norm| format!("gradients clipped to norm {norm}"),
+        );
+        let solver = match self.solver {
+            Solver::Ddim { eta } => format!("DDIM with eta {eta}"),
+            Solver::Ddpm { .. } => "DDPM".into(),
+        };
         format!(
             "{when}: --out {} --save-every {} --sample-every {} --sample-count {} \
              --sampling-steps {} and, but for --resume, which takes them from the checkpoint, \
              --steps {} --batch-size {} --learning-rate {} --accumulation {} --precision {} --seed {} \
-             --log-every {}.",
+             --log-every {}. Without an option: warm-up over {} updates, {clipping}; grids by {solver}.",
             self.out,
             self.save_every,
             self.sample_every,
@@ -51,6 +59,7 @@ impl Recipe {
             train.precision,
             train.seed,
             train.log_every,
+            train.warmup_steps,
         )
     }
 }
