@@ -2,17 +2,18 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use candle_core::Device;
 use clap::Parser;
 use common::cli::{self, Result, whole};
-use common::progress::Progress;
 use common::sampling::SamplingArgs;
 use common::tell::out;
-use common::{device, files, pictures};
-use ddpm::{Denoiser, Steps, UNetConfig};
+use common::{device, draw, files, pictures};
+use ddpm::{Sampler, UNet, UNetConfig};
 
 /// Draw images from a checkpoint of mnist or cifar10
 #[derive(Parser)]
@@ -20,7 +21,7 @@ use ddpm::{Denoiser, Steps, UNetConfig};
 struct Cli {
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// How many images
+    /// How many images, of which 100 at a time are in memory
     #[arg(long, value_name = "N", default_value = "64", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=1024))]
     count: usize,
@@ -49,8 +50,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     out!("checkpoint  {}, step {}", checkpoint.dir().display(), checkpoint.step());
     out!("device      {}", device::describe(&device));
     let start = Instant::now();
-    let shape = (cli.count, network.channels, network.image_size, network.image_size);
-    draw(&cli, sampler.steps(&model, shape, cli.sampling.seed, &device)?)?;
+    draw_to_files(&cli, &sampler, &model, &network, &device)?;
 
     let files: Vec<_> = [Some(&cli.out), cli.gif.as_ref()].into_iter().flatten().collect();
     let files: Vec<_> = files.iter().map(|path| path.display().to_string()).collect();
@@ -60,24 +60,26 @@ fn run(cli: Cli) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Takes the steps, and writes the pictures.
-fn draw<D: Denoiser>(cli: &Cli, steps: Steps<D>) -> Result<()> {
-    let total = steps.len();
-    let mut progress = Progress::new(total as u64, 0);
-    let (mut frames, mut images) = (vec![], None);
-    for step in steps {
-        let step = step?;
-        if cli.gif.is_some() && pictures::has_frame(step.index, total) {
-            frames.push(pictures::grid(&step.x)?);
+fn draw_to_files(
+    cli: &Cli,
+    sampler: &Sampler,
+    model: &UNet,
+    network: &UNetConfig,
+    device: &Device,
+) -> Result<()> {
+    let UNetConfig { channels, image_size: size, .. } = *network;
+    let (shape, total) = ((cli.count, channels, size, size), sampler.timesteps().len());
+    // A part after the other comes to each frame.
+    let mut frames: BTreeMap<usize, Vec<u8>> = BTreeMap::new();
+    let pixels = draw::draw(sampler, model, shape, cli.sampling.seed, device, |step, x| {
+        if cli.gif.is_some() && pictures::has_frame(step, total) {
+            frames.entry(step).or_default().extend(pictures::bytes(x)?);
         }
-        progress.advance(step.index as u64 + 1);
-        images = Some(step.x);
-    }
-    progress.finish();
-    let images = images.ok_or("the sampler has no steps")?;
-    files::write(&cli.out, &pictures::png(&pictures::grid(&images)?)?)?;
-    match &cli.gif {
-        Some(path) => files::write(path, &pictures::gif(frames)?),
-        None => Ok(()),
-    }
+        Ok(())
+    })?;
+    let grid = |pixels: &[u8]| pictures::grid(pixels, (channels, size, size));
+    files::write(&cli.out, &pictures::png(&grid(&pixels)?)?)?;
+    let Some(path) = &cli.gif else { return Ok(()) };
+    let frames = frames.values().map(|pixels| grid(pixels)).collect::<Result<_>>()?;
+    files::write(path, &pictures::gif(frames)?)
 }

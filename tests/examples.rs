@@ -249,9 +249,11 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
         sample(&["--count", "2", "--sampling-steps", "3"], "a.png").arg("--gif").arg(&gif),
     )?;
     assert!(said.contains("2 images in ") && said.contains("a.png"), "{said}");
-    let frames =
-        GifDecoder::new(BufReader::new(File::open(gif)?))?.into_frames().collect_frames()?;
-    let picture = image::open(temp.join("a.png"))?;
+    let film = || -> Result<_> {
+        let frames = GifDecoder::new(BufReader::new(File::open(&gif)?))?.into_frames();
+        Ok(frames.collect_frames()?)
+    };
+    let (frames, picture) = (film()?, image::open(temp.join("a.png"))?);
     assert_eq!(frames.len(), 3);
     assert_eq!(frames[2].delay().numer_denom_ms(), (2000, 1));
     assert!(frames[2].buffer() == &picture.to_rgba8(), "the last frame is not the picture");
@@ -264,6 +266,21 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
         assert!(said.contains(&format!("device      CPU, {threads}\n")), "{said}");
         assert!(read("a.png")? == read("b.png")?, "{threads}");
     }
+    // A hundred are drawn at a time: of one more the first are the same, and the last another.
+    for (count, png) in [("100", "g.png"), ("101", "h.png")] {
+        let mut command = sample(&["--count", count, "--sampling-steps", "1"], png);
+        succeed(command.arg("--gif").arg(&gif))?;
+    }
+    let image = |png: &str, columns: u32, k: u32| -> Result<_> {
+        let picture = image::open(temp.join(png))?;
+        assert_eq!(picture.width(), columns * 58 + 2);
+        Ok(picture.crop_imm(2 + k % columns * 58, 2 + k / columns * 58, 56, 56).into_luma8())
+    };
+    for k in [0, 37, 99] {
+        assert!(image("g.png", 10, k)? == image("h.png", 11, k)?, "image {k}");
+    }
+    assert!(image("h.png", 11, 100)? != image("h.png", 11, 0)?);
+    assert!(film()?[0].buffer() == &image::open(temp.join("h.png"))?.to_rgba8());
     for (args, png) in [
         (vec!["--seed", "1"], "c.png"),
         (vec!["--eta", "1"], "d.png"),
@@ -640,14 +657,17 @@ fn an_error_ends_a_run_that_saves_and_a_missing_picture_does_not() -> Result<()>
     Ok(())
 }
 
-/// What cannot be saved is told beside what went wrong first: no file may grow here.
+/// What cannot be saved is told beside what went wrong first: no file may have more than a block.
 #[cfg(unix)]
 #[test]
 fn both_errors_are_told_where_saving_fails() -> Result<()> {
     let temp = TempDir::new()?;
     let mut command = Command::new("sh");
-    let limited = r#"trap '' XFSZ; ulimit -f 0; exec "$0" "$@""#;
+    let limited = r#"trap '' XFSZ; ulimit -f 1; exec "$0" "$@""#;
     command.args(["-c", limited]).arg(example("mnist").get_program()).args(SMALL);
     command.current_dir(env!("CARGO_MANIFEST_DIR")).arg("--out").arg(temp.path().join("run"));
-    assert_fails(&mut command, &["metrics.jsonl: File too large", "saving", "step 1 failed, too"])
+    assert_fails(
+        &mut command,
+        &["metrics.jsonl: File too large", "saving the run at step", "failed, too"],
+    )
 }

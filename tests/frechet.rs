@@ -10,8 +10,6 @@ mod common;
 mod frechet;
 #[path = "../examples/mnist-fd/measure.rs"]
 mod measure;
-#[path = "../examples/mnist-fd/random.rs"]
-mod random;
 
 use candle_core::{Device, Tensor};
 use candle_nn::{Linear, Module};

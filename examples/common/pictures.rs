@@ -29,11 +29,18 @@ pub fn check_channels(channels: usize) -> Result<()> {
     Ok(())
 }
 
-/// Images (count, channels, height, width) in [-1, 1], in rows of equal length.
-pub fn grid(images: &Tensor) -> Result<DynamicImage> {
-    let (count, channels, height, width) = images.dims4()?;
-    check_channels(channels)?;
+/// The pixels of images in [-1, 1] as files have them.
+pub fn bytes(images: &Tensor) -> Result<Vec<u8>> {
     let pixels: Vec<f32> = images.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+    // `as` saturates.
+    Ok(pixels.into_iter().map(|p| ((p + 1.0) * 127.5).round() as u8).collect())
+}
+
+/// Images of `shape` (channels, height, width), in rows of equal length.
+pub fn grid(pixels: &[u8], shape: (usize, usize, usize)) -> Result<DynamicImage> {
+    let (channels, height, width) = shape;
+    check_channels(channels)?;
+    let count = pixels.len() / (channels * height * width);
     let scale = (VISIBLE / height.max(width)).clamp(1, 8);
     let columns = (1..=count).find(|c| c * c >= count).unwrap_or(1);
     let (cell_h, cell_w) = (height * scale + GAP, width * scale + GAP);
@@ -46,19 +53,13 @@ pub fn grid(images: &Tensor) -> Result<DynamicImage> {
             for x in 0..width * scale {
                 let place = y / scale * width + x / scale;
                 // A grey image's only channel is all three colours.
-                let byte = |c: usize| to_byte(image[c % channels * height * width + place]);
+                let byte = |c: usize| image[c % channels * height * width + place];
                 let at = ((left + x) as u32, (top + y) as u32);
                 picture.put_pixel(at.0, at.1, Rgb([byte(0), byte(1), byte(2)]));
             }
         }
     }
     Ok(if channels == 1 { DynamicImage::from(picture).into_luma8().into() } else { picture.into() })
-}
-
-/// A pixel in [-1, 1] as a file has it.
-pub fn to_byte(value: f32) -> u8 {
-    // `as` saturates.
-    ((value + 1.0) * 127.5).round() as u8
 }
 
 pub fn png(picture: &DynamicImage) -> Result<Vec<u8>> {

@@ -128,7 +128,9 @@ impl Watch {
 }
 
 fn write_grid(path: &Path, images: &Tensor) -> Result<()> {
-    files::write(path, &pictures::png(&pictures::grid(images)?)?)
+    let (_, channels, height, width) = images.dims4()?;
+    let grid = pictures::grid(&pictures::bytes(images)?, (channels, height, width))?;
+    files::write(path, &pictures::png(&grid)?)
 }
 
 impl Observer<UNetConfig> for Watch {

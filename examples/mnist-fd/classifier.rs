@@ -8,8 +8,8 @@ use ddpm::{AdamConfig, AdamW, ImageSource, Images, Parameters, gradients};
 
 use super::common::cli::Result;
 use super::common::progress::Progress;
+use super::common::random::Random;
 use super::common::{files, interrupt};
-use super::random::Random;
 
 /// Height and width of an image.
 pub const SIZE: usize = 28;

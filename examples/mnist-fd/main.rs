@@ -3,10 +3,8 @@
 mod classifier;
 #[path = "../common/mod.rs"]
 mod common;
-mod draw;
 mod frechet;
 mod measure;
-mod random;
 
 use std::fs;
 use std::path::PathBuf;
@@ -16,9 +14,10 @@ use candle_core::Device;
 use clap::Parser;
 use classifier::{Classifier, SIZE};
 use common::cli::{self, Result, whole};
+use common::random::Random;
 use common::sampling::SamplingArgs;
 use common::tell::{err, out};
-use common::{datasets, device, files, identity, interrupt};
+use common::{datasets, device, draw, files, identity, interrupt};
 use ddpm::{ImageSource, Images, UNetConfig};
 use indicatif::HumanCount;
 use measure::{Figures, Reference};
@@ -100,11 +99,13 @@ fn run(cli: Cli) -> Result<ExitCode> {
 
     let model = cli.sampling.model(&checkpoint, &device)?;
     out!("drawing     {} images, {} steps each", cli.count, sampler.timesteps().len());
-    let samples = draw::samples(&sampler, &model, cli.count, cli.sampling.seed, &device)?;
+    let (shape, seed) = ((cli.count, channels, SIZE, SIZE), cli.sampling.seed);
+    let samples = draw::draw(&sampler, &model, shape, seed, &device, |_, _| Ok(()))?;
+    let samples = Images::new(samples, (channels, SIZE, SIZE))?;
     // As many as the samples, since the distance depends on their number.
     let mut digits = train.images;
     digits.truncate(cli.count);
-    let noise = draw::noise(cli.count)?;
+    let noise = noise(cli.count)?;
     let [samples, digits, noise] =
         [samples, digits, noise].map(|images| reference.compare(&classifier, &images));
     let (samples, digits, noise) = (samples?, digits?, noise?);
@@ -160,6 +161,13 @@ fn introduce(cli: &Cli, crc32: &str, reference: &Reference, images: &Images) {
     if cli.count < ENOUGH {
         err!("warning: the fewer images, the larger the distance; {ENOUGH} are usual");
     }
+}
+
+/// Every pixel on its own, all values alike.
+fn noise(count: usize) -> Result<Images> {
+    let mut random = Random(0);
+    let pixels = (0..count * SIZE * SIZE).map(|_| random.below(256) as u8).collect();
+    Ok(Images::new(pixels, (1, SIZE, SIZE))?)
 }
 
 fn line(figures: &Figures) -> String {

@@ -1,4 +1,4 @@
-//! Random numbers of the example's own, the same everywhere: SplitMix64 (Steele et al. 2014).
+//! Random numbers of the examples' own, the same everywhere: SplitMix64 (Steele et al. 2014).
 
 pub struct Random(pub u64);
 
