@@ -65,7 +65,7 @@ fn upsample_nearest_2x(x: &Tensor) -> Result<Tensor> {
 }
 
 /// A convolution's sizes, and how it is computed on the CPU: in f32, 3x3 at stride 1 by Winograd's
-/// method, the others from patches; with bf16 products all from patches.
+/// method, the others from patches; with bf16 products from strips.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Convolution {
     isa: Isa,

@@ -13,7 +13,7 @@ use super::bf16::{DEPTH, PANEL, Product, ROWS, Step, Unit, place, product, rest,
 use super::patches::{PARTS, Patches, Scale};
 use super::simd::{Isa, simd_fn};
 use super::strips::{Chunk, Side, Strips, round_pixels, strip_width, turn};
-use super::values::sized;
+use super::values::{first_line, sized, sized_by_lines};
 use super::winograd::Epilogue;
 
 /// How many bf16 products stand for one.
@@ -61,6 +61,8 @@ pub(super) struct HalfConvolution {
 #[derive(Debug, Clone)]
 pub(crate) struct PackedHalf {
     values: Vec<u16>,
+    /// Where they begin.
+    first: usize,
     unit: Unit,
     terms: Terms,
 }
@@ -70,7 +72,11 @@ pub(crate) struct PackedHalf {
 const CHUNK_BYTES: usize = if cfg!(test) { 12 << 10 } else { 640 << 10 };
 
 /// The most memory that sums of parts take, unless one part alone needs more.
-const SUMS_BYTES: usize = 8 << 20;
+const SUMS_BYTES: usize = if cfg!(test) { 64 << 10 } else { 8 << 20 };
+
+/// Steps of a product of tiles at a time: what they take of a panel stays in a first-level cache while
+/// all rows go by. A multiple of [`Terms`]' products.
+const RUN: usize = 12;
 
 /// Channels that a task of the weights' gradient takes: of the input, and of the output.
 const GROUP: (usize, usize) = if cfg!(test) { (16, 24) } else { (64, 128) };
@@ -122,7 +128,9 @@ impl HalfConvolution {
         let part_len = kernel * width * PANEL;
         let panel_len = self.terms.parts() * part_len;
         let mut values = memory;
-        let panels = sized(&mut values, c_out.div_ceil(PANEL) * panel_len);
+        let len = c_out.div_ceil(PANEL) * panel_len;
+        let first = first_line(&mut values, len);
+        let panels = &mut values[first..first + len];
         panels.par_chunks_mut(panel_len).enumerate().for_each(|(panel, packed)| {
             let count = PANEL.min(c_out - panel * PANEL);
             if count < PANEL || width > kernel * c_in {
@@ -145,7 +153,14 @@ impl HalfConvolution {
                 pack_taps(self.isa, &taps, &places, first, second);
             }
         });
-        PackedHalf { values, unit: self.unit, terms: self.terms }
+        PackedHalf { values, first, unit: self.unit, terms: self.terms }
+    }
+
+    /// Steps of a product at a time.
+    fn run(&self) -> usize {
+        // Tiles take a panel faster than a second-level cache gives it. Vectors do not, and to load and
+        // store their sums costs more.
+        if self.unit.has_tiles() { RUN } else { usize::MAX }
     }
 
     /// How many images are worked on at a time, and how many of their output rows, where a pixel takes
@@ -206,27 +221,30 @@ impl HalfConvolution {
         let g = &self.sizes;
         let Scratch { strips: layout, line, sums, shift, .. } = scratch;
         let strips = Strips { sizes: *g, channels: 0..g.c_in, chunk, side: Side::Left };
-        let a = sized(layout, self.terms.parts() * strips.len());
+        let a = sized_by_lines(layout, self.terms.parts() * strips.len());
         strips.fill(self.isa, x, self.terms.split(a, strips.len()), line);
         let width = strips.width();
         let part_len = g.kernel * width * PANEL;
         let mut steps = Vec::new();
-        for (left, right) in self.terms.products() {
-            for ky in 0..g.kernel {
-                let (a, b) = (left * strips.len() + strips.origin(ky), ky * width);
-                let step = |k| Step { a: a + k, b: right * part_len + (b + k) * PANEL };
-                steps.extend((0..width).step_by(DEPTH).map(step));
+        for ky in 0..g.kernel {
+            for k in (0..width).step_by(DEPTH) {
+                let (a, b) = (strips.origin(ky) + k, (ky * width + k) * PANEL);
+                let step =
+                    |&(left, right)| Step { a: left * strips.len() + a, b: right * part_len + b };
+                steps.extend(self.terms.products().iter().map(step));
             }
         }
         let rows = strips.pixels();
         let c_row = g.c_out.next_multiple_of(PANEL);
-        let sums = sized(sums, rows.next_multiple_of(ROWS) * c_row);
-        let panels = weights.values.chunks_exact(self.terms.parts() * part_len);
+        let sums = sized_by_lines(sums, rows.next_multiple_of(ROWS) * c_row);
+        let panels = weights.values[weights.first..].chunks_exact(self.terms.parts() * part_len);
         for (panel, b) in panels.take(c_row / PANEL).enumerate() {
-            let c = &mut sums[panel * PANEL..];
-            let (a_row, b_row, steps) = (width, 2 * PANEL, &steps);
-            let operands = Product { c, c_row, rows, a, a_row, b, b_row, steps, accumulate: false };
-            product(self.unit, operands);
+            for (i, steps) in steps.chunks(self.run()).enumerate() {
+                let c = &mut sums[panel * PANEL..];
+                let (a_row, b_row, accumulate) = (width, 2 * PANEL, i > 0);
+                let operands = Product { c, c_row, rows, a, a_row, b, b_row, steps, accumulate };
+                product(self.unit, operands);
+            }
         }
         let Chunk { images, rows } = strips.chunk;
         let shift = sized(shift, g.c_out);
@@ -251,18 +269,20 @@ impl HalfConvolution {
         weight: &[f32],
         dx: &mut [f32],
         accumulate: bool,
-        (packed, doubled): (&mut Vec<u16>, &mut Vec<f32>),
+        (packed, scratch): (&mut Vec<u16>, &mut Vec<f32>),
     ) {
         let g = self.sizes;
         let area = g.kernel * g.kernel;
         if g.stride() > 1 {
-            // The two of a network that halve a map: with f32 products of the rounded values.
-            let value = |x: &f32| f32::from_bits(u32::from(round(*x)) << 16);
-            let rounded = |x: &[f32]| match self.terms {
-                Terms::One => x.iter().map(value).collect(),
-                Terms::Three => x.to_vec(),
-            };
-            return g.input_gradient(self.isa, &rounded(dy), &rounded(weight), dx, accumulate);
+            // Those of a network that halve a map: with f32 products of the rounded values.
+            if self.terms == Terms::Three {
+                return g.input_gradient(self.isa, dy, weight, dx, accumulate);
+            }
+            let rounded = sized(scratch, dy.len() + weight.len());
+            let values = rounded.par_iter_mut().zip(dy.par_iter().chain(weight));
+            values.for_each(|(to, x)| *to = f32::from_bits(u32::from(round(*x)) << 16));
+            let (dy, weight) = rounded.split_at(dy.len());
+            return g.input_gradient(self.isa, dy, weight, dx, accumulate);
         }
         // A convolution with the kernel turned round.
         let sizes = Patches { c_in: g.c_out, c_out: g.c_in, scale: Scale::Stride(1), ..g };
@@ -270,7 +290,7 @@ impl HalfConvolution {
         let kernels = |i, o| &weight[(o * g.c_in + i) * area..][..area];
         let weights = turned.pack_kernels(kernels, true, std::mem::take(packed));
         if g.upsamples() {
-            let doubled = sized(doubled, 4 * dx.len());
+            let doubled = sized(scratch, 4 * dx.len());
             turned.forward(dy, &weights, Epilogue::default(), doubled);
             let (line, c) = (g.w * g.c_in, g.c_in);
             dx.par_chunks_mut(line / 2).zip(doubled.par_chunks(2 * line)).for_each(|(dx, rows)| {
@@ -304,7 +324,7 @@ impl HalfConvolution {
         let most = (SUMS_BYTES / (groups * group_len * size_of::<f32>())).clamp(1, PARTS);
         let images = g.batch.div_ceil(most.min(g.batch));
         let parts = g.batch.div_ceil(images);
-        let sums = sized(sums, parts * groups * group_len);
+        let sums = sized_by_lines(sums, parts * groups * group_len);
         sums.par_chunks_mut(group_len).enumerate().for_each(|(task, sums)| {
             let (part, group) = (task / groups, task % groups);
             let (input, output) = (group % in_groups * inputs, group / in_groups * outputs);
@@ -359,37 +379,41 @@ impl HalfConvolution {
                 let Scratch { strips: layout, line, left, rounded, .. } = scratch;
                 let channels = inputs.clone();
                 let strips = Strips { sizes: *g, channels, chunk, side: Side::Right };
-                let b = sized(layout, parts * strips.len());
+                let b = sized_by_lines(layout, parts * strips.len());
                 strips.fill(self.isa, x, self.terms.split(b, strips.len()), line);
                 let depth = strips.pixels().next_multiple_of(DEPTH);
                 // An odd number of cache lines, so that rows do not all fall into the same few sets.
                 let a_row = ((depth / DEPTH) | 1) * DEPTH;
                 let a_len = outputs.len().next_multiple_of(ROWS) * a_row;
-                let a = sized(left, parts * a_len);
+                let a = sized_by_lines(left, parts * a_len);
                 self.turn_gradient(dy, &strips, outputs.clone(), depth, a, a_row, rounded);
                 let width = strips.width();
                 let mut steps = Vec::new();
-                for (left, right) in self.terms.products() {
-                    let (a, b) = (left * a_len, right * strips.len());
-                    let step = |k| Step { a: a + k, b: b + k * width };
-                    steps.extend((0..depth).step_by(DEPTH).map(step));
+                for k in (0..depth).step_by(DEPTH) {
+                    let step = |&(left, right)| Step {
+                        a: left * a_len + k,
+                        b: right * strips.len() + k * width,
+                    };
+                    steps.extend(self.terms.products().iter().map(step));
                 }
                 for ky in 0..g.kernel {
                     for column in (0..width).step_by(PANEL) {
-                        product(
-                            self.unit,
-                            Product {
-                                c: &mut sums[ky * width + column..],
-                                c_row,
-                                rows: outputs.len(),
-                                a,
-                                a_row,
-                                b: &b[strips.origin(ky) + 2 * column..],
-                                b_row: 2 * width,
-                                steps: &steps,
-                                accumulate: i > 0,
-                            },
-                        );
+                        for (j, steps) in steps.chunks(self.run()).enumerate() {
+                            product(
+                                self.unit,
+                                Product {
+                                    c: &mut sums[ky * width + column..],
+                                    c_row,
+                                    rows: outputs.len(),
+                                    a,
+                                    a_row,
+                                    b: &b[strips.origin(ky) + 2 * column..],
+                                    b_row: 2 * width,
+                                    steps,
+                                    accumulate: i + j > 0,
+                                },
+                            );
+                        }
                     }
                 }
             });
@@ -519,10 +543,14 @@ mod tests {
         /// 2^-8, about 0.3% in the mean square; with three products of 8 bits, within 2^-16.
         #[test]
         fn every_unit_convolves(
-            (batch, h, w) in (1usize..10, 1usize..9, 1usize..20),
+            (batch, h, w) in prop_oneof![
+                (1usize..10, 1usize..9, 1usize..20),
+                // Several images a chunk.
+                (6usize..24, 1usize..4, 1usize..4),
+            ],
             (c_in, c_out) in (1usize..40, 1usize..40),
             kernel in prop_oneof![Just(1usize), Just(3), Just(5)],
-            scale in prop_oneof![(1usize..3).prop_map(Scale::Stride), Just(Scale::Upsample)],
+            scale in prop_oneof![(1usize..4).prop_map(Scale::Stride), Just(Scale::Upsample)],
             accumulate: bool,
         ) {
             let shape = Shape::from((c_out, c_in, kernel, kernel));

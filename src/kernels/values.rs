@@ -76,6 +76,23 @@ pub(super) fn sized<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> &mut 
     &mut memory[..len]
 }
 
+/// As [`sized`], from the beginning of a cache line on: the allocator puts large memory beside one,
+/// where each line's worth of values would lie in two.
+pub(super) fn sized_by_lines<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> &mut [T] {
+    let first = first_line(memory, len);
+    &mut memory[first..first + len]
+}
+
+/// Makes room for `len` values from the beginning of a cache line on, and says where that is, until the
+/// memory grows.
+pub(super) fn first_line<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> usize {
+    sized(memory, len + LINE / size_of::<T>());
+    memory.as_ptr().align_offset(LINE)
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 /// Whether two tensors are views of the same memory.
 pub(crate) fn same_storage(a: &Tensor, b: &Tensor) -> bool {
     std::ptr::eq(&*a.storage_and_layout().0, &*b.storage_and_layout().0)
