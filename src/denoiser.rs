@@ -29,7 +29,8 @@ pub trait Denoiser {
 
     /// The gradients of all weights in one training pass: calls `d_output` once with the output of
     /// [`forward_train`](Self::forward_train), detached, for the gradient of the loss with respect
-    /// to it, of the same shape.
+    /// to it, of the same shape. It may be called on another thread, one of those that share the work:
+    /// it must not wait for other threads, nor hold a lock over operations of tensors.
     ///
     /// Unless this is implemented, candle's own gradients are taken. A network implements it that
     /// has a faster way, as [`UNet`](crate::UNet) does on the CPU and on CUDA devices.

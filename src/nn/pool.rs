@@ -19,9 +19,11 @@ const MAX_ISSUED: usize = 1 << 13;
 #[derive(Default)]
 pub(super) struct Pool {
     free: Mutex<Free>,
-    /// Whether a pass is [among the threads](Self::among_threads).
-    busy: AtomicBool,
 }
+
+/// Whether a pass is [among the threads](Pool::among_threads), of whatever network: they share the
+/// threads.
+static BUSY: AtomicBool = AtomicBool::new(false);
 
 #[derive(Default)]
 struct Free {
@@ -92,19 +94,19 @@ impl Pool {
     /// Runs a pass on one of the threads that share its work: to hand over each operation from without,
     /// and wait for it, takes longer than some of them do. But one at a time: threads that wait within
     /// one pass would begin others, each on top of the last one's stack.
-    pub fn among_threads<R: Send>(&self, pass: impl FnOnce() -> R + Send) -> R {
-        struct Leave<'a>(&'a AtomicBool);
+    pub fn among_threads<R: Send>(pass: impl FnOnce() -> R + Send) -> R {
+        struct Leave;
 
-        impl Drop for Leave<'_> {
+        impl Drop for Leave {
             fn drop(&mut self) {
-                self.0.store(false, Ordering::Release);
+                BUSY.store(false, Ordering::Release);
             }
         }
 
-        if self.busy.swap(true, Ordering::Acquire) {
+        if BUSY.swap(true, Ordering::Acquire) {
             return pass();
         }
-        let _leave = Leave(&self.busy);
+        let _leave = Leave;
         rayon::scope(|_| pass())
     }
 

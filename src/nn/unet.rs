@@ -294,7 +294,7 @@ impl Denoiser for UNet {
         if x_t.device().is_cuda() {
             return self.forward_on(self.cuda()?, x_t, t);
         }
-        self.pool.among_threads(|| {
+        Pool::among_threads(|| {
             let backend = Cpu::new(&self.pool, self.precision, x_t.dim(0)?, false);
             self.forward_on(backend, x_t, t)
         })
@@ -320,7 +320,7 @@ impl Denoiser for UNet {
         if x_t.device().is_cuda() {
             return self.forward_backward_on(self.cuda()?, x_t, t, dropout, d_output);
         }
-        self.pool.among_threads(|| {
+        Pool::among_threads(|| {
             let backend = Cpu::new(&self.pool, self.precision, x_t.dim(0)?, true);
             self.forward_backward_on(backend, x_t, t, dropout, d_output)
         })
