@@ -221,14 +221,17 @@ impl Patches {
     /// `y` from `x`, with the weights [packed](Self::pack).
     pub fn forward(&self, isa: Isa, x: &[f32], weight: &Panels, epilogue: Epilogue, y: &mut [f32]) {
         let line = self.w_out * self.c_out;
+        // Small batches leave something for every thread.
+        let share = (self.batch * self.h_out).div_ceil(rayon::current_num_threads());
+        let chunk_rows = self.chunk_rows().min(share);
         let images = y.par_chunks_mut(self.y_len()).zip(x.par_chunks(self.x_len())).enumerate();
         images.for_each(|(k, (y, x))| {
             let mut shift = vec![0f32; self.c_out];
             epilogue.shift(k, &mut shift);
             let residual = epilogue.residual.map(|r| &r[k * self.y_len()..][..self.y_len()]);
-            let chunks = y.par_chunks_mut(self.chunk_rows() * line).enumerate();
+            let chunks = y.par_chunks_mut(chunk_rows * line).enumerate();
             chunks.for_each(|(i, y)| {
-                let rows = self.chunk(i);
+                let rows = i * chunk_rows..i * chunk_rows + y.len() / line;
                 for pixel in y.chunks_mut(self.c_out) {
                     if epilogue.accumulate {
                         pixel.iter_mut().zip(&shift).for_each(|(y, shift)| *y += shift);
