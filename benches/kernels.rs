@@ -49,7 +49,7 @@ use precision::Precision;
 
 #[derive(Parser)]
 struct Args {
-    /// Only measures whose name holds this.
+    /// Only measures whose name and shape hold this.
     #[arg(long, default_value = "")]
     filter: String,
     /// Threads; all cores unless given.

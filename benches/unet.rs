@@ -10,6 +10,7 @@
 //! there is the precision that it came to on this CPU. With `--device cuda`, a run is ten of them before the
 //! device is waited for, and memory is the device's.
 
+use std::process::ExitCode;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
@@ -71,8 +72,17 @@ enum What {
     Sample,
 }
 
-fn main() -> Result<()> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
     if let Some(threads) = args.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().expect("first use");
     }
@@ -101,12 +111,12 @@ fn main() -> Result<()> {
     let t: Vec<u32> = (0..args.batch as u32).map(|k| k * 37 % 1000).collect();
     let t = Tensor::from_vec(t, args.batch, &device)?;
 
-    if ran_as(&args)?.is_some_and(|precision| precision != args.precision) {
+    if ran_as(args)?.is_some_and(|precision| precision != args.precision) {
         eprintln!("Without AMX, high is highest.");
     }
     let wanted = |what| args.what.is_none_or(|w| w == what);
     if wanted(What::TrainStep) {
-        measure("train_step", name, &args, &device, &mut || match args.device {
+        measure("train_step", name, args, &device, &mut || match args.device {
             Where::Cpu => trainer.step_with(&x, &t, &eps).map(drop),
             // Noise and all, as training goes there.
             Where::Cuda => trainer.step(&x).map(drop),
@@ -120,11 +130,11 @@ fn main() -> Result<()> {
         // Weights that take no gradient, as in sampling.
         let unet = trainer.ema_model()?;
         drop(trainer);
-        measure("forward", name, &args, &device, &mut || unet.forward(&x, &t).map(drop))?;
+        measure("forward", name, args, &device, &mut || unet.forward(&x, &t).map(drop))?;
     } else if args.what == Some(What::Sample) {
         let unet = trainer.ema_model()?;
         let sampler = Sampler::new(trainer.diffusion(), Solver::ddim(), 10)?.clip_denoised(true);
-        measure("sample", name, &args, &device, &mut || {
+        measure("sample", name, args, &device, &mut || {
             sampler.sample(&unet, shape, 0, &device).map(drop)
         })?;
     }
