@@ -1,9 +1,18 @@
+use std::cell::RefCell;
+
 use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
 
 use super::elementwise::{dot, exp};
 use super::gemm::{Mat, gemm};
 use super::simd::{Isa, Simd, lanes, simd_fn};
+use super::values::sized;
+
+thread_local! {
+    /// An image's scores and their gradients, reused from call to call. Nothing may wait for other
+    /// threads while they are borrowed: this one could be given work that borrows them again.
+    static SCORES: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+}
 
 /// `softmax(q k^T / sqrt(channels)) v` over all positions; each (batch, positions, channels).
 pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
@@ -30,8 +39,10 @@ impl AttentionSizes {
         let image = self.positions * self.channels;
         qkv.par_chunks(3 * image).zip(y.par_chunks_mut(image)).for_each(|(qkv, y)| {
             let [q, k, v] = self.split(qkv);
-            let shares = self.shares(q, k);
-            gemm(self.isa, (y, self.channels), self.square(&shares), v, false);
+            SCORES.with_borrow_mut(|(shares, _)| {
+                let shares = self.shares(q, k, shares);
+                gemm(self.isa, (y, self.channels), self.square(shares), v, false);
+            });
         });
     }
 
@@ -41,15 +52,17 @@ impl AttentionSizes {
         let images = qkv.par_chunks(3 * n * c).zip(dy.par_chunks(n * c));
         images.zip(dqkv.par_chunks_mut(3 * n * c)).for_each(|((qkv, dy), dqkv)| {
             let [q, k, v] = self.split(qkv);
-            let shares = self.shares(q, k);
             let dy = Mat::new(dy, n, c);
-            let mut dscores = vec![0f32; n * n];
-            gemm(isa, (&mut dscores, n), dy, v.transposed(), false);
-            softmax_backward(isa, &mut dscores, &shares, n, self.scale());
-            let (shares, dscores) = (self.square(&shares), self.square(&dscores));
-            gemm(isa, (&mut *dqkv, 3 * c), dscores, k, false);
-            gemm(isa, (&mut dqkv[c..], 3 * c), dscores.transposed(), q, false);
-            gemm(isa, (&mut dqkv[2 * c..], 3 * c), shares.transposed(), dy, false);
+            SCORES.with_borrow_mut(|(shares, dscores)| {
+                let shares = self.shares(q, k, shares);
+                let dscores = sized(dscores, n * n);
+                gemm(isa, (&mut *dscores, n), dy, v.transposed(), false);
+                softmax_backward(isa, dscores, shares, n, self.scale());
+                let (shares, dscores) = (self.square(shares), self.square(dscores));
+                gemm(isa, (&mut *dqkv, 3 * c), dscores, k, false);
+                gemm(isa, (&mut dqkv[c..], 3 * c), dscores.transposed(), q, false);
+                gemm(isa, (&mut dqkv[2 * c..], 3 * c), shares.transposed(), dy, false);
+            });
         });
     }
 
@@ -68,11 +81,11 @@ impl AttentionSizes {
         [0, 1, 2].map(|i| Mat::with_stride(&qkv[i * c..], n, c, 3 * c))
     }
 
-    /// What share of each position's attention goes to each: rows of sum 1.
-    fn shares(&self, q: Mat, k: Mat) -> Vec<f32> {
-        let mut scores = vec![0f32; self.positions * self.positions];
-        gemm(self.isa, (&mut scores, self.positions), q, k.transposed(), false);
-        softmax(self.isa, &mut scores, self.positions, self.scale());
+    /// What share of each position's attention goes to each, rows of sum 1, in `memory`.
+    fn shares<'a>(&self, q: Mat, k: Mat, memory: &'a mut Vec<f32>) -> &'a [f32] {
+        let scores = sized(memory, self.positions * self.positions);
+        gemm(self.isa, (&mut *scores, self.positions), q, k.transposed(), false);
+        softmax(self.isa, scores, self.positions, self.scale());
         scores
     }
 }

@@ -73,6 +73,12 @@ impl Unit {
         false
     }
 
+    /// The instruction set that emulates it, if that is how it multiplies.
+    #[cfg(test)]
+    pub fn isa(self) -> Option<Isa> {
+        if let Kind::Emulated(isa) = self.0 { Some(isa) } else { None }
+    }
+
     /// All that this machine has, and tiles even where they must be emulated.
     #[cfg(test)]
     pub fn available() -> Vec<Self> {

@@ -126,7 +126,7 @@ impl Convolution {
             let (sizes, memory) = ((c_out, c_in), std::mem::take(&mut workspace.packed));
             Weights::Winograd(Packed::forward(self.isa, self.maps(), weight, sizes, memory))
         } else {
-            Weights::Patches(self.sizes.pack(weight))
+            Weights::Patches(self.sizes.pack(weight, std::mem::take(&mut workspace.packed)))
         }
     }
 
@@ -159,15 +159,15 @@ impl Convolution {
     ) {
         let Patches { c_in, c_out, .. } = self.sizes;
         if let Some(half) = self.half {
-            let Workspace { packed, half: memory, .. } = workspace;
-            half.input_gradient(dy, weight, dx, accumulate, (memory, packed));
+            half.input_gradient(dy, weight, dx, accumulate, workspace);
         } else if self.by_winograd() {
             let memory = std::mem::take(&mut workspace.packed);
             let packed = Packed::backward(self.isa, self.maps(), weight, (c_out, c_in), memory);
             winograd::input_gradient(self.isa, self.maps(), dy, &packed, dx, accumulate);
             workspace.packed = packed.into_memory();
         } else {
-            self.sizes.input_gradient(self.isa, dy, weight, dx, accumulate);
+            let packed = &mut workspace.packed;
+            self.sizes.input_gradient(self.isa, dy, weight, dx, accumulate, packed);
         }
     }
 
@@ -185,7 +185,7 @@ impl Convolution {
             let sums = &mut workspace.sums;
             winograd::weight_gradient(self.isa, self.maps(), x, dy, dweight, sums);
         } else {
-            self.sizes.weight_gradient(self.isa, x, dy, dweight);
+            self.sizes.weight_gradient(self.isa, x, dy, dweight, &mut workspace.sums);
         }
     }
 }
@@ -193,9 +193,11 @@ impl Convolution {
 /// Memory that convolutions use again from call to call.
 #[derive(Default)]
 pub(crate) struct Workspace {
-    packed: Vec<f32>,
-    half: Vec<u16>,
-    sums: Vec<f32>,
+    /// Weights for f32 products.
+    pub(super) packed: Vec<f32>,
+    /// Weights for bf16 ones.
+    pub(super) half: Vec<u16>,
+    pub(super) sums: Vec<f32>,
 }
 
 impl Workspace {
@@ -204,13 +206,12 @@ impl Workspace {
         match weights {
             Weights::Winograd(packed) => self.packed = packed.into_memory(),
             Weights::Half(packed) => self.half = packed.into_memory(),
-            Weights::Patches(_) => {}
+            Weights::Patches(packed) => self.packed = packed.into_memory(),
         }
     }
 }
 
 /// A convolution's weights, laid out for the way it is computed.
-#[derive(Clone)]
 pub(crate) enum Weights {
     Winograd(Packed),
     Patches(Panels),

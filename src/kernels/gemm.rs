@@ -59,7 +59,6 @@ impl<'a> Mat<'a> {
 }
 
 /// A right-hand side, packed: panels of columns, each (rows, [`PANEL`]).
-#[derive(Debug, Clone)]
 pub(crate) struct Panels {
     values: Vec<f32>,
     rows: usize,
@@ -67,14 +66,16 @@ pub(crate) struct Panels {
 }
 
 impl Panels {
-    /// Of the matrix whose element (i, j) is `values[row_at(i) + col_at(j)]`.
+    /// Of the matrix whose element (i, j) is `values[row_at(i) + col_at(j)]`. `memory` is used where it is
+    /// large enough.
     pub(super) fn gather(
         values: &[f32],
         (rows, cols): (usize, usize),
         row_at: impl Fn(usize) -> usize + Sync,
         col_at: impl Fn(usize) -> usize + Sync,
+        mut memory: Vec<f32>,
     ) -> Self {
-        let mut packed = vec![0f32; cols.div_ceil(PANEL) * rows * PANEL];
+        let packed = sized(&mut memory, cols.div_ceil(PANEL) * rows * PANEL);
         packed.par_chunks_exact_mut((rows * PANEL).max(1)).enumerate().for_each(|(i, panel)| {
             let mut columns = [0; PANEL];
             let count = PANEL.min(cols - i * PANEL);
@@ -85,9 +86,14 @@ impl Panels {
             for (k, row) in panel.chunks_exact_mut(PANEL).enumerate() {
                 let values = &values[row_at(k)..];
                 row.iter_mut().zip(&*columns).for_each(|(to, at)| *to = values[*at]);
+                row[count..].fill(0.0);
             }
         });
-        Self { values: packed, rows, cols }
+        Self { values: memory, rows, cols }
+    }
+
+    pub fn into_memory(self) -> Vec<f32> {
+        self.values
     }
 }
 
@@ -195,7 +201,7 @@ mod tests {
                 let mut found = [before.clone(), before.clone()];
                 gemm(isa, (&mut found[0], c_row), a_mat, b_mat, accumulate);
                 let Mat { data, rows, cols, row_stride, col_stride } = b_mat;
-                let b = Panels::gather(data, (rows, cols), |i| i * row_stride, |j| j * col_stride);
+                let b = Panels::gather(data, (rows, cols), |i| i * row_stride, |j| j * col_stride, vec![f32::NAN; 9]);
                 gemm_packed(isa, (&mut found[1], c_row), a_mat, &b, accumulate);
                 prop_assert_eq!(&found[0], &found[1]);
                 let b = &b_values;

@@ -10,6 +10,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::bf16::{DEPTH, PANEL, Product, ROWS, Step, Unit, place, product, rest, round};
+use super::conv::Workspace;
 use super::patches::{PARTS, Patches, Scale};
 use super::simd::{Isa, simd_fn};
 use super::strips::{Chunk, Side, Strips, round_pixels, strip_width, turn};
@@ -58,7 +59,6 @@ pub(super) struct HalfConvolution {
 }
 
 /// Weights, rounded and packed: panels of output channels, each (parts, kernel, strip, [`PANEL`]).
-#[derive(Debug, Clone)]
 pub(crate) struct PackedHalf {
     values: Vec<u16>,
     /// Where they begin.
@@ -269,28 +269,29 @@ impl HalfConvolution {
         weight: &[f32],
         dx: &mut [f32],
         accumulate: bool,
-        (packed, scratch): (&mut Vec<u16>, &mut Vec<f32>),
+        workspace: &mut Workspace,
     ) {
         let g = self.sizes;
         let area = g.kernel * g.kernel;
+        let Workspace { packed, half, sums } = workspace;
         if g.stride() > 1 {
             // Those of a network that halve a map: with f32 products of the rounded values.
             if self.terms == Terms::Three {
-                return g.input_gradient(self.isa, dy, weight, dx, accumulate);
+                return g.input_gradient(self.isa, dy, weight, dx, accumulate, packed);
             }
-            let rounded = sized(scratch, dy.len() + weight.len());
+            let rounded = sized(sums, dy.len() + weight.len());
             let values = rounded.par_iter_mut().zip(dy.par_iter().chain(weight));
             values.for_each(|(to, x)| *to = f32::from_bits(u32::from(round(*x)) << 16));
             let (dy, weight) = rounded.split_at(dy.len());
-            return g.input_gradient(self.isa, dy, weight, dx, accumulate);
+            return g.input_gradient(self.isa, dy, weight, dx, accumulate, packed);
         }
         // A convolution with the kernel turned round.
         let sizes = Patches { c_in: g.c_out, c_out: g.c_in, scale: Scale::Stride(1), ..g };
         let turned = Self { sizes, ..*self };
         let kernels = |i, o| &weight[(o * g.c_in + i) * area..][..area];
-        let weights = turned.pack_kernels(kernels, true, std::mem::take(packed));
+        let weights = turned.pack_kernels(kernels, true, std::mem::take(half));
         if g.upsamples() {
-            let doubled = sized(scratch, 4 * dx.len());
+            let doubled = sized(sums, 4 * dx.len());
             turned.forward(dy, &weights, Epilogue::default(), doubled);
             let (line, c) = (g.w * g.c_in, g.c_in);
             dx.par_chunks_mut(line / 2).zip(doubled.par_chunks(2 * line)).for_each(|(dx, rows)| {
@@ -307,7 +308,7 @@ impl HalfConvolution {
             let epilogue = Epilogue { accumulate, ..Epilogue::default() };
             turned.forward(dy, &weights, epilogue, dx);
         }
-        *packed = weights.into_memory();
+        *half = weights.into_memory();
     }
 
     /// The gradient of the weights, (out, in, k, k), to `dweight`.
@@ -566,22 +567,28 @@ mod tests {
             };
             let (mut y, mut dx) = (normal(6, dy.len()), normal(7, x.len()));
             let (y_before, dx_before) = (y.clone(), dx.clone());
-            let isa = Isa::detect();
-            sizes.forward(isa, &x, &sizes.pack(&weight), epilogue, &mut y);
-            sizes.input_gradient(isa, &dy, &weight, &mut dx, accumulate);
+            let dirty = || Workspace {
+                packed: vec![f32::NAN; 999],
+                half: vec![u16::MAX; 999],
+                sums: vec![f32::NAN; 999],
+            };
+            let (best, mut dirt) = (Isa::detect(), dirty());
+            let packed = sizes.pack(&weight, std::mem::take(&mut dirt.packed));
+            sizes.forward(best, &x, &packed, epilogue, &mut y);
+            sizes.input_gradient(best, &dy, &weight, &mut dx, accumulate, &mut dirt.packed);
             let mut dweight = vec![f32::NAN; weight.len()];
-            sizes.weight_gradient(isa, &x, &dy, &mut dweight);
+            sizes.weight_gradient(best, &x, &dy, &mut dweight, &mut dirt.sums);
             for unit in Unit::available() {
+                let isa = unit.isa().unwrap_or(best);
                 for (terms, limit) in [(Terms::One, 8e-3), (Terms::Three, 4e-5)] {
                     let half = HalfConvolution { isa, unit, terms, sizes };
                     let (mut y_half, mut dx_half) = (y_before.clone(), dx_before.clone());
-                    let mut dirt = (vec![u16::MAX; 999], vec![f32::NAN; 999]);
-                    let packed = half.pack(&weight, std::mem::take(&mut dirt.0));
+                    let mut dirt = dirty();
+                    let packed = half.pack(&weight, std::mem::take(&mut dirt.half));
                     half.forward(&x, &packed, epilogue, &mut y_half);
-                    let memory = (&mut dirt.0, &mut dirt.1);
-                    half.input_gradient(&dy, &weight, &mut dx_half, accumulate, memory);
+                    half.input_gradient(&dy, &weight, &mut dx_half, accumulate, &mut dirt);
                     let mut dweight_half = vec![f32::NAN; weight.len()];
-                    half.weight_gradient(&x, &dy, &mut dweight_half, &mut dirt.1);
+                    half.weight_gradient(&x, &dy, &mut dweight_half, &mut dirt.sums);
                     for (what, found, expected) in
                         [("y", &y_half, &y), ("dx", &dx_half, &dx), ("dw", &dweight_half, &dweight)]
                     {

@@ -108,34 +108,23 @@ impl Patches {
     }
 
     /// The weights (out, in, k, k), packed as [`forward`](Self::forward) multiplies patches with them:
-    /// a row for each value of a patch, a column for each output channel.
-    pub fn pack(&self, weight: &[f32]) -> Panels {
+    /// a row for each value of a patch, a column for each output channel. `memory` is used where it is
+    /// large enough.
+    pub fn pack(&self, weight: &[f32], memory: Vec<f32>) -> Panels {
         let kernels = |o| o * self.c_in * self.kernel * self.kernel;
-        Panels::gather(weight, (self.patch(), self.c_out), |k| self.tap(k), kernels)
+        Panels::gather(weight, (self.patch(), self.c_out), |k| self.tap(k), kernels, memory)
     }
 
     /// As [`pack`](Self::pack), with rows and columns exchanged.
-    fn pack_turned(&self, weight: &[f32]) -> Panels {
+    fn pack_turned(&self, weight: &[f32], memory: Vec<f32>) -> Panels {
         let kernels = |o| o * self.c_in * self.kernel * self.kernel;
-        Panels::gather(weight, (self.c_out, self.patch()), kernels, |k| self.tap(k))
+        Panels::gather(weight, (self.c_out, self.patch()), kernels, |k| self.tap(k), memory)
     }
 
     /// Where in the weights (in, k, k) of an output channel that of a patch's value stands.
     fn tap(&self, value: usize) -> usize {
         let (tap, channel) = (value / self.c_in, value % self.c_in);
         channel * self.kernel * self.kernel + tap
-    }
-
-    /// What [`weight_gradient`](Self::weight_gradient) sums, (out, k, k, in), to (out, in, k, k).
-    fn weight_layout(&self, matrix: &[f32], weight: &mut [f32]) {
-        let area = self.kernel * self.kernel;
-        for o in 0..self.c_out {
-            for k in 0..area {
-                for i in 0..self.c_in {
-                    weight[(o * self.c_in + i) * area + k] = matrix[(o * area + k) * self.c_in + i];
-                }
-            }
-        }
     }
 
     /// The parts of the patches of output row `oy` that lie within the image: for each, where it
@@ -250,7 +239,7 @@ impl Patches {
         });
     }
 
-    /// The gradient of `x`, written or added to `dx`.
+    /// The gradient of `x`, written or added to `dx`. Packs the weights to `packed`.
     pub fn input_gradient(
         &self,
         isa: Isa,
@@ -258,8 +247,9 @@ impl Patches {
         weight: &[f32],
         dx: &mut [f32],
         accumulate: bool,
+        packed: &mut Vec<f32>,
     ) {
-        let turned = self.pack_turned(weight);
+        let turned = self.pack_turned(weight, std::mem::take(packed));
         let line = self.w_out * self.c_out;
         let images = dx.par_chunks_mut(self.x_len()).zip(dy.par_chunks(self.y_len()));
         images.for_each(|(dx, dy)| {
@@ -273,34 +263,46 @@ impl Patches {
                 self.add_input_gradient(isa, dx, dy, &turned, rows);
             }
         });
+        *packed = turned.into_memory();
     }
 
-    /// The gradient of the weights, (out, in, k, k), to `dweight`.
-    pub fn weight_gradient(&self, isa: Isa, x: &[f32], dy: &[f32], dweight: &mut [f32]) {
+    /// The gradient of the weights, (out, in, k, k), to `dweight`, by sums of parts of the batch in `sums`.
+    pub fn weight_gradient(
+        &self,
+        isa: Isa,
+        x: &[f32],
+        dy: &[f32],
+        dweight: &mut [f32],
+        sums: &mut Vec<f32>,
+    ) {
         let images = self.batch.div_ceil(PARTS);
-        let line = self.w_out * self.c_out;
+        let (line, patch) = (self.w_out * self.c_out, self.patch());
+        let part_len = self.c_out * patch;
+        let sums = sized(sums, self.batch.div_ceil(images) * part_len);
         let parts = x.par_chunks(images * self.x_len()).zip(dy.par_chunks(images * self.y_len()));
-        let sums: Vec<_> = parts
-            .map(|(x, dy)| {
-                let mut dweight = vec![0f32; self.c_out * self.patch()];
-                for (x, dy) in x.chunks(self.x_len()).zip(dy.chunks(self.y_len())) {
-                    for i in 0..self.h_out.div_ceil(self.chunk_rows()) {
-                        let rows = self.chunk(i);
-                        let dy = &dy[rows.start * line..rows.end * line];
-                        let dy = Mat::new(dy, rows.len() * self.w_out, self.c_out);
-                        self.with_patches(x, rows, |patches| {
-                            let dweight = (&mut dweight[..], self.patch());
-                            gemm(isa, dweight, dy.transposed(), patches, true);
-                        });
-                    }
+        sums.par_chunks_mut(part_len).zip(parts).for_each(|(sums, (x, dy))| {
+            sums.fill(0.0);
+            for (x, dy) in x.chunks(self.x_len()).zip(dy.chunks(self.y_len())) {
+                for i in 0..self.h_out.div_ceil(self.chunk_rows()) {
+                    let rows = self.chunk(i);
+                    let dy = &dy[rows.start * line..rows.end * line];
+                    let dy = Mat::new(dy, rows.len() * self.w_out, self.c_out);
+                    self.with_patches(x, rows, |patches| {
+                        gemm(isa, (&mut *sums, patch), dy.transposed(), patches, true);
+                    });
                 }
-                dweight
-            })
-            .collect();
-        let mut total = vec![0f32; self.c_out * self.patch()];
-        for part in sums {
-            total.iter_mut().zip(part).for_each(|(total, d)| *total += d);
-        }
-        self.weight_layout(&total, dweight);
+            }
+        });
+        // Each output channel's, from (k, k, in) to (in, k, k).
+        let area = self.kernel * self.kernel;
+        dweight.par_chunks_mut(patch).enumerate().for_each(|(o, dweight)| {
+            dweight.fill(0.0);
+            for sums in sums.chunks(part_len) {
+                for (tap, sums) in sums[o * patch..][..patch].chunks(self.c_in).enumerate() {
+                    let dweight = dweight[tap..].iter_mut().step_by(area);
+                    dweight.zip(sums).for_each(|(d, sum)| *d += sum);
+                }
+            }
+        });
     }
 }

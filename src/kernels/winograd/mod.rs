@@ -156,7 +156,6 @@ fn place_stride(values: usize) -> usize {
 
 /// Weights (out, in, 3, 3), transformed and packed: panels of output channels, each (places, in,
 /// [`PANEL`]).
-#[derive(Debug, Clone)]
 pub(crate) struct Packed {
     values: Vec<f32>,
     input: usize,
