@@ -14,6 +14,10 @@ pub trait Denoiser {
     /// The prediction for a batch: `x_t` (batch, channels, height, width), `t` (batch) of an
     /// integer dtype, counted in the full schedule's steps; the answer has the shape of `x_t`.
     ///
+    /// A network that shares its work among rayon's threads, as [`UNet`](crate::UNet) does, may run other
+    /// jobs of theirs on the calling one meanwhile, where that is one of them: hold no lock over the call
+    /// that such a job wants.
+    ///
     /// # Errors
     /// Whatever the network fails with; those of other libraries are wrapped by
     /// [`Error::external`](crate::Error::external).

@@ -227,3 +227,21 @@ fn so_they_are_in_every_instruction_set() {
         assert!(output.status.success() && stdout.contains("1 passed"), "{isa}: {stdout}");
     }
 }
+
+#[test]
+fn an_unknown_instruction_set_is_refused() {
+    let test = "an_unknown_instruction_set_is_refused";
+    if std::env::var("DDPM_MAX_CPU_ISA").as_deref() == Ok("sse9") {
+        let built = Parameters::new(0, DType::F32, &Device::Cpu).build(&UNetConfig::mnist());
+        let message = built.unwrap_err().to_string();
+        assert_eq!(message, "DDPM_MAX_CPU_ISA is sse9; it must be amx, avx512, avx2 or baseline");
+        return;
+    }
+    let command = Command::new(std::env::current_exe().unwrap())
+        .args([test, "--exact"])
+        .env("DDPM_MAX_CPU_ISA", "sse9")
+        .output()
+        .unwrap();
+    let stdout = String::from_utf8_lossy(&command.stdout);
+    assert!(command.status.success() && stdout.contains("1 passed"), "{stdout}");
+}

@@ -2,6 +2,8 @@
 //! or, where a machine has neither, by f32 arithmetic on the same values.
 
 pub(super) use super::product::PANEL;
+#[cfg(target_arch = "x86_64")]
+use super::simd::Limit;
 use super::simd::{Isa, simd_fn};
 
 /// The depth of a product is a multiple of this, padded with zeros: what an AMX tile takes.
@@ -54,7 +56,7 @@ impl Unit {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
         if isa.kind() == super::simd::Kind::Avx512 {
-            if super::amx::available() {
+            if Limit::of_process() == Limit::Amx && super::amx::available() {
                 found.push(Self(Kind::Amx));
             }
             if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw") {

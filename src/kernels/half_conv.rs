@@ -311,7 +311,9 @@ impl HalfConvolution {
         *half = weights.into_memory();
     }
 
-    /// The gradient of the weights, (out, in, k, k), to `dweight`.
+    /// The gradient of the weights, (out, in, k, k), to `dweight`. Where a value of `x` is not finite,
+    /// more of it may be NaN than the sums' own terms would make so: what fills the depth up is zeros on
+    /// one side only.
     ///
     /// The batch is cut into parts, and the channels into groups, by their numbers alone: so the order
     /// of sums does not depend on the number of threads.

@@ -1,5 +1,54 @@
 //! Vectors of f32 in whatever width the machine has, chosen when the program runs.
 
+use std::env;
+use std::sync::OnceLock;
+
+use crate::{Error, Result};
+
+const LIMIT: &str = "DDPM_MAX_CPU_ISA";
+
+/// What kernels may use at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Limit {
+    Baseline,
+    Avx2,
+    Avx512,
+    /// AVX-512 and the tiles of AMX.
+    Amx,
+}
+
+impl Limit {
+    fn named(name: &str) -> Option<Self> {
+        match name {
+            "" | "amx" => Some(Self::Amx),
+            "avx512" => Some(Self::Avx512),
+            "avx2" => Some(Self::Avx2),
+            "baseline" => Some(Self::Baseline),
+            _ => None,
+        }
+    }
+
+    /// What the environment variable `DDPM_MAX_CPU_ISA` says, which is asked once a process; no limit
+    /// where it is not set, or [wrong](check_limit).
+    pub fn of_process() -> Self {
+        static LIMITED: OnceLock<Limit> = OnceLock::new();
+        *LIMITED.get_or_init(|| Self::named(&asked()).unwrap_or(Self::Amx))
+    }
+}
+
+fn asked() -> String {
+    env::var_os(LIMIT).unwrap_or_default().to_string_lossy().to_lowercase()
+}
+
+/// An error unless `DDPM_MAX_CPU_ISA` is one that kernels know, or not set.
+pub(crate) fn check_limit() -> Result<()> {
+    let asked = asked();
+    match Limit::named(&asked) {
+        Some(_) => Ok(()),
+        None => Err(Error::config(LIMIT, asked, "amx, avx512, avx2 or baseline")),
+    }
+}
+
 /// An instruction set that this machine has, as far as the kernels tell them apart. There is none but
 /// by asking the machine, which is what makes it safe to run a kernel in one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,21 +65,25 @@ pub(super) enum Kind {
 }
 
 impl Isa {
-    /// The best that this machine has, or that `DDPM_MAX_CPU_ISA` allows: `avx512`, `avx2` or
-    /// `baseline`. Asked once a process.
+    /// The best that this machine has, within the process's [`Limit`].
     pub fn detect() -> Self {
-        static DETECTED: std::sync::OnceLock<Isa> = std::sync::OnceLock::new();
+        static DETECTED: OnceLock<Isa> = OnceLock::new();
         *DETECTED.get_or_init(|| {
-            let limit = std::env::var("DDPM_MAX_CPU_ISA").unwrap_or_default().to_lowercase();
-            let mut allowed = Self::available();
-            // Whatever else it says is no limit.
-            let begin = match limit.as_str() {
-                "baseline" => allowed.len() - 1,
-                "avx2" => allowed.iter().position(|isa| isa.name() != "avx512").unwrap_or(0),
-                _ => 0,
-            };
-            allowed.remove(begin)
+            let mut all = Self::available();
+            let allowed = |isa: &Isa| isa.limit() <= Limit::of_process();
+            let best = all.iter().position(allowed).unwrap_or(all.len() - 1);
+            all.remove(best)
         })
+    }
+
+    fn limit(self) -> Limit {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => Limit::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => Limit::Avx2,
+            Kind::Baseline => Limit::Baseline,
+        }
     }
 
     /// All that this machine has, the best first; never empty.

@@ -75,6 +75,7 @@ impl UNet {
     /// f32 or f64, or lacks a weight.
     pub fn new(config: &UNetConfig, vb: VarBuilder) -> Result<Self> {
         config.validate()?;
+        kernels::check_limit()?;
         let dtype = weights_dtype(&vb)?;
         let dims = &config.hidden_dims;
         let attend = |level: usize| config.attention_resolutions.contains(&level);
@@ -440,5 +441,60 @@ fn attend<'n, E: Engine<'n>>(
     match attention {
         Some(attention) => attention.run(engine, &x),
         None => Ok(x),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::{Parameters, Sampler};
+
+    /// What [`Precision::High`] is on a CPU with AMX, on whatever this one has; beside `Highest`, whose
+    /// own error `tests/precision.rs` holds ten times lower.
+    #[test]
+    fn three_bf16_products_are_good_to_16_bits() -> Result<()> {
+        let attentive = UNetConfig {
+            hidden_dims: vec![24, 40, 64],
+            attention_resolutions: vec![0, 1],
+            channels: 3,
+            image_size: 16,
+            ..UNetConfig::mnist()
+        };
+        for (name, config) in [("mnist", UNetConfig::mnist()), ("attentive", attentive)] {
+            let shape = (2, config.channels, config.image_size, config.image_size);
+            let [x, target] = [5, 6].map(|seed| Sampler::prior(shape, seed, &Device::Cpu));
+            let (x, target, t) = (x?, target?, Tensor::new(&[40u32, 700], &Device::Cpu)?);
+            // The output, and all gradients.
+            let pass = |precision| -> Result<[Vec<f32>; 2]> {
+                let parameters = Parameters::new(3, DType::F32, &Device::Cpu);
+                let unet = parameters.build(&config)?.with_precision(precision)?;
+                let mut output = Vec::new();
+                let mut d_output = |y: &Tensor| {
+                    output = y.flatten_all()?.to_vec1()?;
+                    Ok((y - &target)?)
+                };
+                let found = unet.forward_backward(&x, &t, &Dropout::new(0, 0), &mut d_output)?;
+                let gradients = parameters.vars().into_values().map(|var| {
+                    let gradient = found.get(&var).expect("a gradient");
+                    Ok(gradient.flatten_all()?.to_vec1::<f32>()?)
+                });
+                let gradients: Result<Vec<_>> = gradients.collect();
+                Ok([output, gradients?.concat()])
+            };
+            let (exact, high) = (pass(Precision::Highest)?, pass(Precision::High)?);
+            let errors = [0, 1].map(|i| {
+                let square = |x: f32| f64::from(x) * f64::from(x);
+                let off: f64 = exact[i].iter().zip(&high[i]).map(|(a, b)| square(a - b)).sum();
+                (off / exact[i].iter().map(|&x| square(x)).sum::<f64>()).sqrt()
+            });
+            println!("{name}: output off by {:.1e}, gradients {:.1e}", errors[0], errors[1]);
+            for (off, most) in errors.into_iter().zip([1e-4, 3e-4]) {
+                // Less than the least would be f32's own products.
+                assert!((5e-6..most).contains(&off), "{name}: {errors:?}");
+            }
+        }
+        Ok(())
     }
 }
