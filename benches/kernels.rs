@@ -41,8 +41,9 @@ mod precision;
 use error::{Error, Result};
 use kernels::{
     Activation, AdamStep, AttentionSizes, Convolution, Epilogue, Isa, Normalization, Scale,
-    Weights, Workspace, clamp, combine, linear_forward, linear_input_gradient,
-    linear_weight_gradient, squared_error, sum_of_squares, weighted_sum,
+    Weights, Workspace, add_values, clamp, combine, concatenate, linear_forward,
+    linear_input_gradient, linear_weight_gradient, scale_maps, split, squared_error,
+    sum_of_squares, sums_by_image, weighted_sum,
 };
 use noise::{Noise, Purpose};
 use precision::Precision;
@@ -151,6 +152,11 @@ fn main() {
         ("cifar10", 8, 4, 256),
     ] {
         bench.group_norm(model, batch, size, channels);
+    }
+    for (model, batch, size, channels) in
+        [("mnist", 32, 28, [64, 64]), ("mnist", 32, 7, [128, 128]), ("cifar10", 8, 32, [256, 256])]
+    {
+        bench.maps(model, batch, size, channels);
     }
     for (model, batch, size, channels) in
         [("mnist", 32, 7, 128), ("cifar10", 8, 16, 256), ("cifar10", 8, 4, 256)]
@@ -305,6 +311,31 @@ impl Bench<'_> {
         });
     }
 
+    fn maps(&self, model: &str, batch: usize, size: usize, channels: [usize; 2]) {
+        let shape = format!("{model} {batch}x{size}x{size} {}+{}", channels[0], channels[1]);
+        let pixels = batch * size * size;
+        let [mut a, mut b] = channels.map(|channels| normal(pixels * channels));
+        let mut y = normal(a.len() + b.len());
+        self.measure("concatenation", &shape, Work::Bytes(8 * y.len()), || {
+            concatenate([&a, &b], channels, &mut y);
+        });
+        self.measure("its way back", &shape, Work::Bytes(8 * y.len()), || {
+            split(&y, channels, [&mut a, &mut b]);
+        });
+        // Not zeros, nor what would grow.
+        let mask = vec![1.0; batch * channels[0]];
+        let mut dropped = vec![0f32; a.len()];
+        self.measure("dropout", &shape, Work::Bytes(8 * a.len()), || {
+            scale_maps(&a, &mask, channels[0], &mut dropped);
+        });
+        self.measure("sum of maps", &shape, Work::Bytes(12 * a.len()), || {
+            add_values(&mut dropped, &a);
+        });
+        self.measure("sums by image", &shape, Work::Bytes(4 * a.len()), || {
+            black_box(sums_by_image(&a, batch, channels[0]));
+        });
+    }
+
     fn attention(&self, model: &str, batch: usize, size: usize, channels: usize) {
         let shape = format!("{model} {batch}x{size}x{size} {channels}");
         let positions = size * size;
@@ -414,7 +445,7 @@ impl Bench<'_> {
         let (rate, share) = (rate / 1e9, rate / ceiling);
         if self.args.json {
             let line = serde_json::json!({
-                "name": name, "shape": shape, "isa": self.isa.name(),
+                "name": name, "shape": shape, "isa": self.isa.name(), "precision": self.args.precision,
                 "threads": rayon::current_num_threads(), "ms_min": min * 1e3,
                 "ms_median": median * 1e3, unit: rate, "share": share,
             });

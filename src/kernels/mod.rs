@@ -21,6 +21,7 @@ mod gemm;
 mod group_norm;
 mod half_conv;
 mod linear;
+mod maps;
 mod patches;
 mod process;
 mod product;
@@ -36,6 +37,7 @@ pub(crate) use attention::{AttentionSizes, attention};
 pub(crate) use conv::{Convolution, Weights, Workspace, conv2d, sum_over_batch, sums_by_image};
 pub(crate) use group_norm::{Activation, Normalization, Stats, group_norm};
 pub(crate) use linear::{linear, linear_forward, linear_input_gradient, linear_weight_gradient};
+pub(crate) use maps::{concatenate, scale_maps, split};
 pub(crate) use patches::Scale;
 #[cfg(feature = "cuda")]
 pub(crate) use process::mix;

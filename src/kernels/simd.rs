@@ -70,20 +70,10 @@ impl Isa {
         static DETECTED: OnceLock<Isa> = OnceLock::new();
         *DETECTED.get_or_init(|| {
             let mut all = Self::available();
-            let allowed = |isa: &Isa| isa.limit() <= Limit::of_process();
+            let allowed = |isa: &Isa| Limit::named(isa.name()) <= Some(Limit::of_process());
             let best = all.iter().position(allowed).unwrap_or(all.len() - 1);
             all.remove(best)
         })
-    }
-
-    fn limit(self) -> Limit {
-        match self.0 {
-            #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 => Limit::Avx512,
-            #[cfg(target_arch = "x86_64")]
-            Kind::Avx2 => Limit::Avx2,
-            Kind::Baseline => Limit::Baseline,
-        }
     }
 
     /// All that this machine has, the best first; never empty.

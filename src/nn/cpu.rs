@@ -2,7 +2,6 @@ use std::cell::RefCell;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use rayon::prelude::*;
 
 use super::TimeEmbedding;
 use super::backend::Backend;
@@ -11,8 +10,9 @@ use super::layers::{Conv2d, GROUPS, GroupNorm, Linear};
 use super::pool::{Buffer, Pool};
 use crate::kernels::{
     AttentionSizes, Convolution, Epilogue, Isa, Normalization, Stats, Workspace, add_values,
-    linear_forward, linear_input_gradient, linear_weight_gradient, sum_over_batch, sums_by_image,
-    to_channels_first, to_channels_last, with_values, with_values_mut,
+    concatenate, linear_forward, linear_input_gradient, linear_weight_gradient, scale_maps, split,
+    sum_over_batch, sums_by_image, to_channels_first, to_channels_last, with_values,
+    with_values_mut,
 };
 use crate::{Dropout, Precision, Result};
 
@@ -269,15 +269,8 @@ impl Backend for Cpu<'_> {
     }
 
     fn scale_maps(&self, dims: [usize; 4], x: &Buffer, mask: &Buffer) -> Result<Buffer> {
-        let [batch, _, _, c] = dims;
-        let image = x.len() / batch;
         let mut y = self.memory(x.len());
-        let images = y.par_chunks_mut(image).zip(x.par_chunks(image));
-        images.zip(mask.par_chunks(c)).for_each(|((to, from), mask)| {
-            for (to, from) in to.chunks_mut(c).zip(from.chunks(c)) {
-                to.iter_mut().zip(from).zip(mask).for_each(|((to, from), m)| *to = from * m);
-            }
-        });
+        scale_maps(x, mask, dims[3], &mut y);
         Ok(y)
     }
 
@@ -287,30 +280,14 @@ impl Backend for Cpu<'_> {
         channels: [usize; 2],
         maps: [&Buffer; 2],
     ) -> Result<Buffer> {
-        let ([first, second], [a, b]) = (channels, maps);
-        let mut y = self.memory(pixels * (first + second));
-        let rows = a.par_chunks(ROW * first).zip(b.par_chunks(ROW * second));
-        y.par_chunks_mut(ROW * (first + second)).zip(rows).for_each(|(y, (a, b))| {
-            let pixels = a.chunks_exact(first).zip(b.chunks_exact(second));
-            for (y, (a, b)) in y.chunks_exact_mut(first + second).zip(pixels) {
-                y[..first].copy_from_slice(a);
-                y[first..].copy_from_slice(b);
-            }
-        });
+        let mut y = self.memory(pixels * (channels[0] + channels[1]));
+        concatenate(maps.map(|map| &**map), channels, &mut y);
         Ok(y)
     }
 
     fn split(&self, pixels: usize, channels: [usize; 2], map: &Buffer) -> Result<[Buffer; 2]> {
-        let [first, second] = channels;
-        let (mut a, mut b) = (self.memory(pixels * first), self.memory(pixels * second));
-        let rows = a.par_chunks_mut(ROW * first).zip(b.par_chunks_mut(ROW * second));
-        map.par_chunks(ROW * (first + second)).zip(rows).for_each(|(map, (a, b))| {
-            let pixels = a.chunks_exact_mut(first).zip(b.chunks_exact_mut(second));
-            for (map, (a, b)) in map.chunks_exact(first + second).zip(pixels) {
-                a.copy_from_slice(&map[..first]);
-                b.copy_from_slice(&map[first..]);
-            }
-        });
+        let [mut a, mut b] = channels.map(|channels| self.memory(pixels * channels));
+        split(map, channels, [&mut a, &mut b]);
         Ok([a, b])
     }
 
@@ -326,9 +303,6 @@ impl Backend for Cpu<'_> {
         Ok(d)
     }
 }
-
-/// Pixels that one thread copies at a time.
-const ROW: usize = 32;
 
 fn attention(isa: Isa, [_, h, w, c]: [usize; 4]) -> AttentionSizes {
     AttentionSizes { isa, positions: h * w, channels: c / 3 }
