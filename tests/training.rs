@@ -143,6 +143,7 @@ fn every_option_changes_the_result() {
         ("beta2", TrainConfig { optimizer: AdamConfig { beta2: 0.9, ..adam }, ..config() }),
         ("eps", TrainConfig { optimizer: AdamConfig { eps: 1e-3, ..adam }, ..config() }),
         ("warmup_steps", TrainConfig { warmup_steps: 10, ..config() }),
+        ("cooldown", TrainConfig { cooldown: 0.5, ..config() }),
         // Adam does not see the gradient's scale, but for eps.
         ("clip_norm", TrainConfig { clip_norm: Some(1e-6), ..config() }),
         ("horizontal_flip", TrainConfig { horizontal_flip: true, ..config() }),
@@ -258,6 +259,24 @@ fn observers_see_every_step_and_the_mean_loss_between_reports() {
     let rates: Vec<f64> = every.iter().map(|m| m.lr).collect();
     for (rate, expected) in rates.iter().zip([0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4, 1e-4, 1e-4]) {
         assert!((rate - expected).abs() < 1e-18, "{rates:?}");
+    }
+}
+
+/// Up over the first updates, down over the last, and never below zero.
+#[test]
+fn the_learning_rate_rises_and_falls_linearly() {
+    let optimizer = AdamConfig::adam(1.0);
+    let base = TrainConfig { steps: 8, optimizer, ..config() };
+    let up = TrainConfig { warmup_steps: 4, ..base.clone() };
+    let down = TrainConfig { cooldown: 0.5, ..base.clone() };
+    let both = TrainConfig { warmup_steps: 4, cooldown: 1.0, ..base };
+    for (config, expected) in [
+        (up, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        (down, [1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]),
+        (both, [0.25, 0.5, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0]),
+    ] {
+        let rates: Vec<f64> = (0..9).map(|step| config.learning_rate(step)).collect();
+        assert_eq!(rates, expected, "{config:?}");
     }
 }
 
@@ -458,6 +477,8 @@ fn wrong_configurations_are_refused() {
         (TrainConfig { keep_checkpoints: 0, ..config() }, "keep_checkpoints is 0"),
         (TrainConfig { clip_norm: Some(0.0), ..config() }, "clip_norm is 0; it must be positive"),
         (TrainConfig { clip_norm: Some(f64::NAN), ..config() }, "clip_norm is NaN"),
+        (TrainConfig { cooldown: 1.1, ..config() }, "cooldown is 1.1; it must be from 0 to 1"),
+        (TrainConfig { cooldown: f64::NAN, ..config() }, "cooldown is NaN"),
         (
             TrainConfig { ema: Some(EmaConfig { decay: 1.0, warmup: true }), ..config() },
             "ema.decay is 1",

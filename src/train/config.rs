@@ -28,6 +28,11 @@ pub struct TrainConfig {
     pub optimizer: AdamConfig,
     /// Updates over which the learning rate rises linearly to its full value; 0 for none.
     pub warmup_steps: u64,
+    /// The share of [`steps`](Self::steps), at their end, over which the learning rate falls linearly
+    /// to zero, from 0, for none, to 1. An update beyond `steps` changes nothing then.
+    /// Hägele et al. 2024.
+    #[serde(default)]
+    pub cooldown: f64,
     /// The global norm to which gradients are clipped, positive; `None` does not clip.
     pub clip_norm: Option<f64>,
     /// The average of the weights that samples come from; `None` keeps none.
@@ -58,6 +63,7 @@ impl TrainConfig {
             accumulation: 1,
             optimizer: AdamConfig::adam(1e-4),
             warmup_steps: 0,
+            cooldown: 0.0,
             clip_norm: None,
             ema: Some(EmaConfig { decay: 0.999, warmup: true }),
             precision: Precision::Highest,
@@ -105,6 +111,9 @@ impl TrainConfig {
             let expected = format!("a divisor of batch_size, which is {}", self.batch_size);
             return Err(Error::config("accumulation", self.accumulation, expected));
         }
+        if !(0.0..=1.0).contains(&self.cooldown) {
+            return Err(Error::config("cooldown", self.cooldown, "from 0 to 1"));
+        }
         if let Some(norm) = self.clip_norm
             && !(norm > 0.0 && norm.is_finite())
         {
@@ -118,10 +127,15 @@ impl TrainConfig {
 
     /// The learning rate of the update that follows `step` others: `step` counts from 0.
     pub fn learning_rate(&self, step: u64) -> f64 {
-        let full = self.optimizer.learning_rate;
-        match self.warmup_steps {
-            0 => full,
-            warmup => full * (step.saturating_add(1) as f64 / warmup as f64).min(1.0),
-        }
+        let rise = match self.warmup_steps {
+            0 => 1.0,
+            warmup => (step.saturating_add(1) as f64 / warmup as f64).min(1.0),
+        };
+        let left = self.steps.saturating_sub(step) as f64;
+        let fall = match self.cooldown * self.steps as f64 {
+            0.0 => 1.0,
+            cooldown => (left / cooldown).min(1.0),
+        };
+        self.optimizer.learning_rate * rise.min(fall)
     }
 }
