@@ -8,6 +8,7 @@ mean of every tenth of the steps. Steps are those that the lines tell, as many a
 """
 import json
 import math
+import os
 import sys
 from xml.sax.saxutils import escape
 
@@ -19,12 +20,12 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 960, 480, 70, 50, 30
 def losses(path):
     """The loss of each step that was logged. Lines that are not whole, and losses that are no numbers, are left out."""
     found = {}
-    with open(path) as lines:
+    with open(path, errors="replace") as lines:
         for line in lines:
             try:
                 logged = json.loads(line)
                 step, loss = int(logged["step"]), float(logged["loss"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError):
                 continue
             # What no logarithm takes has no place either.
             if step > 0 and math.isfinite(loss) and loss > 0:
@@ -32,6 +33,19 @@ def losses(path):
     if not found:
         sys.exit(f"{path}: no line has a step and a loss")
     return dict(sorted(found.items()))
+
+
+def write(path, text):
+    """Writes beside the target and renames, so that a file is there whole or not at all."""
+    partial = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}")
+    try:
+        with open(partial, "w") as file:
+            file.write(text)
+        os.replace(partial, path)
+    except OSError as error:
+        if os.path.exists(partial):
+            os.unlink(partial)
+        sys.exit(f"{path}: {error.strerror}")
 
 
 def mean(values):
@@ -92,8 +106,7 @@ def main(out, *runs):
         svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{width:.1f}"/>')
         svg.append(f'<path d="M{WIDTH - 280} {TOP + 22 * i + 20}h30" stroke="{colour}" stroke-width="{width:.1f}"/>')
         svg.append(f'<text x="{WIDTH - 240}" y="{TOP + 22 * i + 25}">{escape(name)}</text>')
-    with open(out, "w") as file:
-        file.write("\n".join([*svg, "</svg>\n"]))
+    write(out, "\n".join([*svg, "</svg>\n"]))
 
     print("| steps | " + " | ".join(runs) + " |")
     print("| --- |" + " --- |" * len(runs))
