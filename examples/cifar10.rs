@@ -8,12 +8,13 @@ use std::process::ExitCode;
 use clap::Parser;
 use common::train::{Recipe, TrainArgs};
 use common::{cli, datasets, train};
-use ddpm::{Solver, TrainConfig, UNetConfig};
+use ddpm::{Diffusion, Solver, TrainConfig, UNetConfig};
 
 fn recipe() -> Recipe {
     Recipe {
         example: "cifar10",
         network: UNetConfig::cifar10(),
+        diffusion: || Ok(Diffusion::ddpm()),
         train: TrainConfig::cifar10(),
         out: "out/cifar10",
         save_every: 1_000,

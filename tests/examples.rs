@@ -49,6 +49,12 @@ fn succeed(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
+/// An example's `--help`, as one line however it is wrapped.
+fn help(name: &str) -> Result<String> {
+    let help = succeed(example(name).arg("--help"))?;
+    Ok(help.split_whitespace().collect::<Vec<_>>().join(" "))
+}
+
 /// Fails with one line on standard error that says all of `expected`.
 fn assert_fails(command: &mut Command, expected: &[&str]) -> Result<()> {
     let Output { status, stderr, .. } = command.output()?;
@@ -169,9 +175,31 @@ fn each_data_set_has_a_directory_of_its_own() -> Result<()> {
         let said = succeed(&mut command)?;
         assert!(said.contains(images) && said.contains(&format!("done: {out}\n")), "{said}");
         assert_eq!(saved_step(&temp.path().join(out))?, 1);
-        let (help, out) = (succeed(example("mnist").arg("--help"))?, format!("--out {out}"));
+        let (help, out) = (help("mnist")?, format!("--out {out}"));
         assert!(help.split(&out).skip(1).any(|next| next.starts_with([' ', '.'])), "{help}");
     }
+    Ok(())
+}
+
+/// The files of both sets have the same names.
+#[test]
+fn the_folder_of_another_set_is_not_trained_on() -> Result<()> {
+    let temp = TempDir::new()?;
+    write_idx(&temp.path().join("mnist"), 5)?;
+    write_idx(&temp.path().join("fashion-mnist"), 5)?;
+    let train = |dir: &str, data: &str, args: &[&str]| {
+        let mut command = example("mnist");
+        command.args(["--out", "run", "--data", data]).args(args).args(SMALL);
+        command.args(["--steps", "1"]).current_dir(temp.path().join(dir));
+        command
+    };
+    let clothes = "the folder of Fashion-MNIST; it must be that of MNIST, or pass --fashion";
+    let digits = "the folder of MNIST; it must be that of Fashion-MNIST, or leave --fashion out";
+    assert_fails(&mut train(".", "fashion-mnist", &[]), &["--data is fashion-mnist,", clothes])?;
+    assert_fails(&mut train("fashion-mnist", ".", &[]), &[clothes])?;
+    assert_fails(&mut train(".", "mnist/", &["--fashion"]), &["--data is mnist/,", digits])?;
+    succeed(&mut train(".", "fashion-mnist", &["--fashion"]))?;
+    succeed(&mut train("mnist", ".", &[]))?;
     Ok(())
 }
 
@@ -201,15 +229,28 @@ fn a_run_goes_on_with_its_own_images_only() -> Result<()> {
     assert_eq!(saved_step(&out)?, 1);
     mnist(&out, &resume)?;
 
-    // The same images in another place; and a run of an earlier version, which does not say.
+    // The same images in another place.
     fs::rename(temp.path().join("mnist"), temp.path().join("elsewhere"))?;
     let elsewhere = temp.path().join("elsewhere");
     let elsewhere = [&small[..], &[elsewhere.to_str().ok_or("a path in UTF-8")?]].concat();
     mnist(&out, &[&elsewhere[..], &["--steps", "3"]].concat())?;
+
+    // A run that does not say takes what it is given, and says so from then on.
     fs::remove_file(out.join("data.json"))?;
-    mnist(&out, &[&elsewhere[..], &["--steps", "4"]].concat())?;
-    assert_eq!(saved_step(&out)?, 4);
-    Ok(())
+    for (steps, warned) in [("4", true), ("5", false)] {
+        let args = [&elsewhere[..], &["--steps", steps]].concat();
+        let Output { status, stderr, .. } =
+            example("mnist").args(args).arg("--out").arg(&out).output()?;
+        let said = String::from_utf8(stderr)?;
+        assert!(status.success(), "{said}");
+        assert_eq!(said.contains("data.json is not there: it is not known which images"), warned);
+        assert_eq!(said.lines().count(), usize::from(warned), "{said}");
+    }
+    assert_eq!(saved_step(&out)?, 5);
+    assert_fails(
+        example("mnist").args(&resume).args(["--fashion", "--out"]).arg(&out),
+        &["data.json", digits, others],
+    )
 }
 
 /// What a run without a checkpoint, or none of ours, may have left.
@@ -221,14 +262,21 @@ fn a_new_run_among_an_old_ones_files_loses_none_and_draws_its_own() -> Result<()
     let data = temp.path().to_str().ok_or("a path in UTF-8")?;
     let grid = out.join("samples/step-000001.png");
     fs::create_dir_all(out.join("samples"))?;
-    for (round, aside) in ["metrics-old.jsonl", "metrics-old-2.jsonl"].into_iter().enumerate() {
+    for (round, n) in ["", "-2"].into_iter().enumerate() {
+        let (aside, grids) = (format!("metrics-old{n}.jsonl"), format!("samples-old{n}"));
         let old = format!("not ours, {round}\n{{\"step\":1,\"loss\":9.0}}\n");
         fs::write(out.join("metrics.jsonl"), &old)?;
         fs::write(&grid, "an old grid")?;
+        fs::write(out.join("samples/step-000900.png"), "a later one")?;
         let args = [&SMALL[..], &["--data", data, "--steps", "1"]].concat();
         let said = mnist(&out, &args)?;
-        assert!(said.contains(&format!("{aside}, of an earlier run")), "{said}");
+        for name in [&aside, &grids] {
+            assert!(said.contains(&format!("{name}, of an earlier run")), "{said}");
+        }
         assert_eq!(fs::read_to_string(out.join(aside))?, old);
+        assert_eq!(fs::read_to_string(out.join(&grids).join("step-000001.png"))?, "an old grid");
+        assert!(out.join(&grids).join("step-000900.png").is_file());
+        assert_eq!(fs::read_dir(out.join("samples"))?.count(), 1);
         assert_eq!(metrics(&out)?.len(), 1);
         assert_eq!(image::open(&grid)?.width(), 118);
         fs::remove_dir_all(out.join("checkpoint"))?;
@@ -285,7 +333,8 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
         (vec!["--seed", "1"], "c.png"),
         (vec!["--eta", "1"], "d.png"),
         (vec!["--solver", "ddpm"], "e.png"),
-        (vec!["--weights", "model", "--no-clip"], "f.png"),
+        (vec!["--weights", "model"], "f.png"),
+        (vec!["--no-clip"], "f.png"),
     ] {
         succeed(&mut sample(
             &[&args[..], &["--count", "2", "--sampling-steps", "3"]].concat(),
@@ -310,10 +359,12 @@ fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
         command.arg("--json").arg(temp.join(format!("{name}.json")));
         command
     };
-    let said = succeed(&mut number("a", &["--classifier-steps", "2"]))?;
-    for part in ["training    a classifier, 2 steps", "of 10 test images", "train images", "noise"]
-    {
-        assert!(said.contains(part), "{said:?} does not say {part:?}");
+    let Output { status, stdout, stderr } = number("a", &["--classifier-steps", "2"]).output()?;
+    let (said, warned) = (String::from_utf8(stdout)?, String::from_utf8(stderr)?);
+    assert!(status.success(), "{warned}");
+    assert!(said.contains("training    a classifier, 2 steps"), "{said}");
+    for warning in ["a good classifier is right on over 99%", "the fewer images, the larger"] {
+        assert!(warned.contains(&format!("warning: {warning}")), "{warned}");
     }
     let read = |name: &str| -> Result<Value> {
         Ok(serde_json::from_slice(&fs::read(temp.join(format!("{name}.json")))?)?)
@@ -329,7 +380,20 @@ fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
     // The files to train on and to test with are the same.
     let distance = |set: &str| json[set]["mnist_fd"].as_f64().ok_or("a number");
     let [same, noise] = [distance("train_images")?, distance("uniform_noise")?];
-    assert!(same < 1e-6 && noise > 1.0, "{same}, {noise}");
+    assert!((0.0..1e-6).contains(&same) && noise > 1.0, "{same}, {noise}");
+    for (name, set) in [
+        ("train images", "train_images"),
+        ("samples", "samples"),
+        ("uniform noise", "uniform_noise"),
+    ] {
+        assert_eq!(row(&said, name)?, printed(&json[set])?);
+    }
+    // Of each digit there is one: at most as many are right as are told apart.
+    let right = 100.0 * json["test_accuracy"].as_f64().ok_or("a number")?;
+    assert!(said.contains(&format!("right on {right:.2}% of 10 test images\n")), "{said}");
+    let classes = json["train_images"]["classes"].as_array().ok_or("an array")?;
+    let told_apart = classes.iter().filter(|&n| n != 0).count();
+    assert!(right <= 10.0 * told_apart as f64 + 1e-9, "{right}, {classes:?}");
     let of = |key: &str| json[key].as_str();
     assert_eq!(of("precision"), Some("highest"));
     let crc32 = of("classifier_crc32").ok_or("a string")?.to_owned();
@@ -358,6 +422,27 @@ fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
     succeed(&mut number("a", &["--seed", "1"]))?;
     assert_ne!(read("a")?["samples"], json["samples"]);
 
+    let trained = &["--classifier-steps is 2", "a.safetensors is there", "another --classifier"];
+    assert_fails(&mut number("a", &["--classifier-steps", "2"]), trained)?;
+    let identity = checkpoint.with_file_name("data.json");
+    let ours = fs::read_to_string(&identity)?;
+    fs::write(&identity, ours.replace("MNIST", "Fashion-MNIST"))?;
+    let other = "data.json: the run is of Fashion-MNIST; mnist-fd measures digits";
+    assert_fails(&mut number("a", &[]), &[other])?;
+    let mut here = example("mnist-fd");
+    here.args(["--data", "absent", "--checkpoint", "."]).current_dir(checkpoint);
+    assert_fails(&mut here, &[other])?;
+    fs::write(&identity, ours)?;
+    for (data, expected) in [
+        ("hub", "--data hub is for the examples that train"),
+        ("no digits", "scripts/fetch-data mnist 'no digits'"),
+        ("fashion-mnist", "the folder of Fashion-MNIST; it must be that of MNIST\n"),
+    ] {
+        let mut command = example("mnist-fd");
+        command.args(["--data", data, "--checkpoint"]).arg(checkpoint);
+        assert_fails(&mut command, &[expected])?;
+    }
+
     fs::copy(checkpoint.join("ema.safetensors"), dir.join("unet.safetensors"))?;
     assert_fails(&mut number("unet", &[]), &["unet.safetensors", "conv1.weight", "missing"])?;
     fs::write(dir.join("cut.safetensors"), "{")?;
@@ -373,6 +458,24 @@ fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
     assert_fails(&mut number("a", &[]), &["the label of image 0 is 77", "0 to 9"])?;
     fs::remove_file(data.join("t10k-labels-idx1-ubyte"))?;
     assert_fails(&mut number("a", &[]), &["t10k-labels-idx1-ubyte", "fetch-data mnist"])
+}
+
+/// What stands after a name in the table of mnist-fd.
+fn row<'a>(said: &'a str, name: &str) -> Result<Vec<&'a str>> {
+    let row = said.lines().find_map(|line| line.strip_prefix(name)).ok_or("a row")?;
+    Ok(row.split_whitespace().collect())
+}
+
+/// The same of the figures.
+fn printed(figures: &Value) -> Result<Vec<String>> {
+    let number = |value: &Value| value.as_f64().ok_or("a number");
+    let (count, fd) = (number(&figures["images"])?, number(&figures["mnist_fd"])?);
+    let confident = 100.0 * number(&figures["confident"])?;
+    let mut row = vec![format!("{count}"), format!("{fd:.3}"), format!("{confident:.1}%")];
+    for class in figures["classes"].as_array().ok_or("an array")? {
+        row.push(format!("{:.1}", 100.0 * number(class)? / count));
+    }
+    Ok(row)
 }
 
 /// Ctrl-C after a line that begins so: nothing is left behind.
@@ -429,6 +532,7 @@ fn errors_about_a_run(out: &Path, temp: &Path) -> Result<()> {
     let identity = fs::read(out.join("data.json"))?;
     fs::remove_file(out.join("data.json"))?;
     assert_fails(&mut other, &["number of images is 10000", "but 3 is asked for"])?;
+    assert!(!out.join("data.json").exists(), "images that are not the run's are told to be");
     fs::write(out.join("data.json"), "{}")?;
     assert_fails(&mut other, &["data.json", "missing field"])?;
     fs::write(out.join("data.json"), identity)?;
@@ -469,7 +573,8 @@ fn cifar(temp: &Path) -> Result<PathBuf> {
 fn wrong_arguments_are_told_in_one_line() -> Result<()> {
     let temp = TempDir::new()?;
     let path = |name: &str| temp.path().join(name).to_string_lossy().into_owned();
-    let (nothing, file, cut) = (path("nothing"), path("file"), path("cut"));
+    let (nothing, file, cut, spaced) = (path("nothing"), path("file"), path("cut"), path("my run"));
+    fs::create_dir_all(Path::new(&spaced).join("checkpoint"))?;
     File::create(&file)?;
     write_idx(Path::new(&cut), 2)?;
     File::options()
@@ -487,12 +592,9 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
         ("mnist", &["--steps"], &["a value is required for '--steps"]),
         ("mnist", &["--steps", "1", "--steps", "2"], &["cannot be used multiple times"]),
         ("mnist", &["--batch-size", "-3"], &["'-3'", "whole number from 1 to 65536"]),
-        (
-            "mnist",
-            &["--learning-rate", "0", "--out", &nothing],
-            &["learning_rate is 0", "positive"],
-        ),
-        ("mnist", &["--learning-rate", "-1"], &["'-1'", "a number from 0 to 1"]),
+        ("mnist", &["--learning-rate", "0"], &["'0'", "a number above 0, up to 1"]),
+        ("mnist", &["--learning-rate", "-1"], &["'-1'", "a number above 0, up to 1"]),
+        ("mnist", &["--learning-rate", "1.1"], &["'1.1'", "a number above 0, up to 1"]),
         ("mnist", &["--seed", "-1"], &["'-1'", "whole number from 0"]),
         ("mnist", &["--sample-count", "5000"], &["from 1 to 1024"]),
         ("mnist", &["--sampling-steps", "1001"], &["from 1 to 1000"]),
@@ -501,6 +603,7 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
         ("mnist", &["--out", &nothing, "--fashion"], &["--data", "fetch-data fashion-mnist"]),
         ("mnist", &["--out", &nothing, "--data", "absent"], &["scripts/fetch-data mnist absent"]),
         ("mnist", &["--out", &nothing, "--data", &file], &["file", "scripts/fetch-data mnist"]),
+        ("mnist", &["--out", &nothing, "--data", "my own"], &["scripts/fetch-data mnist 'my own'"]),
         ("mnist", &["--out", &nothing, "--data", &cut], &["99 bytes", "16 + 2 x 28 x 28"]),
         ("mnist", &["--out", &nothing, "--resume"], &["no checkpoint here", "--resume needs"]),
         ("mnist", &["--out", &file], &["file", "Not a directory"]),
@@ -515,6 +618,7 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
         ("sample", &[], &["required", "--checkpoint <DIR>"]),
         ("sample", &["--checkpoint", &nothing], &["nothing", "no checkpoint here"]),
         ("sample", &["--checkpoint", &file], &["file", "no checkpoint here"]),
+        ("sample", &["--checkpoint", &spaced], &["--checkpoint '", "my run/checkpoint' is one"]),
         ("sample", &["--solver", "euler"], &["'euler'", "[possible values: ddpm, ddim]"]),
         ("sample", &["--eta", "2"], &["'2'", "a number from 0 to 1"]),
         ("sample", &["--eta", "nan"], &["'nan'", "a number from 0 to 1"]),
@@ -522,7 +626,7 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
         ("mnist-fd", &["--checkpoint", &nothing], &["required", "--data <DIR>"]),
         ("mnist-fd", &["--data", &cut], &["required", "--checkpoint <DIR>"]),
         ("mnist-fd", &["--data", &cut, "--checkpoint", &nothing], &["no checkpoint here"]),
-        ("mnist-fd", &["--count", "1"], &["'1'", "whole number from 2 to 100000"]),
+        ("mnist-fd", &["--count", "1"], &["'1'", "whole number from 2 to 60000"]),
         ("mnist-fd", &["--classifier-steps", "0"], &["'0'", "whole number from 1 to 1000000"]),
     ];
     for (name, args, expected) in cases {
@@ -531,8 +635,10 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
     #[cfg(not(feature = "hub"))]
     assert_fails(example("mnist").args(["--data", "hub", "--out", &nothing]), &["--features hub"])?;
     assert!(!Path::new(&nothing).exists(), "an error left something behind");
-    let help = succeed(example("mnist").arg("--help"))?;
-    assert!(help.contains("--save-every") && help.contains("--steps 8000"), "{help}");
+    let lines = succeed(example("mnist").arg("--help"))?;
+    assert!(lines.lines().all(|line| line.len() <= 100), "{lines}");
+    let help = help("mnist")?;
+    assert!(help.contains("--save-every") && help.contains("--steps 7500"), "{help}");
     assert!(help.contains("--steps 20000"), "{help}");
     Ok(())
 }
@@ -571,19 +677,20 @@ fn saved_step(out: &Path) -> Result<u64> {
 fn ctrl_c_saves_and_tells_how_to_resume() -> Result<()> {
     let temp = TempDir::new()?;
     let out = temp.path().join("it's a run");
-    let mut child = example("mnist")
-        .args(SMALL)
-        .arg("--out")
-        .arg(&out)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    wait_for_steps(&mut child, &out, 2)?;
-    signal("INT", &child)?;
-    let Output { status, stdout, stderr } = child.wait_with_output()?;
-    let (said, warned) = (String::from_utf8(stdout)?, String::from_utf8(stderr)?);
-    assert_eq!(status.code(), Some(130), "{said}{warned}");
-    assert!(warned.contains("stopping after this step"), "{warned}");
+    let stopped = |command: &mut Command, out: &Path, step: usize| -> Result<String> {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.arg("--out").arg(out).spawn()?;
+        wait_for_steps(&mut child, out, step)?;
+        assert!(step == 1 || out.join("loss.png").is_file(), "it is drawn at the end only");
+        signal("INT", &child)?;
+        let Output { status, stdout, stderr } = child.wait_with_output()?;
+        let (said, warned) = (String::from_utf8(stdout)?, String::from_utf8(stderr)?);
+        assert_eq!(status.code(), Some(130), "{said}{warned}");
+        assert!(warned.contains("stopping after this step"), "{warned}");
+        Ok(said)
+    };
+    // The first step is saved, and the loss drawn, before the second one.
+    let said = stopped(example("mnist").args(SMALL).args(["--save-every", "1"]), &out, 2)?;
     assert!(out.join("loss.png").is_file());
 
     let done = steps(&out)?.last().copied().ok_or("a step")?;
@@ -593,6 +700,36 @@ fn ctrl_c_saves_and_tells_how_to_resume() -> Result<()> {
     let said = succeed(Command::new("sh").args(["-c", &command]))?;
     assert!(said.contains("done: "), "{said}");
     assert_eq!(steps(&out)?, (1..=done + 1).collect::<Vec<_>>());
+
+    // As `cargo run` starts it: the path of what it built is not to be typed.
+    let other = temp.path().join("another's");
+    let said = stopped(example("mnist").env("CARGO", "cargo").args(SMALL), &other, 1)?;
+    let (_, command) = said.split_once("resume with: ").ok_or("a command")?;
+    let (cargo, arguments) = command.split_once(" -- ").ok_or("arguments")?;
+    let release = if cfg!(debug_assertions) { "" } else { " --release" };
+    assert!(cargo.starts_with(&format!("cargo run{release}")), "{command}");
+    assert!(cargo.ends_with(" --example mnist"), "{command}");
+    for (feature, on) in [("f16", cfg!(feature = "f16")), ("hub", cfg!(feature = "hub"))] {
+        assert_eq!(cargo.contains(feature), on, "{command}");
+    }
+    assert!(arguments.starts_with("--batch-size 2 ") && arguments.contains(r"another'\''s"));
+    assert!(arguments.ends_with(" --resume\n"), "{command}");
+    Ok(())
+}
+
+#[test]
+fn a_curve_that_cannot_be_drawn_on_the_way_is_a_warning() -> Result<()> {
+    let temp = TempDir::new()?;
+    let curve = temp.path().join("run/loss.png");
+    fs::create_dir_all(&curve)?;
+    let mut command = example("mnist");
+    command.args(SMALL).args(["--steps", "2", "--save-every", "1", "--out"]);
+    let Output { status, stderr, .. } = command.arg(temp.path().join("run")).output()?;
+    let said = String::from_utf8(stderr)?;
+    let (warning, error) = said.trim_end().split_once('\n').ok_or("two lines")?;
+    assert!(warning.starts_with("warning: ") && warning.contains("loss.png: "), "{said}");
+    assert!(error.starts_with("error: ") && error.contains("loss.png: "), "{said}");
+    assert_eq!((status.code(), saved_step(&temp.path().join("run"))?), (Some(1), 2));
     Ok(())
 }
 

@@ -13,10 +13,10 @@ mod measure;
 
 use candle_core::{Device, Tensor};
 use candle_nn::{Linear, Module};
-use classifier::{PATCH, SIZE, convolve, lay_out};
+use classifier::{Classifier, PATCH, SIZE, convolve, lay_out};
 use ddpm::{ImageSource, Images};
 use frechet::{Gaussian, eigen};
-use measure::tally;
+use measure::{Reference, tally};
 
 fn diagonal(mean: &[f64], variances: &[f64]) -> Gaussian {
     let n = mean.len();
@@ -44,7 +44,8 @@ fn equal_gaussians_are_at_no_distance() {
     for (count, size) in [(50, 5), (200, 64), (3, 8)] {
         let gaussian = Gaussian::fit(&points(count, size, 1), size);
         // Of a root of rounding errors; without full rank as well.
-        assert!(gaussian.distance(&gaussian) < 1e-6, "{count} points of {size}");
+        let distance = gaussian.distance(&gaussian);
+        assert!((0.0..1e-6).contains(&distance), "{distance}: {count} points of {size}");
     }
 }
 
@@ -165,6 +166,26 @@ fn patches_of_a_moved_image_are_those_of_candles_convolution() -> common::cli::R
         let expected = part.conv2d(&weights.reshape((5, 1, 4, 4))?, 0, 2, 1, 1)?;
         assert_same(&found.t()?, &expected.flatten_from(2)?.squeeze(0)?)?;
     }
+    Ok(())
+}
+
+/// Labels that are what the classifier says, but for three.
+#[test]
+fn accuracy_is_the_share_of_labels_that_are_told_right() -> common::cli::Result<()> {
+    let (count, temp) = (10, tempfile::tempdir()?);
+    let bytes = points(count * SIZE * SIZE, 1, 6).iter().map(|x| (x * 255.0) as u8).collect();
+    let images = Images::new(bytes, (1, SIZE, SIZE))?.with_labels((0..10).collect())?;
+    let path = temp.path().join("classifier.safetensors");
+    let classifier = Classifier::train(&images, 1, &path, &Device::Cpu)?;
+    let (_, probabilities) = classifier.look(&images)?;
+    let most = |p: &Vec<f32>| p.iter().copied().fold(0.0, f32::max);
+    let said = |p: &Vec<f32>| p.iter().position(|&x| x == most(p)).ok_or("a class");
+    let mut labels = vec![];
+    for (i, p) in probabilities.iter().enumerate() {
+        labels.push(((said(p)? + usize::from(i % 4 == 1)) % 10) as u8);
+    }
+    let images = images.with_labels(labels)?;
+    assert_near(Reference::new(&classifier, &images)?.accuracy, 0.7);
     Ok(())
 }
 

@@ -82,6 +82,12 @@ pub fn fraction(text: &str) -> std::result::Result<f64, String> {
     number.ok_or_else(|| "expected a number from 0 to 1".into())
 }
 
+/// Reads a number above 0, up to 1.
+pub fn positive_fraction(text: &str) -> std::result::Result<f64, String> {
+    let number = fraction(text).ok().filter(|&n| n > 0.0);
+    number.ok_or_else(|| "expected a number above 0, up to 1".into())
+}
+
 /// Reads a precision that this build has.
 pub fn precision(text: &str) -> std::result::Result<Precision, String> {
     text.parse().map_err(|error: ddpm::Error| error.to_string())
@@ -123,7 +129,7 @@ fn cargo_options() -> String {
 }
 
 /// As a shell takes it.
-fn quoted(argument: &str) -> String {
+pub fn quoted(argument: &str) -> String {
     let plain = |c: char| c.is_alphanumeric() || "-_./=,:+@".contains(c);
     match !argument.is_empty() && argument.chars().all(plain) {
         true => argument.into(),

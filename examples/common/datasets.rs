@@ -1,11 +1,12 @@
 //! The data sets, and how to get those that are not there.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use ddpm::data::{self, Split};
 use ddpm::{ImageSource, Images};
 
-use super::cli::Result;
+use super::cli::{Result, quoted};
 
 /// What `--data` says to download instead of naming a directory.
 const HUB: &str = "hub";
@@ -21,7 +22,7 @@ pub struct Kind {
     pub options: &'static str,
 }
 
-static MNIST: Kind = Kind {
+pub static MNIST: Kind = Kind {
     name: "MNIST",
     folder: "mnist",
     options: "pass --data with their directory, and no --fashion",
@@ -62,21 +63,42 @@ pub fn mnist(data: Option<&Path>, fashion: bool) -> Result<DataSet> {
     if dir.as_os_str() == HUB {
         return Ok(DataSet::new(kind, "from the Hugging Face hub", hub::mnist(fashion)?));
     }
-    read_mnist(kind, dir, Split::Train)
+    let or = if fashion { ", or leave --fashion out" } else { ", or pass --fashion" };
+    read_mnist(kind, dir, Split::Train, or)
 }
 
 /// The digits of a full set, those to train on and those to test with.
 pub fn mnist_digits(dir: &Path) -> Result<(DataSet, DataSet)> {
-    let read = |split| read_mnist(&MNIST, dir, split);
+    if dir.as_os_str() == HUB {
+        return Err("--data hub is for the examples that train; pass --data DIR, which \
+                    `scripts/fetch-data mnist DIR` fills"
+            .into());
+    }
+    let read = |split| read_mnist(&MNIST, dir, split, "");
     Ok((read(Split::Train)?, read(Split::Test)?))
 }
 
-fn read_mnist(kind: &'static Kind, dir: &Path, split: Split) -> Result<DataSet> {
+fn read_mnist(kind: &'static Kind, dir: &Path, split: Split, or: &str) -> Result<DataSet> {
     // Either DIR itself, or what fetch-data made in it.
     let nested = dir.join(kind.folder);
     let place = if nested.is_dir() { &nested } else { dir };
+    if let Some(other) = of_another(kind, place) {
+        let (place, other) = (place.display(), other.name);
+        let expected = format!("it must be that of {}{or}", kind.name);
+        return Err(format!("--data is {place}, the folder of {other}; {expected}").into());
+    }
     let images = data::mnist(place, split).map_err(|e| fetch(e, kind, dir))?;
     Ok(DataSet::new(kind, &format!("from {}", place.display()), images))
+}
+
+/// The set whose folder this is, if it is another one. The files of both have the same names, so that
+/// only the folder's tells them apart.
+fn of_another(kind: &Kind, place: &Path) -> Option<&'static Kind> {
+    // `.` has a name, too.
+    let whole = place.canonicalize().unwrap_or_default();
+    let name = place.file_name().or(whole.file_name())?;
+    let is_named = |other: &&Kind| other.name != kind.name && name == OsStr::new(other.folder);
+    [&MNIST, &FASHION_MNIST].into_iter().find(is_named)
 }
 
 pub fn cifar10(dir: &Path) -> Result<DataSet> {
@@ -100,7 +122,8 @@ fn embedded() -> Result<DataSet> {
 }
 
 fn fetch(error: ddpm::Error, kind: &Kind, dir: &Path) -> String {
-    format!("{error}; `scripts/fetch-data {} {}` fetches it", kind.folder, dir.display())
+    let dir = quoted(&dir.to_string_lossy());
+    format!("{error}; `scripts/fetch-data {} {dir}` fetches it", kind.folder)
 }
 
 /// Whether a network for images of this shape can be trained on the set.

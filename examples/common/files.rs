@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use super::cli::Result;
+use super::tell::out;
 
 /// Writes beside the target and renames.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -39,6 +40,23 @@ pub fn check(option: &str, path: &Path, extension: &str) -> Result<()> {
 
 pub fn create_dir(path: &Path) -> Result<()> {
     fs::create_dir_all(path).map_err(|e| at(path, e))
+}
+
+/// Moves an earlier run's file or directory to a name with `-old`, and a number where that is taken.
+pub fn put_aside(path: &Path) -> Result<()> {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let extension = path.extension().map(|e| format!(".{}", e.to_string_lossy()));
+    let extension = extension.unwrap_or_default();
+    let mut aside = path.with_file_name(format!("{stem}-old{extension}"));
+    for n in 2.. {
+        if !aside.exists() {
+            break;
+        }
+        aside.set_file_name(format!("{stem}-old-{n}{extension}"));
+    }
+    fs::rename(path, &aside).map_err(|e| at(path, e))?;
+    out!("kept     {}, of an earlier run", aside.display());
+    Ok(())
 }
 
 /// An error that names its file.

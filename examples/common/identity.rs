@@ -15,7 +15,7 @@ use super::files;
 
 #[derive(Serialize, Deserialize)]
 pub struct Identity {
-    name: String,
+    pub name: String,
     images: usize,
     /// Of all pixels.
     crc32: String,
@@ -37,21 +37,26 @@ impl Identity {
         files::write(path, format!("{}\n", serde_json::to_string(self)?).as_bytes())
     }
 
-    /// Whether the run with this file is trained on the same images. A run of an earlier version has
-    /// no such file.
-    pub fn check(&self, path: &Path) -> Result<()> {
+    /// What the file says, if there is one.
+    pub fn read(path: &Path) -> Result<Option<Self>> {
         let text = match fs::read(path) {
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             read => read.map_err(|e| files::at(path, e))?,
         };
-        let run: Self =
-            serde_json::from_slice(&text).map_err(|e| format!("{}: {e}", path.display()))?;
+        let run = serde_json::from_slice(&text).map_err(|e| format!("{}: {e}", path.display()))?;
+        Ok(Some(run))
+    }
+
+    /// Makes sure that the run with this file is trained on the same images; false where there is no
+    /// such file to tell.
+    pub fn check(&self, path: &Path) -> Result<bool> {
+        let Some(run) = Self::read(path)? else { return Ok(false) };
         if (run.images, &run.crc32) != (self.images, &self.crc32) {
             let (path, options) = (path.display(), &run.options);
             let wrong = format!("{path}: the run is of {run}, not of {self}");
             return Err(format!("{wrong}; to go on with it, {options}").into());
         }
-        Ok(())
+        Ok(true)
     }
 }
 

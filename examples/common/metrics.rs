@@ -1,4 +1,4 @@
-//! `metrics.jsonl`: an object a logged step, only ever appended to.
+//! `metrics.jsonl`: an object a logged step. A run that is resumed drops those that come again.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
@@ -9,7 +9,6 @@ use serde::Deserialize;
 
 use super::cli::Result;
 use super::files;
-use super::tell::out;
 
 /// What is read back of a line.
 #[derive(Deserialize)]
@@ -28,8 +27,8 @@ impl Log {
     /// one are dropped first. A new run, which is at step 0, has no lines yet: what is there is
     /// another's, and kept under another name.
     pub fn open(path: &Path, step: u64) -> Result<Self> {
-        if step == 0 {
-            put_aside(path)?;
+        if step == 0 && fs::metadata(path).is_ok_and(|log| log.is_file() && log.len() > 0) {
+            files::put_aside(path)?;
         }
         let old = read(path)?;
         let kept: Vec<u8> = lines(&old)
@@ -53,24 +52,6 @@ impl Log {
 /// All that was logged so far.
 pub fn history(path: &Path) -> Result<Vec<Logged>> {
     Ok(lines(&read(path)?).map(|(_, logged)| logged).collect())
-}
-
-/// Moves a log that says anything to `metrics-old.jsonl`, or to a name with a number where that is
-/// taken.
-fn put_aside(path: &Path) -> Result<()> {
-    if !fs::metadata(path).is_ok_and(|log| log.is_file() && log.len() > 0) {
-        return Ok(());
-    }
-    let mut aside = path.with_file_name("metrics-old.jsonl");
-    for n in 2.. {
-        if !aside.exists() {
-            break;
-        }
-        aside.set_file_name(format!("metrics-old-{n}.jsonl"));
-    }
-    fs::rename(path, &aside).map_err(|e| files::at(path, e))?;
-    out!("kept     {}, of an earlier run", aside.display());
-    Ok(())
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {

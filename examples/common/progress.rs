@@ -93,7 +93,7 @@ impl Progress {
         }
     }
 
-    /// Takes the bar away.
+    /// The bar stays as it is, and moves no more.
     pub fn finish(&self) {
         if let Some(bar) = &self.bar {
             bar.abandon();

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use ddpm::{Checkpoint, Error, Precision, Sampler, Solver, UNet, UNetConfig};
 use serde::Serialize;
 
-use super::cli::{Result, fraction, precision, whole};
+use super::cli::{Result, fraction, precision, quoted, whole};
 
 #[derive(Args)]
 pub struct SamplingArgs {
@@ -24,7 +24,7 @@ pub struct SamplingArgs {
     /// Noise of ddim's steps, from 0 (none, and the default) to 1
     #[arg(long, value_name = "E", allow_negative_numbers = true, value_parser = fraction)]
     eta: Option<f64>,
-    /// Which images
+    /// Seed of the images
     #[arg(long, value_name = "K", default_value = "0", allow_negative_numbers = true,
           value_parser = whole::<u64>(0..=u64::MAX))]
     pub seed: u64,
@@ -63,7 +63,8 @@ impl SamplingArgs {
             let nested = self.checkpoint.join("checkpoint");
             match error {
                 Error::NoCheckpoint { .. } if nested.is_dir() => {
-                    format!("{error}; --checkpoint {} is one", nested.display()).into()
+                    let nested = quoted(&nested.to_string_lossy());
+                    format!("{error}; --checkpoint {nested} is one").into()
                 }
                 _ => error.into(),
             }

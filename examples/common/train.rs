@@ -1,5 +1,6 @@
 //! A training run: begin or resume, train, save, and draw what came out.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -10,10 +11,10 @@ use ddpm::{
 };
 use indicatif::HumanCount;
 
-use super::cli::{Result, fraction, precision, resume_command, whole};
+use super::cli::{Result, positive_fraction, precision, resume_command, whole};
 use super::datasets::{DataSet, check_shape};
 use super::identity::Identity;
-use super::tell::out;
+use super::tell::{err, out};
 use super::watch::Watch;
 use super::{device, files, interrupt};
 
@@ -21,6 +22,7 @@ use super::{device, files, interrupt};
 pub struct Recipe {
     pub example: &'static str,
     pub network: UNetConfig,
+    pub diffusion: fn() -> ddpm::Result<Diffusion>,
     pub train: TrainConfig,
     pub out: &'static str,
     pub save_every: u64,
@@ -38,15 +40,20 @@ impl Recipe {
             || "no clipping of gradients".into(),
             |norm| format!("gradients clipped to norm {norm}"),
         );
+        let cooldown = match train.cooldown {
+            0.0 => "no cool-down".into(),
+            share => format!("cool-down over the last {:.0}%", 100.0 * share),
+        };
         let solver = match self.solver {
             Solver::Ddim { eta } => format!("DDIM with eta {eta}"),
             Solver::Ddpm { .. } => "DDPM".into(),
         };
         format!(
             "{when}: --out {} --save-every {} --sample-every {} --sample-count {} \
-             --sampling-steps {} and, but for --resume, which takes them from the checkpoint, \
-             --steps {} --batch-size {} --learning-rate {} --accumulation {} --precision {} --seed {} \
-             --log-every {}. Without an option: warm-up over {} updates, {clipping}; grids by {solver}.",
+             --sampling-steps {}\n  \
+             a new run (--resume takes the checkpoint's): --steps {} --batch-size {} \
+             --learning-rate {} --accumulation {} --precision {} --seed {} --log-every {}\n  \
+             without an option: warm-up over {} updates, {cooldown}, {clipping}; grids by {solver}.",
             self.out,
             self.save_every,
             self.sample_every,
@@ -75,7 +82,8 @@ pub struct TrainArgs {
           value_parser = whole::<usize>(1..=65_536))]
     batch_size: Option<usize>,
     /// The optimiser's, once warm-up is over
-    #[arg(long, value_name = "R", allow_negative_numbers = true, value_parser = fraction)]
+    #[arg(long, value_name = "R", allow_negative_numbers = true,
+          value_parser = positive_fraction)]
     learning_rate: Option<f64>,
     /// Parts in which a batch goes through the network, to save memory; divides --batch-size
     #[arg(long, value_name = "N", allow_negative_numbers = true,
@@ -89,7 +97,8 @@ pub struct TrainArgs {
           value_parser = whole::<u64>(0..=u64::MAX))]
     seed: Option<u64>,
     /// Directory for checkpoint/, samples/, metrics.jsonl, loss.png and data.json, which says what
-    /// it is trained on; a new run keeps the metrics.jsonl that is there as metrics-old.jsonl
+    /// it is trained on; a new run keeps an earlier one's metrics.jsonl and samples/ as
+    /// metrics-old.jsonl and samples-old/
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Continue the run in --out
@@ -153,13 +162,22 @@ pub fn run(
     let set = load()?;
     check_shape(&set, network.channels, network.image_size)?;
     let (identity, identity_file) = (Identity::of(&set), out.join("data.json"));
-    if saved.is_some() {
-        identity.check(&identity_file)?;
-    }
+    let known = saved.is_some() && identity.check(&identity_file)?;
     let device = device::pick(args.cpu)?;
-    let mut trainer = begin(saved.as_ref(), network, config, &device)?;
-    files::create_dir(&out.join("samples"))?;
-    if saved.is_none() {
+    let mut trainer = begin(recipe, saved.as_ref(), network, config, &device)?;
+    let samples = out.join("samples");
+    if saved.is_none() && fs::read_dir(&samples).is_ok_and(|mut grids| grids.next().is_some()) {
+        files::put_aside(&samples)?;
+    }
+    files::create_dir(&samples)?;
+    if !known {
+        if saved.is_some() {
+            // Images of another number are not the run's: it must not be told to be of them.
+            trainer.next_batch(&set.images)?;
+            let unknown = "it is not known which images the run began with";
+            let file = identity_file.display();
+            err!("warning: {file} is not there: {unknown}; now it names {identity}");
+        }
         identity.write(&identity_file)?;
     }
     let (step, steps) = (trainer.steps(), trainer.config().steps);
@@ -215,6 +233,7 @@ fn find(out: &Path, resume: bool) -> Result<Option<Checkpoint>> {
 }
 
 fn begin(
+    recipe: &Recipe,
     saved: Option<&Checkpoint>,
     network: UNetConfig,
     config: TrainConfig,
@@ -224,7 +243,7 @@ fn begin(
         Some(saved) => {
             Trainer::resume(saved.dir(), network, config, saved.diffusion().clone(), device)?
         }
-        None => Trainer::new(network, config, Diffusion::ddpm(), device)?,
+        None => Trainer::new(network, config, (recipe.diffusion)()?, device)?,
     })
 }
 

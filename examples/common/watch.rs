@@ -53,7 +53,7 @@ impl Watch {
         let grid = self.grid(trainer.steps());
         if trainer.steps() > from {
             let removed = if complete && grid.exists() {
-                // An earlier run's: it must not pass for this one's if we are stopped before ours.
+                // From before the run was resumed: it must not pass for ours if we are stopped first.
                 fs::remove_file(&grid)
             } else {
                 Ok(())
@@ -61,10 +61,7 @@ impl Watch {
             self.save(trainer)?;
             removed.map_err(|e| files::at(&grid, e))?;
         }
-        let history = metrics::history(&self.out.join("metrics.jsonl"))?;
-        if let Some(picture) = curve::draw("Training loss", &history)? {
-            files::write(&self.out.join("loss.png"), &pictures::png(&picture)?)?;
-        }
+        self.draw_curve()?;
         if !complete || grid.is_file() {
             return Ok(complete);
         }
@@ -101,6 +98,23 @@ impl Watch {
         let saved = trainer.save(self.out.join("checkpoint"));
         self.progress.note("");
         saved
+    }
+
+    fn draw_curve(&mut self) -> Result<()> {
+        self.progress.note("drawing the loss");
+        let history = metrics::history(&self.out.join("metrics.jsonl"))?;
+        if let Some(picture) = curve::draw("Training loss", &history)? {
+            files::write(&self.out.join("loss.png"), &pictures::png(&picture)?)?;
+        }
+        self.progress.note("");
+        Ok(())
+    }
+
+    /// A picture less is no reason to end a run.
+    fn warn(&self, drawn: Result<()>) {
+        if let Err(error) = drawn {
+            self.progress.say()(&format!("warning: {}", one_line(&*error)));
+        }
     }
 
     fn grid(&self, step: u64) -> PathBuf {
@@ -146,12 +160,13 @@ impl Observer<UNetConfig> for Watch {
         let due = |every| step.is_multiple_of(every) && step < trainer.config().steps;
         if due(self.save_every) && !interrupt::stopped() {
             self.save(trainer)?;
+            let drawn = self.draw_curve();
+            self.warn(drawn);
         }
         if due(self.sample_every) && !interrupt::stopped() {
             let images = self.sample(trainer).map_err(ddpm::Error::external)?;
-            // A picture less is no reason to end a run.
-            if let Some(Err(error)) = images.map(|images| write_grid(&self.grid(step), &images)) {
-                self.progress.say()(&format!("warning: {}", one_line(&*error)));
+            if let Some(images) = images {
+                self.warn(write_grid(&self.grid(step), &images));
             }
         }
         Ok(if interrupt::stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })

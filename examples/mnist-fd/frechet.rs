@@ -34,8 +34,10 @@ impl Gaussian {
         let product = multiply(&multiply(&root, &other.covariance, n), &root, n);
         let (values, _) = eigen(product, n);
         let shared: f64 = values.iter().map(|v| v.max(0.0).sqrt()).sum();
-        // Rounding must not make it negative.
-        (apart + trace(&self.covariance, n) + trace(&other.covariance, n) - 2.0 * shared).max(0.0)
+        let sum = trace(&self.covariance, n) + trace(&other.covariance, n);
+        let distance = apart + sum - 2.0 * shared;
+        // Rounding must not make it negative; what is more than that must be seen.
+        if distance.abs() <= 1e-6 * sum { distance.max(0.0) } else { distance }
     }
 }
 

@@ -7,17 +7,18 @@ mod frechet;
 mod measure;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use candle_core::Device;
 use clap::Parser;
 use classifier::{Classifier, SIZE};
 use common::cli::{self, Result, whole};
+use common::identity::{self, Identity};
 use common::random::Random;
 use common::sampling::SamplingArgs;
 use common::tell::{err, out};
-use common::{datasets, device, draw, files, identity, interrupt};
+use common::{datasets, device, draw, files, interrupt};
 use ddpm::{ImageSource, Images, UNetConfig};
 use indicatif::HumanCount;
 use measure::{Figures, Reference};
@@ -25,6 +26,9 @@ use serde_json::json;
 
 /// As many images as MNIST has to test with.
 const ENOUGH: usize = 10_000;
+
+/// Updates of a classifier, unless others are asked for.
+const CLASSIFIER_STEPS: u64 = 3_000;
 
 /// A classifier of this accuracy knows digits.
 const GOOD: f64 = 0.99;
@@ -39,9 +43,10 @@ struct Cli {
     data: PathBuf,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// How many images to draw; fewer than 10000 make the distance larger
+    /// How many images to draw, up to as many as MNIST has to train with; fewer than 10000 make the
+    /// distance larger
     #[arg(long, value_name = "N", default_value = "10000", allow_negative_numbers = true,
-          value_parser = whole::<usize>(2..=100_000))]
+          value_parser = whole::<usize>(2..=60_000))]
     count: usize,
     /// The classifier: written if it is not there, else used as it is
     #[arg(
@@ -50,10 +55,10 @@ struct Cli {
         default_value = "out/mnist-fd/classifier.safetensors"
     )]
     classifier: PathBuf,
-    /// Updates of a classifier that is trained, of 100 images each
-    #[arg(long, value_name = "N", default_value = "3000", allow_negative_numbers = true,
+    /// Updates of a classifier that is trained, of 100 images each; 3000 unless given
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<u64>(1..=1_000_000))]
-    classifier_steps: u64,
+    classifier_steps: Option<u64>,
     /// The figures to write, too
     #[arg(long, value_name = "FILE.json")]
     json: Option<PathBuf>,
@@ -65,6 +70,7 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<ExitCode> {
     let checkpoint = cli.sampling.open()?;
+    check_digits(checkpoint.dir())?;
     let UNetConfig { channels, image_size, .. } = checkpoint.network()?;
     if (channels, image_size) != (1, SIZE) {
         let found = (channels, image_size, image_size);
@@ -83,6 +89,12 @@ fn run(cli: Cli) -> Result<ExitCode> {
     // One that is there is only read.
     if !cli.classifier.exists() {
         files::check("--classifier", &cli.classifier, "safetensors")?;
+    } else if let Some(steps) = cli.classifier_steps {
+        let file = cli.classifier.display();
+        let expected = "leave it out, or name another --classifier to train";
+        return Err(
+            format!("--classifier-steps is {steps}, but {file} is there; {expected}").into()
+        );
     }
     cli.json.as_deref().map_or(Ok(()), |json| files::check("--json", json, "json"))?;
 
@@ -141,11 +153,28 @@ fn run(cli: Cli) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// A run says of which images it is, and its file stands beside its checkpoint. Others may be of
+/// anything.
+fn check_digits(checkpoint: &Path) -> Result<()> {
+    let file = match checkpoint.file_name() {
+        Some(_) => checkpoint.with_file_name("data.json"),
+        // Such as `.`, which has no name to replace.
+        None => checkpoint.join("../data.json"),
+    };
+    match Identity::read(&file)? {
+        Some(run) if run.name != datasets::MNIST.name => {
+            let (file, name) = (file.display(), run.name);
+            Err(format!("{file}: the run is of {name}; mnist-fd measures digits").into())
+        }
+        _ => Ok(()),
+    }
+}
+
 fn classifier(cli: &Cli, images: &Images, device: &Device) -> Result<Classifier> {
     if cli.classifier.exists() {
         return Classifier::load(&cli.classifier, device);
     }
-    let steps = cli.classifier_steps;
+    let steps = cli.classifier_steps.unwrap_or(CLASSIFIER_STEPS);
     out!("training    a classifier, {steps} steps");
     Classifier::train(images, steps, &cli.classifier, device)
 }
