@@ -41,12 +41,12 @@ impl Terms {
             Self::Three => 2,
         }
     }
+}
 
-    /// The places of both parts of `len` values, the second one empty where there is none.
-    fn split(self, values: &mut [u16], len: usize) -> [&mut [u16]; 2] {
-        let (first, second) = values.split_at_mut(len);
-        [first, second]
-    }
+/// The places of both parts of `len` values, the second one empty where there is none.
+fn parts_of(values: &mut [u16], len: usize) -> [&mut [u16]; 2] {
+    let (first, second) = values.split_at_mut(len);
+    [first, second]
 }
 
 /// Such a convolution.
@@ -136,7 +136,7 @@ impl HalfConvolution {
             if count < PANEL || width > kernel * c_in {
                 packed.fill(0);
             }
-            let [first, second] = self.terms.split(packed, part_len);
+            let [first, second] = parts_of(packed, part_len);
             // Where the taps of a channel stand, in the order of the kernels, and their values by columns.
             let mut places = vec![0; kernel * kernel];
             let mut taps = vec![0f32; kernel * kernel * PANEL];
@@ -222,7 +222,7 @@ impl HalfConvolution {
         let Scratch { strips: layout, line, sums, shift, .. } = scratch;
         let strips = Strips { sizes: *g, channels: 0..g.c_in, chunk, side: Side::Left };
         let a = sized_by_lines(layout, self.terms.parts() * strips.len());
-        strips.fill(self.isa, x, self.terms.split(a, strips.len()), line);
+        strips.fill(self.isa, x, parts_of(a, strips.len()), line);
         let width = strips.width();
         let part_len = g.kernel * width * PANEL;
         let mut steps = Vec::new();
@@ -383,7 +383,7 @@ impl HalfConvolution {
                 let channels = inputs.clone();
                 let strips = Strips { sizes: *g, channels, chunk, side: Side::Right };
                 let b = sized_by_lines(layout, parts * strips.len());
-                strips.fill(self.isa, x, self.terms.split(b, strips.len()), line);
+                strips.fill(self.isa, x, parts_of(b, strips.len()), line);
                 let depth = strips.pixels().next_multiple_of(DEPTH);
                 // An odd number of cache lines, so that rows do not all fall into the same few sets.
                 let a_row = ((depth / DEPTH) | 1) * DEPTH;
@@ -450,7 +450,7 @@ impl HalfConvolution {
                 let first = (i * strips.pitch() + j * image_pitch) * count;
                 let line = g.w_out * g.c_out;
                 let dy = &dy[(image * g.h_out + row) * line..][..line];
-                let [to, left] = self.terms.split(rounded, depth * count);
+                let [to, left] = parts_of(rounded, depth * count);
                 let place = first..first + g.w_out * count;
                 let left = if left.is_empty() { left } else { &mut left[place.clone()] };
                 round_pixels(self.isa, dy, g.c_out, channels.clone(), &mut to[place], left);

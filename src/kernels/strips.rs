@@ -95,7 +95,8 @@ impl Strips {
         let (c, pad) = (self.channels.len(), g.kernel / 2);
         // A row of the map, with zeros on both sides.
         let line_len = (g.w + 2 * pad) * c;
-        let line = sized(line, 2 * line_len);
+        let parts = if to[1].is_empty() { 1 } else { 2 };
+        let line = sized(line, parts * line_len);
         line.fill(0);
         let (first, second) = line.split_at_mut(line_len);
         let inner = pad * c..(pad + g.w) * c;
@@ -106,7 +107,6 @@ impl Strips {
                 to[self.values()..].fill(0);
             }
         }
-        let parts = if to_rest.is_empty() { 1 } else { 2 };
         for at in 0..self.phases() * self.phase_rows() {
             let (phase, i) = (at / self.phase_rows(), at % self.phase_rows());
             let y = (self.chunk.rows.start + i) * g.stride() + phase;
