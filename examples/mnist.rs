@@ -53,9 +53,14 @@ fn quick() -> Result<Diffusion> {
 
 fn defaults() -> String {
     let (embedded, full) = (recipe(false, false), recipe(true, false));
-    let fashion =
-        format!("With --fashion: as with --data, but for --out {}.", recipe(true, true).out);
-    format!("{}\n\n{}\n\n{fashion}", embedded.defaults("Defaults"), full.defaults("With --data"))
+    format!(
+        "{}\n  the network learns velocity, on the cosine schedule\n\n\
+         {}\n  the network learns noise, on the linear schedule\n\n\
+         With --fashion: as with --data, but for --out {}.",
+        embedded.defaults("Defaults"),
+        full.defaults("With --data"),
+        recipe(true, true).out
+    )
 }
 
 /// Train a DDPM on MNIST, and draw samples from it
