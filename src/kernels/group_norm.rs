@@ -498,9 +498,11 @@ mod tests {
             let c = groups * group;
             let activation = if silu { Activation::Silu } else { Activation::None };
             for isa in Isa::available() {
-                // A mean of 30 itself is held to 2e-6 in f32.
+                // A mean of 30 itself is held to 2e-6 in f32, and taken from sums of 32 such values, which
+                // are held to 6e-5: it is off by a few 1e-6. The weight's gradient has that times the sum of
+                // all outputs' gradients, some 10 times as much, where its own terms may cancel out.
                 agrees_within(
-                    if mean == 0.0 { 2e-6 } else { 1e-5 },
+                    if mean == 0.0 { 2e-6 } else { 4e-5 },
                     &[vec![batch, h, w, c], vec![c], vec![c]],
                     |v| {
                         let op = GroupNorm { isa, groups, activation };
