@@ -1,10 +1,15 @@
+use std::error::Error as _;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 /// What this crate's functions return.
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// What can go wrong, each with the place, the value and what is allowed.
-#[derive(Debug, thiserror::Error)]
+///
+/// `Display` is one sentence. `Debug` is the same sentence with its causes, so that a program whose `main`
+/// returns this crate's [`Result`] ends with a message that people can read.
+#[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// A configuration's field has a value that it may not have.
@@ -170,6 +175,35 @@ impl Error {
     }
 }
 
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut text = self.to_string();
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            let more = error.to_string();
+            // Further lines are a backtrace. Some errors quote their causes themselves.
+            let more = more.lines().next().unwrap_or_default();
+            if !text.contains(more) {
+                text = format!("{text}: {more}");
+            }
+            cause = error.source();
+        }
+        f.write_str(&text)
+    }
+}
+
+/// A text from a file or another library as a message quotes it: one line, and of a long text the beginning.
+pub(crate) fn in_short(text: &str) -> String {
+    const LONG: usize = 80;
+    const TOO_LONG: usize = 160;
+    let end = text.floor_char_boundary(TOO_LONG);
+    let line = text[..end].split_whitespace().collect::<Vec<_>>().join(" ");
+    if end == text.len() {
+        return line;
+    }
+    format!("{}... ({} bytes)", &line[..line.floor_char_boundary(LONG)], text.len())
+}
+
 /// What candle says without its backtraces, which would make hundreds of lines of it.
 fn one_line(error: &candle_core::Error) -> String {
     use candle_core::Error::{Context, WithBacktrace, WithPath, WrappedContext};
@@ -186,9 +220,29 @@ fn one_line(error: &candle_core::Error) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::error::Error as _;
-
     use super::*;
+
+    #[test]
+    fn debug_is_the_sentence_with_its_causes() {
+        let denied = || std::io::Error::from(std::io::ErrorKind::PermissionDenied);
+        let error = Error::io("out/run")(denied());
+        assert_eq!(format!("{error:?}"), error.to_string());
+        assert_eq!(error.to_string(), "out/run: permission denied");
+
+        #[derive(Debug, thiserror::Error)]
+        #[error("the picture of a cat")]
+        struct Picture(#[source] std::io::Error);
+        let error = Error::external(Picture(denied()));
+        assert_eq!(format!("{error:?}"), "the picture of a cat: permission denied");
+    }
+
+    #[test]
+    fn long_texts_are_quoted_in_short_and_in_one_line() {
+        assert_eq!(in_short("a\nb"), "a b");
+        let long = "ä".repeat(1 << 20);
+        let quoted = in_short(&long);
+        assert!(quoted.len() < 120 && quoted.ends_with("... (2097152 bytes)"), "{quoted}");
+    }
 
     #[test]
     fn an_error_of_candle_is_one_line_with_its_cause() {

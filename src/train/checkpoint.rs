@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::scaler::ScalerState;
 use super::{AdamConfig, AdamW, Ema, EmaConfig, GradScaler, GradScalerConfig, TrainConfig};
+use crate::error::in_short;
 use crate::network::read_tensors;
 use crate::{Diffusion, Error, Network, Parameters, Result};
 
@@ -488,8 +489,8 @@ fn read_state(dir: &Path) -> Result<State> {
         return Err(Error::damaged(path, reason));
     }
     let json = fs::read(&path).map_err(Error::io(&path))?;
-    let value: Value =
-        serde_json::from_slice(&json).map_err(|e| Error::damaged(&path, e.to_string()))?;
+    let value: Value = serde_json::from_slice(&json)
+        .map_err(|e| Error::damaged(&path, in_short(&e.to_string())))?;
     // Before the rest, which a newer version may have changed.
     let Some(version) = value.get("format_version") else {
         return Err(Error::damaged(path, "format_version is missing"));
@@ -505,8 +506,8 @@ fn read_state(dir: &Path) -> Result<State> {
             return Err(Error::damaged(path, reason));
         }
     }
-    let state: State =
-        serde_json::from_value(value).map_err(|e| Error::damaged(&path, e.to_string()))?;
+    let state: State = serde_json::from_value(value)
+        .map_err(|e| Error::damaged(&path, in_short(&e.to_string())))?;
     check_state(&state).map_err(|e| Error::damaged(&path, e.to_string()))?;
     Ok(state)
 }
