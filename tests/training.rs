@@ -262,6 +262,30 @@ fn observers_see_every_step_and_the_mean_loss_between_reports() {
     }
 }
 
+#[test]
+fn a_closure_observes_every_report_and_its_error_ends_training() {
+    let mut lines = Vec::new();
+    trainer(config())
+        .fit(&Ramps(10), &mut |metrics: &Metrics| {
+            lines.push(metrics.to_string());
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(lines.len(), 6);
+    assert!(
+        lines[1].starts_with("step 2: loss 1.") && lines[1].contains(", lr 1.0e-4, "),
+        "{lines:?}"
+    );
+
+    let mut trainer = trainer(config());
+    let mut full = |metrics: &Metrics| match metrics.step {
+        3 => Err(Error::external("the disk is full")),
+        _ => Ok(()),
+    };
+    let error = trainer.fit(&Ramps(10), &mut full).unwrap_err();
+    assert_eq!((error.to_string().as_str(), trainer.steps()), ("the disk is full", 3));
+}
+
 /// Up over the first updates, down over the last, and never below zero.
 #[test]
 fn the_learning_rate_rises_and_falls_linearly() {

@@ -1,3 +1,4 @@
+use std::fmt;
 use std::ops::ControlFlow;
 
 use serde::Serialize;
@@ -25,9 +26,18 @@ pub struct Metrics {
     pub images_per_second: f64,
 }
 
+impl fmt::Display for Metrics {
+    /// A line for a log: `step 500: loss 0.0432, lr 1.0e-4, 612 images/s`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { step, loss, lr, images_per_second, .. } = self;
+        write!(f, "step {step}: loss {loss:.4}, lr {lr:.1e}, {images_per_second:.0} images/s")
+    }
+}
+
 /// Watches training: progress, pictures, checkpoints and the wish to stop are its business.
 ///
-/// `()` watches nothing. An error of either method ends [`Trainer::fit`] and is returned by it;
+/// `()` watches nothing. A closure that takes [`&Metrics`](Metrics) and returns [`Result<()>`](crate::Result)
+/// is called with each report. An error of either method ends [`Trainer::fit`] and is returned by it;
 /// those of other libraries are wrapped by [`Error::external`](crate::Error::external).
 pub trait Observer<N: Network> {
     /// After every update. Breaking ends [`Trainer::fit`] without an error.
@@ -44,3 +54,10 @@ pub trait Observer<N: Network> {
 }
 
 impl<N: Network> Observer<N> for () {}
+
+/// A closure is called with each report.
+impl<N: Network, F: FnMut(&Metrics) -> Result<()>> Observer<N> for F {
+    fn on_metrics(&mut self, _: &Trainer<N>, metrics: &Metrics) -> Result<()> {
+        self(metrics)
+    }
+}
