@@ -41,7 +41,7 @@ pub use network::{Network, Parameters};
 pub use nn::{ResBlock, TimeEmbedding, UNet, UNetConfig};
 pub use noise::Dropout;
 pub use precision::Precision;
-pub use sampler::{Sampler, Solver, Step, Steps, Variance};
+pub use sampler::{Sampler, SamplerConfig, Solver, Step, Steps, Variance};
 pub use schedule::NoiseSchedule;
 pub use train::{
     AdamConfig, AdamW, Checkpoint, Ema, EmaConfig, GradScaler, GradScalerConfig, Metrics, Observer,

@@ -38,6 +38,37 @@ pub enum Variance {
     Posterior,
 }
 
+/// How images are drawn: the settings of a [`Sampler`], which a checkpoint can hold.
+///
+/// ```
+/// use ddpm::{Diffusion, SamplerConfig, Solver};
+///
+/// let config = SamplerConfig { solver: Solver::ddim(), steps: 50, clip_denoised: true };
+/// let sampler = config.sampler(&Diffusion::ddpm())?;
+/// assert_eq!(sampler.timesteps().len(), 50);
+/// # Ok::<(), ddpm::Error>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SamplerConfig {
+    /// The step from one timestep to the next.
+    pub solver: Solver,
+    /// The number of timesteps, from 1 to the schedule's; see [`Sampler::new`].
+    pub steps: usize,
+    /// Whether each predicted `x_0` is clipped; see [`Sampler::clip_denoised`].
+    pub clip_denoised: bool,
+}
+
+impl SamplerConfig {
+    /// The sampler with these settings.
+    ///
+    /// # Errors
+    /// Those of [`Sampler::new`].
+    pub fn sampler(&self, diffusion: &Diffusion) -> Result<Sampler> {
+        Ok(Sampler::new(diffusion, self.solver, self.steps)?.clip_denoised(self.clip_denoised))
+    }
+}
+
 impl Solver {
     /// Ancestral sampling with `sigma_t^2 = beta_t`.
     pub const fn ddpm() -> Self {
