@@ -156,12 +156,19 @@ impl Stream {
     }
 
     /// A random order of `0..n` (Fisher and Yates).
-    pub fn permutation(&mut self, n: usize) -> Vec<u32> {
-        let mut order: Vec<u32> = (0..n as u32).collect();
+    ///
+    /// # Errors
+    /// Returns an error if there is no memory for it.
+    pub fn permutation(&mut self, n: usize) -> Result<Vec<u32>> {
+        let mut order = Vec::new();
+        order.try_reserve_exact(n).map_err(|_| {
+            Error::config("number of images", n, "small enough for their order in memory")
+        })?;
+        order.extend(0..n as u32);
         for i in (1..n).rev() {
             order.swap(i, self.below(i as u32 + 1) as usize);
         }
-        order
+        Ok(order)
     }
 }
 
@@ -273,7 +280,7 @@ mod tests {
         // As the same counters give in Python, with its own logarithm, sine and cosine.
         assert_eq!(normals.map(f32::to_bits), [3201282730, 1054440160, 1047156660]);
         assert_eq!(
-            Noise::new(7).stream(Purpose::Shuffle, 0, 0).permutation(6),
+            Noise::new(7).stream(Purpose::Shuffle, 0, 0).permutation(6).unwrap(),
             [1u32, 4, 3, 5, 0, 2]
         );
     }
@@ -320,7 +327,7 @@ mod tests {
 
     #[test]
     fn permutations_hold_each_index_once_and_below_is_uniform() {
-        let mut order = Noise::new(2).stream(Purpose::Shuffle, 0, 0).permutation(1000);
+        let mut order = Noise::new(2).stream(Purpose::Shuffle, 0, 0).permutation(1000).unwrap();
         assert_ne!(order[..10], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
         order.sort_unstable();
         assert!(order.iter().enumerate().all(|(i, &v)| i as u32 == v));

@@ -709,7 +709,10 @@ fn another_data_set_is_noticed() {
     let (_dir, path) = saved();
     let mut trainer = resume(&path, config(3)).unwrap();
     let message = trainer.fit(&Waves(12), &mut ()).unwrap_err().to_string();
-    assert!(message.starts_with("number of images is 11 in the checkpoint, but 12"), "{message}");
+    assert!(
+        message.starts_with("number of images is 12; it must be 11, as earlier in"),
+        "{message}"
+    );
 }
 
 /// Set for the process that the test below kills.

@@ -407,53 +407,79 @@ fn an_observer_can_stop_and_training_goes_on_later() {
     assert_eq!(weights(&trainer), weights(&fitted(config())));
 }
 
-/// Reads well until its images become NaN.
-struct Spoiled;
-
-impl ImageSource for Spoiled {
-    fn len(&self) -> usize {
-        1000
-    }
-
-    fn shape(&self) -> (usize, usize, usize) {
-        (1, 8, 8)
-    }
-
-    fn read(&self, index: usize, pixels: &mut [f32]) -> Result<()> {
-        pixels.fill(if index == 17 { f32::NAN } else { 0.0 });
-        Ok(())
-    }
+/// A learning rate at which the weights are of size 1e25 after one update: the second loss is not finite.
+fn diverging() -> TrainConfig {
+    let optimizer = AdamConfig::adam(1e25);
+    TrainConfig { steps: 5, log_every: 1000, optimizer, ..config() }
 }
 
 #[test]
 fn a_loss_that_is_not_finite_names_its_step_and_is_not_saved() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = dir.path().join("checkpoint");
-    let config = TrainConfig { steps: 1000, log_every: 1000, ..config() };
-    // Where image 17 comes in this run's order.
-    let mut scout = trainer(config.clone());
-    let mut bad = 0;
-    for step in 1.. {
-        let batch = scout.next_batch(&Spoiled).unwrap();
-        let sum = batch.sum_all().unwrap().to_scalar::<f32>().unwrap();
-        if sum.is_nan() {
-            bad = step;
-            break;
-        }
-        scout.step(&batch).unwrap();
-    }
-    scout.save(&checkpoint).unwrap();
-    let saved = std::fs::read(checkpoint.join("model.safetensors")).unwrap();
     // Read only at the end, the error still names the step where it began.
-    let config = TrainConfig { steps: bad + 3, ..config };
-    let error = trainer(config).fit(&Spoiled, &mut ()).unwrap_err();
-    assert!(matches!(error, Error::NonFinite { step, .. } if step == bad), "{error}, not at {bad}");
-    assert!(error.to_string().starts_with(&format!("loss is NaN at step {bad}")), "{error}");
+    let error = trainer(diverging()).fit(&Ramps(10), &mut ()).unwrap_err();
+    assert!(matches!(error, Error::NonFinite { step: 2, .. }), "{error}");
+    assert!(error.to_string().starts_with("loss is "), "{error}");
 
-    let batch = scout.next_batch(&Spoiled).unwrap();
-    scout.step(&batch).unwrap();
-    assert!(matches!(scout.save(&checkpoint), Err(Error::NonFinite { .. })));
+    let mut trainer = trainer(diverging());
+    let batch = trainer.next_batch(&Ramps(10)).unwrap();
+    trainer.step(&batch).unwrap();
+    trainer.save(&checkpoint).unwrap();
+    let saved = std::fs::read(checkpoint.join("model.safetensors")).unwrap();
+    trainer.step(&batch).unwrap();
+    assert!(matches!(trainer.save(&checkpoint), Err(Error::NonFinite { step: 2, .. })));
     assert_eq!(std::fs::read(checkpoint.join("model.safetensors")).unwrap(), saved);
+}
+
+/// Images of this value, of which the last place keeps what was there.
+struct Flat {
+    value: f32,
+    written: usize,
+}
+
+impl ImageSource for Flat {
+    fn len(&self) -> usize {
+        10
+    }
+
+    fn shape(&self) -> (usize, usize, usize) {
+        (1, 8, 8)
+    }
+
+    fn read(&self, _: usize, pixels: &mut [f32]) -> Result<()> {
+        pixels[..self.written].fill(self.value);
+        Ok(())
+    }
+}
+
+#[test]
+fn pixels_out_of_range_or_not_written_are_refused_with_the_image() {
+    let first = |value, written| trainer(config()).next_batch(&Flat { value, written });
+    for value in [-1.0, 1.0, 1.0 + 1e-5, 0.5] {
+        first(value, 64).unwrap();
+    }
+    for (value, written, expected) in [
+        (255.0, 64, "pixel is 255 in image "),
+        (-1.01, 64, "pixel is -1.01 in image "),
+        (f32::INFINITY, 64, "pixel is inf in image "),
+        (0.0, 63, "pixel is NaN in image "),
+    ] {
+        let message = first(value, written).unwrap_err().to_string();
+        assert!(message.starts_with(expected), "{message}");
+        assert!(message.contains("from -1 to 1") && message.contains("p / 127.5 - 1"), "{message}");
+    }
+}
+
+#[test]
+fn the_number_of_images_may_change_until_the_first_update() {
+    let mut trainer = trainer(config());
+    trainer.next_batch(&Ramps(10)).unwrap();
+    let batch = trainer.next_batch(&Ramps(9)).unwrap();
+    trainer.step(&batch).unwrap();
+    let message = trainer.next_batch(&Ramps(10)).unwrap_err().to_string();
+    let expected = "number of images is 10; it must be 9, as earlier in this run";
+    assert!(message.starts_with(expected), "{message}");
 }
 
 #[test]
@@ -470,6 +496,20 @@ fn images_that_do_not_fit_are_refused() {
             Ok(())
         }
     }
+    struct Endless;
+    impl ImageSource for Endless {
+        fn len(&self) -> usize {
+            usize::MAX
+        }
+        fn shape(&self) -> (usize, usize, usize) {
+            (1, 8, 8)
+        }
+        fn read(&self, _: usize, _: &mut [f32]) -> Result<()> {
+            Ok(())
+        }
+    }
+    let message = trainer(config()).fit(&Endless, &mut ()).unwrap_err().to_string();
+    assert!(message.contains("1 to 2^32 - 1 images"), "{message}");
     let message = trainer(config()).fit(&Empty, &mut ()).unwrap_err().to_string();
     assert!(message.contains("image source is 0 images"), "{message}");
 

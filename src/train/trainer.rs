@@ -368,22 +368,25 @@ impl<N: Network> Trainer<N> {
     /// Every epoch is a new order of all images; a batch may span the end of one.
     ///
     /// # Errors
-    /// If the source is empty, has another number of images than it had earlier in the run, or
-    /// fails to read.
+    /// If the source is empty, has another number of images than at an earlier update of the run, or
+    /// fails to read; if a pixel is not a number from -1 to 1 (to within 0.001), or was not written.
     pub fn next_batch(&mut self, images: &dyn ImageSource) -> Result<Tensor> {
         let (channels, height, width) = images.shape();
         let size = [height, width].iter().try_fold(channels, |n, &d| n.checked_mul(d)).unwrap_or(0);
         if images.is_empty() || size == 0 || images.len() > u32::MAX as usize {
             let value = format!("{} images of {size} values", images.len());
-            return Err(Error::config("image source", value, "1 to 2^32 images, none empty"));
+            let expected = "1 to 2^32 - 1 images of at least one value each";
+            return Err(Error::config("image source", value, expected));
         }
         let len = images.len() as u64;
-        if *self.dataset_len.get_or_insert(len) != len {
-            return Err(Error::ConfigMismatch {
-                field: "number of images".into(),
-                found: self.dataset_len.unwrap_or(len).to_string(),
-                expected: len.to_string(),
-            });
+        match self.dataset_len {
+            Some(before) if before != len && self.step > 0 => {
+                let expected =
+                    format!("{before}, as earlier in this run, which its order depends on");
+                return Err(Error::config("number of images", len, expected));
+            }
+            // No update depends on the order yet.
+            _ => self.dataset_len = Some(len),
         }
         let batch = self.config.batch_size;
         let mut pixels = Vec::new();
@@ -392,10 +395,12 @@ impl<N: Network> Trainer<N> {
             let expected = format!("small enough for a batch of images of {size} values in memory");
             return Err(Error::config("batch_size", batch, expected));
         };
-        pixels.resize(count, 0f32);
+        // A place that the source does not write stays NaN, and is refused.
+        pixels.resize(count, f32::NAN);
         for (k, image) in pixels.chunks_mut(size).enumerate() {
-            let index = self.shuffled(self.images_seen.wrapping_add(k as u64), images.len());
+            let index = self.shuffled(self.images_seen.wrapping_add(k as u64), images.len())?;
             images.read(index, image)?;
+            check_range(index, image)?;
             if self.config.horizontal_flip {
                 let mut stream = self.noise().stream(Purpose::Flip, self.step, k as u32);
                 if stream.below(2) == 1 {
@@ -570,15 +575,15 @@ impl<N: Network> Trainer<N> {
     }
 
     /// The index of the `position`-th image of the run.
-    fn shuffled(&mut self, position: u64, len: usize) -> usize {
+    fn shuffled(&mut self, position: u64, len: usize) -> Result<usize> {
         let (epoch, place) = (position / len as u64, (position % len as u64) as usize);
         match &self.order {
-            Some((e, n, order)) if (*e, *n) == (epoch, len) => order[place] as usize,
+            Some((e, n, order)) if (*e, *n) == (epoch, len) => Ok(order[place] as usize),
             _ => {
-                let order = self.noise().stream(Purpose::Shuffle, epoch, 0).permutation(len);
+                let order = self.noise().stream(Purpose::Shuffle, epoch, 0).permutation(len)?;
                 let index = order[place] as usize;
                 self.order = Some((epoch, len, order));
-                index
+                Ok(index)
             }
         }
     }
@@ -629,5 +634,20 @@ impl<N: Network> Trainer<N> {
             loss_scale: self.scaler.as_ref().map(GradScaler::scale),
             images_per_second: 0.0,
         })
+    }
+}
+
+/// # Errors
+/// If a pixel is not a number from -1 to 1. A resized image may overshoot by rounding.
+fn check_range(index: usize, image: &[f32]) -> Result<()> {
+    const MOST: f32 = 1.001;
+    match image.iter().find(|pixel| !(pixel.abs() <= MOST)) {
+        None => Ok(()),
+        Some(pixel) => {
+            let value = format!("{pixel} in image {index}");
+            let expected =
+                "a number from -1 to 1, which ImageSource::read writes: a byte p is p / 127.5 - 1";
+            Err(Error::config("pixel", value, expected))
+        }
     }
 }
