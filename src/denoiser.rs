@@ -60,6 +60,15 @@ pub trait Denoiser {
         false
     }
 
+    /// Whether the weight of this name may be without a gradient: one that is meant to stay as it is, or that not
+    /// every batch uses. [`Trainer`](crate::Trainer) refuses any other weight that has no gradient in its first
+    /// update, since some of candle's operations have none, without an error: `candle_nn::LayerNorm` is one.
+    /// No weight may, unless this is implemented.
+    fn may_lack_gradient(&self, name: &str) -> bool {
+        let _ = name;
+        false
+    }
+
     /// Takes back gradients that [`forward_backward`](Self::forward_backward) gave and nobody needs
     /// any longer: the next ones may take their memory, and change these and whatever shares their
     /// values. A training loop calls it after its update to save the system the work of clearing fresh
@@ -106,6 +115,10 @@ macro_rules! denoiser_behind {
 
             fn is_repeatable(&self, x_t: &Tensor) -> bool {
                 (**self).is_repeatable(x_t)
+            }
+
+            fn may_lack_gradient(&self, name: &str) -> bool {
+                (**self).may_lack_gradient(name)
             }
 
             fn recycle(&self, gradients: Vec<Tensor>) {

@@ -45,6 +45,21 @@ pub enum Error {
         step: u64,
     },
 
+    /// A weight of a network that trains has no gradient: nothing would ever change it.
+    #[error(
+        "weight {name} has no gradient in the first update, as {missing} of {total} weights; an operation without a \
+         gradient lies between them and the loss, such as candle_nn::LayerNorm, or the network does not use them; \
+         Denoiser::may_lack_gradient allows it"
+    )]
+    NoGradient {
+        /// The first such weight's name.
+        name: String,
+        /// How many weights have none.
+        missing: usize,
+        /// How many weights there are.
+        total: usize,
+    },
+
     /// A data file's content is not what its format demands.
     #[error("{}: {reason}", path.display())]
     Data {

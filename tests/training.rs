@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::process::{Command, Stdio};
 
 use candle_core::{DType, Device, Tensor};
-use candle_nn::{Init, VarBuilder};
+use candle_nn::{Init, Module, VarBuilder};
 use ddpm::{
     AdamConfig, Denoiser, Diffusion, EmaConfig, Error, ImageSource, Metrics, Network, Observer,
     Result, TrainConfig, Trainer, UNetConfig,
@@ -524,6 +524,68 @@ fn images_that_do_not_fit_are_refused() {
     let (t, eps) = (t.zeros_like().unwrap(), batch.narrow(0, 0, 1).unwrap());
     let message = trainer.step_with(&batch, &t, &eps).unwrap_err().to_string();
     assert!(message.contains("eps has shape [1, 3, 8, 8]"), "{message}");
+}
+
+/// A network with an operation of candle's that has no gradient, and a weight of which it makes no use.
+#[derive(Clone, Serialize, Deserialize)]
+struct Normed {
+    frozen: bool,
+}
+
+struct NormedModel {
+    first: Tensor,
+    norm: candle_nn::LayerNorm,
+    last: Tensor,
+    frozen: bool,
+}
+
+impl Network for Normed {
+    const KIND: &'static str = "normed";
+    type Model = NormedModel;
+
+    fn build(&self, vb: VarBuilder) -> Result<NormedModel> {
+        Ok(NormedModel {
+            first: vb.get_with_hints(8, "first", Init::Const(0.5))?,
+            norm: candle_nn::layer_norm(8, 1e-5, vb.pp("norm"))?,
+            last: vb.get_with_hints(8, "last", Init::Const(0.5))?,
+            frozen: self.frozen,
+        })
+    }
+}
+
+impl Denoiser for NormedModel {
+    fn forward(&self, x_t: &Tensor, _: &Tensor) -> Result<Tensor> {
+        let x = self.norm.forward(&x_t.broadcast_mul(&self.first)?.contiguous()?)?;
+        Ok(x.broadcast_mul(&self.last)?)
+    }
+
+    fn may_lack_gradient(&self, name: &str) -> bool {
+        self.frozen && name != "last"
+    }
+}
+
+#[test]
+fn a_weight_without_a_gradient_is_named_unless_the_network_allows_it() {
+    let trainer = |frozen| {
+        Trainer::new(Normed { frozen }, config(), Diffusion::ddpm(), &Device::Cpu).unwrap()
+    };
+    let mut refused = trainer(false);
+    let error = refused.fit(&Ramps(10), &mut ()).unwrap_err();
+    let message = error.to_string();
+    assert!(matches!(error, Error::NoGradient { .. }), "{message}");
+    assert!(
+        message.starts_with("weight first has no gradient in the first update, as 3 of 4 weights")
+    );
+    assert!(!message.contains('\n'), "{message}");
+    assert_eq!(refused.steps(), 0);
+
+    // As a box, a network says the same.
+    let mut allowed = trainer(true);
+    let boxed: Box<dyn Denoiser + '_> = Box::new(allowed.model());
+    assert!(boxed.may_lack_gradient("first") && !boxed.may_lack_gradient("last"));
+    drop(boxed);
+    allowed.fit(&Ramps(10), &mut ()).unwrap();
+    assert_eq!(allowed.steps(), 6);
 }
 
 #[test]

@@ -54,6 +54,8 @@ pub struct Trainer<N: Network> {
     thread: std::thread::ThreadId,
     /// The order of the images in the epoch at hand: epoch, number of images, order.
     order: Option<(u64, usize, Vec<u32>)>,
+    /// Whether the first update was seen to have a gradient for each weight.
+    gradients_checked: bool,
     /// What has not been read since the last report.
     unread: Vec<Update>,
     /// Sum and number of the losses that were read since the last report.
@@ -175,6 +177,7 @@ impl<N: Network> Trainer<N> {
             #[cfg(feature = "cuda")]
             thread: std::thread::current().id(),
             order: None,
+            gradients_checked: false,
             unread: Vec::new(),
             read: (0.0, 0),
         })
@@ -217,7 +220,8 @@ impl<N: Network> Trainer<N> {
     ///
     /// # Errors
     /// If the batch does not fit the network, or its size not
-    /// [`accumulation`](TrainConfig::accumulation). Whether a loss is finite is seen when it is
+    /// [`accumulation`](TrainConfig::accumulation); in the first update, if a weight has no gradient
+    /// and [may not lack it](Denoiser::may_lack_gradient). Whether a loss is finite is seen when it is
     /// read: by [`fit`](Self::fit), by [`save`](Self::save), or here after 10,000 unread ones.
     pub fn step(&mut self, x_0: &Tensor) -> Result<Update> {
         let dims = x_0.dims();
@@ -305,6 +309,10 @@ impl<N: Network> Trainer<N> {
             });
 
             let found = by_name(found, &self.vars);
+            if !self.gradients_checked {
+                self.check_gradients(&found)?;
+                self.gradients_checked = true;
+            }
             if parts == 1 {
                 sums = found;
             } else {
@@ -321,6 +329,22 @@ impl<N: Network> Trainer<N> {
         // Where there are several parts, the sums are none of the network's.
         let gradients = if parts == 1 { sums.into_values().collect() } else { Vec::new() };
         Ok((loss, grad_norm, gradients))
+    }
+
+    /// # Errors
+    /// If a weight has no gradient, and the network does not say that it may lack one.
+    fn check_gradients(&self, found: &BTreeMap<String, Tensor>) -> Result<()> {
+        let lacks =
+            |name: &&String| !found.contains_key(*name) && !self.model.may_lack_gradient(name);
+        let mut lacking = self.vars.keys().filter(lacks);
+        match lacking.next() {
+            None => Ok(()),
+            Some(name) => Err(Error::NoGradient {
+                name: name.clone(),
+                missing: 1 + lacking.count(),
+                total: self.vars.len(),
+            }),
+        }
     }
 
     /// A thread's work on a GPU is in a stream of its own: what another one left there must be done.
