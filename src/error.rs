@@ -37,8 +37,8 @@ pub enum Error {
     /// The training loss, or the norm of its gradient, became infinite or NaN.
     #[error("{what} is {value} at step {step}; nothing was saved since the last checkpoint")]
     NonFinite {
-        /// `loss` or `gradient norm`.
-        what: &'static str,
+        /// `loss`, `gradient norm`, or a weight by its name.
+        what: String,
         /// The value it has.
         value: f32,
         /// The training step (counted from 1) that computed it.
@@ -102,8 +102,8 @@ pub enum Error {
         supported: u32,
     },
 
-    /// A checkpoint belongs to another run than the one that would continue from it.
-    #[error("{field} is {found} in the checkpoint, but {expected} is asked for")]
+    /// A checkpoint belongs to another run than the one that would continue from it or replace it.
+    #[error("{field} is {found} in the checkpoint, but {expected} is asked for; {remedy}")]
     ConfigMismatch {
         /// The field's path, such as `train.batch_size`.
         field: String,
@@ -111,6 +111,42 @@ pub enum Error {
         found: String,
         /// The value asked for.
         expected: String,
+        /// What can be done.
+        remedy: &'static str,
+    },
+
+    /// Something is where a checkpoint would be saved that is none, or none of this run.
+    #[error("{}: no checkpoint can be saved here: {found}", path.display())]
+    Occupied {
+        /// The place.
+        path: PathBuf,
+        /// What is there.
+        found: String,
+    },
+
+    /// Somebody else holds the right to save to a directory.
+    #[error("{}: {holder} saves here; only one run at a time may", path.display())]
+    Locked {
+        /// The directory.
+        path: PathBuf,
+        /// Who holds it, such as `process 1234`.
+        holder: String,
+    },
+
+    /// An old checkpoint, or the rest of one, could not be removed. The next save tries again.
+    #[error("{}: cannot be removed: {source}", path.display())]
+    NotRemoved {
+        /// The directory that stays.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+
+    /// The directory around a run's checkpoint was removed while the run went on, and was made again.
+    #[error("{}: removed while the run went on, and made again", path.display())]
+    Vanished {
+        /// The directory.
+        path: PathBuf,
     },
 
     /// A network needs a weight that a file does not hold.

@@ -45,5 +45,5 @@ pub use sampler::{Sampler, SamplerConfig, Solver, Step, Steps, Variance};
 pub use schedule::NoiseSchedule;
 pub use train::{
     AdamConfig, AdamW, Checkpoint, Ema, EmaConfig, GradScaler, GradScalerConfig, Metrics, Observer,
-    TrainConfig, Trainer, Update, WeightDecay, clip_grad_norm, gradients,
+    Saved, TrainConfig, Trainer, Update, WeightDecay, clip_grad_norm, gradients,
 };

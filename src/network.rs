@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::ErrorKind;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -173,13 +174,30 @@ impl Parameters {
 
 /// Reads a safetensors file, which must be whole, and of floating-point tensors.
 pub(crate) fn read_tensors(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>> {
-    // Asked before reading: a pipe would wait for its writer, and a device may have no end.
-    if !path.metadata().map_err(Error::io(path))?.is_file() {
+    let (mut file, _) = open_regular(path)?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).map_err(Error::io(path))?;
+    tensors_of(path, &bytes, device)
+}
+
+/// Opens a file, and gives its length.
+pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
+    // Asked before opening: a pipe would wait for its writer, and a device may have no end.
+    let metadata = path.metadata().map_err(Error::io(path))?;
+    if !metadata.is_file() {
         let reason = std::io::Error::new(ErrorKind::InvalidInput, "not a regular file");
         return Err(Error::io(path)(reason));
     }
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| {
+    Ok((File::open(path).map_err(Error::io(path))?, metadata.len()))
+}
+
+/// The tensors of a safetensors file's content, which must be whole, and of floating-point tensors.
+pub(crate) fn tensors_of(
+    path: &Path,
+    bytes: &[u8],
+    device: &Device,
+) -> Result<BTreeMap<String, Tensor>> {
+    let file = SafeTensors::deserialize(bytes).map_err(|e| {
         Error::damaged(path, format!("{e}; is it truncated? It has {} bytes", bytes.len()))
     })?;
     let mut tensors = BTreeMap::new();

@@ -95,7 +95,7 @@ impl Watch {
 
     fn save(&mut self, trainer: &Trainer<UNetConfig>) -> ddpm::Result<()> {
         self.progress.note("saving");
-        let saved = trainer.save(self.out.join("checkpoint"));
+        let saved = trainer.save(self.out.join("checkpoint")).map(drop);
         self.progress.note("");
         saved
     }

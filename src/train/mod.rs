@@ -10,7 +10,7 @@ mod trainer;
 
 use adam::by_name;
 pub use adam::{AdamConfig, AdamW, WeightDecay, clip_grad_norm, gradients};
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, Saved};
 pub use config::TrainConfig;
 pub use ema::{Ema, EmaConfig};
 pub use observer::{Metrics, Observer};

@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::checkpoint::{self, Checkpoint, Snapshot};
+use super::checkpoint::{self, Checkpoint, Claim, MAX_STEP, Saved, Snapshot};
 use super::{AdamW, Ema, GradScaler, Metrics, Observer, TrainConfig, by_name};
 use crate::kernels::{add_to, combine, squared_error};
 use crate::noise::{Noise, Purpose};
 use crate::{
     Denoiser, Diffusion, Dropout, Error, ImageSource, Network, Parameters, Precision, Result,
+    SamplerConfig,
 };
 
 /// Trains a network: Ho et al. 2020, algorithm 1.
@@ -47,6 +48,9 @@ pub struct Trainer<N: Network> {
     images_seen: u64,
     /// Images in the source, once one was used: the order of a run depends on it.
     dataset_len: Option<u64>,
+    sampling: Option<SamplerConfig>,
+    /// The right to save where the run is saved, if it was asked for.
+    claim: Option<Claim>,
     #[cfg(feature = "cuda")]
     capture: by_graph::Capture,
     /// The thread that made the last update.
@@ -128,7 +132,9 @@ impl<N: Network> Trainer<N> {
     ) -> Result<Self> {
         config.validate()?;
         let checkpoint = Checkpoint::open(dir)?;
-        checkpoint.must_match(&network, &config, &diffusion)?;
+        let remedy = "a run goes on as it began, with what its Checkpoint tells; a new one that begins at its \
+                      weights is made by Trainer::set_weights";
+        checkpoint.must_match(&network, &config, &diffusion, remedy)?;
         let parameters = checkpoint.parameters(device)?;
         let mut run = Self::with_weights(network, config, diffusion, device, &parameters)?;
         run.optimizer = checkpoint.optimizer(run.config.optimizer, &run.vars, device)?;
@@ -141,6 +147,7 @@ impl<N: Network> Trainer<N> {
         run.step = checkpoint.step();
         run.images_seen = checkpoint.images_seen();
         run.dataset_len = checkpoint.dataset_len();
+        run.sampling = checkpoint.sampling().copied();
         Ok(run)
     }
 
@@ -172,6 +179,8 @@ impl<N: Network> Trainer<N> {
             step: 0,
             images_seen: 0,
             dataset_len: None,
+            sampling: None,
+            claim: None,
             #[cfg(feature = "cuda")]
             capture: Default::default(),
             #[cfg(feature = "cuda")]
@@ -229,6 +238,7 @@ impl<N: Network> Trainer<N> {
             let expected = "(batch, channels, height, width)".to_string();
             return Err(Error::Shape { what: "x_0", found: vec![], expected });
         }
+        self.check_step()?;
         let t = self.timesteps(dims[0])?;
         #[cfg(feature = "cuda")]
         if let Some(update) = self.step_by_graph(x_0, &t)? {
@@ -245,9 +255,19 @@ impl<N: Network> Trainer<N> {
     /// As [`step`](Self::step), and if the shapes or dtypes do not fit each other, or a timestep is
     /// out of range; on a CUDA device the loss is NaN then.
     pub fn step_with(&mut self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Update> {
+        self.check_step()?;
         #[cfg(feature = "cuda")]
         self.capture.forget();
         self.eager(x_0, t, eps)
+    }
+
+    /// # Errors
+    /// Returns an error if there are no random numbers for another update.
+    fn check_step(&self) -> Result<()> {
+        if self.step >= MAX_STEP {
+            return Err(Error::config("step", self.step, format!("less than {MAX_STEP} to go on")));
+        }
+        Ok(())
     }
 
     /// An update that is not captured.
@@ -440,17 +460,40 @@ impl<N: Network> Trainer<N> {
         Ok(Tensor::from_vec(pixels, (batch, channels, height, width), &self.device)?)
     }
 
+    /// Takes the right to save at `dir`, for as long as this trainer lives, and does everything that
+    /// [`save`](Self::save) does there except for writing weights: what would make it fail later fails now,
+    /// before there is something to lose.
+    ///
+    /// The right is an advisory lock on `checkpoint.lock`, beside the directory `checkpoint`; it ends with the
+    /// process, however that ends. A file system without locks gives none.
+    ///
+    /// # Errors
+    /// Returns [`Error::Locked`] if another process or trainer saves there, [`Error::Occupied`] if something
+    /// is there that is no checkpoint of this run, or where one of its checkpoints would be moved,
+    /// [`Error::ConfigMismatch`] if the checkpoint there is another run's, and an error if it is of a later
+    /// step or if nothing can be written there.
+    pub fn claim(&mut self, dir: impl AsRef<Path>) -> Result<()> {
+        let claim = match self.claim.take() {
+            Some(claim) if claim.is_for(dir.as_ref()) => claim,
+            _ => Claim::take(dir.as_ref())?,
+        };
+        claim.rehearse(&self.snapshot(self.scaler.as_ref(), 0))?;
+        self.claim = Some(claim);
+        Ok(())
+    }
+
     /// Writes a checkpoint: afterwards `dir` is the latest one, and the ones before it are
     /// `dir`'s siblings, of which [`keep_checkpoints`](TrainConfig::keep_checkpoints) - 1 stay.
     ///
     /// Whatever happens while it writes, a complete checkpoint can be
-    /// [opened](Checkpoint::open) there.
+    /// [opened](Checkpoint::open) there. While it writes nobody else can save there; to have that for the
+    /// whole run, and to learn in time whether it can be saved, [`claim`](Self::claim) the directory first.
     ///
     /// # Errors
-    /// If a loss since the last report is not finite, or the checkpoint there is one of another
-    /// configuration, as [`resume`](Self::resume) compares them, or of a later step; then nothing is
-    /// written. If a file cannot be written.
-    pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
+    /// Returns an error if a loss since the last report or a weight is not finite, or for any reason of
+    /// [`claim`](Self::claim); then nothing is changed. Returns an error if a file cannot be written. An
+    /// old checkpoint that cannot be removed is none: [`Saved`] tells of it.
+    pub fn save(&self, dir: impl AsRef<Path>) -> Result<Saved> {
         #[cfg(feature = "cuda")]
         self.wait_for_other_thread()?;
         self.read_unread()?;
@@ -458,23 +501,51 @@ impl<N: Network> Trainer<N> {
         // Until the device was asked, those count that it skipped.
         let skipped = |scaler: &Option<GradScaler>| scaler.as_ref().map_or(0, GradScaler::skipped);
         let skipped_since = skipped(&scaler) - skipped(&self.scaler);
-        checkpoint::save(
-            dir.as_ref(),
-            self.config.keep_checkpoints,
-            &Snapshot {
-                network: &self.network,
-                train: &self.config,
-                diffusion: &self.diffusion,
-                step: self.step,
-                images_seen: self.images_seen,
-                dataset_len: self.dataset_len,
-                vars: &self.vars,
-                optimizer: &self.optimizer,
-                ema: self.ema.as_ref(),
-                ema_updates: self.ema.as_ref().map_or(0, |ema| ema.updates() - skipped_since),
-                scaler: scaler.as_ref(),
-            },
-        )
+        let snapshot = self.snapshot(scaler.as_ref(), skipped_since);
+        let for_now;
+        let claim = match &self.claim {
+            Some(claim) if claim.is_for(dir.as_ref()) => claim,
+            _ => {
+                for_now = Claim::take(dir.as_ref())?;
+                &for_now
+            }
+        };
+        checkpoint::save(claim, self.config.keep_checkpoints, &snapshot)
+    }
+
+    /// All that a checkpoint is written from, with the scaler as it is now, since whose counts were last
+    /// read `skipped_since` updates were skipped.
+    fn snapshot<'a>(
+        &'a self,
+        scaler: Option<&'a GradScaler>,
+        skipped_since: u64,
+    ) -> Snapshot<'a, N> {
+        Snapshot {
+            network: &self.network,
+            train: &self.config,
+            diffusion: &self.diffusion,
+            sampling: self.sampling,
+            step: self.step,
+            images_seen: self.images_seen,
+            dataset_len: self.dataset_len,
+            vars: &self.vars,
+            optimizer: &self.optimizer,
+            ema: self.ema.as_ref(),
+            ema_updates: self.ema.as_ref().map_or(0, |ema| ema.updates() - skipped_since),
+            scaler,
+        }
+    }
+
+    /// Says how the run draws its samples, for whoever [opens](Checkpoint::sampling) its checkpoints.
+    /// Training does not depend on it.
+    ///
+    /// # Errors
+    /// Returns an error if the run's process cannot be sampled like that, as
+    /// [`Sampler::new`](crate::Sampler::new).
+    pub fn set_sampling(&mut self, sampling: SamplerConfig) -> Result<()> {
+        sampling.sampler(&self.diffusion)?;
+        self.sampling = Some(sampling);
+        Ok(())
     }
 
     /// Replaces the weights by those of a safetensors file: of a checkpoint, or written by PyTorch.
@@ -624,7 +695,7 @@ impl<N: Network> Trainer<N> {
             for (what, value, fatal) in [("loss", loss, true), ("gradient norm", grad_norm, !skips)]
             {
                 if fatal && !value.is_finite() {
-                    return Err(Error::NonFinite { what, value, step: update.step });
+                    return Err(Error::NonFinite { what: what.into(), value, step: update.step });
                 }
             }
             Ok((loss, grad_norm))

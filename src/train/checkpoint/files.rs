@@ -1,0 +1,135 @@
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use flate2::Crc;
+use serde::{Deserialize, Serialize};
+
+use crate::kernels::with_values;
+use crate::network::{open_regular, tensors_of};
+use crate::{Error, Result};
+
+/// What a file held when it was written: its length and CRC-32, which sees any flipped bit, and any other
+/// damage but one in four thousand million.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Checksum {
+    bytes: u64,
+    #[serde(with = "hexadecimal")]
+    crc32: u32,
+}
+
+/// As other programs print CRC-32: `"cbf43926"`.
+mod hexadecimal {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub fn serialize<S: Serializer>(value: &u32, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{value:08x}"))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let number = u32::from_str_radix(&text, 16).ok().filter(|_| text.len() == 8);
+        number.ok_or_else(|| D::Error::custom("crc32 must have eight hexadecimal digits"))
+    }
+}
+
+impl Checksum {
+    fn of(bytes: &[u8]) -> Self {
+        let mut crc = Crc::new();
+        crc.update(bytes);
+        Self { bytes: bytes.len() as u64, crc32: crc.sum() }
+    }
+
+    /// # Errors
+    /// Returns an error if the file cannot be read, or holds something else than what was written.
+    pub fn verify(&self, path: &Path) -> Result<()> {
+        let (mut file, bytes) = open_regular(path)?;
+        let mut crc = Crc::new();
+        if bytes == self.bytes {
+            let mut part = vec![0; 1 << 20];
+            loop {
+                match file.read(&mut part).map_err(Error::io(path))? {
+                    0 => break,
+                    n => crc.update(&part[..n]),
+                }
+            }
+        }
+        self.compare(path, Self { bytes, crc32: crc.sum() })
+    }
+
+    fn compare(&self, path: &Path, found: Self) -> Result<()> {
+        if found.bytes != self.bytes {
+            let reason = format!("{} bytes long; {} were written", found.bytes, self.bytes);
+            return Err(Error::damaged(path, reason));
+        }
+        if found.crc32 != self.crc32 {
+            let reason =
+                format!("its CRC-32 is {:08x}; {:08x} was written", found.crc32, self.crc32);
+            return Err(Error::damaged(path, reason));
+        }
+        Ok(())
+    }
+}
+
+/// The tensors of a file, which holds what was written where that is known.
+pub(super) fn read_tensors(
+    path: &Path,
+    written: Option<&Checksum>,
+    device: &Device,
+) -> Result<BTreeMap<String, Tensor>> {
+    let (mut file, length) = open_regular(path)?;
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(usize::try_from(length).unwrap_or(usize::MAX)).map_err(|_| {
+        Error::damaged(path, format!("{length} bytes long: more than there is memory for"))
+    })?;
+    file.read_to_end(&mut bytes).map_err(Error::io(path))?;
+    if let Some(written) = written {
+        written.compare(path, Checksum::of(&bytes))?;
+    }
+    tensors_of(path, &bytes, device)
+}
+
+/// Writes tensors of finite f32, and flushes them to disk.
+///
+/// # Errors
+/// Returns an error if a value is not finite, with its tensor's name, or if the file cannot be written.
+pub(super) fn write_tensors(
+    path: &Path,
+    tensors: &BTreeMap<String, Tensor>,
+    step: u64,
+) -> Result<Checksum> {
+    let mut on_cpu = BTreeMap::new();
+    for (name, tensor) in tensors {
+        let tensor = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
+        let found = with_values([&tensor], |[values]| {
+            Ok(values.iter().copied().find(|value| !value.is_finite()))
+        })?;
+        if let Some(value) = found {
+            return Err(Error::NonFinite { what: format!("weight {name}"), value, step });
+        }
+        on_cpu.insert(name, tensor);
+    }
+    let bytes = safetensors::serialize(on_cpu, None).map_err(Error::external)?;
+    write_synced(path, &bytes)?;
+    Ok(Checksum::of(&bytes))
+}
+
+pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || {
+        let mut file = File::create(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(Error::io(path))
+}
+
+/// Makes renames within `dir` last through a power cut. Only Unix can, and needs to.
+pub(super) fn sync_dir(dir: &Path) -> Result<()> {
+    if cfg!(unix) {
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io(dir))?;
+    }
+    Ok(())
+}

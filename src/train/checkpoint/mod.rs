@@ -1,0 +1,339 @@
+//! A training run on disk: opened here, written by [`store`].
+
+mod files;
+mod lock;
+mod state;
+mod store;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor, Var};
+
+use self::files::{Checksum, read_tensors};
+use self::state::{Files, STATE, State, mismatch, read_state};
+use super::{AdamConfig, AdamW, Ema, EmaConfig, GradScaler, GradScalerConfig, TrainConfig};
+use crate::error::in_short;
+use crate::{Diffusion, Error, Network, Parameters, Result, Sampler, SamplerConfig, Solver};
+
+pub(super) use self::state::MAX_STEP;
+pub use self::store::Saved;
+pub(super) use self::store::{Claim, Snapshot, save};
+
+const MODEL: &str = "model.safetensors";
+const EMA: &str = "ema.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+
+/// A training run on disk: a directory of safetensors and JSON, enough to sample or to resume.
+///
+/// [`Trainer::save`](crate::Trainer::save) writes it; all tensors are f32, by the weights' names.
+///
+/// | file | content |
+/// | --- | --- |
+/// | `checkpoint.json` | format version, step, configurations, checksums of the other files |
+/// | `model.safetensors` | the weights |
+/// | `ema.safetensors` | their averages, where there are any |
+/// | `optimizer.safetensors` | the optimiser's state |
+pub struct Checkpoint {
+    dir: PathBuf,
+    state: State,
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint at `dir`; where saving was cut off at the one moment when there is none,
+    /// the new one beside it, or else the newest of those before.
+    ///
+    /// Each file that is there is read once, and compared with the checksum that was written with it; one
+    /// that is missing is an error for those alone who ask for its tensors. Checkpoints of 0.1.0's format 1
+    /// have no checksums.
+    ///
+    /// Weights can be read by any build and on any device, however they were trained.
+    ///
+    /// # Errors
+    /// Returns an error if there is no complete checkpoint, if it is damaged, or of a newer format.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
+        /// More saves than there are within the reading of a checkpoint.
+        const ATTEMPTS: usize = 8;
+
+        let dir = dir.as_ref();
+        if dir.as_os_str().is_empty() {
+            // A name joined to nothing would be looked for in the current directory.
+            return Err(Error::config("checkpoint directory", r#""""#, "a path"));
+        }
+        for _ in 1..ATTEMPTS {
+            let found = Self::find(dir)?;
+            match found.verify() {
+                // A save took place meanwhile: what was read was partly of the next checkpoint.
+                Err(_) if found.was_replaced() => {}
+                Err(error) => return Err(found.with_older(dir, error)),
+                Ok(()) => return Ok(found),
+            }
+        }
+        let found = Self::find(dir)?;
+        found.verify()?;
+        Ok(found)
+    }
+
+    /// As [`open`](Self::open), reading `checkpoint.json` only.
+    fn find(dir: &Path) -> Result<Self> {
+        let missing = match Self::newest(dir) {
+            Err(error @ Error::NoCheckpoint { .. }) => error,
+            found => return found,
+        };
+        store::archived(dir).ok().and_then(|mut older| older.pop()).ok_or(missing)
+    }
+
+    /// The checkpoint at `dir`, or the new one that `save` was about to move there.
+    fn newest(dir: &Path) -> Result<Self> {
+        let missing = match read_state(dir) {
+            Ok(state) => return Ok(Self { dir: dir.to_owned(), state }),
+            Err(error @ Error::NoCheckpoint { .. }) => error,
+            Err(error) => return Err(error),
+        };
+        let Ok(new) = store::new_beside(dir) else { return Err(missing) };
+        match read_state(&new) {
+            // The state is written last: where it reads, all the rest is there.
+            Ok(state) => Ok(Self { dir: new, state }),
+            Err(Error::NoCheckpoint { .. } | Error::Damaged { .. }) => Err(missing),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// # Errors
+    /// Returns an error if a file that is there is not as it was written.
+    fn verify(&self) -> Result<()> {
+        for file in [MODEL, EMA, OPTIMIZER] {
+            let path = self.dir.join(file);
+            if let Some(written) = self.written(file)
+                && path.exists()
+            {
+                written.verify(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What a file held when it was written, where that is known.
+    fn written(&self, file: &str) -> Option<&Checksum> {
+        let Files { model, ema, optimizer } = self.state.files.as_ref()?;
+        match file {
+            MODEL => Some(model),
+            EMA => ema.as_ref(),
+            _ => Some(optimizer),
+        }
+    }
+
+    /// Whether another checkpoint took this one's place, as when a run that still goes on saves.
+    fn was_replaced(&self) -> bool {
+        self.state.files.is_some()
+            && read_state(&self.dir).map_or(true, |now| now.files != self.state.files)
+    }
+
+    /// The error of a damaged checkpoint, with the newest one before it that is whole.
+    fn with_older(&self, dir: &Path, error: Error) -> Error {
+        let Error::Damaged { path, reason } = error else { return error };
+        let older = store::archived(dir).unwrap_or_default();
+        let whole = older.iter().rev().find(|older| older.verify().is_ok());
+        let reason = match whole {
+            Some(whole) => format!("{reason}; {} is whole", whole.dir.display()),
+            None => reason,
+        };
+        Error::Damaged { path, reason }
+    }
+
+    /// The tensors of a file.
+    fn read(&self, file: &str, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+        let path = self.dir.join(file);
+        read_tensors(&path, self.written(file), device).map_err(|error| match error {
+            Error::Damaged { .. } if self.was_replaced() => {
+                Error::damaged(path, "replaced since the checkpoint was opened; open it again")
+            }
+            error => error,
+        })
+    }
+
+    /// The directory: the one asked for, or where it was missing, the one found beside it.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Updates of the weights so far.
+    pub fn step(&self) -> u64 {
+        self.state.step
+    }
+
+    /// The process that the network learned to reverse.
+    pub fn diffusion(&self) -> &Diffusion {
+        &self.state.diffusion
+    }
+
+    /// How the network was trained.
+    pub fn train_config(&self) -> &TrainConfig {
+        &self.state.train
+    }
+
+    /// How the run draws its samples, where it [said so](crate::Trainer::set_sampling).
+    pub fn sampling(&self) -> Option<&SamplerConfig> {
+        self.state.sampling.as_ref()
+    }
+
+    /// The sampler by which the run draws its samples; where it did not say, deterministic DDIM in 50
+    /// steps (fewer if the schedule has fewer), with clipping.
+    ///
+    /// # Errors
+    /// Those of [`Sampler::new`].
+    pub fn sampler(&self) -> Result<Sampler> {
+        let steps = self.diffusion().schedule().steps().min(50);
+        let usual = SamplerConfig { solver: Solver::ddim(), steps, clip_denoised: true };
+        self.sampling().unwrap_or(&usual).sampler(self.diffusion())
+    }
+
+    /// The network's configuration.
+    ///
+    /// # Errors
+    /// If the checkpoint holds another kind of network, or a configuration that `N` does not
+    /// accept.
+    pub fn network<N: Network>(&self) -> Result<N> {
+        let network = &self.state.network;
+        if network.kind != N::KIND {
+            let remedy = "ask for a network of that kind";
+            return Err(mismatch("network.kind", &network.kind, N::KIND, remedy));
+        }
+        serde_json::from_str(network.config.get()).map_err(|e| self.damaged_config(e))
+    }
+
+    fn damaged_config(&self, error: impl std::fmt::Display) -> Error {
+        let reason = format!("network.config: {}", in_short(&error.to_string()));
+        Error::damaged(self.dir.join(STATE), reason)
+    }
+
+    /// The network with its weights; it takes no gradients.
+    ///
+    /// # Errors
+    /// If the file is damaged, or does not hold just the weights of the network.
+    pub fn model<N: Network>(&self, device: &Device) -> Result<N::Model> {
+        self.frozen::<N>(MODEL, device)
+    }
+
+    /// The network with its averaged weights, which give the better samples; where none were
+    /// averaged, as [`model`](Self::model).
+    ///
+    /// # Errors
+    /// If the file is damaged, or does not hold just the weights of the network.
+    pub fn ema<N: Network>(&self, device: &Device) -> Result<N::Model> {
+        let file = if self.state.train.ema.is_some() { EMA } else { MODEL };
+        self.frozen::<N>(file, device)
+    }
+
+    fn frozen<N: Network>(&self, file: &str, device: &Device) -> Result<N::Model> {
+        let (path, tensors) = (self.dir.join(file), self.read(file, device)?);
+        let parameters = Parameters::frozen(&path, tensors, DType::F32, device);
+        parameters.build(&self.network::<N>()?).map_err(|error| match error {
+            Error::Config { .. } => self.damaged_config(error),
+            error => error,
+        })
+    }
+
+    pub(super) fn images_seen(&self) -> u64 {
+        self.state.images_seen
+    }
+
+    pub(super) fn dataset_len(&self) -> Option<u64> {
+        self.state.dataset_len
+    }
+
+    pub(super) fn parameters(&self, device: &Device) -> Result<Parameters> {
+        let (path, tensors) = (self.dir.join(MODEL), self.read(MODEL, device)?);
+        Ok(Parameters::trainable(&path, tensors, DType::F32, device))
+    }
+
+    pub(super) fn optimizer(
+        &self,
+        config: AdamConfig,
+        vars: &BTreeMap<String, Var>,
+        device: &Device,
+    ) -> Result<AdamW> {
+        let path = self.dir.join(OPTIMIZER);
+        let state = self.read(OPTIMIZER, device)?;
+        let mut optimizer = AdamW::new(config, vars)?;
+        check_tensors(&path, &state, &optimizer.shared_state())?;
+        // No update of a run was one of the optimiser's but for those that were skipped.
+        let skipped = self.state.grad_scaler.map_or(0, |scaler| scaler.skipped);
+        optimizer.restore(self.state.step - skipped, &state)?;
+        Ok(optimizer)
+    }
+
+    /// The scaler of a run that has one.
+    pub(super) fn grad_scaler(&self, config: GradScalerConfig) -> Result<GradScaler> {
+        match self.state.grad_scaler {
+            Some(state) => GradScaler::restore(config, state)
+                .map_err(|e| Error::damaged(self.dir.join(STATE), e.to_string())),
+            None => Err(Error::damaged(self.dir.join(STATE), "grad_scaler is missing")),
+        }
+    }
+
+    pub(super) fn average(
+        &self,
+        config: EmaConfig,
+        vars: &BTreeMap<String, Var>,
+        device: &Device,
+    ) -> Result<Ema> {
+        let path = self.dir.join(EMA);
+        let mut averages = self.read(EMA, device)?;
+        let ema = Ema::new(config, vars)?;
+        check_tensors(&path, &averages, ema.averages())?;
+        for (name, average) in &mut averages {
+            if let Some(var) = vars.get(name) {
+                *average = average.to_dtype(var.dtype())?.to_device(var.device())?;
+            }
+        }
+        Ok(Ema::restore(config, self.state.ema_updates, averages))
+    }
+
+    /// # Errors
+    /// Returns an error if a run with these configurations is not the one that was saved, with what can be
+    /// done.
+    pub(super) fn must_match<N: Network>(
+        &self,
+        network: &N,
+        train: &TrainConfig,
+        diffusion: &Diffusion,
+        remedy: &'static str,
+    ) -> Result<()> {
+        self.state.must_match(network, train, diffusion, remedy)
+    }
+}
+
+impl fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Checkpoint")
+            .field("dir", &self.dir)
+            .field("step", &self.state.step)
+            .finish_non_exhaustive()
+    }
+}
+
+/// # Errors
+/// Returns an error if `found` has other names or shapes than `expected`.
+fn check_tensors(
+    path: &Path,
+    found: &BTreeMap<String, Tensor>,
+    expected: &BTreeMap<String, Tensor>,
+) -> Result<()> {
+    let path = path.to_owned();
+    for (name, expected) in expected {
+        let name = name.clone();
+        let Some(found) = found.get(&name) else {
+            return Err(Error::MissingWeight { path, name });
+        };
+        if found.shape() != expected.shape() {
+            let (found, expected) = (found.dims().to_vec(), expected.dims().to_vec());
+            return Err(Error::WeightShape { path, name, found, expected });
+        }
+    }
+    match found.keys().find(|name| !expected.contains_key(*name)) {
+        Some(name) => Err(Error::UnknownWeight { path, name: name.clone() }),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,243 @@
+use std::fs;
+use std::io::{ErrorKind, Read};
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use super::files::Checksum;
+use crate::error::in_short;
+use crate::network::open_regular;
+use crate::train::TrainConfig;
+use crate::train::scaler::ScalerState;
+use crate::{Diffusion, Error, Network, Result, SamplerConfig};
+
+pub(super) const STATE: &str = "checkpoint.json";
+
+/// The newest format that this version reads, and the one that it writes. Format 1 had no checksums.
+pub(super) const FORMAT: u32 = 2;
+
+/// The largest `checkpoint.json` that is read; a custom schedule of a million steps fits.
+const MAX_STATE_BYTES: u64 = 64 << 20;
+
+/// The longest configuration of a network that is read.
+const MAX_NETWORK_BYTES: usize = 1 << 20;
+
+/// `checkpoint.json`: everything except the tensors. `C` is a network's configuration: it is kept as
+/// text until its type is known, since a parsed value would take many times its memory.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct State<C = Box<RawValue>> {
+    pub format_version: u32,
+    pub step: u64,
+    pub images_seen: u64,
+    /// Images in the source, once one was used.
+    pub dataset_len: Option<u64>,
+    pub ema_updates: u64,
+    /// With [`Precision::F16`](crate::Precision::F16).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grad_scaler: Option<ScalerState>,
+    pub network: NetworkState<C>,
+    pub diffusion: Diffusion,
+    pub train: TrainConfig,
+    /// How the run draws its samples, where it said so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sampling: Option<SamplerConfig>,
+    /// Since format 2.
+    pub files: Option<Files>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct NetworkState<C> {
+    pub kind: String,
+    pub config: C,
+}
+
+/// The files of tensors.
+#[derive(PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Files {
+    #[serde(rename = "model.safetensors")]
+    pub model: Checksum,
+    #[serde(rename = "ema.safetensors", default, skip_serializing_if = "Option::is_none")]
+    pub ema: Option<Checksum>,
+    #[serde(rename = "optimizer.safetensors")]
+    pub optimizer: Checksum,
+}
+
+/// Reads `checkpoint.json`, with memory for little more than the file.
+///
+/// # Errors
+/// Returns [`Error::NoCheckpoint`] if there is none, or an error if it is damaged or of a newer format.
+pub(super) fn read_state(dir: &Path) -> Result<State> {
+    let path = dir.join(STATE);
+    let missing = |reason: String| Error::NoCheckpoint { path: dir.to_owned(), reason };
+    match fs::metadata(&path) {
+        Ok(metadata) if !metadata.is_file() => {
+            return Err(missing(format!("{STATE} is not a file")));
+        }
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            return Err(missing(format!("there is no {STATE}")));
+        }
+        _ => {}
+    }
+    let (file, length) = open_regular(&path)?;
+    if length > MAX_STATE_BYTES {
+        let reason = format!("{length} bytes long; at most {MAX_STATE_BYTES} are expected");
+        return Err(Error::damaged(path, reason));
+    }
+    let mut json = Vec::new();
+    file.take(MAX_STATE_BYTES).read_to_end(&mut json).map_err(Error::io(&path))?;
+    let malformed = |e: serde_json::Error| Error::damaged(&path, in_short(&e.to_string()));
+
+    /// What is read before the rest, which a newer version may have changed.
+    #[derive(Deserialize)]
+    struct Version {
+        format_version: Option<Box<RawValue>>,
+    }
+    let version: Version = serde_json::from_slice(&json).map_err(malformed)?;
+    let Some(version) = version.format_version else {
+        return Err(Error::damaged(path, "format_version is missing"));
+    };
+    match version.get().parse::<u64>() {
+        Ok(found) if found > u64::from(FORMAT) => {
+            let found = u32::try_from(found).unwrap_or(u32::MAX);
+            return Err(Error::NewerFormat { path, found, supported: FORMAT });
+        }
+        Ok(1..) => {}
+        _ => {
+            let found = in_short(version.get());
+            let reason = format!("format_version is {found}; it must be from 1 to {FORMAT}");
+            return Err(Error::damaged(path, reason));
+        }
+    }
+    let state: State = serde_json::from_slice(&json).map_err(malformed)?;
+    state.check().map_err(|e| Error::damaged(&path, e.to_string()))?;
+    Ok(state)
+}
+
+impl State {
+    /// # Errors
+    /// Names the first number that no run comes to. Whether this build can train like that is asked where a
+    /// run goes on: the weights can be read in any case.
+    fn check(&self) -> Result<()> {
+        let within = |field, value, most| {
+            if value > most {
+                return Err(Error::config(field, value, format!("at most {most}")));
+            }
+            Ok(())
+        };
+        within("step", self.step, MAX_STEP)?;
+        // As many again can be added without an overflow.
+        within("images_seen", self.images_seen, u64::MAX / 2)?;
+        // One an update.
+        within("ema_updates", self.ema_updates, self.step)?;
+        if let Some(scaler) = self.grad_scaler {
+            within("grad_scaler.skipped", scaler.skipped, self.step)?;
+        }
+        let length = self.network.config.get().len();
+        within("network.config's length", length as u64, MAX_NETWORK_BYTES as u64)?;
+        match &self.files {
+            None if self.format_version > 1 => {
+                Err(Error::config("files", "missing", "there since format 2"))
+            }
+            Some(files) if files.ema.is_some() != self.train.ema.is_some() => {
+                let told = |yes| if yes { "there" } else { "not there" };
+                let value = told(files.ema.is_some());
+                let expected = format!("{}, as train.ema is", told(self.train.ema.is_some()));
+                Err(Error::config("files.ema.safetensors", value, expected))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The network's configuration, of a type that is not known here.
+    fn network_value(&self) -> Result<Value> {
+        serde_json::from_str(self.network.config.get()).map_err(Error::external)
+    }
+
+    /// # Errors
+    /// Returns an error if this is not a run with these configurations, with what can be done.
+    pub fn must_match<N: Network>(
+        &self,
+        network: &N,
+        train: &TrainConfig,
+        diffusion: &Diffusion,
+        remedy: &'static str,
+    ) -> Result<()> {
+        if self.network.kind != N::KIND {
+            return Err(mismatch("network.kind", &self.network.kind, N::KIND, remedy));
+        }
+        self.compare(&to_value(network)?, train, diffusion, remedy)
+    }
+
+    /// Whether this is of the same run as another, as far as the configurations tell.
+    pub fn is_of_the_run_of(&self, other: &Self) -> bool {
+        let network = other.network_value();
+        self.network.kind == other.network.kind
+            && network.is_ok_and(|n| self.compare(&n, &other.train, &other.diffusion, "").is_ok())
+    }
+
+    fn compare(
+        &self,
+        network: &Value,
+        train: &TrainConfig,
+        diffusion: &Diffusion,
+        remedy: &'static str,
+    ) -> Result<()> {
+        compare("network", &self.network_value()?, network, remedy)?;
+        if self.diffusion != *diffusion {
+            compare("diffusion", &to_value(&self.diffusion)?, &to_value(diffusion)?, remedy)?;
+        }
+        // These change how long a run goes on and what is told of it, not what it computes.
+        let TrainConfig { steps, log_every, keep_checkpoints, .. } = *train;
+        let saved = TrainConfig { steps, log_every, keep_checkpoints, ..self.train.clone() };
+        compare("train", &to_value(&saved)?, &to_value(train)?, remedy)
+    }
+}
+
+/// The last step of a run: random numbers have addresses for so many.
+pub(crate) const MAX_STEP: u64 = (1 << 40) - 1;
+
+pub(super) fn mismatch(field: &str, found: &str, expected: &str, remedy: &'static str) -> Error {
+    let (found, expected) = (in_short(found), in_short(expected));
+    Error::ConfigMismatch { field: field.into(), found, expected, remedy }
+}
+
+pub(super) fn to_value(config: &impl Serialize) -> Result<Value> {
+    serde_json::to_value(config).map_err(Error::external)
+}
+
+/// # Errors
+/// Names the first field in which two configurations differ.
+fn compare(field: &str, found: &Value, expected: &Value, remedy: &'static str) -> Result<()> {
+    if let (Value::Object(found), Value::Object(expected)) = (found, expected)
+        && found.keys().eq(expected.keys())
+    {
+        return found.iter().try_for_each(|(key, value)| {
+            compare(&format!("{field}.{key}"), value, &expected[key], remedy)
+        });
+    }
+    if found == expected {
+        return Ok(());
+    }
+    if let (Value::Array(found), Value::Array(expected)) = (found, expected)
+        && found.len() == expected.len()
+        && let Some(i) = (0..found.len()).find(|&i| found[i] != expected[i])
+    {
+        return compare(&format!("{field}[{i}]"), &found[i], &expected[i], remedy);
+    }
+    Err(mismatch(field, &brief(found), &brief(expected), remedy))
+}
+
+/// A value as JSON; of a long list its length.
+fn brief(value: &Value) -> String {
+    const LONG: usize = 80;
+    let text = value.to_string();
+    match value {
+        Value::Array(list) if text.len() > LONG => format!("a list of {}", list.len()),
+        _ => text,
+    }
+}
