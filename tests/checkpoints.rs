@@ -884,6 +884,70 @@ fn a_checkpoint_that_was_replaced_while_open_says_so() {
     assert_eq!(Checkpoint::open(&path).unwrap().step(), 3);
 }
 
+/// Only as a child process, by the test below.
+#[cfg(target_os = "linux")]
+#[test]
+fn opens_a_huge_state() {
+    let Some(path) = std::env::var_os(HUGE).map(PathBuf::from) else { return };
+    let network = Checkpoint::open(&path).and_then(|checkpoint| checkpoint.network::<UNetConfig>());
+    let message = network.map(drop).unwrap_err().to_string();
+    assert!(message.len() < 500, "{} bytes of message", message.len());
+    println!("refused: {message}");
+}
+
+#[cfg(target_os = "linux")]
+const HUGE: &str = "DDPM_TEST_OPENS_A_HUGE_STATE";
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_state_takes_little_more_memory_than_its_file() {
+    let (dir, path) = saved();
+    let json = fs::read_to_string(path.join("checkpoint.json")).unwrap();
+    let program = dir.path().join("tests");
+    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    let numbers = |count: usize| "1,".repeat(count) + "1";
+    for (what, from, to, expected) in [
+        (
+            "a network",
+            "\"hidden_dims\": [",
+            format!("\"hidden_dims\": [{},", numbers(31 << 20)),
+            "network.config",
+        ),
+        (
+            "a kind",
+            "\"kind\": \"",
+            format!("\"kind\": \"{}", "k".repeat(60 << 20)),
+            "in the checkpoint",
+        ),
+        (
+            "a version",
+            "\"format_version\": ",
+            format!("\"format_version\": [{}],\"x\":", numbers(31 << 20)),
+            "format_version is [1,1,",
+        ),
+        (
+            "a field",
+            "\"step\"",
+            format!("\"{}\": 1, \"step\"", "f".repeat(60 << 20)),
+            "unknown field",
+        ),
+    ] {
+        let huge = json.replacen(from, &to, 1);
+        assert!((58 << 20..64 << 20).contains(&huge.len()), "{what}: {}", huge.len());
+        fs::write(path.join("checkpoint.json"), huge).unwrap();
+        // The file, a copy of its largest part, and what the program itself takes.
+        let output = Command::new("sh")
+            .args(["-c", "ulimit -v 400000; exec \"$0\" --exact opens_a_huge_state --nocapture"])
+            .arg(&program)
+            .env(HUGE, &path)
+            .env("RUST_TEST_THREADS", "1")
+            .output()
+            .unwrap();
+        let told = String::from_utf8_lossy(&output.stdout);
+        assert!(told.contains("refused: ") && told.contains(expected), "{what}: {output:?}");
+    }
+}
+
 #[test]
 fn within_a_run_the_step_is_the_age_whatever_the_times_are() {
     let dir = tempfile::tempdir().unwrap();

@@ -447,7 +447,6 @@ pub(super) fn archived(dir: &Path) -> Result<Vec<Checkpoint>> {
         fs::metadata(checkpoint.dir.join(STATE)).and_then(|m| m.modified()).ok()
     };
     runs.sort_by_cached_key(|run| run.iter().map(written).max());
-    runs.iter_mut().for_each(|run| run.sort_by_key(Checkpoint::step));
     Ok(runs.into_iter().flatten().collect())
 }
 
@@ -466,7 +465,7 @@ fn archive_names(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
             found.push((step, path));
         }
     }
-    found.sort();
+    found.sort(); // by step
     Ok(found)
 }
 
