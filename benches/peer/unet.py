@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "tests/data/generate"))
-from reference import UNet, UNetConfig  # noqa: E402
+from reference import UNet, UNetConfig, check_moves  # noqa: E402
 
 CONFIGS = {
     "mnist": UNetConfig(28, 1, [32, 64, 128], 128, []),
@@ -26,6 +26,7 @@ CONFIGS = {
 
 
 def main():
+    check_moves()  # also before --help, by which `compare` asks whether this can run
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=CONFIGS, default="mnist")
     parser.add_argument("--batch", type=int, default=32)

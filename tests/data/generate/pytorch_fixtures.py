@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from reference import LinearSchedule, UNet, UNetConfig
+from reference import LinearSchedule, UNet, UNetConfig, check_moves
 
 BETA_START, BETA_END = 1e-3, 0.2  # of the short schedule that training and sampling use
 TRAIN = {"lr": 2e-4, "weight_decay": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "clip_norm": 1.0, "ema_decay": 0.9}
@@ -90,6 +90,7 @@ def sampling(net, x_T, z, schedule):
 
 
 def main():
+    check_moves()
     a = arguments()
     torch.set_num_threads(1)  # so that sums always run in the same order
     # The order of random draws is part of the format: weights, batch, training run, sampling run.

@@ -32,12 +32,14 @@ def norm_act_conv(inputs, outputs):
 class TimeEmbedding(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        k = torch.arange(dim // 2, dtype=torch.float64)
-        self.frequencies = torch.exp(-k * (math.log(10000.0) / (dim // 2 - 1)))  # 1 down to 1/10000, both included
+        # A buffer, to move with the module; of integers, since those keep their type where weights change theirs;
+        # and no part of the state_dict, which holds weights only.
+        self.register_buffer("k", torch.arange(dim // 2), persistent=False)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, t):
-        angles = torch.outer(t.double(), self.frequencies)
+        frequencies = torch.exp(-self.k.double() * (math.log(10000.0) / (len(self.k) - 1)))  # from 1 to 1/10000
+        angles = torch.outer(t.double(), frequencies)
         waves = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
@@ -142,6 +144,13 @@ class UNet(nn.Module):
         for up in self.up_blocks:
             h = up(h, skips.pop(), temb)
         return self.out_conv(F.silu(self.out_norm(h)))
+
+
+def check_moves():
+    """Fails if a tensor of the network stays behind when it is moved: the meta device, which computes shapes only,
+    takes no tensor of another."""
+    net = UNet(UNetConfig(8, 1, [8, 8], 8, [0])).to("meta")
+    net(torch.empty(1, 1, 8, 8, device="meta"), torch.zeros(1, dtype=torch.long, device="meta"))
 
 
 class LinearSchedule:
