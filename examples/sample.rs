@@ -80,6 +80,6 @@ fn draw_to_files(
     let grid = |pixels: &[u8]| pictures::grid(pixels, (channels, size, size));
     files::write(&cli.out, &pictures::png(&grid(&pixels)?)?)?;
     let Some(path) = &cli.gif else { return Ok(()) };
-    let frames = frames.values().map(|pixels| grid(pixels)).collect::<Result<_>>()?;
-    files::write(path, &pictures::gif(frames)?)
+    let frames = frames.values().map(|pixels| grid(pixels)).collect::<ddpm::Result<Vec<_>>>()?;
+    files::write(path, &ddpm::pictures::gif(&frames)?)
 }

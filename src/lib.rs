@@ -24,6 +24,8 @@ mod kernels;
 mod network;
 mod nn;
 mod noise;
+#[cfg(feature = "image")]
+pub mod pictures;
 mod precision;
 mod sampler;
 mod schedule;
@@ -31,6 +33,10 @@ mod train;
 
 /// The versions of candle whose tensors and devices stand in this crate's signatures.
 pub use {candle_core, candle_nn};
+
+/// The version of `image` whose pictures stand in the signatures of [`pictures`].
+#[cfg(feature = "image")]
+pub use image;
 
 #[doc(inline)]
 pub use data::{ImageSource, Images};

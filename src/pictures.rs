@@ -1,0 +1,407 @@
+//! Samples as pictures: a grid in a PNG file, and a film of grids in a GIF. With the feature `image`.
+//!
+//! ```
+//! use candle_core::Device;
+//! use ddpm::{Sampler, pictures};
+//!
+//! # let temp = tempfile::tempdir().unwrap();
+//! # let path = temp.path().join("noise.png");
+//! // Any batch will do: here the noise from which sampling starts.
+//! let noise = Sampler::prior((16, 1, 28, 28), 0, &Device::Cpu)?;
+//! pictures::save(&noise, &path)?;
+//! assert!(path.is_file());
+//! # Ok::<(), ddpm::Error>(())
+//! ```
+
+use std::fs::{self, File};
+use std::io::{Cursor, Write};
+use std::path::Path;
+use std::process;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use candle_core::{DType, Tensor};
+use gif::{DisposalMethod, Encoder, Frame, Repeat};
+use image::{DynamicImage, GrayImage, ImageFormat, RgbImage};
+
+use crate::{Error, Result};
+
+/// Pixels between two images of a grid, and around them.
+const GAP: usize = 2;
+const GAP_GREY: u8 = 64;
+
+/// Images are enlarged to at most this many pixels: 28 and 32 to twice their size.
+const VISIBLE: usize = 64;
+
+/// In hundredths of a second, as a GIF has them.
+const FRAME_DELAY: u16 = 7;
+const LAST_FRAME_DELAY: u16 = 200;
+
+/// How coarsely colours are chosen for a GIF, from 1 (all pixels are looked at) to 30.
+const QUANTISER_SPEED: i32 = 10;
+
+/// Draws samples as a [`grid`] into a PNG file, and creates its directory where there is none.
+///
+/// The file is written beside `path`, flushed to disk and renamed: if that fails, on a full disk for
+/// example, a picture that was at `path` is still there.
+///
+/// # Errors
+/// Those of [`grid`]; if `path` does not end in `.png`, or the file cannot be written.
+pub fn save(samples: &Tensor, path: impl AsRef<Path>) -> Result<()> {
+    let path = path.as_ref();
+    if !path.extension().is_some_and(|e| e.eq_ignore_ascii_case("png")) {
+        return Err(Error::config("path", path.display(), "a file's, and end in .png"));
+    }
+    replace(path, &png(&grid(samples)?)?)
+}
+
+/// Draws a batch of samples (count, channels, height, width) in [-1, 1] in rows of equal length, as
+/// near to a square as they come. Small images are enlarged by whole factors, up to 64 pixels.
+///
+/// # Errors
+/// If the shape is another, there are neither 1 nor 3 channels, or a value is not finite; and where
+/// memory ends.
+pub fn grid(samples: &Tensor) -> Result<DynamicImage> {
+    match samples.dims() {
+        &[_, channels @ (1 | 3), height, width] if samples.elem_count() > 0 => {
+            grid_of(&bytes(samples)?, (channels, height, width))
+        }
+        found => {
+            let expected = "(count, 1 channel or 3, height, width), each at least 1".into();
+            Err(Error::Shape { what: "samples", found: found.to_vec(), expected })
+        }
+    }
+}
+
+/// Draws a [`grid`] of images of `shape` (channels, height, width) from their [`bytes`].
+///
+/// # Errors
+/// If there are neither 1 nor 3 channels, or if the length of `pixels` is not a multiple, from 1 on,
+/// of channels x height x width; and where memory ends.
+pub fn grid_of(pixels: &[u8], shape: (usize, usize, usize)) -> Result<DynamicImage> {
+    let (channels, height, width) = shape;
+    if !matches!(channels, 1 | 3) {
+        return Err(Error::config("channels", channels, "1 (grey) or 3 (colour) to be drawn"));
+    }
+    let size = [height, width].into_iter().try_fold(channels, usize::checked_mul);
+    let size = size.filter(|&size| size > 0).ok_or_else(|| {
+        let expected = "three dimensions of at least 1, whose product fits in memory";
+        Error::config("shape", format!("{shape:?}"), expected)
+    })?;
+    if pixels.is_empty() || !pixels.len().is_multiple_of(size) {
+        let expected = format!("a multiple, from 1 on, of {size}, the pixels of an image");
+        return Err(Error::config("pixels.len()", pixels.len(), expected));
+    }
+
+    let count = pixels.len() / size;
+    let columns = (1..=count).find(|c| c * c >= count).unwrap_or(1);
+    let scale = (VISIBLE / height.max(width)).clamp(1, 8);
+    let (cell_h, cell_w) = (height * scale + GAP, width * scale + GAP);
+    let (total_h, total_w) = (count.div_ceil(columns) * cell_h + GAP, columns * cell_w + GAP);
+    let mut picture = grey(total_h, total_w, channels)?;
+    for (k, image) in pixels.chunks_exact(size).enumerate() {
+        let (top, left) = (GAP + k / columns * cell_h, GAP + k % columns * cell_w);
+        for y in 0..height * scale {
+            let row = ((top + y) * total_w + left) * channels;
+            for (x, pixel) in
+                picture[row..].chunks_exact_mut(channels).take(width * scale).enumerate()
+            {
+                for (c, byte) in pixel.iter_mut().enumerate() {
+                    *byte = image[(c * height + y / scale) * width + x / scale];
+                }
+            }
+        }
+    }
+    let (h, w) = (total_h as u32, total_w as u32);
+    let picture = match channels {
+        1 => GrayImage::from_raw(w, h, picture).map(DynamicImage::from),
+        _ => RgbImage::from_raw(w, h, picture).map(DynamicImage::from),
+    };
+    picture.ok_or_else(|| too_large(total_h, total_w))
+}
+
+/// The background of a picture.
+fn grey(height: usize, width: usize, channels: usize) -> Result<Vec<u8>> {
+    let mut picture = Vec::new();
+    [height, width]
+        .into_iter()
+        .try_fold(channels, usize::checked_mul)
+        .filter(|_| height.max(width) <= u32::MAX as usize)
+        .filter(|&len| picture.try_reserve_exact(len).is_ok())
+        .map(|len| picture.resize(len, GAP_GREY))
+        .ok_or_else(|| too_large(height, width))?;
+    Ok(picture)
+}
+
+fn too_large(height: usize, width: usize) -> Error {
+    let expected = "small enough for the memory there is; draw fewer samples";
+    Error::config("picture", format!("{height} x {width} pixels"), expected)
+}
+
+/// The values of samples as bytes: -1 becomes 0, and 1 becomes 255. What lies beyond is clamped, as
+/// samples on their way from noise to image are.
+///
+/// # Errors
+/// If a value is not finite.
+pub fn bytes(samples: &Tensor) -> Result<Vec<u8>> {
+    let values: Vec<f32> = samples.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+    let byte = |value: f32| match value.is_finite() {
+        // `as` saturates.
+        true => Ok(((value + 1.0) * 127.5).round() as u8),
+        false => Err(Error::config("samples", value, "finite to be drawn")),
+    };
+    values.into_iter().map(byte).collect()
+}
+
+/// A picture as the content of a PNG file.
+///
+/// # Errors
+/// If there is not enough memory.
+pub fn png(picture: &DynamicImage) -> Result<Vec<u8>> {
+    let mut bytes = Cursor::new(vec![]);
+    picture.write_to(&mut bytes, ImageFormat::Png).map_err(Error::external)?;
+    Ok(bytes.into_inner())
+}
+
+/// Pictures of one size as the content of a GIF file, which shows each for 70 ms, the last for two
+/// seconds, and begins again. Grey pictures stay as they are; of a coloured one, the 256 colours that
+/// suit it best are used.
+///
+/// # Errors
+/// If there is no picture, one is of another size than the first, or they are larger than 65,535
+/// pixels either way.
+pub fn gif(pictures: &[DynamicImage]) -> Result<Vec<u8>> {
+    let Some(first) = pictures.first() else {
+        return Err(Error::config("pictures.len()", 0, "at least 1"));
+    };
+    let size = (first.width(), first.height());
+    let (Ok(width @ 1..), Ok(height @ 1..)) = (u16::try_from(size.0), u16::try_from(size.1)) else {
+        let expected = "from 1 to 65,535 pixels either way";
+        return Err(Error::config("size of a film", format!("{size:?}"), expected));
+    };
+    if let Some(other) = pictures.iter().find(|p| (p.width(), p.height()) != size) {
+        let other = format!("({}, {})", other.width(), other.height());
+        let expected = format!("{size:?}, that of the first picture");
+        return Err(Error::config("size of a picture", other, expected));
+    }
+
+    // The file's palette is that of its first frame, which all grey frames share. Were it an empty one,
+    // Pillow would show frames by it whose own is all greys in order.
+    let mut frames = pictures.iter().map(|picture| frame(picture, width, height)).peekable();
+    let palette = frames.peek().and_then(|frame| frame.palette.clone()).unwrap_or_default();
+    let mut encoder = Encoder::new(vec![], width, height, &palette).map_err(Error::external)?;
+    encoder.set_repeat(Repeat::Infinite).map_err(Error::external)?;
+    while let Some(mut frame) = frames.next() {
+        frame.delay = if frames.peek().is_some() { FRAME_DELAY } else { LAST_FRAME_DELAY };
+        frame.palette = frame.palette.filter(|own| *own != palette);
+        encoder.write_frame(&frame).map_err(Error::external)?;
+    }
+    encoder.into_inner().map_err(Error::external)
+}
+
+/// A picture as a frame with a palette of its own.
+fn frame(picture: &DynamicImage, width: u16, height: u16) -> Frame<'static> {
+    let mut frame = match picture {
+        DynamicImage::ImageLuma8(grey) => {
+            let ramp: Vec<u8> = (0..=255).flat_map(|grey| [grey; 3]).collect();
+            Frame::from_palette_pixels(width, height, grey.as_raw().as_slice(), ramp, None)
+        }
+        other => Frame::from_rgb_speed(width, height, other.to_rgb8().as_raw(), QUANTISER_SPEED),
+    };
+    frame.dispose = DisposalMethod::Background;
+    frame
+}
+
+/// Writes a file beside `path` and renames it.
+fn replace(path: &Path, content: &[u8]) -> Result<()> {
+    // Two threads that write the same file do not share what they have written so far.
+    static WRITTEN: AtomicU64 = AtomicU64::new(0);
+    let nth = WRITTEN.fetch_add(1, Ordering::Relaxed);
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let partial = path.with_file_name(format!(".{name}.{}-{nth}", process::id()));
+    let written = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .map_or(Ok(()), fs::create_dir_all)
+        .and_then(|()| File::create(&partial))
+        .and_then(|mut file| file.write_all(content).and_then(|()| file.sync_all()))
+        .and_then(|()| fs::rename(&partial, path));
+    written.map_err(|error| {
+        // The error that matters is the one above.
+        let _ = fs::remove_file(&partial);
+        Error::io(path)(error)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::BufReader;
+
+    use candle_core::Device;
+    use image::AnimationDecoder;
+    use image::codecs::gif::GifDecoder;
+
+    use super::*;
+
+    fn samples(values: &[f32], shape: (usize, usize, usize, usize)) -> Tensor {
+        Tensor::from_slice(values, shape, &Device::Cpu).unwrap()
+    }
+
+    fn message<T>(result: Result<T>) -> String {
+        result.err().map(|error| error.to_string()).unwrap_or_default()
+    }
+
+    #[test]
+    fn values_from_minus_one_to_one_are_bytes_from_0_to_255_and_others_are_clamped() {
+        let values = [-1.0, -0.996, 0.0, 0.5, 1.0, 7.0, -1e30];
+        let bytes = bytes(&samples(&values, (1, 1, 1, 7))).unwrap();
+        assert_eq!(bytes, [0, 1, 128, 191, 255, 255, 0]);
+    }
+
+    #[test]
+    fn a_value_that_is_not_finite_is_an_error_and_no_black_pixel() {
+        for (value, told) in
+            [(f32::NAN, "NaN"), (f32::INFINITY, "inf"), (f32::NEG_INFINITY, "-inf")]
+        {
+            let told = format!("samples is {told}; it must be finite");
+            let found = message(grid(&samples(&[0.0, value], (2, 1, 1, 1))));
+            assert!(found.starts_with(&told), "{found}");
+        }
+    }
+
+    #[test]
+    fn every_pixel_of_a_grid_is_that_of_its_image() {
+        for (count, channels, height, width) in [
+            (1, 1, 8, 8),
+            (3, 1, 28, 28),
+            (5, 3, 32, 32),
+            (7, 3, 5, 9),
+            (2, 1, 100, 3),
+            (10, 1, 1, 1),
+        ] {
+            let size = channels * height * width;
+            let pixels: Vec<u8> = (0..count * size).map(|i| (i * 37 % 251) as u8).collect();
+            let picture = grid_of(&pixels, (channels, height, width)).unwrap();
+            assert_eq!(picture.color().channel_count() as usize, channels);
+            let picture = picture.to_rgb8();
+
+            let scale = (64 / height.max(width)).clamp(1, 8);
+            let (cell_h, cell_w) = (height * scale + 2, width * scale + 2);
+            let columns = (count as f64).sqrt().ceil() as usize;
+            let expected = (columns * cell_w + 2, count.div_ceil(columns) * cell_h + 2);
+            assert_eq!((picture.width() as usize, picture.height() as usize), expected);
+            for (x, y, pixel) in picture.enumerate_pixels() {
+                let (x, y) = (x as usize, y as usize);
+                let k = y / cell_h * columns + x / cell_w;
+                let gap = y % cell_h < 2 || x % cell_w < 2 || k >= count;
+                let expected = [0, 1, 2].map(|c| {
+                    let (y, x) = ((y % cell_h).saturating_sub(2), (x % cell_w).saturating_sub(2));
+                    let plane = (k * channels + c % channels) * height;
+                    if gap { 64 } else { pixels[(plane + y / scale) * width + x / scale] }
+                });
+                assert_eq!(
+                    pixel.0, expected,
+                    "{count} x {channels} x {height} x {width} at {x}, {y}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_drawn_is_told() {
+        let zeros = |shape| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+        let drawn = |shape: &[usize]| message(grid(&zeros(shape.to_vec())));
+        for shape in [&[2, 4, 8, 8][..], &[0, 1, 8, 8], &[2, 1, 0, 8], &[8, 8]] {
+            let told = format!("samples has shape {shape:?}; it must be (count, 1 channel or 3, ");
+            assert!(drawn(shape).starts_with(&told), "{}", drawn(shape));
+        }
+        let found = message(grid_of(&[0; 8], (2, 2, 2)));
+        assert!(found.starts_with("channels is 2; it must be 1 (grey) or 3 (colour)"), "{found}");
+        let found = message(grid_of(&[], (1, 2, 2)));
+        assert!(found.starts_with("pixels.len() is 0; it must be a multiple, from 1"), "{found}");
+        assert!(message(grid_of(&[0; 7], (1, 2, 3))).contains("pixels.len() is 7"));
+        for shape in [(1, 0, 3), (1, usize::MAX, 3)] {
+            assert!(message(grid_of(&[], shape)).starts_with("shape is (1, "), "{shape:?}");
+        }
+        let width = u32::MAX as usize;
+        assert!(message(grey(usize::MAX, 2, 3)).contains("the memory there is"));
+        assert!(message(grey(1, width + 1, 1)).contains("1 x 4294967296 pixels"));
+    }
+
+    #[test]
+    fn a_picture_is_replaced_as_a_whole_or_not_at_all() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("new/samples.png");
+        let batch = samples(&[-1.0, 1.0, 0.0, 0.5], (2, 1, 1, 2));
+        save(&batch, &path).unwrap();
+        assert_eq!(image::open(&path).unwrap(), grid(&batch).unwrap());
+
+        let before = fs::read(&path).unwrap();
+        assert!(save(&samples(&[f32::NAN], (1, 1, 1, 1)), &path).is_err());
+        assert_eq!(fs::read(&path).unwrap(), before);
+        // A directory is in the way.
+        fs::create_dir(temp.path().join("new/taken.png")).unwrap();
+        let found = message(save(&batch, temp.path().join("new/taken.png")));
+        assert!(found.contains("taken.png: "), "{found}");
+        assert_eq!(fs::read_dir(temp.path().join("new")).unwrap().count(), 2, "a file is left");
+        let found = message(save(&batch, temp.path().join("samples.jpg")));
+        assert!(found.contains("samples.jpg; it must be a file's, and end in .png"), "{found}");
+    }
+
+    /// The palette of the whole file, those of its frames, and its frames as they are shown.
+    fn film(pictures: &[DynamicImage]) -> (Vec<u8>, Vec<Option<Vec<u8>>>, Vec<DynamicImage>) {
+        let bytes = gif(pictures).unwrap();
+        let mut decoder = gif::DecodeOptions::new().read_info(bytes.as_slice()).unwrap();
+        let palette = decoder.global_palette().unwrap().to_vec();
+        let mut palettes = vec![];
+        while let Some(frame) = decoder.read_next_frame().unwrap() {
+            palettes.push(frame.palette.clone());
+        }
+        let frames = GifDecoder::new(BufReader::new(Cursor::new(bytes))).unwrap().into_frames();
+        let frames = frames.collect_frames().unwrap();
+        let delays: Vec<_> = frames.iter().map(|frame| frame.delay().numer_denom_ms().0).collect();
+        assert_eq!(delays.split_last(), Some((&2000, vec![70; pictures.len() - 1].as_slice())));
+        (palette, palettes, frames.into_iter().map(|frame| frame.into_buffer().into()).collect())
+    }
+
+    #[test]
+    fn the_frames_of_a_grey_film_are_exact_and_share_the_palette_of_the_file() {
+        let pictures: Vec<_> =
+            (1..=4).map(|k| grid_of(&[k * 10, 0, 255, k], (1, 2, 2)).unwrap()).collect();
+        let (palette, palettes, frames) = film(&pictures);
+        assert_eq!(palette, (0..=255).flat_map(|grey| [grey; 3]).collect::<Vec<u8>>());
+        assert_eq!(palettes, [const { None }; 4]);
+        for (frame, picture) in frames.iter().zip(&pictures) {
+            assert_eq!(frame.to_luma8(), picture.to_luma8());
+        }
+    }
+
+    #[test]
+    fn the_first_palette_of_a_coloured_film_is_the_palette_of_the_file() {
+        // Few colours, so that each frame has exactly its own.
+        let pictures: Vec<_> =
+            (1..=3).map(|k| grid_of(&[k * 40, 200, 9, k, 77, 0], (3, 1, 2)).unwrap()).collect();
+        let (palette, palettes, frames) = film(&pictures);
+        let colours = |picture: &DynamicImage| {
+            let picture = picture.to_rgb8();
+            picture.pixels().map(|pixel| pixel.0).collect::<std::collections::BTreeSet<_>>()
+        };
+        let first = palette.as_chunks::<3>().0;
+        assert!(colours(&pictures[0]).iter().all(|colour| first.contains(colour)), "{palette:?}");
+        assert_eq!(palettes.iter().map(Option::is_some).collect::<Vec<_>>(), [false, true, true]);
+        for (frame, picture) in frames.iter().zip(&pictures) {
+            assert_eq!(frame.to_rgb8(), picture.to_rgb8());
+        }
+    }
+
+    #[test]
+    fn a_film_is_of_pictures_of_one_size() {
+        assert!(message(gif(&[])).contains("pictures.len() is 0"));
+        let sizes = [(3, 2), (4, 2)].map(|(w, h)| DynamicImage::new_luma8(w, h));
+        let found = message(gif(&sizes));
+        assert!(found.contains("(4, 2); it must be (3, 2), that of the first"), "{found}");
+        for (w, h) in [(0, 0), (65_536, 1)] {
+            let found = message(gif(&[DynamicImage::new_luma8(w, h)]));
+            assert!(found.contains("it must be from 1 to 65,535 pixels either way"), "{found}");
+        }
+    }
+}
