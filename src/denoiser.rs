@@ -8,7 +8,33 @@ use crate::{Dropout, Result};
 /// A network that predicts what was added to an image, or what the process's
 /// [`Prediction`](crate::Prediction) says: all that training and sampling know of it.
 ///
-/// A closure is one, too: `|x_t: &Tensor, t: &Tensor| ...`, through [`from_fn`]; and so is a
+/// Only [`forward`](Self::forward) is needed. The other methods are for networks that have dropout, or a faster
+/// way to compute gradients than candle's.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use ddpm::{Denoiser, Diffusion, NoiseSchedule, Prediction, Result, Sampler, Solver};
+///
+/// /// Predicts the same even grey, whatever it is shown.
+/// struct Grey(f64);
+///
+/// impl Denoiser for Grey {
+///     fn forward(&self, x_t: &Tensor, _t: &Tensor) -> Result<Tensor> {
+///         Ok((x_t.zeros_like()? + self.0)?)
+///     }
+/// }
+///
+/// // What it predicts is the image, and not the noise.
+/// let diffusion = Diffusion::new(NoiseSchedule::cosine(1000)?, Prediction::Sample);
+/// let sampler = Sampler::new(&diffusion, Solver::ddim(), 10)?;
+/// let image = sampler.sample(&Grey(0.25), (1, 1, 2, 2), 0, &Device::Cpu)?;
+/// for pixel in image.flatten_all()?.to_vec1::<f32>()? {
+///     assert!((pixel - 0.25).abs() < 1e-5);
+/// }
+/// # Ok::<(), ddpm::Error>(())
+/// ```
+///
+/// A closure is a `Denoiser`, too: `|x_t: &Tensor, t: &Tensor| ...`, through [`from_fn`]; and so is a
 /// reference, a `Box` or an `Arc` of one, such as `Box<dyn Denoiser>`.
 pub trait Denoiser {
     /// The prediction for a batch: `x_t` (batch, channels, height, width), `t` (batch) of an

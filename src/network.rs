@@ -17,7 +17,57 @@ use crate::{Denoiser, Error, Precision, Result};
 
 /// A network's configuration: what a checkpoint remembers of it, and how it is built again.
 ///
-/// Implemented by [`UNetConfig`](crate::UNetConfig), and by whoever brings a network of their own.
+/// Implemented by [`UNetConfig`](crate::UNetConfig), and by the configuration of a network of your own:
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{Conv2d, Conv2dConfig, Linear, Module, VarBuilder, conv2d, linear};
+/// use ddpm::{Denoiser, Network, Parameters, Result, TimeEmbedding};
+/// use serde::{Deserialize, Serialize};
+///
+/// #[derive(Serialize, Deserialize)]
+/// struct SmallConfig {
+///     channels: usize,
+/// }
+///
+/// struct Small {
+///     embedding: TimeEmbedding,
+///     time: Linear,
+///     convolution: Conv2d,
+/// }
+///
+/// impl Network for SmallConfig {
+///     const KIND: &'static str = "small";
+///     type Model = Small;
+///
+///     fn build(&self, vb: VarBuilder) -> Result<Small> {
+///         let (channels, same_size) = (self.channels, Conv2dConfig { padding: 1, ..Default::default() });
+///         Ok(Small {
+///             embedding: TimeEmbedding::new(16, vb.pp("embedding"))?,
+///             time: linear(16, channels, vb.pp("time"))?,
+///             convolution: conv2d(channels, channels, 3, same_size, vb.pp("convolution"))?,
+///         })
+///     }
+/// }
+///
+/// impl Denoiser for Small {
+///     fn forward(&self, x_t: &Tensor, t: &Tensor) -> Result<Tensor> {
+///         let time = self.time.forward(&self.embedding.forward(t)?)?; // (batch, channels)
+///         let x_t = x_t.broadcast_add(&time.unsqueeze(2)?.unsqueeze(3)?)?;
+///         Ok(self.convolution.forward(&x_t)?)
+///     }
+/// }
+///
+/// # fn main() -> Result<()> {
+/// let weights = Parameters::new(0, DType::F32, &Device::Cpu);
+/// let small = weights.build(&SmallConfig { channels: 3 })?;
+/// let x_t = Tensor::zeros((2, 3, 8, 8), DType::F32, &Device::Cpu)?;
+/// let output = small.forward(&x_t, &Tensor::new(&[0u32, 999], &Device::Cpu)?)?;
+/// assert_eq!(output.dims(), x_t.dims());
+/// assert!(weights.vars().contains_key("convolution.weight"));
+/// # Ok(())
+/// # }
+/// ```
 pub trait Network: Serialize + DeserializeOwned {
     /// The name of this family of networks in a checkpoint; a checkpoint of another name is
     /// refused.

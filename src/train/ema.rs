@@ -99,7 +99,7 @@ impl Ema {
     }
 
     /// The averaged weights by name, in the shapes and the precision of the weights. Training
-    /// changes them in place: [`copy`](Tensor::copy) those that are to stay as they are.
+    /// changes them in place: copy (`Tensor::copy`) those that are to stay as they are.
     pub fn averages(&self) -> &BTreeMap<String, Tensor> {
         &self.averages
     }

@@ -39,6 +39,39 @@ impl fmt::Display for Metrics {
 /// `()` watches nothing. A closure that takes [`&Metrics`](Metrics) and returns [`Result<()>`](crate::Result)
 /// is called with each report. An error of either method ends [`Trainer::fit`] and is returned by it;
 /// those of other libraries are wrapped by [`Error::external`](crate::Error::external).
+///
+/// ```
+/// use std::ops::ControlFlow;
+///
+/// use ddpm::{Metrics, Network, Observer, Result, Trainer};
+///
+/// /// Prints the loss, saves every 500 updates, and stops once the loss is low enough.
+/// struct Watch {
+///     enough: f32,
+///     loss: f32,
+/// }
+///
+/// impl<N: Network> Observer<N> for Watch {
+///     fn on_metrics(&mut self, _: &Trainer<N>, metrics: &Metrics) -> Result<()> {
+///         println!("{metrics}");
+///         self.loss = metrics.loss;
+///         Ok(())
+///     }
+///
+///     fn on_step(&mut self, trainer: &Trainer<N>) -> Result<ControlFlow<()>> {
+///         let done = self.loss <= self.enough;
+///         if done || trainer.steps().is_multiple_of(500) {
+///             trainer.save("out/checkpoint")?;
+///         }
+///         Ok(if done { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+///     }
+/// }
+///
+/// # use ddpm::{Images, UNetConfig};
+/// # fn fit(mut trainer: Trainer<UNetConfig>, images: Images) -> Result<()> {
+/// trainer.fit(&images, &mut Watch { enough: 0.02, loss: f32::INFINITY })
+/// # }
+/// ```
 pub trait Observer<N: Network> {
     /// After every update. Breaking ends [`Trainer::fit`] without an error.
     fn on_step(&mut self, trainer: &Trainer<N>) -> Result<ControlFlow<()>> {

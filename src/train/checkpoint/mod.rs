@@ -35,6 +35,26 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 /// | `model.safetensors` | the weights |
 /// | `ema.safetensors` | their averages, where there are any |
 /// | `optimizer.safetensors` | the optimiser's state |
+///
+/// ```no_run
+/// use candle_core::Device;
+/// use ddpm::{Checkpoint, Sampler, Solver, TrainConfig, Trainer, UNetConfig};
+///
+/// let (dir, device) = ("out/mnist/checkpoint", Device::Cpu);
+/// let checkpoint = Checkpoint::open(dir)?;
+/// let diffusion = checkpoint.diffusion().clone();
+///
+/// // Images from the averaged weights.
+/// let sampler = Sampler::new(&diffusion, Solver::ddim(), 50)?.clip_denoised(true);
+/// let unet = checkpoint.ema::<UNetConfig>(&device)?;
+/// let images = sampler.sample(&unet, (16, 1, 28, 28), 0, &device)?;
+///
+/// // Or more training, of 30,000 steps in all.
+/// let network: UNetConfig = checkpoint.network()?;
+/// let config = TrainConfig { steps: 30_000, ..checkpoint.train_config().clone() };
+/// let trainer = Trainer::resume(dir, network, config, diffusion, &device)?;
+/// # Ok::<(), ddpm::Error>(())
+/// ```
 pub struct Checkpoint {
     dir: PathBuf,
     state: State,
