@@ -1,7 +1,9 @@
 //! The documentation in chapters; their Rust code is compiled and run with the tests.
 //!
-//! Each is a file in `docs/`, to be read there as well: links to items stand here.
+//! Each is a file in `docs/`, to be read there as well. Only here it ends with links to its items.
 
+/// The forward and the reverse process, schedules, predictions.
+///
 #[doc = include_str!("../docs/process.md")]
 ///
 /// ---
@@ -9,6 +11,8 @@
 /// [`Prediction`](crate::Prediction). Next: [network].
 pub mod process {}
 
+/// The U-Net, its weights' names, PyTorch, a network of your own.
+///
 #[doc = include_str!("../docs/network.md")]
 ///
 /// ---
@@ -18,6 +22,8 @@ pub mod process {}
 /// [`Dropout`](crate::Dropout). Next: [training].
 pub mod network {}
 
+/// Recipes, images, observers, loops, checkpoints, resuming.
+///
 #[doc = include_str!("../docs/training.md")]
 ///
 /// ---
@@ -28,6 +34,8 @@ pub mod network {}
 /// [`clip_grad_norm`](crate::clip_grad_norm), [`data`](crate::data). Next: [sampling].
 pub mod training {}
 
+/// Solvers, variances, respacing, guidance, interpolation, quality.
+///
 #[doc = include_str!("../docs/sampling.md")]
 ///
 /// ---
@@ -36,11 +44,17 @@ pub mod training {}
 /// [reproducibility].
 pub mod sampling {}
 
+/// What gives the same bits, and what does not.
+///
 #[doc = include_str!("../docs/reproducibility.md")]
 pub mod reproducibility {}
 
+/// The modules of the source, the decisions behind them, how to extend it.
+///
 #[doc = include_str!("../docs/architecture.md")]
 pub mod architecture {}
 
+/// How to measure, and what was measured, on CPUs and a GPU.
+///
 #[doc = include_str!("../docs/benchmarks.md")]
 pub mod benchmarks {}

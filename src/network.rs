@@ -41,7 +41,8 @@ use crate::{Denoiser, Error, Precision, Result};
 ///     type Model = Small;
 ///
 ///     fn build(&self, vb: VarBuilder) -> Result<Small> {
-///         let (channels, same_size) = (self.channels, Conv2dConfig { padding: 1, ..Default::default() });
+///         let channels = self.channels;
+///         let same_size = Conv2dConfig { padding: 1, ..Default::default() };
 ///         Ok(Small {
 ///             embedding: TimeEmbedding::new(16, vb.pp("embedding"))?,
 ///             time: linear(16, channels, vb.pp("time"))?,

@@ -65,8 +65,8 @@ pub enum Split {
 /// use ddpm::Images;
 ///
 /// # let decoded = vec![vec![0; 3 * 32 * 32]; 2];
-/// // Pictures of 32 x 32 pixels as most decoders give them: the red, green and blue of each pixel together. Here
-/// // all red comes first, then all green, then all blue.
+/// // Pictures of 32 x 32 pixels as most decoders give them: red, green and blue of each pixel
+/// // together. In `Images` all red comes first, then all green, then all blue.
 /// let mut pixels = Vec::new();
 /// for picture in &decoded {
 ///     for channel in 0..3 {
