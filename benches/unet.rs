@@ -6,7 +6,7 @@
 //! ```
 //!
 //! `train_step` is noising, forward, loss, backward, clipping to norm 1 and AdamW; `forward` is the network
-//! alone, without gradients; `sample` is ten steps of DDIM. One line a measure, in JSON with `--json`; `ran_as`
+//! alone, without gradients; `sample` is ten steps of DDIM. One line per measure, in JSON with `--json`; `ran_as`
 //! there is the precision that it came to on this CPU. With `--device cuda`, a run is ten of them before the
 //! device is waited for, and memory is the device's.
 
@@ -26,7 +26,7 @@ struct Args {
     /// Which network.
     #[arg(long, value_enum, default_value = "mnist")]
     model: Model,
-    /// Images a batch.
+    /// Images per batch.
     #[arg(long, default_value_t = 32, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     batch: usize,
     /// What computes.
