@@ -22,7 +22,7 @@ pub mod process {}
 /// [`Dropout`](crate::Dropout). Next: [training].
 pub mod network {}
 
-/// Recipes, images, observers, loops, checkpoints, resuming.
+/// Recipes, images, sizes, observers, loops, checkpoints, resuming.
 ///
 #[doc = include_str!("../docs/training.md")]
 ///
