@@ -24,8 +24,9 @@ use crate::{
 /// use ddpm::{Diffusion, TrainConfig, Trainer, UNetConfig, data};
 ///
 /// let images = data::mnist("data/mnist", data::Split::Train)?;
-/// let mut trainer =
-///     Trainer::new(UNetConfig::mnist(), TrainConfig::mnist(), Diffusion::ddpm(), &Device::Cpu)?;
+/// let (network, config) = (UNetConfig::mnist(), TrainConfig::mnist());
+/// let mut trainer = Trainer::new(network, config, Diffusion::ddpm(), &Device::Cpu)?;
+/// trainer.claim("out/checkpoint")?;
 /// trainer.fit(&images, &mut ())?;
 /// trainer.save("out/checkpoint")?;
 /// # Ok::<(), ddpm::Error>(())

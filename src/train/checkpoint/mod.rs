@@ -38,19 +38,18 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 ///
 /// ```no_run
 /// use candle_core::Device;
-/// use ddpm::{Checkpoint, Sampler, Solver, TrainConfig, Trainer, UNetConfig};
+/// use ddpm::{Checkpoint, TrainConfig, Trainer, UNetConfig};
 ///
 /// let (dir, device) = ("out/mnist/checkpoint", Device::Cpu);
 /// let checkpoint = Checkpoint::open(dir)?;
-/// let diffusion = checkpoint.diffusion().clone();
 ///
-/// // Images from the averaged weights.
-/// let sampler = Sampler::new(&diffusion, Solver::ddim(), 50)?.clip_denoised(true);
+/// // Images from the averaged weights, drawn as the run draws its own.
 /// let unet = checkpoint.ema::<UNetConfig>(&device)?;
-/// let images = sampler.sample(&unet, (16, 1, 28, 28), 0, &device)?;
+/// let images = checkpoint.sampler()?.sample(&unet, (16, 1, 28, 28), 0, &device)?;
 ///
 /// // Or more training, of 30,000 steps in all.
 /// let network: UNetConfig = checkpoint.network()?;
+/// let diffusion = checkpoint.diffusion().clone();
 /// let config = TrainConfig { steps: 30_000, ..checkpoint.train_config().clone() };
 /// let trainer = Trainer::resume(dir, network, config, diffusion, &device)?;
 /// # Ok::<(), ddpm::Error>(())
