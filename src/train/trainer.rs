@@ -737,7 +737,7 @@ impl<N: Network> Trainer<N> {
 /// If a pixel is not a number from -1 to 1. A resized image may overshoot by rounding.
 fn check_range(index: usize, image: &[f32]) -> Result<()> {
     const MOST: f32 = 1.001;
-    match image.iter().find(|pixel| !(pixel.abs() <= MOST)) {
+    match image.iter().find(|pixel| pixel.is_nan() || pixel.abs() > MOST) {
         None => Ok(()),
         Some(pixel) => {
             let value = format!("{pixel} in image {index}");

@@ -60,17 +60,19 @@ impl Lock {
     }
 
     /// Whether the path no longer leads to the locked file, so that others can take the lock.
+    #[cfg(unix)]
     pub fn is_lost(&self) -> bool {
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::MetadataExt;
+        use std::os::unix::fs::MetadataExt;
 
-            let id = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
-            let ours = self.file.metadata().map(id);
-            return !matches!((ours, fs::metadata(&self.path).map(id)), (Ok(a), Ok(b)) if a == b);
-        }
-        #[cfg(not(unix))]
-        return !self.path.exists();
+        let id = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let ours = self.file.metadata().map(id);
+        !matches!((ours, fs::metadata(&self.path).map(id)), (Ok(a), Ok(b)) if a == b)
+    }
+
+    /// As on Unix, as far as the path alone tells.
+    #[cfg(not(unix))]
+    pub fn is_lost(&self) -> bool {
+        !self.path.exists()
     }
 }
 
