@@ -27,6 +27,8 @@ mod noise;
 #[cfg(feature = "image")]
 pub mod pictures;
 mod precision;
+#[cfg(test)]
+mod random_inputs;
 mod sampler;
 mod schedule;
 mod train;

@@ -15,6 +15,10 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use tempfile::TempDir;
 
+#[path = "../src/random_inputs.rs"]
+mod random_inputs;
+use random_inputs::inputs;
+
 /// The system's allocator, which counts what the current thread allocates.
 ///
 /// Growing a block counts as a second block beside the first (the trait's own `realloc`), which
@@ -425,7 +429,7 @@ fn images_check_what_they_are_given() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(inputs(64))]
 
     #[test]
     fn idx_images_of_any_size_come_back(

@@ -148,12 +148,13 @@ fn exponentials<S: Simd>(row: &mut [f32], maximum: f32, scale: f32) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::agrees;
+    use super::super::tests::{Normals, Products, in_each_isa, value_and_gradients};
     use super::*;
-    use candle_core::{CpuStorage, CustomOp1, Layout, Shape};
+    use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape};
     use proptest::prelude::*;
 
     use crate::kernels::with_values;
+    use crate::random_inputs::inputs;
 
     /// For candle, so that both sides go the same way to a gradient.
     struct Attention(Isa);
@@ -195,20 +196,22 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(96))]
+        #![proptest_config(inputs(96))]
 
         #[test]
         fn kernel_agrees_with_its_composition(
             (batch, positions) in (1usize..4, prop_oneof![Just(1usize), 1usize..40]),
             channels in 1usize..70,
+            seed: u64,
         ) {
-            for isa in Isa::available() {
-                agrees(
-                    &[vec![batch, positions, 3 * channels]],
-                    |v| v[0].apply_op1(Attention(isa)),
-                    |v| composed(&v[0]),
-                );
-            }
+            let normals = Normals(seed);
+            let qkv = normals.tensor(0, &[batch, positions, 3 * channels]);
+            let dy = normals.gradient(&[batch, positions, channels]);
+            let bounds = Products::PLAIN.attention_bounds(&qkv, &dy).unwrap();
+            let (inputs, dy) = ([qkv], |_: &[usize]| dy.clone());
+            let exact = value_and_gradients(DType::F64, &inputs, dy, |v| composed(&v[0]));
+            let kernel = |isa, v: &[Tensor]| v[0].apply_op1(Attention(isa));
+            in_each_isa(&inputs, dy, kernel, &exact.unwrap(), &bounds);
         }
     }
 

@@ -27,7 +27,7 @@ pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, scale: Scale) -
 
 /// As one product of all patches. Not candle's own `conv2d`, whose gradient is a naive loop, and
 /// wrong in shape for maps that are not square at stride 2.
-fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor, scale: Scale) -> Result<Tensor> {
+pub(super) fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor, scale: Scale) -> Result<Tensor> {
     let (x, stride) = match scale {
         Scale::Stride(stride) => (x, stride),
         Scale::Upsample => (&upsample_nearest_2x(x)?, 1),
@@ -320,15 +320,43 @@ impl CustomOp3 for Conv2d {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::agrees;
+    use super::super::tests::{F32, Normals, Sums, agrees, check};
     use super::*;
-    use candle_core::{DType, Device, Var};
+    use candle_core::{DType, Device};
     use proptest::prelude::*;
 
-    use crate::noise::{Noise, Purpose};
+    use crate::random_inputs::inputs;
+
+    /// The magnitudes of what a convolution adds up, as its composition.
+    ///
+    /// Winograd's method multiplies sums: in each direction the tap a meets the pixel under the tap i by
+    /// sum_k |A_kp| |G_ka| |B_ki|, for either pixel p of a tile at most the entry (a, i) below. So its
+    /// magnitudes are those of a convolution with the kernels P^T |w| P, and so are those of its
+    /// gradients. They go through four transforms at most, of 2 roundings a direction each, and the
+    /// sum of at most 16 parts.
+    fn magnitudes(v: &[Tensor], scale: Scale, by_winograd: bool) -> Result<Tensor> {
+        if !by_winograd {
+            return composed(&v[0], &v[1], &v[2], scale);
+        }
+        let spread =
+            Tensor::new(&[[1f64, 1.0, 2.0], [1.0, 1.0, 1.0], [2.0, 1.0, 1.0]], v[1].device())?;
+        let lines = |t: Tensor| t.reshape(((), 3))?.matmul(&spread)?.reshape(v[1].shape());
+        let turned = lines(v[1].clone())?.transpose(2, 3)?.contiguous()?;
+        let weight = lines(turned)?.transpose(2, 3)?;
+        composed(&v[0], &weight, &v[2], scale)
+    }
+
+    /// Roundings of Winograd's transforms, see [`magnitudes`].
+    fn transforms(by_winograd: bool) -> f64 {
+        if by_winograd { 4.0 * 4.0 + 16.0 } else { 0.0 }
+    }
+
+    fn by_winograd(x: [usize; 4], weight: &[usize], scale: Scale) -> bool {
+        Convolution::new(Isa::detect(), x, &Shape::from(weight), scale).unwrap().by_winograd()
+    }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(96))]
+        #![proptest_config(inputs(96))]
 
         #[test]
         fn kernel_agrees_with_its_composition(
@@ -338,6 +366,7 @@ mod tests {
             scale in prop_oneof![
                 (1usize..4).prop_map(Scale::Stride), Just(Scale::Stride(1)), Just(Scale::Upsample),
             ],
+            seed: u64,
         ) {
             // The map that the kernel moves over is no larger for being upsampled.
             let (h, w) = match scale {
@@ -347,25 +376,16 @@ mod tests {
             let shapes = [
                 vec![batch, h, w, c_in], vec![c_out, c_in, kernel, kernel], vec![c_out],
             ];
-            for isa in Isa::available() {
-                agrees(
-                    &shapes,
-                    |v| v[0].apply_op3(&v[1], &v[2], Conv2d { isa, scale }),
-                    |v| composed(&v[0], &v[1], &v[2], scale),
-                );
-            }
+            let by_winograd = by_winograd([batch, h, w, c_in], &shapes[1], scale);
+            agrees(
+                Normals(seed),
+                &shapes,
+                |isa, v| v[0].apply_op3(&v[1], &v[2], Conv2d { isa, scale }),
+                |v| composed(&v[0], &v[1], &v[2], scale),
+                |v| magnitudes(v, scale, by_winograd),
+                transforms(by_winograd),
+            );
         }
-    }
-
-    /// Asserts that no more than rounding lies between.
-    fn near(what: &str, isa: Isa, found: Vec<f32>, expected: &Tensor) {
-        let norm =
-            |t: &Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
-        let found = Tensor::from_vec(found, expected.shape(), &Device::Cpu).unwrap();
-        let error = norm(&(found.to_dtype(DType::F64).unwrap() - expected).unwrap());
-        // Not a number is not within it, either.
-        let limit = 2e-6 * (1.0 + norm(expected));
-        assert!(error <= limit, "{what}, {isa:?}: off by {error:e}, more than {limit:e}");
     }
 
     fn sizes() -> impl Strategy<Value = (usize, usize, usize)> {
@@ -379,7 +399,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(96))]
+        #![proptest_config(inputs(96))]
 
         /// What the networks' tape asks for beyond candle's operation: more in the output than the
         /// convolution, gradients added to what is there, memory that holds something else.
@@ -394,12 +414,10 @@ mod tests {
                 Just((3, Scale::Stride(2))), Just((1, Scale::Stride(1))), Just((5, Scale::Stride(3))),
             ],
             (bias, per_image, residual, accumulate) in any::<(bool, bool, bool, bool)>(),
+            seed: u64,
         ) {
-            let normal = |stream: u64, shape: &[usize]| {
-                Noise::new(6).normal(Purpose::Prior, stream, shape, &Device::Cpu).unwrap()
-            };
+            let normal = |k, shape: &[usize]| Normals(seed).tensor(k, shape);
             let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            let exact = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
             let x = normal(0, &[batch, h, w, c_in]);
             let weight = normal(1, &[c_out, c_in, kernel, kernel]);
             let scaled = |size: usize| match scale {
@@ -415,19 +433,30 @@ mod tests {
                 residual.then(|| normal(7, &y_shape)),
             ];
 
-            let vars = [&x, &weight].map(|t| Var::from_tensor(&exact(t)).unwrap());
+            let by_winograd = by_winograd([batch, h, w, c_in], weight.dims(), scale);
             let nothing = Tensor::zeros(c_out, DType::F64, &Device::Cpu).unwrap();
-            let mut y = composed(&vars[0], &vars[1], &nothing, scale).unwrap();
-            let gradients = (&y * exact(&dy)).unwrap().sum_all().unwrap().backward().unwrap();
-            let mut dx = gradients.get(&vars[0]).unwrap().clone();
-            let dweight = gradients.get(&vars[1]).unwrap();
-            y = y.detach();
+            let with_nothing = |v: &[Tensor]| [v[0].clone(), v[1].clone(), nothing.clone()];
+            let sums = Sums::of(
+                &[x.clone(), weight.clone()],
+                |_| dy.clone(),
+                |v| composed(&v[0], &v[1], &nothing, scale),
+                |v| magnitudes(&with_nothing(v), scale, by_winograd),
+            );
+            let [mut y, mut dx, dweight] = sums.unwrap().try_into().ok().unwrap();
             for added in added.iter().flatten().chain(accumulate.then_some(&y_there)) {
-                y = y.broadcast_add(&exact(added)).unwrap();
+                y = y.plus(added).unwrap();
             }
             if accumulate {
-                dx = (dx + exact(&dx_there)).unwrap();
+                dx = dx.plus(&dx_there).unwrap();
             }
+            let [y, dx, dweight] = [y, dx, dweight].map(|sums| {
+                let bound = sums.bound(F32, transforms(by_winograd), 0.0).unwrap();
+                (sums.exact, bound)
+            });
+            let near = |what: &str, isa: Isa, found: Vec<f32>, (exact, bound): &(Tensor, Tensor)| {
+                let found = Tensor::from_vec(found, exact.shape(), &Device::Cpu).unwrap();
+                check(&format!("{what}, {isa:?}"), &found, exact, bound);
+            };
 
             let there = |t: &Tensor| match accumulate {
                 true => values(t),
@@ -458,7 +487,7 @@ mod tests {
                 near("gradient of x", isa, found, &dx);
                 let mut found = vec![f32::NAN; weight.len()];
                 conv.weight_gradient(&values(&x), &dy, &mut found, &mut workspace);
-                near("gradient of weight", isa, found, dweight);
+                near("gradient of weight", isa, found, &dweight);
             }
         }
     }

@@ -166,59 +166,83 @@ fn multiply(
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::tests::{F32, Normals, roundings};
     use super::*;
-    use crate::noise::{Noise, Purpose};
+    use crate::random_inputs::inputs;
+
+    fn is_that_of_the_definition(
+        (m, n, k): (usize, usize, usize),
+        (more_a, more_b, more_c): (usize, usize, usize),
+        (transpose_a, transpose_b, accumulate): (bool, bool, bool),
+        normals: Normals,
+    ) {
+        let size = |transpose, rows, cols| if transpose { (cols, rows) } else { (rows, cols) };
+        let mat = |values, transpose, (rows, cols), stride| {
+            let mat = Mat::with_stride(values, rows, cols, stride);
+            if transpose { mat.transposed() } else { mat }
+        };
+        let (a_size, b_size) = (size(transpose_a, m, k), size(transpose_b, k, n));
+        let (a_row, b_row, c_row) = (a_size.1 + more_a, b_size.1 + more_b, n + more_c);
+        let (a, b_values) =
+            (normals.values(0, a_size.0 * a_row), normals.values(1, b_size.0 * b_row));
+        let before = normals.values(2, m * c_row);
+        let at = |values: &[f32], transpose, row, i: usize, j: usize| {
+            f64::from(values[if transpose { j * row + i } else { i * row + j }])
+        };
+        for isa in Isa::available() {
+            let (a_mat, b_mat) =
+                (mat(&a, transpose_a, a_size, a_row), mat(&b_values, transpose_b, b_size, b_row));
+            let mut found = [before.clone(), before.clone()];
+            gemm(isa, (&mut found[0], c_row), a_mat, b_mat, accumulate);
+            let Mat { data, rows, cols, row_stride, col_stride } = b_mat;
+            let b = Panels::gather(
+                data,
+                (rows, cols),
+                |i| i * row_stride,
+                |j| j * col_stride,
+                vec![f32::NAN; 9],
+            );
+            gemm_packed(isa, (&mut found[1], c_row), a_mat, &b, accumulate);
+            assert_eq!(&found[0], &found[1]);
+            let b = &b_values;
+            for (place, found) in found[0].iter().enumerate() {
+                let (i, j) = (place / c_row, place % c_row);
+                let there = f64::from(before[place]);
+                if j >= n {
+                    assert_eq!(f64::from(*found), there, "beyond the row");
+                    continue;
+                }
+                let mut sum = if accumulate { there } else { 0.0 };
+                let mut magnitude = sum.abs();
+                for l in 0..k {
+                    let term = at(&a, transpose_a, a_row, i, l) * at(b, transpose_b, b_row, l, j);
+                    (sum, magnitude) = (sum + term, magnitude + term.abs());
+                }
+                let (off, bound) = (
+                    (f64::from(*found) - sum).abs(),
+                    roundings((k + usize::from(accumulate)) as f64) * F32 * magnitude,
+                );
+                assert!(off <= bound, "{isa:?}: {found}, not {sum}: off by {off:e} > {bound:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_product_of_nothing_is_that_of_the_definition() {
+        is_that_of_the_definition((0, 64, 0), (0, 0, 0), (false, false, false), Normals(4));
+    }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(96))]
+        #![proptest_config(inputs(96))]
 
         #[test]
         fn products_are_those_of_the_definition(
-            (m, n, k) in (0usize..40, 0usize..70, 0usize..40),
-            (more_a, more_b, more_c) in (0usize..5, 0usize..5, 0usize..5),
-            (transpose_a, transpose_b, accumulate) in any::<(bool, bool, bool)>(),
+            sizes in (0usize..40, 0usize..70, 0usize..40),
+            more in (0usize..5, 0usize..5, 0usize..5),
+            how in any::<(bool, bool, bool)>(),
+            seed: u64,
         ) {
-            let normal = |stream: u32, len: usize| {
-                let mut values = vec![0f32; len];
-                Noise::new(4).stream(Purpose::Prior, 0, stream).fill_normal(&mut values);
-                values
-            };
-            let size = |transpose, rows, cols| if transpose { (cols, rows) } else { (rows, cols) };
-            let mat = |values, transpose, (rows, cols), stride| {
-                let mat = Mat::with_stride(values, rows, cols, stride);
-                if transpose { mat.transposed() } else { mat }
-            };
-            let (a_size, b_size) = (size(transpose_a, m, k), size(transpose_b, k, n));
-            let (a_row, b_row, c_row) = (a_size.1 + more_a, b_size.1 + more_b, n + more_c);
-            let (a, b_values) = (normal(0, a_size.0 * a_row), normal(1, b_size.0 * b_row));
-            let before = normal(2, m * c_row);
-            let at = |values: &[f32], transpose, row, i: usize, j: usize| {
-                f64::from(values[if transpose { j * row + i } else { i * row + j }])
-            };
-            for isa in Isa::available() {
-                let (a_mat, b_mat) =
-                    (mat(&a, transpose_a, a_size, a_row), mat(&b_values, transpose_b, b_size, b_row));
-                let mut found = [before.clone(), before.clone()];
-                gemm(isa, (&mut found[0], c_row), a_mat, b_mat, accumulate);
-                let Mat { data, rows, cols, row_stride, col_stride } = b_mat;
-                let b = Panels::gather(data, (rows, cols), |i| i * row_stride, |j| j * col_stride, vec![f32::NAN; 9]);
-                gemm_packed(isa, (&mut found[1], c_row), a_mat, &b, accumulate);
-                prop_assert_eq!(&found[0], &found[1]);
-                let b = &b_values;
-                for (place, found) in found[0].iter().enumerate() {
-                    let (i, j) = (place / c_row, place % c_row);
-                    let there = f64::from(before[place]);
-                    if j >= n {
-                        prop_assert_eq!(f64::from(*found), there, "beyond the row");
-                        continue;
-                    }
-                    let mut sum = if accumulate { there } else { 0.0 };
-                    for l in 0..k {
-                        sum += at(&a, transpose_a, a_row, i, l) * at(b, transpose_b, b_row, l, j);
-                    }
-                    prop_assert!((f64::from(*found) - sum).abs() < 3e-5, "{isa:?}: {found}, {sum}");
-                }
-            }
+            is_that_of_the_definition(sizes, more, how, Normals(seed));
         }
     }
 }

@@ -116,24 +116,27 @@ impl CustomOp3 for Linear {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::agrees;
+    use super::super::tests::{Normals, agrees};
     use super::*;
+    use crate::random_inputs::inputs;
     use proptest::prelude::*;
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
+        #![proptest_config(inputs(64))]
 
         #[test]
         fn kernel_agrees_with_its_composition(
-            batch in 1usize..9, input in 1usize..40, output in 1usize..40,
+            batch in 1usize..9, input in 1usize..40, output in 1usize..40, seed: u64,
         ) {
-            for isa in Isa::available() {
-                agrees(
-                    &[vec![batch, input], vec![output, input], vec![output]],
-                    |v| v[0].apply_op3(&v[1], &v[2], Linear(isa)),
-                    |v| composed(&v[0], &v[1], &v[2]),
-                );
-            }
+            let composed = |v: &[Tensor]| composed(&v[0], &v[1], &v[2]);
+            agrees(
+                Normals(seed),
+                &[vec![batch, input], vec![output, input], vec![output]],
+                |isa, v| v[0].apply_op3(&v[1], &v[2], Linear(isa)),
+                composed,
+                composed,
+                0.0,
+            );
         }
     }
 }

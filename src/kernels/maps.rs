@@ -43,25 +43,25 @@ pub(crate) fn scale_maps(x: &[f32], mask: &[f32], channels: usize, y: &mut [f32]
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Tensor};
+    use candle_core::Tensor;
     use proptest::prelude::*;
 
     use super::*;
-    use crate::noise::{Noise, Purpose};
+    use crate::kernels::tests::Normals;
+    use crate::random_inputs::inputs;
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
+        #![proptest_config(inputs(64))]
 
         #[test]
         fn kernels_agree_with_candle(
             batch in 1usize..4,
             pixels in 1usize..80,
             channels in [1usize..40, 1usize..40],
+            seed: u64,
         ) {
             let [first, second] = channels;
-            let normal = |k: u64, shape: &[usize]| {
-                Noise::new(5).normal(Purpose::Prior, k, shape, &Device::Cpu).unwrap()
-            };
+            let normal = |k, shape: &[usize]| Normals(seed).tensor(k, shape);
             let values = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let a = normal(0, &[batch, pixels, first]);
             let b = normal(1, &[batch, pixels, second]);

@@ -27,6 +27,8 @@ mod process;
 mod product;
 mod simd;
 mod strips;
+#[cfg(test)]
+mod tests;
 mod values;
 mod winograd;
 
@@ -56,66 +58,4 @@ pub(crate) fn to_channels_last(images: &Tensor) -> Result<Tensor> {
 /// (batch, height, width, channels) to (batch, channels, height, width).
 pub(crate) fn to_channels_first(maps: &Tensor) -> Result<Tensor> {
     maps.permute((0, 3, 1, 2))?.contiguous()
-}
-
-#[cfg(test)]
-mod tests {
-    use candle_core::{DType, Device, Result, Tensor, Var};
-
-    use crate::noise::{Noise, Purpose};
-
-    /// Asserts that a kernel in f32 and its composition in f64 give the same values and gradients,
-    /// on normal inputs of these shapes.
-    pub(super) fn agrees(
-        shapes: &[Vec<usize>],
-        kernel: impl Fn(&[Tensor]) -> Result<Tensor>,
-        composed: impl Fn(&[Tensor]) -> Result<Tensor>,
-    ) {
-        agrees_within(2e-6, shapes, kernel, composed);
-    }
-
-    /// As [`agrees`], with this relative error.
-    pub(super) fn agrees_within(
-        tolerance: f64,
-        shapes: &[Vec<usize>],
-        kernel: impl Fn(&[Tensor]) -> Result<Tensor>,
-        composed: impl Fn(&[Tensor]) -> Result<Tensor>,
-    ) {
-        let normal = |i: usize, shape: &[usize]| {
-            let values = Noise::new(5).normal(Purpose::Prior, i as u64, shape, &Device::Cpu);
-            values.unwrap()
-        };
-        // The loss weighs every output differently, so that none can stand in for another.
-        let run = |dtype: DType, f: &dyn Fn(&[Tensor]) -> Result<Tensor>| -> Result<Vec<Tensor>> {
-            let vars: Vec<Var> = shapes
-                .iter()
-                .enumerate()
-                .map(|(i, shape)| Var::from_tensor(&normal(i, shape).to_dtype(dtype)?))
-                .collect::<Result<_>>()?;
-            let inputs: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
-            let y = f(&inputs)?;
-            let weights = normal(99, y.dims()).to_dtype(dtype)?;
-            let gradients = (&y * weights)?.sum_all()?.backward()?;
-            let mut results = vec![y];
-            for var in &vars {
-                results.push(gradients.get(var).expect("a gradient").clone());
-            }
-            Ok(results)
-        };
-        let ours = run(DType::F32, &kernel).unwrap();
-        let theirs = run(DType::F64, &composed).unwrap();
-        for (i, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
-            assert_eq!(ours.dims(), theirs.dims());
-            let ours = ours.to_dtype(DType::F64).unwrap();
-            let norm =
-                |t: &Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
-            let error = norm(&(ours - theirs).unwrap());
-            let limit = tolerance * (1.0 + norm(theirs));
-            assert!(
-                error <= limit,
-                "{}: off by {error:e}, more than {limit:e}",
-                ["value", "gradient of x", "gradient of weight", "gradient of bias"][i]
-            );
-        }
-    }
 }
