@@ -160,7 +160,7 @@ mod tests {
 
     use super::*;
     use crate::kernels::with_values_mut;
-    use crate::{Denoiser, Dropout, Parameters, UNet, UNetConfig};
+    use crate::{Denoiser, Dropout, Parameters, Sampler, UNet, UNetConfig};
 
     #[test]
     fn memory_is_that_of_the_last_kind_of_pass() -> Result<()> {
@@ -206,7 +206,7 @@ mod tests {
         };
         let parameters = Parameters::new(0, DType::F32, &Device::Cpu);
         let unet = parameters.build(&config)?;
-        let x = Tensor::randn(0f32, 1.0, (2, 1, 28, 28), &Device::Cpu)?;
+        let x = Sampler::prior((2, 1, 28, 28), 0, &Device::Cpu)?;
         let t = Tensor::new(&[3u32, 700], &Device::Cpu)?;
         let pass = || -> Result<Vec<Tensor>> {
             let dropout = Dropout::new(0, 0);
