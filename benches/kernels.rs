@@ -37,6 +37,9 @@ mod noise;
 #[allow(dead_code, unused_imports)]
 #[path = "../src/precision.rs"]
 mod precision;
+#[cfg(test)]
+#[path = "../src/random_inputs.rs"]
+mod random_inputs;
 
 use error::{Error, Result};
 use kernels::{
