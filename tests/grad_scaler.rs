@@ -132,7 +132,7 @@ fn a_skipped_update_changes_nothing_but_the_scale() -> Result<()> {
     assert_eq!((trainer.ema().unwrap().updates(), trainer.steps()), (0, 1));
     // Nor is it an error: the next update has another scale.
     let dir = tempfile::tempdir().unwrap();
-    trainer.save(dir.path().join("checkpoint"))
+    trainer.save(dir.path().join("checkpoint")).map(drop)
 }
 
 #[test]
@@ -148,7 +148,7 @@ fn overflow_at_the_least_scale_is_an_error() -> Result<()> {
         trainer.step_with(&x_0, &t, &eps)?;
     }
     match trainer.save(&path) {
-        Err(Error::NonFinite { what: "gradient norm", step: 1, .. }) => Ok(()),
+        Err(Error::NonFinite { what, step: 1, .. }) if what == "gradient norm" => Ok(()),
         other => panic!("{other:?}"),
     }
 }
