@@ -189,6 +189,13 @@ pub enum Error {
         source: std::io::Error,
     },
 
+    /// The system has no memory for a feature map of a network on the CPU.
+    #[error("no memory for {bytes} bytes, a feature map's; fewer images at a time need less")]
+    OutOfMemory {
+        /// How many bytes were asked for.
+        bytes: usize,
+    },
+
     /// A tensor operation failed. In one line; the source has candle's backtrace, where it took one.
     #[error("{}", one_line(.0))]
     Tensor(#[from] candle_core::Error),

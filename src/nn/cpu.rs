@@ -38,13 +38,9 @@ impl<'p> Cpu<'p> {
         Self { isa: Isa::detect(), precision, pool, workspace }
     }
 
-    fn memory(&self, len: usize) -> Buffer {
-        self.pool.take(len)
-    }
-
     /// The values of a tensor.
     fn copied(&self, x: &Tensor) -> Result<Buffer> {
-        let mut values = self.memory(x.elem_count());
+        let mut values = self.take(x.elem_count())?;
         with_values([&x.contiguous()?], |[x]| {
             values.copy_from_slice(x);
             Ok(())
@@ -99,7 +95,7 @@ impl Backend for Cpu<'_> {
     }
 
     fn take(&self, len: usize) -> Result<Buffer> {
-        Ok(self.memory(len))
+        self.pool.take(len)
     }
 
     fn add(&self, sum: &mut Buffer, more: &Buffer, _: usize) -> Result<()> {
@@ -115,7 +111,7 @@ impl Backend for Cpu<'_> {
         add: Add<'_, Buffer>,
     ) -> Result<([usize; 4], Buffer)> {
         let sizes = self.convolution(conv, dims)?;
-        let mut y = self.memory(sizes.output().iter().product());
+        let mut y = self.take(sizes.output().iter().product())?;
         with_values([&conv.weight, &conv.bias], |[weight, bias]| {
             let epilogue = Epilogue {
                 bias: Some(bias),
@@ -161,8 +157,7 @@ impl Backend for Cpu<'_> {
         let weight = self.weight_gradient(&conv.weight, |d| {
             sizes.weight_gradient(x, dy, d, &mut self.workspace.borrow_mut());
         })?;
-        let of_images = per_image.then(|| {
-            let mut d = self.memory(sums.len());
+        let of_images = per_image.then(|| self.take(sums.len())).transpose()?.map(|mut d| {
             d.iter_mut().zip(&sums).for_each(|(d, sum)| *d = *sum as f32);
             d
         });
@@ -191,7 +186,7 @@ impl Backend for Cpu<'_> {
         dims: [usize; 4],
         x: &Buffer,
     ) -> Result<(Buffer, Vec<Stats>)> {
-        let mut n = self.memory(x.len());
+        let mut n = self.take(x.len())?;
         let statistics = self.normalization(norm, |norm| norm.forward(dims[0], x, &mut n))?;
         Ok((n, statistics))
     }
@@ -203,7 +198,7 @@ impl Backend for Cpu<'_> {
         x: &Buffer,
         statistics: &Vec<Stats>,
     ) -> Result<Buffer> {
-        let mut n = self.memory(x.len());
+        let mut n = self.take(x.len())?;
         self.normalization(norm, |norm| norm.forward_again(x, statistics, &mut n))?;
         Ok(n)
     }
@@ -233,7 +228,7 @@ impl Backend for Cpu<'_> {
         batch: usize,
         x: &Buffer,
     ) -> Result<Buffer> {
-        let mut y = self.memory(batch * linear.bias.elem_count());
+        let mut y = self.take(batch * linear.bias.elem_count())?;
         with_values([&linear.weight, &linear.bias], |[weight, bias]| {
             linear_forward(self.isa, &activated(f, x), weight, bias, &mut y);
             Ok(())
@@ -250,7 +245,7 @@ impl Backend for Cpu<'_> {
         dy: &Buffer,
     ) -> Result<(Buffer, [Tensor; 2])> {
         let output = linear.bias.elem_count();
-        let mut dx = self.memory(x.len());
+        let mut dx = self.take(x.len())?;
         with_values([&linear.weight], |[weight]| {
             linear_input_gradient(self.isa, weight, output, dy, &mut dx);
             Ok(())
@@ -269,7 +264,7 @@ impl Backend for Cpu<'_> {
     }
 
     fn scale_maps(&self, dims: [usize; 4], x: &Buffer, mask: &Buffer) -> Result<Buffer> {
-        let mut y = self.memory(x.len());
+        let mut y = self.take(x.len())?;
         scale_maps(x, mask, dims[3], &mut y);
         Ok(y)
     }
@@ -280,25 +275,26 @@ impl Backend for Cpu<'_> {
         channels: [usize; 2],
         maps: [&Buffer; 2],
     ) -> Result<Buffer> {
-        let mut y = self.memory(pixels * (channels[0] + channels[1]));
+        let mut y = self.take(pixels * (channels[0] + channels[1]))?;
         concatenate(maps.map(|map| &**map), channels, &mut y);
         Ok(y)
     }
 
     fn split(&self, pixels: usize, channels: [usize; 2], map: &Buffer) -> Result<[Buffer; 2]> {
-        let [mut a, mut b] = channels.map(|channels| self.memory(pixels * channels));
+        let mut a = self.take(pixels * channels[0])?;
+        let mut b = self.take(pixels * channels[1])?;
         split(map, channels, [&mut a, &mut b]);
         Ok([a, b])
     }
 
     fn attention(&self, dims: [usize; 4], qkv: &Buffer) -> Result<Buffer> {
-        let mut y = self.memory(qkv.len() / 3);
+        let mut y = self.take(qkv.len() / 3)?;
         attention(self.isa, dims).forward(qkv, &mut y);
         Ok(y)
     }
 
     fn attention_backward(&self, dims: [usize; 4], qkv: &Buffer, dy: &Buffer) -> Result<Buffer> {
-        let mut d = self.memory(qkv.len());
+        let mut d = self.take(qkv.len())?;
         attention(self.isa, dims).backward(qkv, dy, &mut d);
         Ok(d)
     }

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Tensor, TensorId};
 
-use crate::Result;
 use crate::kernels::Workspace;
+use crate::{Error, Result};
 
 /// Gradients that may come back, at most: several times as many as a network has weights.
 const MAX_ISSUED: usize = 1 << 13;
@@ -111,7 +111,12 @@ impl Pool {
     }
 
     /// Memory of this length, its content whatever was there before.
-    pub fn take(self: &Arc<Self>, len: usize) -> Buffer {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OutOfMemory`] if the system has none. How much a pass takes depends on the batch, which
+    /// the caller chose.
+    pub fn take(self: &Arc<Self>, len: usize) -> Result<Buffer> {
         let mut free = self.lock();
         // The smallest that is large enough, unless most of it would be wasted.
         let found = free.by_size.range(len..=2 * len).find(|(_, free)| !free.is_empty());
@@ -120,9 +125,19 @@ impl Pool {
             None => None,
         };
         drop(free);
-        let values = values.unwrap_or_else(|| vec![0.0; len]);
-        Buffer { values, len, pool: self.clone() }
+        let values = values.map_or_else(|| zeros(len), Ok)?;
+        Ok(Buffer { values, len, pool: self.clone() })
     }
+}
+
+/// Where `vec!` would end the process, an error.
+fn zeros(len: usize) -> Result<Vec<f32>> {
+    let mut values = Vec::new();
+    values
+        .try_reserve_exact(len)
+        .map_err(|_| Error::OutOfMemory { bytes: len.saturating_mul(size_of::<f32>()) })?;
+    values.resize(len, 0.0);
+    Ok(values)
 }
 
 /// Values on loan from a pool.
@@ -161,6 +176,23 @@ mod tests {
     use super::*;
     use crate::kernels::with_values_mut;
     use crate::{Denoiser, Dropout, Parameters, Sampler, UNet, UNetConfig};
+
+    #[test]
+    fn memory_that_there_is_not_is_an_error_that_tells_how_much_was_asked_for() -> Result<()> {
+        let pool = Arc::new(Pool::default());
+        // More than any address space; more values than a length can count in bytes.
+        let absurd = usize::MAX >> 4;
+        for (len, bytes) in [(absurd, 4 * absurd), (usize::MAX, usize::MAX)] {
+            let Err(error) = pool.take(len) else { panic!("there is memory for {len} values") };
+            assert!(matches!(error, Error::OutOfMemory { bytes: found } if found == bytes));
+            let text = error.to_string();
+            assert!(text.contains(&format!("no memory for {bytes} bytes")), "{text}");
+        }
+        // What it has given and got back is not lost.
+        drop(pool.take(7)?);
+        assert_eq!(pool.take(7)?.len(), 7);
+        Ok(())
+    }
 
     #[test]
     fn memory_is_that_of_the_last_kind_of_pass() -> Result<()> {
