@@ -226,9 +226,6 @@ fn bad_mnist_directories_are_refused() {
     refused("empty", dir.path(), says, read);
 
     fs::write(at("train-images-idx3-ubyte"), idx(&[I, 3, 1, 2], &noise(6))).unwrap();
-    let says = "neither train-labels-idx1-ubyte nor train-labels-idx1-ubyte.gz is here";
-    refused("no labels", dir.path(), says, read);
-
     let labels = at("train-labels-idx1-ubyte");
     fs::write(&labels, idx(&[L, 2], &[1, 2])).unwrap();
     refused("fewer labels", &labels, "2 labels, for 3 images", read);
@@ -238,6 +235,29 @@ fn bad_mnist_directories_are_refused() {
     fs::remove_file(&labels).unwrap();
     fs::create_dir(&labels).unwrap();
     refused("a directory", &labels, "not a regular file", read);
+
+    #[cfg(unix)]
+    {
+        fs::remove_dir(&labels).unwrap();
+        std::os::unix::fs::symlink(at("nowhere"), &labels).unwrap();
+        refused("a link to nothing", &labels, "os error 2", read);
+    }
+}
+
+/// Training does not use them.
+#[test]
+fn mnist_without_a_file_of_labels_has_images_without_labels() {
+    let dir = TempDir::new().unwrap();
+    let pixels = noise(6);
+    for part in ["train", "t10k"] {
+        let path = dir.path().join(format!("{part}-images-idx3-ubyte"));
+        fs::write(path, idx(&[I, 3, 1, 2], &pixels)).unwrap();
+    }
+    for split in [Split::Train, Split::Test] {
+        let images = mnist(dir.path(), split).unwrap();
+        assert_eq!((images.len(), images.shape()), (3, (1, 1, 2)));
+        assert_eq!((images.pixels(), images.labels()), (&pixels[..], None));
+    }
 }
 
 #[test]

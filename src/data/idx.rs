@@ -11,16 +11,18 @@ use crate::{Error, Result};
 const IMAGES: u32 = 0x0803;
 const LABELS: u32 = 0x0801;
 
-/// Reads MNIST, or a set in the same files such as Fashion-MNIST, with its labels.
+/// Reads MNIST, or a set in the same files such as Fashion-MNIST, with its labels where they are there.
 ///
-/// `dir` holds `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`, for [`Split::Test`]
-/// `t10k-images-idx3-ubyte` and `t10k-labels-idx1-ubyte`; each may instead be gzipped, with `.gz`
-/// added to its name.
+/// `dir` holds `train-images-idx3-ubyte`, for [`Split::Test`] `t10k-images-idx3-ubyte`. The labels
+/// are in `train-labels-idx1-ubyte` or `t10k-labels-idx1-ubyte`. Each file may instead be gzipped,
+/// with `.gz` added to its name. Without a file of labels the images have none: training does not
+/// use them.
 ///
 /// # Errors
 ///
-/// Those of [`read_idx_images`] and [`read_idx_labels`]; [`Error::Data`] also if a file is not
-/// there, or if there are not as many labels as images.
+/// Those of [`read_idx_images`] and [`read_idx_labels`]. [`Error::Data`] also if the file of images
+/// is not there, or if there are not as many labels as images. [`Error::Io`] also if `dir` is not
+/// there.
 pub fn mnist(dir: impl AsRef<Path>, split: Split) -> Result<Images> {
     let dir = dir.as_ref();
     dir.metadata().map_err(Error::io(dir))?;
@@ -28,8 +30,13 @@ pub fn mnist(dir: impl AsRef<Path>, split: Split) -> Result<Images> {
         Split::Train => "train",
         Split::Test => "t10k",
     };
-    let images = read_idx_images(find(dir, &format!("{part}-images-idx3-ubyte"))?)?;
-    let path = find(dir, &format!("{part}-labels-idx1-ubyte"))?;
+    let name = format!("{part}-images-idx3-ubyte");
+    let path = find(dir, &name)
+        .ok_or_else(|| Error::data(dir, format!("neither {name} nor {name}.gz is here")))?;
+    let images = read_idx_images(path)?;
+    let Some(path) = find(dir, &format!("{part}-labels-idx1-ubyte")) else {
+        return Ok(images);
+    };
     let labels = read_idx_labels(&path)?;
     if labels.len() != images.len() {
         let reason = format!("{} labels, for {} images", labels.len(), images.len());
@@ -38,13 +45,11 @@ pub fn mnist(dir: impl AsRef<Path>, split: Split) -> Result<Images> {
     images.with_labels(labels)
 }
 
-fn find(dir: &Path, name: &str) -> Result<PathBuf> {
-    let zipped = format!("{name}.gz");
-    [name, &zipped]
-        .map(|name| dir.join(name))
-        .into_iter()
-        .find(|path| path.exists())
-        .ok_or_else(|| Error::data(dir, format!("neither {name} nor {zipped} is here")))
+/// The file of this name, or the gzipped one. A link that leads nowhere is one, too: it is wrong, not
+/// left out.
+fn find(dir: &Path, name: &str) -> Option<PathBuf> {
+    let names = [name, &format!("{name}.gz")];
+    names.map(|name| dir.join(name)).into_iter().find(|path| path.symlink_metadata().is_ok())
 }
 
 /// Reads an IDX file of grey images of any size, gzipped or not, as images of one channel.
