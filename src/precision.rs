@@ -1,8 +1,10 @@
 use std::fmt;
 use std::str::FromStr;
 
+use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
+use crate::kernels::has_bf16_products;
 use crate::{Error, Result};
 
 /// How exactly products are computed, and on CUDA devices how feature maps are kept. Weights, their
@@ -60,6 +62,15 @@ impl FromStr for Precision {
 }
 
 impl Precision {
+    /// Whether a device computes in this precision by instructions that are made for it, or is as fast
+    /// without: [`BF16`](Self::BF16) on a CPU that has none is emulated, several times slower than
+    /// [`Highest`](Self::Highest).
+    ///
+    /// The environment variable `DDPM_MAX_CPU_ISA` limits which instructions are used.
+    pub fn is_accelerated(self, device: &Device) -> bool {
+        !self.is_half() || !device.is_cpu() || has_bf16_products()
+    }
+
     /// How many there are.
     pub(crate) const COUNT: usize = Self::F16 as usize + 1;
 
@@ -83,6 +94,22 @@ impl Precision {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The instructions are detected here by another way than the kernels': the system's list.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn bf16_is_accelerated_where_the_cpu_lists_its_instructions() {
+        let cpu = Device::Cpu;
+        assert!(Precision::Highest.is_accelerated(&cpu) && Precision::High.is_accelerated(&cpu));
+        let listed = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+        let has = |flag: &str| listed.split_whitespace().any(|word| word == flag);
+        let limit = std::env::var("DDPM_MAX_CPU_ISA").unwrap_or_default().to_lowercase();
+        let expected = match limit.as_str() {
+            "avx2" | "baseline" => false,
+            _ => has("avx512_bf16") && has("avx512bw") && has("avx512vl") && has("fma"),
+        };
+        assert_eq!(Precision::BF16.is_accelerated(&cpu), expected);
+    }
 
     #[test]
     fn names_go_both_ways() {

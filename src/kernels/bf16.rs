@@ -31,6 +31,11 @@ pub(super) fn place(k: usize, column: usize) -> usize {
     (k / 2 * PANEL + column) * 2 + k % 2
 }
 
+/// Whether this machine, within the process's limit, has instructions for products of bf16 values.
+pub(crate) fn has_bf16_products() -> bool {
+    Unit::detect(Isa::detect()).is_native()
+}
+
 /// What multiplies bf16 values. There is none but by asking the machine, which is what makes it safe to
 /// use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +70,11 @@ impl Unit {
         }
         found.push(Self(Kind::Emulated(isa)));
         found
+    }
+
+    /// Whether it has instructions for such products.
+    pub fn is_native(self) -> bool {
+        !matches!(self.0, Kind::Emulated(_))
     }
 
     pub fn has_tiles(self) -> bool {

@@ -36,6 +36,7 @@ use candle_core::{Result, Tensor};
 
 pub(crate) use adam::{AdamStep, sum_of_squares};
 pub(crate) use attention::{AttentionSizes, attention};
+pub(crate) use bf16::has_bf16_products;
 pub(crate) use conv::{Convolution, Weights, Workspace, conv2d, sum_over_batch, sums_by_image};
 pub(crate) use group_norm::{Activation, Normalization, Stats, group_norm};
 pub(crate) use linear::{linear, linear_forward, linear_input_gradient, linear_weight_gradient};
