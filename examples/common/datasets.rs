@@ -1,6 +1,8 @@
 //! The data sets, and how to get those that are not there.
 
 use std::ffi::OsStr;
+use std::fmt::Display;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use ddpm::data::{self, Split};
@@ -67,27 +69,39 @@ pub fn mnist(data: Option<&Path>, fashion: bool) -> Result<DataSet> {
     read_mnist(kind, dir, Split::Train, or)
 }
 
-/// The digits of a full set, those to train on and those to test with.
+/// The digits of a full set with their labels, those to train on and those to test with.
 pub fn mnist_digits(dir: &Path) -> Result<(DataSet, DataSet)> {
     if dir.as_os_str() == HUB {
         return Err("--data hub is for the examples that train; pass --data DIR, which \
                     `scripts/fetch-data mnist DIR` fills"
             .into());
     }
-    let read = |split| read_mnist(&MNIST, dir, split, "");
-    Ok((read(Split::Train)?, read(Split::Test)?))
+    let read = |split, labels: &str| -> Result<DataSet> {
+        let set = read_mnist(&MNIST, dir, split, "")?;
+        if set.images.labels().is_none() {
+            let reason = format!("{}: {labels} is not here", place(&MNIST, dir).display());
+            return Err(fetch(reason, &MNIST, dir).into());
+        }
+        Ok(set)
+    };
+    let train = read(Split::Train, "train-labels-idx1-ubyte")?;
+    Ok((train, read(Split::Test, "t10k-labels-idx1-ubyte")?))
+}
+
+/// Where the files of a set are: in the directory itself, or in what fetch-data made in it.
+fn place(kind: &Kind, dir: &Path) -> PathBuf {
+    let nested = dir.join(kind.folder);
+    if nested.is_dir() { nested } else { dir.into() }
 }
 
 fn read_mnist(kind: &'static Kind, dir: &Path, split: Split, or: &str) -> Result<DataSet> {
-    // Either DIR itself, or what fetch-data made in it.
-    let nested = dir.join(kind.folder);
-    let place = if nested.is_dir() { &nested } else { dir };
-    if let Some(other) = of_another(kind, place) {
+    let place = place(kind, dir);
+    if let Some(other) = of_another(kind, &place) {
         let (place, other) = (place.display(), other.name);
         let expected = format!("it must be that of {}{or}", kind.name);
         return Err(format!("--data is {place}, the folder of {other}; {expected}").into());
     }
-    let images = data::mnist(place, split).map_err(|e| fetch(e, kind, dir))?;
+    let images = data::mnist(&place, split).map_err(|e| fetch(e, kind, dir))?;
     Ok(DataSet::new(kind, &format!("from {}", place.display()), images))
 }
 
@@ -121,9 +135,16 @@ fn embedded() -> Result<DataSet> {
     Ok(DataSet::new(&DIGITS, source, data::read_idx_images(path)?))
 }
 
-fn fetch(error: ddpm::Error, kind: &Kind, dir: &Path) -> String {
-    let dir = quoted(&dir.to_string_lossy());
-    format!("{error}; `scripts/fetch-data {} {dir}` fetches it", kind.folder)
+/// What is wrong, and how to get the set: into the directory that was named only if nothing is in it.
+/// fetch-data replaces files of the set's names, and those may be the user's own.
+fn fetch(error: impl Display, kind: &Kind, dir: &Path) -> String {
+    let Kind { name, folder, .. } = kind;
+    let is_empty = || fs::read_dir(dir).is_ok_and(|mut content| content.next().is_none());
+    if !dir.exists() || is_empty() {
+        let dir = quoted(&dir.to_string_lossy());
+        return format!("{error}; `scripts/fetch-data {folder} {dir}` fetches {name}");
+    }
+    format!("{error}; `scripts/fetch-data {folder} data` fetches {name}, then pass --data data")
 }
 
 /// Whether a network for images of this shape can be trained on the set.
