@@ -10,6 +10,7 @@ use std::time::Instant;
 use candle_core::Device;
 use clap::Parser;
 use common::cli::{self, Result, whole};
+use common::progress::Progress;
 use common::sampling::SamplingArgs;
 use common::tell::out;
 use common::{device, draw, files, pictures};
@@ -49,6 +50,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let model = cli.sampling.model(&checkpoint, &device)?;
     out!("checkpoint  {}, step {}", checkpoint.dir().display(), checkpoint.step());
     out!("device      {}", device::describe(&device));
+    device::check_speed(cli.sampling.precision, &device);
     let start = Instant::now();
     draw_to_files(&cli, &sampler, &model, &network, &device)?;
 
@@ -71,12 +73,16 @@ fn draw_to_files(
     let (shape, total) = ((cli.count, channels, size, size), sampler.timesteps().len());
     // A part after the other comes to each frame.
     let mut frames: BTreeMap<usize, Vec<u8>> = BTreeMap::new();
-    let pixels = draw::draw(sampler, model, shape, cli.sampling.seed, device, |step, x| {
-        if cli.gif.is_some() && pictures::has_frame(step, total) {
-            frames.entry(step).or_default().extend(pictures::bytes(x)?);
+    let mut progress = Progress::new(draw::steps(sampler, cli.count) as u64, 0);
+    progress.start();
+    let pixels = draw::draw(sampler, model, shape, cli.sampling.seed, device, |step| {
+        if cli.gif.is_some() && pictures::has_frame(step.index, total) {
+            frames.entry(step.index).or_default().extend(pictures::bytes(step.x)?);
         }
+        progress.advance(step.done as u64);
         Ok(())
     })?;
+    progress.finish();
     let grid = |pixels: &[u8]| pictures::grid(pixels, (channels, size, size));
     files::write(&cli.out, &pictures::png(&grid(&pixels)?)?)?;
     let Some(path) = &cli.gif else { return Ok(()) };

@@ -69,6 +69,9 @@ fn assert_fails(command: &mut Command, expected: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// What is looked for in a folder of MNIST.
+const IMAGES: &str = "neither train-images-idx3-ubyte nor train-images-idx3-ubyte.gz is here";
+
 /// A tiny set in MNIST's files: `count` images of 28 x 28, a bright field in each.
 fn write_idx(dir: &Path, count: u8) -> Result<()> {
     fs::create_dir_all(dir)?;
@@ -153,6 +156,16 @@ fn a_run_on_the_embedded_digits_writes_all_its_files() -> Result<()> {
         assert!(line.as_object().is_some_and(|l| l.values().all(Value::is_number)), "{line}");
     }
     assert_eq!(steps(&out)?, [1, 2, 3]);
+    let end: Vec<&str> = said.lines().rev().take(4).collect();
+    let [done, grid, time, loss] = end[..] else { panic!("{said}") };
+    assert_eq!(done, format!("done: {}", out.display()));
+    assert_eq!(grid, format!("grid     {}", out.join("samples/step-000003.png").display()));
+    assert!(time.starts_with("time     00:0"), "{said}");
+    let losses: Vec<f64> = metrics(&out)?.iter().filter_map(|m| m["loss"].as_f64()).collect();
+    let (low, high) = (losses.iter().fold(f64::MAX, |a, &b| a.min(b)), losses[0].max(losses[1]));
+    let loss = loss.strip_prefix("loss     ").and_then(|l| l.strip_suffix(", smoothed, at step 3"));
+    let loss: f64 = loss.ok_or("a loss")?.parse()?;
+    assert!((low - 1e-4..=high.max(losses[2]) + 1e-4).contains(&loss), "{losses:?}: {loss}");
 
     samples(&checkpoint, temp.path())?;
     a_number(&checkpoint, temp.path())?;
@@ -531,7 +544,7 @@ fn errors_about_a_run(out: &Path, temp: &Path) -> Result<()> {
     // A run of an earlier version.
     let identity = fs::read(out.join("data.json"))?;
     fs::remove_file(out.join("data.json"))?;
-    assert_fails(&mut other, &["number of images is 10000", "but 3 is asked for"])?;
+    assert_fails(&mut other, &["number of images is 3; it must be 10000"])?;
     assert!(!out.join("data.json").exists(), "images that are not the run's are told to be");
     fs::write(out.join("data.json"), "{}")?;
     assert_fails(&mut other, &["data.json", "missing field"])?;
@@ -574,6 +587,10 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
     let temp = TempDir::new()?;
     let path = |name: &str| temp.path().join(name).to_string_lossy().into_owned();
     let (nothing, file, cut, spaced) = (path("nothing"), path("file"), path("cut"), path("my run"));
+    let (mine, empty) = (path("mine"), path("empty"));
+    fs::create_dir(&empty)?;
+    fs::create_dir(&mine)?;
+    fs::write(Path::new(&mine).join("holiday.jpg"), "of my own")?;
     fs::create_dir_all(Path::new(&spaced).join("checkpoint"))?;
     File::create(&file)?;
     write_idx(Path::new(&cut), 2)?;
@@ -605,6 +622,10 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
         ("mnist", &["--out", &nothing, "--data", &file], &["file", "scripts/fetch-data mnist"]),
         ("mnist", &["--out", &nothing, "--data", "my own"], &["scripts/fetch-data mnist 'my own'"]),
         ("mnist", &["--out", &nothing, "--data", &cut], &["99 bytes", "16 + 2 x 28 x 28"]),
+        // Not into a folder that holds something else.
+        ("mnist", &["--out", &nothing, "--data", &mine], &[IMAGES, "fetch-data mnist data`"]),
+        ("mnist", &["--out", &nothing, "--data", &empty], &[IMAGES, "fetch-data mnist ", &empty]),
+        ("mnist", &["--out", &nothing, "--data", &cut], &["fetch-data mnist data`", "--data data"]),
         ("mnist", &["--out", &nothing, "--resume"], &["no checkpoint here", "--resume needs"]),
         ("mnist", &["--out", &file], &["file", "Not a directory"]),
         (
@@ -640,6 +661,173 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
     let help = help("mnist")?;
     assert!(help.contains("--save-every") && help.contains("--steps 7500"), "{help}");
     assert!(help.contains("--steps 20000"), "{help}");
+    Ok(())
+}
+
+/// Labels are not trained on.
+#[test]
+fn a_folder_without_labels_is_trained_on_and_not_measured_by() -> Result<()> {
+    let temp = TempDir::new()?;
+    let (data, out) = (temp.path().join("digits"), temp.path().join("run"));
+    write_idx(&data, 10)?;
+    for part in ["train", "t10k"] {
+        fs::remove_file(data.join(format!("{part}-labels-idx1-ubyte")))?;
+    }
+    let dir = data.to_str().ok_or("a path in UTF-8")?;
+    mnist(&out, &[&SMALL[..], &["--data", dir, "--steps", "1"]].concat())?;
+    let mut measure = example("mnist-fd");
+    measure.args(["--data", dir, "--checkpoint"]).arg(out.join("checkpoint"));
+    let hint = "scripts/fetch-data mnist data`";
+    assert_fails(&mut measure, &["train-labels-idx1-ubyte is not here", hint])?;
+    fs::write(data.join("train-labels-idx1-ubyte"), "no labels")?;
+    let mut wrong = example("mnist");
+    assert_fails(wrong.args(["--data", dir, "--out", "x"]), &["train-labels-idx1-ubyte: starts"])
+}
+
+/// A hundred are drawn at a time: many images take no more memory than a hundred.
+#[cfg(target_os = "linux")]
+#[test]
+fn memory_that_ends_is_an_error_and_a_large_grid_does_not_take_it() -> Result<()> {
+    let temp = TempDir::new()?;
+    let limited = |name: &str, args: &[&str]| {
+        let mut command = Command::new("sh");
+        command.args(["-c", r#"ulimit -v 600000; exec "$0" "$@""#]);
+        command.arg(example("mnist").get_program()).args(args);
+        command
+            .args(["--steps", "1", "--sampling-steps", "1", "--out"])
+            .arg(temp.path().join(name));
+        // Each thread reserves some of it for its own.
+        command.current_dir(env!("CARGO_MANIFEST_DIR")).env("RAYON_NUM_THREADS", "2");
+        command
+    };
+    succeed(&mut limited("grid", &["--batch-size", "1", "--sample-count", "300"]))?;
+    assert_fails(
+        &mut limited("batch", &["--batch-size", "1000", "--sample-count", "1"]),
+        &["no memory for ", " bytes, a feature map's; fewer images at a time need less"],
+    )
+}
+
+/// Said when the run begins, and only where it is so.
+#[cfg(all(feature = "f16", target_arch = "x86_64"))]
+#[test]
+fn bf16_without_instructions_for_it_is_told() -> Result<()> {
+    let temp = TempDir::new()?;
+    let warning = "warning: this CPU has no instructions for bf16 products";
+    for (precision, warned) in [("bf16", true), ("highest", false)] {
+        let (out, size) = (temp.path().join(precision), ["--steps", "1", "--precision", precision]);
+        let mut train = example("mnist");
+        train.args(SMALL).args(size).arg("--out").arg(&out);
+        let mut sample = example("sample");
+        sample.args(["--count", "1", "--sampling-steps", "1", "--precision", precision]);
+        sample.arg("--checkpoint").arg(out.join("checkpoint")).arg("--out").arg(out.join("a.png"));
+        for mut command in [train, sample] {
+            let Output { status, stderr, .. } = command.env("DDPM_MAX_CPU_ISA", "avx2").output()?;
+            let said = String::from_utf8(stderr)?;
+            assert!(status.success(), "{said}");
+            assert_eq!(said.contains(warning), warned, "{said}");
+        }
+    }
+    Ok(())
+}
+
+/// Where the output goes to a file or a pipe, there is a line about every ten seconds.
+#[cfg(unix)]
+#[test]
+fn a_redirected_run_says_that_it_samples() -> Result<()> {
+    let temp = TempDir::new()?;
+    let mut command = example("mnist");
+    command.args(["--steps", "1", "--batch-size", "1", "--sampling-steps", "1000", "--out"]);
+    let mut child =
+        command.arg(temp.path()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    let said = BufReader::new(child.stderr.take().ok_or("a pipe")?).lines().next();
+    signal("INT", &child)?;
+    assert_eq!(child.wait()?.code(), Some(130));
+    let said = said.ok_or("it says nothing")??;
+    let step = said.strip_prefix("1/1 sampling, step ").and_then(|s| s.strip_suffix(" of 1000"));
+    assert!(step.is_some_and(|step| step.parse::<u64>().is_ok()), "{said}");
+    Ok(())
+}
+
+/// The rows of a terminal of so many columns after a program wrote this to it, in ASCII.
+#[cfg(target_os = "linux")]
+fn screen(written: &[u8], columns: usize) -> Vec<String> {
+    let (mut rows, mut row, mut column) = (vec![vec![]], 0usize, 0);
+    let mut written = written.iter().copied();
+    while let Some(byte) = written.next() {
+        match byte {
+            b'\r' => column = 0,
+            b'\n' => row += 1,
+            0x1b => {
+                // A bracket, a number, and a letter.
+                let (mut number, mut letter) = (vec![], b'[');
+                while !letter.is_ascii_alphabetic() {
+                    number.extend(Some(letter).filter(u8::is_ascii_digit));
+                    letter = written.next().unwrap_or(b'm');
+                }
+                let number = String::from_utf8(number).ok().and_then(|n| n.parse().ok());
+                match letter {
+                    b'A' => row = row.saturating_sub(number.unwrap_or(1)),
+                    b'B' => row += number.unwrap_or(1),
+                    b'K' => rows[row].clear(),
+                    _ => {}
+                }
+            }
+            byte => {
+                (row, column) = if column == columns { (row + 1, 0) } else { (row, column) };
+                rows.resize(rows.len().max(row + 1), vec![]);
+                let line = &mut rows[row];
+                line.resize(line.len().max(column + 1), b' ');
+                line[column] = byte;
+                column += 1;
+            }
+        }
+        rows.resize(rows.len().max(row + 1), vec![]);
+    }
+    rows.iter().map(|row| String::from_utf8_lossy(row).trim_end().to_owned()).collect()
+}
+
+/// Each step is drawn over the last one, which needs a line that does not wrap.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_progress_is_one_line_of_a_terminal_of_any_width() -> Result<()> {
+    let temp = TempDir::new()?;
+    let program = example("mnist").get_program().to_string_lossy().into_owned();
+    for (columns, expected) in [
+        (20, "4/4 00:00:00 left"),
+        (40, "4/4 loss "),
+        (60, "4/4 "),
+        (80, "[========================] 4/4 "),
+        (200, "[========================] 4/4 "),
+    ] {
+        let out = temp.path().join(columns.to_string());
+        let (size, args) = (format!("stty cols {columns} rows 50"), SMALL.join(" "));
+        let run = format!("{size}; exec {program} {args} --steps 4 --out {}", out.display());
+        let mut terminal = Command::new("script");
+        terminal.args(["-q", "-e", "-c", &run, "/dev/null"]).env("TERM", "xterm");
+        terminal.current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null());
+        let Output { status, stdout, .. } = terminal.output()?;
+        let rows = screen(&stdout, columns);
+        assert!(status.success(), "{rows:#?}");
+        let is_progress = |row: &&String| row.contains("/4 ") || row.ends_with("/4");
+        let progress: Vec<_> = rows.iter().filter(is_progress).collect();
+        let [line] = progress[..] else { panic!("{columns} columns: {rows:#?}") };
+        assert!(line.starts_with(expected) && line.len() < columns, "{columns}: {line:?}");
+        assert!(line.ends_with("00:00:00 left"), "{columns}: {line:?}");
+        assert_eq!(line.contains("steps/s"), columns >= 60, "{columns}: {line:?}");
+    }
+    Ok(())
+}
+
+/// Nobody reads to the end of it.
+#[cfg(unix)]
+#[test]
+fn the_help_of_fetch_data_may_be_cut_off() -> Result<()> {
+    let (reader, writer) = std::io::pipe()?;
+    drop(reader);
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/fetch-data");
+    let Output { status, stderr, .. } =
+        Command::new(script).arg("--help").stdout(writer).output()?;
+    assert!(status.success() && stderr.is_empty(), "{}", String::from_utf8_lossy(&stderr));
     Ok(())
 }
 

@@ -1,8 +1,10 @@
 //! Where the tensors live.
 
 use candle_core::Device;
+use ddpm::Precision;
 
 use super::cli::Result;
+use super::tell::err;
 
 /// The first device of the kind that this was built for, or the CPU where that is asked for.
 pub fn pick(cpu: bool) -> Result<Device> {
@@ -29,5 +31,15 @@ pub fn describe(device: &Device) -> String {
         }
         Device::Cuda(_) => "CUDA device 0".into(),
         Device::Metal(_) => "Metal device 0".into(),
+    }
+}
+
+/// Says so where a precision that is meant to be faster is slower than the exact one.
+pub fn check_speed(precision: Precision, device: &Device) {
+    if !precision.is_accelerated(device) {
+        err!(
+            "warning: this CPU has no instructions for {precision} products and computes them several \
+             times more slowly than with --precision highest"
+        );
     }
 }

@@ -4,41 +4,59 @@ use candle_core::{Device, Tensor};
 use ddpm::{Denoiser, Sampler};
 
 use super::cli::Result;
-use super::progress::Progress;
 use super::random::Random;
+use super::tell::grouped;
 use super::{interrupt, pictures};
 
 /// Images in a part.
 const PART: usize = 100;
 
+/// One step of one part.
+pub struct Drawn<'a> {
+    /// The step's index, the same in each part.
+    pub index: usize,
+    /// The part's images after the step.
+    pub x: &'a Tensor,
+    /// How many steps are done, of [`steps`] in all.
+    pub done: usize,
+}
+
+/// How many steps it takes to draw `count` images.
+pub fn steps(sampler: &Sampler, count: usize) -> usize {
+    count.div_ceil(PART) * sampler.timesteps().len()
+}
+
 /// Draws images of `shape` (count, channels, height, width), and gives their pixels as files have
 /// them. Each part has a seed of its own, the first one the seed itself, so that an image depends on
-/// the seed and its place alone. `seen` is told of each step of each part, by the step's index.
+/// the seed and its place alone. `seen` is told of each step; if the user wants to stop, the drawing
+/// ends with [`Interrupted`](interrupt::Interrupted).
 pub fn draw(
     sampler: &Sampler,
     model: &impl Denoiser,
     shape: (usize, usize, usize, usize),
     seed: u64,
     device: &Device,
-    mut seen: impl FnMut(usize, &Tensor) -> Result<()>,
+    mut seen: impl FnMut(Drawn) -> Result<()>,
 ) -> Result<Vec<u8>> {
     let (count, channels, height, width) = shape;
-    let steps = sampler.timesteps().len();
-    let mut progress = Progress::new((count.div_ceil(PART) * steps) as u64, 0);
-    let (mut pixels, mut seeds, mut seed) = (vec![], Random(seed), seed);
-    for (part, start) in (0..count).step_by(PART).enumerate() {
+    let mut pixels = Vec::new();
+    let len = count * channels * height * width;
+    pixels
+        .try_reserve_exact(len)
+        .map_err(|_| format!("no memory for {} bytes, the images' pixels", grouped(len)))?;
+    let (mut seeds, mut seed, mut done) = (Random(seed), seed, 0);
+    for start in (0..count).step_by(PART) {
         let shape = (PART.min(count - start), channels, height, width);
         let mut images = None;
         for step in sampler.steps(model, shape, seed, device)? {
             interrupt::check()?;
             let step = step?;
-            seen(step.index, &step.x)?;
-            progress.advance((part * steps + step.index + 1) as u64);
+            done += 1;
+            seen(Drawn { index: step.index, x: &step.x, done })?;
             images = Some(step.x);
         }
         pixels.extend(pictures::bytes(&images.ok_or("the sampler has no steps")?)?);
         seed = seeds.next();
     }
-    progress.finish();
     Ok(pixels)
 }

@@ -1,5 +1,7 @@
-//! Lines for the user. Once nobody can read them, since the terminal or the pipe is closed, they are
+//! Lines and numbers for the user. Once nobody can read them, since the terminal or the pipe is closed, they are
 //! lost and the work goes on, where `println!` would panic.
+
+use std::time::Duration;
 
 macro_rules! out {
     ($($line:tt)*) => {{
@@ -16,3 +18,18 @@ macro_rules! err {
 }
 
 pub(crate) use {err, out};
+
+/// 1,234,567
+pub fn grouped(number: usize) -> String {
+    let digits = number.to_string();
+    let place = |i: usize| if i > 0 && (digits.len() - i).is_multiple_of(3) { "," } else { "" };
+    digits.chars().enumerate().map(|(i, digit)| format!("{}{digit}", place(i))).collect()
+}
+
+/// Hours, minutes and seconds, after days if there are any.
+pub fn duration(time: Duration) -> String {
+    let seconds = time.as_secs();
+    let (days, hours) = (seconds / 86_400, seconds / 3600 % 24);
+    let days = if days > 0 { format!("{days}d ") } else { String::new() };
+    format!("{days}{hours:02}:{:02}:{:02}", seconds / 60 % 60, seconds % 60)
+}

@@ -9,12 +9,11 @@ use clap::Args;
 use ddpm::{
     AdamConfig, Checkpoint, Diffusion, Error, Precision, Solver, TrainConfig, Trainer, UNetConfig,
 };
-use indicatif::HumanCount;
 
 use super::cli::{Result, positive_fraction, precision, resume_command, whole};
 use super::datasets::{DataSet, check_shape};
 use super::identity::Identity;
-use super::tell::{err, out};
+use super::tell::{duration, err, grouped, out};
 use super::watch::Watch;
 use super::{device, files, interrupt};
 
@@ -182,6 +181,7 @@ pub fn run(
     }
     let (step, steps) = (trainer.steps(), trainer.config().steps);
     announce(&trainer, &set, &out);
+    device::check_speed(trainer.config().precision, &device);
 
     let mut watch = Watch::new(recipe, args, &out, &trainer)?;
     let say = watch.progress.say();
@@ -197,12 +197,20 @@ pub fn run(
     } else {
         out!("nothing to train: the run is at step {step} of {steps}; more with --steps");
     }
+    watch.progress.start();
     let complete = match trainer.fit(&set.images, &mut watch) {
         Ok(()) => watch.finish(&trainer, step),
         Err(error) => Err(watch.rescue(&trainer, step, error)),
     };
     watch.progress.finish();
     if complete? {
+        if let Some(loss) = watch.progress.smooth_loss() {
+            out!("loss     {loss:.4}, smoothed, at step {steps}");
+        }
+        if step < steps {
+            out!("time     {}", duration(watch.progress.elapsed()));
+        }
+        out!("grid     {}", watch.grid(steps).display());
         out!("done: {}", out.display());
         return Ok(ExitCode::SUCCESS);
     }
@@ -251,8 +259,8 @@ fn announce(trainer: &Trainer<UNetConfig>, set: &DataSet, out: &Path) {
     use ddpm::ImageSource;
 
     let weights: usize = trainer.vars().values().map(|v| v.elem_count()).sum();
-    out!("data     {}, {} images", set.about, HumanCount(set.images.len() as u64));
-    out!("network  {} weights", HumanCount(weights as u64));
+    out!("data     {}, {} images", set.about, grouped(set.images.len()));
+    out!("network  {} weights", grouped(weights));
     out!("device   {}", device::describe(trainer.device()));
     out!("output   {}", out.display());
 }

@@ -4,14 +4,14 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
 use ddpm::{Metrics, Observer, Sampler, Trainer, UNetConfig};
 
 use super::cli::{Result, one_line};
+use super::interrupt::Interrupted;
 use super::metrics::{self, Log};
 use super::progress::Progress;
 use super::train::{Recipe, TrainArgs};
-use super::{curve, files, interrupt, pictures};
+use super::{curve, draw, files, interrupt, pictures};
 
 /// The same for every grid, so that one sees what training changes.
 const SAMPLE_SEED: u64 = 0;
@@ -31,7 +31,7 @@ impl Watch {
         recipe: &Recipe,
         args: &TrainArgs,
         out: &Path,
-        trainer: &Trainer<UNetConfig>,
+            trainer: &Trainer<UNetConfig>,
     ) -> Result<Self> {
         let sampling_steps = args.sampling_steps.unwrap_or(recipe.sampling_steps);
         let sampler = Sampler::new(trainer.diffusion(), recipe.solver, sampling_steps)?;
@@ -65,9 +65,7 @@ impl Watch {
         if !complete || grid.is_file() {
             return Ok(complete);
         }
-        let Some(images) = self.sample(trainer)? else { return Ok(false) };
-        write_grid(&grid, &images)?;
-        Ok(true)
+        self.draw_grid(trainer)
     }
 
     /// Saves what an error would lose of a run that began at step `from`: the error, and what became
@@ -117,34 +115,32 @@ impl Watch {
         }
     }
 
-    fn grid(&self, step: u64) -> PathBuf {
+    /// Where the grid of a step is drawn.
+    pub fn grid(&self, step: u64) -> PathBuf {
         self.out.join("samples").join(format!("step-{step:06}.png"))
     }
 
-    /// Draws images; none if the user stopped it.
-    fn sample(&mut self, trainer: &Trainer<UNetConfig>) -> Result<Option<Tensor>> {
+    /// Draws a grid; false if the user stopped it.
+    fn draw_grid(&mut self, trainer: &Trainer<UNetConfig>) -> Result<bool> {
         let UNetConfig { channels, image_size, .. } = *trainer.model().config();
         let shape = (self.sample_count, channels, image_size, image_size);
         let model = trainer.ema_model()?;
-        let total = self.sampler.timesteps().len();
-        let mut images = None;
-        for step in self.sampler.steps(&model, shape, SAMPLE_SEED, trainer.device())? {
-            if interrupt::stopped() {
-                return Ok(None);
-            }
-            let step = step?;
-            self.progress.note(&format!("sampling, step {} of {total}", step.index + 1));
-            images = Some(step.x);
-        }
+        let total = draw::steps(&self.sampler, self.sample_count);
+        let progress = &mut self.progress;
+        let drawn =
+            draw::draw(&self.sampler, &model, shape, SAMPLE_SEED, trainer.device(), |step| {
+                progress.note(&format!("sampling, step {} of {total}", step.done));
+                Ok(())
+            });
         self.progress.note("");
-        Ok(Some(images.ok_or("the sampler has no steps")?))
+        let pixels = match drawn {
+            Err(error) if error.is::<Interrupted>() => return Ok(false),
+            drawn => drawn?,
+        };
+        let picture = pictures::grid(&pixels, (channels, image_size, image_size))?;
+        files::write(&self.grid(trainer.steps()), &pictures::png(&picture)?)?;
+        Ok(true)
     }
-}
-
-fn write_grid(path: &Path, images: &Tensor) -> Result<()> {
-    let (_, channels, height, width) = images.dims4()?;
-    let grid = pictures::grid(&pictures::bytes(images)?, (channels, height, width))?;
-    files::write(path, &pictures::png(&grid)?)
 }
 
 impl Observer<UNetConfig> for Watch {
@@ -164,10 +160,8 @@ impl Observer<UNetConfig> for Watch {
             self.warn(drawn);
         }
         if due(self.sample_every) && !interrupt::stopped() {
-            let images = self.sample(trainer).map_err(ddpm::Error::external)?;
-            if let Some(images) = images {
-                self.warn(write_grid(&self.grid(step), &images));
-            }
+            let drawn = self.draw_grid(trainer).map(drop);
+            self.warn(drawn);
         }
         Ok(if interrupt::stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     }

@@ -66,6 +66,7 @@ impl Classifier {
         let mut random = Random(SEED);
         let mut order: Vec<usize> = vec![];
         let mut progress = Progress::new(steps, 0);
+        progress.start();
         for step in 0..steps {
             interrupt::check()?;
             let (mut patches, mut targets) = (vec![], vec![]);

@@ -15,12 +15,12 @@ use clap::Parser;
 use classifier::{Classifier, SIZE};
 use common::cli::{self, Result, whole};
 use common::identity::{self, Identity};
+use common::progress::Progress;
 use common::random::Random;
 use common::sampling::SamplingArgs;
-use common::tell::{err, out};
+use common::tell::{err, grouped, out};
 use common::{datasets, device, draw, files, interrupt};
 use ddpm::{ImageSource, Images, UNetConfig};
-use indicatif::HumanCount;
 use measure::{Figures, Reference};
 use serde_json::json;
 
@@ -103,6 +103,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     out!("data        {}", test.about);
     out!("checkpoint  {}, step {}", checkpoint.dir().display(), checkpoint.step());
     out!("device      {}", device::describe(&device));
+    device::check_speed(cli.sampling.precision, &device);
     let classifier = classifier(&cli, &train.images, &device)?;
     let reference = Reference::new(&classifier, &test.images)?;
     let weights = fs::read(&cli.classifier).map_err(|e| files::at(&cli.classifier, e))?;
@@ -112,7 +113,13 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let model = cli.sampling.model(&checkpoint, &device)?;
     out!("drawing     {} images, {} steps each", cli.count, sampler.timesteps().len());
     let (shape, seed) = ((cli.count, channels, SIZE, SIZE), cli.sampling.seed);
-    let samples = draw::draw(&sampler, &model, shape, seed, &device, |_, _| Ok(()))?;
+    let mut progress = Progress::new(draw::steps(&sampler, cli.count) as u64, 0);
+    progress.start();
+    let samples = draw::draw(&sampler, &model, shape, seed, &device, |step| {
+        progress.advance(step.done as u64);
+        Ok(())
+    })?;
+    progress.finish();
     let samples = Images::new(samples, (channels, SIZE, SIZE))?;
     // As many as the samples, since the distance depends on their number.
     let mut digits = train.images;
@@ -182,7 +189,7 @@ fn classifier(cli: &Cli, images: &Images, device: &Device) -> Result<Classifier>
 /// What one must know of the measure before its figures.
 fn introduce(cli: &Cli, crc32: &str, reference: &Reference, images: &Images) {
     let (file, right) = (cli.classifier.display(), 100.0 * reference.accuracy);
-    let count = HumanCount(images.len() as u64);
+    let count = grouped(images.len());
     out!("classifier  {file}, crc32 {crc32}, right on {right:.2}% of {count} test images");
     if reference.accuracy < GOOD {
         err!("warning: a good classifier is right on over 99%; this one sees little");
