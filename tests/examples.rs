@@ -684,6 +684,66 @@ fn a_folder_without_labels_is_trained_on_and_not_measured_by() -> Result<()> {
     assert_fails(wrong.args(["--data", dir, "--out", "x"]), &["train-labels-idx1-ubyte: starts"])
 }
 
+/// Programs that were killed leave what they had not yet renamed.
+#[test]
+fn leftovers_of_killed_programs_are_cleared_and_nothing_else_is() -> Result<()> {
+    let temp = TempDir::new()?;
+    let out = temp.path().join("run");
+    fs::create_dir_all(out.join("samples"))?;
+    let dead = [".loss.png.123", ".data.json.4", "samples/.step-000001.png.99", "../.a.png.5"];
+    let others = [".loss.png.bak", ".mine.png.123", "loss.png.123"];
+    let alive = ".metrics.jsonl.77";
+    for name in dead.iter().chain(&others).chain([&alive]) {
+        fs::write(out.join(name), "half of it")?;
+    }
+    // As a living process has it.
+    let written = File::open(out.join(alive))?;
+    written.lock()?;
+    mnist(&out, &[&SMALL[..], &["--steps", "1"]].concat())?;
+    let mut sample = example("sample");
+    sample.args(["--count", "1", "--sampling-steps", "1", "--checkpoint"]);
+    succeed(sample.arg(out.join("checkpoint")).arg("--out").arg(temp.path().join("a.png")))?;
+    for name in dead {
+        assert!(!out.join(name).exists(), "{name} is left");
+    }
+    for name in others.iter().chain([&alive]) {
+        assert!(out.join(name).exists(), "{name} is not ours to remove");
+    }
+    drop(written);
+    mnist(&out, &["--resume", "--steps", "2", "--sample-count", "1", "--sampling-steps", "1"])?;
+    assert!(!out.join(alive).exists());
+    Ok(())
+}
+
+#[cfg(unix)]
+#[test]
+fn a_run_whose_directory_is_removed_says_so_and_makes_it_again() -> Result<()> {
+    let temp = TempDir::new()?;
+    let out = temp.path().join("run");
+    let mut command = example("mnist");
+    command.args(SMALL).args(["--sample-every", "1"]).arg("--out").arg(&out);
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    wait_for_steps(&mut child, &out, 2)?;
+    // A file may come while they are removed.
+    while fs::remove_dir_all(&out).is_err() {}
+    wait_for_steps(&mut child, &out, 2)?;
+    signal("INT", &child)?;
+    let warned = String::from_utf8(child.wait_with_output()?.stderr)?;
+    let removed: Vec<_> = warned.lines().filter(|line| line.contains("was removed")).collect();
+    let [warning] = removed[..] else { panic!("{warned}") };
+    let logged = steps(&out)?;
+    let expected = format!(
+        "warning: {} was removed while the run goes on; what it held is lost, up to step {}",
+        out.join("metrics.jsonl").display(),
+        logged[0] - 1
+    );
+    assert_eq!(warning, expected);
+    let last = *logged.last().ok_or("a step")?;
+    assert_eq!((logged.clone(), saved_step(&out)?), ((logged[0]..=last).collect(), last));
+    assert!(out.join("data.json").is_file() && fs::read_dir(out.join("samples"))?.count() > 0);
+    Ok(())
+}
+
 /// A hundred are drawn at a time: many images take no more memory than a hundred.
 #[cfg(target_os = "linux")]
 #[test]

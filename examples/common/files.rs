@@ -10,9 +10,9 @@ use super::tell::out;
 /// Writes beside the target and renames.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let partial = partial(path);
-    let written = File::create(&partial)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .and_then(|()| fs::rename(&partial, path));
+    let written = create(&partial)
+        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()).map(|()| file))
+        .and_then(|_locked| fs::rename(&partial, path));
     written.map_err(|e| {
         // The error that matters is the one above.
         let _ = fs::remove_file(&partial);
@@ -34,8 +34,27 @@ pub fn check(option: &str, path: &Path, extension: &str) -> Result<()> {
     if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
         create_dir(parent)?;
     }
+    let name = path.file_name().unwrap_or_default();
+    clear_leftovers(path.parent().unwrap_or(Path::new("")), |leftover| name == leftover);
     let partial = partial(path);
     File::create(&partial).and_then(|_| fs::remove_file(&partial)).map_err(|e| at(path, e))
+}
+
+/// Removes what processes that were killed have left of the files that they [wrote](write): those for
+/// targets of these names. What cannot be removed does no harm.
+pub fn clear_leftovers(dir: &Path, is_target: impl Fn(&str) -> bool) {
+    let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let ours = name.to_str().and_then(target).is_some_and(&is_target);
+        if ours && entry.file_type().is_ok_and(|kind| kind.is_file()) {
+            let path = entry.path();
+            // A process that still writes it holds its lock.
+            if File::open(&path).is_ok_and(|file| file.try_lock().is_ok()) {
+                let _ = fs::remove_file(path);
+            }
+        }
+    }
 }
 
 pub fn create_dir(path: &Path) -> Result<()> {
@@ -64,7 +83,21 @@ pub fn at(path: &Path, error: io::Error) -> Box<dyn std::error::Error + Send + S
     format!("{}: {error}", path.display()).into()
 }
 
+/// Creates a file that is locked as long as it is open, where there are locks.
+fn create(partial: &Path) -> io::Result<File> {
+    let file = File::create(partial)?;
+    let _ = file.try_lock();
+    Ok(file)
+}
+
+/// Where a file is written before it is there, beside its target.
 fn partial(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!(".{name}.{}", std::process::id()))
+}
+
+/// The name of the target, of a file with the name of a [`partial`] one.
+fn target(partial: &str) -> Option<&str> {
+    let (target, process) = partial.strip_prefix('.')?.rsplit_once('.')?;
+    process.parse::<u32>().is_ok().then_some(target)
 }

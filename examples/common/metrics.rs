@@ -38,8 +38,19 @@ impl Log {
         if kept != old {
             files::write(path, &kept)?;
         }
-        let file = OpenOptions::new().create(true).append(true).open(path);
-        Ok(Self { path: path.into(), file: file.map_err(|e| files::at(path, e))? })
+        Ok(Self { path: path.into(), file: create(path)? })
+    }
+
+    /// Whether the file was removed while the run goes on: what is written to it would be lost.
+    pub fn is_removed(&self) -> bool {
+        fs::metadata(&self.path).is_err_and(|e| e.kind() == ErrorKind::NotFound)
+    }
+
+    /// Begins a removed file again, in a directory that may be removed, too.
+    pub fn begin_again(&mut self) -> Result<()> {
+        self.path.parent().map_or(Ok(()), files::create_dir)?;
+        self.file = create(&self.path)?;
+        Ok(())
     }
 
     pub fn append(&mut self, metrics: &Metrics) -> Result<()> {
@@ -47,6 +58,11 @@ impl Log {
         line.push(b'\n');
         self.file.write_all(&line).map_err(|e| files::at(&self.path, e))
     }
+}
+
+fn create(path: &Path) -> Result<File> {
+    let file = OpenOptions::new().create(true).append(true).open(path);
+    file.map_err(|e| files::at(path, e))
 }
 
 /// All that was logged so far.

@@ -165,6 +165,9 @@ pub fn run(
     let device = device::pick(args.cpu)?;
     let mut trainer = begin(recipe, saved.as_ref(), network, config, &device)?;
     let samples = out.join("samples");
+    let written = ["data.json", "loss.png", "metrics.jsonl"];
+    files::clear_leftovers(&out, |name| written.contains(&name));
+    files::clear_leftovers(&samples, |name| name.starts_with("step-"));
     if saved.is_none() && fs::read_dir(&samples).is_ok_and(|mut grids| grids.next().is_some()) {
         files::put_aside(&samples)?;
     }
@@ -183,7 +186,7 @@ pub fn run(
     announce(&trainer, &set, &out);
     device::check_speed(trainer.config().precision, &device);
 
-    let mut watch = Watch::new(recipe, args, &out, &trainer)?;
+    let mut watch = Watch::new(recipe, args, &out, identity, &trainer)?;
     let say = watch.progress.say();
     interrupt::watch(move || say("stopping after this step; once more leaves without saving"))?;
     if step < steps {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use ddpm::{Metrics, Observer, Sampler, Trainer, UNetConfig};
 
 use super::cli::{Result, one_line};
+use super::identity::Identity;
 use super::interrupt::Interrupted;
 use super::metrics::{self, Log};
 use super::progress::Progress;
@@ -19,6 +20,7 @@ const SAMPLE_SEED: u64 = 0;
 pub struct Watch {
     pub progress: Progress,
     out: PathBuf,
+    identity: Identity,
     log: Log,
     sampler: Sampler,
     sample_count: usize,
@@ -31,13 +33,15 @@ impl Watch {
         recipe: &Recipe,
         args: &TrainArgs,
         out: &Path,
-            trainer: &Trainer<UNetConfig>,
+        identity: Identity,
+        trainer: &Trainer<UNetConfig>,
     ) -> Result<Self> {
         let sampling_steps = args.sampling_steps.unwrap_or(recipe.sampling_steps);
         let sampler = Sampler::new(trainer.diffusion(), recipe.solver, sampling_steps)?;
         Ok(Self {
             progress: Progress::new(trainer.config().steps, trainer.steps()),
             out: out.into(),
+            identity,
             log: Log::open(&out.join("metrics.jsonl"), trainer.steps())?,
             sampler: sampler.clip_denoised(true),
             sample_count: args.sample_count.unwrap_or(recipe.sample_count),
@@ -61,6 +65,7 @@ impl Watch {
             self.save(trainer)?;
             removed.map_err(|e| files::at(&grid, e))?;
         }
+        self.restore(trainer.steps() + 1)?;
         self.draw_curve()?;
         if !complete || grid.is_file() {
             return Ok(complete);
@@ -141,12 +146,28 @@ impl Watch {
         files::write(&self.grid(trainer.steps()), &pictures::png(&picture)?)?;
         Ok(true)
     }
+
+    /// Makes the run's directory again where somebody removed it before the metrics of `step`, and says
+    /// so: lines would go to a file that has no name any longer.
+    fn restore(&mut self, step: u64) -> Result<()> {
+        if !self.log.is_removed() {
+            return Ok(());
+        }
+        self.log.begin_again()?;
+        files::create_dir(&self.out.join("samples"))?;
+        self.identity.write(&self.out.join("data.json"))?;
+        let log = self.out.join("metrics.jsonl");
+        let removed = "was removed while the run goes on; what it held is lost, up to step";
+        self.progress.say()(&format!("warning: {} {removed} {}", log.display(), step - 1));
+        Ok(())
+    }
 }
 
 impl Observer<UNetConfig> for Watch {
     fn on_metrics(&mut self, _: &Trainer<UNetConfig>, metrics: &Metrics) -> ddpm::Result<()> {
         self.progress.loss(metrics.step, metrics.loss.into());
-        self.log.append(metrics).map_err(ddpm::Error::external)
+        let logged = self.restore(metrics.step).and_then(|()| self.log.append(metrics));
+        logged.map_err(ddpm::Error::external)
     }
 
     fn on_step(&mut self, trainer: &Trainer<UNetConfig>) -> ddpm::Result<ControlFlow<()>> {
