@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use common::train::{Recipe, TrainArgs};
 use common::{cli, datasets, train};
-use ddpm::{Diffusion, Solver, TrainConfig, UNetConfig};
+use ddpm::{Diffusion, SamplerConfig, Solver, TrainConfig, UNetConfig};
 
 fn recipe() -> Recipe {
     Recipe {
@@ -20,8 +20,7 @@ fn recipe() -> Recipe {
         save_every: 1_000,
         sample_every: 5_000,
         sample_count: 64,
-        solver: Solver::ddim(),
-        sampling_steps: 50,
+        sampling: SamplerConfig { solver: Solver::ddim(), steps: 50, clip_denoised: true },
     }
 }
 

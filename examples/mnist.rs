@@ -9,7 +9,8 @@ use clap::Parser;
 use common::train::{Recipe, TrainArgs};
 use common::{cli, datasets, train};
 use ddpm::{
-    AdamConfig, Diffusion, NoiseSchedule, Prediction, Result, Solver, TrainConfig, UNetConfig,
+    AdamConfig, Diffusion, NoiseSchedule, Prediction, Result, SamplerConfig, Solver, TrainConfig,
+    UNetConfig,
 };
 
 /// For a full set, and for a quarter of an hour on the embedded digits.
@@ -40,8 +41,11 @@ fn recipe(full: bool, fashion: bool) -> Recipe {
         sample_every: if full { 1_000 } else { 2_500 },
         sample_count: 64,
         // With noise: it corrects what a network of so little training gets wrong on the way.
-        solver: Solver::Ddim { eta: 1.0 },
-        sampling_steps: 100,
+        sampling: SamplerConfig {
+            solver: Solver::Ddim { eta: 1.0 },
+            steps: 100,
+            clip_denoised: true,
+        },
     }
 }
 

@@ -16,7 +16,7 @@ use common::tell::out;
 use common::{device, draw, files, pictures};
 use ddpm::{Sampler, UNet, UNetConfig};
 
-/// Draw images from a checkpoint of mnist or cifar10
+/// Draw images from a checkpoint of any U-Net with images of 1 or 3 channels
 #[derive(Parser)]
 #[command(name = "sample", version)]
 struct Cli {
@@ -42,13 +42,15 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let checkpoint = cli.sampling.open()?;
     let network: UNetConfig = checkpoint.network()?;
     pictures::check_channels(network.channels)?;
-    let sampler = cli.sampling.sampler(&checkpoint)?;
+    let config = cli.sampling.config(&checkpoint)?;
+    let sampler = config.sampler(checkpoint.diffusion())?;
     files::check("--out", &cli.out, "png")?;
     cli.gif.as_deref().map_or(Ok(()), |gif| files::check("--gif", gif, "gif"))?;
 
     let device = device::pick(cli.sampling.cpu)?;
     let model = cli.sampling.model(&checkpoint, &device)?;
     out!("checkpoint  {}, step {}", checkpoint.dir().display(), checkpoint.step());
+    out!("sampler     {}", SamplingArgs::describe(&config, &checkpoint));
     out!("device      {}", device::describe(&device));
     device::check_speed(cli.sampling.precision, &device);
     let start = Instant::now();

@@ -305,6 +305,22 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
         command.arg("--cpu");
         command
     };
+    assert!(help("sample")?.contains("any U-Net with images of 1 or 3 channels"));
+    // As the run's own grids, unless told otherwise.
+    let grid = checkpoint.with_file_name("samples").join("step-000003.png");
+    let said = succeed(&mut sample(&["--count", "3"], "a.png"))?;
+    assert!(fs::read(temp.join("a.png"))? == fs::read(&grid)?, "not the run's grid");
+    let sampler = "sampler     DDIM with eta 1, 2 steps, clipped (as the run's grids)\n";
+    assert!(said.contains(sampler), "{said}");
+    for (args, sampler) in [
+        (&["--eta", "0"][..], "DDIM with eta 0, 2 steps, clipped (not as the run's grids)"),
+        (&["--no-clip"], "DDIM with eta 1, 2 steps, not clipped (not as the run's grids)"),
+        (&["--sampling-steps", "3"], "DDIM with eta 1, 3 steps, clipped (not as the run's grids)"),
+        (&["--solver", "ddim"], "DDIM with eta 1, 2 steps, clipped (as the run's grids)"),
+    ] {
+        let said = succeed(sample(args, "a.png").args(["--count", "1"]))?;
+        assert!(said.contains(sampler), "{args:?}: {said}");
+    }
     let gif = temp.join("new/denoising.gif");
     let said = succeed(
         sample(&["--count", "2", "--sampling-steps", "3"], "a.png").arg("--gif").arg(&gif),
@@ -344,7 +360,7 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
     assert!(film()?[0].buffer() == &image::open(temp.join("h.png"))?.to_rgba8());
     for (args, png) in [
         (vec!["--seed", "1"], "c.png"),
-        (vec!["--eta", "1"], "d.png"),
+        (vec!["--eta", "0"], "d.png"),
         (vec!["--solver", "ddpm"], "e.png"),
         (vec!["--weights", "model"], "f.png"),
         (vec!["--no-clip"], "f.png"),
@@ -517,16 +533,30 @@ fn stopped(command: &mut Command, line: &str, dir: &Path) -> Result<()> {
 fn errors_about_a_run(out: &Path, temp: &Path) -> Result<()> {
     let checkpoint = out.join("checkpoint");
     let before = fs::read(out.join("metrics.jsonl"))?;
-    let runs: [(&[&str], &[&str]); 6] = [
+    let runs: &[(&[&str], &[&str])] = &[
         (&[], &["holds a run at step 3", "--resume", "another --out"]),
         (&["--seed", "9", "--data", "no-such"], &["holds a run at step 3", "another --out"]),
-        (&["--resume", "--batch-size", "4"], &["train.batch_size is 2", "but 4 is asked for"]),
-        (&["--resume", "--seed", "9"], &["train.seed is 0", "but 9 is asked for"]),
-        (&["--resume", "--accumulation", "2"], &["train.accumulation is 1"]),
+        (
+            &["--resume", "--batch-size", "4"],
+            &["train.batch_size is 2", "but 4 is asked for; leave --batch-size out to continue"],
+        ),
+        (
+            &["--resume", "--seed", "9"],
+            &["train.seed is 0", "but 9 is asked for; leave --seed out"],
+        ),
+        (
+            &["--resume", "--accumulation", "2"],
+            &["train.accumulation is 1", "leave --accumulation out", "or begin another"],
+        ),
+        (&["--resume", "--precision", "high"], &["train.precision is", "leave --precision out"]),
+        (
+            &["--resume", "--learning-rate", "1"],
+            &["train.optimizer.learning_rate is 0.001", "leave --learning-rate out"],
+        ),
         (&["--resume", "--data", "no-such"], &["no-such", "scripts/fetch-data mnist no-such"]),
     ];
     for (args, expected) in runs {
-        assert_fails(example("mnist").args(args).arg("--out").arg(out), expected)?;
+        assert_fails(example("mnist").args(*args).arg("--out").arg(out), expected)?;
     }
     assert_fails(
         example("cifar10").args(["--resume", "--data"]).arg(cifar(temp)?).arg("--out").arg(out),
@@ -569,7 +599,8 @@ fn errors_about_a_run(out: &Path, temp: &Path) -> Result<()> {
 
     let model = File::options().write(true).open(checkpoint.join("ema.safetensors"))?;
     model.set_len(1000)?;
-    assert_fails(example("sample").arg("--checkpoint").arg(checkpoint), &["damaged", "truncated"])
+    let damaged = ["ema.safetensors: damaged file: 1000 bytes long"];
+    assert_fails(example("sample").arg("--checkpoint").arg(checkpoint), &damaged)
 }
 
 /// Batches of one image, the last one not whole.
@@ -627,7 +658,7 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
         ("mnist", &["--out", &nothing, "--data", &empty], &[IMAGES, "fetch-data mnist ", &empty]),
         ("mnist", &["--out", &nothing, "--data", &cut], &["fetch-data mnist data`", "--data data"]),
         ("mnist", &["--out", &nothing, "--resume"], &["no checkpoint here", "--resume needs"]),
-        ("mnist", &["--out", &file], &["file", "Not a directory"]),
+        ("mnist", &["--out", &file], &["--out is ", "file; it must be a directory"]),
         (
             "mnist",
             &["--out", &nothing, "--batch-size", "4", "--accumulation", "3"],
@@ -682,6 +713,133 @@ fn a_folder_without_labels_is_trained_on_and_not_measured_by() -> Result<()> {
     fs::write(data.join("train-labels-idx1-ubyte"), "no labels")?;
     let mut wrong = example("mnist");
     assert_fails(wrong.args(["--data", dir, "--out", "x"]), &["train-labels-idx1-ubyte: starts"])
+}
+
+/// Found before the first step, and before anything in the directory is changed.
+#[cfg(unix)]
+#[test]
+fn what_is_in_the_way_of_checkpoints_is_found_before_the_first_step() -> Result<()> {
+    let temp = TempDir::new()?;
+    let train = |name: &str| {
+        let mut command = example("mnist");
+        command.args(SMALL).args(["--steps", "2", "--out"]).arg(temp.path().join(name));
+        command
+    };
+    let ways: [(&str, fn(&Path) -> Result<()>, &str); 3] = [
+        ("file", |at| Ok(fs::write(at, "a file")?), "it is a file"),
+        ("link", |at| Ok(std::os::unix::fs::symlink("nowhere", at)?), "a link to nowhere"),
+        (
+            "directory",
+            |at| {
+                fs::create_dir(at)?;
+                Ok(fs::write(at.join("notes.txt"), "of my own")?)
+            },
+            "it holds notes.txt",
+        ),
+    ];
+    for (name, put, found) in ways {
+        let out = temp.path().join(name);
+        fs::create_dir(&out)?;
+        fs::write(out.join("metrics.jsonl"), "an earlier run's")?;
+        put(&out.join("checkpoint"))?;
+        assert_fails(&mut train(name), &["checkpoint: ", found, "or choose another --out"])?;
+        assert_eq!(fs::read_dir(&out)?.count(), 2, "{name}: files were made or moved");
+    }
+    Ok(())
+}
+
+#[cfg(unix)]
+#[test]
+fn a_second_process_on_the_same_directory_changes_nothing_of_the_first() -> Result<()> {
+    let temp = TempDir::new()?;
+    let out = temp.path().join("run");
+    let train = |args: &[&str]| {
+        let mut command = example("mnist");
+        command.args(args).arg("--out").arg(&out);
+        command
+    };
+    let mut first = train(&[&SMALL[..], &["--save-every", "1000"]].concat());
+    let mut first = first.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    wait_for_steps(&mut first, &out, 2)?;
+    let names = || -> std::io::Result<BTreeSet<_>> {
+        fs::read_dir(&out)?.map(|entry| Ok(entry?.file_name())).collect()
+    };
+    let before = names()?;
+    let process = format!("process {} saves here", first.id());
+    let refused = [process.as_str(), "wait until it ends, or choose another --out"];
+    assert_fails(&mut train(&[&SMALL[..], &["--seed", "5"]].concat()), &refused)?;
+    assert_eq!(names()?, before);
+    signal("INT", &first)?;
+    assert_eq!(first.wait()?.code(), Some(130));
+    let last = saved_step(&out)?;
+    assert_eq!(steps(&out)?, (1..=last).collect::<Vec<_>>());
+
+    // Of two that go on, as well.
+    let mut second = train(&["--resume"]);
+    let mut second = second.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    wait_for_steps(&mut second, &out, last as usize + 1)?;
+    let process = format!("process {} saves here", second.id());
+    assert_fails(&mut train(&["--resume"]), &[&process])?;
+    signal("INT", &second)?;
+    assert_eq!(second.wait()?.code(), Some(130));
+    assert_eq!(steps(&out)?, (1..=saved_step(&out)?).collect::<Vec<_>>());
+    Ok(())
+}
+
+#[cfg(unix)]
+#[test]
+fn an_old_checkpoint_that_cannot_be_removed_is_a_warning() -> Result<()> {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+    use std::os::unix::process::CommandExt;
+
+    const NOBODY: u32 = 65534;
+    let temp = TempDir::new()?;
+    let (program, out) = (temp.path().join("mnist"), temp.path().join("run"));
+    fs::copy(example("mnist").get_program(), &program)?;
+    write_idx(&temp.path().join("data"), 5)?;
+    let is_root = temp.path().metadata()?.uid() == 0;
+    if is_root {
+        // Whom no permission binds.
+        fs::set_permissions(&temp, fs::Permissions::from_mode(0o755))?;
+        chown(&temp, Some(NOBODY), Some(NOBODY))?;
+    }
+    let train = |steps: &str| {
+        let mut command = Command::new(&program);
+        command.args(["--data", "data", "--out", "run", "--save-every", "1", "--steps", steps]);
+        command.args(["--sample-count", "1", "--sampling-steps", "1"]).current_dir(&temp);
+        if is_root {
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        command
+    };
+    succeed(train("2").args(["--batch-size", "2"]))?;
+    let kept = out.join("checkpoint-000000001");
+    fs::set_permissions(&kept, fs::Permissions::from_mode(0o555))?;
+    let Output { status, stderr, .. } = train("4").arg("--resume").output()?;
+    fs::set_permissions(&kept, fs::Permissions::from_mode(0o755))?;
+    let said = String::from_utf8(stderr)?;
+    assert!(status.success(), "{said}");
+    // At each of two saves.
+    let warnings: Vec<&str> = said.lines().collect();
+    let told = |line: &&str| line.starts_with("warning: ") && line.contains("cannot be removed");
+    assert!(warnings.len() == 2 && warnings.iter().all(told), "{said}");
+    assert_eq!((saved_step(&out)?, Checkpoint::open(&kept)?.step()), (4, 1));
+    Ok(())
+}
+
+/// Where the latest checkpoint is gone, the one before it is the run's.
+#[test]
+fn the_checkpoint_that_holds_a_run_is_named() -> Result<()> {
+    let temp = TempDir::new()?;
+    let out = temp.path().join("run");
+    mnist(&out, &[&SMALL[..], &["--steps", "2", "--save-every", "1"]].concat())?;
+    fs::remove_dir_all(out.join("checkpoint"))?;
+    let mut again = example("mnist");
+    let holds = "checkpoint-000000001 holds a run at step 1; continue it with --resume";
+    assert_fails(again.args(SMALL).arg("--out").arg(&out), &[holds])?;
+    mnist(&out, &["--resume", "--steps", "2", "--sample-count", "1"])?;
+    assert_eq!(saved_step(&out)?, 2);
+    Ok(())
 }
 
 /// Programs that were killed leave what they had not yet renamed.

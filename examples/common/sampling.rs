@@ -4,24 +4,26 @@ use std::path::PathBuf;
 
 use candle_core::Device;
 use clap::{Args, ValueEnum};
-use ddpm::{Checkpoint, Error, Precision, Sampler, Solver, UNet, UNetConfig};
+use ddpm::{Checkpoint, Error, Precision, SamplerConfig, Solver, UNet, UNetConfig, Variance};
 use serde::Serialize;
 
 use super::cli::{Result, fraction, precision, quoted, whole};
+use super::tell::grouped;
 
 #[derive(Args)]
 pub struct SamplingArgs {
     /// The checkpoint's directory, such as out/mnist/checkpoint
     #[arg(long, value_name = "DIR")]
     checkpoint: PathBuf,
-    /// How to go from one timestep to the next
-    #[arg(long, value_enum, default_value = "ddim")]
-    solver: SolverName,
-    /// How many timesteps; 50 unless given, all of them for ddpm
+    /// How to go from one timestep to the next; like the next two options as the run draws its grids,
+    /// unless given
+    #[arg(long, value_enum)]
+    solver: Option<SolverName>,
+    /// How many timesteps; with another solver than the run's 50, or all of them for ddpm
     #[arg(long, value_name = "S", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=1_000_000))]
     sampling_steps: Option<usize>,
-    /// Noise of ddim's steps, from 0 (none, and the default) to 1
+    /// Noise of ddim's steps, from 0 (none) to 1
     #[arg(long, value_name = "E", allow_negative_numbers = true, value_parser = fraction)]
     eta: Option<f64>,
     /// Seed of the images
@@ -71,22 +73,39 @@ impl SamplingArgs {
         })
     }
 
-    pub fn solver(&self) -> Result<Solver> {
-        match (self.solver, self.eta) {
-            (SolverName::Ddpm, None) => Ok(Solver::ddpm()),
-            (SolverName::Ddpm, Some(_)) => Err("--eta is for --solver ddim only".into()),
-            (SolverName::Ddim, eta) => Ok(Solver::Ddim { eta: eta.unwrap_or(0.0) }),
+    /// How the images are drawn: as the run's own grids, except for what is asked for.
+    pub fn config(&self, checkpoint: &Checkpoint) -> Result<SamplerConfig> {
+        let all = checkpoint.diffusion().schedule().steps();
+        let few = all.min(50);
+        let usual = SamplerConfig { solver: Solver::ddim(), steps: few, clip_denoised: true };
+        let run = checkpoint.sampling().copied().unwrap_or(usual);
+        let (mut solver, mut steps) = match (self.solver, run.solver) {
+            (None, _)
+            | (Some(SolverName::Ddpm), Solver::Ddpm { .. })
+            | (Some(SolverName::Ddim), Solver::Ddim { .. }) => (run.solver, run.steps),
+            (Some(SolverName::Ddpm), Solver::Ddim { .. }) => (Solver::ddpm(), all),
+            (Some(SolverName::Ddim), Solver::Ddpm { .. }) => (Solver::ddim(), few),
+        };
+        match (&mut solver, self.eta) {
+            (Solver::Ddim { eta }, Some(asked)) => *eta = asked,
+            (Solver::Ddpm { .. }, Some(_)) => return Err("--eta is for --solver ddim only".into()),
+            (_, None) => {}
         }
+        steps = self.sampling_steps.unwrap_or(steps);
+        Ok(SamplerConfig { solver, steps, clip_denoised: run.clip_denoised && !self.no_clip })
     }
 
-    pub fn sampler(&self, checkpoint: &Checkpoint) -> Result<Sampler> {
-        let all = checkpoint.diffusion().schedule().steps();
-        let solver = self.solver()?;
-        let steps = self.sampling_steps.unwrap_or(match solver {
-            Solver::Ddpm { .. } => all,
-            Solver::Ddim { .. } => all.min(50),
-        });
-        Ok(Sampler::new(checkpoint.diffusion(), solver, steps)?.clip_denoised(!self.no_clip))
+    /// For the user: how the images are drawn, and whose choice that is.
+    pub fn describe(config: &SamplerConfig, checkpoint: &Checkpoint) -> String {
+        let solver = describe_solver(config.solver);
+        let steps = grouped(config.steps);
+        let clipped = if config.clip_denoised { "clipped" } else { "not clipped" };
+        let whose = match checkpoint.sampling() {
+            Some(run) if run == config => "as the run's grids",
+            Some(_) => "not as the run's grids",
+            None => "the checkpoint does not say how the run's are",
+        };
+        format!("{solver}, {steps} steps, {clipped} ({whose})")
     }
 
     pub fn model(&self, checkpoint: &Checkpoint, device: &Device) -> Result<UNet> {
@@ -95,5 +114,13 @@ impl SamplingArgs {
             Weights::Model => checkpoint.model::<UNetConfig>(device)?,
         };
         Ok(model.with_precision(self.precision)?)
+    }
+}
+
+pub fn describe_solver(solver: Solver) -> String {
+    match solver {
+        Solver::Ddim { eta } => format!("DDIM with eta {eta}"),
+        Solver::Ddpm { variance: Variance::Beta } => "DDPM".into(),
+        Solver::Ddpm { variance: Variance::Posterior } => "DDPM with the posterior variance".into(),
     }
 }

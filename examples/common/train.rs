@@ -7,12 +7,14 @@ use std::process::ExitCode;
 use candle_core::Device;
 use clap::Args;
 use ddpm::{
-    AdamConfig, Checkpoint, Diffusion, Error, Precision, Solver, TrainConfig, Trainer, UNetConfig,
+    AdamConfig, Checkpoint, Diffusion, Error, Precision, SamplerConfig, TrainConfig, Trainer,
+    UNetConfig,
 };
 
 use super::cli::{Result, positive_fraction, precision, resume_command, whole};
 use super::datasets::{DataSet, check_shape};
 use super::identity::Identity;
+use super::sampling::describe_solver;
 use super::tell::{duration, err, grouped, out};
 use super::watch::Watch;
 use super::{device, files, interrupt};
@@ -27,8 +29,8 @@ pub struct Recipe {
     pub save_every: u64,
     pub sample_every: u64,
     pub sample_count: usize,
-    pub solver: Solver,
-    pub sampling_steps: usize,
+    /// How the grids are drawn.
+    pub sampling: SamplerConfig,
 }
 
 impl Recipe {
@@ -43,28 +45,25 @@ impl Recipe {
             0.0 => "no cool-down".into(),
             share => format!("cool-down over the last {:.0}%", 100.0 * share),
         };
-        let solver = match self.solver {
-            Solver::Ddim { eta } => format!("DDIM with eta {eta}"),
-            Solver::Ddpm { .. } => "DDPM".into(),
-        };
+        let solver = describe_solver(self.sampling.solver);
         format!(
-            "{when}: --out {} --save-every {} --sample-every {} --sample-count {} \
-             --sampling-steps {}\n  \
-             a new run (--resume takes the checkpoint's): --steps {} --batch-size {} \
-             --learning-rate {} --accumulation {} --precision {} --seed {} --log-every {}\n  \
+            "{when}: --out {} --save-every {} --sample-every {} --sample-count {}\n  \
+             a new run (--resume takes the checkpoint's, and other values of the last three only): \
+             --batch-size {} --learning-rate {} --accumulation {} --precision {} --seed {} \
+             --steps {} --log-every {} --sampling-steps {}\n  \
              without an option: warm-up over {} updates, {cooldown}, {clipping}; grids by {solver}.",
             self.out,
             self.save_every,
             self.sample_every,
             self.sample_count,
-            self.sampling_steps,
-            train.steps,
             train.batch_size,
             train.optimizer.learning_rate,
             train.accumulation,
             train.precision,
             train.seed,
+            train.steps,
             train.log_every,
+            self.sampling.steps,
             train.warmup_steps,
         )
     }
@@ -164,6 +163,14 @@ pub fn run(
     let known = saved.is_some() && identity.check(&identity_file)?;
     let device = device::pick(args.cpu)?;
     let mut trainer = begin(recipe, saved.as_ref(), network, config, &device)?;
+    let mut sampling = recipe.sampling;
+    if let Some(&run) = saved.as_ref().and_then(Checkpoint::sampling) {
+        sampling = run;
+    }
+    sampling.steps = args.sampling_steps.unwrap_or(sampling.steps);
+    trainer.set_sampling(sampling)?;
+    // From here on nobody else changes what is in the directory, and nothing has been changed in it yet.
+    trainer.claim(out.join("checkpoint")).map_err(in_our_words)?;
     let samples = out.join("samples");
     let written = ["data.json", "loss.png", "metrics.jsonl"];
     files::clear_leftovers(&out, |name| written.contains(&name));
@@ -186,7 +193,8 @@ pub fn run(
     announce(&trainer, &set, &out);
     device::check_speed(trainer.config().precision, &device);
 
-    let mut watch = Watch::new(recipe, args, &out, identity, &trainer)?;
+    let sampler = sampling.sampler(trainer.diffusion())?;
+    let mut watch = Watch::new(recipe, args, &out, identity, sampler, &trainer)?;
     let say = watch.progress.say();
     interrupt::watch(move || say("stopping after this step; once more leaves without saving"))?;
     if step < steps {
@@ -227,11 +235,14 @@ pub fn run(
 
 /// The checkpoint to go on from.
 fn find(out: &Path, resume: bool) -> Result<Option<Checkpoint>> {
+    if out.exists() && !out.is_dir() {
+        return Err(format!("--out is {}; it must be a directory", out.display()).into());
+    }
     match Checkpoint::open(out.join("checkpoint")) {
         Ok(saved) if resume => Ok(Some(saved)),
         Ok(saved) => Err(format!(
             "{} holds a run at step {}; continue it with --resume, or choose another --out",
-            out.display(),
+            saved.dir().display(),
             saved.step()
         )
         .into()),
@@ -252,10 +263,36 @@ fn begin(
 ) -> Result<Trainer<UNetConfig>> {
     Ok(match saved {
         Some(saved) => {
-            Trainer::resume(saved.dir(), network, config, saved.diffusion().clone(), device)?
+            Trainer::resume(saved.dir(), network, config, saved.diffusion().clone(), device)
+                .map_err(in_our_words)?
         }
         None => Trainer::new(network, config, (recipe.diffusion)()?, device)?,
     })
+}
+
+/// An error of beginning or resuming, with what the user of this program can do.
+fn in_our_words(error: Error) -> Box<dyn std::error::Error + Send + Sync> {
+    let remedy = match &error {
+        Error::ConfigMismatch { field, found, expected, .. } => {
+            let option = match field.as_str() {
+                "train.batch_size" => "--batch-size",
+                "train.optimizer.learning_rate" => "--learning-rate",
+                "train.accumulation" => "--accumulation",
+                "train.precision" => "--precision",
+                "train.seed" => "--seed",
+                _ => return error.into(),
+            };
+            return format!(
+                "{field} is {found} in the checkpoint, but {expected} is asked for; leave {option} \
+                 out to continue the run, or begin another with another --out"
+            )
+            .into();
+        }
+        Error::Occupied { .. } => "move that away, or choose another --out",
+        Error::Locked { .. } => "wait until it ends, or choose another --out",
+        _ => return error.into(),
+    };
+    format!("{error}; {remedy}").into()
 }
 
 fn announce(trainer: &Trainer<UNetConfig>, set: &DataSet, out: &Path) {

@@ -34,16 +34,15 @@ impl Watch {
         args: &TrainArgs,
         out: &Path,
         identity: Identity,
+        sampler: Sampler,
         trainer: &Trainer<UNetConfig>,
     ) -> Result<Self> {
-        let sampling_steps = args.sampling_steps.unwrap_or(recipe.sampling_steps);
-        let sampler = Sampler::new(trainer.diffusion(), recipe.solver, sampling_steps)?;
         Ok(Self {
             progress: Progress::new(trainer.config().steps, trainer.steps()),
             out: out.into(),
             identity,
             log: Log::open(&out.join("metrics.jsonl"), trainer.steps())?,
-            sampler: sampler.clip_denoised(true),
+            sampler,
             sample_count: args.sample_count.unwrap_or(recipe.sample_count),
             sample_every: args.sample_every.unwrap_or(recipe.sample_every),
             save_every: args.save_every.unwrap_or(recipe.save_every),
@@ -98,9 +97,11 @@ impl Watch {
 
     fn save(&mut self, trainer: &Trainer<UNetConfig>) -> ddpm::Result<()> {
         self.progress.note("saving");
-        let saved = trainer.save(self.out.join("checkpoint")).map(drop);
+        let saved = trainer.save(self.out.join("checkpoint"));
         self.progress.note("");
-        saved
+        let say = self.progress.say();
+        saved?.warnings.iter().for_each(|warning| say(&format!("warning: {}", one_line(warning))));
+        Ok(())
     }
 
     fn draw_curve(&mut self) -> Result<()> {

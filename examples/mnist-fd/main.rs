@@ -77,7 +77,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
         let expected = format!("the classifier's have {:?}", (1, SIZE, SIZE));
         return Err(format!("the network's images have shape {found:?}; {expected}").into());
     }
-    let sampler = cli.sampling.sampler(&checkpoint)?;
+    let config = cli.sampling.config(&checkpoint)?;
+    let sampler = config.sampler(checkpoint.diffusion())?;
     let (train, test) = datasets::mnist_digits(&cli.data)?;
     for set in [&train, &test] {
         datasets::check_shape(set, channels, image_size)?;
@@ -102,6 +103,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     interrupt::watch(|| err!("stopping after this step; once more stops at once"))?;
     out!("data        {}", test.about);
     out!("checkpoint  {}, step {}", checkpoint.dir().display(), checkpoint.step());
+    out!("sampler     {}", SamplingArgs::describe(&config, &checkpoint));
     out!("device      {}", device::describe(&device));
     device::check_speed(cli.sampling.precision, &device);
     let classifier = classifier(&cli, &train.images, &device)?;
@@ -133,9 +135,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
             "checkpoint": checkpoint.dir(),
             "step": checkpoint.step(),
             "weights": cli.sampling.weights,
-            "solver": cli.sampling.solver()?,
-            "sampling_steps": sampler.timesteps().len(),
-            "clip_denoised": !cli.sampling.no_clip,
+            "solver": config.solver,
+            "sampling_steps": config.steps,
+            "clip_denoised": config.clip_denoised,
             "seed": cli.sampling.seed,
             "precision": cli.sampling.precision,
             "classifier": cli.classifier,
