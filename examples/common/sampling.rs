@@ -15,11 +15,11 @@ pub struct SamplingArgs {
     /// The checkpoint's directory, such as out/mnist/checkpoint
     #[arg(long, value_name = "DIR")]
     checkpoint: PathBuf,
-    /// How to go from one timestep to the next; like the next two options as the run draws its grids,
-    /// unless given
+    /// How to go from one timestep to the next; this, --sampling-steps and --eta are those of the
+    /// run's grids unless given
     #[arg(long, value_enum)]
     solver: Option<SolverName>,
-    /// How many timesteps; with another solver than the run's 50, or all of them for ddpm
+    /// How many timesteps; for another solver than the run's, 50 unless given, or all for ddpm
     #[arg(long, value_name = "S", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=1_000_000))]
     sampling_steps: Option<usize>,
