@@ -400,6 +400,9 @@ fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
     };
     let json = read("a")?;
     assert_eq!((&json["step"], &json["test_images"]), (&3.into(), &10.into()));
+    // The run's solver, and the steps that were asked for.
+    assert_eq!(json["solver"]["ddim"]["eta"], 1.0);
+    assert_eq!((&json["sampling_steps"], &json["clip_denoised"]), (&2.into(), &true.into()));
     for set in ["samples", "train_images", "uniform_noise"] {
         let figures = &json[set];
         let classes = figures["classes"].as_array().ok_or("an array")?;
