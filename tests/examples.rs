@@ -728,7 +728,8 @@ fn what_is_in_the_way_of_checkpoints_is_found_before_the_first_step() -> Result<
         command.args(SMALL).args(["--steps", "2", "--out"]).arg(temp.path().join(name));
         command
     };
-    let ways: [(&str, fn(&Path) -> Result<()>, &str); 3] = [
+    type Put = fn(&Path) -> Result<()>;
+    let ways: [(&str, Put, &str); 3] = [
         ("file", |at| Ok(fs::write(at, "a file")?), "it is a file"),
         ("link", |at| Ok(std::os::unix::fs::symlink("nowhere", at)?), "a link to nowhere"),
         (
