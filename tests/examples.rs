@@ -118,6 +118,9 @@ fn a_resumed_run_is_the_uninterrupted_one() -> Result<()> {
     let said =
         mnist(&halves, &["--data", data, "--steps", "6", "--sample-count", "3", "--resume"])?;
     assert!(said.contains("steps    4 to 6, batches of 2, seed 7"), "{said}");
+    // Its grids are drawn as before, too.
+    let sampling = Checkpoint::open(halves.join("checkpoint"))?.sampling().copied();
+    assert_eq!(sampling.map(|sampling| sampling.steps), Some(2));
 
     for file in ["model.safetensors", "ema.safetensors", "optimizer.safetensors"] {
         let read = |out: &Path| fs::read(out.join("checkpoint").join(file));
