@@ -8,12 +8,17 @@ use crate::{Error, Result};
 /// `alpha_bar = 1`, which no `t` has. The tables hold no tensors: they are cast once, where they
 /// meet one. Ho et al. 2020, section 2.
 ///
+/// Sampling begins at pure noise. A schedule whose last timestep still holds signal trains and samples
+/// without an error, and its samples have the wrong mean and variance: see
+/// [`reaches_noise`](Self::reaches_noise).
+///
 /// ```
 /// use ddpm::NoiseSchedule;
 ///
 /// let schedule = NoiseSchedule::linear(1000, 1e-4, 0.02)?;
 /// assert_eq!(schedule.steps(), 1000);
 /// assert!(schedule.alpha_bar(999)? < 5e-5); // nearly nothing of the image is left
+/// assert!(schedule.reaches_noise());
 /// # Ok::<(), ddpm::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -37,13 +42,24 @@ impl NoiseSchedule {
     /// The most timesteps that a schedule may have.
     pub const MAX_STEPS: usize = 1 << 20;
 
+    /// The largest [`terminal_snr`](Self::terminal_snr) that counts as noise: of the last `x_t`, the
+    /// share of the image is then at most 0.032, the square root.
+    ///
+    /// Ho's schedule ends at 4.0e-5 and the cosine schedule of 1,000 steps at 2.4e-9. One that ends at
+    /// 4.7e-3 is known to keep samples from being as dark or as bright as the data
+    /// (Lin et al. 2024, [Common Diffusion Noise Schedules and Sample Steps are
+    /// Flawed](https://arxiv.org/abs/2305.08891), table 1).
+    pub const NOISE_SNR: f64 = 1e-3;
+
     /// `beta` from `beta_start` to `beta_end` in equal steps, both ends included.
     ///
-    /// Ho et al. 2020 use `linear(1000, 1e-4, 0.02)`.
+    /// Ho et al. 2020 use `linear(1000, 1e-4, 0.02)`. The two betas belong to the number of steps: with
+    /// fewer than 683 they do not [reach noise](Self::reaches_noise). For another number of steps there
+    /// is [`linear_scaled`](Self::linear_scaled).
     ///
     /// # Errors
-    /// Unless `1 <= steps <= MAX_STEPS`, both betas lie strictly between 0 and 1, and `alpha_bar`
-    /// stays at 1e-30 or more.
+    /// Returns an error if `steps` is not in `1..=MAX_STEPS`, if a beta does not lie strictly between 0
+    /// and 1, or if `alpha_bar` falls below 1e-30.
     pub fn linear(steps: usize, beta_start: f64, beta_end: f64) -> Result<Self> {
         check_steps(steps)?;
         for (field, beta) in [("beta_start", beta_start), ("beta_end", beta_end)] {
@@ -66,11 +82,39 @@ impl NoiseSchedule {
         Self::build(Spec::Linear { steps, beta_start, beta_end }, betas)
     }
 
+    /// Ho's linear schedule for another number of steps: `beta` from `1e-4 s` to `0.02 s` with
+    /// `s = 1000 / steps`, so that it ends in as much noise. `linear_scaled(1000)` is
+    /// `linear(1000, 1e-4, 0.02)`. The scaling is that of Nichol and Dhariwal's code.
+    ///
+    /// ```
+    /// use ddpm::NoiseSchedule;
+    ///
+    /// let few = NoiseSchedule::linear_scaled(100)?;
+    /// assert_eq!(few, NoiseSchedule::linear(100, 1e-3, 0.2)?);
+    /// assert!(few.reaches_noise());
+    /// assert!(!NoiseSchedule::linear(100, 1e-4, 0.02)?.reaches_noise());
+    /// # Ok::<(), ddpm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Returns an error if `steps` is not in `21..=MAX_STEPS`: with 20 steps the last beta is 1.
+    pub fn linear_scaled(steps: usize) -> Result<Self> {
+        if !(21..=Self::MAX_STEPS).contains(&steps) {
+            let expected = format!(
+                "from 21 to {}: with fewer, 1000 / steps times Ho's last beta of 0.02 is not below 1",
+                Self::MAX_STEPS
+            );
+            return Err(Error::config("schedule steps", steps, expected));
+        }
+        let scale = 1000.0 / steps as f64;
+        Self::linear(steps, scale * 1e-4, scale * 0.02)
+    }
+
     /// `alpha_bar_t = f(t + 1) / f(0)` with `f(t) = cos^2((t / steps + 0.008) / 1.008 * pi / 2)`,
     /// betas capped at 0.999. Nichol and Dhariwal 2021, equation 17.
     ///
     /// # Errors
-    /// Unless `1 <= steps <= MAX_STEPS` and `alpha_bar` stays at 1e-30 or more.
+    /// Returns an error if `steps` is not in `1..=MAX_STEPS`, or if `alpha_bar` falls below 1e-30.
     pub fn cosine(steps: usize) -> Result<Self> {
         check_steps(steps)?;
         let f = |t: usize| {
@@ -84,9 +128,9 @@ impl NoiseSchedule {
     /// A schedule of one's own: `betas[t]` for each timestep.
     ///
     /// # Errors
-    /// Unless there are 1 to `MAX_STEPS` betas, each strictly between 0 and 1, and `alpha_bar`
-    /// stays at 1e-30 or more. A beta of 1 (zero terminal signal-to-noise ratio) is refused:
-    /// nothing of `x_0` would be left to predict noise from.
+    /// Returns an error if there are not 1 to `MAX_STEPS` betas, if one does not lie strictly between 0
+    /// and 1, or if `alpha_bar` falls below 1e-30. A beta of 1 (zero terminal signal-to-noise ratio) is
+    /// refused: nothing of `x_0` would be left to predict noise from.
     pub fn from_betas(betas: Vec<f64>) -> Result<Self> {
         check_steps(betas.len())?;
         if let Some(t) = betas.iter().position(|&b| !is_beta(b)) {
@@ -100,27 +144,26 @@ impl NoiseSchedule {
     }
 
     fn build(spec: Spec, betas: Vec<f64>) -> Result<Self> {
-        let alpha_bars: Vec<f64> = betas
-            .iter()
-            .scan(1.0, |alpha_bar, beta| {
-                *alpha_bar *= 1.0 - beta;
-                Some(*alpha_bar)
-            })
-            .collect();
-        // A beta too small for f64 would leave an alpha_bar of 1, where no noise is to be found.
-        let falls = alpha_bars[0] < 1.0 && alpha_bars.windows(2).all(|w| w[1] < w[0]);
-        if !falls {
-            let value = "a table under which alpha_bar does not fall";
-            return Err(Error::config("betas", value, "large enough to lower alpha_bar in f64"));
-        }
-        // Below this, 1 / sqrt(alpha_bar) leaves what f32 samplers can hold.
-        let last = alpha_bars[alpha_bars.len() - 1];
-        if last < 1e-30 {
+        let mut alpha_bar = 1.0;
+        let next = |beta: &f64| {
+            alpha_bar *= 1.0 - beta;
+            alpha_bar
+        };
+        let alpha_bars: Vec<f64> = betas.iter().map(next).collect();
+        // Below this, 1 / sqrt(alpha_bar) leaves what f32 samplers can hold. Asked first: an alpha_bar
+        // that has come to 0 does not fall any further.
+        if alpha_bar < 1e-30 {
             return Err(Error::config(
                 "betas",
-                format!("a table whose alpha_bar ends at {last:e}"),
-                "small enough to leave alpha_bar at 1e-30 or more",
+                format!("a table of {} whose alpha_bar ends at {alpha_bar:.1e}", betas.len()),
+                "small enough to leave alpha_bar at 1e-30 or more: use smaller betas or fewer steps",
             ));
+        }
+        // A beta too small for f64 would leave an alpha_bar of 1, where no noise is to be found.
+        let falls = |t: usize| alpha_bars[t] < if t == 0 { 1.0 } else { alpha_bars[t - 1] };
+        if let Some(t) = (0..betas.len()).find(|&t| !falls(t)) {
+            let value = format!("{:e} at t = {t}", betas[t]);
+            return Err(Error::config("betas", value, "large enough to lower alpha_bar in f64"));
         }
         Ok(Self { spec, betas, alpha_bars })
     }
@@ -144,7 +187,7 @@ impl NoiseSchedule {
     /// `alpha_bar_t`, between 0 and 1.
     ///
     /// # Errors
-    /// Unless `t < steps`.
+    /// Returns an error if `t` is not less than `steps`.
     pub fn alpha_bar(&self, t: usize) -> Result<f64> {
         self.alpha_bars.get(t).copied().ok_or_else(|| {
             let expected = format!("from 0 to {}, a timestep of the schedule", self.steps() - 1);
@@ -155,10 +198,32 @@ impl NoiseSchedule {
     /// Signal-to-noise ratio `alpha_bar_t / (1 - alpha_bar_t)`, of variances: not in decibels.
     ///
     /// # Errors
-    /// Unless `t < steps`.
+    /// Returns an error if `t` is not less than `steps`.
     pub fn snr(&self, t: usize) -> Result<f64> {
-        self.alpha_bar(t).map(|alpha_bar| alpha_bar / (1.0 - alpha_bar))
+        self.alpha_bar(t).map(snr_at)
     }
+
+    /// Signal-to-noise ratio of the last timestep, where sampling begins.
+    pub fn terminal_snr(&self) -> f64 {
+        snr_at(self.alpha_bars[self.steps() - 1])
+    }
+
+    /// Whether the last timestep is noise for all purposes: whether
+    /// [`terminal_snr`](Self::terminal_snr) is at most [`NOISE_SNR`](Self::NOISE_SNR).
+    ///
+    /// A sampler begins at standard normal noise, but the network learned from
+    /// `sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps`. Where the first term is not small, samples are
+    /// wrong however good the network is: with `linear(10, 1e-4, 0.02)` and data of mean 0.8 and
+    /// standard deviation 0.1, the best possible network and [`Solver::ddim`](crate::Solver::ddim) give
+    /// a mean of 0.594 and a standard deviation of 0.271. Neither training nor sampling refuses such a
+    /// schedule: a trajectory may begin elsewhere than at noise.
+    pub fn reaches_noise(&self) -> bool {
+        self.terminal_snr() <= Self::NOISE_SNR
+    }
+}
+
+fn snr_at(alpha_bar: f64) -> f64 {
+    alpha_bar / (1.0 - alpha_bar)
 }
 
 fn check_steps(steps: usize) -> Result<()> {
@@ -264,8 +329,23 @@ mod tests {
             (NoiseSchedule::linear(10, f64::NAN, 0.2), "beta_start is NaN"),
             (NoiseSchedule::from_betas(vec![]), "schedule steps is 0"),
             (NoiseSchedule::from_betas(vec![0.5, 1.0]), "betas is 1 at t = 1"),
-            (NoiseSchedule::from_betas(vec![0.999; 100]), "alpha_bar ends at"),
-            (NoiseSchedule::from_betas(vec![1e-17; 4]), "alpha_bar does not fall"),
+            (NoiseSchedule::from_betas(vec![0.999; 100]), "100 whose alpha_bar ends at 1.0e-300;"),
+            // There alpha_bar has come to 0, and falls no further.
+            (
+                NoiseSchedule::from_betas(vec![0.999; 110]),
+                "110 whose alpha_bar ends at 0.0e0; it must",
+            ),
+            (NoiseSchedule::from_betas(vec![0.5; 1100]), "use smaller betas or fewer steps"),
+            (NoiseSchedule::linear(80_000, 1e-4, 0.02), "use smaller betas or fewer steps"),
+            (
+                NoiseSchedule::from_betas(vec![0.1, 1e-17]),
+                "betas is 1e-17 at t = 1; it must be large",
+            ),
+            (
+                NoiseSchedule::linear_scaled(20),
+                "schedule steps is 20; it must be from 21 to 1048576",
+            ),
+            (NoiseSchedule::linear_scaled(usize::MAX), "it must be from 21 to 1048576"),
             (NoiseSchedule::cosine(0), "schedule steps is 0"),
         ];
         for (result, expected) in errors {
@@ -274,5 +354,53 @@ mod tests {
         }
         let json = r#"{"linear": {"steps": 10, "beta_start": 2, "beta_end": 0.1}}"#;
         assert!(serde_json::from_str::<NoiseSchedule>(json).is_err());
+    }
+
+    #[test]
+    fn a_scaled_schedule_ends_in_as_much_noise_as_hos() {
+        let ho = NoiseSchedule::linear(1000, 1e-4, 0.02).unwrap();
+        assert_eq!(NoiseSchedule::linear_scaled(1000).unwrap(), ho);
+        for steps in [21, 50, 100, 683, 4000, NoiseSchedule::MAX_STEPS] {
+            let scaled = NoiseSchedule::linear_scaled(steps).unwrap();
+            // The sum of the betas is Ho's; their squares, which count with few steps, add to the noise.
+            let sum = scaled.betas().iter().sum::<f64>();
+            assert!((sum / 10.05 - 1.0).abs() < 1e-12, "{steps} steps: {sum}");
+            assert!(scaled.reaches_noise() && scaled.terminal_snr() < 5e-5, "{steps} steps");
+            let json = serde_json::to_string(&scaled).unwrap();
+            assert!(json.starts_with(r#"{"linear":"#), "{json}");
+            assert_eq!(serde_json::from_str::<NoiseSchedule>(&json).unwrap(), scaled);
+        }
+    }
+
+    #[test]
+    fn a_schedule_that_still_holds_signal_at_its_end_is_told() {
+        // Table 1 of Lin et al. 2024: the square roots of what is left.
+        for (schedule, share, reaches) in [
+            (NoiseSchedule::linear(1000, 1e-4, 0.02), 0.006353, true),
+            (NoiseSchedule::cosine(1000), 4.928220e-5, true),
+            // The square of evenly spaced roots, as Stable Diffusion's.
+            (
+                NoiseSchedule::from_betas(
+                    (0..1000)
+                        .map(|t| {
+                            0.00085f64
+                                .sqrt()
+                                .mul_add(1.0 - t as f64 / 999.0, 0.012f64.sqrt() * t as f64 / 999.0)
+                        })
+                        .map(|root| root * root)
+                        .collect(),
+                ),
+                0.068265,
+                false,
+            ),
+        ] {
+            let schedule = schedule.unwrap();
+            let found = schedule.alpha_bar(999).unwrap().sqrt();
+            assert!((found / share - 1.0).abs() < 1e-3, "{found}, {share}");
+            assert_eq!(schedule.reaches_noise(), reaches, "{found}");
+            assert_eq!(schedule.terminal_snr(), schedule.snr(999).unwrap());
+        }
+        let reaches = |steps| NoiseSchedule::linear(steps, 1e-4, 0.02).unwrap().reaches_noise();
+        assert_eq!([10, 500, 682, 683, 2000].map(reaches), [false, false, false, true, true]);
     }
 }

@@ -9,17 +9,23 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Tensor};
 use ddpm::{Denoiser, Diffusion, NoiseSchedule, Prediction, Sampler, Solver, Variance, from_fn};
 
-const MEAN: f64 = 0.3;
-const STD: f64 = 0.5;
+/// Data that is normal in every pixel.
+#[derive(Clone, Copy)]
+struct Normal {
+    mean: f64,
+    std: f64,
+}
 
-/// What the best denoiser answers, for data of that mean and deviation.
-fn gaussian(diffusion: &Diffusion) -> impl Denoiser {
+const DATA: Normal = Normal { mean: 0.3, std: 0.5 };
+
+/// What the best denoiser answers, for data like that.
+fn gaussian(diffusion: &Diffusion, Normal { mean, std }: Normal) -> impl Denoiser + use<> {
     let (bars, prediction) = (diffusion.schedule().alpha_bars().to_vec(), diffusion.prediction());
     from_fn(move |x_t: &Tensor, t: &Tensor| {
         let bar = bars[t.to_vec1::<u32>()?[0] as usize];
         let (signal, noise) = (bar.sqrt(), (1.0 - bar).sqrt());
-        let gain = STD * STD * signal / (bar * STD * STD + 1.0 - bar);
-        let x_0 = x_t.affine(gain, MEAN * (1.0 - gain * signal))?;
+        let gain = std * std * signal / (bar * std * std + 1.0 - bar);
+        let x_0 = x_t.affine(gain, mean * (1.0 - gain * signal))?;
         let eps = ((x_t - (&x_0 * signal)?)? / noise)?;
         Ok(match prediction {
             Prediction::Epsilon => eps,
@@ -30,14 +36,19 @@ fn gaussian(diffusion: &Diffusion) -> impl Denoiser {
 }
 
 /// Mean and variance of the result, by the published formulae, in f64 and one pixel.
-fn expected(schedule: &NoiseSchedule, timesteps: &[usize], solver: Solver) -> (f64, f64) {
+fn expected(
+    data: Normal,
+    schedule: &NoiseSchedule,
+    timesteps: &[usize],
+    solver: Solver,
+) -> (f64, f64) {
     let (mut mean, mut variance) = (0.0, 1.0);
     for (i, &t) in timesteps.iter().enumerate() {
         let bar = schedule.alpha_bars()[t];
         let prev = timesteps.get(i + 1).map_or(1.0, |&t| schedule.alpha_bars()[t]);
         // x_0 = g x + h
-        let g = STD * STD * bar.sqrt() / (bar * STD * STD + 1.0 - bar);
-        let h = MEAN * (1.0 - g * bar.sqrt());
+        let g = data.std * data.std * bar.sqrt() / (bar * data.std * data.std + 1.0 - bar);
+        let h = data.mean * (1.0 - g * bar.sqrt());
         // eps = e x + f
         let (e, f) =
             ((1.0 - bar.sqrt() * g) / (1.0 - bar).sqrt(), -bar.sqrt() * h / (1.0 - bar).sqrt());
@@ -79,31 +90,56 @@ fn gaussian_data_is_reproduced() {
     for prediction in [Prediction::Epsilon, Prediction::Sample, Prediction::Velocity] {
         let schedule = NoiseSchedule::linear(1000, 1e-4, 0.02).unwrap();
         let diffusion = Diffusion::new(schedule, prediction);
-        let denoiser = gaussian(&diffusion);
         for solver in solvers() {
             for steps in [10, 50, 1000] {
-                let sampler = Sampler::new(&diffusion, solver, steps).unwrap();
-                let timesteps: Vec<usize> = sampler.timesteps().collect();
-                let (mean, variance) = expected(diffusion.schedule(), &timesteps, solver);
-
-                let shape = (16, 1, 32, 32);
-                let x = sampler.steps(&denoiser, shape, 1, &Device::Cpu).unwrap();
-                let x = x.map(|step| step.unwrap().x).last().unwrap();
-                let x: Vec<f32> = x.flatten_all().unwrap().to_vec1().unwrap();
-                let n = x.len() as f64;
-                let m = x.iter().map(|&v| f64::from(v)).sum::<f64>() / n;
-                let v = x.iter().map(|&v| (f64::from(v) - m).powi(2)).sum::<f64>() / (n - 1.0);
-
-                // Four standard errors of a normal sample's mean and variance.
-                let what = format!("{prediction:?}, {solver:?}, {steps} steps");
-                let mean_error = 4.0 * (variance / n).sqrt();
-                assert!((m - mean).abs() < mean_error, "{what}: mean {m}, expected {mean}");
-                let variance_error = 4.0 * variance * (2.0 / n).sqrt();
-                assert!(
-                    (v - variance).abs() < variance_error,
-                    "{what}: variance {v}, expected {variance}"
-                );
+                agrees(DATA, &diffusion, solver, steps);
             }
+        }
+    }
+}
+
+/// Samples of the best denoiser have the mean and variance of the closed form, which it gives.
+fn agrees(data: Normal, diffusion: &Diffusion, solver: Solver, steps: usize) -> (f64, f64) {
+    let sampler = Sampler::new(diffusion, solver, steps).unwrap();
+    let timesteps: Vec<usize> = sampler.timesteps().collect();
+    let (mean, variance) = expected(data, diffusion.schedule(), &timesteps, solver);
+
+    let denoiser = gaussian(diffusion, data);
+    let x = sampler.steps(&denoiser, (16, 1, 32, 32), 1, &Device::Cpu).unwrap();
+    let x = x.map(|step| step.unwrap().x).last().unwrap();
+    let x: Vec<f32> = x.flatten_all().unwrap().to_vec1().unwrap();
+    let n = x.len() as f64;
+    let m = x.iter().map(|&v| f64::from(v)).sum::<f64>() / n;
+    let v = x.iter().map(|&v| (f64::from(v) - m).powi(2)).sum::<f64>() / (n - 1.0);
+
+    // Four standard errors of a normal sample's mean and variance.
+    let what = format!("{:?}, {solver:?}, {steps} steps", diffusion.prediction());
+    let mean_error = 4.0 * (variance / n).sqrt();
+    assert!((m - mean).abs() < mean_error, "{what}: mean {m}, expected {mean}");
+    let variance_error = 4.0 * variance * (2.0 / n).sqrt();
+    assert!((v - variance).abs() < variance_error, "{what}: variance {v}, expected {variance}");
+    (mean, variance)
+}
+
+/// The best denoiser cannot mend a schedule whose end still holds signal; the scaled one has none.
+#[test]
+fn what_a_schedule_leaves_of_the_image_is_missing_from_samples() {
+    let data = Normal { mean: 0.8, std: 0.1 };
+    let run = |schedule: NoiseSchedule, solver| {
+        let steps = schedule.steps();
+        agrees(data, &Diffusion::new(schedule, Prediction::Epsilon), solver, steps)
+    };
+    let unscaled = |steps| NoiseSchedule::linear(steps, 1e-4, 0.02).unwrap();
+    let (mean, variance) = run(unscaled(10), Solver::ddim());
+    assert_eq!(((mean * 1e3).round(), (variance.sqrt() * 1e3).round()), (594.0, 271.0));
+    assert!(!unscaled(10).reaches_noise());
+    for steps in [21, 100] {
+        let scaled = NoiseSchedule::linear_scaled(steps).unwrap();
+        assert!(scaled.reaches_noise() && !unscaled(steps).reaches_noise());
+        for solver in solvers() {
+            let off = |schedule| (run(schedule, solver).0 - data.mean).abs();
+            assert!(off(scaled.clone()) < 4e-4, "{solver:?}, {steps} steps");
+            assert!(off(unscaled(steps)) > 4e-3, "{solver:?}, {steps} steps");
         }
     }
 }
@@ -115,8 +151,8 @@ fn closed_form_converges_to_the_data() {
     let error = |solver, steps: usize| {
         let schedule = NoiseSchedule::cosine(steps).unwrap();
         let timesteps: Vec<usize> = (0..steps).rev().collect();
-        let (mean, variance) = expected(&schedule, &timesteps, solver);
-        (mean - MEAN).abs() + (variance - STD * STD).abs()
+        let (mean, variance) = expected(DATA, &schedule, &timesteps, solver);
+        (mean - DATA.mean).abs() + (variance - DATA.std * DATA.std).abs()
     };
     for solver in solvers() {
         let [coarse, fine] = [100, 4000].map(|steps| error(solver, steps));
@@ -128,7 +164,7 @@ fn closed_form_converges_to_the_data() {
 #[test]
 fn a_sample_does_not_depend_on_the_batch() {
     let diffusion = Diffusion::ddpm();
-    let denoiser = gaussian(&diffusion);
+    let denoiser = gaussian(&diffusion, DATA);
     for solver in [Solver::ddpm(), Solver::Ddim { eta: 0.5 }] {
         let sampler = Sampler::new(&diffusion, solver, 20).unwrap();
         let [four, two] = [4, 2].map(|batch| {
