@@ -1,4 +1,8 @@
-use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::sync::Arc;
+
+use serde::de::{SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::{Error, Result};
 
@@ -6,7 +10,7 @@ use crate::{Error, Result};
 ///
 /// Timesteps are `0..steps`; `t = 0` is already one noising step, so `x_0` itself has
 /// `alpha_bar = 1`, which no `t` has. The tables hold no tensors: they are cast once, where they
-/// meet one. Ho et al. 2020, section 2.
+/// meet one. Clones share them. Ho et al. 2020, section 2.
 ///
 /// Sampling begins at pure noise. A schedule whose last timestep still holds signal trains and samples
 /// without an error, and its samples have the wrong mean and variance: see
@@ -25,8 +29,8 @@ use crate::{Error, Result};
 #[serde(try_from = "Spec", into = "Spec")]
 pub struct NoiseSchedule {
     spec: Spec,
-    betas: Vec<f64>,
-    alpha_bars: Vec<f64>,
+    betas: Arc<[f64]>,
+    alpha_bars: Arc<[f64]>,
 }
 
 /// What a schedule was made from: all that a checkpoint has to remember of it.
@@ -35,7 +39,47 @@ pub struct NoiseSchedule {
 enum Spec {
     Linear { steps: usize, beta_start: f64, beta_end: f64 },
     Cosine { steps: usize },
-    Custom { betas: Vec<f64> },
+    Custom { betas: Betas },
+}
+
+/// The table of a custom schedule, of which no more than the longest schedule is read.
+#[derive(Debug, Clone, PartialEq)]
+struct Betas(Arc<[f64]>);
+
+impl Serialize for Betas {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        self.0.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Betas {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Table;
+
+        impl<'de> Visitor<'de> for Table {
+            type Value = Betas;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "a list of at most {} betas", NoiseSchedule::MAX_STEPS)
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(
+                self,
+                mut list: A,
+            ) -> std::result::Result<Betas, A::Error> {
+                let mut betas = Vec::new();
+                while let Some(beta) = list.next_element()? {
+                    if betas.len() == NoiseSchedule::MAX_STEPS {
+                        return Err(serde::de::Error::invalid_length(betas.len() + 1, &self));
+                    }
+                    betas.push(beta);
+                }
+                Ok(Betas(betas.into()))
+            }
+        }
+
+        deserializer.deserialize_seq(Table)
+    }
 }
 
 impl NoiseSchedule {
@@ -132,6 +176,10 @@ impl NoiseSchedule {
     /// and 1, or if `alpha_bar` falls below 1e-30. A beta of 1 (zero terminal signal-to-noise ratio) is
     /// refused: nothing of `x_0` would be left to predict noise from.
     pub fn from_betas(betas: Vec<f64>) -> Result<Self> {
+        Self::custom(betas.into())
+    }
+
+    fn custom(betas: Arc<[f64]>) -> Result<Self> {
         check_steps(betas.len())?;
         if let Some(t) = betas.iter().position(|&b| !is_beta(b)) {
             return Err(Error::config(
@@ -140,16 +188,16 @@ impl NoiseSchedule {
                 "strictly between 0 and 1 at every timestep",
             ));
         }
-        Self::build(Spec::Custom { betas: betas.clone() }, betas)
+        Self::build(Spec::Custom { betas: Betas(betas.clone()) }, betas)
     }
 
-    fn build(spec: Spec, betas: Vec<f64>) -> Result<Self> {
+    fn build(spec: Spec, betas: Arc<[f64]>) -> Result<Self> {
         let mut alpha_bar = 1.0;
         let next = |beta: &f64| {
             alpha_bar *= 1.0 - beta;
             alpha_bar
         };
-        let alpha_bars: Vec<f64> = betas.iter().map(next).collect();
+        let alpha_bars: Arc<[f64]> = betas.iter().map(next).collect();
         // Below this, 1 / sqrt(alpha_bar) leaves what f32 samplers can hold. Asked first: an alpha_bar
         // that has come to 0 does not fall any further.
         if alpha_bar < 1e-30 {
@@ -247,7 +295,7 @@ impl TryFrom<Spec> for NoiseSchedule {
                 Self::linear(steps, beta_start, beta_end)
             }
             Spec::Cosine { steps } => Self::cosine(steps),
-            Spec::Custom { betas } => Self::from_betas(betas),
+            Spec::Custom { betas } => Self::custom(betas.0),
         }
     }
 }
@@ -402,5 +450,29 @@ mod tests {
         }
         let reaches = |steps| NoiseSchedule::linear(steps, 1e-4, 0.02).unwrap().reaches_noise();
         assert_eq!([10, 500, 682, 683, 2000].map(reaches), [false, false, false, true, true]);
+    }
+
+    #[test]
+    fn clones_share_their_tables() {
+        for schedule in [NoiseSchedule::cosine(8), NoiseSchedule::from_betas(vec![0.1; 8])] {
+            let schedule = schedule.unwrap();
+            let clone = schedule.clone();
+            assert!(std::ptr::eq(clone.betas(), schedule.betas()));
+            assert!(std::ptr::eq(clone.alpha_bars(), schedule.alpha_bars()));
+            if let Spec::Custom { betas } = &schedule.spec {
+                assert!(std::ptr::eq(&*betas.0, schedule.betas()));
+            }
+        }
+    }
+
+    #[test]
+    fn a_list_that_is_too_long_is_refused_while_it_is_read() {
+        // The rest is no JSON: who gets there has read too much.
+        let mut json = r#"{"custom": {"betas": [0.5"#.to_owned();
+        json += &",0.5".repeat(NoiseSchedule::MAX_STEPS + 3);
+        json += "!";
+        let message = serde_json::from_str::<NoiseSchedule>(&json).unwrap_err().to_string();
+        let expected = "invalid length 1048577, expected a list of at most 1048576 betas";
+        assert!(message.starts_with(expected), "{message}");
     }
 }
