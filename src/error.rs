@@ -262,6 +262,14 @@ pub(crate) fn in_short(text: &str) -> String {
     format!("{}... ({} bytes)", &line[..line.floor_char_boundary(LONG)], text.len())
 }
 
+/// A list of the user's or from a file, in short: of a long one its length.
+pub(crate) fn list_in_short(list: &[usize]) -> String {
+    match list.len() {
+        ..=16 => format!("{list:?}"),
+        len => format!("a list of {len}"),
+    }
+}
+
 /// What candle says without its backtraces, which would make hundreds of lines of it.
 fn one_line(error: &candle_core::Error) -> String {
     use candle_core::Error::{Context, WithBacktrace, WithPath, WrappedContext};

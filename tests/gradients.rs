@@ -159,7 +159,9 @@ fn gradients_of_cifar10_agree_with_finite_differences() -> Result<()> {
 
 /// A small network, and a batch for it.
 fn small() -> impl Strategy<Value = (UNetConfig, usize)> {
-    let dims = prop::collection::vec(1usize..6, 2..=4);
+    // Where all have 8 channels, a network does not hear the timestep, and is refused.
+    let dims = prop::collection::vec(1usize..6, 2..=4)
+        .prop_filter("all of 8 channels", |dims| dims.iter().any(|&d| d > 1));
     let rest = (3usize..6, 1usize..4, prop::bits::u8::masked(7), 1usize..4, 0f64..0.6);
     (dims, rest, 2usize..8).prop_map(|(dims, (pixels, channels, attend, batch, dropout), time)| {
         let levels = dims.len() - 1;

@@ -118,7 +118,7 @@ fn dropout_drops_whole_maps_while_training_only() {
 /// What is behind the pointer is asked both ways, dropout included.
 #[test]
 fn boxed_and_shared_networks_are_denoisers() {
-    let config = UNetConfig { hidden_dims: vec![8, 8], dropout: 0.5, ..UNetConfig::mnist() };
+    let config = UNetConfig { hidden_dims: vec![8, 16], dropout: 0.5, ..UNetConfig::mnist() };
     let unet: UNet = parameters().build(&config).unwrap();
     let (x_t, t) =
         (ones(&[1, 1, 28, 28]).arange_like(), Tensor::new(&[5u32], &Device::Cpu).unwrap());
@@ -148,7 +148,7 @@ fn wrong_dtypes_are_refused() {
         }
     }
     let vb = parameters().builder();
-    let config = UNetConfig { hidden_dims: vec![8, 8], ..UNetConfig::mnist() };
+    let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
     let unet = UNet::new(&config, vb.pp("unet")).unwrap();
     let block = ResBlock::new(8, 8, 4, vb.pp("block")).unwrap();
     let (x, t_emb, image) = (ones(&[1, 8, 2, 2]), ones(&[1, 4]), ones(&[1, 1, 28, 28]));
@@ -172,6 +172,80 @@ fn wrong_dtypes_are_refused() {
     // Another floating dtype is the sampler's: the network computes in its own.
     let y = unet.forward(&to(&image, DType::F64), &t).unwrap();
     assert_eq!(y.dtype(), DType::F64);
+}
+
+/// The largest change of a network's output where the timestep is 999 in place of 0.
+fn hearing(network: impl Fn(u32) -> Result<Tensor>) -> f32 {
+    let change = (network(0).unwrap() - network(999).unwrap()).unwrap().abs().unwrap();
+    change.max_all().unwrap().to_scalar().unwrap()
+}
+
+/// GroupNorm has 8 groups: of 8 channels, each is normalised alone, whatever was added to it.
+#[test]
+fn a_block_of_8_output_channels_does_not_hear_the_timestep() {
+    for (input, output) in [(8, 8), (16, 8), (8, 16), (16, 16)] {
+        let parameters = parameters();
+        let vb = parameters.builder();
+        let embedding = TimeEmbedding::new(16, vb.pp("time")).unwrap();
+        let block = ResBlock::new(input, output, 16, vb.pp("block")).unwrap();
+        let x = ones(&[1, input, 8, 8]).arange_like();
+        let change = hearing(|t| {
+            let t = Tensor::new(&[t], &Device::Cpu)?;
+            block.forward(&x, &embedding.forward(&t)?, None)
+        });
+        // f32's rounding, or a thousand times as much.
+        assert!(
+            if output == 8 { change < 1e-5 } else { change > 1e-2 },
+            "{input} {output}: {change}"
+        );
+    }
+}
+
+#[test]
+fn a_network_that_cannot_hear_the_timestep_is_refused() {
+    let config = |dims: &[usize]| UNetConfig {
+        image_size: 16,
+        hidden_dims: dims.to_vec(),
+        time_dim: 32,
+        ..UNetConfig::mnist()
+    };
+    for dims in [&[8, 8][..], &[8, 8, 8]] {
+        for message in [
+            config(dims).validate().unwrap_err().to_string(),
+            UNet::new(&config(dims), parameters().builder()).unwrap_err().to_string(),
+        ] {
+            let expected = format!("hidden_dims is {dims:?}; it must be more than 8 somewhere");
+            assert!(message.starts_with(&expected), "{message}");
+        }
+    }
+    for dims in [&[8, 16][..], &[16, 8], &[16, 16], &[8, 8, 16], &[8, 16, 8], &[16, 8, 8]] {
+        let parameters = parameters();
+        let unet = UNet::new(&config(dims), parameters.builder()).unwrap();
+        let x = ones(&[1, 1, 16, 16]).arange_like();
+        let change = hearing(|t| unet.forward(&x, &Tensor::new(&[t], &Device::Cpu)?));
+        assert!(change > 1e-3, "{dims:?}: {change}");
+    }
+}
+
+/// As the documentation of `hidden_dims` says: which blocks of a network that is accepted hear nothing.
+#[test]
+fn of_8_and_16_channels_the_way_up_does_not_hear_the_timestep() {
+    let parameters = parameters();
+    let config = UNetConfig { image_size: 16, hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
+    let unet = UNet::new(&config, parameters.builder()).unwrap();
+    let (x, t) =
+        (ones(&[1, 1, 16, 16]).arange_like(), Tensor::new(&[500u32], &Device::Cpu).unwrap());
+    let before = unet.forward(&x, &t).unwrap();
+    for (name, var) in parameters.vars() {
+        let Some(block) = name.strip_suffix(".time_emb.1.weight") else { continue };
+        let kept = var.as_detached_tensor().copy().unwrap();
+        var.set(&(&kept + kept.arange_like()).unwrap()).unwrap();
+        let change = (unet.forward(&x, &t).unwrap() - &before).unwrap().abs().unwrap();
+        let change = change.max_all().unwrap().to_scalar::<f32>().unwrap();
+        var.set(&kept).unwrap();
+        let deaf = block.starts_with("up_blocks");
+        assert!(if deaf { change < 1e-5 } else { change > 1e-3 }, "{block}: {change}");
+    }
 }
 
 #[test]
@@ -205,7 +279,7 @@ impl ArangeLike for Tensor {
 fn wrong_shapes_are_refused() {
     let vb = parameters().builder();
     let unet =
-        UNet::new(&UNetConfig { hidden_dims: vec![8, 8], ..UNetConfig::mnist() }, vb.pp("unet"))
+        UNet::new(&UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() }, vb.pp("unet"))
             .unwrap();
     let block = ResBlock::new(8, 8, 4, vb.pp("block")).unwrap();
     let embedding = TimeEmbedding::new(4, vb.pp("time")).unwrap();

@@ -101,7 +101,7 @@ fn errors_against_f64() -> Result<()> {
 
 #[test]
 fn what_a_build_or_network_lacks_is_refused() -> Result<()> {
-    let config = UNetConfig { hidden_dims: vec![8, 8], ..UNetConfig::mnist() };
+    let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
     let (_, _, exact) = build(&config, DType::F64)?;
     let message = exact.with_precision(Precision::BF16).unwrap_err().to_string();
     let train = TrainConfig { precision: Precision::BF16, ..TrainConfig::mnist() };

@@ -647,7 +647,12 @@ fn wrong_configurations_are_refused() {
         (UNetConfig { time_dim: 2, ..unet() }, "time_dim is 2; it must be"),
         (
             UNetConfig { attention_resolutions: vec![2], ..unet() },
-            "attention_resolutions is [2]; it must be levels less than 2",
+            "attention_resolutions is [2]; it must be levels from 0 to 1, each at most once: of 28, 14 \
+             pixels; the bottleneck, of 7, always attends",
+        ),
+        (
+            UNetConfig { attention_resolutions: vec![1, 0, 1], ..unet() },
+            "attention_resolutions is [1, 0, 1]; it must be levels from 0 to 1, each at most once",
         ),
         (
             UNetConfig { dropout: 1.0, ..unet() },
@@ -660,8 +665,8 @@ fn wrong_configurations_are_refused() {
     }
     for json in [
         r#"{"image_size": 28}"#,
-        r#"{"image_size": 28, "channels": 1, "hidden_dims": [8, 8], "time_dim": 8, "attention_resolutions": [], "dropout": 0, "heads": 4}"#,
-        r#"{"image_size": -28, "channels": 1, "hidden_dims": [8, 8], "time_dim": 8, "attention_resolutions": [], "dropout": 0}"#,
+        r#"{"image_size": 28, "channels": 1, "hidden_dims": [8, 16], "time_dim": 8, "attention_resolutions": [], "dropout": 0, "heads": 4}"#,
+        r#"{"image_size": -28, "channels": 1, "hidden_dims": [8, 16], "time_dim": 8, "attention_resolutions": [], "dropout": 0}"#,
     ] {
         assert!(serde_json::from_str::<UNetConfig>(json).is_err(), "{json}");
     }

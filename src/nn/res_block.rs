@@ -9,6 +9,9 @@ use crate::{Dropout, Error, Result};
 
 /// Two convolutions, each after GroupNorm and SiLU, with the time embedding added between them and
 /// the input added at the end. Ho et al. 2020, appendix B.
+///
+/// Every GroupNorm has 8 groups. A block of 8 output channels has each of them alone in a group, which
+/// subtracts the channel's mean and the time embedding with it: its output does not depend on the timestep.
 #[derive(Debug, Clone)]
 pub struct ResBlock {
     norm1: GroupNorm,
@@ -29,8 +32,8 @@ impl ResBlock {
     /// A block from `input` to `output` channels that is told the time by `time_dim` values.
     ///
     /// # Errors
-    /// Unless both numbers of channels are multiples of 8 and at least that, or if `vb` is of another
-    /// dtype than f32 or f64, or a weight cannot be had from it.
+    /// Returns an error if a number of channels is not a multiple of 8 from 8 to 65536, if `time_dim` is not
+    /// from 1 to 65536, if `vb` is of another dtype than f32 or f64, or if a weight cannot be had from it.
     pub fn new(input: usize, output: usize, time_dim: usize, vb: VarBuilder) -> Result<Self> {
         for channels in [input, output] {
             if !(GROUPS..=1 << 16).contains(&channels) || !channels.is_multiple_of(GROUPS) {
@@ -68,7 +71,7 @@ impl ResBlock {
     /// `p` of 0 drops nothing. Srivastava et al. 2014; whole maps, as PyTorch's `Dropout2d`.
     ///
     /// # Errors
-    /// Unless `0 <= p < 1`.
+    /// Returns an error if `p` is not at least 0 and less than 1.
     pub fn with_dropout(self, p: f64, layer: u16) -> Result<Self> {
         if !(0.0..1.0).contains(&p) {
             return Err(Error::config("dropout", p, "at least 0 and less than 1"));

@@ -32,7 +32,7 @@ use crate::{Denoiser, Dropout, Error, Network, Precision, Result};
 /// use candle_core::{DType, Device, Tensor};
 /// use ddpm::{Denoiser, Parameters, UNet, UNetConfig};
 ///
-/// let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
+/// let config = UNetConfig { hidden_dims: vec![16, 32], ..UNetConfig::mnist() };
 /// let parameters = Parameters::new(0, DType::F32, &Device::Cpu);
 /// let unet = UNet::new(&config, parameters.builder())?;
 /// let x_t = Tensor::zeros((2, 1, 28, 28), DType::F32, &Device::Cpu)?;

@@ -2,6 +2,7 @@ use serde::{Deserialize, Serialize};
 
 use super::layers::GROUPS;
 use super::time_embedding::check_dim;
+use crate::error::list_in_short;
 use crate::{Error, Result};
 
 /// The shape of a [`UNet`](crate::UNet).
@@ -22,11 +23,17 @@ pub struct UNetConfig {
     pub channels: usize,
     /// Channels of the feature maps: at full size, then after each block down. One level of
     /// resolution fewer than entries, of which there are 2 to 16; each a multiple of 8, the number
-    /// of groups of a GroupNorm.
+    /// of groups of a GroupNorm; not all of them 8.
+    ///
+    /// A residual block that leads to 8 channels does not hear the timestep: a number is added to
+    /// each channel, and the GroupNorm after it, which has each channel alone in a group, subtracts the
+    /// channel's mean. In `[8, 16]` these are the two blocks of the way up; a network all of whose blocks
+    /// are like that is refused.
     pub hidden_dims: Vec<usize>,
     /// Length of the time embedding: even, at least 4.
     pub time_dim: usize,
-    /// The levels that attend, besides the bottleneck: level `i` works at `image_size / 2^i`.
+    /// The levels that attend, each once, besides the bottleneck, which always does: level `i`, from 0 to
+    /// `hidden_dims.len() - 2`, works at `image_size / 2^i` pixels. These are not sizes in pixels.
     pub attention_resolutions: Vec<usize>,
     /// Probability to drop a whole feature map inside a residual block while training; at least 0
     /// and less than 1.
@@ -67,7 +74,7 @@ impl UNetConfig {
     /// Whether a network can be built like this; [`UNet::new`](crate::UNet::new) asks as well.
     ///
     /// # Errors
-    /// Names the first field that does not fit, its value and what is allowed.
+    /// Returns an error that names the first field that does not fit, its value and what is allowed.
     pub fn validate(&self) -> Result<()> {
         const MAX: usize = 1 << 16;
         let within = |field, value: usize, least: usize| {
@@ -81,12 +88,19 @@ impl UNetConfig {
         within("time_dim", self.time_dim, 4)?;
         check_dim(self.time_dim)?;
         let dims = &self.hidden_dims;
+        let refuse_dims =
+            |expected: String| Err(Error::config("hidden_dims", list_in_short(dims), expected));
         if !(2..=16).contains(&dims.len()) {
-            return Err(Error::config("hidden_dims", format!("{dims:?}"), "2 to 16 numbers"));
+            return refuse_dims("2 to 16 numbers".into());
         }
         if dims.iter().any(|&d| d == 0 || d > MAX || !d.is_multiple_of(GROUPS)) {
-            let expected = format!("multiples of {GROUPS} from {GROUPS} to {MAX}");
-            return Err(Error::config("hidden_dims", format!("{dims:?}"), expected));
+            return refuse_dims(format!("multiples of {GROUPS} from {GROUPS} to {MAX}"));
+        }
+        if dims.iter().all(|&d| d == GROUPS) {
+            return refuse_dims(format!(
+                "more than {GROUPS} somewhere: GroupNorm has {GROUPS} groups, and where each is one channel \
+                 it subtracts what tells a block the timestep"
+            ));
         }
         let divisor = 1 << self.levels();
         if !self.image_size.is_multiple_of(divisor) {
@@ -97,9 +111,18 @@ impl UNetConfig {
             return Err(Error::config("image_size", self.image_size, expected));
         }
         let attend = &self.attention_resolutions;
-        if attend.iter().any(|&level| level >= self.levels()) {
-            let expected = format!("levels less than {}", self.levels());
-            return Err(Error::config("attention_resolutions", format!("{attend:?}"), expected));
+        let twice = |i: usize| attend[..i].contains(&attend[i]);
+        // Of a list with more entries than there are levels, no more than one beyond is looked at.
+        if (0..attend.len()).any(|i| attend[i] >= self.levels() || twice(i)) {
+            let size = |level: usize| (self.image_size >> level).to_string();
+            let sizes: Vec<_> = (0..self.levels()).map(size).collect();
+            let expected = format!(
+                "levels from 0 to {}, each at most once: of {} pixels; the bottleneck, of {}, always attends",
+                self.levels() - 1,
+                sizes.join(", "),
+                size(self.levels()),
+            );
+            return Err(Error::config("attention_resolutions", list_in_short(attend), expected));
         }
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(Error::config("dropout", self.dropout, "at least 0 and less than 1"));
