@@ -159,7 +159,7 @@ pub enum Error {
     },
 
     /// A file holds a weight that a network does not have.
-    #[error("{}: weight {name} is not one of the network's", path.display())]
+    #[error("{}: weight {} is not one of the network's", path.display(), in_short(name))]
     UnknownWeight {
         /// The file.
         path: PathBuf,
@@ -168,7 +168,11 @@ pub enum Error {
     },
 
     /// A file holds a weight in another shape than the network's.
-    #[error("{}: weight {name} has shape {found:?}; the network's has {expected:?}", path.display())]
+    #[error(
+        "{}: weight {name} has shape {}; the network's has {expected:?}",
+        path.display(),
+        list_in_short(found)
+    )]
     WeightShape {
         /// The file.
         path: PathBuf,

@@ -1,3 +1,4 @@
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
@@ -9,9 +10,11 @@ use candle_core::safetensors::Load;
 use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder, init::NormalOrUniform};
+use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::{Serialize, de::DeserializeOwned};
 
+use crate::error::in_short;
 use crate::noise::{Noise, Purpose, zeros};
 use crate::{Denoiser, Error, Precision, Result};
 
@@ -158,10 +161,11 @@ impl Parameters {
     /// ```
     ///
     /// # Errors
-    /// If the file cannot be read, or is not a whole safetensors file of floating-point tensors.
+    /// If the file cannot be read, or is not a whole safetensors file of floating-point tensors; if a
+    /// value is infinite or NaN, or would be in `dtype`.
     pub fn load(path: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
         let path = path.as_ref();
-        Ok(Self::frozen(path, read_tensors(path, device)?, dtype, device))
+        Ok(Self::frozen(path, read_tensors(path, dtype, device)?, dtype, device))
     }
 
     /// Trainable weights with the values of `tensors`, which came from `path`.
@@ -223,12 +227,12 @@ impl Parameters {
     }
 }
 
-/// Reads a safetensors file, which must be whole, and of floating-point tensors.
-pub(crate) fn read_tensors(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+/// Reads a safetensors file: see [`tensors_of`].
+fn read_tensors(path: &Path, dtype: DType, device: &Device) -> Result<BTreeMap<String, Tensor>> {
     let (mut file, _) = open_regular(path)?;
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes).map_err(Error::io(path))?;
-    tensors_of(path, &bytes, device)
+    tensors_of(path, &bytes, dtype, device)
 }
 
 /// Opens a file, and gives its length.
@@ -242,10 +246,12 @@ pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
     Ok((File::open(path).map_err(Error::io(path))?, metadata.len()))
 }
 
-/// The tensors of a safetensors file's content, which must be whole, and of floating-point tensors.
+/// The tensors of a safetensors file's content, which must be whole, and of floating-point tensors that are
+/// finite, as they are and in `dtype`. They keep the file's dtypes.
 pub(crate) fn tensors_of(
     path: &Path,
     bytes: &[u8],
+    dtype: DType,
     device: &Device,
 ) -> Result<BTreeMap<String, Tensor>> {
     let file = SafeTensors::deserialize(bytes).map_err(|e| {
@@ -253,17 +259,73 @@ pub(crate) fn tensors_of(
     })?;
     let mut tensors = BTreeMap::new();
     for (name, view) in file.iter() {
-        let dtype = view.dtype();
-        if !matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64) {
-            let reason = format!("{name} is of dtype {dtype}; it must be F16, BF16, F32 or F64");
-            return Err(Error::damaged(path, reason));
+        let damaged = |reason: String| Error::damaged(path, format!("{} {reason}", in_short(name)));
+        if !matches!(view.dtype(), Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64) {
+            let expected = "it must be F16, BF16, F32 or F64";
+            return Err(damaged(format!("is of dtype {}; {expected}", view.dtype())));
+        }
+        if let Some(reason) = not_finite(&view, dtype) {
+            return Err(damaged(reason));
         }
         let tensor = view
             .load(device)
-            .map_err(|e| Error::damaged(path, format!("{name}: {}", Error::from(e))))?;
+            .map_err(|e| damaged(format!("cannot be loaded: {}", Error::from(e))))?;
         tensors.insert(name.to_string(), tensor);
     }
     Ok(tensors)
+}
+
+/// What to say of a tensor's values that are not finite, as they are or in `dtype`.
+///
+/// Without their signs, the bits of floating-point numbers are in the order of their magnitudes: infinity
+/// comes after all finite ones, and NaN after infinity.
+fn not_finite(view: &TensorView<'_>, dtype: DType) -> Option<String> {
+    // The least magnitude that is infinite in `dtype`: half a unit beyond its greatest number.
+    let least = match dtype {
+        DType::F16 => 65520.0,
+        DType::BF16 => f64::from(f32::from_bits(0x7f7f_8000)),
+        DType::F32 => f64::from_bits(0x47ef_ffff_f000_0000),
+        _ => f64::INFINITY,
+    };
+    // The least bits of each type at which a magnitude is as large; f16 has only infinity there.
+    let single = (least as f32).to_bits();
+    let found = match view.dtype() {
+        Dtype::F16 => find(view, |v| u16::from_le_bytes(v) & 0x7fff, 0x7c00, 0x7c00),
+        Dtype::BF16 => {
+            let least = single.div_ceil(1 << 16) as u16;
+            find(view, |v| u16::from_le_bytes(v) & 0x7fff, least, 0x7f80)
+        }
+        Dtype::F32 => find(view, |v| u32::from_le_bytes(v) & !(1 << 31), single, 0x7f80_0000),
+        _ => {
+            let infinity = f64::INFINITY.to_bits();
+            find(view, |v| u64::from_le_bytes(v) & !(1 << 63), least.to_bits(), infinity)
+        }
+    };
+    let (count, index, order) = found?;
+    let kind = match order {
+        Ordering::Less => format!("too large for {}", dtype.as_str()),
+        Ordering::Equal => "infinite".into(),
+        Ordering::Greater => "NaN".into(),
+    };
+    let total = view.shape().iter().product::<usize>();
+    Some(format!(
+        "is not finite: {count} of {total} values, the first at index {index}, which is {kind}"
+    ))
+}
+
+/// How many of a tensor's magnitudes are at `least` or beyond, the index of the first, and how it compares
+/// with infinity.
+fn find<const BYTES: usize, B: Ord + Copy>(
+    view: &TensorView<'_>,
+    magnitude: impl Fn([u8; BYTES]) -> B,
+    least: B,
+    infinity: B,
+) -> Option<(usize, usize, Ordering)> {
+    let (values, _) = view.data().as_chunks();
+    // Counted first, without a branch for each: nearly always there is none.
+    let count = values.iter().filter(|&&value| magnitude(value) >= least).count();
+    let first = values.iter().position(|&value| count > 0 && magnitude(value) >= least)?;
+    Some((count, first, magnitude(values[first]).cmp(&infinity)))
 }
 
 /// A panic elsewhere while the lock was held leaves the map as good as before.

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 use ddpm::{
     Denoiser, Diffusion, Dropout, Parameters, ResBlock, Result, Sampler, Solver, TimeEmbedding,
-    UNet, UNetConfig, gradients,
+    TrainConfig, Trainer, UNet, UNetConfig, gradients,
 };
 
 fn parameters() -> Parameters {
@@ -246,6 +246,139 @@ fn of_8_and_16_channels_the_way_up_does_not_hear_the_timestep() {
         let deaf = block.starts_with("up_blocks");
         assert!(if deaf { change < 1e-5 } else { change > 1e-3 }, "{block}: {change}");
     }
+}
+
+/// A file with these bytes.
+fn file(bytes: &[u8]) -> (tempfile::TempDir, std::path::PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("weights.safetensors");
+    std::fs::write(&path, bytes).unwrap();
+    (dir, path)
+}
+
+fn load(path: &std::path::Path, dtype: DType) -> Result<Parameters> {
+    Parameters::load(path, dtype, &Device::Cpu)
+}
+
+#[test]
+fn weights_that_are_not_finite_are_refused_by_name() {
+    const NAN: f64 = f64::NAN;
+    const INFINITY: f64 = f64::INFINITY;
+    let fine = [0.0, -0.0, 1.0, -60000.0, 1e-8, 2.5];
+    for (stored, wanted, bad, kind) in [
+        (DType::F32, DType::F32, NAN, "NaN"),
+        (DType::F32, DType::F32, -NAN, "NaN"),
+        (DType::F32, DType::F32, INFINITY, "infinite"),
+        (DType::F32, DType::F64, -INFINITY, "infinite"),
+        (DType::F16, DType::F32, NAN, "NaN"),
+        (DType::F16, DType::F32, -INFINITY, "infinite"),
+        // What a file in half precision has of a number that was too large for it.
+        (DType::F16, DType::F32, 1e5, "infinite"),
+        (DType::BF16, DType::F32, NAN, "NaN"),
+        (DType::BF16, DType::F32, INFINITY, "infinite"),
+        (DType::F64, DType::F64, NAN, "NaN"),
+        (DType::F64, DType::F64, -INFINITY, "infinite"),
+        // Finite in the file, and not as the network has it.
+        (DType::F64, DType::F32, 1e39, "too large for f32"),
+        (DType::F64, DType::F32, -3.4028235677973366e38, "too large for f32"),
+        (DType::F64, DType::F16, 65520.0, "too large for f16"),
+        (DType::F32, DType::F16, -65520.0, "too large for f16"),
+        (DType::BF16, DType::F16, 65536.0, "too large for f16"),
+        (DType::F32, DType::BF16, 3.3962e38, "too large for bf16"),
+        (DType::F64, DType::BF16, -3.3961776e38, "too large for bf16"),
+    ] {
+        let weights = |values: &[f64]| {
+            let weight = Tensor::new(values, &Device::Cpu).unwrap().to_dtype(stored).unwrap();
+            let other = Tensor::zeros((2, 2), DType::F32, &Device::Cpu).unwrap();
+            file(&safetensors::serialize([("a.b", weight), ("b", other)], None).unwrap())
+        };
+        let (_dir, path) = weights(&fine);
+        load(&path, wanted).unwrap();
+        let mut values = fine.to_vec();
+        values[4] = bad;
+        values.push(bad);
+        let (_dir, path) = weights(&values);
+        let message = load(&path, wanted).unwrap_err().to_string();
+        let expected = format!(
+            "{}: damaged file: a.b is not finite: 2 of 7 values, the first at index 4, which is {kind}",
+            path.display()
+        );
+        assert_eq!(message, expected, "{bad} of {stored:?} in {wanted:?}");
+    }
+}
+
+/// The largest numbers that do not become infinite: the limits above are exact.
+#[test]
+fn weights_that_round_to_finite_numbers_are_taken() {
+    for (stored, wanted, value, as_loaded) in [
+        (DType::F64, DType::F32, 3.4028235677973362e38, f64::from(f32::MAX)),
+        (DType::F64, DType::F16, 65519.99, 65504.0),
+        (DType::F32, DType::F16, -65519.0, -65504.0),
+        (DType::F32, DType::BF16, 3.3961774e38, 3.3895313892515355e38),
+        (DType::F64, DType::F64, f64::MAX, f64::MAX),
+    ] {
+        let weight = Tensor::new(&[value], &Device::Cpu).unwrap().to_dtype(stored).unwrap();
+        let (_dir, path) = file(&safetensors::serialize([("w", weight)], None).unwrap());
+        let loaded = load(&path, wanted).unwrap().builder().get(1, "w").unwrap();
+        let loaded = loaded.to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap();
+        assert_eq!(loaded, [as_loaded], "{value} of {stored:?} in {wanted:?}");
+    }
+}
+
+#[test]
+fn a_trainer_takes_no_weights_that_are_not_finite() {
+    let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
+    let parameters = parameters();
+    let _: UNet = parameters.build(&config).unwrap();
+    let mut weights: BTreeMap<_, _> =
+        parameters.vars().into_iter().map(|(k, v)| (k, v.as_detached_tensor())).collect();
+    let bias = weights.get_mut("out_conv.bias").unwrap();
+    *bias = (&*bias * f64::INFINITY).unwrap();
+    let (_dir, path) = file(&safetensors::serialize(&weights, None).unwrap());
+    let train = TrainConfig::mnist();
+    let mut trainer = Trainer::new(config, train, Diffusion::ddpm(), &Device::Cpu).unwrap();
+    let message = trainer.set_weights(&path).unwrap_err().to_string();
+    assert!(message.contains("out_conv.bias is not finite: 1 of 1 values"), "{message}");
+}
+
+/// Names and lists from a file are quoted in short.
+#[test]
+fn messages_do_not_grow_with_what_they_are_about() {
+    let long = UNetConfig { hidden_dims: vec![8; 1_000_000], ..UNetConfig::mnist() };
+    let message = long.validate().unwrap_err().to_string();
+    assert_eq!(message, "hidden_dims is a list of 1000000; it must be 2 to 16 numbers");
+    let long = UNetConfig { attention_resolutions: vec![0; 1_000_000], ..UNetConfig::mnist() };
+    let message = long.validate().unwrap_err().to_string();
+    assert!(
+        message.starts_with("attention_resolutions is a list of 1000000; it must"),
+        "{message}"
+    );
+
+    let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
+    let parameters = parameters();
+    let _: UNet = parameters.build(&config).unwrap();
+    let mut weights: BTreeMap<_, _> =
+        parameters.vars().into_iter().map(|(k, v)| (k, v.as_detached_tensor())).collect();
+    weights.insert("x".repeat(1 << 20), ones(&[1]));
+    let built = |weights: &BTreeMap<String, Tensor>| {
+        let (_dir, path) = file(&safetensors::serialize(weights, None).unwrap());
+        load(&path, DType::F32).and_then(|weights| weights.build(&config)).unwrap_err().to_string()
+    };
+    let message = built(&weights);
+    assert!(
+        message.len() < 500 && message.contains("xxx... (1048576 bytes) is not one of the"),
+        "{message}"
+    );
+    weights.insert("x".repeat(1 << 20), (ones(&[1]) * f64::NAN).unwrap());
+    let message = built(&weights);
+    assert!(
+        message.len() < 500 && message.contains("xxx... (1048576 bytes) is not finite:"),
+        "{message}"
+    );
+    weights.insert("init_conv.weight".into(), ones(&[1; 1000]));
+    weights.retain(|name, _| name.len() < 1000);
+    let message = built(&weights);
+    assert!(message.len() < 500 && message.contains("has shape a list of 1000;"), "{message}");
 }
 
 #[test]

@@ -89,7 +89,7 @@ pub(super) fn read_tensors(
     if let Some(written) = written {
         written.compare(path, Checksum::of(&bytes))?;
     }
-    tensors_of(path, &bytes, device)
+    tensors_of(path, &bytes, DType::F32, device)
 }
 
 /// Writes tensors of finite f32, and flushes them to disk.
