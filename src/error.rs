@@ -60,6 +60,15 @@ pub enum Error {
         total: usize,
     },
 
+    /// What a sampler was given, or what came of it, is infinite or NaN.
+    #[error("{what} is not finite at timestep {t}")]
+    NonFiniteSample {
+        /// `the denoiser's output`, `the sample` that followed from it, or `the start`.
+        what: &'static str,
+        /// The first timestep where it is not finite.
+        t: usize,
+    },
+
     /// A data file's content is not what its format demands.
     #[error("{}: {reason}", path.display())]
     Data {

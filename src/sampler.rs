@@ -1,9 +1,9 @@
 use std::fmt;
 
-use candle_core::{Device, Shape, Tensor};
+use candle_core::{DType, Device, Shape, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::kernels::{clamp, combine};
+use crate::kernels::{clamp, combine, finiteness};
 use crate::noise::{Noise, Purpose};
 use crate::{Denoiser, Diffusion, Error, Result};
 
@@ -146,7 +146,7 @@ impl Sampler {
     /// A sampler of `steps` timesteps, spread evenly over the schedule with both ends included.
     ///
     /// # Errors
-    /// Unless `1 <= steps <= T`, and a DDIM's `eta` lies in [0, 1].
+    /// Returns an error if `steps` is not in `1..=T`, or a DDIM's `eta` is not in [0, 1].
     pub fn new(diffusion: &Diffusion, solver: Solver, steps: usize) -> Result<Self> {
         let total = diffusion.schedule().steps();
         if !(1..=total).contains(&steps) {
@@ -166,8 +166,8 @@ impl Sampler {
     /// A sampler of just these timesteps, in increasing order.
     ///
     /// # Errors
-    /// Unless there is at least one, they increase strictly and stay below `T`, and a DDIM's `eta`
-    /// lies in [0, 1].
+    /// Returns an error if there is none, if they do not increase strictly or do not stay below `T`, or
+    /// if a DDIM's `eta` is not in [0, 1].
     pub fn with_timesteps(
         diffusion: &Diffusion,
         solver: Solver,
@@ -222,7 +222,7 @@ impl Sampler {
     /// the CPU, elsewhere but for rounding in the network.
     ///
     /// # Errors
-    /// Those of the denoiser.
+    /// Those of [`steps`](Self::steps) and of its iterator.
     pub fn sample(
         &self,
         denoiser: &impl Denoiser,
@@ -254,7 +254,7 @@ impl Sampler {
     /// ```
     ///
     /// # Errors
-    /// If the shape has no batch dimension. The iterator's own are those of the denoiser.
+    /// If the shape has no batch dimension. The iterator's own are those of [`steps_from`](Self::steps_from).
     pub fn steps<'a, D: Denoiser>(
         &'a self,
         denoiser: &'a D,
@@ -265,7 +265,7 @@ impl Sampler {
         let (shape, device) = (shape.into(), device.clone());
         let start = Self::prior(shape.clone(), seed, &device)?;
         let z = move |t| Self::noise(t, shape.clone(), seed, &device);
-        Ok(self.steps_from(denoiser, start, z))
+        self.steps_from(denoiser, start, z)
     }
 
     /// The `x_T` of this seed, from which [`steps`](Self::steps) begins: standard normals of shape
@@ -288,51 +288,83 @@ impl Sampler {
 
     /// The sampling loop from a given `x_T` (`start`: (batch, ...)), with noise of one's own:
     /// `z(t)` is asked for standard normals of `x_T`'s shape at each timestep `t` that adds noise, such
-    /// as [`noise`](Self::noise) draws. Deterministic DDIM adds none.
+    /// as [`noise`](Self::noise) draws. Deterministic DDIM adds none. Steps are computed in the dtype of
+    /// `x_T`, whatever the network's is.
+    ///
+    /// # Errors
+    /// If `start` is a scalar or not of a floating dtype. The iterator's own are those of the denoiser and
+    /// of `z`; if one of them gives another shape than that of `x_T`, or no floating numbers; and
+    /// [`Error::NonFiniteSample`] where a prediction or a sample is infinite or NaN. On the CPU that ends
+    /// the iterator at the step in which it happens. On other devices, where each look would wait for the
+    /// device, all steps are looked at with the last one, which is an error then.
     pub fn steps_from<'a, D: Denoiser>(
         &'a self,
         denoiser: &'a D,
         start: Tensor,
         z: impl FnMut(usize) -> Result<Tensor> + 'a,
-    ) -> Steps<'a, D> {
-        Steps { sampler: self, denoiser, x: start, z: Box::new(z), next: 0 }
+    ) -> Result<Steps<'a, D>> {
+        if start.rank() == 0 {
+            return Err(no_batch("the start"));
+        }
+        check_float("dtype of the start", &start)?;
+        let mut looks = Looks::default();
+        looks.at("the start", self.updates[0].t, &start)?;
+        Ok(Steps { sampler: self, denoiser, x: start, z: Box::new(z), next: 0, looks })
+    }
+}
+
+fn no_batch(what: &'static str) -> Error {
+    let expected = "(batch, ...), such as (16, 1, 28, 28)".to_string();
+    Error::Shape { what, found: vec![], expected }
+}
+
+fn check_float(field: &'static str, x: &Tensor) -> Result<()> {
+    if x.dtype().is_float() {
+        return Ok(());
+    }
+    Err(Error::config(field, x.dtype().as_str(), "a floating one"))
+}
+
+/// What a denoiser or a source of noise gave for a sample `x`, in the dtype of `x`.
+fn like(x: &Tensor, found: &Tensor, [what, dtype]: [&'static str; 2]) -> Result<Tensor> {
+    if found.dims() != x.dims() {
+        let expected = format!("{:?}, that of the sample", x.dims());
+        return Err(Error::Shape { what, found: found.dims().to_vec(), expected });
+    }
+    check_float(dtype, found)?;
+    Ok(found.to_dtype(x.dtype())?)
+}
+
+/// Looks for values that are not finite: at once on the CPU, and elsewhere on the device itself, which is
+/// asked for what it found once.
+#[derive(Default)]
+struct Looks {
+    /// What was looked at, its timestep, and what was found.
+    unread: Vec<(&'static str, usize, Tensor)>,
+}
+
+impl Looks {
+    fn at(&mut self, what: &'static str, t: usize, x: &Tensor) -> Result<()> {
+        let found = finiteness(&x.detach())?;
+        self.unread.push((what, t, found));
+        if x.device().is_cpu() { self.read() } else { Ok(()) }
     }
 
-    fn step(
-        &self,
-        denoiser: &impl Denoiser,
-        z: &mut NoiseSource<'_>,
-        x: &Tensor,
-        i: usize,
-    ) -> Result<Step> {
-        let update = self.updates[i];
-        let t = Tensor::from_vec(vec![update.t as u32; x.dim(0)?], x.dim(0)?, x.device())?;
-        let output = denoiser.forward(x, &t)?;
-        if output.dims() != x.dims() {
-            return Err(Error::Shape {
-                what: "the denoiser's output",
-                found: output.dims().to_vec(),
-                expected: format!("{:?}, that of its input", x.dims()),
-            });
+    /// # Errors
+    /// Names the first that is not finite.
+    fn read(&mut self) -> Result<()> {
+        for (what, t, found) in self.unread.drain(..) {
+            if !found.to_dtype(DType::F32)?.to_scalar::<f32>()?.is_finite() {
+                return Err(Error::NonFiniteSample { what, t });
+            }
         }
-        // The sampler's arithmetic stays in x's precision, whatever the network's is.
-        let output = output.to_dtype(x.dtype())?;
-        let mut x_0 = self.diffusion.x_0(x, &output, update.alpha_bar)?;
-        if self.clip {
-            x_0 = clamp(&x_0, -1.0, 1.0)?;
-        }
-        let mut next = combine(&x_0, update.x_0, x, update.x_t)?;
-        if update.z != 0.0 {
-            next = combine(&next, 1.0, &z(update.t)?.to_dtype(x.dtype())?, update.z)?;
-        }
-        Ok(Step { index: i, t: update.t, x: next.detach(), x_0: x_0.detach() })
+        Ok(())
     }
 }
 
 fn draw(purpose: Purpose, step: u64, shape: Shape, seed: u64, device: &Device) -> Result<Tensor> {
     if shape.rank() == 0 {
-        let expected = "(batch, ...), such as (16, 1, 28, 28)".to_string();
-        return Err(Error::Shape { what: "sample", found: vec![], expected });
+        return Err(no_batch("sample"));
     }
     Noise::new(seed).normal(purpose, step, shape.dims(), device)
 }
@@ -346,6 +378,7 @@ pub struct Steps<'a, D> {
     x: Tensor,
     z: Box<NoiseSource<'a>>,
     next: usize,
+    looks: Looks,
 }
 
 impl<D> fmt::Debug for Steps<'_, D> {
@@ -373,6 +406,31 @@ pub struct Step {
     pub x_0: Tensor,
 }
 
+impl<D: Denoiser> Steps<'_, D> {
+    fn step(&mut self) -> Result<Step> {
+        let (sampler, x, index) = (self.sampler, &self.x, self.next);
+        let update = sampler.updates[index];
+        let t = Tensor::from_vec(vec![update.t as u32; x.dim(0)?], x.dim(0)?, x.device())?;
+        let names = ["the denoiser's output", "dtype of the denoiser's output"];
+        let output = like(x, &self.denoiser.forward(x, &t)?, names)?;
+        self.looks.at(names[0], update.t, &output)?;
+        let mut x_0 = sampler.diffusion.x_0(x, &output, update.alpha_bar)?;
+        if sampler.clip {
+            x_0 = clamp(&x_0, -1.0, 1.0)?;
+        }
+        let mut next = combine(&x_0, update.x_0, x, update.x_t)?;
+        if update.z != 0.0 {
+            let z = like(x, &(self.z)(update.t)?, ["z", "dtype of z"])?;
+            next = combine(&next, 1.0, &z, update.z)?;
+        }
+        self.looks.at("the sample", update.t, &next)?;
+        if index + 1 == sampler.updates.len() {
+            self.looks.read()?;
+        }
+        Ok(Step { index, t: update.t, x: next.detach(), x_0: x_0.detach() })
+    }
+}
+
 impl<D: Denoiser> Iterator for Steps<'_, D> {
     type Item = Result<Step>;
 
@@ -380,7 +438,7 @@ impl<D: Denoiser> Iterator for Steps<'_, D> {
         if self.next == self.sampler.updates.len() {
             return None;
         }
-        let step = self.sampler.step(self.denoiser, &mut *self.z, &self.x, self.next);
+        let step = self.step();
         match &step {
             Ok(step) => {
                 self.x = step.x.clone();

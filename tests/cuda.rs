@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use ddpm::{
     AdamConfig, Checkpoint, Denoiser, Diffusion, Dropout, GradScalerConfig, NoiseSchedule,
     Parameters, Precision, Prediction, Result, Sampler, Solver, TrainConfig, Trainer, UNet,
-    UNetConfig,
+    UNetConfig, from_fn,
 };
 
 fn gpu() -> Device {
@@ -182,6 +182,28 @@ fn samples_are_the_cpus() -> Result<()> {
         let (found, expected) = (sample(&gpu(), solver)?, sample(&Device::Cpu, solver)?);
         let error = off(&found, &expected);
         assert!(error < 1e-5, "{solver:?}: off by {error}");
+    }
+    Ok(())
+}
+
+/// No step waits for the device to be asked; the last one does.
+#[test]
+fn a_prediction_that_is_not_finite_is_told_with_the_last_step() -> Result<()> {
+    for (bad, value) in [(999, f32::NAN), (333, f32::INFINITY), (0, f32::NEG_INFINITY)] {
+        let denoiser = from_fn(move |x_t: &Tensor, t: &Tensor| {
+            let value = if t.to_vec1::<u32>()?[0] == bad { value } else { 0.5 };
+            Ok(Tensor::full(value, x_t.shape(), &Device::Cpu)?.to_device(x_t.device())?)
+        });
+        for clip in [false, true] {
+            let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddpm(), 4)?.clip_denoised(clip);
+            let mut steps = sampler.steps(&denoiser, (2, 1, 4, 4), 0, &gpu())?;
+            for step in steps.by_ref().take(3) {
+                step?;
+            }
+            let message = steps.next().expect("a last step").unwrap_err().to_string();
+            let expected = format!("the denoiser's output is not finite at timestep {bad}");
+            assert_eq!(message, expected);
+        }
     }
     Ok(())
 }

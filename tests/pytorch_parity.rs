@@ -136,6 +136,7 @@ fn sampling(fixture: &Fixture) {
     let z = fixture.get("sample.z");
     let x_0 = sampler
         .steps_from(&model, there(fixture.get("sample.x_T")), |t| Ok(there(&z.get(t)?)))
+        .unwrap()
         .map(|step| step.unwrap().x)
         .last()
         .unwrap();

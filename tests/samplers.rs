@@ -7,7 +7,9 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
-use ddpm::{Denoiser, Diffusion, NoiseSchedule, Prediction, Sampler, Solver, Variance, from_fn};
+use ddpm::{
+    Denoiser, Diffusion, Error, NoiseSchedule, Prediction, Sampler, Solver, Variance, from_fn,
+};
 
 /// Data that is normal in every pixel.
 #[derive(Clone, Copy)]
@@ -208,6 +210,122 @@ fn a_failing_denoiser_ends_the_loop() {
     assert!(steps.next().is_none());
 }
 
+/// A network whose answer has a number that is not finite at one timestep.
+fn failing_at(timestep: u32, value: f64) -> impl Denoiser {
+    from_fn(move |x_t: &Tensor, t: &Tensor| {
+        let mut output = (x_t * 0.5)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+        if t.to_vec1::<u32>()?[0] == timestep {
+            output[3] = value;
+        }
+        Ok(Tensor::from_vec(output, x_t.shape(), &Device::Cpu)?.to_dtype(x_t.dtype())?)
+    })
+}
+
+#[test]
+fn a_prediction_that_is_not_finite_is_an_error_at_its_timestep() {
+    let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddpm(), 5).unwrap();
+    let shape = (1, 1, 2, 2);
+    for clip in [false, true] {
+        let sampler = sampler.clone().clip_denoised(clip);
+        for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            for (index, timestep) in sampler.timesteps().enumerate() {
+                let denoiser = failing_at(timestep as u32, value);
+                let expected =
+                    format!("the denoiser's output is not finite at timestep {timestep}");
+                for dtype in [DType::F32, DType::F64] {
+                    let start = Sampler::prior(shape, 0, &Device::Cpu).unwrap();
+                    let start = start.to_dtype(dtype).unwrap();
+                    let z = |t| Sampler::noise(t, shape, 0, &Device::Cpu);
+                    let mut steps = sampler.steps_from(&denoiser, start, z).unwrap();
+                    // Steps before it are not blamed.
+                    for step in steps.by_ref().take(index) {
+                        let largest = max_abs(&step.unwrap().x.to_dtype(DType::F64).unwrap());
+                        assert!(largest.is_finite());
+                    }
+                    let error = steps.next().unwrap().unwrap_err();
+                    assert_eq!(error.to_string(), expected, "{value} in {dtype:?}");
+                    assert!(matches!(error, Error::NonFiniteSample { t, .. } if t == timestep));
+                    assert!(steps.next().is_none());
+                }
+                let sampled = sampler.sample(&denoiser, shape, 0, &Device::Cpu);
+                assert_eq!(sampled.unwrap_err().to_string(), expected);
+            }
+            // A timestep that the sampler does not visit.
+            let denoiser = failing_at(1, value);
+            sampler.sample(&denoiser, shape, 0, &Device::Cpu).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_network_that_overflows_half_precision_is_an_error() {
+    let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddim(), 3).unwrap();
+    for (dtype, scale) in [(DType::F16, 1e5), (DType::BF16, 1e39), (DType::F64, 1e39)] {
+        let denoiser = from_fn(move |x_t: &Tensor, _: &Tensor| {
+            let output = (x_t.abs()?.to_dtype(DType::F64)? + 1.0)?;
+            Ok((output * scale)?.to_dtype(dtype)?)
+        });
+        let error = sampler.sample(&denoiser, (2, 1, 4, 4), 0, &Device::Cpu).unwrap_err();
+        let expected = "the denoiser's output is not finite at timestep 999";
+        assert_eq!(error.to_string(), expected, "{dtype:?}");
+    }
+}
+
+/// What becomes of finite predictions, too: here `x_0` is beyond f32.
+#[test]
+fn a_sample_that_is_not_finite_is_an_error() {
+    let denoiser = from_fn(|x_t: &Tensor, _: &Tensor| Ok((x_t.ones_like()? * 3e38)?));
+    let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddim(), 4).unwrap();
+    let error = sampler.sample(&denoiser, (1, 1, 2, 2), 0, &Device::Cpu).unwrap_err();
+    assert_eq!(error.to_string(), "the sample is not finite at timestep 999");
+
+    let zero = from_fn(|x_t: &Tensor, _: &Tensor| Ok(x_t.zeros_like()?));
+    let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddpm(), 4).unwrap();
+    let start = Tensor::zeros((1, 1, 2, 2), DType::F32, &Device::Cpu).unwrap();
+    let z = |t| Ok((start.ones_like()? * if t == 666 { f64::NAN } else { 1.0 })?);
+    let mut steps = sampler.steps_from(&zero, start.clone(), z).unwrap();
+    assert!(steps.next().unwrap().is_ok());
+    let error = steps.next().unwrap().unwrap_err().to_string();
+    assert_eq!(error, "the sample is not finite at timestep 666");
+
+    let start = (&start * f64::NAN).unwrap();
+    let error = sampler.steps_from(&zero, start, |_| unreachable!()).unwrap_err().to_string();
+    assert_eq!(error, "the start is not finite at timestep 999");
+}
+
+#[test]
+fn what_does_not_fit_the_start_is_refused() {
+    let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddpm(), 4).unwrap();
+    let half = from_fn(|x_t: &Tensor, _: &Tensor| Ok((x_t * 0.5)?));
+    let start = Tensor::zeros((4, 1, 2, 2), DType::F32, &Device::Cpu).unwrap();
+    for (start, expected) in [
+        (start.to_dtype(DType::U8), "dtype of the start is u8; it must be a floating one"),
+        (start.to_dtype(DType::I64), "dtype of the start is i64; it must be a floating one"),
+        (start.sum_all(), "the start has shape []; it must be (batch, ...)"),
+    ] {
+        let steps = sampler.steps_from(&half, start.unwrap(), |_| unreachable!());
+        let message = steps.map(drop).unwrap_err().to_string();
+        assert!(message.starts_with(expected), "{message}");
+    }
+    for (z, expected) in [
+        (
+            start.narrow(0, 0, 1),
+            "z has shape [1, 1, 2, 2]; it must be [4, 1, 2, 2], that of the sample",
+        ),
+        (start.flatten_from(1), "z has shape [4, 4]; it must be [4, 1, 2, 2]"),
+        (start.to_dtype(DType::I64), "dtype of z is i64; it must be a floating one"),
+    ] {
+        let z = z.unwrap();
+        let mut steps = sampler.steps_from(&half, start.clone(), |_| Ok(z.clone())).unwrap();
+        let message = steps.next().unwrap().unwrap_err().to_string();
+        assert!(message.starts_with(expected), "{message}");
+        assert!(steps.next().is_none());
+    }
+    let whole = from_fn(|x_t: &Tensor, _: &Tensor| Ok(x_t.to_dtype(DType::U8)?));
+    let message = sampler.sample(&whole, (1, 1, 2, 2), 0, &Device::Cpu).unwrap_err().to_string();
+    assert_eq!(message, "dtype of the denoiser's output is u8; it must be a floating one");
+}
+
 #[test]
 fn wrong_settings_are_refused() {
     let diffusion = Diffusion::ddpm();
@@ -310,7 +428,8 @@ fn trajectories_agree_with_diffusers() {
         let (x, pred_x_0, z) = (part("x"), part("pred_x_0"), part("z"));
         let order: HashMap<usize, usize> =
             timesteps.iter().rev().enumerate().map(|(i, &t)| (t, i)).collect();
-        let steps = sampler.steps_from(&network, part("x_T").clone(), |t| Ok(z.get(order[&t])?));
+        let steps =
+            sampler.steps_from(&network, part("x_T").clone(), |t| Ok(z.get(order[&t])?)).unwrap();
         let size = max_abs(x);
         for step in steps {
             let step = step.unwrap();

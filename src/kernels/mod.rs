@@ -45,7 +45,7 @@ pub(crate) use patches::Scale;
 #[cfg(feature = "cuda")]
 pub(crate) use process::mix;
 pub(crate) use process::{
-    add_to, add_values, are_plain, clamp, combine, squared_error, weighted_sum,
+    add_to, add_values, are_plain, clamp, combine, finiteness, squared_error, weighted_sum,
 };
 pub(crate) use simd::{Isa, check_limit};
 pub(crate) use values::{on_cpu_in_f32, same_storage, with_values, with_values_mut};

@@ -122,6 +122,18 @@ pub(crate) fn squared_error(
     Ok((loss, Tensor::from_vec(gradient, output.shape(), output.device())?))
 }
 
+/// A scalar on the device of `x`: 0 where every value is finite, otherwise NaN.
+pub(crate) fn finiteness(x: &Tensor) -> Result<Tensor> {
+    if are_plain(x, x) {
+        let finite = with_values([x], |[x]| {
+            Ok(x.par_chunks(CHUNK).all(|x| x.iter().all(|x| x.is_finite())))
+        })?;
+        return Tensor::new(if finite { 0f32 } else { f32::NAN }, x.device());
+    }
+    // What is not finite is NaN when it is subtracted from itself.
+    Ok(squared_error(x, x, 1.0, None)?.0)
+}
+
 /// Makes `sum` its sum with `more`; in place, if both are plain, and in every tensor that shares its
 /// values.
 pub(crate) fn add_to(sum: &mut Tensor, more: &Tensor) -> Result<()> {
@@ -205,6 +217,19 @@ mod tests {
             let (exact_loss, exact_gradient) = squared_error(&x64, &y64, 0.3, Some(&by)).unwrap();
             check("loss", &loss, &exact_loss, &roundings(3.001, &exact_loss));
             check("gradient", &gradient, &exact_gradient, &roundings(3.001, &exact_gradient));
+
+            for t in [&x, &x64, differentiable.as_ref()] {
+                prop_assert_eq!(values(&finiteness(t).unwrap()), [0.0]);
+            }
+            for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+                let mut row = values(&x64);
+                row[len / 2] = bad;
+                let x64 = Tensor::from_vec(row, (batch, len), &Device::Cpu).unwrap();
+                for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
+                    let flag = finiteness(&x64.to_dtype(dtype).unwrap()).unwrap();
+                    prop_assert!(values(&flag)[0].is_nan(), "{bad} in {dtype:?}");
+                }
+            }
 
             let mut sum = x.copy().unwrap();
             add_to(&mut sum, &y).unwrap();
