@@ -159,12 +159,18 @@ pub enum Error {
     },
 
     /// A network needs a weight that a file does not hold.
-    #[error("{}: weight {name} is missing", path.display())]
+    #[error(
+        "{}: weight {name} is missing{}",
+        path.display(),
+        under_another_prefix(similar.as_deref())
+    )]
     MissingWeight {
         /// The file.
         path: PathBuf,
         /// The weight's name.
         name: String,
+        /// A weight that the file does hold, whose name differs by a prefix.
+        similar: Option<String>,
     },
 
     /// A file holds a weight that a network does not have.
@@ -281,6 +287,12 @@ pub(crate) fn list_in_short(list: &[usize]) -> String {
         ..=16 => format!("{list:?}"),
         len => format!("a list of {len}"),
     }
+}
+
+fn under_another_prefix(similar: Option<&str>) -> String {
+    similar.map_or(String::new(), |name| {
+        format!("; the file has {}, under another prefix", in_short(name))
+    })
 }
 
 /// What candle says without its backtraces, which would make hundreds of lines of it.

@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder, init::NormalOrUniform};
 use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::error::in_short;
@@ -254,9 +254,7 @@ pub(crate) fn tensors_of(
     dtype: DType,
     device: &Device,
 ) -> Result<BTreeMap<String, Tensor>> {
-    let file = SafeTensors::deserialize(bytes).map_err(|e| {
-        Error::damaged(path, format!("{e}; is it truncated? It has {} bytes", bytes.len()))
-    })?;
+    let file = SafeTensors::deserialize(bytes).map_err(|e| not_safetensors(path, bytes, e))?;
     let mut tensors = BTreeMap::new();
     for (name, view) in file.iter() {
         let damaged = |reason: String| Error::damaged(path, format!("{} {reason}", in_short(name)));
@@ -273,6 +271,28 @@ pub(crate) fn tensors_of(
         tensors.insert(name.to_string(), tensor);
     }
     Ok(tensors)
+}
+
+/// The error of a weight that `tensors`, from `path`, lack. It tells a name among theirs that differs by a
+/// prefix only: wrappers of a network put one before all names.
+pub(crate) fn missing(path: &Path, name: &str, tensors: &BTreeMap<String, Tensor>) -> Error {
+    let prefixed = |long: &str, short: &str| {
+        long.strip_suffix(short).is_some_and(|prefix| prefix.ends_with('.'))
+    };
+    let similar = tensors.keys().find(|found| prefixed(found, name) || prefixed(name, found));
+    Error::MissingWeight { path: path.to_owned(), name: name.into(), similar: similar.cloned() }
+}
+
+/// What to say of a file that is no safetensors file.
+fn not_safetensors(path: &Path, bytes: &[u8], error: SafeTensorError) -> Error {
+    // A zip archive, or a pickle of protocol 2 to 5.
+    if bytes.starts_with(b"PK\x03\x04") || matches!(bytes, [0x80, 2..=5, ..]) {
+        let reason = "a file of PyTorch's own format (a pickle), not of safetensors; convert it in Python: \
+                      `safetensors.torch.save_file(model.state_dict(), \"weights.safetensors\")`";
+        return Error::data(path, reason);
+    }
+    let reason = format!("{error}; is it truncated? It has {} bytes", bytes.len());
+    Error::damaged(path, reason)
 }
 
 /// What to say of a tensor's values that are not finite, as they are or in `dtype`.
@@ -348,7 +368,7 @@ impl Backend {
             Source::Random(noise) => initial(*noise, name, shape, init)?,
             Source::Given(path, tensors) => {
                 let Some(tensor) = tensors.get(name) else {
-                    return Err(Error::MissingWeight { path: path.clone(), name: name.into() });
+                    return Err(missing(path, name, tensors));
                 };
                 if tensor.shape() != shape {
                     return Err(Error::WeightShape {

@@ -341,6 +341,49 @@ fn a_trainer_takes_no_weights_that_are_not_finite() {
     assert!(message.contains("out_conv.bias is not finite: 1 of 1 values"), "{message}");
 }
 
+#[test]
+fn a_file_of_pytorchs_own_format_is_called_that() {
+    let pickle = [0x80, 2, 0x8a, 10, 0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
+    for bytes in [&b"PK\x03\x04\x00\x00\x08\x08\x00\x00 and the rest of an archive"[..], &pickle] {
+        let (_dir, path) = file(bytes);
+        let message = load(&path, DType::F32).unwrap_err().to_string();
+        let expected = format!("{}: a file of PyTorch's own format", path.display());
+        assert!(message.starts_with(&expected) && !message.contains("damaged"), "{message}");
+        assert!(message.contains("save_file(model.state_dict(),"), "{message}");
+    }
+    let (_dir, path) = file(b"anything else");
+    let message = load(&path, DType::F32).unwrap_err().to_string();
+    assert!(message.contains("damaged file"), "{message}");
+}
+
+#[test]
+fn a_missing_weight_is_told_with_the_name_that_the_file_has() {
+    let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
+    let parameters = parameters();
+    let _: UNet = parameters.build(&config).unwrap();
+    let named = |prefix: &str, taken: &str| {
+        let named = |(name, var): (String, Var)| {
+            let name = name.strip_prefix(taken).unwrap_or(&name);
+            (format!("{prefix}{name}"), var.as_detached_tensor())
+        };
+        let weights: BTreeMap<_, _> = parameters.vars().into_iter().map(named).collect();
+        let (_dir, path) = file(&safetensors::serialize(&weights, None).unwrap());
+        load(&path, DType::F32).unwrap().build(&config).map(drop).unwrap_err().to_string()
+    };
+    let missing = "weight down_blocks.0.res1.shortcut.weight is missing; the file has ";
+    for (prefix, taken, expected) in [
+        ("module.", "", "module.down_blocks.0.res1.shortcut.weight"),
+        ("model.unet.", "", "model.unet.down_blocks.0.res1.shortcut.weight"),
+        ("", "down_blocks.0.", "res1.shortcut.weight"),
+    ] {
+        let message = named(prefix, taken);
+        let expected = format!("{missing}{expected}, under another prefix");
+        assert!(message.ends_with(&expected), "{message}");
+    }
+    let message = named("module_", "");
+    assert!(message.ends_with("res1.shortcut.weight is missing"), "{message}");
+}
+
 /// Names and lists from a file are quoted in short.
 #[test]
 fn messages_do_not_grow_with_what_they_are_about() {

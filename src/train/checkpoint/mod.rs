@@ -15,6 +15,7 @@ use self::files::{Checksum, read_tensors};
 use self::state::{Files, STATE, State, mismatch, read_state};
 use super::{AdamConfig, AdamW, Ema, EmaConfig, GradScaler, GradScalerConfig, TrainConfig};
 use crate::error::in_short;
+use crate::network::missing;
 use crate::{Diffusion, Error, Network, Parameters, Result, Sampler, SamplerConfig, Solver};
 
 pub(super) use self::state::MAX_STEP;
@@ -343,9 +344,7 @@ fn check_tensors(
     let path = path.to_owned();
     for (name, expected) in expected {
         let name = name.clone();
-        let Some(found) = found.get(&name) else {
-            return Err(Error::MissingWeight { path, name });
-        };
+        let Some(found) = found.get(&name) else { return Err(missing(&path, &name, found)) };
         if found.shape() != expected.shape() {
             let (found, expected) = (found.dims().to_vec(), expected.dims().to_vec());
             return Err(Error::WeightShape { path, name, found, expected });
