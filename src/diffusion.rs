@@ -112,8 +112,8 @@ impl Diffusion {
     }
 
     /// # Errors
-    /// Unless `x_0` and `eps` have one shape (batch, ...) and one floating dtype, and `t` holds a
-    /// timestep of the schedule for each of the batch.
+    /// Returns an error if `x_0` and `eps` do not have one shape (batch, ...) and one floating dtype, or
+    /// if `t` does not hold a timestep of the schedule for each of the batch.
     pub(crate) fn check(&self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<()> {
         let Some(&batch) = x_0.dims().first() else {
             let expected = "(batch, ...)".to_string();
@@ -131,24 +131,7 @@ impl Diffusion {
             let expected = format!("{}, that of x_0", x_0.dtype().as_str());
             return Err(Error::config("dtype of eps", eps.dtype().as_str(), expected));
         }
-        if t.dims() != [batch] {
-            let expected = format!("[{batch}], one timestep for each image");
-            return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });
-        }
-        if !t.dtype().is_int() {
-            return Err(Error::config("dtype of t", t.dtype().as_str(), "an integer one"));
-        }
-        // On a GPU reading `t` would wait for all work before it: there candle's own kernels check, and
-        // this crate's give NaN.
-        if t.device().is_cpu() {
-            let steps = self.schedule.steps();
-            let timesteps = t.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-            if let Some(t) = timesteps.into_iter().find(|t| !(0..steps as i64).contains(t)) {
-                let expected = format!("from 0 to {}, a timestep of the schedule", steps - 1);
-                return Err(Error::config("t", t, expected));
-            }
-        }
-        Ok(())
+        check_timesteps(t, batch, Some(self.schedule.steps()))
     }
 
     /// `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` of every timestep.
@@ -182,6 +165,31 @@ impl Diffusion {
         };
         Ok((gather(&f64::sqrt)?, gather(&|a| (1.0 - a).sqrt())?))
     }
+}
+
+/// # Errors
+/// Returns an error if `t` does not hold an integer for each of the batch, or one that is negative or not
+/// less than `steps`. On a GPU their values are not looked at, since reading them would wait for all work
+/// before: there candle's own kernels check, and this crate's give NaN.
+pub(crate) fn check_timesteps(t: &Tensor, batch: usize, steps: Option<usize>) -> Result<()> {
+    if t.dims() != [batch] {
+        let expected = format!("[{batch}], one timestep for each image");
+        return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });
+    }
+    if !t.dtype().is_int() {
+        return Err(Error::config("dtype of t", t.dtype().as_str(), "an integer one"));
+    }
+    if !t.device().is_cpu() {
+        return Ok(());
+    }
+    let last = steps.map_or(i64::MAX, |steps| steps as i64 - 1);
+    let timesteps = t.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+    let Some(t) = timesteps.into_iter().find(|t| !(0..=last).contains(t)) else { return Ok(()) };
+    let expected = match steps {
+        Some(_) => format!("from 0 to {last}, a timestep of the schedule"),
+        None => "at least 0, a timestep".into(),
+    };
+    Err(Error::config("t", t, expected))
 }
 
 /// Of image and noise in `x_t`.

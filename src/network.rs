@@ -364,6 +364,9 @@ impl Backend {
         dtype: DType,
         device: &Device,
     ) -> Result<Var> {
+        if !dtype.is_float() {
+            return Err(Error::config("dtype of the weights", dtype.as_str(), "a floating one"));
+        }
         let tensor = match &self.0.source {
             Source::Random(noise) => initial(*noise, name, shape, init)?,
             Source::Given(path, tensors) => {

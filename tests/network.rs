@@ -174,6 +174,34 @@ fn wrong_dtypes_are_refused() {
     assert_eq!(y.dtype(), DType::F64);
 }
 
+#[test]
+fn what_is_no_timestep_is_refused() {
+    let vb = parameters().builder();
+    let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
+    let unet = UNet::new(&config, vb.pp("unet")).unwrap();
+    let embedding = TimeEmbedding::new(4, vb.pp("time")).unwrap();
+    let x = ones(&[2, 1, 28, 28]);
+    let t = |t: &[f64], dtype| Tensor::new(t, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+    for (t, expected) in [
+        (t(&[0.0, 5.0], DType::F32), "dtype of t is f32; it must be an integer one"),
+        (t(&[0.0, f64::NAN], DType::F64), "dtype of t is f64; it must be an integer one"),
+        (t(&[0.0, -1.0], DType::I64), "t is -1; it must be at least 0, a timestep"),
+        (t(&[-7.0, 3.0], DType::I32), "t is -7; it must be at least 0, a timestep"),
+    ] {
+        let dropout = Dropout::new(0, 0);
+        for message in [
+            embedding.forward(&t).map(drop),
+            unet.forward(&x, &t).map(drop),
+            unet.forward_train(&x, &t, &dropout).map(drop),
+            unet.forward_backward(&x, &t, &dropout, &mut |y| Ok(y.clone())).map(drop),
+        ]
+        .map(|result| result.unwrap_err().to_string())
+        {
+            assert_eq!(message, expected);
+        }
+    }
+}
+
 /// The largest change of a network's output where the timestep is 999 in place of 0.
 fn hearing(network: impl Fn(u32) -> Result<Tensor>) -> f32 {
     let change = (network(0).unwrap() - network(999).unwrap()).unwrap().abs().unwrap();
@@ -382,6 +410,13 @@ fn a_missing_weight_is_told_with_the_name_that_the_file_has() {
     }
     let message = named("module_", "");
     assert!(message.ends_with("res1.shortcut.weight is missing"), "{message}");
+}
+
+#[test]
+fn weights_of_no_floating_dtype_are_refused() {
+    let vb = Parameters::new(0, DType::U8, &Device::Cpu).builder();
+    let message = vb.get(3, "w").unwrap_err().to_string();
+    assert!(message.contains("dtype of the weights is u8; it must be a floating one"), "{message}");
 }
 
 /// Names and lists from a file are quoted in short.

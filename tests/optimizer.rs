@@ -124,6 +124,47 @@ fn a_limit_that_is_not_positive_is_refused() {
 }
 
 #[test]
+fn weights_and_gradients_of_no_floating_dtype_are_refused() {
+    for dtype in [DType::U8, DType::U32, DType::I64] {
+        let ones = Tensor::ones(2, dtype, &Device::Cpu).unwrap();
+        let vars = BTreeMap::from([("a.b".to_string(), Var::from_tensor(&ones).unwrap())]);
+        let mut gradients = BTreeMap::from([("a.b".to_string(), ones)]);
+        let (ema, name) = (EmaConfig { decay: 0.9, warmup: true }, dtype.as_str());
+        for (result, what) in [
+            (AdamW::new(AdamConfig::adam(0.1), &vars).map(drop), "weight"),
+            (Ema::new(ema, &vars).map(drop), "weight"),
+            (clip_grad_norm(&mut gradients, 1.0).map(drop), "gradient"),
+        ] {
+            let message = result.unwrap_err().to_string();
+            let expected = format!("{what} is a.b of dtype {name}; it must be of a floating dtype");
+            assert_eq!(message, expected);
+        }
+    }
+}
+
+#[test]
+fn a_learning_rate_that_makes_no_step_is_refused() {
+    for dtype in [DType::F32, DType::F64] {
+        let var = Var::ones(2, dtype, &Device::Cpu).unwrap();
+        let vars = BTreeMap::from([("w".to_string(), var.clone())]);
+        let mut adam = AdamW::new(AdamConfig::adamw(0.1, 0.1), &vars).unwrap();
+        let gradients =
+            BTreeMap::from([("w".to_string(), var.as_detached_tensor().copy().unwrap())]);
+        for rate in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1.0, -1e-300, 1e39] {
+            let message = adam.step(&gradients, rate).unwrap_err().to_string();
+            let expected =
+                format!("learning_rate is {rate}; it must be at least 0 and finite in f32");
+            assert_eq!(message, expected);
+        }
+        let values = || var.to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap();
+        assert_eq!((values(), adam.steps()), (vec![1.0; 2], 0));
+        // At the end of a cool-down.
+        adam.step(&gradients, 0.0).unwrap();
+        assert_eq!((values(), adam.steps()), (vec![1.0; 2], 1));
+    }
+}
+
+#[test]
 fn gradients_that_do_not_fit_change_nothing() {
     let tensor = |shape: &[usize], dtype| Tensor::ones(shape, dtype, &Device::Cpu).unwrap();
     let vars: BTreeMap<String, Var> = ["a", "b"]

@@ -589,6 +589,52 @@ fn a_weight_without_a_gradient_is_named_unless_the_network_allows_it() {
 }
 
 #[test]
+fn a_batch_that_does_not_fit_is_told_as_the_caller_gave_it() {
+    let batch = Tensor::zeros((4, 1, 8, 8), DType::F32, &Device::Cpu).unwrap();
+    for dtype in [DType::F64, DType::F16, DType::BF16, DType::U8] {
+        let message =
+            trainer(config()).step(&batch.to_dtype(dtype).unwrap()).unwrap_err().to_string();
+        assert_eq!(message, format!("dtype of x_0 is {}; it must be f32", dtype.as_str()));
+    }
+    for accumulation in [1, 2, 4] {
+        let mut trainer = trainer(TrainConfig { accumulation, ..config() });
+        let wide = Tensor::zeros((4, 1, 8, 12), DType::F32, &Device::Cpu).unwrap();
+        let message = trainer.step(&wide).unwrap_err().to_string();
+        assert_eq!(message, "x_0 has shape [4, 1, 8, 12]; it must be (batch, 1, 8, 8)");
+    }
+}
+
+/// A network whose output has not the shape of its input.
+#[derive(Serialize, Deserialize)]
+struct Flattening;
+
+struct FlatModel(Tensor);
+
+impl Network for Flattening {
+    const KIND: &'static str = "flattening";
+    type Model = FlatModel;
+
+    fn build(&self, vb: VarBuilder) -> Result<FlatModel> {
+        Ok(FlatModel(vb.get(1, "w")?))
+    }
+}
+
+impl Denoiser for FlatModel {
+    fn forward(&self, x_t: &Tensor, _: &Tensor) -> Result<Tensor> {
+        Ok(x_t.flatten_from(1)?.broadcast_mul(&self.0)?)
+    }
+}
+
+#[test]
+fn an_output_of_another_shape_is_called_the_networks() {
+    let mut trainer = Trainer::new(Flattening, config(), Diffusion::ddpm(), &Device::Cpu).unwrap();
+    let message = trainer.fit(&Ramps(10), &mut ()).unwrap_err().to_string();
+    let expected =
+        "the network's output has shape [4, 64]; it must be [4, 1, 8, 8], that of its input";
+    assert_eq!(message, expected);
+}
+
+#[test]
 fn wrong_configurations_are_refused() {
     let adam = config().optimizer;
     let optimizer = |optimizer| TrainConfig { optimizer, ..config() };
@@ -599,6 +645,7 @@ fn wrong_configurations_are_refused() {
             TrainConfig { accumulation: 3, ..config() },
             "accumulation is 3; it must be a divisor of batch_size, which is 4",
         ),
+        (TrainConfig { steps: 0, ..config() }, "steps is 0; it must be at least 1"),
         (TrainConfig { log_every: 0, ..config() }, "log_every is 0"),
         (TrainConfig { keep_checkpoints: 0, ..config() }, "keep_checkpoints is 0"),
         (TrainConfig { clip_norm: Some(0.0), ..config() }, "clip_norm is 0; it must be positive"),
@@ -610,6 +657,9 @@ fn wrong_configurations_are_refused() {
             "ema.decay is 1",
         ),
         (optimizer(AdamConfig { learning_rate: -1.0, ..adam }), "learning_rate is -1"),
+        (optimizer(AdamConfig::adam(f64::NAN)), "learning_rate is NaN"),
+        (optimizer(AdamConfig::adam(1e39)), "it must be positive and finite in f32"),
+        (optimizer(AdamConfig::adamw(1e-4, 1e39)), "it must be at least 0 and finite in f32"),
         (
             optimizer(AdamConfig { beta1: 1.0, ..adam }),
             "beta1 is 1; it must be at least 0 and less",

@@ -4,6 +4,7 @@ use candle_nn::VarBuilder;
 use super::engine::{Autograd, Engine, VectorActivation};
 use super::layers::Linear;
 use super::weights_dtype;
+use crate::diffusion::check_timesteps;
 use crate::{Error, Result};
 
 /// Tells the network how noisy its input is: sines and cosines of the timestep at geometrically
@@ -31,7 +32,7 @@ impl TimeEmbedding {
     /// An embedding of `dim` values, through `4 dim` hidden ones.
     ///
     /// # Errors
-    /// Unless `dim` is even and at least 4, or if `vb` is of another dtype than f32 or f64, or a
+    /// Returns an error if `dim` is odd or less than 4, if `vb` is of another dtype than f32 or f64, or if a
     /// weight cannot be had from it.
     pub fn new(dim: usize, vb: VarBuilder) -> Result<Self> {
         check_dim(dim)?;
@@ -50,8 +51,14 @@ impl TimeEmbedding {
     /// `t` (batch) of an integer dtype to (batch, dim).
     ///
     /// # Errors
-    /// If `t` is not one-dimensional.
+    /// Returns an error if `t` is not one-dimensional or not of an integer dtype, or on the CPU if a timestep
+    /// is negative.
     pub fn forward(&self, t: &Tensor) -> Result<Tensor> {
+        let &[batch] = t.dims() else {
+            let expected = "(batch)".to_string();
+            return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });
+        };
+        check_timesteps(t, batch, None)?;
         let embedding = self.sinusoids(t)?.unsqueeze(1)?.unsqueeze(1)?;
         Ok(self.run(&Autograd, &embedding)?.flatten_from(1)?)
     }
@@ -76,12 +83,9 @@ impl TimeEmbedding {
         engine.linear(VectorActivation::Gelu, &self.output, &hidden)
     }
 
-    /// `[sin | cos]` of `t` times each frequency: (batch, dim), in the weights' dtype.
+    /// `[sin | cos]` of `t` times each frequency: (batch, dim), in the weights' dtype. `t` was
+    /// [checked](check_timesteps).
     pub(super) fn sinusoids(&self, t: &Tensor) -> Result<Tensor> {
-        if t.rank() != 1 {
-            let expected = "(batch)".to_string();
-            return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });
-        }
         // Half precision would put the phase off by 0.1 rad. Metal has no f64, not even to cast from.
         let dtype = if t.device().is_metal() { DType::F32 } else { DType::F64 };
         let frequencies = Tensor::new(self.frequencies.as_slice(), &Device::Cpu)?

@@ -18,6 +18,7 @@ use super::pool::Pool;
 use super::tape::{Map, Tape};
 use super::{ResBlock, TimeEmbedding, UNetConfig, weights_dtype};
 use crate::denoiser::backward_by_autograd;
+use crate::diffusion::check_timesteps;
 use crate::kernels::{self, Activation, Scale};
 use crate::{Denoiser, Dropout, Error, Network, Precision, Result};
 
@@ -161,7 +162,7 @@ impl UNet {
     }
 
     /// # Errors
-    /// Unless `x_t` and `t` are a batch of what the network takes.
+    /// Returns an error if `x_t` and `t` are not a batch of what the network takes.
     fn check(&self, x_t: &Tensor, t: &Tensor) -> Result<()> {
         let UNetConfig { channels, image_size, .. } = self.config;
         if x_t.rank() != 4 || x_t.dims()[1..] != [channels, image_size, image_size] {
@@ -176,11 +177,7 @@ impl UNet {
         if !x_t.dtype().is_float() {
             return Err(Error::config("dtype of x_t", x_t.dtype().as_str(), "a floating one"));
         }
-        if t.dims() != [batch] {
-            let expected = format!("[{batch}], one timestep for each image");
-            return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });
-        }
-        Ok(())
+        check_timesteps(t, batch, None)
     }
 
     /// The network itself: from a channels-last `x_t` and the timesteps' sinusoids.

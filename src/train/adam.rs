@@ -55,9 +55,11 @@ impl AdamConfig {
     }
 
     pub(super) fn validate(&self) -> Result<()> {
-        let positive = |x: f64| x > 0.0 && x.is_finite();
-        if !positive(self.learning_rate) {
-            return Err(Error::config("learning_rate", self.learning_rate, "positive and finite"));
+        // Updates are computed in f32.
+        let finite = |x: f64| (x as f32).is_finite();
+        if !(self.learning_rate > 0.0 && finite(self.learning_rate)) {
+            let expected = "positive and finite in f32";
+            return Err(Error::config("learning_rate", self.learning_rate, expected));
         }
         for (field, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
             if !(0.0..1.0).contains(&beta) {
@@ -65,14 +67,14 @@ impl AdamConfig {
             }
         }
         // The update of a weight whose gradient is 0 would be 0 / 0.
-        if !positive(f64::from(self.eps as f32)) {
+        if !(self.eps as f32 > 0.0 && finite(self.eps)) {
             return Err(Error::config("eps", self.eps, "positive and finite in f32"));
         }
         match self.weight_decay {
             WeightDecay::L2(decay) | WeightDecay::Decoupled(decay)
-                if !(decay >= 0.0 && decay.is_finite()) =>
+                if !(decay >= 0.0 && finite(decay)) =>
             {
-                Err(Error::config("weight_decay", decay, "at least 0 and finite"))
+                Err(Error::config("weight_decay", decay, "at least 0 and finite in f32"))
             }
             _ => Ok(()),
         }
@@ -109,11 +111,12 @@ impl AdamW {
     /// An optimiser of these weights.
     ///
     /// # Errors
-    /// If a setting is out of its range.
+    /// If a setting is out of its range, or a weight is not of a floating dtype.
     pub fn new(config: AdamConfig, vars: &BTreeMap<String, Var>) -> Result<Self> {
         config.validate()?;
         let mut slots = BTreeMap::new();
         for (name, var) in vars {
+            check_floating("weight", name, var)?;
             let (mean, square) = (var.as_tensor().zeros_like()?, var.as_tensor().zeros_like()?);
             let slot = Slot { var: var.clone(), mean, square };
             slots.insert(name.clone(), slot);
@@ -128,12 +131,16 @@ impl AdamW {
     }
 
     /// One update with these gradients, by the weights' names, at this learning rate, which takes
-    /// the place of the configuration's. A weight without a gradient stays as it is.
+    /// the place of the configuration's and may be 0. A weight without a gradient stays as it is.
     ///
     /// # Errors
-    /// If a gradient has another shape or dtype than its weight, or is on another device; then
-    /// nothing is changed.
+    /// If the learning rate is negative, infinite or NaN; if a gradient has another shape or dtype than its
+    /// weight, or is on another device; then nothing is changed.
     pub fn step(&mut self, gradients: &BTreeMap<String, Tensor>, learning_rate: f64) -> Result<()> {
+        if !(learning_rate >= 0.0 && (learning_rate as f32).is_finite()) {
+            let expected = "at least 0 and finite in f32";
+            return Err(Error::config("learning_rate", learning_rate, expected));
+        }
         self.check(gradients)?;
         if self.has_kernel(gradients) {
             return self.step_by_kernel(gradients, learning_rate, 1.0, None);
@@ -536,6 +543,17 @@ fn counts(steps: u64, ema: Option<&Ema>, scaler: Option<&GradScaler>) -> cuda::C
     }
 }
 
+/// # Errors
+/// Returns an error if the tensor of this name is not of a floating dtype: candle panics over some
+/// functions of others.
+pub(super) fn check_floating(what: &'static str, name: &str, tensor: &Tensor) -> Result<()> {
+    if tensor.dtype().is_float() {
+        return Ok(());
+    }
+    let value = format!("{name} of dtype {}", tensor.dtype().as_str());
+    Err(Error::config(what, value, "of a floating dtype"))
+}
+
 /// What two tensors must have in common to be added element by element.
 fn kind(t: &Tensor) -> (DType, &[usize], DeviceLocation) {
     (t.dtype(), t.dims(), t.device().location())
@@ -564,11 +582,12 @@ pub(super) fn by_name(
 /// The norm stays on the device: nothing is read back.
 ///
 /// # Errors
-/// If there are no gradients, or `max_norm` is not positive.
+/// If there are no gradients, one is not of a floating dtype, or `max_norm` is not positive.
 pub fn clip_grad_norm(gradients: &mut BTreeMap<String, Tensor>, max_norm: f64) -> Result<Tensor> {
     if max_norm.is_nan() || max_norm <= 0.0 {
         return Err(Error::config("max_norm", max_norm, "positive, or infinite not to clip"));
     }
+    gradients.iter().try_for_each(|(name, gradient)| check_floating("gradient", name, gradient))?;
     let squares: Vec<Tensor> =
         gradients.values().map(|g| g.sqr()?.sum_all()).collect::<candle_core::Result<_>>()?;
     if squares.is_empty() {

@@ -17,7 +17,7 @@ use crate::{Error, Precision, Result};
 pub struct TrainConfig {
     /// Seed of everything random: weights, order of images, timesteps, noise, flips, dropout.
     pub seed: u64,
-    /// How many updates of the weights there are in all.
+    /// How many updates of the weights there are in all; at least 1.
     pub steps: u64,
     /// Images for each update; at least 1 and less than 2^32.
     pub batch_size: usize,
@@ -92,9 +92,10 @@ impl TrainConfig {
     /// Whether one can train like this; [`Trainer::new`](crate::Trainer::new) asks as well.
     ///
     /// # Errors
-    /// Names the first field that does not fit, its value and what is allowed.
+    /// Returns an error that names the first field that does not fit, its value and what is allowed.
     pub fn validate(&self) -> Result<()> {
         for (field, value) in [
+            ("steps", self.steps),
             ("batch_size", self.batch_size as u64),
             ("accumulation", self.accumulation as u64),
             ("log_every", self.log_every),

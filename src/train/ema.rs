@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use candle_core::{Tensor, Var};
 use serde::{Deserialize, Serialize};
 
+use super::adam::check_floating;
 use crate::{Error, Result};
 
 /// Settings of [`Ema`].
@@ -45,11 +46,13 @@ impl Ema {
     /// An average that begins at these weights.
     ///
     /// # Errors
-    /// Unless `0 <= decay < 1`.
+    /// Returns an error if `decay` is not at least 0 and less than 1, or a weight is not of a floating dtype.
     pub fn new(config: EmaConfig, vars: &BTreeMap<String, Var>) -> Result<Self> {
         config.validate()?;
-        let copy =
-            |(name, var): (&String, &Var)| Ok((name.clone(), var.as_detached_tensor().copy()?));
+        let copy = |(name, var): (&String, &Var)| {
+            check_floating("weight", name, var)?;
+            Ok((name.clone(), var.as_detached_tensor().copy()?))
+        };
         Ok(Self { config, updates: 0, averages: vars.iter().map(copy).collect::<Result<_>>()? })
     }
 

@@ -229,7 +229,7 @@ impl<N: Network> Trainer<N> {
     /// `eps` standard normal.
     ///
     /// # Errors
-    /// If the batch does not fit the network, or its size not
+    /// If the batch is not of f32 or does not fit the network, or its size does not fit
     /// [`accumulation`](TrainConfig::accumulation); in the first update, if a weight has no gradient
     /// and [may not lack it](Denoiser::may_lack_gradient). Whether a loss is finite is seen when it is
     /// read: by [`fit`](Self::fit), by [`save`](Self::save), or here after 10,000 unread ones.
@@ -238,6 +238,9 @@ impl<N: Network> Trainer<N> {
         if dims.is_empty() {
             let expected = "(batch, channels, height, width)".to_string();
             return Err(Error::Shape { what: "x_0", found: vec![], expected });
+        }
+        if x_0.dtype() != DType::F32 {
+            return Err(Error::config("dtype of x_0", x_0.dtype().as_str(), "f32"));
         }
         self.check_step()?;
         let t = self.timesteps(dims[0])?;
@@ -300,6 +303,7 @@ impl<N: Network> Trainer<N> {
             return Err(Error::Shape { what: "x_0", found: x_0.dims().to_vec(), expected });
         }
         self.diffusion.check(x_0, t, eps)?;
+        let whole = x_0.dims().to_vec();
         let part = batch / parts;
         let mut sums = BTreeMap::new();
         let mut sum_of_losses: Option<Tensor> = None;
@@ -314,10 +318,22 @@ impl<N: Network> Trainer<N> {
             let scale = 1.0 / (parts * target.elem_count()) as f64;
             let mut losses = Vec::new();
             let found = self.model.forward_backward(&x_t, &t, &dropout, &mut |output| {
+                if output.dims() != x_t.dims() {
+                    let expected = format!("{:?}, that of its input", x_t.dims());
+                    let (what, found) = ("the network's output", output.dims().to_vec());
+                    return Err(Error::Shape { what, found, expected });
+                }
                 let (loss, gradient) =
                     squared_error(output, &target, scale, gradient_scale.as_ref())?;
                 losses.push(loss);
                 Ok(gradient)
+            });
+            let found = found.map_err(|error| match error {
+                // Of what the caller gave, x_t is a part.
+                Error::Shape { what: "x_t", expected, .. } => {
+                    Error::Shape { what: "x_0", found: whole.clone(), expected }
+                }
+                error => error,
             })?;
 
             let [loss] = losses.as_slice() else {
