@@ -22,7 +22,7 @@ use ddpm::{Sampler, UNet, UNetConfig};
 struct Cli {
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// How many images, of which 100 at a time are in memory
+    /// How many images; a few at a time are in memory
     #[arg(long, value_name = "N", default_value = "64", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=1024))]
     count: usize,
@@ -75,7 +75,7 @@ fn draw_to_files(
     let (shape, total) = ((cli.count, channels, size, size), sampler.timesteps().len());
     // A part after the other comes to each frame.
     let mut frames: BTreeMap<usize, Vec<u8>> = BTreeMap::new();
-    let mut progress = Progress::new(draw::steps(sampler, cli.count) as u64, 0);
+    let mut progress = Progress::new(draw::steps(sampler, cli.count, device) as u64, 0);
     progress.start();
     let pixels = draw::draw(sampler, model, shape, cli.sampling.seed, device, |step| {
         if cli.gif.is_some() && pictures::has_frame(step.index, total) {

@@ -77,11 +77,13 @@ impl Noise {
         Address { seed: self.seed, place, step: step & 0xff_ffff_ffff }
     }
 
-    /// Standard normals of shape (batch, ...): sample `k` has its own stream.
+    /// Standard normals of shape (batch, ...): each sample has its own stream, and the batch begins at
+    /// number `first`.
     pub(crate) fn normal(
         self,
         purpose: Purpose,
         step: u64,
+        first: u32,
         shape: &[usize],
         device: &Device,
     ) -> Result<Tensor> {
@@ -89,12 +91,12 @@ impl Noise {
         if device.is_cuda() {
             let gpu = crate::kernels::cuda::Gpu::of(device)?;
             let address = self.address(purpose, 0, step);
-            return Ok(crate::kernels::cuda::normals(&gpu, address, shape)?);
+            return Ok(crate::kernels::cuda::normals(&gpu, address, first, shape)?);
         }
         let mut values = zeros("noise", shape)?;
         let count = values.len() / shape[0].max(1);
         for (k, sample) in values.chunks_mut(count.max(1)).enumerate() {
-            self.stream(purpose, step, k as u32).fill_normal(sample);
+            self.stream(purpose, step, first.wrapping_add(k as u32)).fill_normal(sample);
         }
         Ok(Tensor::from_vec(values, shape, device)?)
     }
@@ -303,8 +305,8 @@ mod tests {
     #[test]
     fn a_sample_does_not_depend_on_its_batch() -> Result<()> {
         let noise = Noise::new(3);
-        let four = noise.normal(Purpose::Prior, 9, &[4, 3, 5], &Device::Cpu)?;
-        let two = noise.normal(Purpose::Prior, 9, &[2, 3, 5], &Device::Cpu)?;
+        let four = noise.normal(Purpose::Prior, 9, 0, &[4, 3, 5], &Device::Cpu)?;
+        let two = noise.normal(Purpose::Prior, 9, 0, &[2, 3, 5], &Device::Cpu)?;
         let of = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert_eq!(of(&four)[..30], of(&two));
         assert_ne!(of(&four)[..15], of(&four)[15..30]);

@@ -140,6 +140,8 @@ pub struct Sampler {
     /// From the noisiest timestep to the cleanest.
     updates: Vec<Update>,
     clip: bool,
+    /// The number of a batch's first image.
+    first: u32,
 }
 
 impl Sampler {
@@ -200,7 +202,7 @@ impl Sampler {
             })
             .collect();
         updates.reverse();
-        Ok(Self { diffusion: diffusion.clone(), updates, clip: false })
+        Ok(Self { diffusion: diffusion.clone(), updates, clip: false, first: 0 })
     }
 
     /// Whether each step's predicted `x_0` is clipped to [-1, 1] before it is used. Off unless
@@ -209,6 +211,26 @@ impl Sampler {
     #[must_use]
     pub fn clip_denoised(self, clip: bool) -> Self {
         Self { clip, ..self }
+    }
+
+    /// Which of a seed's images a batch begins with: number `first`, 0 unless set. Many images can be drawn
+    /// so in parts, with the memory of a part. [`steps_from`](Self::steps_from) makes no use of it.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # use ddpm::{Diffusion, Sampler, Solver, from_fn};
+    /// # let denoiser = from_fn(|x_t: &Tensor, _t: &Tensor| Ok(x_t.clone()));
+    /// # let device = Device::Cpu;
+    /// let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddpm(), 5)?;
+    /// let four = sampler.sample(&denoiser, (4, 1, 8, 8), 0, &device)?;
+    /// let last = sampler.first_image(3).sample(&denoiser, (1, 1, 8, 8), 0, &device)?;
+    /// let values = |images: Tensor| images.flatten_all()?.to_vec1::<f32>();
+    /// assert_eq!(values(last)?, values(four.narrow(0, 3, 1)?)?);
+    /// # Ok::<(), ddpm::Error>(())
+    /// ```
+    #[must_use]
+    pub fn first_image(self, first: u32) -> Self {
+        Self { first, ..self }
     }
 
     /// The timesteps, in the order in which they are taken: decreasing.
@@ -262,19 +284,19 @@ impl Sampler {
         seed: u64,
         device: &Device,
     ) -> Result<Steps<'a, D>> {
-        let (shape, device) = (shape.into(), device.clone());
-        let start = Self::prior(shape.clone(), seed, &device)?;
-        let z = move |t| Self::noise(t, shape.clone(), seed, &device);
+        let (shape, device, first) = (shape.into(), device.clone(), self.first);
+        let start = draw(Purpose::Prior, 0, first, &shape, seed, &device)?;
+        let z = move |t| draw(Purpose::Sampling, t as u64, first, &shape, seed, &device);
         self.steps_from(denoiser, start, z)
     }
 
-    /// The `x_T` of this seed, from which [`steps`](Self::steps) begins: standard normals of shape
-    /// (batch, ...).
+    /// The `x_T` of this seed's images from number 0 on, from which [`steps`](Self::steps) begins: standard
+    /// normals of shape (batch, ...).
     ///
     /// # Errors
     /// If the shape has no batch dimension.
     pub fn prior(shape: impl Into<Shape>, seed: u64, device: &Device) -> Result<Tensor> {
-        draw(Purpose::Prior, 0, shape.into(), seed, device)
+        draw(Purpose::Prior, 0, 0, &shape.into(), seed, device)
     }
 
     /// The noise of this seed that [`steps`](Self::steps) adds when it leaves timestep `t`:
@@ -283,7 +305,7 @@ impl Sampler {
     /// # Errors
     /// If the shape has no batch dimension.
     pub fn noise(t: usize, shape: impl Into<Shape>, seed: u64, device: &Device) -> Result<Tensor> {
-        draw(Purpose::Sampling, t as u64, shape.into(), seed, device)
+        draw(Purpose::Sampling, t as u64, 0, &shape.into(), seed, device)
     }
 
     /// The sampling loop from a given `x_T` (`start`: (batch, ...)), with noise of one's own:
@@ -362,11 +384,19 @@ impl Looks {
     }
 }
 
-fn draw(purpose: Purpose, step: u64, shape: Shape, seed: u64, device: &Device) -> Result<Tensor> {
+/// Standard normals of images from number `first` on.
+fn draw(
+    purpose: Purpose,
+    step: u64,
+    first: u32,
+    shape: &Shape,
+    seed: u64,
+    device: &Device,
+) -> Result<Tensor> {
     if shape.rank() == 0 {
         return Err(no_batch("sample"));
     }
-    Noise::new(seed).normal(purpose, step, shape.dims(), device)
+    Noise::new(seed).normal(purpose, step, first, shape.dims(), device)
 }
 
 type NoiseSource<'a> = dyn FnMut(usize) -> Result<Tensor> + 'a;

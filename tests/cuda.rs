@@ -175,7 +175,8 @@ fn samples_are_the_cpus() -> Result<()> {
         let path = dir.path().join("weights.safetensors");
         candle_core::safetensors::save(&weights.into_iter().collect(), &path)?;
         let unet = Parameters::load(&path, DType::F32, device)?.build(config)?;
-        let sampler = Sampler::new(&Diffusion::ddpm(), solver, 5)?.clip_denoised(true);
+        let sampler =
+            Sampler::new(&Diffusion::ddpm(), solver, 5)?.clip_denoised(true).first_image(7);
         sampler.sample(&unet, (2, 1, 8, 8), 3, device)
     };
     for solver in [Solver::ddim(), Solver::ddpm()] {

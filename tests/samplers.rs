@@ -174,6 +174,9 @@ fn a_sample_does_not_depend_on_the_batch() {
             x.flatten_all().unwrap().to_vec1::<f32>().unwrap()
         });
         assert_eq!(four[..32], two);
+        let last = sampler.clone().first_image(2);
+        let last = last.sample(&denoiser, (2, 1, 4, 4), 7, &Device::Cpu).unwrap();
+        assert_eq!(four[32..], last.flatten_all().unwrap().to_vec1::<f32>().unwrap());
         let other = sampler.sample(&denoiser, (2, 1, 4, 4), 8, &Device::Cpu).unwrap();
         assert_ne!(two, other.flatten_all().unwrap().to_vec1::<f32>().unwrap());
     }

@@ -8,8 +8,13 @@ use super::random::Random;
 use super::tell::grouped;
 use super::{interrupt, pictures};
 
-/// Images in a part.
-const PART: usize = 100;
+/// Images that share a seed.
+const SEEDED: usize = 100;
+
+/// Images that are in memory at a time, a divisor of [`SEEDED`]: a GPU needs many to be busy.
+fn part(device: &Device) -> usize {
+    if device.is_cpu() { 20 } else { SEEDED }
+}
 
 /// One step of one part.
 pub struct Drawn<'a> {
@@ -22,13 +27,13 @@ pub struct Drawn<'a> {
 }
 
 /// How many steps it takes to draw `count` images.
-pub fn steps(sampler: &Sampler, count: usize) -> usize {
-    count.div_ceil(PART) * sampler.timesteps().len()
+pub fn steps(sampler: &Sampler, count: usize, device: &Device) -> usize {
+    count.div_ceil(part(device)) * sampler.timesteps().len()
 }
 
 /// Draws images of `shape` (count, channels, height, width), and gives their pixels as files have
-/// them. Each part has a seed of its own, the first one the seed itself, so that an image depends on
-/// the seed and its place alone. `seen` is told of each step; if the user wants to stop, the drawing
+/// them. Each hundred has a seed of its own, the first one the seed itself. So an image depends on the
+/// seed and its place alone. `seen` is told of each step; if the user wants to stop, the drawing
 /// ends with [`Interrupted`](interrupt::Interrupted).
 pub fn draw(
     sampler: &Sampler,
@@ -44,9 +49,15 @@ pub fn draw(
     pixels
         .try_reserve_exact(len)
         .map_err(|_| format!("no memory for {} bytes, the images' pixels", grouped(len)))?;
+    let part = part(device);
     let (mut seeds, mut seed, mut done) = (Random(seed), seed, 0);
-    for start in (0..count).step_by(PART) {
-        let shape = (PART.min(count - start), channels, height, width);
+    for start in (0..count).step_by(part) {
+        let first = start % SEEDED;
+        if start > 0 && first == 0 {
+            seed = seeds.next();
+        }
+        let shape = (part.min(count - start), channels, height, width);
+        let sampler = sampler.clone().first_image(first as u32);
         let mut images = None;
         for step in sampler.steps(model, shape, seed, device)? {
             interrupt::check()?;
@@ -56,7 +67,6 @@ pub fn draw(
             images = Some(step.x);
         }
         pixels.extend(pictures::bytes(&images.ok_or("the sampler has no steps")?)?);
-        seed = seeds.next();
     }
     Ok(pixels)
 }

@@ -131,7 +131,7 @@ impl Watch {
         let UNetConfig { channels, image_size, .. } = *trainer.model().config();
         let shape = (self.sample_count, channels, image_size, image_size);
         let model = trainer.ema_model()?;
-        let total = draw::steps(&self.sampler, self.sample_count);
+        let total = draw::steps(&self.sampler, self.sample_count, trainer.device());
         let progress = &mut self.progress;
         let drawn =
             draw::draw(&self.sampler, &model, shape, SAMPLE_SEED, trainer.device(), |step| {

@@ -115,7 +115,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let model = cli.sampling.model(&checkpoint, &device)?;
     out!("drawing     {} images, {} steps each", cli.count, sampler.timesteps().len());
     let (shape, seed) = ((cli.count, channels, SIZE, SIZE), cli.sampling.seed);
-    let mut progress = Progress::new(draw::steps(&sampler, cli.count) as u64, 0);
+    let mut progress = Progress::new(draw::steps(&sampler, cli.count, &device) as u64, 0);
     progress.start();
     let samples = draw::draw(&sampler, &model, shape, seed, &device, |step| {
         progress.advance(step.done as u64);

@@ -248,7 +248,7 @@ impl<N: Network> Trainer<N> {
         if let Some(update) = self.step_by_graph(x_0, &t)? {
             return Ok(update);
         }
-        let eps = self.noise().normal(Purpose::Training, self.step, dims, &self.device)?;
+        let eps = self.noise().normal(Purpose::Training, self.step, 0, dims, &self.device)?;
         self.eager(x_0, &t, &eps)
     }
 

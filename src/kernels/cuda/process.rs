@@ -18,8 +18,9 @@ pub(crate) fn are_plain(tensors: &[&Tensor]) -> bool {
         })
 }
 
-/// Standard normals of shape (batch, ...), from the counters at this address: sample `k` has its own.
-pub(crate) fn normals(gpu: &Gpu, address: Address, shape: &[usize]) -> Result<Tensor> {
+/// Standard normals of shape (batch, ...), from the counters at this address: each sample has its own, and
+/// the batch begins at number `first`.
+pub(crate) fn normals(gpu: &Gpu, address: Address, first: u32, shape: &[usize]) -> Result<Tensor> {
     let (y, pointer) = gpu.tensor(shape)?;
     let batch = shape.first().copied().unwrap_or(0);
     let size = y.elem_count() / batch.max(1);
@@ -29,7 +30,7 @@ pub(crate) fn normals(gpu: &Gpu, address: Address, shape: &[usize]) -> Result<Te
             Element::F32,
             "normals",
             blocks_of((batch as u32, blocks), (THREADS, 1)),
-            (pointer, address.seed, address.place, gpu.step(address.step)?, size as u32),
+            (pointer, address.seed, address.place, gpu.step(address.step)?, first, size as u32),
         )?;
     }
     Ok(y)

@@ -85,7 +85,7 @@ impl<N: Network> Trainer<N> {
         let steps = self.optimizer.steps();
         let captured = StepGraph::capture(x_0, t, |x_0, t| {
             let (step, dims) = (self.step, x_0.dims());
-            let eps = self.noise().normal(Purpose::Training, step, dims, &self.device)?;
+            let eps = self.noise().normal(Purpose::Training, step, 0, dims, &self.device)?;
             self.compute(x_0, t, &eps)
         });
         // Nothing of it was run.

@@ -30,13 +30,13 @@ extern "C" __global__ void integers(u32 *y, u64 seed, u64 place, const u64 *step
     for (int k = 0; k < 4; ++k) y[4 * (u64)i + k] = c[k];
 }
 
-// Standard normals (batch, size), four from each counter (Box and Muller 1958): sample k has its own
+// Standard normals (batch, size), four from each counter (Box and Muller 1958): each sample from `first` on has its own
 // stream. A block's threads for counters, blocks in x for samples, and in y for what is more than a block.
-extern "C" __global__ void normals(float *y, u64 seed, u64 place, const u64 *step, u32 size) {
+extern "C" __global__ void normals(float *y, u64 seed, u64 place, const u64 *step, u32 first, u32 size) {
     u32 i = blockIdx.y * blockDim.x + threadIdx.x;
     if (4 * (u64)i >= size) return;
     place = placed(place, step);
-    u32 c[4] = {i, blockIdx.x, (u32)place, (u32)(place >> 32)};
+    u32 c[4] = {i, first + blockIdx.x, (u32)place, (u32)(place >> 32)};
     philox(c, (u32)seed, (u32)(seed >> 32));
     y += (u64)blockIdx.x * size + 4 * (u64)i;
     for (int pair = 0; pair < 4; pair += 2) {
