@@ -11,8 +11,8 @@ use crate::kernels::with_values;
 use crate::network::{open_regular, tensors_of};
 use crate::{Error, Result};
 
-/// What a file held when it was written: its length and CRC-32, which sees any flipped bit, and any other
-/// damage but one in four thousand million.
+/// The length and CRC-32 of a file as it was written. They detect any flipped bit, and all but one in four
+/// thousand million cases of other damage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Checksum {
@@ -21,7 +21,7 @@ pub(super) struct Checksum {
     crc32: u32,
 }
 
-/// As other programs print CRC-32: `"cbf43926"`.
+/// Serialises a CRC-32 as other programs print it: `"cbf43926"`.
 mod hexadecimal {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
@@ -43,8 +43,10 @@ impl Checksum {
         Self { bytes: bytes.len() as u64, crc32: crc.sum() }
     }
 
+    /// Compares a file with this checksum.
+    ///
     /// # Errors
-    /// Returns an error if the file cannot be read, or holds something else than what was written.
+    /// Returns an error if the file cannot be read, or if its content is not what was written.
     pub fn verify(&self, path: &Path) -> Result<()> {
         let (mut file, bytes) = open_regular(path)?;
         let mut crc = Crc::new();
@@ -74,7 +76,7 @@ impl Checksum {
     }
 }
 
-/// The tensors of a file, which holds what was written where that is known.
+/// Reads the tensors of a file, and compares it with the checksum `written`, if there is one.
 pub(super) fn read_tensors(
     path: &Path,
     written: Option<&Checksum>,
@@ -95,7 +97,7 @@ pub(super) fn read_tensors(
 /// Writes tensors of finite f32, and flushes them to disk.
 ///
 /// # Errors
-/// Returns an error if a value is not finite, with its tensor's name, or if the file cannot be written.
+/// Returns an error that names the tensor if a value is not finite, or an error if the file cannot be written.
 pub(super) fn write_tensors(
     path: &Path,
     tensors: &BTreeMap<String, Tensor>,
@@ -126,7 +128,7 @@ pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
     write().map_err(Error::io(path))
 }
 
-/// Makes renames within `dir` last through a power cut. Only Unix can, and needs to.
+/// Flushes renames within `dir` to disk, so that they survive a power failure. Only Unix supports and needs this.
 pub(super) fn sync_dir(dir: &Path) -> Result<()> {
     if cfg!(unix) {
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io(dir))?;

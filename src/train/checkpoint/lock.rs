@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 
 use crate::{Error, Result};
 
-/// How often a lock file that vanished while it was being locked is tried again.
+/// Number of attempts if the lock file disappears while it is being locked.
 const ATTEMPTS: usize = 16;
 
-/// An advisory lock for those who save at one place: a lock on a file that holds the number of the
-/// process. The system releases it when the process ends, however it ends; the file may stay then.
+/// An advisory lock on saving at one place: a lock on a file that holds the process id. The system releases
+/// the lock when the process ends, for any reason. The file may remain.
 ///
-/// A file system without locks gives none: saving goes on without one there.
+/// On a file system without locks there is none, and saving works without it.
 #[derive(Debug)]
 pub(super) struct Lock {
     path: PathBuf,
@@ -18,14 +18,14 @@ pub(super) struct Lock {
 }
 
 impl Lock {
-    /// Takes the lock by the file `path`, for those who save at `dir`.
+    /// Locks the file `path`, for saving at `dir`.
     ///
     /// # Errors
-    /// Returns [`Error::Locked`] if somebody has it, or an error if the file cannot be made.
+    /// Returns [`Error::Locked`] if the lock is held already, or an error if the file cannot be created.
     pub fn take(path: PathBuf, dir: &Path) -> Result<Self> {
         for _ in 1..ATTEMPTS {
             let lock = Self::try_take(path.clone(), dir)?;
-            // Whoever had it may have removed the file between our opening and our locking it.
+            // The previous holder may have removed the file after it was opened here and before it was locked.
             if !lock.is_lost() {
                 return Ok(lock);
             }
@@ -38,14 +38,14 @@ impl Lock {
             OpenOptions::new().read(true).write(write).create(write).truncate(false).open(&path)
         };
         let mut file = match open(true) {
-            // Another owner's, left by a process that was killed: to lock it, reading is enough.
+            // The file belongs to another user, whose process was killed. Opening it to read is enough to lock it.
             Err(e) if e.kind() == ErrorKind::PermissionDenied => open(false),
             opened => opened,
         }
         .map_err(Error::io(&path))?;
         if let Err(TryLockError::WouldBlock) = file.try_lock() {
             let mut text = String::new();
-            // Where locked files cannot be read, the number stays unknown.
+            // On systems where locked files cannot be read, the process id stays unknown.
             let _ = (&mut file).take(20).read_to_string(&mut text);
             let holder = match text.trim().parse::<u32>() {
                 Ok(id) if id == std::process::id() => "this process".into(),
@@ -54,12 +54,12 @@ impl Lock {
             };
             return Err(Error::Locked { path: dir.into(), holder });
         }
-        // Only for the message above: without it the lock is as good.
+        // The id is only for the message above. The lock is valid without it.
         let _ = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
         Ok(Self { path, file })
     }
 
-    /// Whether the path no longer leads to the locked file, so that others can take the lock.
+    /// Returns whether the path no longer leads to the locked file, so that others can take the lock.
     #[cfg(unix)]
     pub fn is_lost(&self) -> bool {
         use std::os::unix::fs::MetadataExt;
@@ -69,7 +69,7 @@ impl Lock {
         !matches!((ours, fs::metadata(&self.path).map(id)), (Ok(a), Ok(b)) if a == b)
     }
 
-    /// As on Unix, as far as the path alone tells.
+    /// Returns whether the path no longer exists. Other cases are detected only on Unix.
     #[cfg(not(unix))]
     pub fn is_lost(&self) -> bool {
         !self.path.exists()
@@ -78,7 +78,7 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // Elsewhere an open file cannot be removed, or another's could be.
+        // On other systems an open file cannot be removed, or the file could be that of another process.
         if cfg!(unix) && !self.is_lost() {
             let _ = fs::remove_file(&self.path);
         }

@@ -1,4 +1,4 @@
-//! A training run on disk: opened here, written by [`store`].
+//! Checkpoints, the form of a training run on disk: opened here, written by [`store`].
 
 mod files;
 mod lock;
@@ -26,16 +26,16 @@ const MODEL: &str = "model.safetensors";
 const EMA: &str = "ema.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 
-/// A training run on disk: a directory of safetensors and JSON, enough to sample or to resume.
+/// A training run on disk: a directory of safetensors and JSON files, enough to sample or to resume.
 ///
-/// [`Trainer::save`](crate::Trainer::save) writes it; all tensors are f32, by the weights' names.
+/// [`Trainer::save`](crate::Trainer::save) writes it. All tensors are f32, and have the names of the weights.
 ///
 /// | file | content |
 /// | --- | --- |
 /// | `checkpoint.json` | format version, step, configurations, checksums of the other files |
 /// | `model.safetensors` | the weights |
-/// | `ema.safetensors` | their averages, where there are any |
-/// | `optimizer.safetensors` | the optimiser's state |
+/// | `ema.safetensors` | the averaged weights, unless the run has none |
+/// | `optimizer.safetensors` | the state of the optimiser |
 ///
 /// ```no_run
 /// use candle_core::Device;
@@ -44,11 +44,11 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 /// let (dir, device) = ("out/mnist/checkpoint", Device::Cpu);
 /// let checkpoint = Checkpoint::open(dir)?;
 ///
-/// // Images from the averaged weights, drawn as the run draws its own.
+/// // Images from the averaged weights, drawn with the sampler settings of the run.
 /// let unet = checkpoint.ema::<UNetConfig>(&device)?;
 /// let images = checkpoint.sampler()?.sample(&unet, (16, 1, 28, 28), 0, &device)?;
 ///
-/// // Or more training, of 30,000 steps in all.
+/// // Or more training, up to 30,000 steps in total.
 /// let network: UNetConfig = checkpoint.network()?;
 /// let diffusion = checkpoint.diffusion().clone();
 /// let config = TrainConfig { steps: 30_000, ..checkpoint.train_config().clone() };
@@ -61,30 +61,30 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens the checkpoint at `dir`; where saving was cut off at the one moment when there is none,
-    /// the new one beside it, or else the newest of those before.
+    /// Opens the checkpoint at `dir`. If a save was interrupted at the one moment when there is none, opens the
+    /// new checkpoint beside it, or else the newest of the previous ones.
     ///
-    /// Each file that is there is read once, and compared with the checksum that was written with it; one
-    /// that is missing is an error for those alone who ask for its tensors. Checkpoints of 0.1.0's format 1
-    /// have no checksums.
+    /// Each file is read once and compared with its checksum. A missing file is an error only when its tensors
+    /// are read. Checkpoints of format 1 have no checksums.
     ///
     /// Weights can be read by any build and on any device, however they were trained.
     ///
     /// # Errors
-    /// Returns an error if there is no complete checkpoint, if it is damaged, or of a newer format.
+    /// Returns an error if there is no complete checkpoint, if the checkpoint is damaged, or if its format is
+    /// newer than this version reads.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
-        /// More saves than there are within the reading of a checkpoint.
+        /// More than the number of saves that can take place while a checkpoint is read.
         const ATTEMPTS: usize = 8;
 
         let dir = dir.as_ref();
         if dir.as_os_str().is_empty() {
-            // A name joined to nothing would be looked for in the current directory.
+            // A file name joined to an empty path would be looked up in the current directory.
             return Err(Error::config("checkpoint directory", r#""""#, "a path"));
         }
         for _ in 1..ATTEMPTS {
             let found = Self::find(dir)?;
             match found.verify() {
-                // A save took place meanwhile: what was read was partly of the next checkpoint.
+                // A save took place in the meantime, and some of the files read belong to the next checkpoint.
                 Err(_) if found.was_replaced() => {}
                 Err(error) => return Err(found.with_older(dir, error)),
                 Ok(()) => return Ok(found),
@@ -95,7 +95,7 @@ impl Checkpoint {
         Ok(found)
     }
 
-    /// As [`open`](Self::open), reading `checkpoint.json` only.
+    /// Like [`open`](Self::open), but reads only `checkpoint.json`.
     fn find(dir: &Path) -> Result<Self> {
         let missing = match Self::newest(dir) {
             Err(error @ Error::NoCheckpoint { .. }) => error,
@@ -104,7 +104,7 @@ impl Checkpoint {
         store::archived(dir).ok().and_then(|mut older| older.pop()).ok_or(missing)
     }
 
-    /// The checkpoint at `dir`, or the new one that `save` was about to move there.
+    /// Opens the checkpoint at `dir`, or the new one that `save` was about to move there.
     fn newest(dir: &Path) -> Result<Self> {
         let missing = match read_state(dir) {
             Ok(state) => return Ok(Self { dir: dir.to_owned(), state }),
@@ -113,15 +113,17 @@ impl Checkpoint {
         };
         let Ok(new) = store::new_beside(dir) else { return Err(missing) };
         match read_state(&new) {
-            // The state is written last: where it reads, all the rest is there.
+            // The state is written last: if it can be read, the other files are complete.
             Ok(state) => Ok(Self { dir: new, state }),
             Err(Error::NoCheckpoint { .. } | Error::Damaged { .. }) => Err(missing),
             Err(error) => Err(error),
         }
     }
 
+    /// Compares all existing files with their checksums.
+    ///
     /// # Errors
-    /// Returns an error if a file that is there is not as it was written.
+    /// Returns an error if an existing file is not as it was written.
     fn verify(&self) -> Result<()> {
         for file in [MODEL, EMA, OPTIMIZER] {
             let path = self.dir.join(file);
@@ -134,7 +136,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// What a file held when it was written, where that is known.
+    /// The checksum of a file, if there is one.
     fn written(&self, file: &str) -> Option<&Checksum> {
         let Files { model, ema, optimizer } = self.state.files.as_ref()?;
         match file {
@@ -144,13 +146,13 @@ impl Checkpoint {
         }
     }
 
-    /// Whether another checkpoint took this one's place, as when a run that still goes on saves.
+    /// Returns whether another checkpoint has replaced this one, for example because its run is still saving.
     fn was_replaced(&self) -> bool {
         self.state.files.is_some()
             && read_state(&self.dir).map_or(true, |now| now.files != self.state.files)
     }
 
-    /// The error of a damaged checkpoint, with the newest one before it that is whole.
+    /// Adds the newest undamaged checkpoint among the previous ones to the error of a damaged one.
     fn with_older(&self, dir: &Path, error: Error) -> Error {
         let Error::Damaged { path, reason } = error else { return error };
         let older = store::archived(dir).unwrap_or_default();
@@ -173,12 +175,12 @@ impl Checkpoint {
         })
     }
 
-    /// The directory: the one asked for, or where it was missing, the one found beside it.
+    /// The directory: the one passed to [`open`](Self::open), or the one found beside it.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Updates of the weights so far.
+    /// The number of updates of the weights so far.
     pub fn step(&self) -> u64 {
         self.state.step
     }
@@ -188,21 +190,21 @@ impl Checkpoint {
         &self.state.diffusion
     }
 
-    /// How the network was trained.
+    /// The training configuration.
     pub fn train_config(&self) -> &TrainConfig {
         &self.state.train
     }
 
-    /// How the run draws its samples, where it [said so](crate::Trainer::set_sampling).
+    /// The sampler settings of the run, if it [recorded](crate::Trainer::set_sampling) them.
     pub fn sampling(&self) -> Option<&SamplerConfig> {
         self.state.sampling.as_ref()
     }
 
-    /// The sampler by which the run draws its samples; where it did not say, deterministic DDIM in 50
-    /// steps (fewer if the schedule has fewer), with clipping.
+    /// A sampler with the settings of the run. If it recorded none, this is deterministic DDIM in 50 sampling
+    /// steps (fewer if the schedule has fewer timesteps), with clipping.
     ///
     /// # Errors
-    /// Those of [`Sampler::new`].
+    /// Returns the errors of [`Sampler::new`].
     pub fn sampler(&self) -> Result<Sampler> {
         let steps = self.diffusion().schedule().steps().min(50);
         let usual = SamplerConfig { solver: Solver::ddim(), steps, clip_denoised: true };
@@ -212,7 +214,7 @@ impl Checkpoint {
     /// The network's configuration.
     ///
     /// # Errors
-    /// If the checkpoint holds another kind of network, or a configuration that `N` does not
+    /// Returns an error if the checkpoint holds another kind of network, or a configuration that `N` does not
     /// accept.
     pub fn network<N: Network>(&self) -> Result<N> {
         let network = &self.state.network;
@@ -228,19 +230,19 @@ impl Checkpoint {
         Error::damaged(self.dir.join(STATE), reason)
     }
 
-    /// The network with its weights; it takes no gradients.
+    /// The network with its weights, which take no gradients.
     ///
     /// # Errors
-    /// If the file is damaged, or does not hold just the weights of the network.
+    /// Returns an error if the file is damaged, or does not hold exactly the weights of the network.
     pub fn model<N: Network>(&self, device: &Device) -> Result<N::Model> {
         self.frozen::<N>(MODEL, device)
     }
 
-    /// The network with its averaged weights, which give the better samples; where none were
-    /// averaged, as [`model`](Self::model).
+    /// The network with its averaged weights, which give better samples. If the run has no average, this is the
+    /// same as [`model`](Self::model).
     ///
     /// # Errors
-    /// If the file is damaged, or does not hold just the weights of the network.
+    /// Returns an error if the file is damaged, or does not hold exactly the weights of the network.
     pub fn ema<N: Network>(&self, device: &Device) -> Result<N::Model> {
         let file = if self.state.train.ema.is_some() { EMA } else { MODEL };
         self.frozen::<N>(file, device)
@@ -278,13 +280,13 @@ impl Checkpoint {
         let state = self.read(OPTIMIZER, device)?;
         let mut optimizer = AdamW::new(config, vars)?;
         check_tensors(&path, &state, &optimizer.shared_state())?;
-        // No update of a run was one of the optimiser's but for those that were skipped.
+        // The optimiser made every update of the run, except those that were skipped.
         let skipped = self.state.grad_scaler.map_or(0, |scaler| scaler.skipped);
         optimizer.restore(self.state.step - skipped, &state)?;
         Ok(optimizer)
     }
 
-    /// The scaler of a run that has one.
+    /// Restores the gradient scaler of a run that has one.
     pub(super) fn grad_scaler(&self, config: GradScalerConfig) -> Result<GradScaler> {
         match self.state.grad_scaler {
             Some(state) => GradScaler::restore(config, state)
@@ -312,8 +314,7 @@ impl Checkpoint {
     }
 
     /// # Errors
-    /// Returns an error if a run with these configurations is not the one that was saved, with what can be
-    /// done.
+    /// Returns an error that ends with `remedy` if the checkpoint is not of a run with these configurations.
     pub(super) fn must_match<N: Network>(
         &self,
         network: &N,

@@ -15,7 +15,7 @@ use crate::{Diffusion, Error, Network, Result, SamplerConfig};
 
 pub(super) const STATE: &str = "checkpoint.json";
 
-/// The newest format that this version reads, and the one that it writes. Format 1 had no checksums.
+/// The format that this version writes, and the newest that it reads. Format 1 had no checksums.
 pub(super) const FORMAT: u32 = 2;
 
 /// The largest `checkpoint.json` that is read; a custom schedule of a million steps fits.
@@ -24,27 +24,29 @@ const MAX_STATE_BYTES: u64 = 64 << 20;
 /// The longest configuration of a network that is read.
 const MAX_NETWORK_BYTES: usize = 1 << 20;
 
-/// `checkpoint.json`: everything except the tensors. `C` is a network's configuration: it is kept as
-/// text until its type is known, since a parsed value would take many times its memory.
+/// The content of `checkpoint.json`: everything except the tensors.
+///
+/// `C` is the network's configuration. It is kept as text until its type is known, because a parsed value would
+/// take many times the memory.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct State<C = Box<RawValue>> {
     pub format_version: u32,
     pub step: u64,
     pub images_seen: u64,
-    /// Images in the source, once one was used.
+    /// Number of images in the source, once a source was used.
     pub dataset_len: Option<u64>,
     pub ema_updates: u64,
-    /// With [`Precision::F16`](crate::Precision::F16).
+    /// Present with [`Precision::F16`](crate::Precision::F16).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grad_scaler: Option<ScalerState>,
     pub network: NetworkState<C>,
     pub diffusion: Diffusion,
     pub train: TrainConfig,
-    /// How the run draws its samples, where it said so.
+    /// The sampler settings of the run, if it recorded them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sampling: Option<SamplerConfig>,
-    /// Since format 2.
+    /// Present since format 2.
     pub files: Option<Files>,
 }
 
@@ -55,7 +57,7 @@ pub(super) struct NetworkState<C> {
     pub config: C,
 }
 
-/// The files of tensors.
+/// Checksums of the files of tensors.
 #[derive(PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Files {
@@ -67,10 +69,10 @@ pub(super) struct Files {
     pub optimizer: Checksum,
 }
 
-/// Reads `checkpoint.json`, with memory for little more than the file.
+/// Reads `checkpoint.json`, with little more memory than the size of the file.
 ///
 /// # Errors
-/// Returns [`Error::NoCheckpoint`] if there is none, or an error if it is damaged or of a newer format.
+/// Returns [`Error::NoCheckpoint`] if the file does not exist, or an error if it is damaged or of a newer format.
 pub(super) fn read_state(dir: &Path) -> Result<State> {
     let path = dir.join(STATE);
     let missing = |reason: String| Error::NoCheckpoint { path: dir.to_owned(), reason };
@@ -92,7 +94,7 @@ pub(super) fn read_state(dir: &Path) -> Result<State> {
     file.take(MAX_STATE_BYTES).read_to_end(&mut json).map_err(Error::io(&path))?;
     let malformed = |e: serde_json::Error| Error::damaged(&path, in_short(&e.to_string()));
 
-    /// What is read before the rest, which a newer version may have changed.
+    /// The version, read before the other fields, which a newer version may have changed.
     #[derive(Deserialize)]
     struct Version {
         format_version: Option<Box<RawValue>>,
@@ -119,9 +121,11 @@ pub(super) fn read_state(dir: &Path) -> Result<State> {
 }
 
 impl State {
+    /// Checks the numbers. Whether this build supports the training configuration is checked only when a run
+    /// is resumed, because the weights can be read in any case.
+    ///
     /// # Errors
-    /// Names the first number that no run comes to. Whether this build can train like that is asked where a
-    /// run goes on: the weights can be read in any case.
+    /// Returns an error that names the first number that no run can reach.
     fn check(&self) -> Result<()> {
         let within = |field, value, most| {
             if value > most {
@@ -130,9 +134,9 @@ impl State {
             Ok(())
         };
         within("step", self.step, MAX_STEP)?;
-        // As many again can be added without an overflow.
+        // The same number can be added without an overflow.
         within("images_seen", self.images_seen, u64::MAX / 2)?;
-        // One an update.
+        // At most one per update.
         within("ema_updates", self.ema_updates, self.step)?;
         if let Some(scaler) = self.grad_scaler {
             within("grad_scaler.skipped", scaler.skipped, self.step)?;
@@ -153,13 +157,13 @@ impl State {
         }
     }
 
-    /// The network's configuration, of a type that is not known here.
+    /// The network's configuration as a JSON value, because its type is not known here.
     fn network_value(&self) -> Result<Value> {
         serde_json::from_str(self.network.config.get()).map_err(Error::external)
     }
 
     /// # Errors
-    /// Returns an error if this is not a run with these configurations, with what can be done.
+    /// Returns an error that ends with `remedy` if this is not a run with these configurations.
     pub fn must_match<N: Network>(
         &self,
         network: &N,
@@ -173,7 +177,7 @@ impl State {
         self.compare(&to_value(network)?, train, diffusion, remedy)
     }
 
-    /// Whether this is of the same run as another, as far as the configurations tell.
+    /// Returns whether this may be of the same run as `other`, because the configurations agree.
     pub fn is_of_the_run_of(&self, other: &Self) -> bool {
         let network = other.network_value();
         self.network.kind == other.network.kind
@@ -191,14 +195,14 @@ impl State {
         if self.diffusion != *diffusion {
             compare("diffusion", &to_value(&self.diffusion)?, &to_value(diffusion)?, remedy)?;
         }
-        // These change how long a run goes on and what is told of it, not what it computes.
+        // These fields change the length of a run and its reports, but not its results.
         let TrainConfig { steps, log_every, keep_checkpoints, .. } = *train;
         let saved = TrainConfig { steps, log_every, keep_checkpoints, ..self.train.clone() };
         compare("train", &to_value(&saved)?, &to_value(train)?, remedy)
     }
 }
 
-/// The last step of a run: random numbers have addresses for so many.
+/// The largest step of a run, limited by the addresses of random numbers.
 pub(crate) const MAX_STEP: u64 = (1 << 40) - 1;
 
 pub(super) fn mismatch(field: &str, found: &str, expected: &str, remedy: &'static str) -> Error {
@@ -211,7 +215,7 @@ pub(super) fn to_value(config: &impl Serialize) -> Result<Value> {
 }
 
 /// # Errors
-/// Names the first field in which two configurations differ.
+/// Returns an error that names the first field in which two configurations differ.
 fn compare(field: &str, found: &Value, expected: &Value, remedy: &'static str) -> Result<()> {
     if let (Value::Object(found), Value::Object(expected)) = (found, expected)
         && found.keys().eq(expected.keys())
@@ -232,7 +236,7 @@ fn compare(field: &str, found: &Value, expected: &Value, remedy: &'static str) -
     Err(mismatch(field, &brief(found), &brief(expected), remedy))
 }
 
-/// A value as JSON; of a long list its length.
+/// Formats a value as JSON, or a long list as its length.
 fn brief(value: &Value) -> String {
     const LONG: usize = 80;
     let text = value.to_string();

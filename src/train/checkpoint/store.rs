@@ -1,4 +1,4 @@
-//! How a checkpoint is written, so that at any moment a complete one can be opened: see [`save`].
+//! Writes checkpoints, so that at any moment a complete one can be opened: see [`save`].
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,24 +15,26 @@ use super::{Checkpoint, EMA, MODEL, OPTIMIZER};
 use crate::train::{AdamW, Ema, GradScaler, TrainConfig};
 use crate::{Diffusion, Error, Network, Result, SamplerConfig};
 
-/// What the names beside a checkpoint's end in: of the one being written, of those being removed, and of
-/// the file that is locked.
+/// Suffixes of the names beside a checkpoint: of the checkpoint being written, of those being removed, and of the
+/// lock file.
 const SAVING: &str = ".saving";
 const REMOVING: &str = ".removing";
 const LOCK: &str = ".lock";
 
-/// The right to save at a directory, which nobody else has while this lives.
+/// The exclusive right to save at a directory, held until this value is dropped.
 #[derive(Debug)]
 pub(in crate::train) struct Claim {
     /// Absolute.
     dir: PathBuf,
-    /// None only within [`hold`](Self::hold).
+    /// `None` only within [`hold`](Self::hold).
     lock: Mutex<Option<Lock>>,
 }
 
 impl Claim {
+    /// Takes the right to save at `dir`.
+    ///
     /// # Errors
-    /// Returns an error if somebody else holds it, or if the directory around it cannot be made.
+    /// Returns an error if another trainer holds it, or if the parent directory cannot be created.
     pub fn take(dir: &Path) -> Result<Self> {
         let dir = absolute(dir)?;
         check_place(&dir)?;
@@ -49,7 +51,7 @@ impl Claim {
         Lock::take(sibling(dir, LOCK), dir)
     }
 
-    /// Whether this is for saving at `dir`, by whatever path.
+    /// Returns whether this is the right to save at `dir`, even if another path leads there.
     pub fn is_for(&self, dir: &Path) -> bool {
         let real = |dir: &Path| {
             let dir = absolute(dir).ok()?;
@@ -59,10 +61,11 @@ impl Claim {
             || real(&self.dir).is_some_and(|ours| real(dir) == Some(ours))
     }
 
-    /// Makes sure that the lock is still ours; tells of the directory if it was removed meanwhile.
+    /// Makes sure that this still holds the lock. Returns a warning if the parent directory was removed in the
+    /// meantime.
     ///
     /// # Errors
-    /// Returns an error if somebody else took the lock after its file was removed.
+    /// Returns an error if another trainer took the lock after its file was removed.
     fn hold(&self) -> Result<Option<Error>> {
         let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
         if lock.as_ref().is_some_and(|lock| !lock.is_lost()) {
@@ -75,11 +78,11 @@ impl Claim {
         Ok(vanished)
     }
 
-    /// Does what [`save`] does except for writing files, so that whatever is in its way is found before
-    /// there is something to lose.
+    /// Does everything that [`save`] does, except for writing files, so that obstacles are found before there is
+    /// anything to lose.
     ///
     /// # Errors
-    /// Those of [`save`].
+    /// Returns the errors of [`save`].
     pub fn rehearse<N: Network>(&self, snapshot: &Snapshot<N>) -> Result<()> {
         let dir = &self.dir;
         self.hold()?;
@@ -100,7 +103,7 @@ impl Claim {
         };
         let new = sibling(dir, SAVING);
         if read_state(dir).is_ok() {
-            // Between the two, `open` finds the checkpoint where a new one would be.
+            // Between the two renames, `open` finds the checkpoint at the path of a new one.
             fs::rename(dir, &new).map_err(busy)?;
             return fs::rename(&new, dir).map_err(busy);
         }
@@ -111,16 +114,16 @@ impl Claim {
     }
 }
 
-/// What [`Trainer::save`](crate::Trainer::save) has to tell after it succeeded.
+/// The result of a successful [`Trainer::save`](crate::Trainer::save).
 #[derive(Debug, Default)]
 #[non_exhaustive]
 pub struct Saved {
-    /// What went wrong beside the saving: [`Error::NotRemoved`] for each old checkpoint that could not be
-    /// removed, [`Error::Vanished`] if the directory was removed while the run went on.
+    /// Problems that did not prevent saving: [`Error::NotRemoved`] for each old checkpoint that could not be
+    /// removed, and [`Error::Vanished`] if the parent directory was removed during the run.
     pub warnings: Vec<Error>,
 }
 
-/// All that a checkpoint is written from.
+/// The values from which a checkpoint is written.
 pub(in crate::train) struct Snapshot<'a, N> {
     pub network: &'a N,
     pub train: &'a TrainConfig,
@@ -138,7 +141,7 @@ pub(in crate::train) struct Snapshot<'a, N> {
 
 impl<N: Network> Snapshot<'_, N> {
     /// # Errors
-    /// Returns an error if the checkpoint is one of another run.
+    /// Returns an error if the checkpoint belongs to another run.
     fn must_match(&self, state: &State) -> Result<()> {
         let remedy = "save another run elsewhere";
         state.must_match(self.network, self.train, self.diffusion, remedy)
@@ -148,13 +151,13 @@ impl<N: Network> Snapshot<'_, N> {
 /// Writes a checkpoint so that at any moment a complete one can be opened.
 ///
 /// 1. Write all files into a directory beside it, and flush them to disk.
-/// 2. Move the present checkpoint aside, under a name with its step.
+/// 2. Move the current checkpoint aside, to a name with its step.
 /// 3. Move the new directory to its place. Between 2 and 3, `open` finds it where it was written.
-/// 4. Remove the oldest ones. The checkpoint is saved by now, whatever becomes of these.
+/// 4. Remove the oldest checkpoints. The new one is saved by now, even if a removal fails.
 ///
 /// # Errors
-/// Returns an error if something other than the run's own checkpoint is there, or one of a later step, or
-/// a damaged one; then nothing is written.
+/// Returns an error if `dir` holds anything other than a checkpoint of this run, or a checkpoint of a later
+/// step, or a damaged one. Nothing is written in these cases.
 pub(in crate::train) fn save<N: Network>(
     claim: &Claim,
     keep: usize,
@@ -167,7 +170,7 @@ pub(in crate::train) fn save<N: Network>(
     fs::create_dir(&new).map_err(Error::io(&new))?;
     let written = write_files(&new, snapshot).and_then(|()| replace(dir, &new, snapshot));
     if written.is_err() {
-        // A full disk should have the room back; the error that matters is the one above.
+        // This frees the space on a full disk. The error to report is the one above.
         let _ = clear(&new);
     }
     written?;
@@ -178,10 +181,10 @@ pub(in crate::train) fn save<N: Network>(
     Ok(Saved { warnings })
 }
 
-/// Looks at what is at `dir` and beside it, finishes a save that was cut off, and removes what was left.
+/// Checks `dir` and the paths beside it, finishes an interrupted save, and removes what it left.
 ///
 /// # Errors
-/// Those of [`save`].
+/// Returns the errors of [`save`].
 fn make_way<N: Network>(dir: &Path, snapshot: &Snapshot<N>) -> Result<()> {
     check_place(dir)?;
     let new = sibling(dir, SAVING);
@@ -197,7 +200,7 @@ fn make_way<N: Network>(dir: &Path, snapshot: &Snapshot<N>) -> Result<()> {
                 return Err(Error::config("step", snapshot.step, expected));
             }
             if present.dir == new {
-                // The last save was cut off between 2 and 3: this is its 3.
+                // The last save was interrupted between its steps 2 and 3. This is its step 3.
                 replace(dir, &new, snapshot)?;
                 sync_dir(parent(dir))?;
             }
@@ -211,16 +214,16 @@ fn make_way<N: Network>(dir: &Path, snapshot: &Snapshot<N>) -> Result<()> {
     if new.symlink_metadata().is_ok() {
         discard(dir, &new).map_err(Error::io(&new))?;
     }
-    // What cannot be removed now is told after the next save.
+    // The next save warns of anything that cannot be removed now.
     sweep(dir);
     Ok(())
 }
 
 /// # Errors
-/// Returns an error if there is something at `dir` that a checkpoint cannot replace.
+/// Returns an error if a checkpoint cannot replace what is at `dir`.
 fn check_place(dir: &Path) -> Result<()> {
     let occupied = |found| Err(Error::Occupied { path: dir.to_owned(), found });
-    // What cannot be looked at is an error where it is used.
+    // If this fails, the first use of the directory returns the error.
     let Ok(metadata) = dir.symlink_metadata() else { return Ok(()) };
     if let Some(error) = dangling(dir) {
         return Err(error);
@@ -257,7 +260,7 @@ fn check_place(dir: &Path) -> Result<()> {
     }
 }
 
-/// The first link on the way to `path` whose target is not there.
+/// The error for the deepest link in `path` whose target does not exist, if there is one.
 fn dangling(path: &Path) -> Option<Error> {
     let link = path.ancestors().find(|path| path.is_symlink() && !path.exists())?;
     let found = format!("it is a link to {}, which is not there", target(link));
@@ -268,7 +271,7 @@ fn target(link: &Path) -> String {
     link.read_link().map_or_else(|_| "somewhere".into(), |target| target.display().to_string())
 }
 
-/// What is at `new` that a save that was cut off did not leave, if there is something.
+/// Describes anything at `new` that an interrupted save cannot have left.
 fn foreign(new: &Path) -> Option<String> {
     let metadata = new.symlink_metadata().ok()?;
     if !metadata.is_dir() {
@@ -315,31 +318,31 @@ fn write_files<N: Network>(dir: &Path, snapshot: &Snapshot<N>) -> Result<()> {
     sync_dir(dir)
 }
 
-/// Moves what is at `dir` aside, and `new` in its place.
+/// Moves the checkpoint at `dir` aside, and `new` to its place.
 fn replace<N: Network>(dir: &Path, new: &Path, snapshot: &Snapshot<N>) -> Result<()> {
     match read_state(dir) {
         Ok(state) => {
             let aside = aside(dir, state.step);
-            // The same step saved again: the newer one counts.
+            // If the same step is saved again, the newer checkpoint replaces the older.
             let again = check_aside(&aside, snapshot)?;
             if !again || discard(dir, &aside).is_ok() {
                 fs::rename(dir, &aside).map_err(Error::io(dir))?;
             } else {
-                // The older one stays, since it cannot even be renamed.
+                // The older one cannot even be renamed, so it stays.
                 discard(dir, dir).map_err(Error::io(dir))?;
             }
         }
-        // Nothing here, or an empty directory that someone made in advance.
+        // There is nothing here, or an empty directory that was created in advance.
         Err(Error::NoCheckpoint { .. }) => remove_empty(dir).map_err(Error::io(dir))?,
         Err(error) => return Err(error),
     }
     fs::rename(new, dir).map_err(Error::io(dir))
 }
 
-/// Whether a checkpoint of this run is at `aside`, where one of its step is to be moved.
+/// Returns whether `aside`, to which a checkpoint will be moved, holds a checkpoint of this run.
 ///
 /// # Errors
-/// Returns an error if something else is there, which is not ours to remove.
+/// Returns an error if it holds anything else, which must not be removed.
 fn check_aside<N: Network>(aside: &Path, snapshot: &Snapshot<N>) -> Result<bool> {
     if aside.symlink_metadata().is_err() {
         return Ok(false);
@@ -354,8 +357,8 @@ fn check_aside<N: Network>(aside: &Path, snapshot: &Snapshot<N>) -> Result<bool>
     Err(Error::Occupied { path: aside.to_owned(), found })
 }
 
-/// Removes the run's oldest checkpoints moved aside from `dir`, until with `dir` itself `keep` are
-/// left; gives what went wrong.
+/// Removes the oldest of the run's checkpoints that were moved aside from `dir`, until `keep` are left, including
+/// `dir`. Returns the errors.
 fn prune<N: Network>(dir: &Path, keep: usize, snapshot: &Snapshot<N>) -> Vec<Error> {
     let mut older = archived(dir).unwrap_or_default();
     older.retain(|checkpoint| snapshot.must_match(&checkpoint.state).is_ok());
@@ -364,9 +367,10 @@ fn prune<N: Network>(dir: &Path, keep: usize, snapshot: &Snapshot<N>) -> Vec<Err
     older.into_iter().filter_map(|old| remove(dir, old.dir).err()).collect()
 }
 
+/// Removes the checkpoint `old`, which was moved aside from `dir`.
+///
 /// # Errors
-/// Returns an error if the checkpoint `old`, moved aside from `dir`, cannot be removed. Where nothing of it
-/// is lost, it keeps its name.
+/// Returns an error if it cannot be removed. If nothing of it is lost, it keeps its name.
 fn remove(dir: &Path, old: PathBuf) -> Result<()> {
     let doomed = match discard(dir, &old) {
         Ok(doomed) => doomed,
@@ -378,8 +382,8 @@ fn remove(dir: &Path, old: PathBuf) -> Result<()> {
     })
 }
 
-/// Takes from `old`, one of the directories of the checkpoint `dir`, the name by which it is found: so a
-/// half-removed one is never taken for a checkpoint.
+/// Renames `old`, one of the directories of the checkpoint `dir`, so that it is not found as a checkpoint even
+/// when it is partly removed. Returns the new path.
 fn discard(dir: &Path, old: &Path) -> io::Result<PathBuf> {
     let names = (1..).map(|n| if n == 1 { REMOVING.into() } else { format!("{REMOVING}-{n}") });
     let mut free = names.map(|name| sibling(dir, &name)).filter(|p| p.symlink_metadata().is_err());
@@ -388,7 +392,7 @@ fn discard(dir: &Path, old: &Path) -> io::Result<PathBuf> {
     Ok(doomed)
 }
 
-/// Removes whatever was discarded, now or by a save that was cut off; gives what went wrong.
+/// Removes everything that was discarded, now or by an interrupted save. Returns the errors.
 fn sweep(dir: &Path) -> Vec<Error> {
     let prefix = format!("{}{REMOVING}", dir.file_name().unwrap_or_default().to_string_lossy());
     let doomed = entries(parent(dir)).into_iter().filter(|name| {
@@ -404,7 +408,8 @@ fn sweep(dir: &Path) -> Vec<Error> {
         .collect()
 }
 
-/// Removes a directory, `checkpoint.json` first, without which the rest is no checkpoint; or a link.
+/// Removes a link, or a directory. Of a directory, `checkpoint.json` is removed first: without it the rest is not
+/// a checkpoint.
 fn clear(path: &Path) -> io::Result<()> {
     let gone = |result: io::Result<()>| match result {
         Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
@@ -427,8 +432,8 @@ fn remove_empty(dir: &Path) -> io::Result<()> {
     }
 }
 
-/// The checkpoints moved aside from `dir`, oldest first: within a run the step tells the age, since a copy
-/// has other times; between runs, the time of each one's newest.
+/// The checkpoints moved aside from `dir`, oldest first. Within a run they are ordered by step, because a copied
+/// file has another time. Runs are ordered by the time of their newest checkpoint.
 pub(super) fn archived(dir: &Path) -> Result<Vec<Checkpoint>> {
     let mut runs: Vec<Vec<Checkpoint>> = Vec::new();
     for (step, path) in archive_names(&absolute(dir)?)? {
@@ -450,8 +455,8 @@ pub(super) fn archived(dir: &Path) -> Result<Vec<Checkpoint>> {
     Ok(runs.into_iter().flatten().collect())
 }
 
-/// What bears the name of a checkpoint moved aside from `dir`, with its step: `checkpoint-000000100` beside
-/// `checkpoint`. Whatever else is there, such as a copy that bears a date, is none of ours.
+/// The paths with the name of a checkpoint moved aside from `dir`, and their steps: `checkpoint-000000100` beside
+/// `checkpoint`. Other paths are ignored, such as a copy whose name has a date.
 fn archive_names(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let parent = parent(dir);
     let prefix = format!("{}-", dir.file_name().unwrap_or_default().to_string_lossy());
@@ -469,12 +474,12 @@ fn archive_names(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
-/// Where the checkpoint of this step is moved to when a newer one takes its place.
+/// The path to which the checkpoint of this step is moved when a newer one replaces it.
 fn aside(dir: &Path, step: u64) -> PathBuf {
     sibling(dir, &format!("-{step:09}"))
 }
 
-/// Where a new checkpoint is written before it takes the place of that at `dir`.
+/// The path at which a new checkpoint is written before it replaces the one at `dir`.
 pub(super) fn new_beside(dir: &Path) -> Result<PathBuf> {
     Ok(sibling(&absolute(dir)?, SAVING))
 }
@@ -491,7 +496,7 @@ fn absolute(dir: &Path) -> Result<PathBuf> {
     }
 }
 
-/// The directory around a checkpoint's, whose path is absolute.
+/// The parent of a checkpoint's directory, whose path must be absolute.
 fn parent(dir: &Path) -> &Path {
     dir.parent().unwrap_or(Path::new("/"))
 }
