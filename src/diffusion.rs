@@ -120,7 +120,11 @@ impl Diffusion {
             return Err(Error::Shape { what: "x_0", found: vec![], expected });
         };
         if !x_0.dtype().is_float() {
-            return Err(Error::config("dtype of x_0", x_0.dtype().as_str(), "a floating one"));
+            return Err(Error::config(
+                "dtype of x_0",
+                x_0.dtype().as_str(),
+                "a floating-point dtype",
+            ));
         }
         // Elementwise operations would spread a smaller one.
         if eps.dims() != x_0.dims() {
@@ -177,7 +181,7 @@ pub(crate) fn check_timesteps(t: &Tensor, batch: usize, steps: Option<usize>) ->
         return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });
     }
     if !t.dtype().is_int() {
-        return Err(Error::config("dtype of t", t.dtype().as_str(), "an integer one"));
+        return Err(Error::config("dtype of t", t.dtype().as_str(), "an integer dtype"));
     }
     if !t.device().is_cpu() {
         return Ok(());
@@ -235,7 +239,7 @@ mod tests {
             (at(&[-1, 1], DType::I32), "t is -1; it must be from 0 to 999"),
             (at(&[i64::MAX, 1], DType::I64), "t is 9223372036854775807"),
             (at(&[u32::MAX.into(), 1], DType::U32), "t is 4294967295; it must be from 0 to 999"),
-            (at(&[1, 5], DType::F32), "dtype of t is f32; it must be an integer one"),
+            (at(&[1, 5], DType::F32), "dtype of t is f32; it must be an integer dtype"),
             (at(&[1], DType::U32), "t has shape [1]; it must be [2], one timestep for each image"),
             (
                 (x.clone(), t.clone(), x.narrow(0, 0, 1).unwrap()),
@@ -245,7 +249,10 @@ mod tests {
                 (x.clone(), t.clone(), x.to_dtype(DType::F64).unwrap()),
                 "dtype of eps is f64; it must be f32, that of x_0",
             ),
-            ((bytes.clone(), t.clone(), bytes), "dtype of x_0 is u8; it must be a floating one"),
+            (
+                (bytes.clone(), t.clone(), bytes),
+                "dtype of x_0 is u8; it must be a floating-point dtype",
+            ),
             ((x.sum_all().unwrap(), t, x.clone()), "x_0 has shape []; it must be (batch, ...)"),
         ];
         for prediction in [Prediction::Epsilon, Prediction::Sample, Prediction::Velocity] {

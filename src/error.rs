@@ -2,79 +2,79 @@ use std::error::Error as _;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-/// What this crate's functions return.
+/// The result of this crate's functions.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What can go wrong, each with the place, the value and what is allowed.
+/// The errors of this crate, which name the place, the value and the allowed values.
 ///
-/// `Display` is one sentence. `Debug` is the same sentence with its causes, so that a program whose `main`
-/// returns this crate's [`Result`] ends with a message that people can read.
+/// `Display` prints one line. `Debug` prints the same line and its causes, so that a program whose `main` returns
+/// this crate's [`Result`] ends with a readable message.
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A configuration's field has a value that it may not have.
+    /// The value of a configuration's field or of an argument is not allowed.
     #[error("{field} is {value}; it must be {expected}")]
     Config {
         /// The field's name, such as `hidden_dims`.
         field: &'static str,
-        /// The value it has.
+        /// Its value.
         value: String,
-        /// What is allowed.
+        /// The allowed values.
         expected: String,
     },
 
-    /// A tensor has a shape that it may not have.
+    /// The shape of a tensor is not allowed.
     #[error("{what} has shape {found:?}; it must be {expected}")]
     Shape {
-        /// What the tensor is.
+        /// The name of the tensor.
         what: &'static str,
-        /// The shape it has.
+        /// Its shape.
         found: Vec<usize>,
-        /// What is allowed.
+        /// The allowed shapes.
         expected: String,
     },
 
-    /// The training loss, or the norm of its gradient, became infinite or NaN.
+    /// The training loss, the norm of its gradient, or a weight became infinite or NaN.
     #[error("{what} is {value} at step {step}; nothing was saved since the last checkpoint")]
     NonFinite {
-        /// `loss`, `gradient norm`, or a weight by its name.
+        /// `loss`, `gradient norm`, or `weight` and its name.
         what: String,
-        /// The value it has.
+        /// The value.
         value: f32,
         /// The training step (counted from 1) that computed it.
         step: u64,
     },
 
-    /// A weight of a network that trains has no gradient: nothing would ever change it.
+    /// A weight has no gradient in the first update, so training would never change it.
     #[error(
-        "weight {name} has no gradient in the first update, as {missing} of {total} weights; an operation without a \
-         gradient lies between them and the loss, such as candle_nn::LayerNorm, or the network does not use them; \
-         Denoiser::may_lack_gradient allows it"
+        "weight {name} has no gradient in the first update ({missing} of {total} weights have none); either the network \
+         does not use it, or an operation without a gradient, such as candle_nn::LayerNorm, lies between it and the \
+         loss; Denoiser::may_lack_gradient can allow this"
     )]
     NoGradient {
         /// The first such weight's name.
         name: String,
-        /// How many weights have none.
+        /// Number of weights without a gradient.
         missing: usize,
-        /// How many weights there are.
+        /// Number of all weights.
         total: usize,
     },
 
-    /// What a sampler was given, or what came of it, is infinite or NaN.
+    /// The start of a sampler, a prediction, or a sample is infinite or NaN.
     #[error("{what} is not finite at timestep {t}")]
     NonFiniteSample {
-        /// `the denoiser's output`, `the sample` that followed from it, or `the start`.
+        /// `the denoiser's output`, `the sample` computed from it, or `the start`.
         what: &'static str,
         /// The first timestep where it is not finite.
         t: usize,
     },
 
-    /// A data file's content is not what its format demands.
+    /// The content of a data file does not follow its format.
     #[error("{}: {reason}", path.display())]
     Data {
         /// The file.
         path: PathBuf,
-        /// What is wrong, and what was expected.
+        /// The problem, and what was expected.
         reason: String,
     },
 
@@ -87,78 +87,78 @@ pub enum Error {
         reason: String,
     },
 
-    /// A file of weights, or of a checkpoint, is truncated, malformed, or not consistent with the others.
+    /// A file of weights, or of a checkpoint, is truncated, malformed, or inconsistent with other files.
     #[error("{}: damaged file: {reason}", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         reason: String,
     },
 
-    /// A checkpoint was written by a newer version of this crate.
+    /// A newer version of this crate wrote the checkpoint.
     #[error(
         "{}: checkpoint format {found} is newer than {supported}, the newest that this version reads; \
          use a newer version of ddpm",
         path.display()
     )]
     NewerFormat {
-        /// The file that states the version.
+        /// The file with the format version.
         path: PathBuf,
-        /// The version it states.
+        /// The version in the file.
         found: u32,
         /// The newest version that can be read.
         supported: u32,
     },
 
     /// A checkpoint belongs to another run than the one that would continue from it or replace it.
-    #[error("{field} is {found} in the checkpoint, but {expected} is asked for; {remedy}")]
+    #[error("{field} is {found} in the checkpoint, but {expected} was requested; {remedy}")]
     ConfigMismatch {
         /// The field's path, such as `train.batch_size`.
         field: String,
         /// The checkpoint's value.
         found: String,
-        /// The value asked for.
+        /// The requested value.
         expected: String,
-        /// What can be done.
+        /// The advice at the end of the message.
         remedy: &'static str,
     },
 
-    /// Something is where a checkpoint would be saved that is none, or none of this run.
+    /// The path of a checkpoint is taken by something other than a checkpoint of this run.
     #[error("{}: no checkpoint can be saved here: {found}", path.display())]
     Occupied {
-        /// The place.
+        /// The path.
         path: PathBuf,
-        /// What is there.
+        /// A description of what is there.
         found: String,
     },
 
-    /// Somebody else holds the right to save to a directory.
+    /// Another trainer holds the right to save at a directory.
     #[error("{}: {holder} saves here; only one run at a time may", path.display())]
     Locked {
         /// The directory.
         path: PathBuf,
-        /// Who holds it, such as `process 1234`.
+        /// The holder of the right, such as `process 1234`.
         holder: String,
     },
 
-    /// An old checkpoint, or the rest of one, could not be removed. The next save tries again.
+    /// An old checkpoint, or a part of one, could not be removed. The next save tries again.
     #[error("{}: cannot be removed: {source}", path.display())]
     NotRemoved {
-        /// The directory that stays.
+        /// The directory that remains.
         path: PathBuf,
-        /// The system's answer.
+        /// The error of the system.
         source: std::io::Error,
     },
 
-    /// The directory around a run's checkpoint was removed while the run went on, and was made again.
-    #[error("{}: removed while the run went on, and made again", path.display())]
+    /// The parent directory of a checkpoint was removed during the run, and was created again.
+    #[error("{}: removed during the run, and created again", path.display())]
     Vanished {
         /// The directory.
         path: PathBuf,
     },
 
-    /// A network needs a weight that a file does not hold.
+    /// A file lacks a weight of the network.
     #[error(
         "{}: weight {name} is missing{}",
         path.display(),
@@ -169,11 +169,11 @@ pub enum Error {
         path: PathBuf,
         /// The weight's name.
         name: String,
-        /// A weight that the file does hold, whose name differs by a prefix.
+        /// A weight in the file whose name differs only by a prefix.
         similar: Option<String>,
     },
 
-    /// A file holds a weight that a network does not have.
+    /// A file contains a weight that the network does not have.
     #[error("{}: weight {} is not one of the network's", path.display(), in_short(name))]
     UnknownWeight {
         /// The file.
@@ -182,7 +182,7 @@ pub enum Error {
         name: String,
     },
 
-    /// A file holds a weight in another shape than the network's.
+    /// The shape of a weight in a file differs from the network's.
     #[error(
         "{}: weight {name} has shape {}; the network's has {expected:?}",
         path.display(),
@@ -204,28 +204,28 @@ pub enum Error {
     Io {
         /// The file or directory.
         path: PathBuf,
-        /// The system's answer.
+        /// The error of the system.
         source: std::io::Error,
     },
 
-    /// The system has no memory for a feature map of a network on the CPU.
-    #[error("no memory for {bytes} bytes, a feature map's; fewer images at a time need less")]
+    /// The system has not enough memory for a feature map of a network on the CPU.
+    #[error("not enough memory for a feature map of {bytes} bytes; use fewer images at a time")]
     OutOfMemory {
-        /// How many bytes were asked for.
+        /// The requested number of bytes.
         bytes: usize,
     },
 
-    /// A tensor operation failed. In one line; the source has candle's backtrace, where it took one.
+    /// A tensor operation failed. The message is one line; the source contains candle's backtrace, if there is one.
     #[error("{}", one_line(.0))]
     Tensor(#[from] candle_core::Error),
 
-    /// A user's [`Observer`](crate::Observer) or [`ImageSource`](crate::ImageSource) failed.
+    /// An error of the user's [`Observer`](crate::Observer), [`ImageSource`](crate::ImageSource) or network.
     #[error(transparent)]
     External(Box<dyn std::error::Error + Send + Sync>),
 }
 
 impl Error {
-    /// Wraps an error of a user's own observer, image source or network.
+    /// Wraps an error of a user's observer, image source or network.
     pub fn external(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         Self::External(error.into())
     }
@@ -258,7 +258,7 @@ impl fmt::Debug for Error {
         let mut cause = self.source();
         while let Some(error) = cause {
             let more = error.to_string();
-            // Further lines are a backtrace. Some errors quote their causes themselves.
+            // Further lines are a backtrace. Some errors include the text of their causes.
             let more = more.lines().next().unwrap_or_default();
             if !text.contains(more) {
                 text = format!("{text}: {more}");
@@ -269,7 +269,7 @@ impl fmt::Debug for Error {
     }
 }
 
-/// A text from a file or another library as a message quotes it: one line, and of a long text the beginning.
+/// Shortens a text from a file or another library for a message: to one line, and to its beginning if it is long.
 pub(crate) fn in_short(text: &str) -> String {
     const LONG: usize = 80;
     const TOO_LONG: usize = 160;
@@ -281,7 +281,7 @@ pub(crate) fn in_short(text: &str) -> String {
     format!("{}... ({} bytes)", &line[..line.floor_char_boundary(LONG)], text.len())
 }
 
-/// A list of the user's or from a file, in short: of a long one its length.
+/// Formats a list for a message, or only its length if it is long.
 pub(crate) fn list_in_short(list: &[usize]) -> String {
     match list.len() {
         ..=16 => format!("{list:?}"),
@@ -295,7 +295,7 @@ fn under_another_prefix(similar: Option<&str>) -> String {
     })
 }
 
-/// What candle says without its backtraces, which would make hundreds of lines of it.
+/// The message of a candle error without backtraces, which can have hundreds of lines.
 fn one_line(error: &candle_core::Error) -> String {
     use candle_core::Error::{Context, WithBacktrace, WithPath, WrappedContext};
 

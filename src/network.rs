@@ -365,7 +365,11 @@ impl Backend {
         device: &Device,
     ) -> Result<Var> {
         if !dtype.is_float() {
-            return Err(Error::config("dtype of the weights", dtype.as_str(), "a floating one"));
+            return Err(Error::config(
+                "dtype of the weights",
+                dtype.as_str(),
+                "a floating-point dtype",
+            ));
         }
         let tensor = match &self.0.source {
             Source::Random(noise) => initial(*noise, name, shape, init)?,
@@ -443,7 +447,7 @@ fn initial(noise: Noise, name: &str, shape: &Shape, init: Init) -> Result<Tensor
     let mut stream = noise.stream(Purpose::Weights, hash, (hash >> 40) as u32);
     let mut values = zeros("weight", shape.dims()).map_err(|_| {
         let value = format!("{name} of shape {:?}", shape.dims());
-        Error::config("weight", value, "small enough for the memory there is")
+        Error::config("weight", value, "small enough for the available memory")
     })?;
     let mut uniform = |values: &mut [f32], lo: f64, up: f64| {
         values.iter_mut().for_each(|v| *v = (lo + (up - lo) * stream.uniform()) as f32);

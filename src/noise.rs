@@ -113,7 +113,7 @@ pub(crate) fn zeros(what: &'static str, shape: &[usize]) -> Result<Vec<f32>> {
         .ok_or_else(|| Error::Shape {
             what,
             found: shape.to_vec(),
-            expected: "small enough for the memory there is".into(),
+            expected: "small enough for the available memory".into(),
         })?;
     Ok(values)
 }

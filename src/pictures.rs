@@ -49,7 +49,7 @@ const QUANTISER_SPEED: i32 = 10;
 pub fn save(samples: &Tensor, path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();
     if !path.extension().is_some_and(|e| e.eq_ignore_ascii_case("png")) {
-        return Err(Error::config("path", path.display(), "a file's, and end in .png"));
+        return Err(Error::config("path", path.display(), "a file name that ends in .png"));
     }
     replace(path, &png(&grid(samples)?)?)
 }
@@ -88,7 +88,7 @@ pub fn grid_of(pixels: &[u8], shape: (usize, usize, usize)) -> Result<DynamicIma
         Error::config("shape", format!("{shape:?}"), expected)
     })?;
     if pixels.is_empty() || !pixels.len().is_multiple_of(size) {
-        let expected = format!("a multiple, from 1 on, of {size}, the pixels of an image");
+        let expected = format!("a positive multiple of {size}, the pixels of an image");
         return Err(Error::config("pixels.len()", pixels.len(), expected));
     }
 
@@ -133,7 +133,7 @@ fn grey(height: usize, width: usize, channels: usize) -> Result<Vec<u8>> {
 }
 
 fn too_large(height: usize, width: usize) -> Error {
-    let expected = "small enough for the memory there is; draw fewer samples";
+    let expected = "small enough for the available memory; draw fewer samples";
     Error::config("picture", format!("{height} x {width} pixels"), expected)
 }
 
@@ -176,7 +176,7 @@ pub fn gif(pictures: &[DynamicImage]) -> Result<Vec<u8>> {
     let size = (first.width(), first.height());
     let (Ok(width @ 1..), Ok(height @ 1..)) = (u16::try_from(size.0), u16::try_from(size.1)) else {
         let expected = "from 1 to 65,535 pixels either way";
-        return Err(Error::config("size of a film", format!("{size:?}"), expected));
+        return Err(Error::config("size of an animation", format!("{size:?}"), expected));
     };
     if let Some(other) = pictures.iter().find(|p| (p.width(), p.height()) != size) {
         let other = format!("({}, {})", other.width(), other.height());
@@ -317,13 +317,13 @@ mod tests {
         let found = message(grid_of(&[0; 8], (2, 2, 2)));
         assert!(found.starts_with("channels is 2; it must be 1 (grey) or 3 (colour)"), "{found}");
         let found = message(grid_of(&[], (1, 2, 2)));
-        assert!(found.starts_with("pixels.len() is 0; it must be a multiple, from 1"), "{found}");
+        assert!(found.starts_with("pixels.len() is 0; it must be a positive multiple"), "{found}");
         assert!(message(grid_of(&[0; 7], (1, 2, 3))).contains("pixels.len() is 7"));
         for shape in [(1, 0, 3), (1, usize::MAX, 3)] {
             assert!(message(grid_of(&[], shape)).starts_with("shape is (1, "), "{shape:?}");
         }
         let width = u32::MAX as usize;
-        assert!(message(grey(usize::MAX, 2, 3)).contains("the memory there is"));
+        assert!(message(grey(usize::MAX, 2, 3)).contains("the available memory"));
         assert!(message(grey(1, width + 1, 1)).contains("1 x 4294967296 pixels"));
     }
 
@@ -344,7 +344,7 @@ mod tests {
         assert!(found.contains("taken.png: "), "{found}");
         assert_eq!(fs::read_dir(temp.path().join("new")).unwrap().count(), 2, "a file is left");
         let found = message(save(&batch, temp.path().join("samples.jpg")));
-        assert!(found.contains("samples.jpg; it must be a file's, and end in .png"), "{found}");
+        assert!(found.contains("samples.jpg; it must be a file name that ends in .png"), "{found}");
     }
 
     /// The palette of the whole file, those of its frames, and its frames as they are shown.

@@ -344,7 +344,7 @@ fn check_float(field: &'static str, x: &Tensor) -> Result<()> {
     if x.dtype().is_float() {
         return Ok(());
     }
-    Err(Error::config(field, x.dtype().as_str(), "a floating one"))
+    Err(Error::config(field, x.dtype().as_str(), "a floating-point dtype"))
 }
 
 /// What a denoiser or a source of noise gave for a sample `x`, in the dtype of `x`.

@@ -287,7 +287,7 @@ fn another_runs_checkpoint_is_not_replaced() {
     };
     let seeded = refused(network(), TrainConfig { seed: 1, ..config(2) }, Diffusion::ddpm());
     let expected =
-        "train.seed is 0 in the checkpoint, but 1 is asked for; save another run elsewhere";
+        "train.seed is 0 in the checkpoint, but 1 was requested; save another run elsewhere";
     assert_eq!(seeded, expected);
     refused(UNetConfig { time_dim: 32, ..network() }, config(2), Diffusion::ddpm());
     let cosine = Diffusion::new(NoiseSchedule::cosine(1000).unwrap(), Prediction::Epsilon);
@@ -492,12 +492,12 @@ fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
         (
             "a wrong recipe",
             |p| edit(p, |j| j["train"]["batch_size"] = 0.into()),
-            "train.batch_size is 0 in the checkpoint, but 4 is asked for; a run goes on as it began",
+            "train.batch_size is 0 in the checkpoint, but 4 was requested; resume the run with the config",
         ),
         (
             "a huge network",
             |p| edit(p, |j| j["network"]["config"]["hidden_dims"] = vec![65536; 16].into()),
-            "network.hidden_dims is a list of 16 in the checkpoint, but [16,24] is asked for",
+            "network.hidden_dims is a list of 16 in the checkpoint, but [16,24] was requested",
         ),
         (
             "truncated weights of format 1",
@@ -519,22 +519,22 @@ fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
                     j.as_object_mut().unwrap().remove("files");
                 })
             },
-            "checkpoint.json: damaged file: files is missing; it must be there since format 2",
+            "checkpoint.json: damaged file: files is missing; it must be present since format 2",
         ),
         (
             "averages that the recipe does not have",
             |p| edit(p, |j| j["train"]["ema"] = serde_json::Value::Null),
-            "files.ema.safetensors is there; it must be not there, as train.ema is",
+            "files.ema.safetensors is present; it must be absent, as train.ema is",
         ),
         (
             "a network's configuration of a megabyte",
             |p| edit(p, |j| j["network"]["config"]["hidden_dims"] = vec![16; 1 << 20].into()),
-            "network.config's length is 3145",
+            "length of network.config is 3145",
         ),
         (
             "a kind of a megabyte",
             |p| edit(p, |j| j["network"]["kind"] = "x".repeat(1 << 20).into()),
-            "xxx... (1048576 bytes) in the checkpoint, but unet is asked for",
+            "xxx... (1048576 bytes) in the checkpoint, but unet was requested",
         ),
         (
             "an unknown field of a megabyte, in lines",
@@ -674,12 +674,12 @@ fn long_lists_are_not_told_in_full() {
     for (betas, expected) in [
         (
             other,
-            "diffusion.schedule.custom.betas[998] is 0.01 in the checkpoint, but 0.02 is asked for; ",
+            "diffusion.schedule.custom.betas[998] is 0.01 in the checkpoint, but 0.02 was requested; ",
         ),
         (
             vec![0.01; 999],
             "diffusion.schedule.custom.betas is a list of 1000 in the checkpoint, \
-             but a list of 999 is asked for; ",
+             but a list of 999 was requested; ",
         ),
     ] {
         let message = custom(betas).unwrap_err().to_string();
@@ -1093,7 +1093,7 @@ fn a_claim_finds_what_is_in_the_way_before_the_first_step() {
         (
             "a dangling link",
             |p| std::os::unix::fs::symlink("nowhere", p).unwrap(),
-            Some("it is a link to nowhere, which is not there"),
+            Some("it is a link to nowhere, which does not exist"),
         ),
         #[cfg(unix)]
         (
@@ -1129,7 +1129,7 @@ fn a_claim_finds_what_is_in_the_way_before_the_first_step() {
             "another run",
             |p| drop(new(TrainConfig { seed: 3, ..config(9) }).save(p).unwrap()),
             Some(
-                "train.seed is 3 in the checkpoint, but 0 is asked for; save another run elsewhere",
+                "train.seed is 3 in the checkpoint, but 0 was requested; save another run elsewhere",
             ),
         ),
         (
@@ -1201,7 +1201,7 @@ fn a_link_for_the_run_whose_target_is_missing_is_named() {
     let error = new(config(9)).claim(out.join("checkpoint")).unwrap_err();
     assert!(matches!(&error, Error::Occupied { path, .. } if *path == out), "{error}");
     assert!(
-        error.to_string().ends_with("it is a link to unplugged, which is not there"),
+        error.to_string().ends_with("it is a link to unplugged, which does not exist"),
         "{error}"
     );
 }

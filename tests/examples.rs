@@ -544,11 +544,11 @@ fn errors_about_a_run(out: &Path, temp: &Path) -> Result<()> {
         (&["--seed", "9", "--data", "no-such"], &["holds a run at step 3", "another --out"]),
         (
             &["--resume", "--batch-size", "4"],
-            &["train.batch_size is 2", "but 4 is asked for; leave --batch-size out to continue"],
+            &["train.batch_size is 2", "but 4 was requested; leave --batch-size out to continue"],
         ),
         (
             &["--resume", "--seed", "9"],
-            &["train.seed is 0", "but 9 is asked for; leave --seed out"],
+            &["train.seed is 0", "but 9 was requested; leave --seed out"],
         ),
         (
             &["--resume", "--accumulation", "2"],
@@ -928,7 +928,7 @@ fn memory_that_ends_is_an_error_and_a_large_grid_does_not_take_it() -> Result<()
     succeed(&mut limited("grid", &["--batch-size", "1", "--sample-count", "300"]))?;
     assert_fails(
         &mut limited("batch", &["--batch-size", "1000", "--sample-count", "1"]),
-        &["no memory for ", " bytes, a feature map's; fewer images at a time need less"],
+        &["not enough memory for a feature map of ", " bytes; use fewer images at a time"],
     )
 }
 

@@ -164,7 +164,10 @@ fn wrong_dtypes_are_refused() {
             "dtype of t_emb is u8; it must be f32, that of the weights",
         ),
         (block.forward(&to(&x, DType::F64), &t_emb, None), "dtype of x is f64"),
-        (unet.forward(&to(&image, DType::U8), &t), "dtype of x_t is u8; it must be a floating one"),
+        (
+            unet.forward(&to(&image, DType::U8), &t),
+            "dtype of x_t is u8; it must be a floating-point dtype",
+        ),
     ] {
         let message = result.unwrap_err().to_string();
         assert!(message.contains(expected), "{message}");
@@ -183,8 +186,8 @@ fn what_is_no_timestep_is_refused() {
     let x = ones(&[2, 1, 28, 28]);
     let t = |t: &[f64], dtype| Tensor::new(t, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
     for (t, expected) in [
-        (t(&[0.0, 5.0], DType::F32), "dtype of t is f32; it must be an integer one"),
-        (t(&[0.0, f64::NAN], DType::F64), "dtype of t is f64; it must be an integer one"),
+        (t(&[0.0, 5.0], DType::F32), "dtype of t is f32; it must be an integer dtype"),
+        (t(&[0.0, f64::NAN], DType::F64), "dtype of t is f64; it must be an integer dtype"),
         (t(&[0.0, -1.0], DType::I64), "t is -1; it must be at least 0, a timestep"),
         (t(&[-7.0, 3.0], DType::I32), "t is -7; it must be at least 0, a timestep"),
     ] {
@@ -242,7 +245,8 @@ fn a_network_that_cannot_hear_the_timestep_is_refused() {
             config(dims).validate().unwrap_err().to_string(),
             UNet::new(&config(dims), parameters().builder()).unwrap_err().to_string(),
         ] {
-            let expected = format!("hidden_dims is {dims:?}; it must be more than 8 somewhere");
+            let expected =
+                format!("hidden_dims is {dims:?}; it must be more than 8 in at least one entry");
             assert!(message.starts_with(&expected), "{message}");
         }
     }
@@ -416,7 +420,10 @@ fn a_missing_weight_is_told_with_the_name_that_the_file_has() {
 fn weights_of_no_floating_dtype_are_refused() {
     let vb = Parameters::new(0, DType::U8, &Device::Cpu).builder();
     let message = vb.get(3, "w").unwrap_err().to_string();
-    assert!(message.contains("dtype of the weights is u8; it must be a floating one"), "{message}");
+    assert!(
+        message.contains("dtype of the weights is u8; it must be a floating-point dtype"),
+        "{message}"
+    );
 }
 
 /// Names and lists from a file are quoted in short.

@@ -136,7 +136,8 @@ fn weights_and_gradients_of_no_floating_dtype_are_refused() {
             (clip_grad_norm(&mut gradients, 1.0).map(drop), "gradient"),
         ] {
             let message = result.unwrap_err().to_string();
-            let expected = format!("{what} is a.b of dtype {name}; it must be of a floating dtype");
+            let expected =
+                format!("{what} is a.b of dtype {name}; it must be of a floating-point dtype");
             assert_eq!(message, expected);
         }
     }

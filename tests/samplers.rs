@@ -302,8 +302,11 @@ fn what_does_not_fit_the_start_is_refused() {
     let half = from_fn(|x_t: &Tensor, _: &Tensor| Ok((x_t * 0.5)?));
     let start = Tensor::zeros((4, 1, 2, 2), DType::F32, &Device::Cpu).unwrap();
     for (start, expected) in [
-        (start.to_dtype(DType::U8), "dtype of the start is u8; it must be a floating one"),
-        (start.to_dtype(DType::I64), "dtype of the start is i64; it must be a floating one"),
+        (start.to_dtype(DType::U8), "dtype of the start is u8; it must be a floating-point dtype"),
+        (
+            start.to_dtype(DType::I64),
+            "dtype of the start is i64; it must be a floating-point dtype",
+        ),
         (start.sum_all(), "the start has shape []; it must be (batch, ...)"),
     ] {
         let steps = sampler.steps_from(&half, start.unwrap(), |_| unreachable!());
@@ -316,7 +319,7 @@ fn what_does_not_fit_the_start_is_refused() {
             "z has shape [1, 1, 2, 2]; it must be [4, 1, 2, 2], that of the sample",
         ),
         (start.flatten_from(1), "z has shape [4, 4]; it must be [4, 1, 2, 2]"),
-        (start.to_dtype(DType::I64), "dtype of z is i64; it must be a floating one"),
+        (start.to_dtype(DType::I64), "dtype of z is i64; it must be a floating-point dtype"),
     ] {
         let z = z.unwrap();
         let mut steps = sampler.steps_from(&half, start.clone(), |_| Ok(z.clone())).unwrap();
@@ -326,7 +329,7 @@ fn what_does_not_fit_the_start_is_refused() {
     }
     let whole = from_fn(|x_t: &Tensor, _: &Tensor| Ok(x_t.to_dtype(DType::U8)?));
     let message = sampler.sample(&whole, (1, 1, 2, 2), 0, &Device::Cpu).unwrap_err().to_string();
-    assert_eq!(message, "dtype of the denoiser's output is u8; it must be a floating one");
+    assert_eq!(message, "dtype of the denoiser's output is u8; it must be a floating-point dtype");
 }
 
 #[test]
@@ -344,7 +347,7 @@ fn wrong_settings_are_refused() {
         (new(Solver::Ddim { eta: f64::NAN }, 10), "eta is NaN; it must be from 0 to 1"),
         (
             Sampler::prior((usize::MAX, 2), 0, &Device::Cpu).unwrap_err().to_string(),
-            "it must be small enough for the memory there is",
+            "it must be small enough for the available memory",
         ),
         (with(&[]), "timesteps is []; it must be one or more"),
         (with(&[3, 3]), "timesteps is 3 at index 1; it must be strictly increasing"),

@@ -573,9 +573,9 @@ fn a_weight_without_a_gradient_is_named_unless_the_network_allows_it() {
     let error = refused.fit(&Ramps(10), &mut ()).unwrap_err();
     let message = error.to_string();
     assert!(matches!(error, Error::NoGradient { .. }), "{message}");
-    assert!(
-        message.starts_with("weight first has no gradient in the first update, as 3 of 4 weights")
-    );
+    assert!(message.starts_with(
+        "weight first has no gradient in the first update (3 of 4 weights have none)"
+    ));
     assert!(!message.contains('\n'), "{message}");
     assert_eq!(refused.steps(), 0);
 
@@ -697,8 +697,8 @@ fn wrong_configurations_are_refused() {
         (UNetConfig { time_dim: 2, ..unet() }, "time_dim is 2; it must be"),
         (
             UNetConfig { attention_resolutions: vec![2], ..unet() },
-            "attention_resolutions is [2]; it must be levels from 0 to 1, each at most once: of 28, 14 \
-             pixels; the bottleneck, of 7, always attends",
+            "attention_resolutions is [2]; it must be levels from 0 to 1, each at most once, of 28, 14 \
+             pixels; the bottleneck, of 7 pixels, always has attention",
         ),
         (
             UNetConfig { attention_resolutions: vec![1, 0, 1], ..unet() },

@@ -46,9 +46,9 @@ pub fn draw(
     let (count, channels, height, width) = shape;
     let mut pixels = Vec::new();
     let len = count * channels * height * width;
-    pixels
-        .try_reserve_exact(len)
-        .map_err(|_| format!("no memory for {} bytes, the images' pixels", grouped(len)))?;
+    pixels.try_reserve_exact(len).map_err(|_| {
+        format!("not enough memory for the pixels of the images, {} bytes", grouped(len))
+    })?;
     let part = part(device);
     let (mut seeds, mut seed, mut done) = (Random(seed), seed, 0);
     for start in (0..count).step_by(part) {

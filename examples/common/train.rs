@@ -283,7 +283,7 @@ fn in_our_words(error: Error) -> Box<dyn std::error::Error + Send + Sync> {
                 _ => return error.into(),
             };
             return format!(
-                "{field} is {found} in the checkpoint, but {expected} is asked for; leave {option} \
+                "{field} is {found} in the checkpoint, but {expected} was requested; leave {option} \
                  out to continue the run, or begin another with another --out"
             )
             .into();

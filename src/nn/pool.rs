@@ -186,7 +186,7 @@ mod tests {
             let Err(error) = pool.take(len) else { panic!("there is memory for {len} values") };
             assert!(matches!(error, Error::OutOfMemory { bytes: found } if found == bytes));
             let text = error.to_string();
-            assert!(text.contains(&format!("no memory for {bytes} bytes")), "{text}");
+            assert!(text.contains(&format!("a feature map of {bytes} bytes")), "{text}");
         }
         // What it has given and got back is not lost.
         drop(pool.take(7)?);

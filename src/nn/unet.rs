@@ -175,7 +175,11 @@ impl UNet {
             return Err(Error::Shape { what: "x_t", found: x_t.dims().to_vec(), expected });
         }
         if !x_t.dtype().is_float() {
-            return Err(Error::config("dtype of x_t", x_t.dtype().as_str(), "a floating one"));
+            return Err(Error::config(
+                "dtype of x_t",
+                x_t.dtype().as_str(),
+                "a floating-point dtype",
+            ));
         }
         check_timesteps(t, batch, None)
     }

@@ -98,14 +98,14 @@ impl UNetConfig {
         }
         if dims.iter().all(|&d| d == GROUPS) {
             return refuse_dims(format!(
-                "more than {GROUPS} somewhere: GroupNorm has {GROUPS} groups, and where each is one channel \
-                 it subtracts what tells a block the timestep"
+                "more than {GROUPS} in at least one entry: with {GROUPS} channels GroupNorm has one channel per \
+                 group, and subtracts the time embedding"
             ));
         }
         let divisor = 1 << self.levels();
         if !self.image_size.is_multiple_of(divisor) {
             let expected = format!(
-                "a multiple of {divisor}, since hidden_dims halves it {} times",
+                "a multiple of {divisor}, because hidden_dims halves it {} times",
                 self.levels()
             );
             return Err(Error::config("image_size", self.image_size, expected));
@@ -117,7 +117,7 @@ impl UNetConfig {
             let size = |level: usize| (self.image_size >> level).to_string();
             let sizes: Vec<_> = (0..self.levels()).map(size).collect();
             let expected = format!(
-                "levels from 0 to {}, each at most once: of {} pixels; the bottleneck, of {}, always attends",
+                "levels from 0 to {}, each at most once, of {} pixels; the bottleneck, of {} pixels, always has attention",
                 self.levels() - 1,
                 sizes.join(", "),
                 size(self.levels()),

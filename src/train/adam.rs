@@ -551,7 +551,7 @@ pub(super) fn check_floating(what: &'static str, name: &str, tensor: &Tensor) ->
         return Ok(());
     }
     let value = format!("{name} of dtype {}", tensor.dtype().as_str());
-    Err(Error::config(what, value, "of a floating dtype"))
+    Err(Error::config(what, value, "of a floating-point dtype"))
 }
 
 /// What two tensors must have in common to be added element by element.

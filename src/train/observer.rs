@@ -6,39 +6,38 @@ use serde::Serialize;
 use super::Trainer;
 use crate::{Network, Result};
 
-/// What training reports every [`log_every`](crate::TrainConfig::log_every) updates.
+/// The report on training every [`log_every`](crate::TrainConfig::log_every) updates.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Metrics {
-    /// Updates so far.
+    /// Number of updates so far.
     pub step: u64,
-    /// Mean loss of the updates since the last report, or since [`fit`](Trainer::fit) began: those
-    /// of a loop of one's own are in no report.
+    /// Mean loss of the updates since the last report, or since [`fit`](Trainer::fit) began. Updates made outside
+    /// of `fit` are not included.
     pub loss: f32,
     /// Learning rate of the last update.
     pub lr: f64,
-    /// Global norm of the last update's gradient, before clipping; of the last that was not skipped.
+    /// Global norm of the gradient of the last update that was not skipped, before clipping.
     pub grad_norm: f32,
-    /// What the next update's gradients are scaled by, with
-    /// [`Precision::F16`](crate::Precision::F16).
+    /// Scale of the gradients in the next update, with [`Precision::F16`](crate::Precision::F16).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<f64>,
-    /// Images a second in the same updates: with the source's time, without the observer's own.
+    /// Images per second in the same updates. The time includes that of the source, but not that of the observer.
     pub images_per_second: f64,
 }
 
 impl fmt::Display for Metrics {
-    /// A line for a log: `step 500: loss 0.0432, lr 1.0e-4, 612 images/s`.
+    /// Formats a line for a log: `step 500: loss 0.0432, lr 1.0e-4, 612 images/s`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { step, loss, lr, images_per_second, .. } = self;
         write!(f, "step {step}: loss {loss:.4}, lr {lr:.1e}, {images_per_second:.0} images/s")
     }
 }
 
-/// Watches training: progress, pictures, checkpoints and the wish to stop are its business.
+/// Observes training, to show progress, draw samples, save checkpoints or stop the run.
 ///
-/// `()` watches nothing. A closure that takes [`&Metrics`](Metrics) and returns [`Result<()>`](crate::Result)
-/// is called with each report. An error of either method ends [`Trainer::fit`] and is returned by it;
-/// those of other libraries are wrapped by [`Error::external`](crate::Error::external).
+/// `()` does nothing. A closure that takes [`&Metrics`](Metrics) and returns [`Result<()>`](crate::Result) is called
+/// with each report. An error of either method ends [`Trainer::fit`], which returns it.
+/// [`Error::external`](crate::Error::external) wraps errors of other libraries.
 ///
 /// ```
 /// use std::ops::ControlFlow;
@@ -73,13 +72,13 @@ impl fmt::Display for Metrics {
 /// # }
 /// ```
 pub trait Observer<N: Network> {
-    /// After every update. Breaking ends [`Trainer::fit`] without an error.
+    /// Called after every update. `Break` ends [`Trainer::fit`] without an error.
     fn on_step(&mut self, trainer: &Trainer<N>) -> Result<ControlFlow<()>> {
         let _ = trainer;
         Ok(ControlFlow::Continue(()))
     }
 
-    /// When the loss has been read, before `on_step`.
+    /// Called when the loss has been read, before `on_step`.
     fn on_metrics(&mut self, trainer: &Trainer<N>, metrics: &Metrics) -> Result<()> {
         let _ = (trainer, metrics);
         Ok(())
@@ -88,7 +87,7 @@ pub trait Observer<N: Network> {
 
 impl<N: Network> Observer<N> for () {}
 
-/// A closure is called with each report.
+/// Calls the closure with each report.
 impl<N: Network, F: FnMut(&Metrics) -> Result<()>> Observer<N> for F {
     fn on_metrics(&mut self, _: &Trainer<N>, metrics: &Metrics) -> Result<()> {
         self(metrics)

@@ -17,7 +17,7 @@ use crate::{
     SamplerConfig,
 };
 
-/// Trains a network: Ho et al. 2020, algorithm 1.
+/// Trains a network. Ho et al. 2020, algorithm 1.
 ///
 /// ```no_run
 /// use candle_core::Device;
@@ -32,9 +32,8 @@ use crate::{
 /// # Ok::<(), ddpm::Error>(())
 /// ```
 ///
-/// Everything random in a step follows from the seed, the step's number and each image's position
-/// in its batch; so a run that was saved and [resumed](Self::resume) goes on as if it had never
-/// stopped.
+/// All random numbers of a step are determined by the seed, the step's number and the position of each image
+/// in its batch. A run that was saved and [resumed](Self::resume) therefore continues as if it had never stopped.
 pub struct Trainer<N: Network> {
     network: N,
     config: TrainConfig,
@@ -47,23 +46,23 @@ pub struct Trainer<N: Network> {
     scaler: Option<GradScaler>,
     step: u64,
     images_seen: u64,
-    /// Images in the source, once one was used: the order of a run depends on it.
+    /// Number of images in the source, once a source was used: the order of the images depends on it.
     dataset_len: Option<u64>,
     sampling: Option<SamplerConfig>,
-    /// The right to save where the run is saved, if it was asked for.
+    /// The right to save at the directory of the run, if it was claimed.
     claim: Option<Claim>,
     #[cfg(feature = "cuda")]
     capture: by_graph::Capture,
     /// The thread that made the last update.
     #[cfg(feature = "cuda")]
     thread: std::thread::ThreadId,
-    /// The order of the images in the epoch at hand: epoch, number of images, order.
+    /// The order of the images in the current epoch: epoch, number of images, order.
     order: Option<(u64, usize, Vec<u32>)>,
-    /// Whether the first update was seen to have a gradient for each weight.
+    /// Whether the weights were checked for missing gradients.
     gradients_checked: bool,
-    /// What has not been read since the last report.
+    /// Updates since the last report whose losses have not been read.
     unread: Vec<Update>,
-    /// Sum and number of the losses that were read since the last report.
+    /// Sum and number of the losses read since the last report.
     read: (f64, u64),
 }
 
@@ -81,29 +80,29 @@ impl<N: Network> fmt::Debug for Trainer<N> {
     }
 }
 
-/// How many updates may go unread in a loop of the user's own before they are checked.
+/// Number of updates after which a loop of the user's own has its losses read and checked.
 const MAX_UNREAD: usize = 10_000;
 
 /// The loss, the gradient's norm, and the gradients.
 type Computed = (Tensor, Tensor, Vec<Tensor>);
 
-/// What an update computed. The numbers are still on the device: reading one waits for it.
+/// The results of an update. The numbers are still on the device: reading one waits for the device.
 #[derive(Debug, Clone)]
 pub struct Update {
     /// The update's number, from 1.
     pub step: u64,
     /// The mean squared error over the whole batch, a scalar.
     pub loss: Tensor,
-    /// The gradient's global norm before clipping, a scalar; not finite where the update was skipped
-    /// for that, with [`Precision::F16`].
+    /// The global norm of the gradient before clipping, a scalar. With [`Precision::F16`] it is not finite if the
+    /// update was skipped.
     pub grad_norm: Tensor,
 }
 
 impl<N: Network> Trainer<N> {
-    /// A trainer of a new network, its weights drawn from `config.seed`.
+    /// Creates a trainer of a new network, whose weights are drawn from `config.seed`.
     ///
     /// # Errors
-    /// If a configuration is not valid, naming the field.
+    /// Returns an error that names the field if a configuration is not valid.
     pub fn new(
         network: N,
         config: TrainConfig,
@@ -115,14 +114,14 @@ impl<N: Network> Trainer<N> {
         Self::with_weights(network, config, diffusion, device, &parameters)
     }
 
-    /// Goes on where the run that was [saved](Self::save) in `dir` stopped, bit for bit on the
-    /// CPU.
+    /// Continues the run that was [saved](Self::save) in `dir`. On the CPU the results are identical in each bit
+    /// to those of an uninterrupted run.
     ///
     /// # Errors
-    /// If `dir` holds no complete checkpoint, or one of another run: a run continues with the
-    /// network, the process and the training configuration it began with, but for
+    /// Returns an error if `dir` holds no complete checkpoint, or a checkpoint of another run. A run continues
+    /// with the network, the process and the training configuration with which it began, except for
     /// [`steps`](TrainConfig::steps), [`log_every`](TrainConfig::log_every) and
-    /// [`keep_checkpoints`](TrainConfig::keep_checkpoints). To train given weights in another way,
+    /// [`keep_checkpoints`](TrainConfig::keep_checkpoints). To train its weights with another configuration,
     /// begin a new run with [`set_weights`](Self::set_weights).
     pub fn resume(
         dir: impl AsRef<Path>,
@@ -133,8 +132,8 @@ impl<N: Network> Trainer<N> {
     ) -> Result<Self> {
         config.validate()?;
         let checkpoint = Checkpoint::open(dir)?;
-        let remedy = "a run goes on as it began, with what its Checkpoint tells; a new one that begins at its \
-                      weights is made by Trainer::set_weights";
+        let remedy = "resume the run with the configuration of its Checkpoint, or begin a new run at its \
+                      weights with Trainer::set_weights";
         checkpoint.must_match(&network, &config, &diffusion, remedy)?;
         let parameters = checkpoint.parameters(device)?;
         let mut run = Self::with_weights(network, config, diffusion, device, &parameters)?;
@@ -152,7 +151,7 @@ impl<N: Network> Trainer<N> {
         Ok(run)
     }
 
-    /// A run that begins at these weights.
+    /// Creates a trainer of a run that begins at these weights.
     fn with_weights(
         network: N,
         config: TrainConfig,
@@ -193,14 +192,14 @@ impl<N: Network> Trainer<N> {
         })
     }
 
-    /// Updates the weights until there have been [`steps`](TrainConfig::steps) updates in all, or
-    /// the observer wants to stop.
+    /// Updates the weights until the run has made [`steps`](TrainConfig::steps) updates in total, or the observer
+    /// stops it.
     ///
     /// # Errors
-    /// If the source is empty or its images are of another shape than the network takes; if a loss
-    /// or gradient is not finite; and whatever the source or the observer returns.
+    /// Returns an error if the source is empty, if its images do not have the shape that the network takes, or if
+    /// a loss or a gradient is not finite. Also returns the errors of the source and of the observer.
     pub fn fit(&mut self, images: &dyn ImageSource, observer: &mut dyn Observer<N>) -> Result<()> {
-        // Updates of a loop of the user's own are checked, but are no part of the reports.
+        // Updates made outside of `fit` are checked, but are not part of the reports.
         self.read_metrics()?;
         let (mut elapsed, mut images_before) = (Duration::ZERO, self.images_seen);
         while self.step < self.config.steps {
@@ -225,14 +224,15 @@ impl<N: Network> Trainer<N> {
         Ok(())
     }
 
-    /// One update with a batch `x_0` (batch, channels, height, width) in [-1, 1]: `t` uniform,
-    /// `eps` standard normal.
+    /// Makes one update with a batch `x_0` (batch, channels, height, width) in [-1, 1]. `t` is drawn uniformly, and
+    /// `eps` from the standard normal distribution.
     ///
     /// # Errors
-    /// If the batch is not of f32 or does not fit the network, or its size does not fit
-    /// [`accumulation`](TrainConfig::accumulation); in the first update, if a weight has no gradient
-    /// and [may not lack it](Denoiser::may_lack_gradient). Whether a loss is finite is seen when it is
-    /// read: by [`fit`](Self::fit), by [`save`](Self::save), or here after 10,000 unread ones.
+    /// Returns an error if the dtype of the batch is not f32, if its shape does not fit the network, or if its size
+    /// is not a multiple of [`accumulation`](TrainConfig::accumulation). The first update returns an error if a
+    /// weight has no gradient and [may not lack it](Denoiser::may_lack_gradient). A loss that is not finite is
+    /// detected when it is read: by [`fit`](Self::fit), by [`save`](Self::save), or here after 10,000 updates
+    /// without either.
     pub fn step(&mut self, x_0: &Tensor) -> Result<Update> {
         let dims = x_0.dims();
         if dims.is_empty() {
@@ -252,12 +252,12 @@ impl<N: Network> Trainer<N> {
         self.eager(x_0, &t, &eps)
     }
 
-    /// One update with timesteps `t` (batch), of an integer dtype, less than the schedule's steps,
-    /// and noise `eps` (as `x_0`) of one's own.
+    /// Makes one update with the given timesteps `t` (batch) and noise `eps`. `t` has an integer dtype and values
+    /// less than the number of timesteps in the schedule. `eps` has the shape of `x_0`.
     ///
     /// # Errors
-    /// As [`step`](Self::step), and if the shapes or dtypes do not fit each other, or a timestep is
-    /// out of range; on a CUDA device the loss is NaN then.
+    /// Returns the errors of [`step`](Self::step), and an error if the shapes or dtypes do not fit each other, or
+    /// if a timestep is out of range. On a CUDA device, a timestep out of range makes the loss NaN instead.
     pub fn step_with(&mut self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Update> {
         self.check_step()?;
         #[cfg(feature = "cuda")]
@@ -266,7 +266,7 @@ impl<N: Network> Trainer<N> {
     }
 
     /// # Errors
-    /// Returns an error if there are no random numbers for another update.
+    /// Returns an error if no random numbers are left for another update.
     fn check_step(&self) -> Result<()> {
         if self.step >= MAX_STEP {
             return Err(Error::config("step", self.step, format!("less than {MAX_STEP} to go on")));
@@ -274,7 +274,7 @@ impl<N: Network> Trainer<N> {
         Ok(())
     }
 
-    /// An update that is not captured.
+    /// Makes an update that is not captured as a graph.
     fn eager(&mut self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Update> {
         self.follow_thread()?;
         let (loss, grad_norm, gradients) = self.compute(x_0, t, eps)?;
@@ -282,7 +282,7 @@ impl<N: Network> Trainer<N> {
         self.note(x_0.dim(0)?, loss, grad_norm)
     }
 
-    /// Counts an update.
+    /// Counts and records an update.
     fn note(&mut self, batch: usize, loss: Tensor, grad_norm: Tensor) -> Result<Update> {
         self.step += 1;
         self.images_seen += batch as u64;
@@ -294,7 +294,7 @@ impl<N: Network> Trainer<N> {
         Ok(update)
     }
 
-    /// Updates the weights: the loss, the gradient's norm, and gradients that nobody needs any longer.
+    /// Updates the weights. Returns the loss, the norm of the gradient, and gradients whose memory can be reused.
     fn compute(&mut self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Computed> {
         let batch = x_0.dims().first().copied().unwrap_or(0);
         let parts = self.config.accumulation;
@@ -329,7 +329,7 @@ impl<N: Network> Trainer<N> {
                 Ok(gradient)
             });
             let found = found.map_err(|error| match error {
-                // Of what the caller gave, x_t is a part.
+                // The caller passed x_0, of which x_t is a part.
                 Error::Shape { what: "x_t", expected, .. } => {
                     Error::Shape { what: "x_0", found: whole.clone(), expected }
                 }
@@ -363,13 +363,13 @@ impl<N: Network> Trainer<N> {
         let learning_rate = self.config.learning_rate(self.step);
         let (ema, scaler) = (self.ema.as_mut(), self.scaler.as_mut());
         let grad_norm = self.optimizer.update(&mut sums, max_norm, learning_rate, ema, scaler)?;
-        // Where there are several parts, the sums are none of the network's.
+        // With several parts, the sums are not buffers of the network.
         let gradients = if parts == 1 { sums.into_values().collect() } else { Vec::new() };
         Ok((loss, grad_norm, gradients))
     }
 
     /// # Errors
-    /// If a weight has no gradient, and the network does not say that it may lack one.
+    /// Returns an error if a weight has no gradient and the network does not allow it to lack one.
     fn check_gradients(&self, found: &BTreeMap<String, Tensor>) -> Result<()> {
         let lacks =
             |name: &&String| !found.contains_key(*name) && !self.model.may_lack_gradient(name);
@@ -384,7 +384,7 @@ impl<N: Network> Trainer<N> {
         }
     }
 
-    /// A thread's work on a GPU is in a stream of its own: what another one left there must be done.
+    /// Waits for the work of the thread that made the last update, because each thread has its own CUDA stream.
     fn follow_thread(&mut self) -> Result<()> {
         #[cfg(feature = "cuda")]
         if self.wait_for_other_thread()? {
@@ -393,7 +393,7 @@ impl<N: Network> Trainer<N> {
         Ok(())
     }
 
-    /// Whether the last update was another thread's; then waits for it.
+    /// Waits for the last update if another thread made it. Returns whether that was the case.
     #[cfg(feature = "cuda")]
     fn wait_for_other_thread(&self) -> Result<bool> {
         let other = self.device.is_cuda() && self.thread != std::thread::current().id();
@@ -403,7 +403,7 @@ impl<N: Network> Trainer<N> {
         Ok(other)
     }
 
-    /// Adds gradients to their sums, and gives them back to the network.
+    /// Adds gradients to their sums, and returns their memory to the network.
     fn accumulate(
         &self,
         sums: &mut BTreeMap<String, Tensor>,
@@ -412,7 +412,7 @@ impl<N: Network> Trainer<N> {
         for (name, gradient) in &gradients {
             match sums.get_mut(name) {
                 Some(sum) => add_to(sum, gradient)?,
-                // A copy: the network's memory may still be in it.
+                // The gradient may use memory of the network, so it is copied.
                 None => {
                     sums.insert(name.clone(), gradient.copy()?);
                 }
@@ -422,15 +422,15 @@ impl<N: Network> Trainer<N> {
         Ok(())
     }
 
-    /// The next `batch_size` images in the run's order, mirrored where the configuration asks:
-    /// (batch, channels, height, width) on the trainer's device. Asked twice between two updates,
-    /// it gives the same ones.
+    /// Reads the next `batch_size` images in the order of the run, with random flips if they are configured:
+    /// (batch, channels, height, width) on the trainer's device. A second call before the next update returns the
+    /// same images.
     ///
-    /// Every epoch is a new order of all images; a batch may span the end of one.
+    /// Each epoch has a new order of all images. A batch may span the end of an epoch.
     ///
     /// # Errors
-    /// If the source is empty, has another number of images than at an earlier update of the run, or
-    /// fails to read; if a pixel is not a number from -1 to 1 (to within 0.001), or was not written.
+    /// Returns an error if the source is empty, fails to read, or has another number of images than at an earlier
+    /// update of the run. Returns an error if a pixel was not written or is outside [-1, 1] by more than 0.001.
     pub fn next_batch(&mut self, images: &dyn ImageSource) -> Result<Tensor> {
         let (channels, height, width) = images.shape();
         let size = [height, width].iter().try_fold(channels, |n, &d| n.checked_mul(d)).unwrap_or(0);
@@ -442,8 +442,9 @@ impl<N: Network> Trainer<N> {
         let len = images.len() as u64;
         match self.dataset_len {
             Some(before) if before != len && self.step > 0 => {
-                let expected =
-                    format!("{before}, as earlier in this run, which its order depends on");
+                let expected = format!(
+                    "{before}, as earlier in this run, because the order of images depends on it"
+                );
                 return Err(Error::config("number of images", len, expected));
             }
             // No update depends on the order yet.
@@ -456,7 +457,7 @@ impl<N: Network> Trainer<N> {
             let expected = format!("small enough for a batch of images of {size} values in memory");
             return Err(Error::config("batch_size", batch, expected));
         };
-        // A place that the source does not write stays NaN, and is refused.
+        // A value that the source does not write stays NaN, and is refused.
         pixels.resize(count, f32::NAN);
         for (k, image) in pixels.chunks_mut(size).enumerate() {
             let index = self.shuffled(self.images_seen.wrapping_add(k as u64), images.len())?;
@@ -477,18 +478,19 @@ impl<N: Network> Trainer<N> {
         Ok(Tensor::from_vec(pixels, (batch, channels, height, width), &self.device)?)
     }
 
-    /// Takes the right to save at `dir`, for as long as this trainer lives, and does everything that
-    /// [`save`](Self::save) does there except for writing weights: what would make it fail later fails now,
-    /// before there is something to lose.
+    /// Claims the exclusive right to save at `dir` until this trainer is dropped. Does everything that
+    /// [`save`](Self::save) does there, except for writing weights. A reason for which saving would fail later is
+    /// therefore an error now, before there is anything to lose.
     ///
-    /// The right is an advisory lock on `checkpoint.lock`, beside the directory `checkpoint`; it ends with the
-    /// process, however that ends. A file system without locks gives none.
+    /// The right is an advisory lock on the file `checkpoint.lock`, beside the directory `checkpoint`. It ends with
+    /// the process, even if the process is killed. On a file system without locks there is no lock.
     ///
     /// # Errors
-    /// Returns [`Error::Locked`] if another process or trainer saves there, [`Error::Occupied`] if something
-    /// is there that is no checkpoint of this run, or where one of its checkpoints would be moved,
-    /// [`Error::ConfigMismatch`] if the checkpoint there is another run's, and an error if it is of a later
-    /// step or if nothing can be written there.
+    /// - [`Error::Locked`] if another process or trainer saves there.
+    /// - [`Error::Occupied`] if there is anything other than a checkpoint of this run at `dir`, or at a path to
+    ///   which one of its checkpoints would be moved.
+    /// - [`Error::ConfigMismatch`] if the checkpoint at `dir` belongs to another run.
+    /// - Another error if that checkpoint is of a later step, or if nothing can be written there.
     pub fn claim(&mut self, dir: impl AsRef<Path>) -> Result<()> {
         let claim = match self.claim.take() {
             Some(claim) if claim.is_for(dir.as_ref()) => claim,
@@ -499,23 +501,23 @@ impl<N: Network> Trainer<N> {
         Ok(())
     }
 
-    /// Writes a checkpoint: afterwards `dir` is the latest one, and the ones before it are
-    /// `dir`'s siblings, of which [`keep_checkpoints`](TrainConfig::keep_checkpoints) - 1 stay.
+    /// Writes the latest checkpoint to `dir`. Previous checkpoints are kept beside `dir`, at most
+    /// [`keep_checkpoints`](TrainConfig::keep_checkpoints) - 1 of them.
     ///
-    /// Whatever happens while it writes, a complete checkpoint can be
-    /// [opened](Checkpoint::open) there. While it writes nobody else can save there; to have that for the
-    /// whole run, and to learn in time whether it can be saved, [`claim`](Self::claim) the directory first.
+    /// At any moment while it writes, a complete checkpoint can be [opened](Checkpoint::open) there. No other
+    /// trainer can save there while this one writes. To hold this right for the whole run, and to detect reasons
+    /// for a failure before training, [`claim`](Self::claim) the directory first.
     ///
     /// # Errors
-    /// Returns an error if a loss since the last report or a weight is not finite, or for any reason of
-    /// [`claim`](Self::claim); then nothing is changed. Returns an error if a file cannot be written. An
-    /// old checkpoint that cannot be removed is none: [`Saved`] tells of it.
+    /// Returns an error if a loss since the last report or a weight is not finite, and the errors of
+    /// [`claim`](Self::claim). Nothing is changed in these cases. Returns an error if a file cannot be written. An
+    /// old checkpoint that cannot be removed is not an error, but a warning in [`Saved`].
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<Saved> {
         #[cfg(feature = "cuda")]
         self.wait_for_other_thread()?;
         self.read_unread()?;
         let scaler = self.grad_scaler()?;
-        // Until the device was asked, those count that it skipped.
+        // Updates that the device skipped are counted until its counters are read.
         let skipped = |scaler: &Option<GradScaler>| scaler.as_ref().map_or(0, GradScaler::skipped);
         let skipped_since = skipped(&scaler) - skipped(&self.scaler);
         let snapshot = self.snapshot(scaler.as_ref(), skipped_since);
@@ -530,8 +532,8 @@ impl<N: Network> Trainer<N> {
         checkpoint::save(claim, self.config.keep_checkpoints, &snapshot)
     }
 
-    /// All that a checkpoint is written from, with the scaler as it is now, since whose counts were last
-    /// read `skipped_since` updates were skipped.
+    /// The values from which a checkpoint is written. `scaler` has the current state, and `skipped_since` updates
+    /// were skipped since the counts in `self` were read.
     fn snapshot<'a>(
         &'a self,
         scaler: Option<&'a GradScaler>,
@@ -553,25 +555,24 @@ impl<N: Network> Trainer<N> {
         }
     }
 
-    /// Says how the run draws its samples, for whoever [opens](Checkpoint::sampling) its checkpoints.
-    /// Training does not depend on it.
+    /// Records in the checkpoints how the run draws its samples; see [`Checkpoint::sampling`]. Training does not
+    /// depend on it.
     ///
     /// # Errors
-    /// Returns an error if the run's process cannot be sampled like that, as
-    /// [`Sampler::new`](crate::Sampler::new).
+    /// Returns the errors of [`Sampler::new`](crate::Sampler::new) for the process of this run.
     pub fn set_sampling(&mut self, sampling: SamplerConfig) -> Result<()> {
         sampling.sampler(&self.diffusion)?;
         self.sampling = Some(sampling);
         Ok(())
     }
 
-    /// Replaces the weights by those of a safetensors file: of a checkpoint, or written by PyTorch.
-    /// The averages begin at them as well.
+    /// Replaces the weights by those of a safetensors file, from a checkpoint or from PyTorch. The average begins
+    /// at them, too.
     ///
     /// # Errors
-    /// If there was a step already: the optimiser's state would belong to other weights. If the
-    /// file cannot be read, or a weight is missing, unknown or of another shape; then nothing is
-    /// changed.
+    /// Returns an error if the trainer has already made an update, because the state of the optimiser would belong
+    /// to other weights. Returns an error if the file cannot be read, or if a weight is missing, unknown or of
+    /// another shape. Nothing is changed in these cases.
     pub fn set_weights(&mut self, path: impl AsRef<Path>) -> Result<()> {
         if self.step > 0 {
             return Err(Error::config("step", self.step, "0 when weights are set"));
@@ -592,21 +593,21 @@ impl<N: Network> Trainer<N> {
         &self.network
     }
 
-    /// The network being trained, whose weights the next update changes: [`ema_model`](Self::ema_model)
-    /// gives one of its own.
+    /// The network being trained. The next update changes its weights; [`ema_model`](Self::ema_model) returns a
+    /// separate network.
     ///
-    /// No job of a rayon pool in which this trainer makes an update may compute with it, or with a clone,
-    /// meanwhile: a thread that waits for a part of the update while it holds a weight locked could be
-    /// given that job, and would wait for itself.
+    /// # Deadlocks
+    /// Do not use this network, or a clone of it, in another rayon job while an update runs in the same pool. A
+    /// thread that holds the lock of a weight could be given that job, and would wait for itself.
     pub fn model(&self) -> &N::Model {
         &self.model
     }
 
-    /// The same network with the averaged weights as they are now, or with the weights themselves
-    /// where none are averaged. It takes no gradients.
+    /// Builds the same network with a snapshot of the averaged weights, or of the weights if the run has no average.
+    /// They take no gradients.
     ///
     /// # Errors
-    /// Those of building it.
+    /// Returns the errors of building the network.
     pub fn ema_model(&self) -> Result<N::Model> {
         #[cfg(feature = "cuda")]
         self.wait_for_other_thread()?;
@@ -618,35 +619,36 @@ impl<N: Network> Trainer<N> {
         N::with_precision(weights.build(&self.network)?, self.config.precision)
     }
 
-    /// The weights by name: those that train, not a copy.
+    /// The weights being trained, by name. They are not copies.
     pub fn vars(&self) -> &BTreeMap<String, Var> {
         &self.vars
     }
 
-    /// What scales the gradients, as it is now, with [`Precision::F16`]. Waits for a GPU.
+    /// The current state of the gradient scaler, with [`Precision::F16`]. Waits for the GPU.
     ///
     /// # Errors
-    /// Those of reading it from a GPU.
+    /// Returns an error if it cannot be read from the GPU.
     pub fn grad_scaler(&self) -> Result<Option<GradScaler>> {
         #[cfg(feature = "cuda")]
         self.wait_for_other_thread()?;
         self.scaler.as_ref().map(|scaler| self.optimizer.settled(scaler)).transpose()
     }
 
-    /// The average of the weights, where there is one.
+    /// The average of the weights, unless the run has none.
     pub fn ema(&self) -> Option<&Ema> {
         self.ema.as_ref()
     }
 
-    /// How many updates there were.
+    /// The number of updates so far.
     pub fn steps(&self) -> u64 {
         self.step
     }
 
-    /// Whether the last update was launched as a CUDA graph: the CPU's share of it is next to nothing then.
-    /// Updates of [`step`](Self::step) and [`fit`](Self::fit) come to be, after some of one shape, on a CUDA
-    /// device, without [`accumulation`](TrainConfig::accumulation), where the network
-    /// [is repeatable](Denoiser::is_repeatable); if they do not, the `Debug` form says why.
+    /// Returns whether the last update was launched as a CUDA graph, which takes almost no CPU time.
+    ///
+    /// After some updates of one shape, [`step`](Self::step) and [`fit`](Self::fit) capture their updates. This
+    /// requires a CUDA device, no [`accumulation`](TrainConfig::accumulation), and a network that
+    /// [is repeatable](Denoiser::is_repeatable). If updates are not captured, the `Debug` output states the reason.
     pub fn is_captured(&self) -> bool {
         #[cfg(feature = "cuda")]
         return self.capture.is_there();
@@ -654,7 +656,7 @@ impl<N: Network> Trainer<N> {
         return false;
     }
 
-    /// How the network is trained.
+    /// The training configuration.
     pub fn config(&self) -> &TrainConfig {
         &self.config
     }
@@ -700,10 +702,10 @@ impl<N: Network> Trainer<N> {
         }
     }
 
-    /// Losses and gradient norms that were not read since the last report.
+    /// Reads the losses and gradient norms of the unread updates.
     ///
     /// # Errors
-    /// If one of them is not finite, but for norms of gradients that a smaller scale may mend.
+    /// Returns an error if one is not finite, except for gradient norms that a smaller scale can fix.
     fn read_unread(&self) -> Result<Vec<(f32, f32)>> {
         let skips = self.grad_scaler()?.is_some_and(|scaler| !scaler.is_exhausted());
         let read = |update: &Update| -> Result<(f32, f32)> {
@@ -720,8 +722,7 @@ impl<N: Network> Trainer<N> {
         self.unread.iter().map(read).collect()
     }
 
-    /// Adds the losses that were not read to those that were; gives the last gradient norm that is
-    /// finite.
+    /// Reads the losses of the unread updates and adds them to the sum. Returns the last finite gradient norm.
     fn read_losses(&mut self) -> Result<f32> {
         let read = self.read_unread()?;
         self.unread.clear();
@@ -734,7 +735,7 @@ impl<N: Network> Trainer<N> {
         Ok(norms.rfind(|norm| norm.is_finite()).unwrap_or_default())
     }
 
-    /// The report since the last one, but for `images_per_second`.
+    /// The report on the updates since the last report, except for `images_per_second`.
     fn read_metrics(&mut self) -> Result<Metrics> {
         let grad_norm = self.read_losses()?;
         let (sum, count) = std::mem::take(&mut self.read);
@@ -750,7 +751,7 @@ impl<N: Network> Trainer<N> {
 }
 
 /// # Errors
-/// If a pixel is not a number from -1 to 1. A resized image may overshoot by rounding.
+/// Returns an error if a pixel is not a number from -1 to 1. A tolerance allows for rounding in resized images.
 fn check_range(index: usize, image: &[f32]) -> Result<()> {
     const MOST: f32 = 1.001;
     match image.iter().find(|pixel| pixel.is_nan() || pixel.abs() > MOST) {
@@ -758,7 +759,7 @@ fn check_range(index: usize, image: &[f32]) -> Result<()> {
         Some(pixel) => {
             let value = format!("{pixel} in image {index}");
             let expected =
-                "a number from -1 to 1, which ImageSource::read writes: a byte p is p / 127.5 - 1";
+                "a number from -1 to 1; ImageSource::read converts a byte p to p / 127.5 - 1";
             Err(Error::config("pixel", value, expected))
         }
     }

@@ -85,7 +85,7 @@ pub(super) fn read_tensors(
     let (mut file, length) = open_regular(path)?;
     let mut bytes = Vec::new();
     bytes.try_reserve_exact(usize::try_from(length).unwrap_or(usize::MAX)).map_err(|_| {
-        Error::damaged(path, format!("{length} bytes long: more than there is memory for"))
+        Error::damaged(path, format!("{length} bytes long, more than the available memory"))
     })?;
     file.read_to_end(&mut bytes).map_err(Error::io(path))?;
     if let Some(written) = written {

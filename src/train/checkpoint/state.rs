@@ -142,13 +142,13 @@ impl State {
             within("grad_scaler.skipped", scaler.skipped, self.step)?;
         }
         let length = self.network.config.get().len();
-        within("network.config's length", length as u64, MAX_NETWORK_BYTES as u64)?;
+        within("length of network.config", length as u64, MAX_NETWORK_BYTES as u64)?;
         match &self.files {
             None if self.format_version > 1 => {
-                Err(Error::config("files", "missing", "there since format 2"))
+                Err(Error::config("files", "missing", "present since format 2"))
             }
             Some(files) if files.ema.is_some() != self.train.ema.is_some() => {
-                let told = |yes| if yes { "there" } else { "not there" };
+                let told = |yes| if yes { "present" } else { "absent" };
                 let value = told(files.ema.is_some());
                 let expected = format!("{}, as train.ema is", told(self.train.ema.is_some()));
                 Err(Error::config("files.ema.safetensors", value, expected))

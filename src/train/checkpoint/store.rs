@@ -96,8 +96,7 @@ impl Claim {
         let busy = |error: io::Error| match error.kind() {
             ErrorKind::ResourceBusy | ErrorKind::CrossesDevices => Error::Occupied {
                 path: dir.clone(),
-                found: "it cannot be renamed, as a mount point cannot; name a directory within it"
-                    .into(),
+                found: "it cannot be renamed, like a mount point; use a directory within it".into(),
             },
             _ => Error::io(dir)(error),
         };
@@ -246,7 +245,7 @@ fn check_place(dir: &Path) -> Result<()> {
         use std::os::unix::fs::MetadataExt;
 
         if parent(dir).metadata().is_ok_and(|parent| parent.dev() != metadata.dev()) {
-            let found = "it is a mount point, which cannot be renamed; name a directory within it";
+            let found = "it is a mount point, which cannot be renamed; use a directory within it";
             return occupied(found.into());
         }
     }
@@ -263,7 +262,7 @@ fn check_place(dir: &Path) -> Result<()> {
 /// The error for the deepest link in `path` whose target does not exist, if there is one.
 fn dangling(path: &Path) -> Option<Error> {
     let link = path.ancestors().find(|path| path.is_symlink() && !path.exists())?;
-    let found = format!("it is a link to {}, which is not there", target(link));
+    let found = format!("it is a link to {}, which does not exist", target(link));
     Some(Error::Occupied { path: link.to_owned(), found })
 }
 
@@ -279,7 +278,7 @@ fn foreign(new: &Path) -> Option<String> {
     }
     let ours = [MODEL, EMA, OPTIMIZER, STATE];
     let name = entries(new).into_iter().find(|name| !ours.contains(&name.as_str()))?;
-    Some(format!("it holds {name}, which is no file of a checkpoint"))
+    Some(format!("it holds {name}, which is not a file of a checkpoint"))
 }
 
 /// The names in a directory, in order.
