@@ -1,6 +1,6 @@
-//! The documentation in chapters; their Rust code is compiled and run with the tests.
+//! The documentation in chapters. Their Rust code is compiled and run with the tests.
 //!
-//! Each is a file in `docs/`, to be read there as well. Only here it ends with links to its items.
+//! Each chapter is also a file in `docs/`. Only here it ends with links to its items.
 
 /// The forward and the reverse process, schedules, predictions.
 ///
@@ -11,7 +11,7 @@
 /// [`Prediction`](crate::Prediction). Next: [network].
 pub mod process {}
 
-/// The U-Net, its weights' names, PyTorch, a network of your own.
+/// The U-Net, the names of its weights, PyTorch, a network of your own.
 ///
 #[doc = include_str!("../docs/network.md")]
 ///
@@ -44,17 +44,17 @@ pub mod training {}
 /// [reproducibility].
 pub mod sampling {}
 
-/// What gives the same bits, and what does not.
+/// Results that are identical in each bit, and results that are not.
 ///
 #[doc = include_str!("../docs/reproducibility.md")]
 pub mod reproducibility {}
 
-/// The modules of the source, the decisions behind them, how to extend it.
+/// The modules of the source, the decisions behind them, extending the crate.
 ///
 #[doc = include_str!("../docs/architecture.md")]
 pub mod architecture {}
 
-/// How to measure, and what was measured, on CPUs and a GPU.
+/// How to measure, and the measurements on CPUs and a GPU.
 ///
 #[doc = include_str!("../docs/benchmarks.md")]
 pub mod benchmarks {}

@@ -1,5 +1,5 @@
-// A definition of Markdown counts where it stands first: these replace the README's links to files
-// by ones that lead somewhere in rustdoc, and its picture by a copy within the page.
+// In Markdown the first definition of a link takes effect: these replace the README's links to files by links within
+// rustdoc, and its picture by a copy within the page.
 #![doc = include_str!("../docs/images/inline.md")]
 //! [process]: crate::docs::process
 //! [network]: crate::docs::network
@@ -33,10 +33,10 @@ mod sampler;
 mod schedule;
 mod train;
 
-/// The versions of candle whose tensors and devices stand in this crate's signatures.
+/// The version of candle whose tensors and devices are part of this crate's signatures.
 pub use {candle_core, candle_nn};
 
-/// The version of `image` whose pictures stand in the signatures of [`pictures`].
+/// The version of `image` whose pictures are part of the signatures of [`pictures`].
 #[cfg(feature = "image")]
 pub use image;
 

@@ -1,4 +1,4 @@
-//! Samples as pictures: a grid in a PNG file, and a film of grids in a GIF. With the feature `image`.
+//! Samples as pictures: grids as PNG files, and animations of grids as GIF files. Requires the feature `image`.
 //!
 //! ```
 //! use candle_core::Device;
@@ -6,7 +6,7 @@
 //!
 //! # let temp = tempfile::tempdir().unwrap();
 //! # let path = temp.path().join("noise.png");
-//! // Any batch will do: here the noise from which sampling starts.
+//! // Any batch can be drawn, for example the noise from which sampling starts.
 //! let noise = Sampler::prior((16, 1, 28, 28), 0, &Device::Cpu)?;
 //! pictures::save(&noise, &path)?;
 //! assert!(path.is_file());
@@ -25,27 +25,27 @@ use image::{DynamicImage, GrayImage, ImageFormat, RgbImage};
 
 use crate::{Error, Result};
 
-/// Pixels between two images of a grid, and around them.
+/// Width in pixels of the gaps between and around the images of a grid.
 const GAP: usize = 2;
 const GAP_GREY: u8 = 64;
 
-/// Images are enlarged to at most this many pixels: 28 and 32 to twice their size.
+/// The size in pixels up to which images are enlarged: images of 28 or 32 pixels to twice their size.
 const VISIBLE: usize = 64;
 
-/// In hundredths of a second, as a GIF has them.
+/// The delay of a frame in hundredths of a second, the unit of GIF.
 const FRAME_DELAY: u16 = 7;
 const LAST_FRAME_DELAY: u16 = 200;
 
-/// How coarsely colours are chosen for a GIF, from 1 (all pixels are looked at) to 30.
+/// The speed of the colour selection for a GIF, from 1 (uses all pixels) to 30 (coarsest).
 const QUANTISER_SPEED: i32 = 10;
 
-/// Draws samples as a [`grid`] into a PNG file, and creates its directory where there is none.
+/// Draws samples as a [`grid`] into a PNG file, and creates its directory if necessary.
 ///
-/// The file is written beside `path`, flushed to disk and renamed: if that fails, on a full disk for
-/// example, a picture that was at `path` is still there.
+/// The file is written beside `path`, flushed to disk and renamed. If this fails, for example on a full disk, an
+/// earlier picture at `path` is kept.
 ///
 /// # Errors
-/// Those of [`grid`]; if `path` does not end in `.png`, or the file cannot be written.
+/// Returns the errors of [`grid`], and an error if `path` does not end in `.png` or if the file cannot be written.
 pub fn save(samples: &Tensor, path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();
     if !path.extension().is_some_and(|e| e.eq_ignore_ascii_case("png")) {
@@ -54,12 +54,12 @@ pub fn save(samples: &Tensor, path: impl AsRef<Path>) -> Result<()> {
     replace(path, &png(&grid(samples)?)?)
 }
 
-/// Draws a batch of samples (count, channels, height, width) in [-1, 1] in rows of equal length, as
-/// near to a square as they come. Small images are enlarged by whole factors, up to 64 pixels.
+/// Draws a batch of samples (count, channels, height, width) in [-1, 1] as a grid, which is as nearly square as
+/// possible. Small images are enlarged by integer factors, up to 64 pixels.
 ///
 /// # Errors
-/// If the shape is another, there are neither 1 nor 3 channels, or a value is not finite; and where
-/// memory ends.
+/// Returns an error if the tensor has another shape, if there are neither 1 nor 3 channels, if a value is not finite,
+/// or if there is not enough memory.
 pub fn grid(samples: &Tensor) -> Result<DynamicImage> {
     match samples.dims() {
         &[_, channels @ (1 | 3), height, width] if samples.elem_count() > 0 => {
@@ -75,8 +75,8 @@ pub fn grid(samples: &Tensor) -> Result<DynamicImage> {
 /// Draws a [`grid`] of images of `shape` (channels, height, width) from their [`bytes`].
 ///
 /// # Errors
-/// If there are neither 1 nor 3 channels, or if the length of `pixels` is not a multiple, from 1 on,
-/// of channels x height x width; and where memory ends.
+/// Returns an error if there are neither 1 nor 3 channels, if the length of `pixels` is not a positive multiple of
+/// channels x height x width, or if there is not enough memory.
 pub fn grid_of(pixels: &[u8], shape: (usize, usize, usize)) -> Result<DynamicImage> {
     let (channels, height, width) = shape;
     if !matches!(channels, 1 | 3) {
@@ -119,7 +119,7 @@ pub fn grid_of(pixels: &[u8], shape: (usize, usize, usize)) -> Result<DynamicIma
     picture.ok_or_else(|| too_large(total_h, total_w))
 }
 
-/// The background of a picture.
+/// Creates the background of a picture.
 fn grey(height: usize, width: usize, channels: usize) -> Result<Vec<u8>> {
     let mut picture = Vec::new();
     [height, width]
@@ -137,11 +137,11 @@ fn too_large(height: usize, width: usize) -> Error {
     Error::config("picture", format!("{height} x {width} pixels"), expected)
 }
 
-/// The values of samples as bytes: -1 becomes 0, and 1 becomes 255. What lies beyond is clamped, as
-/// samples on their way from noise to image are.
+/// Converts the values of samples to bytes: -1 becomes 0, and 1 becomes 255. Values outside [-1, 1], which samples
+/// have during sampling, are clamped.
 ///
 /// # Errors
-/// If a value is not finite.
+/// Returns an error if a value is not finite.
 pub fn bytes(samples: &Tensor) -> Result<Vec<u8>> {
     let values: Vec<f32> = samples.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
     let byte = |value: f32| match value.is_finite() {
@@ -152,23 +152,23 @@ pub fn bytes(samples: &Tensor) -> Result<Vec<u8>> {
     values.into_iter().map(byte).collect()
 }
 
-/// A picture as the content of a PNG file.
+/// Encodes a picture as the content of a PNG file.
 ///
 /// # Errors
-/// If there is not enough memory.
+/// Returns an error if there is not enough memory.
 pub fn png(picture: &DynamicImage) -> Result<Vec<u8>> {
     let mut bytes = Cursor::new(vec![]);
     picture.write_to(&mut bytes, ImageFormat::Png).map_err(Error::external)?;
     Ok(bytes.into_inner())
 }
 
-/// Pictures of one size as the content of a GIF file, which shows each for 70 ms, the last for two
-/// seconds, and begins again. Grey pictures stay as they are; of a coloured one, the 256 colours that
-/// suit it best are used.
+/// Encodes pictures of one size as the content of a GIF file. The animation repeats forever, and shows each picture
+/// for 70 ms and the last one for two seconds. Grey pictures are exact. Each coloured picture is reduced to 256
+/// colours.
 ///
 /// # Errors
-/// If there is no picture, one is of another size than the first, or they are larger than 65,535
-/// pixels either way.
+/// Returns an error if there is no picture, if the pictures differ in size, or if their width or height is more than
+/// 65,535 pixels.
 pub fn gif(pictures: &[DynamicImage]) -> Result<Vec<u8>> {
     let Some(first) = pictures.first() else {
         return Err(Error::config("pictures.len()", 0, "at least 1"));
@@ -184,8 +184,8 @@ pub fn gif(pictures: &[DynamicImage]) -> Result<Vec<u8>> {
         return Err(Error::config("size of a picture", other, expected));
     }
 
-    // The file's palette is that of its first frame, which all grey frames share. Were it an empty one,
-    // Pillow would show frames by it whose own is all greys in order.
+    // The palette of the file is that of its first frame, which all grey frames share. With an empty palette in the
+    // file, Pillow would show frames by it whose own palette is all greys in order.
     let mut frames = pictures.iter().map(|picture| frame(picture, width, height)).peekable();
     let palette = frames.peek().and_then(|frame| frame.palette.clone()).unwrap_or_default();
     let mut encoder = Encoder::new(vec![], width, height, &palette).map_err(Error::external)?;
@@ -198,7 +198,7 @@ pub fn gif(pictures: &[DynamicImage]) -> Result<Vec<u8>> {
     encoder.into_inner().map_err(Error::external)
 }
 
-/// A picture as a frame with a palette of its own.
+/// Converts a picture to a frame with its own palette.
 fn frame(picture: &DynamicImage, width: u16, height: u16) -> Frame<'static> {
     let mut frame = match picture {
         DynamicImage::ImageLuma8(grey) => {
@@ -213,7 +213,7 @@ fn frame(picture: &DynamicImage, width: u16, height: u16) -> Frame<'static> {
 
 /// Writes a file beside `path` and renames it.
 fn replace(path: &Path, content: &[u8]) -> Result<()> {
-    // Two threads that write the same file do not share what they have written so far.
+    // Two threads that write the same file must use different temporary files.
     static WRITTEN: AtomicU64 = AtomicU64::new(0);
     let nth = WRITTEN.fetch_add(1, Ordering::Relaxed);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -226,7 +226,7 @@ fn replace(path: &Path, content: &[u8]) -> Result<()> {
         .and_then(|mut file| file.write_all(content).and_then(|()| file.sync_all()))
         .and_then(|()| fs::rename(&partial, path));
     written.map_err(|error| {
-        // The error that matters is the one above.
+        // The error to report is the one above.
         let _ = fs::remove_file(&partial);
         Error::io(path)(error)
     })

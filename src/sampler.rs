@@ -7,7 +7,7 @@ use crate::kernels::{clamp, combine, finiteness};
 use crate::noise::{Noise, Purpose};
 use crate::{Denoiser, Diffusion, Error, Result};
 
-/// How a sampler goes from one timestep to the next.
+/// The rule by which a sampler goes from one timestep to the next.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Solver {
@@ -26,19 +26,18 @@ pub enum Solver {
 
 /// The fixed variance of an ancestral step; Ho et al. 2020, section 3.2.
 ///
-/// The two give different results at any number of steps: neither is a better-rounded form of the
-/// other.
+/// The two variances give different results at any number of steps; neither is a more exact form of the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Variance {
-    /// `beta_t`, right for data that is standard normal noise; also called "fixed large".
+    /// `beta_t`, exact if the data is standard normal noise. Also called "fixed large".
     Beta,
-    /// `beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)`, right for data that is one point; also
-    /// called "fixed small".
+    /// `beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)`, exact if the data is a single point. Also called
+    /// "fixed small".
     Posterior,
 }
 
-/// How images are drawn: the settings of a [`Sampler`], which a checkpoint can hold.
+/// The settings of a [`Sampler`], which a checkpoint can hold.
 ///
 /// ```
 /// use ddpm::{Diffusion, SamplerConfig, Solver};
@@ -51,19 +50,19 @@ pub enum Variance {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SamplerConfig {
-    /// The step from one timestep to the next.
+    /// The rule from one timestep to the next.
     pub solver: Solver,
-    /// The number of timesteps, from 1 to the schedule's; see [`Sampler::new`].
+    /// The number of sampling steps, from 1 to the schedule's number of timesteps; see [`Sampler::new`].
     pub steps: usize,
     /// Whether each predicted `x_0` is clipped; see [`Sampler::clip_denoised`].
     pub clip_denoised: bool,
 }
 
 impl SamplerConfig {
-    /// The sampler with these settings.
+    /// Creates the sampler with these settings.
     ///
     /// # Errors
-    /// Those of [`Sampler::new`].
+    /// Returns the errors of [`Sampler::new`].
     pub fn sampler(&self, diffusion: &Diffusion) -> Result<Sampler> {
         Ok(Sampler::new(diffusion, self.solver, self.steps)?.clip_denoised(self.clip_denoised))
     }
@@ -82,7 +81,7 @@ impl Solver {
 
     /// The update from the timestep with `alpha_bar` to the one with `alpha_bar_prev`.
     ///
-    /// Betas follow from the two, and so are right for any subset of the timesteps.
+    /// The betas are computed from the two, and are thus correct for any subset of the timesteps.
     fn update(self, t: usize, alpha_bar: f64, alpha_bar_prev: f64) -> Update {
         let (noise, noise_prev) = (1.0 - alpha_bar, 1.0 - alpha_bar_prev);
         let alpha = alpha_bar / alpha_bar_prev;
@@ -93,7 +92,7 @@ impl Solver {
                 alpha_bar_prev.sqrt() * beta / noise,
                 alpha.sqrt() * noise_prev / noise,
                 match variance {
-                    // The last step returns the mean: its image is seen, not denoised again.
+                    // The last step returns the mean, because its image is the result and is not denoised again.
                     _ if alpha_bar_prev == 1.0 => 0.0,
                     Variance::Beta => beta.sqrt(),
                     Variance::Posterior => (beta * noise_prev / noise).sqrt(),
@@ -111,10 +110,10 @@ impl Solver {
     }
 }
 
-/// One step of a solver: `x <- x_0 * x̂_0 + x_t * x + z * noise`.
+/// The coefficients of a sampling step: `x <- x_0 * x̂_0 + x_t * x + z * noise`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Update {
-    /// The timestep that the network is shown.
+    /// The timestep that the network receives.
     t: usize,
     alpha_bar: f64,
     x_0: f64,
@@ -145,10 +144,10 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// A sampler of `steps` timesteps, spread evenly over the schedule with both ends included.
+    /// Creates a sampler of `steps` timesteps, spread evenly over the schedule with both ends included.
     ///
     /// # Errors
-    /// Returns an error if `steps` is not in `1..=T`, or a DDIM's `eta` is not in [0, 1].
+    /// Returns an error if `steps` is not in `1..=T`, or if `eta` of DDIM is not in [0, 1].
     pub fn new(diffusion: &Diffusion, solver: Solver, steps: usize) -> Result<Self> {
         let total = diffusion.schedule().steps();
         if !(1..=total).contains(&steps) {
@@ -158,18 +157,18 @@ impl Sampler {
         let timesteps: Vec<usize> = if steps == 1 {
             vec![total - 1]
         } else {
-            // Ties to even, as the respacing of Nichol and Dhariwal's code rounds.
+            // Ties are rounded to even, as in the respacing of Nichol and Dhariwal's code.
             let gap = (total - 1) as f64 / (steps - 1) as f64;
             (0..steps).map(|i| (i as f64 * gap).round_ties_even() as usize).collect()
         };
         Self::with_timesteps(diffusion, solver, &timesteps)
     }
 
-    /// A sampler of just these timesteps, in increasing order.
+    /// Creates a sampler of exactly these timesteps, which must be in increasing order.
     ///
     /// # Errors
-    /// Returns an error if there is none, if they do not increase strictly or do not stay below `T`, or
-    /// if a DDIM's `eta` is not in [0, 1].
+    /// Returns an error if the list is empty, not strictly increasing, or contains a timestep of `T` or more, or if
+    /// `eta` of DDIM is not in [0, 1].
     pub fn with_timesteps(
         diffusion: &Diffusion,
         solver: Solver,
@@ -205,16 +204,15 @@ impl Sampler {
         Ok(Self { diffusion: diffusion.clone(), updates, clip: false, first: 0 })
     }
 
-    /// Whether each step's predicted `x_0` is clipped to [-1, 1] before it is used. Off unless
-    /// asked for, as in the paper's formulae; on is what most implementations do, and usually
-    /// gives better images with few steps.
+    /// Sets whether the predicted `x_0` of each step is clipped to [-1, 1] before it is used. The default is off, as
+    /// in the formulae of the paper. Most implementations clip, which usually improves images with few steps.
     #[must_use]
     pub fn clip_denoised(self, clip: bool) -> Self {
         Self { clip, ..self }
     }
 
-    /// Which of a seed's images a batch begins with: number `first`, 0 unless set. Many images can be drawn
-    /// so in parts, with the memory of a part. [`steps_from`](Self::steps_from) makes no use of it.
+    /// Sets the number of the image, among those of a seed, with which a batch begins. The default is 0. Many images
+    /// can thus be drawn in parts, with the memory of one part. [`steps_from`](Self::steps_from) ignores it.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -233,18 +231,18 @@ impl Sampler {
         Self { first, ..self }
     }
 
-    /// The timesteps, in the order in which they are taken: decreasing.
+    /// The timesteps in the order of sampling, which is decreasing.
     pub fn timesteps(&self) -> impl ExactSizeIterator<Item = usize> + '_ {
         self.updates.iter().map(|update| update.t)
     }
 
-    /// Images of this shape (batch, channels, height, width), clamped to [-1, 1].
+    /// Draws images of this shape (batch, channels, height, width), clamped to [-1, 1].
     ///
-    /// Image `k` depends on the seed and `k`, not on the batch's size: bit for bit with the U-Net on
-    /// the CPU, elsewhere but for rounding in the network.
+    /// Image `k` depends on the seed and on `k`, but not on the batch size. With the U-Net on the CPU it is identical
+    /// in each bit. Elsewhere it may differ by rounding in the network.
     ///
     /// # Errors
-    /// Those of [`steps`](Self::steps) and of its iterator.
+    /// Returns the errors of [`steps`](Self::steps) and of its iterator.
     pub fn sample(
         &self,
         denoiser: &impl Denoiser,
@@ -260,8 +258,8 @@ impl Sampler {
         Ok(clamp(&x, -1.0, 1.0)?)
     }
 
-    /// The sampling loop as an iterator, for whoever wants to watch it or to stop early. The last
-    /// step's `x` is the image, not clamped.
+    /// The sampling loop as an iterator, to observe it or to stop early. `x` of the last step is the image, which is
+    /// not clamped.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -276,7 +274,8 @@ impl Sampler {
     /// ```
     ///
     /// # Errors
-    /// If the shape has no batch dimension. The iterator's own are those of [`steps_from`](Self::steps_from).
+    /// Returns an error if the shape has no batch dimension. The iterator returns the errors of that of
+    /// [`steps_from`](Self::steps_from).
     pub fn steps<'a, D: Denoiser>(
         &'a self,
         denoiser: &'a D,
@@ -290,35 +289,37 @@ impl Sampler {
         self.steps_from(denoiser, start, z)
     }
 
-    /// The `x_T` of this seed's images from number 0 on, from which [`steps`](Self::steps) begins: standard
-    /// normals of shape (batch, ...).
+    /// Draws the `x_T` of the images of this seed, beginning with number 0: standard normals of shape (batch, ...).
+    /// [`steps`](Self::steps) starts from them.
     ///
     /// # Errors
-    /// If the shape has no batch dimension.
+    /// Returns an error if the shape has no batch dimension.
     pub fn prior(shape: impl Into<Shape>, seed: u64, device: &Device) -> Result<Tensor> {
         draw(Purpose::Prior, 0, 0, &shape.into(), seed, device)
     }
 
-    /// The noise of this seed that [`steps`](Self::steps) adds when it leaves timestep `t`:
-    /// standard normals of shape (batch, ...).
+    /// Draws the noise of this seed that [`steps`](Self::steps) adds in the step from timestep `t`: standard normals
+    /// of shape (batch, ...).
     ///
     /// # Errors
-    /// If the shape has no batch dimension.
+    /// Returns an error if the shape has no batch dimension.
     pub fn noise(t: usize, shape: impl Into<Shape>, seed: u64, device: &Device) -> Result<Tensor> {
         draw(Purpose::Sampling, t as u64, 0, &shape.into(), seed, device)
     }
 
-    /// The sampling loop from a given `x_T` (`start`: (batch, ...)), with noise of one's own:
-    /// `z(t)` is asked for standard normals of `x_T`'s shape at each timestep `t` that adds noise, such
-    /// as [`noise`](Self::noise) draws. Deterministic DDIM adds none. Steps are computed in the dtype of
-    /// `x_T`, whatever the network's is.
+    /// The sampling loop with a given `x_T` (`start`, of shape (batch, ...)) and a given source of noise.
+    ///
+    /// At each timestep `t` that adds noise, the loop calls `z(t)` for standard normals of the shape of `x_T`, such
+    /// as those of [`noise`](Self::noise). Deterministic DDIM adds no noise. Steps are computed in the dtype of
+    /// `x_T`, even if the network has another dtype.
     ///
     /// # Errors
-    /// If `start` is a scalar or not of a floating dtype. The iterator's own are those of the denoiser and
-    /// of `z`; if one of them gives another shape than that of `x_T`, or no floating numbers; and
-    /// [`Error::NonFiniteSample`] where a prediction or a sample is infinite or NaN. On the CPU that ends
-    /// the iterator at the step in which it happens. On other devices, where each look would wait for the
-    /// device, all steps are looked at with the last one, which is an error then.
+    /// Returns an error if `start` is a scalar or not of a floating-point dtype. The iterator returns
+    /// - the errors of the denoiser and of `z`;
+    /// - an error if the result of either has another shape than `x_T`, or no floating-point dtype;
+    /// - [`Error::NonFiniteSample`] if a prediction or a sample is infinite or NaN. On the CPU the step in which this
+    ///   occurs returns the error. On other devices each check would wait for the device, so the last step returns
+    ///   the error.
     pub fn steps_from<'a, D: Denoiser>(
         &'a self,
         denoiser: &'a D,
@@ -347,7 +348,7 @@ fn check_float(field: &'static str, x: &Tensor) -> Result<()> {
     Err(Error::config(field, x.dtype().as_str(), "a floating-point dtype"))
 }
 
-/// What a denoiser or a source of noise gave for a sample `x`, in the dtype of `x`.
+/// Checks the result of a denoiser or a source of noise for a sample `x`, and converts it to the dtype of `x`.
 fn like(x: &Tensor, found: &Tensor, [what, dtype]: [&'static str; 2]) -> Result<Tensor> {
     if found.dims() != x.dims() {
         let expected = format!("{:?}, that of the sample", x.dims());
@@ -357,11 +358,11 @@ fn like(x: &Tensor, found: &Tensor, [what, dtype]: [&'static str; 2]) -> Result<
     Ok(found.to_dtype(x.dtype())?)
 }
 
-/// Looks for values that are not finite: at once on the CPU, and elsewhere on the device itself, which is
-/// asked for what it found once.
+/// Detects values that are not finite: at once on the CPU, and on other devices by results that stay on the device
+/// until they are read once.
 #[derive(Default)]
 struct Looks {
-    /// What was looked at, its timestep, and what was found.
+    /// The name of the tensor, its timestep, and the result of the check.
     unread: Vec<(&'static str, usize, Tensor)>,
 }
 
@@ -373,7 +374,7 @@ impl Looks {
     }
 
     /// # Errors
-    /// Names the first that is not finite.
+    /// Returns an error that names the first tensor that is not finite.
     fn read(&mut self) -> Result<()> {
         for (what, t, found) in self.unread.drain(..) {
             if !found.to_dtype(DType::F32)?.to_scalar::<f32>()?.is_finite() {
@@ -384,7 +385,7 @@ impl Looks {
     }
 }
 
-/// Standard normals of images from number `first` on.
+/// Draws standard normals for images, beginning with number `first`.
 fn draw(
     purpose: Purpose,
     step: u64,
@@ -421,18 +422,18 @@ impl<D> fmt::Debug for Steps<'_, D> {
     }
 }
 
-/// Where the sampling loop stands after a step.
+/// The state of the sampling loop after a step.
 #[derive(Debug, Clone)]
 pub struct Step {
-    /// How many steps were taken before this one.
+    /// The number of steps before this one.
     pub index: usize,
-    /// The timestep that this step left.
+    /// The timestep at which this step began.
     pub t: usize,
-    /// The sample after the step: less noisy than at `t`, after the last step the image itself.
-    /// Shape and dtype are those of `x_T`.
+    /// The sample after the step, which is less noisy than at `t`. After the last step it is the image. Shape and
+    /// dtype are those of `x_T`.
     pub x: Tensor,
-    /// The image that the network saw in the sample before the step, clipped if the sampler clips;
-    /// of the same shape.
+    /// The image that the network predicted from the sample before the step, clipped if the sampler clips. It has the
+    /// same shape.
     pub x_0: Tensor,
 }
 

@@ -6,22 +6,21 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::{Error, Result};
 
-/// How much noise each timestep adds: `beta_t` and what follows from it, in f64.
+/// The amount of noise at each timestep: tables of `beta_t` and `alpha_bar_t` in f64. Ho et al. 2020, section 2.
 ///
-/// Timesteps are `0..steps`; `t = 0` is already one noising step, so `x_0` itself has
-/// `alpha_bar = 1`, which no `t` has. The tables hold no tensors: they are cast once, where they
-/// meet one. Clones share them. Ho et al. 2020, section 2.
+/// Timesteps are `0..steps`. `t = 0` is already one noising step, so `x_0` itself has `alpha_bar = 1`, which no
+/// timestep has. The tables are not tensors; their values are cast when they are combined with a tensor. Clones
+/// share the tables.
 ///
-/// Sampling begins at pure noise. A schedule whose last timestep still holds signal trains and samples
-/// without an error, and its samples have the wrong mean and variance: see
-/// [`reaches_noise`](Self::reaches_noise).
+/// Sampling begins at pure noise. If the last timestep of a schedule still contains signal, training and sampling
+/// return no error, but samples have the wrong mean and variance; see [`reaches_noise`](Self::reaches_noise).
 ///
 /// ```
 /// use ddpm::NoiseSchedule;
 ///
 /// let schedule = NoiseSchedule::linear(1000, 1e-4, 0.02)?;
 /// assert_eq!(schedule.steps(), 1000);
-/// assert!(schedule.alpha_bar(999)? < 5e-5); // nearly nothing of the image is left
+/// assert!(schedule.alpha_bar(999)? < 5e-5); // almost nothing of the image is left
 /// assert!(schedule.reaches_noise());
 /// # Ok::<(), ddpm::Error>(())
 /// ```
@@ -33,7 +32,7 @@ pub struct NoiseSchedule {
     alpha_bars: Arc<[f64]>,
 }
 
-/// What a schedule was made from: all that a checkpoint has to remember of it.
+/// The arguments from which a schedule was made, which a checkpoint stores.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 enum Spec {
@@ -42,7 +41,7 @@ enum Spec {
     Custom { betas: Betas },
 }
 
-/// The table of a custom schedule, of which no more than the longest schedule is read.
+/// The table of a custom schedule. Reading it stops with an error beyond the length of the longest schedule.
 #[derive(Debug, Clone, PartialEq)]
 struct Betas(Arc<[f64]>);
 
@@ -83,23 +82,23 @@ impl<'de> Deserialize<'de> for Betas {
 }
 
 impl NoiseSchedule {
-    /// The most timesteps that a schedule may have.
+    /// The maximum number of timesteps of a schedule.
     pub const MAX_STEPS: usize = 1 << 20;
 
-    /// The largest [`terminal_snr`](Self::terminal_snr) that counts as noise: of the last `x_t`, the
-    /// share of the image is then at most 0.032, the square root.
+    /// The largest [`terminal_snr`](Self::terminal_snr) that counts as noise. The share of the image in the last
+    /// `x_t` is then at most its square root, 0.032.
     ///
-    /// Ho's schedule ends at 4.0e-5 and the cosine schedule of 1,000 steps at 2.4e-9. One that ends at
-    /// 4.7e-3 is known to keep samples from being as dark or as bright as the data
+    /// Ho's schedule ends at 4.0e-5, and the cosine schedule of 1,000 timesteps at 2.4e-9. A schedule that ends at
+    /// 4.7e-3 is known to prevent samples from being as dark or as bright as the data
     /// (Lin et al. 2024, [Common Diffusion Noise Schedules and Sample Steps are
     /// Flawed](https://arxiv.org/abs/2305.08891), table 1).
     pub const NOISE_SNR: f64 = 1e-3;
 
-    /// `beta` from `beta_start` to `beta_end` in equal steps, both ends included.
+    /// The linear schedule: `beta` from `beta_start` to `beta_end` in equal increments, both ends included.
     ///
-    /// Ho et al. 2020 use `linear(1000, 1e-4, 0.02)`. The two betas belong to the number of steps: with
-    /// fewer than 683 they do not [reach noise](Self::reaches_noise). For another number of steps there
-    /// is [`linear_scaled`](Self::linear_scaled).
+    /// Ho et al. 2020 use `linear(1000, 1e-4, 0.02)`. These betas suit that number of timesteps: with fewer than 683
+    /// the schedule does not [reach noise](Self::reaches_noise). [`linear_scaled`](Self::linear_scaled) adapts them
+    /// to another number of timesteps.
     ///
     /// # Errors
     /// Returns an error if `steps` is not in `1..=MAX_STEPS`, if a beta does not lie strictly between 0
@@ -114,7 +113,7 @@ impl NoiseSchedule {
         let last = (steps - 1).max(1) as f64;
         let betas = (0..steps)
             .map(|t| {
-                // From the nearer end, so that both ends are exact and the table is symmetric.
+                // Computed from the nearer end, so that both ends are exact and the table is symmetric.
                 let step = (beta_end - beta_start) / last;
                 if 2 * t < steps {
                     beta_start + step * t as f64
@@ -126,8 +125,8 @@ impl NoiseSchedule {
         Self::build(Spec::Linear { steps, beta_start, beta_end }, betas)
     }
 
-    /// Ho's linear schedule for another number of steps: `beta` from `1e-4 s` to `0.02 s` with
-    /// `s = 1000 / steps`, so that it ends in as much noise. `linear_scaled(1000)` is
+    /// Ho's linear schedule for another number of timesteps: `beta` from `1e-4 s` to `0.02 s` with
+    /// `s = 1000 / steps`, so that it ends with as much noise. `linear_scaled(1000)` equals
     /// `linear(1000, 1e-4, 0.02)`. The scaling is that of Nichol and Dhariwal's code.
     ///
     /// ```
@@ -154,8 +153,9 @@ impl NoiseSchedule {
         Self::linear(steps, scale * 1e-4, scale * 0.02)
     }
 
-    /// `alpha_bar_t = f(t + 1) / f(0)` with `f(t) = cos^2((t / steps + 0.008) / 1.008 * pi / 2)`,
-    /// betas capped at 0.999. Nichol and Dhariwal 2021, equation 17.
+    /// The cosine schedule: `alpha_bar_t = f(t + 1) / f(0)` with
+    /// `f(t) = cos^2((t / steps + 0.008) / 1.008 * pi / 2)`, and betas of at most 0.999. Nichol and Dhariwal 2021,
+    /// equation 17.
     ///
     /// # Errors
     /// Returns an error if `steps` is not in `1..=MAX_STEPS`, or if `alpha_bar` falls below 1e-30.
@@ -169,12 +169,12 @@ impl NoiseSchedule {
         Self::build(Spec::Cosine { steps }, betas)
     }
 
-    /// A schedule of one's own: `betas[t]` for each timestep.
+    /// A custom schedule: `betas[t]` for each timestep.
     ///
     /// # Errors
-    /// Returns an error if there are not 1 to `MAX_STEPS` betas, if one does not lie strictly between 0
-    /// and 1, or if `alpha_bar` falls below 1e-30. A beta of 1 (zero terminal signal-to-noise ratio) is
-    /// refused: nothing of `x_0` would be left to predict noise from.
+    /// Returns an error if there are not 1 to `MAX_STEPS` betas, if one does not lie strictly between 0 and 1, or if
+    /// `alpha_bar` falls below 1e-30. A beta of 1 (zero terminal signal-to-noise ratio) is refused, because `x_0`
+    /// could not be computed from the predicted noise.
     pub fn from_betas(betas: Vec<f64>) -> Result<Self> {
         Self::custom(betas.into())
     }
@@ -198,8 +198,8 @@ impl NoiseSchedule {
             alpha_bar
         };
         let alpha_bars: Arc<[f64]> = betas.iter().map(next).collect();
-        // Below this, 1 / sqrt(alpha_bar) leaves what f32 samplers can hold. Asked first: an alpha_bar
-        // that has come to 0 does not fall any further.
+        // Below this, 1 / sqrt(alpha_bar) makes samplers in f32 overflow. Checked first, because an alpha_bar of 0
+        // does not fall any further.
         if alpha_bar < 1e-30 {
             return Err(Error::config(
                 "betas",
@@ -207,7 +207,7 @@ impl NoiseSchedule {
                 "small enough to leave alpha_bar at 1e-30 or more: use smaller betas or fewer steps",
             ));
         }
-        // A beta too small for f64 would leave an alpha_bar of 1, where no noise is to be found.
+        // A beta too small for f64 would leave alpha_bar at 1, that is, without noise.
         let falls = |t: usize| alpha_bars[t] < if t == 0 { 1.0 } else { alpha_bars[t - 1] };
         if let Some(t) = (0..betas.len()).find(|&t| !falls(t)) {
             let value = format!("{:e} at t = {t}", betas[t]);
@@ -216,23 +216,23 @@ impl NoiseSchedule {
         Ok(Self { spec, betas, alpha_bars })
     }
 
-    /// Number of timesteps, `T`.
+    /// The number of timesteps, `T`.
     pub fn steps(&self) -> usize {
         self.betas.len()
     }
 
-    /// `beta_t` for every `t` in `0..steps`, each strictly between 0 and 1.
+    /// The table of `beta_t` for `t` in `0..steps`, each strictly between 0 and 1.
     pub fn betas(&self) -> &[f64] {
         &self.betas
     }
 
-    /// `alpha_bar_t` for every `t` in `0..steps`: the product of `1 - beta_s` over all `s <= t`.
-    /// Strictly decreasing, between 0 and 1.
+    /// The table of `alpha_bar_t` for `t` in `0..steps`: the product of `1 - beta_s` over all `s <= t`. It is
+    /// strictly decreasing, between 0 and 1.
     pub fn alpha_bars(&self) -> &[f64] {
         &self.alpha_bars
     }
 
-    /// `alpha_bar_t`, between 0 and 1.
+    /// The value of `alpha_bar_t`, between 0 and 1.
     ///
     /// # Errors
     /// Returns an error if `t` is not less than `steps`.
@@ -243,7 +243,7 @@ impl NoiseSchedule {
         })
     }
 
-    /// Signal-to-noise ratio `alpha_bar_t / (1 - alpha_bar_t)`, of variances: not in decibels.
+    /// The signal-to-noise ratio `alpha_bar_t / (1 - alpha_bar_t)`, a ratio of variances, not in decibels.
     ///
     /// # Errors
     /// Returns an error if `t` is not less than `steps`.
@@ -251,20 +251,20 @@ impl NoiseSchedule {
         self.alpha_bar(t).map(snr_at)
     }
 
-    /// Signal-to-noise ratio of the last timestep, where sampling begins.
+    /// The signal-to-noise ratio of the last timestep, where sampling begins.
     pub fn terminal_snr(&self) -> f64 {
         snr_at(self.alpha_bars[self.steps() - 1])
     }
 
-    /// Whether the last timestep is noise for all purposes: whether
-    /// [`terminal_snr`](Self::terminal_snr) is at most [`NOISE_SNR`](Self::NOISE_SNR).
+    /// Returns whether the last timestep is nearly pure noise: whether [`terminal_snr`](Self::terminal_snr) is at most
+    /// [`NOISE_SNR`](Self::NOISE_SNR).
     ///
-    /// A sampler begins at standard normal noise, but the network learned from
-    /// `sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps`. Where the first term is not small, samples are
-    /// wrong however good the network is: with `linear(10, 1e-4, 0.02)` and data of mean 0.8 and
-    /// standard deviation 0.1, the best possible network and [`Solver::ddim`](crate::Solver::ddim) give
-    /// a mean of 0.594 and a standard deviation of 0.271. Neither training nor sampling refuses such a
-    /// schedule: a trajectory may begin elsewhere than at noise.
+    /// A sampler begins at standard normal noise, but the network was trained on
+    /// `sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps`. If the first term is not small, samples are wrong even with
+    /// the best possible network. An example is `linear(10, 1e-4, 0.02)` with data of mean 0.8 and standard
+    /// deviation 0.1: [`Solver::ddim`](crate::Solver::ddim) then gives a mean of 0.594 and a standard deviation of
+    /// 0.271. Neither training nor sampling refuses such a schedule, because sampling may also begin at a tensor
+    /// other than noise.
     pub fn reaches_noise(&self) -> bool {
         self.terminal_snr() <= Self::NOISE_SNR
     }
