@@ -5,17 +5,17 @@ use candle_core::backprop::GradStore;
 
 use crate::{Dropout, Result};
 
-/// A network that predicts what was added to an image, or what the process's
-/// [`Prediction`](crate::Prediction) says: all that training and sampling know of it.
+/// A network that predicts the noise added to an image, or another [`Prediction`](crate::Prediction) of the process.
+/// This trait is the interface of a network to training and sampling.
 ///
-/// Only [`forward`](Self::forward) is needed. The other methods are for networks that have dropout, or a faster
-/// way to compute gradients than candle's.
+/// Only [`forward`](Self::forward) is required. The other methods are for networks that have dropout, or a faster
+/// method than candle's to compute gradients.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
 /// use ddpm::{Denoiser, Diffusion, NoiseSchedule, Prediction, Result, Sampler, Solver};
 ///
-/// /// Predicts the same even grey, whatever it is shown.
+/// /// Always predicts the same even grey.
 /// struct Grey(f64);
 ///
 /// impl Denoiser for Grey {
@@ -24,7 +24,7 @@ use crate::{Dropout, Result};
 ///     }
 /// }
 ///
-/// // What it predicts is the image, and not the noise.
+/// // It predicts the image instead of the noise.
 /// let diffusion = Diffusion::new(NoiseSchedule::cosine(1000)?, Prediction::Sample);
 /// let sampler = Sampler::new(&diffusion, Solver::ddim(), 10)?;
 /// let image = sampler.sample(&Grey(0.25), (1, 1, 2, 2), 0, &Device::Cpu)?;
@@ -34,39 +34,38 @@ use crate::{Dropout, Result};
 /// # Ok::<(), ddpm::Error>(())
 /// ```
 ///
-/// A closure is a `Denoiser`, too: `|x_t: &Tensor, t: &Tensor| ...`, through [`from_fn`]; and so is a
-/// reference, a `Box` or an `Arc` of one, such as `Box<dyn Denoiser>`.
+/// [`from_fn`] makes a `Denoiser` of a closure `|x_t: &Tensor, t: &Tensor| ...`. References, `Box`es and `Arc`s of a
+/// `Denoiser` also implement the trait, for example `Box<dyn Denoiser>`.
 pub trait Denoiser {
-    /// The prediction for a batch: `x_t` (batch, channels, height, width), `t` (batch) of an
-    /// integer dtype, counted in the full schedule's steps; the answer has the shape of `x_t`.
+    /// Computes the prediction for a batch `x_t` (batch, channels, height, width), in the shape of `x_t`. `t` (batch)
+    /// has an integer dtype and holds timesteps of the full schedule.
     ///
-    /// A network that shares its work among rayon's threads, as [`UNet`](crate::UNet) does, may run other
-    /// jobs of theirs on the calling one meanwhile, where that is one of them: hold no lock over the call
-    /// that such a job wants.
+    /// Networks such as [`UNet`](crate::UNet) use rayon. If you call this from a rayon thread, that thread may run
+    /// unrelated jobs while it waits. Do not hold a lock across the call that such a job might take.
     ///
     /// # Errors
-    /// Whatever the network fails with; those of other libraries are wrapped by
-    /// [`Error::external`](crate::Error::external).
+    /// Returns the errors of the network. [`Error::external`](crate::Error::external) wraps errors of other
+    /// libraries.
     fn forward(&self, x_t: &Tensor, t: &Tensor) -> Result<Tensor>;
 
-    /// The prediction while training, when it differs: networks with dropout draw their masks from
-    /// `dropout`. Shapes and errors are those of [`forward`](Self::forward), and so is the answer
-    /// unless this is implemented.
+    /// Computes the prediction during training. Networks with dropout draw their masks from `dropout`. Shapes and
+    /// errors are those of [`forward`](Self::forward). The default calls `forward`.
     fn forward_train(&self, x_t: &Tensor, t: &Tensor, dropout: &Dropout) -> Result<Tensor> {
         let _ = dropout;
         self.forward(x_t, t)
     }
 
-    /// The gradients of all weights in one training pass: calls `d_output` once with the output of
-    /// [`forward_train`](Self::forward_train), detached, for the gradient of the loss with respect
-    /// to it, of the same shape. It may be called on another thread, one of those that share the work:
-    /// it must not wait for other threads, nor hold a lock over operations of tensors.
+    /// Computes the gradients of all weights in one training pass.
     ///
-    /// Unless this is implemented, candle's own gradients are taken. A network implements it that
-    /// has a faster way, as [`UNet`](crate::UNet) does on the CPU and on CUDA devices.
+    /// Calls `d_output` once with the detached output of [`forward_train`](Self::forward_train). `d_output` returns
+    /// the gradient of the loss with respect to this output, in the same shape. It may run on another of the threads
+    /// that share the work, so it must not wait for other threads, or hold a lock across tensor operations.
+    ///
+    /// The default uses candle's gradients. A network with a faster method implements this, as
+    /// [`UNet`](crate::UNet) does for the CPU and for CUDA devices.
     ///
     /// # Errors
-    /// Those of the network and of `d_output`.
+    /// Returns the errors of the network and of `d_output`.
     fn forward_backward(
         &self,
         x_t: &Tensor,
@@ -77,34 +76,38 @@ pub trait Denoiser {
         backward_by_autograd(self, x_t, t, dropout, d_output)
     }
 
-    /// Whether [`forward_backward`](Self::forward_backward) launches the same work on a CUDA device for
-    /// every batch of the shape of `x_t`, by kernels that read what changes from the device, uploads
-    /// nothing and reads nothing back: then a training loop may capture it as a CUDA graph. It does not,
-    /// unless this is implemented.
+    /// Returns whether a training loop may capture [`forward_backward`](Self::forward_backward) as a CUDA graph.
+    ///
+    /// This is allowed if the method launches the same work for every batch of the shape of `x_t`. Its kernels must
+    /// read values that change from the device, and the method must not copy data to or from the device. The default
+    /// is `false`.
     fn is_repeatable(&self, x_t: &Tensor) -> bool {
         let _ = x_t;
         false
     }
 
-    /// Whether the weight of this name may be without a gradient: one that is meant to stay as it is, or that not
-    /// every batch uses. [`Trainer`](crate::Trainer) refuses any other weight that has no gradient in its first
-    /// update, since some of candle's operations have none, without an error: `candle_nn::LayerNorm` is one.
-    /// No weight may, unless this is implemented.
+    /// Returns whether the weight of this name may lack a gradient, because it stays constant or because not every
+    /// batch uses it.
+    ///
+    /// If any other weight has no gradient in the first update, [`Trainer`](crate::Trainer) returns an error. The
+    /// reason is that some operations of candle, such as `candle_nn::LayerNorm`, have no gradient and report no
+    /// error. The default is `false`.
     fn may_lack_gradient(&self, name: &str) -> bool {
         let _ = name;
         false
     }
 
-    /// Takes back gradients that [`forward_backward`](Self::forward_backward) gave and nobody needs
-    /// any longer: the next ones may take their memory, and change these and whatever shares their
-    /// values. A training loop calls it after its update to save the system the work of clearing fresh
-    /// memory. Does nothing unless this is implemented.
+    /// Takes back gradients of [`forward_backward`](Self::forward_backward) that are no longer needed.
+    ///
+    /// The next gradients may reuse their memory, which changes these tensors and all that share their values. A
+    /// training loop calls this after its update, so that the system need not clear new memory. The default does
+    /// nothing.
     fn recycle(&self, gradients: Vec<Tensor>) {
         let _ = gradients;
     }
 }
 
-/// What [`Denoiser::forward_backward`] does unless a network has another way.
+/// The default of [`Denoiser::forward_backward`].
 pub(crate) fn backward_by_autograd(
     denoiser: &(impl Denoiser + ?Sized),
     x_t: &Tensor,
@@ -156,7 +159,8 @@ macro_rules! denoiser_behind {
 
 denoiser_behind!(&D, Box<D>, Arc<D>);
 
-/// A [`Denoiser`] of a closure: for guidance around another network, or a known solution in a test.
+/// Makes a [`Denoiser`] of a closure, for example for guidance around another network, or for a known solution in a
+/// test.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -4,11 +4,11 @@ use serde::{Deserialize, Serialize};
 use crate::kernels::{are_plain, combine, weighted_sum};
 use crate::{Error, NoiseSchedule, Result};
 
-/// What the network's output stands for.
+/// The meaning of the network's output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Prediction {
-    /// The noise `eps` that was added. Ho et al. 2020, and the default.
+    /// The added noise `eps`. Ho et al. 2020, and the default.
     #[default]
     Epsilon,
     /// The image `x_0` itself.
@@ -17,10 +17,10 @@ pub enum Prediction {
     Velocity,
 }
 
-/// The diffusion process: a schedule, and what the network predicts about it.
+/// The diffusion process: a schedule, and the quantity that the network predicts.
 ///
-/// The only place where the formulae that tie `x_0`, `x_t` and `eps` together stand. Training takes
-/// [`q_sample`](Self::q_sample) and [`target`](Self::target) from here, sampling the way back.
+/// All formulae that relate `x_0`, `x_t` and `eps` are here. Training uses [`q_sample`](Self::q_sample) and
+/// [`target`](Self::target), and sampling uses the inverse.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Diffusion {
@@ -29,13 +29,12 @@ pub struct Diffusion {
 }
 
 impl Diffusion {
-    /// The process with this schedule and this kind of prediction.
+    /// Creates a process with this schedule and this kind of prediction.
     pub fn new(schedule: NoiseSchedule, prediction: Prediction) -> Self {
         Self { schedule, prediction }
     }
 
-    /// The process of Ho et al. 2020: 1000 steps, `beta` linear from 1e-4 to 0.02, predicting
-    /// noise.
+    /// The process of Ho et al. 2020: 1000 timesteps, `beta` linear from 1e-4 to 0.02, and prediction of noise.
     pub fn ddpm() -> Self {
         let schedule =
             NoiseSchedule::linear(1000, 1e-4, 0.02).expect("the published schedule is valid");
@@ -47,18 +46,18 @@ impl Diffusion {
         &self.schedule
     }
 
-    /// What the network predicts.
+    /// The quantity that the network predicts.
     pub fn prediction(&self) -> Prediction {
         self.prediction
     }
 
-    /// `x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps`. Ho et al. 2020, equation 4.
+    /// Computes `x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps`. Ho et al. 2020, equation 4.
     ///
-    /// `x_0` and `eps`: (batch, ...), of one floating dtype; `t`: (batch), of an integer dtype, less
-    /// than the schedule's steps. The result has the shape and dtype of `x_0`.
+    /// `x_0` and `eps` have the same shape (batch, ...) and the same floating-point dtype. `t` (batch) has an integer
+    /// dtype, and values less than the number of timesteps. The result has the shape and dtype of `x_0`.
     ///
     /// # Errors
-    /// If the shapes or dtypes do not fit, or a timestep is out of range.
+    /// Returns an error if the shapes or dtypes do not fit, or if a timestep is out of range.
     pub fn q_sample(&self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Tensor> {
         self.check(x_0, t, eps)?;
         if are_plain(x_0, eps) && t.device().is_cpu() {
@@ -73,10 +72,10 @@ impl Diffusion {
         Ok((x_0.broadcast_mul(&signal)? + eps.broadcast_mul(&noise)?)?)
     }
 
-    /// What the network should answer for `x_t = q_sample(x_0, t, eps)`; shapes as there.
+    /// Computes the output that the network should have for `x_t = q_sample(x_0, t, eps)`, with the same shapes.
     ///
     /// # Errors
-    /// If the shapes or dtypes do not fit, or a timestep is out of range.
+    /// Returns an error if the shapes or dtypes do not fit, or if a timestep is out of range.
     pub fn target(&self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Tensor> {
         self.check(x_0, t, eps)?;
         match self.prediction {
@@ -98,8 +97,8 @@ impl Diffusion {
         }
     }
 
-    /// The `x_0` that a network's `output` for `x_t` implies when all of the batch is at the
-    /// timestep with this `alpha_bar`.
+    /// Computes the `x_0` that follows from a network's `output` for `x_t`, if the whole batch is at the timestep with
+    /// this `alpha_bar`.
     pub(crate) fn x_0(&self, x_t: &Tensor, output: &Tensor, alpha_bar: f64) -> Result<Tensor> {
         // x_0 = p x_t + q output
         let (signal, noise) = (alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt());
@@ -112,8 +111,8 @@ impl Diffusion {
     }
 
     /// # Errors
-    /// Returns an error if `x_0` and `eps` do not have one shape (batch, ...) and one floating dtype, or
-    /// if `t` does not hold a timestep of the schedule for each of the batch.
+    /// Returns an error if `x_0` and `eps` do not have the same shape (batch, ...) and the same floating-point dtype, or
+    /// if `t` does not hold one timestep of the schedule per image.
     pub(crate) fn check(&self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<()> {
         let Some(&batch) = x_0.dims().first() else {
             let expected = "(batch, ...)".to_string();
@@ -126,7 +125,7 @@ impl Diffusion {
                 "a floating-point dtype",
             ));
         }
-        // Elementwise operations would spread a smaller one.
+        // Elementwise operations would broadcast a smaller tensor.
         if eps.dims() != x_0.dims() {
             let expected = format!("{:?}, that of x_0", x_0.dims());
             return Err(Error::Shape { what: "eps", found: eps.dims().to_vec(), expected });
@@ -144,21 +143,21 @@ impl Diffusion {
         self.schedule.alpha_bars().iter().map(|&bar| rates_at(bar)).collect()
     }
 
-    /// `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` for each of the batch, of timesteps on the CPU
-    /// that were [checked](Self::check).
+    /// `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` for each image of a batch, for [checked](Self::check) timesteps
+    /// on the CPU.
     fn rates_of_each(&self, t: &Tensor) -> Result<Vec<[f64; 2]>> {
         let bars = self.schedule.alpha_bars();
         let timesteps = t.to_dtype(DType::I64)?.to_vec1::<i64>()?;
         Ok(timesteps.into_iter().map(|t| rates_at(bars[t as usize])).collect())
     }
 
-    /// `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` for each of the batch, in `like`'s dtype
-    /// and shaped to multiply it; the two were [checked](Self::check).
+    /// `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` for each image of a batch, in the dtype of `like` and in a shape
+    /// that multiplies it. Both arguments must have been [checked](Self::check).
     fn rates(&self, t: &Tensor, like: &Tensor) -> Result<(Tensor, Tensor)> {
         let mut shape = vec![1; like.rank()];
         shape[0] = t.dim(0)?;
-        // candle takes the greatest number of the indices' dtype for padding, and gives zeros: in
-        // i64 no u8 or u32 is that.
+        // candle treats the largest number of the index dtype as padding, and returns zeros for it. In i64 no
+        // u8 or u32 is that number.
         let t = t.to_dtype(DType::I64)?;
         let gather = |rate: &dyn Fn(f64) -> f64| -> Result<Tensor> {
             let table: Vec<f64> = self.schedule.alpha_bars().iter().map(|&a| rate(a)).collect();
@@ -172,9 +171,9 @@ impl Diffusion {
 }
 
 /// # Errors
-/// Returns an error if `t` does not hold an integer for each of the batch, or one that is negative or not
-/// less than `steps`. On a GPU their values are not looked at, since reading them would wait for all work
-/// before: there candle's own kernels check, and this crate's give NaN.
+/// Returns an error if `t` does not hold one integer per image, or if one is negative or not less than `steps`. On a GPU
+/// the values are not checked here, because reading them would wait for all previous work. There the kernels of candle
+/// check them, and the kernels of this crate return NaN.
 pub(crate) fn check_timesteps(t: &Tensor, batch: usize, steps: Option<usize>) -> Result<()> {
     if t.dims() != [batch] {
         let expected = format!("[{batch}], one timestep for each image");
@@ -196,7 +195,7 @@ pub(crate) fn check_timesteps(t: &Tensor, batch: usize, steps: Option<usize>) ->
     Err(Error::config("t", t, expected))
 }
 
-/// Of image and noise in `x_t`.
+/// The factors of image and noise in `x_t`.
 fn rates_at(alpha_bar: f64) -> [f64; 2] {
     [alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()]
 }

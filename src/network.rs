@@ -18,9 +18,9 @@ use crate::error::in_short;
 use crate::noise::{Noise, Purpose, zeros};
 use crate::{Denoiser, Error, Precision, Result};
 
-/// A network's configuration: what a checkpoint remembers of it, and how it is built again.
+/// The configuration of a network. A checkpoint stores it, and builds the network from it.
 ///
-/// Implemented by [`UNetConfig`](crate::UNetConfig), and by the configuration of a network of your own:
+/// [`UNetConfig`](crate::UNetConfig) implements this trait, and so does the configuration of your own network:
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -73,27 +73,26 @@ use crate::{Denoiser, Error, Precision, Result};
 /// # }
 /// ```
 pub trait Network: Serialize + DeserializeOwned {
-    /// The name of this family of networks in a checkpoint; a checkpoint of another name is
-    /// refused.
+    /// The name of this kind of network in a checkpoint. A checkpoint with another name is refused.
     const KIND: &'static str;
 
-    /// The network itself.
+    /// The type of the network.
     type Model: Denoiser;
 
-    /// Builds it, taking every weight from `vb`, by a name of its own.
+    /// Builds the network. It takes each weight from `vb`, under its own name.
     ///
-    /// Called once for training, and again whenever other weights are wanted in the same network,
-    /// such as the averaged ones: the same configuration must ask for the same names and shapes.
+    /// This is called once for training, and again for other weights in the same network, such as the averaged
+    /// weights. The same configuration must therefore always request the same names and shapes.
     ///
     /// # Errors
-    /// If the configuration is not valid, or a weight cannot be had from `vb`.
+    /// Returns an error if the configuration is not valid, or if `vb` cannot supply a weight.
     fn build(&self, vb: VarBuilder) -> Result<Self::Model>;
 
-    /// The model, with products of this precision. Unless this is implemented, a network computes in
-    /// its own way, and half precision is refused.
+    /// Sets the precision of the model's products. The default ignores `Highest` and `High`, and refuses half
+    /// precision.
     ///
     /// # Errors
-    /// If the model cannot compute like that.
+    /// Returns an error if the model does not support the precision.
     fn with_precision(model: Self::Model, precision: Precision) -> Result<Self::Model> {
         match precision {
             Precision::Highest | Precision::High => Ok(model),
@@ -105,10 +104,10 @@ pub trait Network: Serialize + DeserializeOwned {
     }
 }
 
-/// A network's weights by name, created as the network asks for them.
+/// The weights of a network by name, created when the network requests them.
 ///
-/// Initial values depend on the seed and the weight's name alone: not on the order of creation, nor
-/// on what other weights there are.
+/// Initial values depend only on the seed and the name of the weight, not on the order of creation or on other
+/// weights.
 #[derive(Clone)]
 pub struct Parameters {
     store: Arc<Store>,
@@ -120,13 +119,13 @@ struct Store {
     source: Source,
     trainable: bool,
     created: Mutex<BTreeMap<String, Var>>,
-    /// The first error, kept because a candle backend can only report candle's errors.
+    /// The first error, stored because a backend of candle can only return candle's errors.
     failure: Mutex<Option<Error>>,
 }
 
 enum Source {
     Random(Noise),
-    /// Tensors that came from this file.
+    /// Tensors read from this file.
     Given(PathBuf, BTreeMap<String, Tensor>),
 }
 
@@ -140,16 +139,15 @@ impl fmt::Debug for Parameters {
 }
 
 impl Parameters {
-    /// Trainable weights of random initial values, as each layer asks for them. [`Trainer`] has
-    /// f32; the crate's own layers take f32 or f64.
+    /// Creates trainable weights with random initial values, in the distributions that the layers request.
+    /// [`Trainer`] uses f32. The crate's own layers support f32 and f64.
     ///
     /// [`Trainer`]: crate::Trainer
     pub fn new(seed: u64, dtype: DType, device: &Device) -> Self {
         Self::from_source(Source::Random(Noise::new(seed)), true, dtype, device)
     }
 
-    /// The weights of a safetensors file: of a checkpoint, or written by PyTorch. They take no
-    /// gradient.
+    /// Reads the weights of a safetensors file, from a checkpoint or from PyTorch. They take no gradients.
     ///
     /// ```no_run
     /// use candle_core::{DType, Device};
@@ -161,14 +159,14 @@ impl Parameters {
     /// ```
     ///
     /// # Errors
-    /// If the file cannot be read, or is not a whole safetensors file of floating-point tensors; if a
-    /// value is infinite or NaN, or would be in `dtype`.
+    /// Returns an error if the file cannot be read, or if it is not a complete safetensors file of floating-point
+    /// tensors. Returns an error if a value is infinite or NaN, or would be infinite in `dtype`.
     pub fn load(path: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
         let path = path.as_ref();
         Ok(Self::frozen(path, read_tensors(path, dtype, device)?, dtype, device))
     }
 
-    /// Trainable weights with the values of `tensors`, which came from `path`.
+    /// Creates trainable weights with the values of `tensors`, which were read from `path`.
     pub(crate) fn trainable(
         path: &Path,
         tensors: BTreeMap<String, Tensor>,
@@ -178,7 +176,7 @@ impl Parameters {
         Self::from_source(Source::Given(path.to_owned(), tensors), true, dtype, device)
     }
 
-    /// Weights that take no gradient, with the values of `tensors`, which came from `path`.
+    /// Creates weights that take no gradients, with the values of `tensors`, which were read from `path`.
     pub(crate) fn frozen(
         path: &Path,
         tensors: BTreeMap<String, Tensor>,
@@ -194,8 +192,8 @@ impl Parameters {
         Self { store, dtype, device: device.clone() }
     }
 
-    /// Where a network takes its weights from. A name that is asked for twice is the same weight;
-    /// it is an error to ask for it in another shape.
+    /// The builder from which a network takes its weights. A second request for a name returns the same weight, and
+    /// is an error if the shape differs.
     pub fn builder(&self) -> VarBuilder<'static> {
         let backend = Box::new(Backend(self.store.clone()));
         VarBuilder::from_backend(backend, self.dtype, self.device.clone())
@@ -206,11 +204,11 @@ impl Parameters {
         lock(&self.store.created).clone()
     }
 
-    /// Builds a network of these weights.
+    /// Builds a network with these weights.
     ///
     /// # Errors
-    /// Those of [`Network::build`]; and if the weights come from a file, and one is missing from
-    /// it, has another shape, or is none of the network's.
+    /// Returns the errors of [`Network::build`]. For weights from a file, returns an error if one is missing, has
+    /// another shape, or is not a weight of the network.
     pub fn build<N: Network>(&self, network: &N) -> Result<N::Model> {
         let model = network.build(self.builder());
         if let Some(failure) = lock(&self.store.failure).take() {
@@ -235,9 +233,9 @@ fn read_tensors(path: &Path, dtype: DType, device: &Device) -> Result<BTreeMap<S
     tensors_of(path, &bytes, dtype, device)
 }
 
-/// Opens a file, and gives its length.
+/// Opens a regular file. Returns it and its length.
 pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
-    // Asked before opening: a pipe would wait for its writer, and a device may have no end.
+    // Checked before opening, because a pipe would wait for its writer, and a device may have no end.
     let metadata = path.metadata().map_err(Error::io(path))?;
     if !metadata.is_file() {
         let reason = std::io::Error::new(ErrorKind::InvalidInput, "not a regular file");
@@ -246,8 +244,8 @@ pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
     Ok((File::open(path).map_err(Error::io(path))?, metadata.len()))
 }
 
-/// The tensors of a safetensors file's content, which must be whole, and of floating-point tensors that are
-/// finite, as they are and in `dtype`. They keep the file's dtypes.
+/// Reads the tensors from the content of a safetensors file. The content must be complete, and all tensors must be
+/// floating-point tensors with values that are finite, also in `dtype`. The tensors keep the dtypes of the file.
 pub(crate) fn tensors_of(
     path: &Path,
     bytes: &[u8],
@@ -273,8 +271,8 @@ pub(crate) fn tensors_of(
     Ok(tensors)
 }
 
-/// The error of a weight that `tensors`, from `path`, lack. It tells a name among theirs that differs by a
-/// prefix only: wrappers of a network put one before all names.
+/// The error for a weight that is missing from `tensors`, which were read from `path`. It names a weight among them
+/// whose name differs only by a prefix, such as wrappers of a network put before all names.
 pub(crate) fn missing(path: &Path, name: &str, tensors: &BTreeMap<String, Tensor>) -> Error {
     let prefixed = |long: &str, short: &str| {
         long.strip_suffix(short).is_some_and(|prefix| prefix.ends_with('.'))
@@ -283,7 +281,7 @@ pub(crate) fn missing(path: &Path, name: &str, tensors: &BTreeMap<String, Tensor
     Error::MissingWeight { path: path.to_owned(), name: name.into(), similar: similar.cloned() }
 }
 
-/// What to say of a file that is no safetensors file.
+/// The reason given for a file that is not a safetensors file.
 fn not_safetensors(path: &Path, bytes: &[u8], error: SafeTensorError) -> Error {
     // A zip archive, or a pickle of protocol 2 to 5.
     if bytes.starts_with(b"PK\x03\x04") || matches!(bytes, [0x80, 2..=5, ..]) {
@@ -295,19 +293,19 @@ fn not_safetensors(path: &Path, bytes: &[u8], error: SafeTensorError) -> Error {
     Error::damaged(path, reason)
 }
 
-/// What to say of a tensor's values that are not finite, as they are or in `dtype`.
+/// Describes the values of a tensor that are not finite, or would not be finite in `dtype`.
 ///
-/// Without their signs, the bits of floating-point numbers are in the order of their magnitudes: infinity
-/// comes after all finite ones, and NaN after infinity.
+/// Without the sign bit, the bits of floating-point numbers are in the order of their magnitudes: infinity follows
+/// all finite numbers, and NaN follows infinity.
 fn not_finite(view: &TensorView<'_>, dtype: DType) -> Option<String> {
-    // The least magnitude that is infinite in `dtype`: half a unit beyond its greatest number.
+    // The smallest magnitude that is infinite in `dtype`: half a unit beyond its largest number.
     let least = match dtype {
         DType::F16 => 65520.0,
         DType::BF16 => f64::from(f32::from_bits(0x7f7f_8000)),
         DType::F32 => f64::from_bits(0x47ef_ffff_f000_0000),
         _ => f64::INFINITY,
     };
-    // The least bits of each type at which a magnitude is as large; f16 has only infinity there.
+    // The smallest bits of each type with such a magnitude. In f16 only infinity is as large.
     let single = (least as f32).to_bits();
     let found = match view.dtype() {
         Dtype::F16 => find(view, |v| u16::from_le_bytes(v) & 0x7fff, 0x7c00, 0x7c00),
@@ -333,7 +331,7 @@ fn not_finite(view: &TensorView<'_>, dtype: DType) -> Option<String> {
     ))
 }
 
-/// How many of a tensor's magnitudes are at `least` or beyond, the index of the first, and how it compares
+/// Returns the number of magnitudes in a tensor that are `least` or more, the index of the first, and its comparison
 /// with infinity.
 fn find<const BYTES: usize, B: Ord + Copy>(
     view: &TensorView<'_>,
@@ -342,13 +340,13 @@ fn find<const BYTES: usize, B: Ord + Copy>(
     infinity: B,
 ) -> Option<(usize, usize, Ordering)> {
     let (values, _) = view.data().as_chunks();
-    // Counted first, without a branch for each: nearly always there is none.
+    // Counted first, without a branch per value, because the number is nearly always 0.
     let count = values.iter().filter(|&&value| magnitude(value) >= least).count();
     let first = values.iter().position(|&value| count > 0 && magnitude(value) >= least)?;
     Some((count, first, magnitude(values[first]).cmp(&infinity)))
 }
 
-/// A panic elsewhere while the lock was held leaves the map as good as before.
+/// Locks the map. A panic in another thread that held the lock leaves the map valid.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -388,7 +386,7 @@ impl Backend {
                 tensor.clone()
             }
         };
-        // `from_tensor` copies, so no two networks share what one of them trains.
+        // `from_tensor` copies, so that no network shares weights that another one trains.
         Ok(Var::from_tensor(&tensor.to_dtype(dtype)?.to_device(device)?)?)
     }
 }
@@ -438,10 +436,10 @@ impl SimpleBackend for Backend {
     }
 }
 
-/// The initial value of a weight, on the CPU.
+/// Computes the initial value of a weight, on the CPU.
 ///
 /// # Errors
-/// If there is no memory for a weight of this shape.
+/// Returns an error if there is not enough memory for a weight of this shape.
 fn initial(noise: Noise, name: &str, shape: &Shape, init: Init) -> Result<Tensor> {
     let hash = fnv1a(name);
     let mut stream = noise.stream(Purpose::Weights, hash, (hash >> 40) as u32);
@@ -476,7 +474,7 @@ fn initial(noise: Noise, name: &str, shape: &Shape, init: Init) -> Result<Tensor
     Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
 
-/// A hash that is the same in every version and on every machine, as the standard library's is not.
+/// A hash that is the same in every version and on every machine, unlike that of the standard library.
 fn fnv1a(name: &str) -> u64 {
     name.bytes()
         .fold(0xcbf2_9ce4_8422_2325, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))

@@ -77,7 +77,7 @@ impl Noise {
         Address { seed: self.seed, place, step: step & 0xff_ffff_ffff }
     }
 
-    /// Standard normals of shape (batch, ...): each sample has its own stream, and the batch begins at
+    /// Draws standard normals of shape (batch, ...). Each sample has its own stream, and the batch begins with sample
     /// number `first`.
     pub(crate) fn normal(
         self,
@@ -160,7 +160,7 @@ impl Stream {
     /// A random order of `0..n` (Fisher and Yates).
     ///
     /// # Errors
-    /// Returns an error if there is no memory for it.
+    /// Returns an error if there is not enough memory.
     pub fn permutation(&mut self, n: usize) -> Result<Vec<u32>> {
         let mut order = Vec::new();
         order.try_reserve_exact(n).map_err(|_| {

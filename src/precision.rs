@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 use crate::kernels::has_bf16_products;
 use crate::{Error, Result};
 
-/// How exactly products are computed, and on CUDA devices how feature maps are kept. Weights, their
-/// averages and the optimiser's state, statistics of normalisations, softmax, loss and sampler are f32 with
-/// each; `Highest` and `High` are the words of
-/// PyTorch and JAX.
+/// The precision of products, and on CUDA devices of feature maps.
+///
+/// Weights, their averages, the state of the optimiser, statistics of normalisations, softmax, loss and sampler are
+/// always f32. The names `Highest` and `High` follow PyTorch and JAX.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
@@ -18,19 +18,21 @@ pub enum Precision {
     /// f32 throughout.
     #[default]
     Highest,
-    /// f32 in memory, with cheaper products in convolutions where the machine has some that are good to
-    /// about 16 bits: three products of bf16 parts on a CPU with AMX, which is not yet measured.
-    /// On a CUDA device of compute capability 8.0 or later all products are TF32. Elsewhere as [`Highest`](Self::Highest).
+    /// f32 in memory, with cheaper products accurate to about 16 bits where the machine has them.
+    ///
+    /// On a CPU with AMX, convolutions are three products of bf16 parts, whose speed is not yet measured. On a CUDA
+    /// device of compute capability 8.0 or later, all products are TF32. Elsewhere this is the same as
+    /// [`Highest`](Self::Highest).
     High,
-    /// Convolutions' products of operands rounded to bf16 (8 bits), summed in f32; attention and linear
-    /// layers multiply in f32, and maps stay f32 in memory. Meant for a CPU with AMX, which is not yet
-    /// measured; by AVX-512 BF16 a training step takes about as long as in
-    /// [`Highest`](Self::Highest), and any other CPU computes the same more slowly. Needs the
-    /// feature `f16`. On a CUDA device all products take bf16, and maps are bf16 in memory.
+    /// Products of operands rounded to bf16 (8 bits), summed in f32. Requires the feature `f16`.
+    ///
+    /// On a CPU this applies to convolutions. Attention and linear layers multiply in f32, and feature maps are f32 in
+    /// memory. This precision is meant for CPUs with AMX, on which it is not yet measured. With AVX-512 BF16 a training
+    /// step takes about as long as with [`Highest`](Self::Highest). Any other CPU emulates it more slowly. On a CUDA
+    /// device this applies to all products, and feature maps are bf16 in memory.
     BF16,
-    /// As [`BF16`](Self::BF16) with f16 in its place (11 bits, but none beyond 65504): on CUDA devices
-    /// alone. Training scales its gradients by a [`GradScaler`](crate::GradScaler). Needs the feature
-    /// `f16`.
+    /// The same as [`BF16`](Self::BF16) with f16 (11 bits, numbers up to 65504), on CUDA devices only. Training scales
+    /// its gradients by a [`GradScaler`](crate::GradScaler). Requires the feature `f16`.
     F16,
 }
 
@@ -49,7 +51,7 @@ impl FromStr for Precision {
     type Err = Error;
 
     /// # Errors
-    /// Unless it is one of the names, and this build has the precision.
+    /// Returns an error if this is not one of the names, or if this build lacks the precision.
     fn from_str(name: &str) -> Result<Self> {
         let all = [Self::Highest, Self::High, Self::BF16, Self::F16];
         let Some(precision) = all.into_iter().find(|precision| precision.to_string() == name)
@@ -62,9 +64,8 @@ impl FromStr for Precision {
 }
 
 impl Precision {
-    /// Whether a device computes in this precision by instructions that are made for it, or is as fast
-    /// without: [`BF16`](Self::BF16) on a CPU that has none is emulated, several times slower than
-    /// [`Highest`](Self::Highest).
+    /// Returns whether a device has instructions for this precision, or needs none to be fast. On a CPU without such
+    /// instructions [`BF16`](Self::BF16) is emulated, which is several times slower than [`Highest`](Self::Highest).
     ///
     /// The environment variable `DDPM_MAX_CPU_ISA` limits which instructions are used.
     pub fn is_accelerated(self, device: &Device) -> bool {
@@ -95,7 +96,7 @@ impl Precision {
 mod tests {
     use super::*;
 
-    /// The instructions are detected here by another way than the kernels': the system's list.
+    /// This test detects the instructions from the list of the system, unlike the kernels.
     #[cfg(target_os = "linux")]
     #[test]
     fn bf16_is_accelerated_where_the_cpu_lists_its_instructions() {

@@ -4,8 +4,8 @@ use std::env;
 
 use proptest::test_runner::{Config, RngSeed};
 
-/// A test of `count` random inputs, which are the same in every run: no test fails by chance. As in
-/// any test of proptest, `PROPTEST_RNG_SEED` asks for other inputs, and `PROPTEST_CASES` for more.
+/// Configures a test of `count` random inputs. They are the same in every run, so that no test fails by chance. As
+/// usual in proptest, `PROPTEST_RNG_SEED` selects other inputs, and `PROPTEST_CASES` their number.
 pub(crate) fn inputs(count: u32) -> Config {
     let asked = Config::default();
     let cases = if env::var_os("PROPTEST_CASES").is_some() { asked.cases } else { count };

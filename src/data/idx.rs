@@ -1,4 +1,4 @@
-//! The IDX format of MNIST: a magic number, each dimension's size, both big-endian, and the bytes.
+//! The IDX format of MNIST: a magic number and the size of each dimension, both big-endian, and the bytes.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -11,18 +11,16 @@ use crate::{Error, Result};
 const IMAGES: u32 = 0x0803;
 const LABELS: u32 = 0x0801;
 
-/// Reads MNIST, or a set in the same files such as Fashion-MNIST, with its labels where they are there.
+/// Reads MNIST, or a data set in the same files, such as Fashion-MNIST.
 ///
-/// `dir` holds `train-images-idx3-ubyte`, for [`Split::Test`] `t10k-images-idx3-ubyte`. The labels
-/// are in `train-labels-idx1-ubyte` or `t10k-labels-idx1-ubyte`. Each file may instead be gzipped,
-/// with `.gz` added to its name. Without a file of labels the images have none: training does not
-/// use them.
+/// `dir` holds `train-images-idx3-ubyte`, or `t10k-images-idx3-ubyte` for [`Split::Test`]. The labels are in
+/// `train-labels-idx1-ubyte` or `t10k-labels-idx1-ubyte`. Each file may be gzipped, with `.gz` appended to its name.
+/// If there is no file of labels, the images have no labels. Training does not use them.
 ///
 /// # Errors
 ///
-/// Those of [`read_idx_images`] and [`read_idx_labels`]. [`Error::Data`] also if the file of images
-/// is not there, or if there are not as many labels as images. [`Error::Io`] also if `dir` is not
-/// there.
+/// Returns the errors of [`read_idx_images`] and [`read_idx_labels`]. Also returns [`Error::Data`] if the file of images
+/// does not exist, or if the numbers of labels and images differ, and [`Error::Io`] if `dir` does not exist.
 pub fn mnist(dir: impl AsRef<Path>, split: Split) -> Result<Images> {
     let dir = dir.as_ref();
     dir.metadata().map_err(Error::io(dir))?;
@@ -45,8 +43,8 @@ pub fn mnist(dir: impl AsRef<Path>, split: Split) -> Result<Images> {
     images.with_labels(labels)
 }
 
-/// The file of this name, or the gzipped one. A link that leads nowhere is one, too: it is wrong, not
-/// left out.
+/// The path of the file with this name, or of the gzipped file. A dangling link counts as a file, because it is an error
+/// instead of a missing file.
 fn find(dir: &Path, name: &str) -> Option<PathBuf> {
     let names = [name, &format!("{name}.gz")];
     names.map(|name| dir.join(name)).into_iter().find(|path| path.symlink_metadata().is_ok())

@@ -1,7 +1,7 @@
-//! Where training images come from.
+//! Sources of training images.
 //!
-//! [`Images`] holds a set in memory, one byte per value; [`mnist`] and [`cifar10`] read one from the
-//! files in which those sets are distributed. Anything else is an [`ImageSource`] of your own.
+//! [`Images`] holds a data set in memory, with one byte per value. [`mnist`] and [`cifar10`] read the files in which
+//! those data sets are distributed. For other data, implement [`ImageSource`].
 
 mod cifar;
 mod file;
@@ -14,7 +14,7 @@ pub use cifar::cifar10;
 pub use idx::{mnist, read_idx_images, read_idx_labels};
 pub use images::Images;
 
-/// Which part of a data set to read.
+/// The part of a data set to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Split {
     /// The images to train on.
@@ -23,10 +23,9 @@ pub enum Split {
     Test,
 }
 
-/// Images to train on, each of the same shape, found by index.
+/// Images to train on, all of the same shape, accessed by index.
 ///
-/// A source only has to deliver one image at a time; shuffling, batching and flips are the
-/// [`Trainer`](crate::Trainer)'s.
+/// A source only reads one image at a time. The [`Trainer`](crate::Trainer) shuffles, batches and flips the images.
 ///
 /// ```
 /// use ddpm::{ImageSource, Result};
@@ -58,15 +57,16 @@ pub enum Split {
 /// # Ok::<(), ddpm::Error>(())
 /// ```
 ///
-/// [`Trainer::fit`](crate::Trainer::fit) calls [`read`](Self::read) in its own thread, one image after the other, and a
-/// step waits for the images of its batch. Where reading takes long, decode once, into [`Images`]:
+/// [`Trainer::fit`](crate::Trainer::fit) calls [`read`](Self::read) for one image after the other, in the thread that
+/// called `fit`. A step waits until the images of its batch are read. If reading is slow, decode all images once, into
+/// [`Images`]:
 ///
 /// ```
 /// use ddpm::Images;
 ///
 /// # let decoded = vec![vec![0; 3 * 32 * 32]; 2];
-/// // Pictures of 32 x 32 pixels as most decoders give them: red, green and blue of each pixel
-/// // together. In `Images` all red comes first, then all green, then all blue.
+/// // Most decoders return red, green and blue of each pixel together, here in pictures of
+/// // 32 x 32 pixels. `Images` expects all of red first, then all of green, then all of blue.
 /// let mut pixels = Vec::new();
 /// for picture in &decoded {
 ///     for channel in 0..3 {
@@ -78,29 +78,28 @@ pub enum Split {
 /// # Ok::<(), ddpm::Error>(())
 /// ```
 pub trait ImageSource {
-    /// How many images there are.
+    /// The number of images.
     fn len(&self) -> usize;
 
-    /// Whether there are none.
+    /// Returns whether there are no images.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Channels, height and width of every image.
+    /// The number of channels, the height and the width of every image.
     fn shape(&self) -> (usize, usize, usize);
 
     /// Writes image `index` into `pixels`, channel by channel, row by row, in [-1, 1].
     ///
-    /// `pixels` has `channels * height * width` places; `index` is less than [`len`](Self::len).
-    /// The same index must give the same image, or a run cannot be resumed exactly.
+    /// The length of `pixels` is `channels * height * width`, and `index` is less than [`len`](Self::len). The same
+    /// index must always give the same image. Otherwise a run cannot be resumed exactly.
     ///
-    /// The trainer refuses a batch with values outside of [-1, 1]. It cannot see that values from 0 to 1, which
-    /// other libraries have, are a mistake: images that never fall below 0 likely are one, and `2.0 * value - 1.0`
-    /// brings them into range.
+    /// The trainer refuses a batch with values outside [-1, 1]. It accepts values from 0 to 1, which other libraries
+    /// use, because it cannot distinguish them from bright images. `2.0 * value - 1.0` converts them.
     ///
     /// # Errors
     ///
-    /// Whatever reading fails with; those of other libraries are wrapped by
-    /// [`Error::external`](crate::Error::external). They end training.
+    /// Returns an error if the image cannot be read, which ends training. [`Error::external`](crate::Error::external)
+    /// wraps errors of other libraries.
     fn read(&self, index: usize, pixels: &mut [f32]) -> Result<()>;
 }

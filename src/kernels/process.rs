@@ -122,7 +122,7 @@ pub(crate) fn squared_error(
     Ok((loss, Tensor::from_vec(gradient, output.shape(), output.device())?))
 }
 
-/// A scalar on the device of `x`: 0 where every value is finite, otherwise NaN.
+/// Computes a scalar on the device of `x`: 0 if every value is finite, and NaN otherwise.
 pub(crate) fn finiteness(x: &Tensor) -> Result<Tensor> {
     if are_plain(x, x) {
         let finite = with_values([x], |[x]| {
@@ -130,7 +130,7 @@ pub(crate) fn finiteness(x: &Tensor) -> Result<Tensor> {
         })?;
         return Tensor::new(if finite { 0f32 } else { f32::NAN }, x.device());
     }
-    // What is not finite is NaN when it is subtracted from itself.
+    // A value that is not finite gives NaN when it is subtracted from itself.
     Ok(squared_error(x, x, 1.0, None)?.0)
 }
 

@@ -63,14 +63,14 @@ impl Pool {
         }
     }
 
-    /// A tensor for the gradient of a weight, its content whatever was there before.
+    /// Returns a tensor for the gradient of a weight, with arbitrary content.
     pub fn gradient(&self, weight: &Tensor) -> Result<Tensor> {
         let mut free = self.lock();
         let gradient = match free.gradients.remove(&weight.id()) {
             Some(gradient) => gradient,
             None => Tensor::zeros(weight.shape(), DType::F32, weight.device())?,
         };
-        // Most of them were let go of, where none comes back.
+        // If the caller never recycles gradients, this map would grow without bound, so it is cleared.
         if free.issued.len() >= MAX_ISSUED {
             free.issued.clear();
         }
@@ -110,12 +110,12 @@ impl Pool {
         rayon::scope(|_| pass())
     }
 
-    /// Memory of this length, its content whatever was there before.
+    /// Takes memory of this length, with arbitrary content.
     ///
     /// # Errors
     ///
-    /// [`Error::OutOfMemory`] if the system has none. How much a pass takes depends on the batch, which
-    /// the caller chose.
+    /// Returns [`Error::OutOfMemory`] if the system has not enough. The memory of a pass depends on the batch, which the
+    /// caller chose.
     pub fn take(self: &Arc<Self>, len: usize) -> Result<Buffer> {
         let mut free = self.lock();
         // The smallest that is large enough, unless most of it would be wasted.
@@ -130,7 +130,7 @@ impl Pool {
     }
 }
 
-/// Where `vec!` would end the process, an error.
+/// Allocates memory. Returns an error where `vec!` would end the process.
 fn zeros(len: usize) -> Result<Vec<f32>> {
     let mut values = Vec::new();
     values
@@ -188,7 +188,7 @@ mod tests {
             let text = error.to_string();
             assert!(text.contains(&format!("a feature map of {bytes} bytes")), "{text}");
         }
-        // What it has given and got back is not lost.
+        // Memory that was returned before the error can still be taken.
         drop(pool.take(7)?);
         assert_eq!(pool.take(7)?.len(), 7);
         Ok(())

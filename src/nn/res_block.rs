@@ -10,8 +10,8 @@ use crate::{Dropout, Error, Result};
 /// Two convolutions, each after GroupNorm and SiLU, with the time embedding added between them and
 /// the input added at the end. Ho et al. 2020, appendix B.
 ///
-/// Every GroupNorm has 8 groups. A block of 8 output channels has each of them alone in a group, which
-/// subtracts the channel's mean and the time embedding with it: its output does not depend on the timestep.
+/// Every GroupNorm has 8 groups. In a block with 8 output channels each channel is a group. The second GroupNorm then
+/// subtracts the mean of each channel, and with it the time embedding, so the output does not depend on the timestep.
 #[derive(Debug, Clone)]
 pub struct ResBlock {
     norm1: GroupNorm,
@@ -29,11 +29,11 @@ pub struct ResBlock {
 }
 
 impl ResBlock {
-    /// A block from `input` to `output` channels that is told the time by `time_dim` values.
+    /// Creates a block from `input` to `output` channels, with a time embedding of `time_dim` values.
     ///
     /// # Errors
-    /// Returns an error if a number of channels is not a multiple of 8 from 8 to 65536, if `time_dim` is not
-    /// from 1 to 65536, if `vb` is of another dtype than f32 or f64, or if a weight cannot be had from it.
+    /// Returns an error if a number of channels is not a multiple of 8 from 8 to 65536, if `time_dim` is not from 1 to
+    /// 65536, if the dtype of `vb` is neither f32 nor f64, or if `vb` cannot supply a weight.
     pub fn new(input: usize, output: usize, time_dim: usize, vb: VarBuilder) -> Result<Self> {
         for channels in [input, output] {
             if !(GROUPS..=1 << 16).contains(&channels) || !channels.is_multiple_of(GROUPS) {
@@ -66,9 +66,9 @@ impl ResBlock {
         })
     }
 
-    /// Drops whole feature maps between the two halves while training, with probability `p`; masks
-    /// are those of the network's `layer`-th dropout: each block of a network has another number. A
-    /// `p` of 0 drops nothing. Srivastava et al. 2014; whole maps, as PyTorch's `Dropout2d`.
+    /// Sets the dropout of whole feature maps between the two halves, during training, with probability `p`. Masks are
+    /// those of the network's `layer`-th dropout; each block of a network needs its own number. A `p` of 0 drops
+    /// nothing. Srivastava et al. 2014; whole feature maps, as in PyTorch's `Dropout2d`.
     ///
     /// # Errors
     /// Returns an error if `p` is not at least 0 and less than 1.
@@ -79,11 +79,11 @@ impl ResBlock {
         Ok(Self { dropout: (p > 0.0).then_some((p, layer)), ..self })
     }
 
-    /// `x` (batch, in, height, width) and `t_emb` (batch, time_dim) to (batch, out, height,
-    /// width), all of the weights' dtype. Dropout is active where its masks are given.
+    /// Computes an output (batch, out, height, width) from `x` (batch, in, height, width) and `t_emb`
+    /// (batch, time_dim), all of the dtype of the weights. Dropout is active if its masks are given.
     ///
     /// # Errors
-    /// If a shape or dtype does not fit.
+    /// Returns an error if a shape or dtype does not fit.
     pub fn forward(&self, x: &Tensor, t_emb: &Tensor, dropout: Option<&Dropout>) -> Result<Tensor> {
         if x.rank() != 4 || x.dim(1)? != self.channels || x.elem_count() == 0 {
             let expected = format!("(batch, {}, height, width), none of them 0", self.channels);
@@ -112,8 +112,8 @@ impl ResBlock {
         t_emb: &E::Map,
         dropout: Option<&Dropout>,
     ) -> Result<E::Map> {
-        // First, so that on the way back its gradient is added where that of the other way is already:
-        // the other way round would take memory for both.
+        // Computed first, so that in the backward pass its gradient is added to that of the other path. The
+        // opposite order would need memory for both gradients.
         let shortcut = match &self.shortcut {
             Some(shortcut) => &engine.conv(shortcut, x, Add::NOTHING)?,
             None => x,

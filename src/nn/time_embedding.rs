@@ -7,8 +7,8 @@ use super::weights_dtype;
 use crate::diffusion::check_timesteps;
 use crate::{Error, Result};
 
-/// Tells the network how noisy its input is: sines and cosines of the timestep at geometrically
-/// falling frequencies (Vaswani et al. 2017), then Linear, GELU, Linear.
+/// An embedding of the timestep: sines and cosines at geometrically decreasing frequencies (Vaswani et al. 2017),
+/// then Linear, GELU, Linear.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -29,11 +29,11 @@ pub struct TimeEmbedding {
 }
 
 impl TimeEmbedding {
-    /// An embedding of `dim` values, through `4 dim` hidden ones.
+    /// Creates an embedding of `dim` values, with `4 dim` hidden values.
     ///
     /// # Errors
-    /// Returns an error if `dim` is odd or less than 4, if `vb` is of another dtype than f32 or f64, or if a
-    /// weight cannot be had from it.
+    /// Returns an error if `dim` is odd or less than 4, if the dtype of `vb` is neither f32 nor f64, or if `vb` cannot
+    /// supply a weight.
     pub fn new(dim: usize, vb: VarBuilder) -> Result<Self> {
         check_dim(dim)?;
         let dtype = weights_dtype(&vb)?;
@@ -48,11 +48,11 @@ impl TimeEmbedding {
         })
     }
 
-    /// `t` (batch) of an integer dtype to (batch, dim).
+    /// Computes the embedding (batch, dim) of `t` (batch), which has an integer dtype.
     ///
     /// # Errors
-    /// Returns an error if `t` is not one-dimensional or not of an integer dtype, or on the CPU if a timestep
-    /// is negative.
+    /// Returns an error if `t` is not one-dimensional or not of an integer dtype. On the CPU, returns an error if a
+    /// timestep is negative.
     pub fn forward(&self, t: &Tensor) -> Result<Tensor> {
         let &[batch] = t.dims() else {
             let expected = "(batch)".to_string();
@@ -73,7 +73,7 @@ impl TimeEmbedding {
         decay(self.frequencies.len())
     }
 
-    /// As [`forward`](Self::forward), from [`sinusoids`](Self::sinusoids).
+    /// Computes [`forward`](Self::forward) from the [`sinusoids`](Self::sinusoids).
     pub(super) fn run<'n, E: Engine<'n>>(
         &'n self,
         engine: &E,
@@ -83,10 +83,10 @@ impl TimeEmbedding {
         engine.linear(VectorActivation::Gelu, &self.output, &hidden)
     }
 
-    /// `[sin | cos]` of `t` times each frequency: (batch, dim), in the weights' dtype. `t` was
-    /// [checked](check_timesteps).
+    /// Computes `[sin | cos]` of `t` times each frequency: (batch, dim), in the dtype of the weights. `t` must have
+    /// been [checked](check_timesteps).
     pub(super) fn sinusoids(&self, t: &Tensor) -> Result<Tensor> {
-        // Half precision would put the phase off by 0.1 rad. Metal has no f64, not even to cast from.
+        // In half precision the phase would be wrong by 0.1 rad. Metal has no f64, not even to cast from.
         let dtype = if t.device().is_metal() { DType::F32 } else { DType::F64 };
         let frequencies = Tensor::new(self.frequencies.as_slice(), &Device::Cpu)?
             .to_dtype(dtype)?
@@ -96,7 +96,7 @@ impl TimeEmbedding {
     }
 }
 
-/// Of `half` frequencies. Ho's divisor: the last is exactly 1 / 10000.
+/// The decay for `half` frequencies. With Ho's divisor, the last frequency is exactly 1 / 10000.
 fn decay(half: usize) -> f64 {
     libm::log(10000.0) / (half - 1) as f64
 }

@@ -22,11 +22,11 @@ use crate::diffusion::check_timesteps;
 use crate::kernels::{self, Activation, Scale};
 use crate::{Denoiser, Dropout, Error, Network, Precision, Result};
 
-/// The network of the paper: a U-Net (Ronneberger et al. 2015) of residual blocks that are told the
-/// timestep, with self-attention at low resolution. Ho et al. 2020, appendix B.
+/// The network of the paper: a U-Net (Ronneberger et al. 2015) of residual blocks with a time embedding, and with
+/// self-attention at low resolution. Ho et al. 2020, appendix B.
 ///
-/// One skip a level, taken before the size is halved. Weights bear the names of the reference
-/// implementation in PyTorch, so files go both ways; see the chapter [the
+/// There is one skip connection per level, taken before the size is halved. Weights have the names of the reference
+/// implementation in PyTorch, so that files can be exchanged in both directions; see the chapter [the
 /// network](crate::docs::network).
 ///
 /// ```
@@ -68,12 +68,12 @@ impl fmt::Debug for UNet {
 }
 
 impl UNet {
-    /// The network of this shape, its weights taken from `vb`: those that take gradients are shared
-    /// with it, all others are copied, so that what becomes of them elsewhere does not matter.
+    /// Creates a network of this shape, with weights from `vb`. Weights that take gradients are shared with `vb`. All
+    /// others are copied, so that later changes to them have no effect.
     ///
     /// # Errors
-    /// If the configuration is not [valid](UNetConfig::validate), or `vb` is of another dtype than
-    /// f32 or f64, or lacks a weight.
+    /// Returns an error if the configuration is not [valid](UNetConfig::validate), if the dtype of `vb` is neither f32
+    /// nor f64, or if `vb` lacks a weight.
     pub fn new(config: &UNetConfig, vb: VarBuilder) -> Result<Self> {
         config.validate()?;
         kernels::check_limit()?;
@@ -130,12 +130,13 @@ impl UNet {
         })
     }
 
-    /// The same network, with products of this precision, where it is computed by the crate's kernels:
-    /// without gradients, or by [`forward_backward`](Denoiser::forward_backward), with weights of f32 on
-    /// the CPU or a CUDA device. [`Precision::Highest`] unless this is called.
+    /// Sets the precision of products in the crate's kernels. The default is [`Precision::Highest`].
+    ///
+    /// The kernels are used without gradients, and by [`forward_backward`](Denoiser::forward_backward), with f32
+    /// weights on the CPU or on a CUDA device.
     ///
     /// # Errors
-    /// If this build, or a network of this device or dtype, lacks what the precision takes.
+    /// Returns an error if this build, or the device or dtype of the network, does not support the precision.
     pub fn with_precision(self, precision: Precision) -> Result<Self> {
         precision.validate()?;
         if precision.is_half() && !self.has_tape(&self.init_conv.weight) {
@@ -156,13 +157,13 @@ impl UNet {
         Ok(Self { precision, ..self })
     }
 
-    /// The network's shape.
+    /// The configuration of the network.
     pub fn config(&self) -> &UNetConfig {
         &self.config
     }
 
     /// # Errors
-    /// Returns an error if `x_t` and `t` are not a batch of what the network takes.
+    /// Returns an error if the shapes or dtypes of `x_t` and `t` do not fit the network.
     fn check(&self, x_t: &Tensor, t: &Tensor) -> Result<()> {
         let UNetConfig { channels, image_size, .. } = self.config;
         if x_t.rank() != 4 || x_t.dims()[1..] != [channels, image_size, image_size] {

@@ -21,22 +21,22 @@ pub struct UNetConfig {
     pub image_size: usize,
     /// Channels of the images: 1 for grey, 3 for colour; at most 65,536.
     pub channels: usize,
-    /// Channels of the feature maps: at full size, then after each block down. One level of
-    /// resolution fewer than entries, of which there are 2 to 16; each a multiple of 8, the number
-    /// of groups of a GroupNorm; not all of them 8.
+    /// Channels of the feature maps: at full size, and then after each block on the down path. There are 2 to 16
+    /// entries, and one level of resolution fewer. Each entry is a multiple of 8, the number of groups of a
+    /// GroupNorm. At least one entry is more than 8.
     ///
-    /// A residual block that leads to 8 channels does not hear the timestep: a number is added to
-    /// each channel, and the GroupNorm after it, which has each channel alone in a group, subtracts the
-    /// channel's mean. In `[8, 16]` these are the two blocks of the way up; a network all of whose blocks
-    /// are like that is refused.
+    /// The output of a residual block with 8 output channels does not depend on the timestep. The block adds one
+    /// number to each channel, but the GroupNorm after it has one channel per group, and subtracts the mean of the
+    /// channel. In `[8, 16]` this applies to the two blocks on the up path. A network with only such blocks is
+    /// refused.
     pub hidden_dims: Vec<usize>,
     /// Length of the time embedding: even, at least 4.
     pub time_dim: usize,
-    /// The levels that attend, each once, besides the bottleneck, which always does: level `i`, from 0 to
-    /// `hidden_dims.len() - 2`, works at `image_size / 2^i` pixels. These are not sizes in pixels.
+    /// The levels with attention, each at most once. Level `i`, from 0 to `hidden_dims.len() - 2`, works at
+    /// `image_size / 2^i` pixels; the entries are not sizes in pixels. The bottleneck always has attention.
     pub attention_resolutions: Vec<usize>,
-    /// Probability to drop a whole feature map inside a residual block while training; at least 0
-    /// and less than 1.
+    /// Probability that a whole feature map inside a residual block is dropped during training; at least 0 and less
+    /// than 1.
     pub dropout: f64,
 }
 
@@ -66,15 +66,15 @@ impl UNetConfig {
         }
     }
 
-    /// How many times the size is halved.
+    /// The number of levels, which is the number of times that the size is halved.
     pub fn levels(&self) -> usize {
         self.hidden_dims.len().saturating_sub(1)
     }
 
-    /// Whether a network can be built like this; [`UNet::new`](crate::UNet::new) asks as well.
+    /// Checks whether a network can be built with this configuration. [`UNet::new`](crate::UNet::new) calls this.
     ///
     /// # Errors
-    /// Returns an error that names the first field that does not fit, its value and what is allowed.
+    /// Returns an error that names the first invalid field, its value and the allowed values.
     pub fn validate(&self) -> Result<()> {
         const MAX: usize = 1 << 16;
         let within = |field, value: usize, least: usize| {
@@ -112,12 +112,13 @@ impl UNetConfig {
         }
         let attend = &self.attention_resolutions;
         let twice = |i: usize| attend[..i].contains(&attend[i]);
-        // Of a list with more entries than there are levels, no more than one beyond is looked at.
+        // The check stops at the first unknown or repeated level, at most one entry beyond the number of levels.
         if (0..attend.len()).any(|i| attend[i] >= self.levels() || twice(i)) {
             let size = |level: usize| (self.image_size >> level).to_string();
             let sizes: Vec<_> = (0..self.levels()).map(size).collect();
             let expected = format!(
-                "levels from 0 to {}, each at most once, of {} pixels; the bottleneck, of {} pixels, always has attention",
+                "levels from 0 to {}, each at most once, of {} pixels; the bottleneck, of {} pixels, always has \
+                 attention",
                 self.levels() - 1,
                 sizes.join(", "),
                 size(self.levels()),

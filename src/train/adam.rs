@@ -16,28 +16,28 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AdamConfig {
-    /// Step size, once warm-up is over; positive.
+    /// Learning rate after the warm-up; positive.
     pub learning_rate: f64,
     /// Decay of the mean of gradients; at least 0 and less than 1.
     pub beta1: f64,
     /// Decay of the mean of squared gradients; at least 0 and less than 1.
     pub beta2: f64,
-    /// Added to the root of the mean of squares; positive, in f32 as well.
+    /// Number added to the root of the mean of squares; positive, also when rounded to f32.
     pub eps: f64,
-    /// What pulls weights towards 0.
+    /// Weight decay.
     pub weight_decay: WeightDecay,
 }
 
-/// How [`AdamW`] pulls weights towards 0: by a number that is 0 or positive.
+/// The kind of weight decay of [`AdamW`]. The number is 0 or positive.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WeightDecay {
-    /// Not at all.
+    /// No weight decay.
     None,
-    /// Added to the gradient, as PyTorch's `Adam` does.
+    /// The weight times this is added to the gradient, as in PyTorch's `Adam`.
     L2(f64),
-    /// Apart from the gradient, by the learning rate times this, as PyTorch's `AdamW` does.
-    /// Loshchilov and Hutter 2019.
+    /// Each update subtracts the weight times the learning rate times this, independently of the gradient, as in
+    /// PyTorch's `AdamW`. Loshchilov and Hutter 2019.
     Decoupled(f64),
 }
 
@@ -48,7 +48,7 @@ impl AdamConfig {
         Self { learning_rate, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay }
     }
 
-    /// As [`adam`](Self::adam), with decoupled weight decay.
+    /// The same as [`adam`](Self::adam), with decoupled weight decay.
     pub const fn adamw(learning_rate: f64, weight_decay: f64) -> Self {
         let weight_decay = WeightDecay::Decoupled(weight_decay);
         Self { weight_decay, ..Self::adam(learning_rate) }
@@ -83,8 +83,8 @@ impl AdamConfig {
 
 /// The optimiser: Adam, with either kind of weight decay or none, and a state that can be saved.
 ///
-/// The same update as PyTorch's `Adam` and `AdamW`, with the correction of bias. Kingma and Ba
-/// 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2.
+/// The update is that of PyTorch's `Adam` and `AdamW`, with bias correction. Kingma and Ba 2015, algorithm 1;
+/// Loshchilov and Hutter 2019, algorithm 2.
 #[derive(Debug)]
 pub struct AdamW {
     config: AdamConfig,
@@ -108,10 +108,10 @@ const MEAN: &str = "exp_avg";
 const SQUARE: &str = "exp_avg_sq";
 
 impl AdamW {
-    /// An optimiser of these weights.
+    /// Creates an optimiser of these weights.
     ///
     /// # Errors
-    /// If a setting is out of its range, or a weight is not of a floating dtype.
+    /// Returns an error if a setting is out of range, or if a weight is not of a floating-point dtype.
     pub fn new(config: AdamConfig, vars: &BTreeMap<String, Var>) -> Result<Self> {
         config.validate()?;
         let mut slots = BTreeMap::new();
@@ -130,12 +130,12 @@ impl AdamW {
         })
     }
 
-    /// One update with these gradients, by the weights' names, at this learning rate, which takes
-    /// the place of the configuration's and may be 0. A weight without a gradient stays as it is.
+    /// Makes one update with these gradients, by the names of the weights. The learning rate replaces that of the
+    /// configuration, and may be 0. A weight without a gradient does not change.
     ///
     /// # Errors
-    /// If the learning rate is negative, infinite or NaN; if a gradient has another shape or dtype than its
-    /// weight, or is on another device; then nothing is changed.
+    /// Returns an error if the learning rate is negative, infinite or NaN, or if the shape, dtype or device of a
+    /// gradient differs from that of its weight. Nothing is changed in these cases.
     pub fn step(&mut self, gradients: &BTreeMap<String, Tensor>, learning_rate: f64) -> Result<()> {
         if !(learning_rate >= 0.0 && (learning_rate as f32).is_finite()) {
             let expected = "at least 0 and finite in f32";
@@ -483,7 +483,7 @@ impl AdamW {
         Ok(())
     }
 
-    /// How many updates there were.
+    /// The number of updates so far.
     pub fn steps(&self) -> u64 {
         self.step
     }
@@ -544,8 +544,8 @@ fn counts(steps: u64, ema: Option<&Ema>, scaler: Option<&GradScaler>) -> cuda::C
 }
 
 /// # Errors
-/// Returns an error if the tensor of this name is not of a floating dtype: candle panics over some
-/// functions of others.
+/// Returns an error if the tensor of this name is not of a floating-point dtype, because some functions of candle panic
+/// for other dtypes.
 pub(super) fn check_floating(what: &'static str, name: &str, tensor: &Tensor) -> Result<()> {
     if tensor.dtype().is_float() {
         return Ok(());
@@ -559,11 +559,11 @@ fn kind(t: &Tensor) -> (DType, &[usize], DeviceLocation) {
     (t.dtype(), t.dims(), t.device().location())
 }
 
-/// The gradients of `loss` (a scalar) with respect to `vars`, by the weights' names; those that it
-/// does not depend on are left out.
+/// Computes the gradients of `loss` (a scalar) with respect to `vars`, by the names of the weights. Weights on which the
+/// loss does not depend are omitted.
 ///
 /// # Errors
-/// If an operation between has no gradient.
+/// Returns an error if an operation between the weights and the loss has no gradient.
 pub fn gradients(loss: &Tensor, vars: &BTreeMap<String, Var>) -> Result<BTreeMap<String, Tensor>> {
     Ok(by_name(loss.backward()?, vars))
 }
@@ -576,13 +576,13 @@ pub(super) fn by_name(
     vars.iter().filter_map(|(name, var)| Some((name.clone(), gradients.remove(var)?))).collect()
 }
 
-/// Scales all gradients so that their global L2 norm is at most `max_norm`, or not at all where it
-/// is infinite; gives the norm before. As PyTorch's `clip_grad_norm_`. Pascanu et al. 2013.
+/// Scales all gradients so that their global L2 norm is at most `max_norm`, and returns the norm before. An infinite
+/// `max_norm` does not clip. The method is that of PyTorch's `clip_grad_norm_`. Pascanu et al. 2013.
 ///
-/// The norm stays on the device: nothing is read back.
+/// The norm stays on the device, and nothing is read back.
 ///
 /// # Errors
-/// If there are no gradients, one is not of a floating dtype, or `max_norm` is not positive.
+/// Returns an error if there are no gradients, if one is not of a floating-point dtype, or if `max_norm` is not positive.
 pub fn clip_grad_norm(gradients: &mut BTreeMap<String, Tensor>, max_norm: f64) -> Result<Tensor> {
     if max_norm.is_nan() || max_norm <= 0.0 {
         return Err(Error::config("max_norm", max_norm, "positive, or infinite not to clip"));

@@ -3,7 +3,7 @@ use serde::{Deserialize, Serialize};
 use super::{AdamConfig, EmaConfig, GradScalerConfig};
 use crate::{Error, Precision, Result};
 
-/// How to train: everything that, with the network and the data, determines the result.
+/// The training configuration. With the network and the data, it determines the result.
 ///
 /// ```
 /// use ddpm::TrainConfig;
@@ -15,40 +15,38 @@ use crate::{Error, Precision, Result};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Seed of everything random: weights, order of images, timesteps, noise, flips, dropout.
+    /// Seed of all random numbers: weights, order of images, timesteps, noise, flips, dropout.
     pub seed: u64,
-    /// How many updates of the weights there are in all; at least 1.
+    /// Total number of updates of the weights; at least 1.
     pub steps: u64,
-    /// Images for each update; at least 1 and less than 2^32.
+    /// Images per update; at least 1 and less than 2^32.
     pub batch_size: usize,
-    /// Parts in which a batch goes through the network, one after the other, to save memory; it
-    /// divides `batch_size`. The result is that of the whole batch, but for rounding.
+    /// Number of parts into which a batch is divided to save memory; `batch_size` is a multiple of it. The result is
+    /// that of the whole batch, except for rounding.
     pub accumulation: usize,
-    /// The optimiser's settings.
+    /// Settings of the optimiser.
     pub optimizer: AdamConfig,
     /// Updates over which the learning rate rises linearly to its full value; 0 for none.
     pub warmup_steps: u64,
-    /// The share of [`steps`](Self::steps), at their end, over which the learning rate falls linearly
-    /// to zero, from 0, for none, to 1. An update beyond `steps` changes nothing then.
-    /// Hägele et al. 2024.
+    /// Fraction of [`steps`](Self::steps), at the end, over which the learning rate falls linearly to zero; from 0 (no
+    /// cool-down) to 1. With a cool-down, an update beyond `steps` changes nothing. Hägele et al. 2024.
     #[serde(default)]
     pub cooldown: f64,
-    /// The global norm to which gradients are clipped, positive; `None` does not clip.
+    /// Global norm to which gradients are clipped; positive. `None` does not clip.
     pub clip_norm: Option<f64>,
-    /// The average of the weights that samples come from; `None` keeps none.
+    /// Settings of the averaged weights, from which samples are drawn; `None` keeps no average.
     pub ema: Option<EmaConfig>,
-    /// How exactly products are computed.
+    /// Precision of products.
     #[serde(default)]
     pub precision: Precision,
-    /// How gradients are scaled with [`Precision::F16`], and with no other.
+    /// Settings of the gradient scaler, which is used only with [`Precision::F16`].
     #[serde(default)]
     pub grad_scaler: GradScalerConfig,
-    /// Whether images are mirrored left to right, at random.
+    /// Whether images are flipped horizontally at random.
     pub horizontal_flip: bool,
-    /// Updates from one report of the loss to the next; at least 1. Reading the loss makes a GPU
-    /// wait.
+    /// Updates from one report of the loss to the next; at least 1. Reading the loss waits for the GPU.
     pub log_every: u64,
-    /// How many checkpoints are kept, the latest included; at least 1.
+    /// Number of checkpoints that are kept, including the latest; at least 1.
     pub keep_checkpoints: usize,
 }
 
@@ -89,10 +87,10 @@ impl TrainConfig {
         }
     }
 
-    /// Whether one can train like this; [`Trainer::new`](crate::Trainer::new) asks as well.
+    /// Checks the configuration. [`Trainer::new`](crate::Trainer::new) calls this.
     ///
     /// # Errors
-    /// Returns an error that names the first field that does not fit, its value and what is allowed.
+    /// Returns an error that names the first invalid field, its value and the allowed values.
     pub fn validate(&self) -> Result<()> {
         for (field, value) in [
             ("steps", self.steps),
@@ -126,7 +124,7 @@ impl TrainConfig {
         self.ema.map_or(Ok(()), |ema| ema.validate())
     }
 
-    /// The learning rate of the update that follows `step` others: `step` counts from 0.
+    /// The learning rate of an update; `step` counts from 0.
     pub fn learning_rate(&self, step: u64) -> f64 {
         let rise = match self.warmup_steps {
             0 => 1.0,

@@ -10,10 +10,10 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EmaConfig {
-    /// How much of the average stays at each update; at least 0 and less than 1.
+    /// Fraction of the average that remains after each update; at least 0 and less than 1.
     pub decay: f64,
-    /// Whether early updates use `(1 + n) / (10 + n)` where that is less than `decay` (`n` updates
-    /// before), so that the random initial weights are forgotten at once.
+    /// Whether the decay after `n` updates is at most `(1 + n) / (10 + n)`, so that the random initial weights soon
+    /// lose their influence.
     pub warmup: bool,
 }
 
@@ -31,10 +31,10 @@ impl EmaConfig {
     }
 }
 
-/// An exponential moving average of weights, from which samples are drawn: its images are better
-/// than those of the weights themselves. Ho et al. 2020, appendix B.
+/// An exponential moving average of weights, from which samples are drawn. Its samples are better than those of the
+/// weights being trained. Ho et al. 2020, appendix B.
 ///
-/// It begins as a copy, and never touches the live weights.
+/// The average begins as a copy of the weights, and never changes them.
 #[derive(Debug)]
 pub struct Ema {
     config: EmaConfig,
@@ -43,10 +43,10 @@ pub struct Ema {
 }
 
 impl Ema {
-    /// An average that begins at these weights.
+    /// Creates an average that begins as a copy of these weights.
     ///
     /// # Errors
-    /// Returns an error if `decay` is not at least 0 and less than 1, or a weight is not of a floating dtype.
+    /// Returns an error if `decay` is not at least 0 and less than 1, or if a weight is not of a floating-point dtype.
     pub fn new(config: EmaConfig, vars: &BTreeMap<String, Var>) -> Result<Self> {
         config.validate()?;
         let copy = |(name, var): (&String, &Var)| {
@@ -56,10 +56,10 @@ impl Ema {
         Ok(Self { config, updates: 0, averages: vars.iter().map(copy).collect::<Result<_>>()? })
     }
 
-    /// Moves the average towards the weights as they are now.
+    /// Updates the average with the current weights.
     ///
     /// # Errors
-    /// If a weight changed its shape.
+    /// Returns an error if the shape of a weight has changed.
     pub fn update(&mut self, vars: &BTreeMap<String, Var>) -> Result<()> {
         self.update_from(vars.iter())
     }
@@ -78,14 +78,14 @@ impl Ema {
         Ok(())
     }
 
-    /// Counts an update, and gives its decay.
+    /// Counts an update and returns its decay.
     pub(super) fn begin_update(&mut self) -> f64 {
         let decay = self.config.decay_at(self.updates);
         self.updates += 1;
         decay
     }
 
-    /// After updates that turned out to have been skipped.
+    /// Subtracts updates that were skipped.
     #[cfg(feature = "cuda")]
     pub(super) fn forget_updates(&mut self, skipped: u64) {
         self.updates = self.updates.saturating_sub(skipped);
@@ -96,13 +96,13 @@ impl Ema {
         self.config
     }
 
-    /// How many updates there were.
+    /// The number of updates so far.
     pub fn updates(&self) -> u64 {
         self.updates
     }
 
-    /// The averaged weights by name, in the shapes and the precision of the weights. Training
-    /// changes them in place: copy (`Tensor::copy`) those that are to stay as they are.
+    /// The averaged weights by name, in the shapes and the dtype of the weights. Training changes them in place; use
+    /// `Tensor::copy` for values that must not change.
     pub fn averages(&self) -> &BTreeMap<String, Tensor> {
         &self.averages
     }
