@@ -28,7 +28,7 @@ fn recipe() -> Recipe {
 #[derive(Parser)]
 #[command(name = "cifar10", version, after_help = recipe().defaults("Defaults"))]
 struct Cli {
-    /// The directory with cifar-10-batches-bin/, or `hub`
+    /// Directory that contains cifar-10-batches-bin/, or `hub`
     #[arg(long, value_name = "DIR", default_value = "data")]
     data: PathBuf,
     #[command(flatten)]

@@ -1,4 +1,4 @@
-//! Trains on MNIST: on the digits that come with the repository, or on a full set with `--data`.
+//! Trains on MNIST: on the digits that are part of the repository, or with `--data` on a full set.
 
 mod common;
 
@@ -13,10 +13,10 @@ use ddpm::{
     UNetConfig,
 };
 
-/// For a full set, and for a quarter of an hour on the embedded digits.
+/// The recipe for a full set, or for a quarter of an hour on the embedded digits.
 fn recipe(full: bool, fashion: bool) -> Recipe {
-    // Small batches, since many updates do more than exact ones, and large strides, which need a warm-up
-    // and clipping, and to become small in the end.
+    // Many large updates of small batches achieve more than a few accurate ones. They need a warm-up and clipping to
+    // stay stable, and a cool-down.
     let short = || TrainConfig {
         steps: 7_500,
         batch_size: 8,
@@ -31,7 +31,7 @@ fn recipe(full: bool, fashion: bool) -> Recipe {
         network: UNetConfig::mnist(),
         diffusion: if full { || Ok(Diffusion::ddpm()) } else { quick },
         train: if full { TrainConfig::mnist() } else { short() },
-        // One for each data set, so that none is in the way of another's run.
+        // One directory per data set, so that runs on different data sets do not conflict.
         out: match (full, fashion) {
             (_, true) => "out/fashion-mnist",
             (true, false) => "out/mnist-full",
@@ -40,7 +40,7 @@ fn recipe(full: bool, fashion: bool) -> Recipe {
         save_every: 500,
         sample_every: if full { 1_000 } else { 2_500 },
         sample_count: 64,
-        // With noise: it corrects what a network of so little training gets wrong on the way.
+        // Noise corrects the errors that a briefly trained network makes in earlier sampling steps.
         sampling: SamplerConfig {
             solver: Solver::Ddim { eta: 1.0 },
             steps: 100,
@@ -49,8 +49,8 @@ fn recipe(full: bool, fashion: bool) -> Recipe {
     }
 }
 
-/// The cosine schedule and velocity, by which so short a training comes further than by the paper's linear
-/// one and noise. Nichol and Dhariwal 2021; Salimans and Ho 2022.
+/// The cosine schedule and velocity. In so short a training they give better results than the paper's linear schedule
+/// and noise. Nichol and Dhariwal 2021; Salimans and Ho 2022.
 fn quick() -> Result<Diffusion> {
     Ok(Diffusion::new(NoiseSchedule::cosine(1000)?, Prediction::Velocity))
 }
@@ -58,9 +58,9 @@ fn quick() -> Result<Diffusion> {
 fn defaults() -> String {
     let (embedded, full) = (recipe(false, false), recipe(true, false));
     format!(
-        "{}\n  the network learns velocity, on the cosine schedule\n\n\
-         {}\n  the network learns noise, on the linear schedule\n\n\
-         With --fashion: as with --data, but for --out {}.",
+        "{}\n  the network predicts velocity, on the cosine schedule\n\n\
+         {}\n  the network predicts noise, on the linear schedule\n\n\
+         With --fashion: as with --data, except for --out {}.",
         embedded.defaults("Defaults"),
         full.defaults("With --data"),
         recipe(true, true).out
@@ -71,10 +71,10 @@ fn defaults() -> String {
 #[derive(Parser)]
 #[command(name = "mnist", version, after_help = defaults())]
 struct Cli {
-    /// The full set's directory, or `hub`; without it, train on 10,000 embedded digits
+    /// Directory of the full set, or `hub`; without this option, train on 10,000 embedded digits
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
-    /// Fashion-MNIST instead of the digits; needs --data
+    /// Train on Fashion-MNIST instead of the digits; requires --data
     #[arg(long)]
     fashion: bool,
     #[command(flatten)]

@@ -22,14 +22,14 @@ use ddpm::{Sampler, UNet, UNetConfig};
 struct Cli {
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// How many images; a few at a time are in memory
+    /// Number of images; only a few at a time are in memory
     #[arg(long, value_name = "N", default_value = "64", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=1024))]
     count: usize,
-    /// The picture to write
+    /// Picture to write
     #[arg(long, value_name = "FILE.png", default_value = "samples.png")]
     out: PathBuf,
-    /// An animation of the denoising to write
+    /// Animation of the denoising to write
     #[arg(long, value_name = "FILE.gif")]
     gif: Option<PathBuf>,
 }
@@ -73,7 +73,7 @@ fn draw_to_files(
 ) -> Result<()> {
     let UNetConfig { channels, image_size: size, .. } = *network;
     let (shape, total) = ((cli.count, channels, size, size), sampler.timesteps().len());
-    // A part after the other comes to each frame.
+    // Each part of the images is appended to every frame.
     let mut frames: BTreeMap<usize, Vec<u8>> = BTreeMap::new();
     let mut progress = Progress::new(draw::steps(sampler, cli.count, device) as u64, 0);
     progress.start();

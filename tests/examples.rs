@@ -210,7 +210,7 @@ fn the_folder_of_another_set_is_not_trained_on() -> Result<()> {
         command
     };
     let clothes = "the folder of Fashion-MNIST; it must be that of MNIST, or pass --fashion";
-    let digits = "the folder of MNIST; it must be that of Fashion-MNIST, or leave --fashion out";
+    let digits = "the folder of MNIST; it must be that of Fashion-MNIST, or omit --fashion";
     assert_fails(&mut train(".", "fashion-mnist", &[]), &["--data is fashion-mnist,", clothes])?;
     assert_fails(&mut train("fashion-mnist", ".", &[]), &[clothes])?;
     assert_fails(&mut train(".", "mnist/", &["--fashion"]), &["--data is mnist/,", digits])?;
@@ -259,7 +259,10 @@ fn a_run_goes_on_with_its_own_images_only() -> Result<()> {
             example("mnist").args(args).arg("--out").arg(&out).output()?;
         let said = String::from_utf8(stderr)?;
         assert!(status.success(), "{said}");
-        assert_eq!(said.contains("data.json is not there: it is not known which images"), warned);
+        assert_eq!(
+            said.contains("data.json does not exist: the images with which the run"),
+            warned
+        );
         assert_eq!(said.lines().count(), usize::from(warned), "{said}");
     }
     assert_eq!(saved_step(&out)?, 5);
@@ -313,13 +316,16 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
     let grid = checkpoint.with_file_name("samples").join("step-000003.png");
     let said = succeed(&mut sample(&["--count", "3"], "a.png"))?;
     assert!(fs::read(temp.join("a.png"))? == fs::read(&grid)?, "not the run's grid");
-    let sampler = "sampler     DDIM with eta 1, 2 steps, clipped (as the run's grids)\n";
+    let sampler = "sampler     DDIM with eta 1, 2 steps, clipped (same as the run's grids)\n";
     assert!(said.contains(sampler), "{said}");
     for (args, sampler) in [
-        (&["--eta", "0"][..], "DDIM with eta 0, 2 steps, clipped (not as the run's grids)"),
-        (&["--no-clip"], "DDIM with eta 1, 2 steps, not clipped (not as the run's grids)"),
-        (&["--sampling-steps", "3"], "DDIM with eta 1, 3 steps, clipped (not as the run's grids)"),
-        (&["--solver", "ddim"], "DDIM with eta 1, 2 steps, clipped (as the run's grids)"),
+        (&["--eta", "0"][..], "DDIM with eta 0, 2 steps, clipped (different from the run's grids)"),
+        (&["--no-clip"], "DDIM with eta 1, 2 steps, not clipped (different from the run's grids)"),
+        (
+            &["--sampling-steps", "3"],
+            "DDIM with eta 1, 3 steps, clipped (different from the run's grids)",
+        ),
+        (&["--solver", "ddim"], "DDIM with eta 1, 2 steps, clipped (same as the run's grids)"),
     ] {
         let said = succeed(sample(args, "a.png").args(["--count", "1"]))?;
         assert!(said.contains(sampler), "{args:?}: {said}");
@@ -544,20 +550,17 @@ fn errors_about_a_run(out: &Path, temp: &Path) -> Result<()> {
         (&["--seed", "9", "--data", "no-such"], &["holds a run at step 3", "another --out"]),
         (
             &["--resume", "--batch-size", "4"],
-            &["train.batch_size is 2", "but 4 was requested; leave --batch-size out to continue"],
+            &["train.batch_size is 2", "but 4 was requested; omit --batch-size to continue"],
         ),
-        (
-            &["--resume", "--seed", "9"],
-            &["train.seed is 0", "but 9 was requested; leave --seed out"],
-        ),
+        (&["--resume", "--seed", "9"], &["train.seed is 0", "but 9 was requested; omit --seed"]),
         (
             &["--resume", "--accumulation", "2"],
-            &["train.accumulation is 1", "leave --accumulation out", "or begin another"],
+            &["train.accumulation is 1", "omit --accumulation", "or begin a new run"],
         ),
-        (&["--resume", "--precision", "high"], &["train.precision is", "leave --precision out"]),
+        (&["--resume", "--precision", "high"], &["train.precision is", "omit --precision"]),
         (
             &["--resume", "--learning-rate", "1"],
-            &["train.optimizer.learning_rate is 0.001", "leave --learning-rate out"],
+            &["train.optimizer.learning_rate is 0.001", "omit --learning-rate"],
         ),
         (&["--resume", "--data", "no-such"], &["no-such", "scripts/fetch-data mnist no-such"]),
     ];
@@ -898,7 +901,7 @@ fn a_run_whose_directory_is_removed_says_so_and_makes_it_again() -> Result<()> {
     let [warning] = removed[..] else { panic!("{warned}") };
     let logged = steps(&out)?;
     let expected = format!(
-        "warning: {} was removed while the run goes on; what it held is lost, up to step {}",
+        "warning: {} was removed during the run; its lines are lost, up to step {}",
         out.join("metrics.jsonl").display(),
         logged[0] - 1
     );

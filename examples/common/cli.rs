@@ -1,4 +1,4 @@
-//! Arguments and exit codes: whatever goes wrong is told in one line.
+//! Arguments and exit codes. Every error is one line.
 
 use std::error::Error;
 use std::ops::RangeInclusive;
@@ -12,8 +12,7 @@ use super::tell::err;
 
 pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
-/// Parses the arguments and runs. Wrong arguments exit with 2, other errors with 1, but for
-/// [`Interrupted`].
+/// Parses the arguments and calls `run`. Wrong arguments exit with 2, other errors with 1, except for [`Interrupted`].
 pub fn main<C: Parser>(run: impl FnOnce(C) -> Result<ExitCode>) -> ExitCode {
     let arguments = match C::try_parse() {
         Ok(arguments) => arguments,
@@ -37,7 +36,7 @@ pub fn main<C: Parser>(run: impl FnOnce(C) -> Result<ExitCode>) -> ExitCode {
     })
 }
 
-/// What clap says before it comes to the usage, in one line. It begins with `error: `.
+/// The message of clap before the usage, in one line. It begins with `error: `.
 fn usage_error(text: &str) -> String {
     let lines: Vec<&str> = text
         .lines()
@@ -48,7 +47,7 @@ fn usage_error(text: &str) -> String {
     lines.join(" ").replace(" tip: ", "; tip: ")
 }
 
-/// An error with its causes, but for those that it quotes itself.
+/// Formats an error with its causes, except for those whose text it contains.
 pub fn one_line(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -128,7 +127,7 @@ fn cargo_options() -> String {
     }
 }
 
-/// As a shell takes it.
+/// Quotes an argument for a shell.
 pub fn quoted(argument: &str) -> String {
     let plain = |c: char| c.is_alphanumeric() || "-_./=,:+@".contains(c);
     match !argument.is_empty() && argument.chars().all(plain) {

@@ -1,4 +1,4 @@
-//! The data sets, and how to get those that are not there.
+//! The data sets, and instructions to download missing ones.
 
 use std::ffi::OsStr;
 use std::fmt::Display;
@@ -10,7 +10,7 @@ use ddpm::{ImageSource, Images};
 
 use super::cli::{Result, quoted};
 
-/// What `--data` says to download instead of naming a directory.
+/// The value of `--data` that requests a download instead of a directory.
 const HUB: &str = "hub";
 
 const EMBEDDED: &str = "examples/data/mnist-train-10k-images-idx3-ubyte.gz";
@@ -18,9 +18,9 @@ const EMBEDDED: &str = "examples/data/mnist-train-10k-images-idx3-ubyte.gz";
 /// A set that the examples can read.
 pub struct Kind {
     pub name: &'static str,
-    /// Its directory, and what fetch-data calls it.
+    /// Its directory, which is also its name in fetch-data.
     folder: &'static str,
-    /// What to do to choose it.
+    /// The options that select it.
     pub options: &'static str,
 }
 
@@ -41,7 +41,7 @@ static CIFAR_10: Kind =
 pub struct DataSet {
     pub kind: &'static Kind,
     pub images: Images,
-    /// For the user: which images, and from where.
+    /// A description for the user: the images and their source.
     pub about: String,
 }
 
@@ -51,7 +51,7 @@ impl DataSet {
     }
 }
 
-/// MNIST or Fashion-MNIST from `data`, or the digits that come with the repository.
+/// Reads MNIST or Fashion-MNIST from `data`, or the digits that are part of the repository.
 pub fn mnist(data: Option<&Path>, fashion: bool) -> Result<DataSet> {
     let kind = if fashion { &FASHION_MNIST } else { &MNIST };
     let Some(dir) = data else {
@@ -65,11 +65,11 @@ pub fn mnist(data: Option<&Path>, fashion: bool) -> Result<DataSet> {
     if dir.as_os_str() == HUB {
         return Ok(DataSet::new(kind, "from the Hugging Face hub", hub::mnist(fashion)?));
     }
-    let or = if fashion { ", or leave --fashion out" } else { ", or pass --fashion" };
+    let or = if fashion { ", or omit --fashion" } else { ", or pass --fashion" };
     read_mnist(kind, dir, Split::Train, or)
 }
 
-/// The digits of a full set with their labels, those to train on and those to test with.
+/// Reads the digits of the full set with their labels: the training set and the test set.
 pub fn mnist_digits(dir: &Path) -> Result<(DataSet, DataSet)> {
     if dir.as_os_str() == HUB {
         return Err("--data hub is for the examples that train; pass --data DIR, which \
@@ -88,7 +88,7 @@ pub fn mnist_digits(dir: &Path) -> Result<(DataSet, DataSet)> {
     Ok((train, read(Split::Test, "t10k-labels-idx1-ubyte")?))
 }
 
-/// Where the files of a set are: in the directory itself, or in what fetch-data made in it.
+/// The directory of a set's files: `dir` itself, or the one that fetch-data made in it.
 fn place(kind: &Kind, dir: &Path) -> PathBuf {
     let nested = dir.join(kind.folder);
     if nested.is_dir() { nested } else { dir.into() }
@@ -105,8 +105,8 @@ fn read_mnist(kind: &'static Kind, dir: &Path, split: Split, or: &str) -> Result
     Ok(DataSet::new(kind, &format!("from {}", place.display()), images))
 }
 
-/// The set whose folder this is, if it is another one. The files of both have the same names, so that
-/// only the folder's tells them apart.
+/// The set to which this folder belongs, if it is another one. The files of both have the same names, so only the name
+/// of the folder distinguishes them.
 fn of_another(kind: &Kind, place: &Path) -> Option<&'static Kind> {
     // `.` has a name, too.
     let whole = place.canonicalize().unwrap_or_default();
@@ -123,20 +123,20 @@ pub fn cifar10(dir: &Path) -> Result<DataSet> {
     Ok(DataSet::new(&CIFAR_10, &format!("from {}", dir.display()), images))
 }
 
-/// The bundled digits are read when the example runs: they are in the repository, but not in the
-/// crate's package, where the examples must compile without them.
+/// Reads the digits of the repository when the example runs. They are not in the published package, where the examples
+/// must compile without them.
 fn embedded() -> Result<DataSet> {
     let places = [Path::new(env!("CARGO_MANIFEST_DIR")).join(EMBEDDED), PathBuf::from(EMBEDDED)];
     let Some(path) = places.iter().find(|path| path.is_file()) else {
-        let expected = "run in the repository's root, or pass --data DIR";
-        return Err(format!("{EMBEDDED}, the embedded digits, is not there: {expected}").into());
+        let expected = "run in the root of the repository, or pass --data DIR";
+        return Err(format!("{EMBEDDED}, the embedded digits, does not exist: {expected}").into());
     };
     let source = "digits embedded in the repository (--data DIR for the full set)";
     Ok(DataSet::new(&DIGITS, source, data::read_idx_images(path)?))
 }
 
-/// What is wrong, and how to get the set: into the directory that was named only if nothing is in it.
-/// fetch-data replaces files of the set's names, and those may be the user's own.
+/// Adds to an error how to download the set. Only an empty directory is suggested as the target, because fetch-data
+/// replaces files with the names of the set, which may be the user's own.
 fn fetch(error: impl Display, kind: &Kind, dir: &Path) -> String {
     let Kind { name, folder, .. } = kind;
     let is_empty = || fs::read_dir(dir).is_ok_and(|mut content| content.next().is_none());
@@ -147,7 +147,7 @@ fn fetch(error: impl Display, kind: &Kind, dir: &Path) -> String {
     format!("{error}; `scripts/fetch-data {folder} data` fetches {name}, then pass --data data")
 }
 
-/// Whether a network for images of this shape can be trained on the set.
+/// Checks whether a network for images of this shape can be trained on the set.
 pub fn check_shape(set: &DataSet, channels: usize, size: usize) -> Result<()> {
     let (found, expected) = (set.images.shape(), (channels, size, size));
     if found != expected {
@@ -186,7 +186,7 @@ mod hub {
     }
 
     pub fn cifar10() -> Result<Images> {
-        // The loader takes the rows for columns: (count, channels, width, height).
+        // The loader exchanges rows and columns: (count, channels, width, height).
         images(&vision::cifar::load()?.train_images.transpose(2, 3)?, (3, 32, 32))
     }
 

@@ -1,4 +1,4 @@
-//! Where the tensors live.
+//! The device of the tensors.
 
 use candle_core::Device;
 use ddpm::Precision;
@@ -6,7 +6,7 @@ use ddpm::Precision;
 use super::cli::Result;
 use super::tell::err;
 
-/// The first device of the kind that this was built for, or the CPU where that is asked for.
+/// Selects the first device of the kind for which this was built, or the CPU if it is requested.
 pub fn pick(cpu: bool) -> Result<Device> {
     let (kind, device) = if cpu {
         return Ok(Device::Cpu);
@@ -18,14 +18,14 @@ pub fn pick(cpu: bool) -> Result<Device> {
         return Ok(Device::Cpu);
     };
     device.map_err(|e| {
-        format!("no {kind} device: {}; --cpu does without one", ddpm::Error::from(e)).into()
+        format!("no {kind} device: {}; --cpu runs without one", ddpm::Error::from(e)).into()
     })
 }
 
 pub fn describe(device: &Device) -> String {
     match device {
         Device::Cpu => {
-            // The library's, which need not be as many as the machine has.
+            // The threads of the library, which may be fewer than those of the machine.
             let threads = rayon::current_num_threads();
             format!("CPU, {threads} {}", if threads == 1 { "thread" } else { "threads" })
         }
@@ -34,7 +34,7 @@ pub fn describe(device: &Device) -> String {
     }
 }
 
-/// Says so where a precision that is meant to be faster is slower than the exact one.
+/// Prints a warning if a precision that is meant to be faster is slower than the exact one.
 pub fn check_speed(precision: Precision, device: &Device) {
     if !precision.is_accelerated(device) {
         err!(

@@ -1,4 +1,4 @@
-//! Images from a sampler, a part at a time: memory is that of a part, however many there are.
+//! Draws images from a sampler in parts, with the memory of one part for any number of images.
 
 use candle_core::{Device, Tensor};
 use ddpm::{Denoiser, Sampler};
@@ -8,33 +8,34 @@ use super::random::Random;
 use super::tell::grouped;
 use super::{interrupt, pictures};
 
-/// Images that share a seed.
+/// Number of images that share a seed.
 const SEEDED: usize = 100;
 
-/// Images that are in memory at a time, a divisor of [`SEEDED`]: a GPU needs many to be busy.
+/// Number of images in memory at a time, a divisor of [`SEEDED`]. A GPU needs many to be fully used.
 fn part(device: &Device) -> usize {
     if device.is_cpu() { 20 } else { SEEDED }
 }
 
 /// One step of one part.
 pub struct Drawn<'a> {
-    /// The step's index, the same in each part.
+    /// The index of the step within its part.
     pub index: usize,
-    /// The part's images after the step.
+    /// The images of the part after the step.
     pub x: &'a Tensor,
-    /// How many steps are done, of [`steps`] in all.
+    /// The number of finished steps, of [`steps`] in total.
     pub done: usize,
 }
 
-/// How many steps it takes to draw `count` images.
+/// The number of steps needed to draw `count` images.
 pub fn steps(sampler: &Sampler, count: usize, device: &Device) -> usize {
     count.div_ceil(part(device)) * sampler.timesteps().len()
 }
 
-/// Draws images of `shape` (count, channels, height, width), and gives their pixels as files have
-/// them. Each hundred has a seed of its own, the first one the seed itself. So an image depends on the
-/// seed and its place alone. `seen` is told of each step; if the user wants to stop, the drawing
-/// ends with [`Interrupted`](interrupt::Interrupted).
+/// Draws images of `shape` (count, channels, height, width), and returns their pixels as bytes.
+///
+/// Each hundred has its own seed, and the first hundred has `seed`. An image therefore depends only on the seed and its
+/// position. `seen` is called after each step. If the user stops the program, drawing ends with
+/// [`Interrupted`](interrupt::Interrupted).
 pub fn draw(
     sampler: &Sampler,
     model: &impl Denoiser,

@@ -1,4 +1,4 @@
-//! `metrics.jsonl`: an object a logged step. A run that is resumed drops those that come again.
+//! `metrics.jsonl`: one JSON object per logged step. A resumed run removes the steps that it will repeat.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::cli::Result;
 use super::files;
 
-/// What is read back of a line.
+/// The fields of a line that are read back.
 #[derive(Deserialize)]
 pub struct Logged {
     pub step: u64,
@@ -23,9 +23,8 @@ pub struct Log {
 }
 
 impl Log {
-    /// Goes on after `step`: lines of later steps, which will be computed again, and an unfinished
-    /// one are dropped first. A new run, which is at step 0, has no lines yet: what is there is
-    /// another's, and kept under another name.
+    /// Opens the log of a run at `step`. Lines of later steps, which will be computed again, are removed first, and so
+    /// is an unfinished line. A new run, at step 0, renames an existing file, which belongs to another run.
     pub fn open(path: &Path, step: u64) -> Result<Self> {
         if step == 0 && fs::metadata(path).is_ok_and(|log| log.is_file() && log.len() > 0) {
             files::put_aside(path)?;
@@ -41,12 +40,12 @@ impl Log {
         Ok(Self { path: path.into(), file: create(path)? })
     }
 
-    /// Whether the file was removed while the run goes on: what is written to it would be lost.
+    /// Returns whether the file was removed during the run, so that lines written to it would be lost.
     pub fn is_removed(&self) -> bool {
         fs::metadata(&self.path).is_err_and(|e| e.kind() == ErrorKind::NotFound)
     }
 
-    /// Begins a removed file again, in a directory that may be removed, too.
+    /// Creates a removed file again, and its directory if that was removed, too.
     pub fn begin_again(&mut self) -> Result<()> {
         self.path.parent().map_or(Ok(()), files::create_dir)?;
         self.file = create(&self.path)?;
@@ -65,7 +64,7 @@ fn create(path: &Path) -> Result<File> {
     file.map_err(|e| files::at(path, e))
 }
 
-/// All that was logged so far.
+/// Reads all logged steps.
 pub fn history(path: &Path) -> Result<Vec<Logged>> {
     Ok(lines(&read(path)?).map(|(_, logged)| logged).collect())
 }

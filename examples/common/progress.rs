@@ -1,4 +1,4 @@
-//! A line on a terminal that is drawn over itself; elsewhere a line now and then.
+//! Shows progress in one line that is redrawn on a terminal; elsewhere prints a line at intervals.
 
 use std::io::IsTerminal;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,29 +8,29 @@ use console::Term;
 
 use super::tell::{duration, err};
 
-/// From one line to the next where there is no terminal.
+/// The interval between lines without a terminal.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// Steps that follow each other sooner are not all drawn.
+/// The minimum interval between redraws.
 const DRAW_EVERY: Duration = Duration::from_millis(50);
 
-/// Columns of the bar between its brackets.
+/// Width of the bar between its brackets, in columns.
 const BAR: u64 = 24;
 
 /// Seconds over which the rate is averaged.
 const RATE_SECONDS: f64 = 20.0;
 
-/// How much of the smoothed loss stays at each step.
+/// The fraction of the smoothed loss that remains after each step.
 const LOSS_DECAY: f64 = 0.98;
 
 pub struct Progress {
-    /// None where there is no terminal.
+    /// `None` without a terminal.
     line: Option<Arc<Mutex<Line>>>,
     total: u64,
     at: u64,
     begun: Instant,
     last_step: Instant,
-    /// When the last line was drawn, or written.
+    /// The time at which the last line was drawn or printed.
     last_line: Instant,
     /// Steps and seconds, both averaged the same way.
     rate: (f64, f64),
@@ -42,7 +42,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Of `total` steps, of which there were `at` before.
+    /// Creates the progress of `total` steps, of which `at` are done.
     pub fn new(total: u64, at: u64) -> Self {
         let is_terminal = std::io::stderr().is_terminal() && !console::is_dumb();
         let now = Instant::now();
@@ -60,7 +60,7 @@ impl Progress {
         }
     }
 
-    /// Before the first step, once all is said that is to stand above.
+    /// Begins before the first step, after all lines that must be above.
     pub fn start(&mut self) {
         self.begun = Instant::now();
         self.last_step = self.begun;
@@ -68,7 +68,7 @@ impl Progress {
         self.draw();
     }
 
-    /// After each step.
+    /// Reports a finished step.
     pub fn advance(&mut self, at: u64) {
         let seconds = self.last_step.elapsed().as_secs_f64();
         let keep = (-seconds / RATE_SECONDS).exp();
@@ -80,7 +80,7 @@ impl Progress {
         self.show();
     }
 
-    /// The mean loss of the steps since the last one.
+    /// Reports the mean loss of the steps since the last report.
     pub fn loss(&mut self, step: u64, loss: f64) {
         let keep = LOSS_DECAY.powf((step - self.loss_step) as f64);
         let (sum, weight) = self.loss;
@@ -88,7 +88,7 @@ impl Progress {
         self.loss_step = step;
     }
 
-    /// The smoothed loss, once there is one.
+    /// The smoothed loss, if one was reported.
     pub fn smooth_loss(&self) -> Option<f64> {
         let (sum, weight) = self.loss;
         (weight > 0.0).then(|| sum / weight)
@@ -99,7 +99,7 @@ impl Progress {
         self.begun.elapsed()
     }
 
-    /// Other work than steps, or its end: its time does not count.
+    /// Reports work other than steps, or its end. Its time does not count.
     pub fn note(&mut self, work: &str) {
         let other = self.work.is_empty() != work.is_empty();
         self.work = work.to_owned();
@@ -107,7 +107,7 @@ impl Progress {
         if other && self.line.is_some() { self.draw() } else { self.show() }
     }
 
-    /// Says a line on standard error, above the one that is drawn.
+    /// Returns a function that prints a line on standard error, above the progress line.
     pub fn say(&self) -> impl Fn(&str) + Send + 'static {
         let line = self.line.clone();
         move |text| match &line {
@@ -116,14 +116,14 @@ impl Progress {
         }
     }
 
-    /// The line stays as it is, and is drawn no more.
+    /// Leaves the line as it is and stops drawing.
     pub fn finish(&mut self) {
         if let Some(line) = self.line.take() {
             lock(&line).leave();
         }
     }
 
-    /// Draws or writes the line, if it is time.
+    /// Draws or prints the line if it is due.
     fn show(&mut self) {
         let every = if self.line.is_some() { DRAW_EVERY } else { LINE_EVERY };
         if self.last_line.elapsed() < every {
@@ -149,7 +149,7 @@ impl Progress {
         format!("[{:width$}]", "=".repeat(filled) + head, width = BAR as usize)
     }
 
-    /// What can be said, the longest first: each for a terminal with no room for the one before.
+    /// The texts of the line, the longest first. Each is for terminals too narrow for the previous one.
     fn texts(&self) -> Vec<String> {
         let Self { at, total, work, .. } = self;
         let count = format!("{at}/{total}");
@@ -174,30 +174,30 @@ impl Progress {
 }
 
 impl Drop for Progress {
-    /// What is said next is not to stand in the same line.
+    /// Ends the line, so that the next output begins a new one.
     fn drop(&mut self) {
         self.finish();
     }
 }
 
-/// A line that can be drawn even if a thread panicked that held it: it is only text.
+/// Locks the line, even if a thread that held it panicked, because it is only text.
 fn lock(line: &Mutex<Line>) -> MutexGuard<'_, Line> {
     line.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The last line of a terminal. Where nobody can read it any longer, it is lost, and the work goes on.
+/// The last line of a terminal. If the terminal is closed, the line is lost and the program continues.
 ///
-/// A line is never longer than the terminal is wide, and has no spaces at its end: a terminal that is
-/// made narrower wraps a longer line, and the copies above it would stay.
+/// A line is never longer than the terminal is wide, and does not end with spaces. A terminal that becomes narrower
+/// would wrap a longer line, and copies of it would remain above.
 struct Line {
     terminal: Term,
-    /// What stands there, in ASCII.
+    /// The current text, in ASCII.
     shown: String,
 }
 
 impl Line {
     fn new() -> Self {
-        // Written at once, as it is flushed.
+        // Buffered, so that each line is written at once when it is flushed.
         Self { terminal: Term::buffered_stderr(), shown: String::new() }
     }
 
@@ -205,9 +205,9 @@ impl Line {
         usize::from(self.terminal.size().1).max(2)
     }
 
-    /// Shows the first text for which there is room, or as much of the last one as there is room for.
+    /// Shows the first text that fits, or as much of the last text as fits.
     fn draw(&mut self, texts: &[String]) {
-        // Not the last column: some terminals go on to the next line from there.
+        // The last column is not used, because some terminals continue on the next line after it.
         let room = self.columns() - 1;
         let fits = texts.iter().find(|text| text.len() <= room).or(texts.last());
         let text: String = fits.into_iter().flat_map(|text| text.chars()).take(room).collect();
@@ -217,9 +217,9 @@ impl Line {
         self.shown = text;
     }
 
-    /// The cursor stands at the beginning of a line that is empty.
+    /// Clears the line. The cursor is then at the beginning of an empty line.
     fn clear(&mut self) {
-        // What was shown before the terminal became narrower stands in several lines now.
+        // If the terminal became narrower, the previous text now takes several lines.
         let more = self.shown.len().saturating_sub(1) / self.columns();
         self.shown.clear();
         let _ = self.terminal.clear_line();

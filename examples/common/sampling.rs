@@ -1,4 +1,4 @@
-//! Which images to draw from a checkpoint, and how.
+//! The options for drawing images from a checkpoint.
 
 use std::path::PathBuf;
 
@@ -15,15 +15,16 @@ pub struct SamplingArgs {
     /// The checkpoint's directory, such as out/mnist/checkpoint
     #[arg(long, value_name = "DIR")]
     checkpoint: PathBuf,
-    /// How to go from one timestep to the next; this, --sampling-steps and --eta are those of the
-    /// run's grids unless given
+    /// Solver of the sampler; the defaults of --solver, --sampling-steps and --eta are those of the
+    /// run's grids
     #[arg(long, value_enum)]
     solver: Option<SolverName>,
-    /// How many timesteps; for another solver than the run's, 50 unless given, or all for ddpm
+    /// Number of sampling steps; with another solver than the run's, the default is 50, or all
+    /// timesteps for ddpm
     #[arg(long, value_name = "S", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=1_000_000))]
     sampling_steps: Option<usize>,
-    /// Noise of ddim's steps, from 0 (none) to 1
+    /// Noise in the steps of ddim, from 0 (none) to 1
     #[arg(long, value_name = "E", allow_negative_numbers = true, value_parser = fraction)]
     eta: Option<f64>,
     /// Seed of the images
@@ -33,13 +34,13 @@ pub struct SamplingArgs {
     /// The averaged weights, or those of the last update
     #[arg(long, value_enum, default_value = "ema")]
     pub weights: Weights,
-    /// How exactly products are computed: highest or high; bf16 or f16 (with the feature f16)
+    /// Precision of products: highest or high; bf16 or f16 (with the feature f16)
     #[arg(long, value_name = "P", default_value = "highest", value_parser = precision)]
     pub precision: Precision,
     /// Do not clip the predicted image to the range of pixels at each step
     #[arg(long)]
     pub no_clip: bool,
-    /// Sample on the CPU, even where this was built for a GPU
+    /// Sample on the CPU, even in a build for a GPU
     #[arg(long)]
     pub cpu: bool,
 }
@@ -73,7 +74,7 @@ impl SamplingArgs {
         })
     }
 
-    /// How the images are drawn: as the run's own grids, except for what is asked for.
+    /// The sampler settings: those of the run's grids, except for the given options.
     pub fn config(&self, checkpoint: &Checkpoint) -> Result<SamplerConfig> {
         let all = checkpoint.diffusion().schedule().steps();
         let few = all.min(50);
@@ -95,15 +96,15 @@ impl SamplingArgs {
         Ok(SamplerConfig { solver, steps, clip_denoised: run.clip_denoised && !self.no_clip })
     }
 
-    /// For the user: how the images are drawn, and whose choice that is.
+    /// Describes the sampler settings for the user, compared with those of the run.
     pub fn describe(config: &SamplerConfig, checkpoint: &Checkpoint) -> String {
         let solver = describe_solver(config.solver);
         let steps = grouped(config.steps);
         let clipped = if config.clip_denoised { "clipped" } else { "not clipped" };
         let whose = match checkpoint.sampling() {
-            Some(run) if run == config => "as the run's grids",
-            Some(_) => "not as the run's grids",
-            None => "the checkpoint does not say how the run's are",
+            Some(run) if run == config => "same as the run's grids",
+            Some(_) => "different from the run's grids",
+            None => "the checkpoint does not record the run's settings",
         };
         format!("{solver}, {steps} steps, {clipped} ({whose})")
     }

@@ -1,5 +1,5 @@
-//! Lines and numbers for the user. Once nobody can read them, since the terminal or the pipe is closed, they are
-//! lost and the work goes on, where `println!` would panic.
+//! Lines and numbers for the user. If the terminal or the pipe is closed, lines are lost and the program continues,
+//! while `println!` would panic.
 
 use std::time::Duration;
 
@@ -19,14 +19,14 @@ macro_rules! err {
 
 pub(crate) use {err, out};
 
-/// 1,234,567
+/// Formats a number like `1,234,567`.
 pub fn grouped(number: usize) -> String {
     let digits = number.to_string();
     let place = |i: usize| if i > 0 && (digits.len() - i).is_multiple_of(3) { "," } else { "" };
     digits.chars().enumerate().map(|(i, digit)| format!("{}{digit}", place(i))).collect()
 }
 
-/// Hours, minutes and seconds, after days if there are any.
+/// Formats hours, minutes and seconds, after the days if there are any.
 pub fn duration(time: Duration) -> String {
     let seconds = time.as_secs();
     let (days, hours) = (seconds / 86_400, seconds / 3600 % 24);

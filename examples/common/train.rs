@@ -1,4 +1,4 @@
-//! A training run: begin or resume, train, save, and draw what came out.
+//! A training run: begins or resumes, trains, saves, and draws samples.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use super::tell::{duration, err, grouped, out};
 use super::watch::Watch;
 use super::{device, files, interrupt};
 
-/// What an example trains, and its defaults.
+/// The network and the defaults of an example.
 pub struct Recipe {
     pub example: &'static str,
     pub network: UNetConfig,
@@ -29,12 +29,12 @@ pub struct Recipe {
     pub save_every: u64,
     pub sample_every: u64,
     pub sample_count: usize,
-    /// How the grids are drawn.
+    /// Sampler settings of the grids.
     pub sampling: SamplerConfig,
 }
 
 impl Recipe {
-    /// For the end of --help: what holds `when`.
+    /// Formats the defaults in the case `when`, for the end of --help.
     pub fn defaults(&self, when: &str) -> String {
         let Self { train, .. } = self;
         let clipping = train.clip_norm.map_or_else(
@@ -48,10 +48,10 @@ impl Recipe {
         let solver = describe_solver(self.sampling.solver);
         format!(
             "{when}: --out {} --save-every {} --sample-every {} --sample-count {}\n  \
-             a new run (--resume takes the checkpoint's, and other values of the last three only): \
+             new runs only (--resume uses the checkpoint's values, and accepts others for the last three): \
              --batch-size {} --learning-rate {} --accumulation {} --precision {} --seed {} \
              --steps {} --log-every {} --sampling-steps {}\n  \
-             without an option: warm-up over {} updates, {cooldown}, {clipping}; grids by {solver}.",
+             fixed: warm-up over {} updates, {cooldown}, {clipping}; grids by {solver}.",
             self.out,
             self.save_every,
             self.sample_every,
@@ -71,31 +71,31 @@ impl Recipe {
 
 #[derive(Args)]
 pub struct TrainArgs {
-    /// Updates of the weights in all, those before --resume included
+    /// Total number of updates of the weights, including those before --resume
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<u64>(1..=1_000_000_000))]
     steps: Option<u64>,
-    /// Images for each update
+    /// Images per update
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=65_536))]
     batch_size: Option<usize>,
-    /// The optimiser's, once warm-up is over
+    /// Learning rate after the warm-up
     #[arg(long, value_name = "R", allow_negative_numbers = true,
           value_parser = positive_fraction)]
     learning_rate: Option<f64>,
-    /// Parts in which a batch goes through the network, to save memory; divides --batch-size
+    /// Parts into which a batch is divided to save memory; --batch-size must be a multiple
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=65_536))]
     accumulation: Option<usize>,
-    /// How exactly products are computed: highest or high; bf16 or f16 (with the feature f16)
+    /// Precision of products: highest or high; bf16 or f16 (with the feature f16)
     #[arg(long, value_name = "P", value_parser = precision)]
     precision: Option<Precision>,
-    /// Seed of everything random
+    /// Seed of all random numbers
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<u64>(0..=u64::MAX))]
     seed: Option<u64>,
-    /// Directory for checkpoint/, samples/, metrics.jsonl, loss.png and data.json, which says what
-    /// it is trained on; a new run keeps an earlier one's metrics.jsonl and samples/ as
+    /// Directory for checkpoint/, samples/, metrics.jsonl, loss.png and data.json, which names the
+    /// training images; a new run renames metrics.jsonl and samples/ of an earlier run to
     /// metrics-old.jsonl and samples-old/
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
@@ -114,7 +114,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=1024))]
     pub sample_count: Option<usize>,
-    /// Timesteps that the sampler visits for the grids
+    /// Sampling steps for the grids
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=1000))]
     pub sampling_steps: Option<usize>,
@@ -122,13 +122,13 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<u64>(1..=1_000_000_000))]
     log_every: Option<u64>,
-    /// Train on the CPU, even where this was built for a GPU
+    /// Train on the CPU, even in a build for a GPU
     #[arg(long)]
     cpu: bool,
 }
 
 impl TrainArgs {
-    /// The configuration with what was asked for in place of its own.
+    /// Replaces the values of the configuration for which an option was given.
     fn apply(&self, config: &TrainConfig) -> TrainConfig {
         TrainConfig {
             seed: self.seed.unwrap_or(config.seed),
@@ -169,7 +169,7 @@ pub fn run(
     }
     sampling.steps = args.sampling_steps.unwrap_or(sampling.steps);
     trainer.set_sampling(sampling)?;
-    // From here on nobody else changes what is in the directory, and nothing has been changed in it yet.
+    // From here on no other process changes the directory. Nothing in it has been changed yet.
     trainer.claim(out.join("checkpoint")).map_err(in_our_words)?;
     let samples = out.join("samples");
     let written = ["data.json", "loss.png", "metrics.jsonl"];
@@ -181,11 +181,11 @@ pub fn run(
     files::create_dir(&samples)?;
     if !known {
         if saved.is_some() {
-            // Images of another number are not the run's: it must not be told to be of them.
+            // Images in another number are not those of the run, and must not be recorded as such.
             trainer.next_batch(&set.images)?;
-            let unknown = "it is not known which images the run began with";
+            let unknown = "the images with which the run began are unknown";
             let file = identity_file.display();
-            err!("warning: {file} is not there: {unknown}; now it names {identity}");
+            err!("warning: {file} does not exist: {unknown}; it now names {identity}");
         }
         identity.write(&identity_file)?;
     }
@@ -196,7 +196,9 @@ pub fn run(
     let sampler = sampling.sampler(trainer.diffusion())?;
     let mut watch = Watch::new(recipe, args, &out, identity, sampler, &trainer)?;
     let say = watch.progress.say();
-    interrupt::watch(move || say("stopping after this step; once more leaves without saving"))?;
+    interrupt::watch(move || {
+        say("stopping after this step; press Ctrl-C again to quit without saving")
+    })?;
     if step < steps {
         let config = trainer.config();
         out!(
@@ -206,7 +208,9 @@ pub fn run(
             config.seed
         );
     } else {
-        out!("nothing to train: the run is at step {step} of {steps}; more with --steps");
+        out!(
+            "nothing to train: the run is at step {step} of {steps}; use --steps to train further"
+        );
     }
     watch.progress.start();
     let complete = match trainer.fit(&set.images, &mut watch) {
@@ -233,7 +237,7 @@ pub fn run(
     Ok(ExitCode::from(interrupt::EXIT_CODE))
 }
 
-/// The checkpoint to go on from.
+/// Opens the checkpoint of a run to be resumed. Returns an error if `out` does not fit `resume`.
 fn find(out: &Path, resume: bool) -> Result<Option<Checkpoint>> {
     if out.exists() && !out.is_dir() {
         return Err(format!("--out is {}; it must be a directory", out.display()).into());
@@ -248,7 +252,7 @@ fn find(out: &Path, resume: bool) -> Result<Option<Checkpoint>> {
         .into()),
         Err(Error::NoCheckpoint { .. }) if !resume => Ok(None),
         Err(error @ Error::NoCheckpoint { .. }) => {
-            Err(format!("{error}; --resume needs the --out of a run that was saved").into())
+            Err(format!("{error}; --resume requires the --out of a saved run").into())
         }
         Err(error) => Err(error.into()),
     }
@@ -270,7 +274,7 @@ fn begin(
     })
 }
 
-/// An error of beginning or resuming, with what the user of this program can do.
+/// Adds to an error of beginning or resuming what the user of this program can do.
 fn in_our_words(error: Error) -> Box<dyn std::error::Error + Send + Sync> {
     let remedy = match &error {
         Error::ConfigMismatch { field, found, expected, .. } => {
@@ -283,12 +287,12 @@ fn in_our_words(error: Error) -> Box<dyn std::error::Error + Send + Sync> {
                 _ => return error.into(),
             };
             return format!(
-                "{field} is {found} in the checkpoint, but {expected} was requested; leave {option} \
-                 out to continue the run, or begin another with another --out"
+                "{field} is {found} in the checkpoint, but {expected} was requested; omit {option} \
+                 to continue the run, or begin a new run with another --out"
             )
             .into();
         }
-        Error::Occupied { .. } => "move that away, or choose another --out",
+        Error::Occupied { .. } => "move it away, or choose another --out",
         Error::Locked { .. } => "wait until it ends, or choose another --out",
         _ => return error.into(),
     };

@@ -1,4 +1,4 @@
-//! What happens while the network trains.
+//! The observer of a training run: metrics, checkpoints, grids and the loss curve.
 
 use std::fs;
 use std::ops::ControlFlow;
@@ -14,7 +14,7 @@ use super::progress::Progress;
 use super::train::{Recipe, TrainArgs};
 use super::{curve, draw, files, interrupt, pictures};
 
-/// The same for every grid, so that one sees what training changes.
+/// The seed of every grid, so that grids show the effect of training.
 const SAMPLE_SEED: u64 = 0;
 
 pub struct Watch {
@@ -49,14 +49,14 @@ impl Watch {
         })
     }
 
-    /// The end of a run that began at step `from`: saves, and draws grid and curve. Whether that
-    /// was all, or the user wanted to stop.
+    /// Ends a run that began at step `from`: saves, and draws grid and curve. Returns whether the run is complete;
+    /// otherwise the user stopped it.
     pub fn finish(&mut self, trainer: &Trainer<UNetConfig>, from: u64) -> Result<bool> {
         let complete = trainer.steps() >= trainer.config().steps;
         let grid = self.grid(trainer.steps());
         if trainer.steps() > from {
             let removed = if complete && grid.exists() {
-                // From before the run was resumed: it must not pass for ours if we are stopped first.
+                // A grid from before the run was resumed must not remain if the run is stopped before drawing.
                 fs::remove_file(&grid)
             } else {
                 Ok(())
@@ -72,8 +72,7 @@ impl Watch {
         self.draw_grid(trainer)
     }
 
-    /// Saves what an error would lose of a run that began at step `from`: the error, and what became
-    /// of the run.
+    /// Saves a run that began at step `from` after an error. Returns the error with the outcome of saving.
     pub fn rescue(
         &mut self,
         trainer: &Trainer<UNetConfig>,
@@ -81,13 +80,16 @@ impl Watch {
         error: ddpm::Error,
     ) -> Box<dyn std::error::Error + Send + Sync> {
         let step = trainer.steps();
-        // Weights that are not finite are no loss.
+        // Weights that are not finite need not be saved.
         if step == from || matches!(error, ddpm::Error::NonFinite { .. }) {
             return error.into();
         }
         let error = one_line(&error);
         match self.save(trainer) {
-            Ok(()) => format!("{error}; the run is saved at step {step}: --resume goes on").into(),
+            Ok(()) => {
+                format!("{error}; the run was saved at step {step}; continue it with --resume")
+                    .into()
+            }
             Err(other) => {
                 let other = one_line(&other);
                 format!("{error}; saving the run at step {step} failed, too: {other}").into()
@@ -114,19 +116,19 @@ impl Watch {
         Ok(())
     }
 
-    /// A picture less is no reason to end a run.
+    /// Prints a warning, because a missing picture is no reason to end a run.
     fn warn(&self, drawn: Result<()>) {
         if let Err(error) = drawn {
             self.progress.say()(&format!("warning: {}", one_line(&*error)));
         }
     }
 
-    /// Where the grid of a step is drawn.
+    /// The path of the grid of a step.
     pub fn grid(&self, step: u64) -> PathBuf {
         self.out.join("samples").join(format!("step-{step:06}.png"))
     }
 
-    /// Draws a grid; false if the user stopped it.
+    /// Draws a grid. Returns false if the user stopped it.
     fn draw_grid(&mut self, trainer: &Trainer<UNetConfig>) -> Result<bool> {
         let UNetConfig { channels, image_size, .. } = *trainer.model().config();
         let shape = (self.sample_count, channels, image_size, image_size);
@@ -148,8 +150,8 @@ impl Watch {
         Ok(true)
     }
 
-    /// Makes the run's directory again where somebody removed it before the metrics of `step`, and says
-    /// so: lines would go to a file that has no name any longer.
+    /// Creates the directory of the run again, with a warning, if it was removed before the metrics of `step`.
+    /// Otherwise lines would go to a file without a name.
     fn restore(&mut self, step: u64) -> Result<()> {
         if !self.log.is_removed() {
             return Ok(());
@@ -158,7 +160,7 @@ impl Watch {
         files::create_dir(&self.out.join("samples"))?;
         self.identity.write(&self.out.join("data.json"))?;
         let log = self.out.join("metrics.jsonl");
-        let removed = "was removed while the run goes on; what it held is lost, up to step";
+        let removed = "was removed during the run; its lines are lost, up to step";
         self.progress.say()(&format!("warning: {} {removed} {}", log.display(), step - 1));
         Ok(())
     }
@@ -174,7 +176,7 @@ impl Observer<UNetConfig> for Watch {
     fn on_step(&mut self, trainer: &Trainer<UNetConfig>) -> ddpm::Result<ControlFlow<()>> {
         let step = trainer.steps();
         self.progress.advance(step);
-        // At the end, `finish` saves and samples; also if the user wants the end now.
+        // At the end, or when the user stops the run, `finish` saves and draws samples.
         let due = |every| step.is_multiple_of(every) && step < trainer.config().steps;
         if due(self.save_every) && !interrupt::stopped() {
             self.save(trainer)?;

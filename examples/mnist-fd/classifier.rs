@@ -1,4 +1,4 @@
-//! A classifier of digits: what it sees in an image just before it decides are the features.
+//! A classifier of digits. The inputs of its last layer are the features.
 
 use std::path::Path;
 
@@ -14,7 +14,7 @@ use super::common::{files, interrupt};
 /// Height and width of an image.
 pub const SIZE: usize = 28;
 pub const CLASSES: usize = 10;
-/// Numbers in an image's features.
+/// Number of features of an image.
 pub const FEATURES: usize = 64;
 
 /// Of the image, and of maps 14, 7 and 4 pixels high.

@@ -1,4 +1,4 @@
-//! A number for the quality of generated digits: `--data data --checkpoint out/mnist/checkpoint`.
+//! Measures the quality of generated digits: `--data data --checkpoint out/mnist/checkpoint`.
 
 mod classifier;
 #[path = "../common/mod.rs"]
@@ -24,42 +24,42 @@ use ddpm::{ImageSource, Images, UNetConfig};
 use measure::{Figures, Reference};
 use serde_json::json;
 
-/// As many images as MNIST has to test with.
+/// The number of images in MNIST's test set.
 const ENOUGH: usize = 10_000;
 
-/// Updates of a classifier, unless others are asked for.
+/// The default number of updates of a classifier.
 const CLASSIFIER_STEPS: u64 = 3_000;
 
-/// A classifier of this accuracy knows digits.
+/// The accuracy above which a classifier is good enough.
 const GOOD: f64 = 0.99;
 
 /// Measure digits drawn from a checkpoint by their Fréchet distance from MNIST's test images, in
-/// the features of a classifier, which is trained where it is not there yet
+/// the features of a classifier, which is trained if it does not exist
 #[derive(Parser)]
 #[command(name = "mnist-fd", version)]
 struct Cli {
-    /// The full set's directory
+    /// Directory of the full set
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// How many images to draw, up to as many as MNIST has to train with; fewer than 10000 make the
-    /// distance larger
+    /// Number of images to draw, at most the number of MNIST's training images; with fewer than
+    /// 10000 the distance is larger
     #[arg(long, value_name = "N", default_value = "10000", allow_negative_numbers = true,
           value_parser = whole::<usize>(2..=60_000))]
     count: usize,
-    /// The classifier: written if it is not there, else used as it is
+    /// File of the classifier; if it does not exist, a classifier is trained and written
     #[arg(
         long,
         value_name = "FILE.safetensors",
         default_value = "out/mnist-fd/classifier.safetensors"
     )]
     classifier: PathBuf,
-    /// Updates of a classifier that is trained, of 100 images each; 3000 unless given
+    /// Updates of a new classifier, with 100 images each; default 3000
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<u64>(1..=1_000_000))]
     classifier_steps: Option<u64>,
-    /// The figures to write, too
+    /// File to which the results are also written
     #[arg(long, value_name = "FILE.json")]
     json: Option<PathBuf>,
 }
@@ -87,20 +87,18 @@ fn run(cli: Cli) -> Result<ExitCode> {
     if train.images.len().min(test.images.len()) < 2 {
         return Err(format!("{}: at least 2 images of each kind are needed", test.about).into());
     }
-    // One that is there is only read.
+    // An existing classifier is only read.
     if !cli.classifier.exists() {
         files::check("--classifier", &cli.classifier, "safetensors")?;
     } else if let Some(steps) = cli.classifier_steps {
         let file = cli.classifier.display();
-        let expected = "leave it out, or name another --classifier to train";
-        return Err(
-            format!("--classifier-steps is {steps}, but {file} is there; {expected}").into()
-        );
+        let expected = "omit it, or name another --classifier to train";
+        return Err(format!("--classifier-steps is {steps}, but {file} exists; {expected}").into());
     }
     cli.json.as_deref().map_or(Ok(()), |json| files::check("--json", json, "json"))?;
 
     let device = device::pick(cli.sampling.cpu)?;
-    interrupt::watch(|| err!("stopping after this step; once more stops at once"))?;
+    interrupt::watch(|| err!("stopping after this step; press Ctrl-C again to quit at once"))?;
     out!("data        {}", test.about);
     out!("checkpoint  {}, step {}", checkpoint.dir().display(), checkpoint.step());
     out!("sampler     {}", SamplingArgs::describe(&config, &checkpoint));
@@ -123,7 +121,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     })?;
     progress.finish();
     let samples = Images::new(samples, (channels, SIZE, SIZE))?;
-    // As many as the samples, since the distance depends on their number.
+    // The same number as of samples, because the distance depends on it.
     let mut digits = train.images;
     digits.truncate(cli.count);
     let noise = noise(cli.count)?;
@@ -162,12 +160,12 @@ fn run(cli: Cli) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A run says of which images it is, and its file stands beside its checkpoint. Others may be of
-/// anything.
+/// Returns an error if the run is of other images than digits. A run has a file with its images beside its checkpoint.
+/// Checkpoints without such a file are accepted.
 fn check_digits(checkpoint: &Path) -> Result<()> {
     let file = match checkpoint.file_name() {
         Some(_) => checkpoint.with_file_name("data.json"),
-        // Such as `.`, which has no name to replace.
+        // A path such as `.` has no name to replace.
         None => checkpoint.join("../data.json"),
     };
     match Identity::read(&file)? {
@@ -188,20 +186,20 @@ fn classifier(cli: &Cli, images: &Images, device: &Device) -> Result<Classifier>
     Classifier::train(images, steps, &cli.classifier, device)
 }
 
-/// What one must know of the measure before its figures.
+/// Prints what the user must know about the measure before its results.
 fn introduce(cli: &Cli, crc32: &str, reference: &Reference, images: &Images) {
     let (file, right) = (cli.classifier.display(), 100.0 * reference.accuracy);
     let count = grouped(images.len());
     out!("classifier  {file}, crc32 {crc32}, right on {right:.2}% of {count} test images");
     if reference.accuracy < GOOD {
-        err!("warning: a good classifier is right on over 99%; this one sees little");
+        err!("warning: a good classifier is right on over 99%; this one is too inaccurate");
     }
     if cli.count < ENOUGH {
         err!("warning: the fewer images, the larger the distance; {ENOUGH} are usual");
     }
 }
 
-/// Every pixel on its own, all values alike.
+/// Draws images of independent pixels, with all values equally likely.
 fn noise(count: usize) -> Result<Images> {
     let mut random = Random(0);
     let pixels = (0..count * SIZE * SIZE).map(|_| random.below(256) as u8).collect();
