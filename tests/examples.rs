@@ -463,7 +463,7 @@ fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
     succeed(&mut number("a", &["--seed", "1"]))?;
     assert_ne!(read("a")?["samples"], json["samples"]);
 
-    let trained = &["--classifier-steps is 2", "a.safetensors is there", "another --classifier"];
+    let trained = &["--classifier-steps is 2", "a.safetensors exists", "another --classifier"];
     assert_fails(&mut number("a", &["--classifier-steps", "2"]), trained)?;
     let identity = checkpoint.with_file_name("data.json");
     let ours = fs::read_to_string(&identity)?;
@@ -666,7 +666,7 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
         ("mnist", &["--out", &nothing, "--data", &mine], &[IMAGES, "fetch-data mnist data`"]),
         ("mnist", &["--out", &nothing, "--data", &empty], &[IMAGES, "fetch-data mnist ", &empty]),
         ("mnist", &["--out", &nothing, "--data", &cut], &["fetch-data mnist data`", "--data data"]),
-        ("mnist", &["--out", &nothing, "--resume"], &["no checkpoint here", "--resume needs"]),
+        ("mnist", &["--out", &nothing, "--resume"], &["no checkpoint here", "--resume requires"]),
         ("mnist", &["--out", &file], &["--out is ", "file; it must be a directory"]),
         (
             "mnist",
