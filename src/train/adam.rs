@@ -171,12 +171,11 @@ impl AdamW {
         Ok(())
     }
 
-    /// Clips the gradients to the global norm `max_norm`, updates the weights, and their average
-    /// after them; gives the norm before. What [`clip_grad_norm`], [`step`](Self::step) and
-    /// [`Ema::update`] do one after the other, on the CPU in one pass over each weight.
+    /// Clips the gradients to the global norm `max_norm`, updates the weights, and then their average. Returns the
+    /// norm before clipping. The result is that of [`clip_grad_norm`], [`step`](Self::step) and [`Ema::update`]. On
+    /// the CPU it is computed in one pass over each weight.
     ///
-    /// With a scaler: first divides its scale out; and where the norm is not finite, changes nothing
-    /// but the scale.
+    /// With a scaler, divides the gradients by its scale first. If the norm is not finite, changes only the scale.
     pub(super) fn update(
         &mut self,
         gradients: &mut BTreeMap<String, Tensor>,
@@ -414,7 +413,7 @@ impl AdamW {
         Ok(norm)
     }
 
-    /// What corrects the bias of the two means, which begin at 0.
+    /// The factors that correct the bias of the two means, which begin at 0.
     fn biases(&self) -> (f64, f64) {
         let steps = self.step as f64;
         (1.0 - self.config.beta1.powf(steps), 1.0 - self.config.beta2.powf(steps))
@@ -488,17 +487,16 @@ impl AdamW {
         self.step
     }
 
-    /// Copies of the means of gradients (`exp_avg.<name>`) and of their squares
-    /// (`exp_avg_sq.<name>`), each of its weight's shape; without [`steps`](Self::steps), which
-    /// [`restore`](Self::restore) needs too.
+    /// Copies of the means of gradients (`exp_avg.<name>`) and of their squares (`exp_avg_sq.<name>`), in the shapes of
+    /// the weights. [`restore`](Self::restore) also needs [`steps`](Self::steps), which they do not contain.
     ///
     /// # Errors
-    /// If there is no memory for them on their device.
+    /// Returns an error if the device has not enough memory for them.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         self.shared_state().into_iter().map(|(name, tensor)| Ok((name, tensor.copy()?))).collect()
     }
 
-    /// As [`state`](Self::state), but not copied: the next update changes them.
+    /// The same as [`state`](Self::state), without copies: the next update changes the tensors.
     pub(super) fn shared_state(&self) -> BTreeMap<String, Tensor> {
         let mut state = BTreeMap::new();
         for (name, slot) in &self.slots {
@@ -511,7 +509,7 @@ impl AdamW {
     /// Continues from a [`state`](Self::state) after `steps` updates.
     ///
     /// # Errors
-    /// If a weight's state is missing or has another shape than the weight.
+    /// Returns an error if the state of a weight is missing, or if its shape differs from that of the weight.
     pub fn restore(&mut self, steps: u64, state: &BTreeMap<String, Tensor>) -> Result<()> {
         for (name, slot) in &mut self.slots {
             for (prefix, value) in [(MEAN, &mut slot.mean), (SQUARE, &mut slot.square)] {
@@ -554,7 +552,7 @@ pub(super) fn check_floating(what: &'static str, name: &str, tensor: &Tensor) ->
     Err(Error::config(what, value, "of a floating-point dtype"))
 }
 
-/// What two tensors must have in common to be added element by element.
+/// The properties that two tensors must share to be added element by element.
 fn kind(t: &Tensor) -> (DType, &[usize], DeviceLocation) {
     (t.dtype(), t.dims(), t.device().location())
 }
