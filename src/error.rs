@@ -96,6 +96,13 @@ pub enum Error {
         reason: String,
     },
 
+    /// Another checkpoint took the place of an open one, for example because its run goes on. It can be opened again.
+    #[error("{}: replaced since the checkpoint was opened; open it again", path.display())]
+    Replaced {
+        /// The checkpoint's directory.
+        path: PathBuf,
+    },
+
     /// A newer version of this crate wrote the checkpoint.
     #[error(
         "{}: checkpoint format {found} is newer than {supported}, the newest that this version reads; \

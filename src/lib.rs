@@ -53,5 +53,6 @@ pub use sampler::{Sampler, SamplerConfig, Solver, Step, Steps, Variance};
 pub use schedule::NoiseSchedule;
 pub use train::{
     AdamConfig, AdamW, Checkpoint, Ema, EmaConfig, GradScaler, GradScalerConfig, Metrics, Observer,
-    Saved, TrainConfig, Trainer, Update, WeightDecay, clip_grad_norm, gradients,
+    OnMetrics, Saved, TrainConfig, Trainer, Update, WeightDecay, clip_grad_norm, gradients,
+    on_metrics,
 };

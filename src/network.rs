@@ -227,10 +227,15 @@ impl Parameters {
 
 /// Reads a safetensors file: see [`tensors_of`].
 fn read_tensors(path: &Path, dtype: DType, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+    tensors_of(path, &read_regular(path)?, dtype, device)
+}
+
+/// Reads a file.
+pub(crate) fn read_regular(path: &Path) -> Result<Vec<u8>> {
     let (mut file, _) = open_regular(path)?;
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes).map_err(Error::io(path))?;
-    tensors_of(path, &bytes, dtype, device)
+    Ok(bytes)
 }
 
 /// Opens a regular file. Returns it and its length.

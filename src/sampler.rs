@@ -59,6 +59,13 @@ pub struct SamplerConfig {
 }
 
 impl SamplerConfig {
+    /// The usual settings for quick samples: deterministic DDIM with 50 timesteps (all of a shorter schedule),
+    /// with clipping.
+    pub fn usual(diffusion: &Diffusion) -> Self {
+        let steps = diffusion.schedule().steps().min(50);
+        Self { solver: Solver::ddim(), steps, clip_denoised: true }
+    }
+
     /// Creates the sampler with these settings.
     ///
     /// # Errors
@@ -376,12 +383,17 @@ impl Looks {
     /// # Errors
     /// Returns an error that names the first tensor that is not finite.
     fn read(&mut self) -> Result<()> {
-        for (what, t, found) in self.unread.drain(..) {
-            if !found.to_dtype(DType::F32)?.to_scalar::<f32>()?.is_finite() {
-                return Err(Error::NonFiniteSample { what, t });
-            }
+        let unread = std::mem::take(&mut self.unread);
+        if unread.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        // One transfer from a device for all.
+        let flags: Vec<&Tensor> = unread.iter().map(|(.., found)| found).collect();
+        let flags = Tensor::stack(&flags, 0)?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+        match unread.iter().zip(flags).find(|(_, flag)| !flag.is_finite()) {
+            Some(((what, t, _), _)) => Err(Error::NonFiniteSample { what, t: *t }),
+            None => Ok(()),
+        }
     }
 }
 

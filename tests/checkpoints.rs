@@ -901,10 +901,9 @@ const HUGE: &str = "DDPM_TEST_OPENS_A_HUGE_STATE";
 #[cfg(target_os = "linux")]
 #[test]
 fn a_state_takes_little_more_memory_than_its_file() {
-    let (dir, path) = saved();
+    let (_dir, path) = saved();
     let json = fs::read_to_string(path.join("checkpoint.json")).unwrap();
-    let program = dir.path().join("tests");
-    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    let program = std::env::current_exe().unwrap();
     let numbers = |count: usize| "1,".repeat(count) + "1";
     for (what, from, to, expected) in [
         (
@@ -982,7 +981,10 @@ fn as_ordinary_user(test: &str, dir: &Path) {
 
     const NOBODY: u32 = 65534;
     let program = dir.join("tests");
-    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    // Where another user finds it, and by a process of its own: a program that another test's child still has
+    // open for writing is busy.
+    let copied = Command::new("cp").arg(std::env::current_exe().unwrap()).arg(&program).status();
+    assert!(copied.unwrap().success());
     let mut command = Command::new(&program);
     command.args(["--exact", test, "--nocapture"]).env(PROTECTED, dir).current_dir("/");
     if dir.metadata().unwrap().uid() == 0 {
@@ -1057,6 +1059,72 @@ fn saves_beside_protected_checkpoints() {
     }
     assert!(step_and_save(&mut trainer, &path).warnings.is_empty());
     assert_eq!(names(&dir), ["checkpoint", "checkpoint-000000008", "tests"]);
+}
+
+/// Only as a child process, by the test below.
+#[cfg(unix)]
+#[test]
+fn claims_in_a_directory_of_others() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let Some(dir) = std::env::var_os(PROTECTED).map(PathBuf::from) else { return };
+    let out = dir.join("out");
+    fs::create_dir(&out).unwrap();
+    fs::set_permissions(&out, fs::Permissions::from_mode(0o555)).unwrap();
+    let error = new(config(9)).claim(out.join("checkpoint")).unwrap_err();
+    fs::set_permissions(&out, fs::Permissions::from_mode(0o755)).unwrap();
+    let Error::Io { path, source } = &error else { panic!("{error}") };
+    assert_eq!(source.kind(), std::io::ErrorKind::PermissionDenied, "{error}");
+    assert_eq!(*path, out.join("checkpoint.lock"));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_directory_that_is_not_writable_is_an_error_of_permission() {
+    let dir = tempfile::tempdir().unwrap();
+    as_ordinary_user("claims_in_a_directory_of_others", dir.path());
+}
+
+#[test]
+fn what_no_save_wrote_is_not_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("checkpoint");
+    let theirs = ["checkpoint.removing", "checkpoint.removing-2"].map(|name| dir.path().join(name));
+    for theirs in &theirs {
+        fs::create_dir(theirs).unwrap();
+        fs::write(theirs.join("thesis.txt"), "").unwrap();
+    }
+    let mut trainer = new(config(9));
+    trainer.claim(&path).unwrap();
+    step_and_save(&mut trainer, &path);
+    fs::write(path.join("notes.txt"), "the good one").unwrap();
+    step_and_save(&mut trainer, &path);
+    let warnings = step_and_save(&mut trainer, &path).warnings;
+    let noted = dir.path().join("checkpoint-000000001");
+    let [Error::NotRemoved { path: told, source }] = warnings.as_slice() else {
+        panic!("{warnings:?}")
+    };
+    assert_eq!(*told, noted);
+    assert!(source.to_string().starts_with("it holds notes.txt, which is not"), "{source}");
+    // Files that a system adds are in nobody's way.
+    fs::remove_file(noted.join("notes.txt")).unwrap();
+    fs::write(noted.join(".DS_Store"), "").unwrap();
+    assert!(step_and_save(&mut trainer, &path).warnings.is_empty());
+    assert!(!noted.exists());
+    assert!(theirs.iter().all(|theirs| theirs.join("thesis.txt").is_file()));
+}
+
+#[test]
+fn a_claim_that_fails_leaves_the_one_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let [path, other] = ["checkpoint", "other"].map(|name| dir.path().join(name));
+    fs::write(&other, "").unwrap();
+    let mut trainer = new(config(9));
+    trainer.claim(&path).unwrap();
+    trainer.claim(&other).unwrap_err();
+    fs::create_dir(dir.path().join("checkpoint-000000003")).unwrap();
+    trainer.claim(&path).unwrap_err();
+    assert!(matches!(new(config(9)).claim(&path), Err(Error::Locked { .. })));
 }
 
 #[cfg(unix)]
@@ -1182,7 +1250,7 @@ fn a_mount_point_is_no_place_for_checkpoints() {
     let mount = Path::new("/dev/shm");
     use std::os::unix::fs::MetadataExt;
     let device = |path: &str| fs::metadata(path).map(|m| m.dev()).ok();
-    if device("/dev/shm") == device("/dev") {
+    if device("/dev/shm").is_none() || device("/dev/shm") == device("/dev") {
         return; // not one here
     }
     let error = new(config(9)).claim(mount).unwrap_err();
@@ -1206,6 +1274,7 @@ fn a_link_for_the_run_whose_target_is_missing_is_named() {
     );
 }
 
+#[cfg(unix)]
 #[test]
 fn one_run_has_one_writer() {
     let dir = tempfile::tempdir().unwrap();
@@ -1245,6 +1314,7 @@ fn claims_and_waits_to_be_killed() {
 
 const CLAIMED: &str = "DDPM_TEST_CLAIMS";
 
+#[cfg(unix)]
 #[test]
 fn a_claim_is_told_with_its_process_and_ends_with_it() {
     let dir = tempfile::tempdir().unwrap();

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::{Init, Module, VarBuilder};
 use ddpm::{
     AdamConfig, Denoiser, Diffusion, EmaConfig, Error, ImageSource, Metrics, Network, Observer,
-    Result, TrainConfig, Trainer, UNetConfig,
+    Result, TrainConfig, Trainer, UNetConfig, on_metrics,
 };
 use serde::{Deserialize, Serialize};
 
@@ -266,10 +266,13 @@ fn observers_see_every_step_and_the_mean_loss_between_reports() {
 fn a_closure_observes_every_report_and_its_error_ends_training() {
     let mut lines = Vec::new();
     trainer(config())
-        .fit(&Ramps(10), &mut |metrics: &Metrics| {
-            lines.push(metrics.to_string());
-            Ok(())
-        })
+        .fit(
+            &Ramps(10),
+            &mut on_metrics(|metrics| {
+                lines.push(metrics.to_string());
+                Ok(())
+            }),
+        )
         .unwrap();
     assert_eq!(lines.len(), 6);
     assert!(
@@ -278,10 +281,10 @@ fn a_closure_observes_every_report_and_its_error_ends_training() {
     );
 
     let mut trainer = trainer(config());
-    let mut full = |metrics: &Metrics| match metrics.step {
+    let mut full = on_metrics(|metrics| match metrics.step {
         3 => Err(Error::external("the disk is full")),
         _ => Ok(()),
-    };
+    });
     let error = trainer.fit(&Ramps(10), &mut full).unwrap_err();
     assert_eq!((error.to_string().as_str(), trainer.steps()), ("the disk is full", 3));
 }

@@ -77,15 +77,14 @@ impl SamplingArgs {
     /// The sampler settings: those of the run's grids, except for the given options.
     pub fn config(&self, checkpoint: &Checkpoint) -> Result<SamplerConfig> {
         let all = checkpoint.diffusion().schedule().steps();
-        let few = all.min(50);
-        let usual = SamplerConfig { solver: Solver::ddim(), steps: few, clip_denoised: true };
+        let usual = SamplerConfig::usual(checkpoint.diffusion());
         let run = checkpoint.sampling().copied().unwrap_or(usual);
         let (mut solver, mut steps) = match (self.solver, run.solver) {
             (None, _)
             | (Some(SolverName::Ddpm), Solver::Ddpm { .. })
             | (Some(SolverName::Ddim), Solver::Ddim { .. }) => (run.solver, run.steps),
             (Some(SolverName::Ddpm), Solver::Ddim { .. }) => (Solver::ddpm(), all),
-            (Some(SolverName::Ddim), Solver::Ddpm { .. }) => (Solver::ddim(), few),
+            (Some(SolverName::Ddim), Solver::Ddpm { .. }) => (Solver::ddim(), usual.steps),
         };
         match (&mut solver, self.eta) {
             (Solver::Ddim { eta }, Some(asked)) => *eta = asked,

@@ -220,12 +220,12 @@ pub fn run(
     watch.progress.finish();
     if complete? {
         if let Some(loss) = watch.progress.smooth_loss() {
-            out!("loss     {loss:.4}, smoothed, at step {steps}");
+            out!("loss     {loss:.4}, smoothed, at step {}", trainer.steps());
         }
         if step < steps {
             out!("time     {}", duration(watch.progress.elapsed()));
         }
-        out!("grid     {}", watch.grid(steps).display());
+        out!("grid     {}", watch.grid(trainer.steps()).display());
         out!("done: {}", out.display());
         return Ok(ExitCode::SUCCESS);
     }

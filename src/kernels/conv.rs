@@ -7,7 +7,7 @@ use super::gemm::Panels;
 use super::half_conv::{HalfConvolution, PackedHalf, Terms};
 use super::patches::{Patches, Scale};
 use super::simd::Isa;
-use super::values::{contiguous, on_cpu_in_f32, with_values};
+use super::values::{contiguous, on_cpu_in_f32, with_values, zeros};
 use super::winograd::{self, Epilogue, Maps, Packed};
 use crate::Precision;
 
@@ -276,7 +276,7 @@ impl CustomOp3 for Conv2d {
         let dims = x_layout.shape().dims4()?.into();
         let conv = Convolution::new(self.isa, dims, weight_layout.shape(), self.scale)?;
         let bias = Some(contiguous(bias, bias_layout)?);
-        let mut y = vec![0f32; conv.output().iter().product()];
+        let mut y = zeros(conv.output().iter().product())?;
         let weights = conv.pack(contiguous(weight, weight_layout)?);
         let epilogue = Epilogue { bias, ..Epilogue::default() };
         conv.forward(contiguous(x, x_layout)?, &weights, epilogue, &mut y);
@@ -298,11 +298,11 @@ impl CustomOp3 for Conv2d {
         let wants_dx = x.track_op();
         let (dx, dweight, dbias) = with_values([x, weight, &dy], |[x, weight, dy]| {
             let mut workspace = Workspace::default();
-            let dx = wants_dx.then(|| {
-                let mut dx = vec![0f32; x.len()];
-                conv.input_gradient(dy, weight, &mut dx, false, &mut workspace);
-                dx
-            });
+            let mut dx = None;
+            if wants_dx {
+                let dx = dx.insert(zeros(x.len())?);
+                conv.input_gradient(dy, weight, dx, false, &mut workspace);
+            }
             let mut dweight = vec![0f32; weight.len()];
             conv.weight_gradient(x, dy, &mut dweight, &mut workspace);
             let mut dbias = vec![0f32; c_out];

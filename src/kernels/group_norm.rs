@@ -3,7 +3,7 @@ use rayon::prelude::*;
 
 use super::elementwise::sigmoid;
 use super::simd::{Isa, Simd, for_channels, simd_fn};
-use super::values::{contiguous, on_cpu_in_f32, with_values};
+use super::values::{contiguous, on_cpu_in_f32, with_values, zeros};
 
 /// What follows a normalisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -445,7 +445,7 @@ impl CustomOp3 for GroupNorm {
         let (batch, ..) = x_layout.shape().dims4()?;
         let x = contiguous(x, x_layout)?;
         let norm = self.with(contiguous(weight, weight_layout)?, contiguous(bias, bias_layout)?);
-        let mut y = vec![0f32; x.len()];
+        let mut y = zeros(x.len())?;
         norm.forward(batch, x, &mut y);
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }

@@ -4,7 +4,7 @@ use super::conv::sum_over_batch;
 use super::elementwise::dot;
 use super::gemm::{Mat, gemm};
 use super::simd::{Isa, simd_fn};
-use super::values::{contiguous, on_cpu_in_f32, with_values};
+use super::values::{contiguous, on_cpu_in_f32, with_values, zeros};
 
 /// `x W^T + b`: `x` (batch, in), `weight` (out, in), `bias` (out).
 pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
@@ -82,7 +82,7 @@ impl CustomOp3 for Linear {
                 "linear of {batch} x {input} with a weight of {output} x {weight_in}"
             )
         }
-        let mut y = vec![0f32; batch * output];
+        let mut y = zeros(batch * output)?;
         let (weight, bias) = (contiguous(weight, weight_layout)?, contiguous(bias, bias_layout)?);
         linear_forward(self.0, contiguous(x, x_layout)?, weight, bias, &mut y);
         Ok((CpuStorage::F32(y), Shape::from((batch, output))))
@@ -98,7 +98,7 @@ impl CustomOp3 for Linear {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (output, dy) = (weight.dim(0)?, dy.contiguous()?);
         let (dx, dweight, dbias) = with_values([x, weight, &dy], |[x, weight, dy]| {
-            let [mut dx, mut dweight] = [x, weight].map(|values| vec![0f32; values.len()]);
+            let (mut dx, mut dweight) = (zeros(x.len())?, zeros(weight.len())?);
             linear_input_gradient(self.0, weight, output, dy, &mut dx);
             linear_weight_gradient(self.0, x, output, dy, &mut dweight);
             let mut dbias = vec![0f32; output];

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
 use super::cuda;
-use super::values::{on_cpu_in_f32, with_values, with_values_mut};
+use super::values::{on_cpu_in_f32, with_values, with_values_mut, zeros};
 
 /// Values that one thread takes at a time.
 const CHUNK: usize = 1 << 12;
@@ -20,7 +20,7 @@ pub(crate) fn are_plain(x: &Tensor, y: &Tensor) -> bool {
 
 /// `a x + b y`, of one shape (batch, ...), with a pair of factors for each of the batch or one for all.
 pub(crate) fn weighted_sum(x: &Tensor, y: &Tensor, factors: &[[f64; 2]]) -> Result<Tensor> {
-    let mut sum = vec![0f32; x.elem_count()];
+    let mut sum = zeros(x.elem_count())?;
     let image = sum.len() / factors.len();
     with_values([x, y], |[x, y]| {
         let images = sum.par_chunks_mut(image).zip(x.par_chunks(image)).zip(y.par_chunks(image));
@@ -100,7 +100,7 @@ pub(crate) fn squared_error(
         let error = (output - target)?;
         return Ok(((error.sqr()?.sum_all()? * scale)?, (error * factor)?));
     }
-    let mut gradient = vec![0f32; output.elem_count()];
+    let mut gradient = zeros(output.elem_count())?;
     let factor = factor as f32;
     let squares: Vec<f64> = with_values([output, target], |[output, target]| {
         let parts = output.par_chunks(CHUNK).zip(target.par_chunks(CHUNK));

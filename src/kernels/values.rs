@@ -20,6 +20,19 @@ pub(crate) fn with_values<const N: usize, T>(
     f(values)
 }
 
+/// Memory for an operation's result, all 0. Its size depends on the batch, which the user chose.
+///
+/// # Errors
+/// Returns an error if there is not enough memory, where `vec!` would end the process.
+pub(super) fn zeros(len: usize) -> Result<Vec<f32>> {
+    let mut values = Vec::new();
+    if values.try_reserve_exact(len).is_err() {
+        candle_core::bail!("not enough memory for {len} values")
+    }
+    values.resize(len, 0.0);
+    Ok(values)
+}
+
 /// The values of a contiguous f32 tensor's storage.
 pub(super) fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let Some((start, end)) = layout.contiguous_offsets() else {

@@ -13,6 +13,6 @@ pub use adam::{AdamConfig, AdamW, WeightDecay, clip_grad_norm, gradients};
 pub use checkpoint::{Checkpoint, Saved};
 pub use config::TrainConfig;
 pub use ema::{Ema, EmaConfig};
-pub use observer::{Metrics, Observer};
+pub use observer::{Metrics, Observer, OnMetrics, on_metrics};
 pub use scaler::{GradScaler, GradScalerConfig};
 pub use trainer::{Trainer, Update};

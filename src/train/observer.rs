@@ -35,8 +35,7 @@ impl fmt::Display for Metrics {
 
 /// Observes training, to show progress, draw samples, save checkpoints or stop the run.
 ///
-/// `()` does nothing. A closure that takes [`&Metrics`](Metrics) and returns [`Result<()>`](crate::Result) is called
-/// with each report. An error of either method ends [`Trainer::fit`], which returns it.
+/// `()` does nothing. [`on_metrics`] makes an observer of a closure. An error of either method ends [`Trainer::fit`], which returns it.
 /// [`Error::external`](crate::Error::external) wraps errors of other libraries.
 ///
 /// ```
@@ -87,9 +86,27 @@ pub trait Observer<N: Network> {
 
 impl<N: Network> Observer<N> for () {}
 
-/// Calls the closure with each report.
-impl<N: Network, F: FnMut(&Metrics) -> Result<()>> Observer<N> for F {
+/// An [`Observer`] that calls a closure with each report.
+///
+/// ```
+/// # use ddpm::{Images, Network, Result, Trainer, on_metrics};
+/// # fn fit<N: Network>(mut trainer: Trainer<N>, images: Images) -> Result<()> {
+/// trainer.fit(&images, &mut on_metrics(|metrics| {
+///     println!("{metrics}");
+///     Ok(())
+/// }))
+/// # }
+/// ```
+pub fn on_metrics<F: FnMut(&Metrics) -> Result<()>>(f: F) -> OnMetrics<F> {
+    OnMetrics(f)
+}
+
+/// The observer that [`on_metrics`] returns.
+#[derive(Debug)]
+pub struct OnMetrics<F>(F);
+
+impl<N: Network, F: FnMut(&Metrics) -> Result<()>> Observer<N> for OnMetrics<F> {
     fn on_metrics(&mut self, _: &Trainer<N>, metrics: &Metrics) -> Result<()> {
-        self(metrics)
+        self.0(metrics)
     }
 }

@@ -492,11 +492,14 @@ impl<N: Network> Trainer<N> {
     /// - [`Error::ConfigMismatch`] if the checkpoint at `dir` belongs to another run.
     /// - Another error if that checkpoint is of a later step, or if nothing can be written there.
     pub fn claim(&mut self, dir: impl AsRef<Path>) -> Result<()> {
-        let claim = match self.claim.take() {
-            Some(claim) if claim.is_for(dir.as_ref()) => claim,
-            _ => Claim::take(dir.as_ref())?,
-        };
-        claim.rehearse(&self.snapshot(self.scaler.as_ref(), 0))?;
+        let snapshot = self.snapshot(self.scaler.as_ref(), 0);
+        if let Some(claim) = &self.claim
+            && claim.is_for(dir.as_ref())
+        {
+            return claim.rehearse(&snapshot);
+        }
+        let claim = Claim::take(dir.as_ref())?;
+        claim.rehearse(&snapshot)?;
         self.claim = Some(claim);
         Ok(())
     }

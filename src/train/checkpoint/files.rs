@@ -1,14 +1,15 @@
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use flate2::Crc;
+use safetensors::SafeTensorError;
 use serde::{Deserialize, Serialize};
 
 use crate::kernels::with_values;
-use crate::network::{open_regular, tensors_of};
+use crate::network::{open_regular, read_regular, tensors_of};
 use crate::{Error, Result};
 
 /// The length and CRC-32 of a file as it was written. They detect any flipped bit, and all but one in four
@@ -48,18 +49,20 @@ impl Checksum {
     /// # Errors
     /// Returns an error if the file cannot be read, or if its content is not what was written.
     pub fn verify(&self, path: &Path) -> Result<()> {
+        self.compare(path, Self::of_file(path)?)
+    }
+
+    /// # Errors
+    /// Returns an error if the file cannot be read.
+    fn of_file(path: &Path) -> Result<Self> {
         let (mut file, bytes) = open_regular(path)?;
-        let mut crc = Crc::new();
-        if bytes == self.bytes {
-            let mut part = vec![0; 1 << 20];
-            loop {
-                match file.read(&mut part).map_err(Error::io(path))? {
-                    0 => break,
-                    n => crc.update(&part[..n]),
-                }
+        let (mut crc, mut part) = (Crc::new(), vec![0; 1 << 20]);
+        loop {
+            match file.read(&mut part).map_err(Error::io(path))? {
+                0 => return Ok(Self { bytes, crc32: crc.sum() }),
+                n => crc.update(&part[..n]),
             }
         }
-        self.compare(path, Self { bytes, crc32: crc.sum() })
     }
 
     fn compare(&self, path: &Path, found: Self) -> Result<()> {
@@ -82,12 +85,7 @@ pub(super) fn read_tensors(
     written: Option<&Checksum>,
     device: &Device,
 ) -> Result<BTreeMap<String, Tensor>> {
-    let (mut file, length) = open_regular(path)?;
-    let mut bytes = Vec::new();
-    bytes.try_reserve_exact(usize::try_from(length).unwrap_or(usize::MAX)).map_err(|_| {
-        Error::damaged(path, format!("{length} bytes long, more than the available memory"))
-    })?;
-    file.read_to_end(&mut bytes).map_err(Error::io(path))?;
+    let bytes = read_regular(path)?;
     if let Some(written) = written {
         written.compare(path, Checksum::of(&bytes))?;
     }
@@ -114,9 +112,13 @@ pub(super) fn write_tensors(
         }
         on_cpu.insert(name, tensor);
     }
-    let bytes = safetensors::serialize(on_cpu, None).map_err(Error::external)?;
-    write_synced(path, &bytes)?;
-    Ok(Checksum::of(&bytes))
+    safetensors::serialize_to_file(on_cpu, None, path).map_err(|error| match error {
+        SafeTensorError::IoError(error) => Error::io(path)(error),
+        error => Error::external(error),
+    })?;
+    let sync = || File::options().write(true).open(path)?.sync_all();
+    sync().map_err(Error::io(path))?;
+    Checksum::of_file(path)
 }
 
 pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -131,7 +133,13 @@ pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
 /// Flushes renames within `dir` to disk, so that they survive a power failure. Only Unix supports and needs this.
 pub(super) fn sync_dir(dir: &Path) -> Result<()> {
     if cfg!(unix) {
-        File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io(dir))?;
+        return match File::open(dir).and_then(|dir| dir.sync_all()) {
+            // Some file systems cannot flush a directory: their renames last, or nothing can make them last.
+            Err(e) if matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => {
+                Ok(())
+            }
+            flushed => flushed.map_err(Error::io(dir)),
+        };
     }
     Ok(())
 }

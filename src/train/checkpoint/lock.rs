@@ -39,7 +39,9 @@ impl Lock {
         };
         let mut file = match open(true) {
             // The file belongs to another user, whose process was killed. Opening it to read is enough to lock it.
-            Err(e) if e.kind() == ErrorKind::PermissionDenied => open(false),
+            Err(denied) if denied.kind() == ErrorKind::PermissionDenied => {
+                open(false).map_err(|_| denied)
+            }
             opened => opened,
         }
         .map_err(Error::io(&path))?;

@@ -16,7 +16,7 @@ use self::state::{Files, STATE, State, mismatch, read_state};
 use super::{AdamConfig, AdamW, Ema, EmaConfig, GradScaler, GradScalerConfig, TrainConfig};
 use crate::error::in_short;
 use crate::network::missing;
-use crate::{Diffusion, Error, Network, Parameters, Result, Sampler, SamplerConfig, Solver};
+use crate::{Diffusion, Error, Network, Parameters, Result, Sampler, SamplerConfig};
 
 pub(super) use self::state::MAX_STEP;
 pub use self::store::Saved;
@@ -82,7 +82,8 @@ impl Checkpoint {
             return Err(Error::config("checkpoint directory", r#""""#, "a path"));
         }
         for _ in 1..ATTEMPTS {
-            let found = Self::find(dir)?;
+            // A save can move every checkpoint away from where it is looked for next. It does so once.
+            let found = Self::find(dir).or_else(|_| Self::find(dir))?;
             match found.verify() {
                 // A save took place in the meantime, and some of the files read belong to the next checkpoint.
                 Err(_) if found.was_replaced() => {}
@@ -168,8 +169,8 @@ impl Checkpoint {
     fn read(&self, file: &str, device: &Device) -> Result<BTreeMap<String, Tensor>> {
         let path = self.dir.join(file);
         read_tensors(&path, self.written(file), device).map_err(|error| match error {
-            Error::Damaged { .. } if self.was_replaced() => {
-                Error::damaged(path, "replaced since the checkpoint was opened; open it again")
+            Error::Damaged { .. } | Error::Io { .. } if self.was_replaced() => {
+                Error::Replaced { path: self.dir.clone() }
             }
             error => error,
         })
@@ -206,8 +207,7 @@ impl Checkpoint {
     /// # Errors
     /// Returns the errors of [`Sampler::new`].
     pub fn sampler(&self) -> Result<Sampler> {
-        let steps = self.diffusion().schedule().steps().min(50);
-        let usual = SamplerConfig { solver: Solver::ddim(), steps, clip_denoised: true };
+        let usual = SamplerConfig::usual(self.diffusion());
         self.sampling().unwrap_or(&usual).sampler(self.diffusion())
     }
 

@@ -85,7 +85,13 @@ pub(super) fn read_state(dir: &Path) -> Result<State> {
         }
         _ => {}
     }
-    let (file, length) = open_regular(&path)?;
+    let (file, length) = match open_regular(&path) {
+        // It was moved since it was looked at.
+        Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
+            return Err(missing(format!("there is no {STATE}")));
+        }
+        opened => opened?,
+    };
     if length > MAX_STATE_BYTES {
         let reason = format!("{length} bytes long; at most {MAX_STATE_BYTES} are expected");
         return Err(Error::damaged(path, reason));

@@ -167,14 +167,21 @@ pub(in crate::train) fn save<N: Network>(
     make_way(dir, snapshot)?;
     let new = sibling(dir, SAVING);
     fs::create_dir(&new).map_err(Error::io(&new))?;
-    let written = write_files(&new, snapshot).and_then(|()| replace(dir, &new, snapshot));
-    if written.is_err() {
-        // This frees the space on a full disk. The error to report is the one above.
+    // Clearing frees the space on a full disk. The error to report is the first one.
+    if let Err(error) = write_files(&new, snapshot) {
         let _ = clear(&new);
+        return Err(error);
     }
-    written?;
-    sync_dir(parent(dir))?;
+    if let Err(error) = replace(dir, &new, snapshot) {
+        // If nothing is at `dir`, the new checkpoint is the one that `open` finds.
+        if read_state(dir).is_ok() {
+            let _ = clear(&new);
+        }
+        return Err(error);
+    }
     let mut warnings: Vec<Error> = vanished.into_iter().collect();
+    // The checkpoint can be opened, even if a power cut could still take it back.
+    warnings.extend(sync_dir(parent(dir)).err());
     warnings.extend(sweep(dir));
     warnings.extend(prune(dir, keep, snapshot));
     Ok(Saved { warnings })
@@ -192,7 +199,8 @@ fn make_way<N: Network>(dir: &Path, snapshot: &Snapshot<N>) -> Result<()> {
             snapshot.must_match(&present.state)?;
             if snapshot.step < present.step() {
                 let expected = format!(
-                    "at least {}, that of the checkpoint in {}, which would be lost; save elsewhere",
+                    "at least {}, that of the checkpoint in {}, which would be lost; continue that run with \
+                     Trainer::resume, or save elsewhere",
                     present.step(),
                     dir.display()
                 );
@@ -270,14 +278,15 @@ fn target(link: &Path) -> String {
     link.read_link().map_or_else(|_| "somewhere".into(), |target| target.display().to_string())
 }
 
-/// Describes anything at `new` that an interrupted save cannot have left.
+/// Describes anything at `new` that no save writes there. Hidden files, which systems add to directories, do not count.
 fn foreign(new: &Path) -> Option<String> {
     let metadata = new.symlink_metadata().ok()?;
     if !metadata.is_dir() {
         return Some("it is in the way of the files of a new checkpoint".into());
     }
     let ours = [MODEL, EMA, OPTIMIZER, STATE];
-    let name = entries(new).into_iter().find(|name| !ours.contains(&name.as_str()))?;
+    let others = |name: &String| !name.starts_with('.') && !ours.contains(&name.as_str());
+    let name = entries(new).into_iter().find(others)?;
     Some(format!("it holds {name}, which is not a file of a checkpoint"))
 }
 
@@ -369,8 +378,14 @@ fn prune<N: Network>(dir: &Path, keep: usize, snapshot: &Snapshot<N>) -> Vec<Err
 /// Removes the checkpoint `old`, which was moved aside from `dir`.
 ///
 /// # Errors
-/// Returns an error if it cannot be removed. If nothing of it is lost, it keeps its name.
+/// Returns an error if it cannot be removed, or if it holds a file that no save wrote. If nothing of it is lost,
+/// it keeps its name.
 fn remove(dir: &Path, old: PathBuf) -> Result<()> {
+    if !old.is_symlink()
+        && let Some(found) = foreign(&old)
+    {
+        return Err(Error::NotRemoved { path: old, source: io::Error::other(found) });
+    }
     let doomed = match discard(dir, &old) {
         Ok(doomed) => doomed,
         Err(source) => return Err(Error::NotRemoved { path: old, source }),
@@ -400,10 +415,10 @@ fn sweep(dir: &Path) -> Vec<Error> {
         })
     });
     doomed
-        .filter_map(|name| {
-            let path = parent(dir).join(name);
-            clear(&path).err().map(|source| Error::NotRemoved { path, source })
-        })
+        .map(|name| parent(dir).join(name))
+        // A link was a checkpoint's. Anything else that no save wrote belongs to the user.
+        .filter(|path| path.is_symlink() || foreign(path).is_none())
+        .filter_map(|path| clear(&path).err().map(|source| Error::NotRemoved { path, source }))
         .collect()
 }
 
