@@ -383,17 +383,12 @@ impl Looks {
     /// # Errors
     /// Returns an error that names the first tensor that is not finite.
     fn read(&mut self) -> Result<()> {
-        let unread = std::mem::take(&mut self.unread);
-        if unread.is_empty() {
-            return Ok(());
+        for (what, t, found) in self.unread.drain(..) {
+            if !found.to_dtype(DType::F32)?.to_scalar::<f32>()?.is_finite() {
+                return Err(Error::NonFiniteSample { what, t });
+            }
         }
-        // One transfer from a device for all.
-        let flags: Vec<&Tensor> = unread.iter().map(|(.., found)| found).collect();
-        let flags = Tensor::stack(&flags, 0)?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-        match unread.iter().zip(flags).find(|(_, flag)| !flag.is_finite()) {
-            Some(((what, t, _), _)) => Err(Error::NonFiniteSample { what, t: *t }),
-            None => Ok(()),
-        }
+        Ok(())
     }
 }
 
