@@ -272,7 +272,8 @@ impl fmt::Debug for Error {
             }
             cause = error.source();
         }
-        f.write_str(&text)
+        // Errors of other libraries may have several lines.
+        f.write_str(&text.split_whitespace().collect::<Vec<_>>().join(" "))
     }
 }
 

@@ -10,6 +10,7 @@
 use candle_core::{DType, Device, Tensor};
 use rand::RngCore;
 
+use crate::kernels::try_zeros;
 use crate::{Error, Result};
 
 /// A seed, from which every random number of a run follows.
@@ -104,18 +105,15 @@ impl Noise {
 
 /// Memory for a tensor of this shape, where there is as much; errors call it `what`.
 pub(crate) fn zeros(what: &'static str, shape: &[usize]) -> Result<Vec<f32>> {
-    let mut values = Vec::new();
     shape
         .iter()
         .try_fold(1usize, |count, &size| count.checked_mul(size))
-        .filter(|&count| values.try_reserve_exact(count).is_ok())
-        .map(|count| values.resize(count, 0.0))
+        .and_then(try_zeros)
         .ok_or_else(|| Error::Shape {
             what,
             found: shape.to_vec(),
             expected: "small enough for the available memory".into(),
-        })?;
-    Ok(values)
+        })
 }
 
 /// The random numbers of one purpose, step and sample, in order.

@@ -31,7 +31,7 @@ pub fn main<C: Parser>(run: impl FnOnce(C) -> Result<ExitCode>) -> ExitCode {
             err!("{error}");
             return ExitCode::from(EXIT_CODE);
         }
-        err!("error: {}", one_line(&*error));
+        err!("error: {}", one_line(error));
         ExitCode::FAILURE
     })
 }
@@ -47,20 +47,9 @@ fn usage_error(text: &str) -> String {
     lines.join(" ").replace(" tip: ", "; tip: ")
 }
 
-/// Formats an error with its causes, except for those whose text it contains.
-pub fn one_line(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        // Further lines are a backtrace.
-        let more = more.lines().next().unwrap_or_default();
-        if !text.contains(more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+/// Formats an error with its causes in one line, as the library does for its own.
+pub fn one_line(error: impl Into<Box<dyn Error + Send + Sync>>) -> String {
+    format!("{:?}", ddpm::Error::external(error))
 }
 
 /// Reads a whole number within a range.

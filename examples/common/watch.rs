@@ -84,15 +84,13 @@ impl Watch {
         if step == from || matches!(error, ddpm::Error::NonFinite { .. }) {
             return error.into();
         }
-        let error = one_line(&error);
         match self.save(trainer) {
             Ok(()) => {
-                format!("{error}; the run was saved at step {step}; continue it with --resume")
+                format!("{error:?}; the run was saved at step {step}; continue it with --resume")
                     .into()
             }
             Err(other) => {
-                let other = one_line(&other);
-                format!("{error}; saving the run at step {step} failed, too: {other}").into()
+                format!("{error:?}; saving the run at step {step} failed, too: {other:?}").into()
             }
         }
     }
@@ -102,7 +100,7 @@ impl Watch {
         let saved = trainer.save(self.out.join("checkpoint"));
         self.progress.note("");
         let say = self.progress.say();
-        saved?.warnings.iter().for_each(|warning| say(&format!("warning: {}", one_line(warning))));
+        saved?.warnings.iter().for_each(|warning| say(&format!("warning: {warning:?}")));
         Ok(())
     }
 
@@ -119,7 +117,7 @@ impl Watch {
     /// Prints a warning, because a missing picture is no reason to end a run.
     fn warn(&self, drawn: Result<()>) {
         if let Err(error) = drawn {
-            self.progress.say()(&format!("warning: {}", one_line(&*error)));
+            self.progress.say()(&format!("warning: {}", one_line(error)));
         }
     }
 

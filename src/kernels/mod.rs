@@ -48,7 +48,7 @@ pub(crate) use process::{
     add_to, add_values, are_plain, clamp, combine, finiteness, squared_error, weighted_sum,
 };
 pub(crate) use simd::{Isa, check_limit};
-pub(crate) use values::{on_cpu_in_f32, same_storage, with_values, with_values_mut};
+pub(crate) use values::{on_cpu_in_f32, same_storage, try_zeros, with_values, with_values_mut};
 pub(crate) use winograd::Epilogue;
 
 /// (batch, channels, height, width) to (batch, height, width, channels).

@@ -20,17 +20,24 @@ pub(crate) fn with_values<const N: usize, T>(
     f(values)
 }
 
-/// Memory for an operation's result, all 0. Its size depends on the batch, which the user chose.
+/// Allocates values that are all 0. Returns `None` if there is not enough memory, where `vec!` would end the
+/// process.
+pub(crate) fn try_zeros(len: usize) -> Option<Vec<f32>> {
+    let mut values = Vec::new();
+    values.try_reserve_exact(len).ok()?;
+    values.resize(len, 0.0);
+    Some(values)
+}
+
+/// Allocates the result of an operation. Its size depends on the batch, which the user chose.
 ///
 /// # Errors
-/// Returns an error if there is not enough memory, where `vec!` would end the process.
+/// Returns an error if there is not enough memory.
 pub(super) fn zeros(len: usize) -> Result<Vec<f32>> {
-    let mut values = Vec::new();
-    if values.try_reserve_exact(len).is_err() {
-        candle_core::bail!("not enough memory for {len} values")
+    match try_zeros(len) {
+        Some(values) => Ok(values),
+        None => candle_core::bail!("not enough memory for {len} values"),
     }
-    values.resize(len, 0.0);
-    Ok(values)
 }
 
 /// The values of a contiguous f32 tensor's storage.

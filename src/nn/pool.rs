@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Tensor, TensorId};
 
-use crate::kernels::Workspace;
+use crate::kernels::{Workspace, try_zeros};
 use crate::{Error, Result};
 
 /// Gradients that may come back, at most: several times as many as a network has weights.
@@ -126,19 +126,11 @@ impl Pool {
             None => None,
         };
         drop(free);
-        let values = values.map_or_else(|| zeros(len), Ok)?;
+        let values = values.or_else(|| try_zeros(len));
+        let bytes = len.saturating_mul(size_of::<f32>());
+        let values = values.ok_or(Error::OutOfMemory { bytes })?;
         Ok(Buffer { values, len, pool: self.clone() })
     }
-}
-
-/// Allocates memory. Returns an error where `vec!` would end the process.
-fn zeros(len: usize) -> Result<Vec<f32>> {
-    let mut values = Vec::new();
-    values
-        .try_reserve_exact(len)
-        .map_err(|_| Error::OutOfMemory { bytes: len.saturating_mul(size_of::<f32>()) })?;
-    values.resize(len, 0.0);
-    Ok(values)
 }
 
 /// Values on loan from a pool.
