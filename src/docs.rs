@@ -54,7 +54,7 @@ pub mod reproducibility {}
 #[doc = include_str!("../docs/architecture.md")]
 pub mod architecture {}
 
-/// How to measure, and the measurements on CPUs and a GPU.
+/// Instructions for benchmarks, and measurements on CPUs and a GPU.
 ///
 #[doc = include_str!("../docs/benchmarks.md")]
 pub mod benchmarks {}

@@ -7,7 +7,7 @@ use super::cli::Result;
 /// At most this many frames show the denoising.
 const FRAMES: usize = 48;
 
-/// Whether pictures of so many channels can be shown; asked before the work.
+/// Returns an error if images with this number of channels cannot be drawn. Called before long work.
 pub fn check_channels(channels: usize) -> Result<()> {
     if !matches!(channels, 1 | 3) {
         let expected = "1 (grey) or 3 (colour) can be shown";

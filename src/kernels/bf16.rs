@@ -31,7 +31,7 @@ pub(super) fn place(k: usize, column: usize) -> usize {
     (k / 2 * PANEL + column) * 2 + k % 2
 }
 
-/// Whether this machine, within the process's limit, has instructions for products of bf16 values.
+/// Returns whether this machine has instructions for products of bf16 values, within the limit of the process.
 pub(crate) fn has_bf16_products() -> bool {
     Unit::detect(Isa::detect()).is_native()
 }
@@ -72,7 +72,7 @@ impl Unit {
         found
     }
 
-    /// Whether it has instructions for such products.
+    /// Returns whether the unit has instructions for products of bf16 values.
     pub fn is_native(self) -> bool {
         !matches!(self.0, Kind::Emulated(_))
     }

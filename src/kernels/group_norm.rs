@@ -515,8 +515,8 @@ mod tests {
         }
     }
 
-    /// What the mean is off by, times the sum of all outputs' gradients, is more than 4e-5 of the weight's
-    /// own gradient, which nearly cancels.
+    /// The weight's gradient nearly cancels. The error of the mean, times the sum of the gradients of all outputs,
+    /// is more than 4e-5 of it.
     #[test]
     fn a_gradient_that_nearly_cancels_agrees() {
         agrees_with_its_composition((3, 3, 6), (1, 1), Activation::None, 30.0, Normals(34153));

@@ -540,7 +540,7 @@ mod tests {
         normals: Normals,
     }
 
-    /// What a product takes of each value.
+    /// The part of each value that enters a product.
     fn operand(terms: Terms, x: &Tensor) -> Tensor {
         match terms {
             Terms::One => x.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap(),

@@ -183,7 +183,7 @@ mod tests {
             let normal = |k| Normals(seed).tensor(k, &[batch, len]);
             let exact = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
             let values = |t: &Tensor| exact(t).flatten_all().unwrap().to_vec1::<f64>().unwrap();
-            // What so many roundings make of terms of these magnitudes.
+            // The error of `count` roundings of terms of these magnitudes.
             let roundings = |count: f64, size: &Tensor| (size.abs().unwrap() * (count * F32)).unwrap();
             let (x, y) = (normal(0), normal(1));
             let (x64, y64) = (exact(&x), exact(&y));

@@ -22,9 +22,9 @@ pub(super) const TF32: f64 = 1.0 / 1024.0;
 /// The least value that f16 stores with a relative error alone.
 pub(super) const SMALL: f64 = 1.0 / (1u64 << 14) as f64;
 
-/// What up to `n` roundings do to a value, in units. Beyond 64 they are taken to go up and down at
-/// random: the probability that they add up to more than 8 sqrt(n) is at most 2 exp(-32) (Higham and Mary
-/// 2019). The thousandth is for products of errors.
+/// The largest error of a value after up to `n` roundings, in units of rounding. More than 64 roundings are
+/// assumed to be random in sign: the probability that their sum exceeds 8 sqrt(n) is at most 2 exp(-32)
+/// (Higham and Mary 2019). The thousandth is for products of errors.
 pub(super) fn roundings(n: f64) -> f64 {
     1.001 * n.min(8.0 * n.sqrt())
 }
@@ -106,7 +106,7 @@ pub(super) struct Sums {
     pub exact: Tensor,
     /// The sum of the terms' magnitudes.
     pub magnitude: Tensor,
-    /// How many terms there are.
+    /// The number of terms of each element.
     terms: Tensor,
 }
 
@@ -191,8 +191,8 @@ pub(super) fn in_each_isa(
     }
 }
 
-/// What an exponential and what is made of it, a sigmoid or an error function and its like, may add to
-/// the roundings of its argument: two units in the last place, and a few operations.
+/// The number of roundings that an exponential, a sigmoid or an error function adds to those of its argument:
+/// two units in the last place, and a few operations.
 pub(super) const FUNCTION: f64 = 12.0;
 
 /// Below this, f32 loses its last bits.

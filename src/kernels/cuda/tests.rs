@@ -35,8 +35,8 @@ impl Products {
         sums.bound(self.sums, 4.0, self.operands).unwrap()
     }
 
-    /// What storing values of this size adds to their bounds. Up to 64 of them, of patches or doubled
-    /// pixels, may be so small that f16 holds them by multiples of 2^-24 only.
+    /// The error that storing values of this size adds to their bounds. Up to 64 of them, in patches or doubled
+    /// pixels, may be so small that f16 stores them only as multiples of 2^-24.
     fn storing(self, size: &Tensor) -> Tensor {
         ((size.abs().unwrap() + 64.0 * rounding::SMALL).unwrap() * self.stored).unwrap()
     }
