@@ -352,7 +352,7 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
         assert!(said.contains(&format!("device      CPU, {threads}\n")), "{said}");
         assert!(read("a.png")? == read("b.png")?, "{threads}");
     }
-    // A hundred are drawn at a time: of one more the first are the same, and the last another.
+    // Each hundred has its own seed: with one image more the first are the same, and the last is another.
     for (count, png) in [("100", "g.png"), ("101", "h.png")] {
         let mut command = sample(&["--count", count, "--sampling-steps", "1"], png);
         succeed(command.arg("--gif").arg(&gif))?;

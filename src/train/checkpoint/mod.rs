@@ -81,19 +81,17 @@ impl Checkpoint {
             // A file name joined to an empty path would be looked up in the current directory.
             return Err(Error::config("checkpoint directory", r#""""#, "a path"));
         }
-        for _ in 1..ATTEMPTS {
+        let mut attempts = 1..ATTEMPTS;
+        loop {
             // A save can move every checkpoint away from where it is looked for next. It does so once.
             let found = Self::find(dir).or_else(|_| Self::find(dir))?;
             match found.verify() {
-                // A save took place in the meantime, and some of the files read belong to the next checkpoint.
-                Err(_) if found.was_replaced() => {}
-                Err(error) => return Err(found.with_older(dir, error)),
                 Ok(()) => return Ok(found),
+                // A save took place in the meantime, and some of the files read belong to the next checkpoint.
+                Err(_) if found.was_replaced() && attempts.next().is_some() => {}
+                Err(error) => return Err(found.with_older(dir, error)),
             }
         }
-        let found = Self::find(dir)?;
-        found.verify()?;
-        Ok(found)
     }
 
     /// Like [`open`](Self::open), but reads only `checkpoint.json`.
