@@ -32,11 +32,11 @@ mod error;
 #[path = "../src/kernels/mod.rs"]
 mod kernels;
 #[allow(dead_code, unused_imports)]
-#[path = "../src/noise.rs"]
-mod noise;
-#[allow(dead_code, unused_imports)]
 #[path = "../src/precision.rs"]
 mod precision;
+#[allow(dead_code, unused_imports)]
+#[path = "../src/random.rs"]
+mod random;
 #[cfg(test)]
 #[path = "../src/random_inputs.rs"]
 mod random_inputs;
@@ -48,8 +48,8 @@ use kernels::{
     linear_input_gradient, linear_weight_gradient, scale_maps, split, squared_error,
     sum_of_squares, sums_by_image, weighted_sum,
 };
-use noise::{Noise, Purpose};
 use precision::Precision;
+use random::{Noise, Purpose};
 
 #[derive(Parser)]
 struct Args {

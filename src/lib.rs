@@ -14,23 +14,21 @@
 #![warn(missing_debug_implementations)]
 
 pub mod data;
-mod denoiser;
-mod diffusion;
 #[cfg(any(doc, doctest))]
 pub mod docs;
+mod engine;
 mod error;
 #[allow(unsafe_code)]
 mod kernels;
-mod network;
-mod nn;
-mod noise;
+mod model;
 #[cfg(feature = "image")]
 pub mod pictures;
 mod precision;
+mod process;
+mod random;
 #[cfg(test)]
 mod random_inputs;
-mod sampler;
-mod schedule;
+mod sample;
 mod train;
 
 /// The version of candle whose tensors and devices are part of this crate's signatures.
@@ -42,15 +40,14 @@ pub use image;
 
 #[doc(inline)]
 pub use data::{ImageSource, Images};
-pub use denoiser::{Denoiser, from_fn};
-pub use diffusion::{Diffusion, Prediction};
 pub use error::{Error, Result};
-pub use network::{Network, Parameters};
-pub use nn::{ResBlock, TimeEmbedding, UNet, UNetConfig};
-pub use noise::Dropout;
+pub use model::{
+    Denoiser, Network, Parameters, ResBlock, TimeEmbedding, UNet, UNetConfig, from_fn,
+};
 pub use precision::Precision;
-pub use sampler::{Sampler, SamplerConfig, Solver, Step, Steps, Variance};
-pub use schedule::NoiseSchedule;
+pub use process::{Diffusion, NoiseSchedule, Prediction};
+pub use random::Dropout;
+pub use sample::{Sampler, SamplerConfig, Solver, Step, Steps, Variance};
 pub use train::{
     AdamConfig, AdamW, Checkpoint, Ema, EmaConfig, GradScaler, GradScalerConfig, Metrics, Observer,
     OnMetrics, Saved, TrainConfig, Trainer, Update, WeightDecay, clip_grad_norm, gradients,

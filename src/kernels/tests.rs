@@ -8,7 +8,7 @@
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 
 use super::{Activation, Isa};
-use crate::noise::{Noise, Purpose};
+use crate::random::{Noise, Purpose};
 
 /// Units of rounding to the nearest.
 pub(super) const F32: f64 = 1.0 / (1u64 << 24) as f64;
@@ -234,7 +234,7 @@ impl Normalization<'_> {
         // The squares' mean about a mean that is off has the square of that more.
         let squares_off = ((&variance + mean_off.sqr()?)? * ((in_group + 4.0) * F32))?;
         let squares_off = (squares_off + mean_off.sqr()?)?;
-        let variance = (variance + super::group_norm::EPS)?;
+        let variance = (variance + super::cpu::group_norm::EPS)?;
         let part = ((squares_off / &variance)? + F32)?;
         // (1 - part)^-1/2
         let rstd_part = (((&part * 0.5)? / (1.0 - &part)?)? + 4.0 * F32)?;

@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use super::checkpoint::{self, Checkpoint, Claim, MAX_STEP, Saved, Snapshot};
 use super::{AdamW, Ema, GradScaler, Metrics, Observer, TrainConfig, by_name};
 use crate::kernels::{add_to, combine, squared_error};
-use crate::noise::{Noise, Purpose};
+use crate::random::{Noise, Purpose};
 use crate::{
     Denoiser, Diffusion, Dropout, Error, ImageSource, Network, Parameters, Precision, Result,
     SamplerConfig,

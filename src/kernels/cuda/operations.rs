@@ -6,7 +6,7 @@ use super::gemm::{As, How, Matrix};
 use super::{Added, Element, Gpu, Memory, Pointer, THREADS, blocks_of, each, each_of};
 use crate::Precision;
 use crate::kernels::Activation;
-use crate::noise::Address;
+use crate::random::Address;
 
 /// Each group's mean and reciprocal deviation.
 pub(crate) struct NormStatistics(Memory);

@@ -1,7 +1,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::{Element, Gpu, Pointer, THREADS, blocks_of, each};
-use crate::noise::Address;
+use crate::random::Address;
 
 /// Whether the functions here take these: f32 on one CUDA device, contiguous, of one shape, not empty,
 /// with no gradient to pass on.
@@ -187,7 +187,7 @@ mod tests {
     use rand::RngCore;
 
     use super::*;
-    use crate::noise::{Noise, Purpose};
+    use crate::random::{Noise, Purpose};
 
     #[test]
     fn integers_are_the_cpus() -> Result<()> {

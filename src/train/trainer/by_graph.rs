@@ -2,7 +2,7 @@ use candle_core::Tensor;
 
 use super::{Trainer, Update};
 use crate::kernels::cuda::{self, Gpu, StepGraph};
-use crate::noise::Purpose;
+use crate::random::Purpose;
 use crate::{Denoiser, Network, Result};
 
 /// How many batches of a shape come before the update is captured: the first ones compile kernels, choose

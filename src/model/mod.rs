@@ -4,15 +4,9 @@
 //! stay channels-last, as [`kernels`](crate::kernels) wants them.
 
 mod attention;
-mod backend;
-mod cpu;
-#[cfg(feature = "cuda")]
-mod cuda;
-mod engine;
-mod layers;
-mod pool;
+mod denoiser;
+mod network;
 mod res_block;
-mod tape;
 mod time_embedding;
 mod unet;
 mod unet_config;
@@ -22,6 +16,10 @@ use candle_nn::VarBuilder;
 
 use crate::{Error, Result};
 
+pub(crate) use denoiser::backward_by_autograd;
+pub use denoiser::{Denoiser, from_fn};
+pub use network::{Network, Parameters};
+pub(crate) use network::{missing, open_regular, read_regular, tensors_of};
 pub use res_block::ResBlock;
 pub use time_embedding::TimeEmbedding;
 pub use unet::UNet;

@@ -4,9 +4,9 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-#[cfg(feature = "cuda")]
-use super::cuda;
 use super::values::{on_cpu_in_f32, with_values, with_values_mut, zeros};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda;
 
 /// Values that one thread takes at a time.
 const CHUNK: usize = 1 << 12;
@@ -165,8 +165,8 @@ mod tests {
     use candle_core::{DType, Device, Var};
     use proptest::prelude::*;
 
-    use super::super::tests::{F32, Normals, check};
     use super::*;
+    use crate::kernels::tests::{F32, Normals, check};
     use crate::random_inputs::inputs;
 
     proptest! {

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Shape, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::kernels::{clamp, combine, finiteness};
-use crate::noise::{Noise, Purpose};
+use crate::random::{Noise, Purpose};
 use crate::{Denoiser, Diffusion, Error, Result};
 
 /// The rule by which a sampler goes from one timestep to the next.

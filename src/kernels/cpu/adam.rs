@@ -114,8 +114,8 @@ simd_fn! {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{F32, Normals, roundings};
     use super::*;
+    use crate::kernels::tests::{F32, Normals, roundings};
     use proptest::prelude::*;
 
     use crate::random_inputs::inputs;

@@ -8,18 +8,18 @@ use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 
 use super::attention::Attention;
-use super::backend::Backend;
-use super::cpu::Cpu;
-#[cfg(feature = "cuda")]
-use super::cuda::Cuda;
-use super::engine::{Add, Autograd, Engine, Survey};
-use super::layers::{Conv2d, GroupNorm};
-use super::pool::Pool;
-use super::tape::{Map, Tape};
 use super::{ResBlock, TimeEmbedding, UNetConfig, weights_dtype};
-use crate::denoiser::backward_by_autograd;
-use crate::diffusion::check_timesteps;
+use crate::engine::Backend;
+use crate::engine::Cpu;
+#[cfg(feature = "cuda")]
+use crate::engine::Cuda;
+use crate::engine::Pool;
+use crate::engine::{Add, Autograd, Engine, Survey};
+use crate::engine::{Conv2d, GroupNorm};
+use crate::engine::{Map, Tape};
 use crate::kernels::{self, Activation, Scale};
+use crate::model::backward_by_autograd;
+use crate::process::check_timesteps;
 use crate::{Denoiser, Dropout, Error, Network, Precision, Result};
 
 /// The network of the paper: a U-Net (Ronneberger et al. 2015) of residual blocks with a time embedding, and with
@@ -268,7 +268,7 @@ impl UNet {
     }
 
     #[cfg(test)]
-    pub(super) fn pool(&self) -> &Pool {
+    pub(crate) fn pool(&self) -> &Pool {
         &self.pool
     }
 

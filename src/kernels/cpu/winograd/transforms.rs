@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::Places;
-use crate::kernels::product::PANEL;
-use crate::kernels::simd::{Simd, simd_fn};
+use crate::kernels::cpu::product::PANEL;
+use crate::kernels::cpu::simd::{Simd, simd_fn};
 
 /// The array of an expression's values. Not `array::map`: a closure that stays a function of its own
 /// is compiled without the instruction set.

@@ -1,13 +1,13 @@
 use candle_nn::VarBuilder;
 
-use super::engine::{Add, Engine};
-use super::layers::{Conv2d, GroupNorm};
 use crate::Result;
+use crate::engine::{Add, Engine};
+use crate::engine::{Conv2d, GroupNorm};
 use crate::kernels::Activation;
 
 /// Self-attention with one head over all positions of a feature map, added to it.
 #[derive(Debug, Clone)]
-pub(super) struct Attention {
+pub(crate) struct Attention {
     norm: GroupNorm,
     qkv: Conv2d,
     proj: Conv2d,

@@ -1,9 +1,9 @@
 use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 
-use super::engine::{Add, Autograd, Engine, VectorActivation};
-use super::layers::{Conv2d, GROUPS, GroupNorm, Linear};
 use super::weights_dtype;
+use crate::engine::{Add, Autograd, Engine, VectorActivation};
+use crate::engine::{Conv2d, GROUPS, GroupNorm, Linear};
 use crate::kernels::{self, Activation};
 use crate::{Dropout, Error, Result};
 
@@ -105,7 +105,7 @@ impl ResBlock {
     }
 
     /// As [`forward`](Self::forward), with the engine's maps.
-    pub(super) fn run<'n, E: Engine<'n>>(
+    pub(crate) fn run<'n, E: Engine<'n>>(
         &'n self,
         engine: &E,
         x: &E::Map,

@@ -4,7 +4,6 @@ use std::rc::Rc;
 
 use candle_core::{DType, Tensor, TensorId};
 
-use super::TimeEmbedding;
 use super::backend::Backend;
 use super::engine::{Add, VectorActivation};
 use super::layers::{Conv2d, GROUPS, GroupNorm, Linear};
@@ -12,11 +11,12 @@ use super::pool::Pool;
 use crate::kernels::cuda::{
     Added, Attention, Convolution, Element, Gpu, LinearLayer, Memory, Norm, NormStatistics,
 };
-use crate::noise::Purpose;
+use crate::model::TimeEmbedding;
+use crate::random::Purpose;
 use crate::{Dropout, Error, Precision, Result};
 
 /// Computes with the crate's kernels for CUDA devices.
-pub(super) struct Cuda<'p> {
+pub(crate) struct Cuda<'p> {
     gpu: Rc<Gpu>,
     precision: Precision,
     /// Of gradients alone.

@@ -15,7 +15,7 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::error::in_short;
-use crate::noise::{Noise, Purpose, zeros};
+use crate::random::{Noise, Purpose, zeros};
 use crate::{Denoiser, Error, Precision, Result};
 
 /// The configuration of a network. A checkpoint stores it, and builds the network from it.

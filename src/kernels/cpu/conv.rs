@@ -320,8 +320,8 @@ impl CustomOp3 for Conv2d {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{F32, Normals, Sums, agrees, check};
     use super::*;
+    use crate::kernels::tests::{F32, Normals, Sums, agrees, check};
     use candle_core::{DType, Device};
     use proptest::prelude::*;
 

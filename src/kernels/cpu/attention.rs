@@ -148,8 +148,8 @@ fn exponentials<S: Simd>(row: &mut [f32], maximum: f32, scale: f32) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{Normals, Products, in_each_isa, value_and_gradients};
     use super::*;
+    use crate::kernels::tests::{Normals, Products, in_each_isa, value_and_gradients};
     use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape};
     use proptest::prelude::*;
 

@@ -1,10 +1,10 @@
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 
-use super::engine::{Autograd, Engine, VectorActivation};
-use super::layers::Linear;
 use super::weights_dtype;
-use crate::diffusion::check_timesteps;
+use crate::engine::Linear;
+use crate::engine::{Autograd, Engine, VectorActivation};
+use crate::process::check_timesteps;
 use crate::{Error, Result};
 
 /// An embedding of the timestep: sines and cosines at geometrically decreasing frequencies (Vaswani et al. 2017),
@@ -63,18 +63,18 @@ impl TimeEmbedding {
         Ok(self.run(&Autograd, &embedding)?.flatten_from(1)?)
     }
 
-    pub(super) fn dim(&self) -> usize {
+    pub(crate) fn dim(&self) -> usize {
         2 * self.frequencies.len()
     }
 
     /// The k-th frequency is `exp(-decay * k)`.
     #[cfg(feature = "cuda")]
-    pub(super) fn decay(&self) -> f64 {
+    pub(crate) fn decay(&self) -> f64 {
         decay(self.frequencies.len())
     }
 
     /// Computes [`forward`](Self::forward) from the [`sinusoids`](Self::sinusoids).
-    pub(super) fn run<'n, E: Engine<'n>>(
+    pub(crate) fn run<'n, E: Engine<'n>>(
         &'n self,
         engine: &E,
         embedding: &E::Map,
@@ -85,7 +85,7 @@ impl TimeEmbedding {
 
     /// Computes `[sin | cos]` of `t` times each frequency: (batch, dim), in the dtype of the weights. `t` must have
     /// been [checked](check_timesteps).
-    pub(super) fn sinusoids(&self, t: &Tensor) -> Result<Tensor> {
+    pub(crate) fn sinusoids(&self, t: &Tensor) -> Result<Tensor> {
         // In half precision the phase would be wrong by 0.1 rad. Metal has no f64, not even to cast from.
         let dtype = if t.device().is_metal() { DType::F32 } else { DType::F64 };
         let frequencies = Tensor::new(self.frequencies.as_slice(), &Device::Cpu)?
@@ -101,7 +101,7 @@ fn decay(half: usize) -> f64 {
     libm::log(10000.0) / (half - 1) as f64
 }
 
-pub(super) fn check_dim(dim: usize) -> Result<()> {
+pub(crate) fn check_dim(dim: usize) -> Result<()> {
     if !(4..=1 << 16).contains(&dim) || !dim.is_multiple_of(2) {
         return Err(Error::config("time_dim", dim, "even, and at least 4, at most 65536"));
     }

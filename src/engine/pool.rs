@@ -17,7 +17,7 @@ const MAX_ISSUED: usize = 1 << 13;
 
 /// Memory that is not in use at the moment.
 #[derive(Default)]
-pub(super) struct Pool {
+pub(crate) struct Pool {
     free: Mutex<Free>,
 }
 
@@ -134,7 +134,7 @@ impl Pool {
 }
 
 /// Values on loan from a pool.
-pub(super) struct Buffer {
+pub(crate) struct Buffer {
     /// At least as many as `len`.
     values: Vec<f32>,
     len: usize,

@@ -1,8 +1,8 @@
 use candle_core::Tensor;
 
-use super::TimeEmbedding;
 use super::engine::{Add, VectorActivation};
 use super::layers::{Conv2d, GroupNorm, Linear};
+use crate::model::TimeEmbedding;
 use crate::{Dropout, Result};
 
 /// What a [`Tape`](super::tape::Tape) computes with: where its maps lie, and the kernels that read and
@@ -10,7 +10,7 @@ use crate::{Dropout, Result};
 ///
 /// Maps are channels-last, of dimensions (batch, height, width, channels). Weights, and their
 /// gradients, are candle's tensors of f32.
-pub(super) trait Backend {
+pub(crate) trait Backend {
     /// The values of a map, on loan from a pool. They go back to it when this is dropped.
     type Buffer;
 

@@ -13,7 +13,7 @@ pub(crate) enum Activation {
 }
 
 /// Added to the variance, as in PyTorch.
-pub(super) const EPS: f64 = 1e-5;
+pub(crate) const EPS: f64 = 1e-5;
 
 /// Pixels that one thread takes at a time, where an image's are shared.
 const SPAN: usize = 64;
@@ -477,8 +477,8 @@ impl CustomOp3 for GroupNorm {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{self as rounding, Normals, in_each_isa, value_and_gradients};
     use super::*;
+    use crate::kernels::tests::{self as rounding, Normals, in_each_isa, value_and_gradients};
     use crate::random_inputs::inputs;
     use candle_core::DType;
     use proptest::prelude::*;

@@ -116,8 +116,8 @@ impl CustomOp3 for Linear {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{Normals, agrees};
     use super::*;
+    use crate::kernels::tests::{Normals, agrees};
     use crate::random_inputs::inputs;
     use proptest::prelude::*;
 

@@ -381,8 +381,8 @@ macro_rules! simd_fn {
     ($(#[$meta:meta])* $vis:vis fn $name:ident<$s:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
-        $vis fn $name(isa: crate::kernels::simd::Isa, $($arg: $ty),*) $(-> $ret)? {
-            use crate::kernels::simd::{Kind, Simd};
+        $vis fn $name(isa: crate::kernels::cpu::simd::Isa, $($arg: $ty),*) $(-> $ret)? {
+            use crate::kernels::cpu::simd::{Kind, Simd};
 
             #[inline(always)]
             fn generic<$s: Simd>($($arg: $ty),*) $(-> $ret)? $body
@@ -390,13 +390,13 @@ macro_rules! simd_fn {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
             fn avx512($($arg: $ty),*) $(-> $ret)? {
-                generic::<crate::kernels::simd::Avx512>($($arg),*)
+                generic::<crate::kernels::cpu::simd::Avx512>($($arg),*)
             }
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
             fn avx2($($arg: $ty),*) $(-> $ret)? {
-                generic::<crate::kernels::simd::Avx2>($($arg),*)
+                generic::<crate::kernels::cpu::simd::Avx2>($($arg),*)
             }
 
             match isa.kind() {
@@ -406,7 +406,7 @@ macro_rules! simd_fn {
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 Kind::Avx2 => unsafe { avx2($($arg),*) },
-                Kind::Baseline => generic::<crate::kernels::simd::Baseline>($($arg),*),
+                Kind::Baseline => generic::<crate::kernels::cpu::simd::Baseline>($($arg),*),
             }
         }
     };

@@ -3,7 +3,6 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::TimeEmbedding;
 use super::backend::Backend;
 use super::engine::{Add, VectorActivation};
 use super::layers::{Conv2d, GROUPS, GroupNorm, Linear};
@@ -14,10 +13,11 @@ use crate::kernels::{
     sum_over_batch, sums_by_image, to_channels_first, to_channels_last, with_values,
     with_values_mut,
 };
+use crate::model::TimeEmbedding;
 use crate::{Dropout, Precision, Result};
 
 /// Computes in f32 with the crate's kernels for the CPU.
-pub(super) struct Cpu<'p> {
+pub(crate) struct Cpu<'p> {
     isa: Isa,
     precision: Precision,
     pool: &'p Arc<Pool>,

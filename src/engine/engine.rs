@@ -12,7 +12,7 @@ use crate::{Dropout, Result};
 /// [`Autograd`] composes candle's tensors, which runs everywhere and can be differentiated with
 /// whatever else a user computes; [`Tape`](super::tape::Tape) is the fast way, by the kernels of a
 /// [`Backend`](super::backend::Backend). `'n` is the network's lifetime.
-pub(super) trait Engine<'n> {
+pub(crate) trait Engine<'n> {
     /// A feature map (batch, height, width, channels), or a batch of vectors (batch, 1, 1, n).
     type Map: Clone;
 
@@ -42,7 +42,7 @@ pub(super) trait Engine<'n> {
 }
 
 /// What is added to a convolution's output.
-pub(super) struct Add<'a, M> {
+pub(crate) struct Add<'a, M> {
     /// To each pixel of an image: (batch, 1, 1, channels).
     pub per_image: Option<&'a M>,
     /// A map of the output's shape.
@@ -55,7 +55,7 @@ impl<M> Add<'_, M> {
 
 /// What a linear layer's input goes through before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum VectorActivation {
+pub(crate) enum VectorActivation {
     None,
     Silu,
     Gelu,
@@ -95,7 +95,7 @@ fn normal_below(x: f64) -> f64 {
 }
 
 /// Computes with candle's tensors, on any device, with candle's gradients.
-pub(super) struct Autograd;
+pub(crate) struct Autograd;
 
 impl Engine<'_> for Autograd {
     type Map = Tensor;
@@ -154,7 +154,7 @@ impl Engine<'_> for Autograd {
 
 /// Computes nothing, but sees every weight of a network.
 #[derive(Default)]
-pub(super) struct Survey {
+pub(crate) struct Survey {
     /// Whether any takes gradients.
     pub trainable: Cell<bool>,
     /// Whether any is computed from others that take gradients.

@@ -297,8 +297,8 @@ mod pairs {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{F32, Normals, roundings};
     use super::*;
+    use crate::kernels::tests::{F32, Normals, roundings};
     use crate::random_inputs::inputs;
     use proptest::prelude::*;
 

@@ -166,8 +166,8 @@ fn multiply(
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::tests::{F32, Normals, roundings};
     use super::*;
+    use crate::kernels::tests::{F32, Normals, roundings};
     use crate::random_inputs::inputs;
 
     fn is_that_of_the_definition(

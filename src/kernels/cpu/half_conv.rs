@@ -524,8 +524,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::conv::composed;
-    use super::super::tests::{BF16, F32, Normals, Sums, check};
     use super::*;
+    use crate::kernels::tests::{BF16, F32, Normals, Sums, check};
     use crate::random_inputs::inputs;
 
     /// A convolution, of a map (height, width) before it is upsampled.

@@ -1,7 +1,7 @@
 use serde::{Deserialize, Serialize};
 
-use super::layers::GROUPS;
 use super::time_embedding::check_dim;
+use crate::engine::GROUPS;
 use crate::error::list_in_short;
 use crate::{Error, Result};
 

@@ -7,14 +7,14 @@ use std::rc::Rc;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
 
-use super::TimeEmbedding;
 use super::backend::Backend;
 use super::engine::{Add, Engine, VectorActivation};
 use super::layers::{Conv2d, GroupNorm, Linear};
+use crate::model::TimeEmbedding;
 use crate::{Dropout, Result};
 
 /// A feature map (batch, height, width, channels), and its gradient on the way back.
-pub(super) struct Map<B: Backend> {
+pub(crate) struct Map<B: Backend> {
     dims: [usize; 4],
     values: Rc<B::Buffer>,
     gradient: Gradient<B>,
@@ -107,7 +107,7 @@ type Backward<'n, B> = Box<dyn FnOnce(&Tape<'n, B>, <B as Backend>::Buffer) -> R
 type Node<'n, B> = (Gradient<B>, Backward<'n, B>);
 
 /// The network's operations by the kernels of a [`Backend`].
-pub(super) struct Tape<'n, B: Backend> {
+pub(crate) struct Tape<'n, B: Backend> {
     backend: B,
     /// None where nothing is noted, since there will be no way back.
     nodes: Option<RefCell<Vec<Node<'n, B>>>>,
