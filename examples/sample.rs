@@ -14,7 +14,7 @@ use common::progress::Progress;
 use common::sampling::SamplingArgs;
 use common::tell::out;
 use common::{device, draw, files, pictures};
-use ddpm::{Sampler, UNet, UNetConfig};
+use ddpm::{Denoiser, Sampler, UNetConfig};
 
 /// Draw images from a checkpoint of any U-Net with images of 1 or 3 channels
 #[derive(Parser)]
@@ -67,7 +67,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
 fn draw_to_files(
     cli: &Cli,
     sampler: &Sampler,
-    model: &UNet,
+    model: &impl Denoiser,
     network: &UNetConfig,
     device: &Device,
 ) -> Result<()> {

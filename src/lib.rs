@@ -13,14 +13,18 @@
 #![deny(missing_docs, unsafe_code)]
 #![warn(missing_debug_implementations)]
 
+mod backend;
 pub mod data;
+mod denoiser;
 #[cfg(any(doc, doctest))]
 pub mod docs;
 mod engine;
 mod error;
 #[allow(unsafe_code)]
 mod kernels;
+mod layers;
 mod model;
+pub mod nn;
 #[cfg(feature = "image")]
 pub mod pictures;
 mod precision;
@@ -40,10 +44,9 @@ pub use image;
 
 #[doc(inline)]
 pub use data::{ImageSource, Images};
+pub use denoiser::{Denoiser, from_fn};
 pub use error::{Error, Result};
-pub use model::{
-    Denoiser, Network, Parameters, ResBlock, TimeEmbedding, UNet, UNetConfig, from_fn,
-};
+pub use model::{Network, Parameters, ResBlock, TimeEmbedding, UNet, UNetConfig};
 pub use precision::Precision;
 pub use process::{Diffusion, NoiseSchedule, Prediction};
 pub use random::Dropout;

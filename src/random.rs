@@ -192,9 +192,9 @@ impl RngCore for Stream {
     }
 }
 
-/// The dropout masks of one training step: what [`Denoiser::forward_train`] draws from.
+/// The dropout masks of one training step: from which [`Trainable::denoise_train`] draws.
 ///
-/// [`Denoiser::forward_train`]: crate::Denoiser::forward_train
+/// [`Trainable::denoise_train`]: crate::nn::Trainable::denoise_train
 #[derive(Debug, Clone, Copy)]
 pub struct Dropout {
     pub(crate) noise: Noise,

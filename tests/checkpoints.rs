@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use ddpm::nn::{Model, Network};
 use ddpm::{
     AdamConfig, Checkpoint, Denoiser, Diffusion, Error, ImageSource, NoiseSchedule, Prediction,
     Result, Sampler, SamplerConfig, Saved, Solver, TrainConfig, Trainer, UNet, UNetConfig,
@@ -102,10 +103,10 @@ fn a_resumed_run_equals_the_unbroken_one() {
 }
 
 /// The trainer's network, taking no gradients: so it is computed as a loaded one is.
-fn frozen(trainer: &Trainer<UNetConfig>) -> UNet {
+fn frozen(trainer: &Trainer<UNetConfig>) -> Model<UNet> {
     let weights = trainer.vars().iter().map(|(k, v)| (k.clone(), v.as_detached_tensor())).collect();
     let vb = VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu);
-    UNet::new(trainer.network(), vb).unwrap()
+    trainer.network().build(vb).unwrap()
 }
 
 #[test]
@@ -143,7 +144,7 @@ fn without_an_average_the_weights_stand_in() {
     );
     let x = Tensor::ones((1, 1, 8, 8), DType::F32, &Device::Cpu).unwrap();
     let t = Tensor::new(&[3u32], &Device::Cpu).unwrap();
-    let run = |model: &UNet| {
+    let run = |model: &Model<UNet>| {
         model.forward(&x, &t).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
     };
     let expected = run(&frozen(&trainer));

@@ -6,11 +6,14 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Init, VarBuilder};
+use ddpm::nn::{Condition, Output, Trainable};
 use ddpm::{
     AdamW, Denoiser, Diffusion, Dropout, Ema, Error, GradScalerConfig, Network, Parameters,
     Precision, Result, Sampler, TrainConfig, Trainer, UNetConfig, clip_grad_norm, gradients,
 };
 use serde::{Deserialize, Serialize};
+
+mod passes;
 
 /// A weight for each of four channels, multiplied in f16: gradients beyond 65504 are infinite.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -25,16 +28,18 @@ impl Network for Half {
     fn build(&self, vb: VarBuilder) -> Result<HalfModel> {
         Ok(HalfModel(vb.get_with_hints((1, 4, 1, 1), "w", Init::Const(0.5))?))
     }
-
-    fn with_precision(model: HalfModel, _: Precision) -> Result<HalfModel> {
-        Ok(model)
-    }
 }
 
 impl Denoiser for HalfModel {
-    fn forward(&self, x_t: &Tensor, _: &Tensor) -> Result<Tensor> {
+    fn denoise(&self, x_t: &Tensor, _: &Tensor, _: &Condition) -> Result<Output> {
         let y = x_t.to_dtype(DType::F16)?.broadcast_mul(&self.0.to_dtype(DType::F16)?)?;
-        Ok(y.to_dtype(DType::F32)?)
+        Ok(Output::new(y.to_dtype(DType::F32)?))
+    }
+}
+
+impl Trainable for HalfModel {
+    fn set_precision(&mut self, _: Precision) -> Result<()> {
+        Ok(())
     }
 }
 
@@ -92,7 +97,7 @@ fn updates_are_those_of_unscaled_gradients_and_overflows_are_skipped() -> Result
         }
 
         let x_t = trainer.diffusion().q_sample(&x_0, &t, &eps)?;
-        let output = model.forward_train(&x_t, &t, &Dropout::new(config.seed, k as u64))?;
+        let output = passes::train(&model, &x_t, &t, &Dropout::new(config.seed, k as u64))?;
         let loss = (output - &eps)?.sqr()?.mean_all()?;
         let mut found: BTreeMap<_, _> = gradients(&loss, &vars)?;
         let expected = clip_grad_norm(&mut found, 0.1)?.to_scalar::<f32>()?;

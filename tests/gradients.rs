@@ -7,8 +7,12 @@ use std::process::Command;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
+use ddpm::nn::{Model, Network};
 use ddpm::{Denoiser, Dropout, Parameters, Result, Sampler, UNet, UNetConfig};
 use proptest::prelude::*;
+
+mod passes;
+use passes::{gradients, train};
 
 #[path = "../src/random_inputs.rs"]
 mod random_inputs;
@@ -24,7 +28,7 @@ const SUMS: f64 = 32.0;
 /// A network, and the loss of a batch under it as training sees it, dropout included.
 struct Problem {
     parameters: Parameters,
-    unet: UNet,
+    unet: Model<UNet>,
     x_t: Tensor,
     t: Tensor,
     eps: Tensor,
@@ -51,7 +55,7 @@ impl Problem {
     }
 
     fn loss_of(&self, x_t: &Tensor) -> Result<Tensor> {
-        let output = self.unet.forward_train(x_t, &self.t, &Dropout::new(9, 0))?;
+        let output = train(&self.unet, x_t, &self.t, &Dropout::new(9, 0))?;
         Ok((output - &self.eps)?.sqr()?.mean_all()?)
     }
 
@@ -190,14 +194,14 @@ fn bits(t: &Tensor) -> Result<Vec<u32>> {
 fn by_tape(problem: &Problem) -> Result<GradStore> {
     let Problem { unet, x_t, t, eps, .. } = problem;
     let scale = 2.0 / eps.elem_count() as f64;
-    unet.forward_backward(x_t, t, &Dropout::new(9, 0), &mut |y| Ok(((y - eps)? * scale)?))
+    gradients(unet, x_t, t, &Dropout::new(9, 0), &mut |y| Ok(((y - eps)? * scale)?))
 }
 
 /// The same weights, values and all, that take no gradient.
-fn frozen(config: &UNetConfig, vars: &BTreeMap<String, Var>) -> Result<UNet> {
+fn frozen(config: &UNetConfig, vars: &BTreeMap<String, Var>) -> Result<Model<UNet>> {
     let weights: HashMap<String, Tensor> =
         vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
-    UNet::new(config, VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu))
+    config.build(VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu))
 }
 
 /// In f32, against candle's gradients of the same weights in f64.

@@ -5,10 +5,14 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
+use ddpm::nn::Model;
 use ddpm::{
-    Denoiser, Diffusion, Dropout, Parameters, ResBlock, Result, Sampler, Solver, TimeEmbedding,
-    TrainConfig, Trainer, UNet, UNetConfig, gradients,
+    Denoiser, Diffusion, Dropout, Network, Parameters, ResBlock, Result, Sampler, Solver,
+    TimeEmbedding, TrainConfig, Trainer, UNet, UNetConfig, gradients,
 };
+
+mod passes;
+use passes::{gradients as by_tape, train};
 
 fn parameters() -> Parameters {
     Parameters::new(0, DType::F32, &Device::Cpu)
@@ -26,7 +30,7 @@ fn weights_are_named_and_shaped_as_in_pytorch() {
         (UNetConfig::cifar10(), include_str!("data/weights-cifar10.txt")),
     ] {
         let parameters = parameters();
-        let _: UNet = parameters.build(&config).unwrap();
+        let _ = parameters.build(&config).unwrap();
         let ours: Vec<String> = parameters
             .vars()
             .iter()
@@ -40,7 +44,7 @@ fn weights_are_named_and_shaped_as_in_pytorch() {
 fn initial_weights_are_pytorchs_distribution_and_follow_from_seed_and_name() {
     let build = |seed| {
         let parameters = Parameters::new(seed, DType::F32, &Device::Cpu);
-        let _: UNet = parameters.build(&UNetConfig::mnist()).unwrap();
+        let _ = parameters.build(&UNetConfig::mnist()).unwrap();
         parameters.vars()
     };
     let vars = build(0);
@@ -66,7 +70,7 @@ fn initial_weights_are_pytorchs_distribution_and_follow_from_seed_and_name() {
     // The same weight in another network is the same.
     let parameters = parameters();
     let small = UNetConfig { hidden_dims: vec![32, 64], ..UNetConfig::mnist() };
-    let _: UNet = parameters.build(&small).unwrap();
+    let _ = parameters.build(&small).unwrap();
     assert_eq!(
         values(name),
         parameters.vars()[name].flatten_all().unwrap().to_vec1::<f32>().unwrap()
@@ -88,7 +92,7 @@ fn parts_keep_their_shapes() {
 #[test]
 fn an_image_does_not_depend_on_its_batch() {
     let config = UNetConfig { attention_resolutions: vec![1], ..UNetConfig::mnist() };
-    let unet: UNet = Parameters::new(0, DType::F32, &Device::Cpu).build(&config).unwrap();
+    let unet = Parameters::new(0, DType::F32, &Device::Cpu).build(&config).unwrap();
     let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddpm(), 2).unwrap();
     let sample = |batch: usize| {
         let steps = sampler.steps(&unet, (batch, 1, 28, 28), 4, &Device::Cpu).unwrap();
@@ -119,15 +123,17 @@ fn dropout_drops_whole_maps_while_training_only() {
 #[test]
 fn boxed_and_shared_networks_are_denoisers() {
     let config = UNetConfig { hidden_dims: vec![8, 16], dropout: 0.5, ..UNetConfig::mnist() };
-    let unet: UNet = parameters().build(&config).unwrap();
+    let unet = parameters().build(&config).unwrap();
     let (x_t, t) =
         (ones(&[1, 1, 28, 28]).arange_like(), Tensor::new(&[5u32], &Device::Cpu).unwrap());
-    fn run(denoiser: impl Denoiser, x_t: &Tensor, t: &Tensor) -> [Vec<f32>; 2] {
-        [denoiser.forward(x_t, t), denoiser.forward_train(x_t, t, &Dropout::new(1, 0))]
-            .map(|y| y.unwrap().flatten_all().unwrap().to_vec1().unwrap())
+    fn values(y: Result<Tensor>) -> Vec<f32> {
+        y.unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    }
+    fn run(denoiser: impl Denoiser, x_t: &Tensor, t: &Tensor) -> Vec<f32> {
+        values(denoiser.forward(x_t, t))
     }
     let expected = run(unet.clone(), &x_t, &t);
-    assert_ne!(expected[0], expected[1]);
+    assert_ne!(expected, values(train(&unet, &x_t, &t, &Dropout::new(1, 0))));
     assert_eq!(run(Box::new(unet.clone()) as Box<dyn Denoiser>, &x_t, &t), expected);
     assert_eq!(run(Arc::new(unet) as Arc<dyn Denoiser>, &x_t, &t), expected);
 }
@@ -137,7 +143,7 @@ fn wrong_dtypes_are_refused() {
     for dtype in [DType::BF16, DType::F16, DType::U8] {
         let vb = Parameters::new(0, dtype, &Device::Cpu).builder();
         for message in [
-            UNet::new(&UNetConfig::mnist(), vb.pp("unet")).map(drop),
+            UNetConfig::mnist().build(vb.pp("unet")).map(drop),
             ResBlock::new(8, 8, 4, vb.pp("block")).map(drop),
             TimeEmbedding::new(4, vb.pp("time")).map(drop),
         ]
@@ -149,7 +155,7 @@ fn wrong_dtypes_are_refused() {
     }
     let vb = parameters().builder();
     let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
-    let unet = UNet::new(&config, vb.pp("unet")).unwrap();
+    let unet = config.build(vb.pp("unet")).unwrap();
     let block = ResBlock::new(8, 8, 4, vb.pp("block")).unwrap();
     let (x, t_emb, image) = (ones(&[1, 8, 2, 2]), ones(&[1, 4]), ones(&[1, 1, 28, 28]));
     let to = |t: &Tensor, dtype| t.to_dtype(dtype).unwrap();
@@ -181,7 +187,7 @@ fn wrong_dtypes_are_refused() {
 fn what_is_no_timestep_is_refused() {
     let vb = parameters().builder();
     let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
-    let unet = UNet::new(&config, vb.pp("unet")).unwrap();
+    let unet = config.build(vb.pp("unet")).unwrap();
     let embedding = TimeEmbedding::new(4, vb.pp("time")).unwrap();
     let x = ones(&[2, 1, 28, 28]);
     let t = |t: &[f64], dtype| Tensor::new(t, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
@@ -195,8 +201,8 @@ fn what_is_no_timestep_is_refused() {
         for message in [
             embedding.forward(&t).map(drop),
             unet.forward(&x, &t).map(drop),
-            unet.forward_train(&x, &t, &dropout).map(drop),
-            unet.forward_backward(&x, &t, &dropout, &mut |y| Ok(y.clone())).map(drop),
+            train(&unet, &x, &t, &dropout).map(drop),
+            by_tape(&unet, &x, &t, &dropout, &mut |y| Ok(y.clone())).map(drop),
         ]
         .map(|result| result.unwrap_err().to_string())
         {
@@ -243,7 +249,7 @@ fn a_network_that_cannot_hear_the_timestep_is_refused() {
     for dims in [&[8, 8][..], &[8, 8, 8]] {
         for message in [
             config(dims).validate().unwrap_err().to_string(),
-            UNet::new(&config(dims), parameters().builder()).unwrap_err().to_string(),
+            config(dims).build(parameters().builder()).unwrap_err().to_string(),
         ] {
             let expected =
                 format!("hidden_dims is {dims:?}; it must be more than 8 in at least one entry");
@@ -252,7 +258,7 @@ fn a_network_that_cannot_hear_the_timestep_is_refused() {
     }
     for dims in [&[8, 16][..], &[16, 8], &[16, 16], &[8, 8, 16], &[8, 16, 8], &[16, 8, 8]] {
         let parameters = parameters();
-        let unet = UNet::new(&config(dims), parameters.builder()).unwrap();
+        let unet = config(dims).build(parameters.builder()).unwrap();
         let x = ones(&[1, 1, 16, 16]).arange_like();
         let change = hearing(|t| unet.forward(&x, &Tensor::new(&[t], &Device::Cpu)?));
         assert!(change > 1e-3, "{dims:?}: {change}");
@@ -264,7 +270,7 @@ fn a_network_that_cannot_hear_the_timestep_is_refused() {
 fn of_8_and_16_channels_the_way_up_does_not_hear_the_timestep() {
     let parameters = parameters();
     let config = UNetConfig { image_size: 16, hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
-    let unet = UNet::new(&config, parameters.builder()).unwrap();
+    let unet = config.build(parameters.builder()).unwrap();
     let (x, t) =
         (ones(&[1, 1, 16, 16]).arange_like(), Tensor::new(&[500u32], &Device::Cpu).unwrap());
     let before = unet.forward(&x, &t).unwrap();
@@ -361,7 +367,7 @@ fn weights_that_round_to_finite_numbers_are_taken() {
 fn a_trainer_takes_no_weights_that_are_not_finite() {
     let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
     let parameters = parameters();
-    let _: UNet = parameters.build(&config).unwrap();
+    let _ = parameters.build(&config).unwrap();
     let mut weights: BTreeMap<_, _> =
         parameters.vars().into_iter().map(|(k, v)| (k, v.as_detached_tensor())).collect();
     let bias = weights.get_mut("out_conv.bias").unwrap();
@@ -392,7 +398,7 @@ fn a_file_of_pytorchs_own_format_is_called_that() {
 fn a_missing_weight_is_told_with_the_name_that_the_file_has() {
     let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
     let parameters = parameters();
-    let _: UNet = parameters.build(&config).unwrap();
+    let _ = parameters.build(&config).unwrap();
     let named = |prefix: &str, taken: &str| {
         let named = |(name, var): (String, Var)| {
             let name = name.strip_prefix(taken).unwrap_or(&name);
@@ -441,7 +447,7 @@ fn messages_do_not_grow_with_what_they_are_about() {
 
     let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
     let parameters = parameters();
-    let _: UNet = parameters.build(&config).unwrap();
+    let _ = parameters.build(&config).unwrap();
     let mut weights: BTreeMap<_, _> =
         parameters.vars().into_iter().map(|(k, v)| (k, v.as_detached_tensor())).collect();
     weights.insert("x".repeat(1 << 20), ones(&[1]));
@@ -496,9 +502,9 @@ impl ArangeLike for Tensor {
 #[test]
 fn wrong_shapes_are_refused() {
     let vb = parameters().builder();
-    let unet =
-        UNet::new(&UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() }, vb.pp("unet"))
-            .unwrap();
+    let unet = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() }
+        .build(vb.pp("unet"))
+        .unwrap();
     let block = ResBlock::new(8, 8, 4, vb.pp("block")).unwrap();
     let embedding = TimeEmbedding::new(4, vb.pp("time")).unwrap();
     let t = |n: usize| Tensor::zeros(n, DType::U32, &Device::Cpu).unwrap();
@@ -538,7 +544,7 @@ fn wrong_shapes_are_refused() {
 }
 
 /// A small network of these weights, of which those whose names begin so are trainable.
-fn partly_trainable(trainable: &str) -> Result<(UNet, BTreeMap<String, Var>)> {
+fn partly_trainable(trainable: &str) -> Result<(Model<UNet>, BTreeMap<String, Var>)> {
     let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
     let parameters = Parameters::new(0, DType::F32, &Device::Cpu);
     parameters.build(&config)?;
@@ -549,7 +555,7 @@ fn partly_trainable(trainable: &str) -> Result<(UNet, BTreeMap<String, Var>)> {
     let vb = VarBuilder::from_tensors(weights.collect(), DType::F32, &Device::Cpu);
     let mut vars = parameters.vars();
     vars.retain(|name, _| name.starts_with(trainable));
-    Ok((UNet::new(&config, vb)?, vars))
+    Ok((config.build(vb)?, vars))
 }
 
 #[test]
@@ -559,7 +565,7 @@ fn a_partly_trainable_network_has_the_gradients_of_that_part() -> Result<()> {
     let t = Tensor::new(&[1u32, 900], &Device::Cpu)?;
     let loss = unet.forward(&x, &t)?.sqr()?.sum_all()?;
     let by_candle = gradients(&loss, &vars)?;
-    let by_tape = unet.forward_backward(&x, &t, &Dropout::new(0, 0), &mut |y| Ok((y * 2.0)?))?;
+    let by_tape = by_tape(&unet, &x, &t, &Dropout::new(0, 0), &mut |y| Ok((y * 2.0)?))?;
     assert!(!vars.is_empty() && by_candle.len() == vars.len());
     let norm = |t: &Tensor| -> Result<f32> { Ok(t.sqr()?.sum_all()?.to_scalar::<f32>()?.sqrt()) };
     let norms = by_candle.values().map(norm).collect::<Result<Vec<_>>>()?;
@@ -578,10 +584,10 @@ fn weights_that_are_computed_pass_their_gradients_on() -> Result<()> {
     let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
     let weights = vars.iter().map(|(k, v)| Ok((k.clone(), (v.as_tensor() * 2.0)?)));
     let weights = weights.collect::<Result<_>>()?;
-    let unet = UNet::new(&config, VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu))?;
+    let unet = config.build(VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu))?;
     let x = Sampler::prior((1, 1, 28, 28), 0, &Device::Cpu)?;
     let t = Tensor::new(&[5u32], &Device::Cpu)?;
-    let found = unet.forward_backward(&x, &t, &Dropout::new(0, 0), &mut |y| Ok(y.clone()))?;
+    let found = by_tape(&unet, &x, &t, &Dropout::new(0, 0), &mut |y| Ok(y.clone()))?;
     assert!(vars.values().all(|var| found.get(var).is_some()));
     Ok(())
 }

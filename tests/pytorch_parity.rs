@@ -16,6 +16,8 @@ use ddpm::{
 };
 use serde::Deserialize;
 
+mod passes;
+
 /// How far from PyTorch a result may be.
 const OUT: f64 = 1e-5;
 const GRADIENT: f64 = 1e-4;
@@ -66,7 +68,7 @@ fn output_and_gradients(fixture: &Fixture) {
             out = Some(own);
             Ok(there(&gradient))
         };
-        trainer.model().forward_backward(&there(&x), &there(&t), &dropout, &mut gradient).unwrap()
+        passes::gradients(trainer.model(), &there(&x), &there(&t), &dropout, &mut gradient).unwrap()
     };
     let out = out.expect("an output");
     close("out", max_abs(&out, fixture.get("out_f64")), OUT);

@@ -108,7 +108,7 @@ impl SamplingArgs {
         format!("{solver}, {steps} steps, {clipped} ({whose})")
     }
 
-    pub fn model(&self, checkpoint: &Checkpoint, device: &Device) -> Result<UNet> {
+    pub fn model(&self, checkpoint: &Checkpoint, device: &Device) -> Result<ddpm::nn::Model<UNet>> {
         let model = match self.weights {
             Weights::Ema => checkpoint.ema::<UNetConfig>(device)?,
             Weights::Model => checkpoint.model::<UNetConfig>(device)?,

@@ -128,7 +128,7 @@ impl Watch {
 
     /// Draws a grid. Returns false if the user stopped it.
     fn draw_grid(&mut self, trainer: &Trainer<UNetConfig>) -> Result<bool> {
-        let UNetConfig { channels, image_size, .. } = *trainer.model().config();
+        let UNetConfig { channels, image_size, .. } = *trainer.network();
         let shape = (self.sample_count, channels, image_size, image_size);
         let model = trainer.ema_model()?;
         let total = draw::steps(&self.sampler, self.sample_count, trainer.device());

@@ -1,22 +1,16 @@
-//! How a network is computed: its layers, the engines that compute them, and the memory that they use.
+//! How a network is computed: the graph of its operations, the engines that run it, and its runtime.
 //!
-//! Feature maps are channels-last, as [`kernels`](crate::kernels) wants them.
+//! Feature maps are channels-last, as [`kernels`](crate::kernels) takes them.
 
-mod backend;
-mod cpu;
-#[cfg(feature = "cuda")]
-mod cuda;
-#[allow(clippy::module_inception)]
-mod engine;
-mod layers;
-mod pool;
+mod autograd;
+mod graph;
+mod model;
+mod pass;
+mod shapes;
+mod survey;
 mod tape;
 
-pub(crate) use backend::Backend;
-pub(crate) use cpu::Cpu;
-#[cfg(feature = "cuda")]
-pub(crate) use cuda::Cuda;
-pub(crate) use engine::{Add, Autograd, Engine, Survey, VectorActivation};
-pub(crate) use layers::{Conv2d, GROUPS, GroupNorm, Linear};
-pub(crate) use pool::Pool;
-pub(crate) use tape::{Map, Tape};
+pub(crate) use autograd::Autograd;
+pub use graph::{Engine, Graph};
+pub use model::Model;
+pub(crate) use pass::Pass;

@@ -1,5 +1,5 @@
-//! The fast way to compute a network: each operation runs a kernel on plain memory and notes how to go
-//! back through it. Memory of maps that are done with is used again.
+//! The engine of the crate's kernels: each operation runs a kernel on plain memory and records its backward pass. The
+//! memory of maps that are no longer needed is reused.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -7,27 +7,28 @@ use std::rc::Rc;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
 
-use super::backend::Backend;
-use super::engine::{Add, Engine, VectorActivation};
-use super::layers::{Conv2d, GroupNorm, Linear};
-use crate::model::TimeEmbedding;
-use crate::{Dropout, Result};
+use super::graph::{Engine, Sealed};
+use super::pass::Pass;
+use super::shapes;
+use crate::backend::maps::Maps;
+use crate::error::Result;
+use crate::layers::{Add, Conv2d, GroupNorm, Linear, Sinusoids, VectorActivation};
 
 /// A feature map (batch, height, width, channels), and its gradient on the way back.
-pub(crate) struct Map<B: Backend> {
+pub(crate) struct Map<B: Maps> {
     dims: [usize; 4],
     values: Rc<B::Buffer>,
     gradient: Gradient<B>,
 }
 
-impl<B: Backend> Clone for Map<B> {
+impl<B: Maps> Clone for Map<B> {
     fn clone(&self) -> Self {
         let Self { dims, values, gradient } = self;
         Self { dims: *dims, values: values.clone(), gradient: gradient.clone() }
     }
 }
 
-impl<B: Backend> Map<B> {
+impl<B: Maps> Map<B> {
     fn batch(&self) -> usize {
         self.dims[0]
     }
@@ -39,19 +40,19 @@ impl<B: Backend> Map<B> {
 
 /// The gradient of a map, as far as it has been summed up. Operations that need no more of a map than
 /// this keep no more of it.
-struct Gradient<B: Backend> {
+struct Gradient<B: Maps> {
     /// None where no gradient is wanted.
     sum: Option<Rc<RefCell<Option<B::Buffer>>>>,
     len: usize,
 }
 
-impl<B: Backend> Clone for Gradient<B> {
+impl<B: Maps> Clone for Gradient<B> {
     fn clone(&self) -> Self {
         Self { sum: self.sum.clone(), len: self.len }
     }
 }
 
-impl<B: Backend> Gradient<B> {
+impl<B: Maps> Gradient<B> {
     const UNWANTED: Self = Self { sum: None, len: 0 };
 
     /// Of a map of `len` values.
@@ -87,12 +88,12 @@ impl<B: Backend> Gradient<B> {
 }
 
 /// The gradients of what was added to a convolution's output.
-struct Added<B: Backend> {
+struct Added<B: Maps> {
     per_image: Gradient<B>,
     residual: Gradient<B>,
 }
 
-impl<B: Backend> Added<B> {
+impl<B: Maps> Added<B> {
     fn new(add: &Add<'_, Map<B>>) -> Self {
         let gradient =
             |map: Option<&Map<B>>| map.map_or(Gradient::UNWANTED, |m| m.gradient.clone());
@@ -101,29 +102,30 @@ impl<B: Backend> Added<B> {
 }
 
 /// How to go back through an operation, from its output's gradient.
-type Backward<'n, B> = Box<dyn FnOnce(&Tape<'n, B>, <B as Backend>::Buffer) -> Result<()> + 'n>;
+type Backward<'n, B> = Box<dyn FnOnce(&Tape<'n, '_, B>, <B as Maps>::Buffer) -> Result<()> + 'n>;
 
 /// An operation's output, and how to go back through it.
 type Node<'n, B> = (Gradient<B>, Backward<'n, B>);
 
-/// The network's operations by the kernels of a [`Backend`].
-pub(crate) struct Tape<'n, B: Backend> {
+/// The operations of a network by the kernels of a backend.
+pub(crate) struct Tape<'n, 'p, B: Maps> {
     backend: B,
-    /// None where nothing is noted, since there will be no way back.
+    pass: Pass<'p>,
+    /// The operations of a pass that will be followed by a backward pass.
     nodes: Option<RefCell<Vec<Node<'n, B>>>>,
-    /// The gradients of weights, as far as the way back has led.
+    /// The gradients of weights that the backward pass has computed so far.
     weights: RefCell<Vec<(&'n Tensor, Tensor)>>,
 }
 
-impl<'n, B: Backend + 'n> Tape<'n, B> {
-    /// For a pass that is to be followed by [`backward`](Self::backward).
-    pub fn recording(backend: B) -> Self {
-        Self { nodes: Some(RefCell::default()), ..Self::forgetful(backend) }
+impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
+    /// Creates a tape for a pass that will be followed by [`backward`](Self::backward).
+    pub fn recording(backend: B, pass: Pass<'p>) -> Self {
+        Self { nodes: Some(RefCell::default()), ..Self::forgetful(backend, pass) }
     }
 
-    /// For a pass forward only.
-    pub fn forgetful(backend: B) -> Self {
-        Self { backend, nodes: None, weights: RefCell::default() }
+    /// Creates a tape for a forward pass only.
+    pub fn forgetful(backend: B, pass: Pass<'p>) -> Self {
+        Self { backend, pass, nodes: None, weights: RefCell::default() }
     }
 
     /// A map of images (batch, channels, height, width), which needs no gradient.
@@ -138,14 +140,7 @@ impl<'n, B: Backend + 'n> Tape<'n, B> {
         self.backend.to_images(map.dims, &map.values)
     }
 
-    /// The sinusoids of timesteps (batch).
-    pub fn sinusoids(&self, embedding: &TimeEmbedding, t: &Tensor) -> Result<Map<B>> {
-        let dims = [t.dim(0)?, 1, 1, embedding.dim()];
-        let values = Rc::new(self.backend.sinusoids(embedding, t)?);
-        Ok(Map { dims, values, gradient: Gradient::UNWANTED })
-    }
-
-    /// Goes back from the output `y`, with its gradient as images: the gradients of all weights.
+    /// Computes the gradients of all weights from the gradient of the output `y`, given as images.
     pub fn backward(&self, y: Map<B>, dy: &Tensor) -> Result<GradStore> {
         y.gradient.add(&self.backend, self.backend.images(dy)?)?;
         drop(y);
@@ -168,12 +163,12 @@ impl<'n, B: Backend + 'n> Tape<'n, B> {
         Ok(gradients)
     }
 
-    /// An operation's output; `backward` is kept if there is a way back.
+    /// Returns the output of an operation, and keeps `backward` in a recording pass.
     fn output(
         &self,
         dims: [usize; 4],
         values: B::Buffer,
-        backward: impl FnOnce(&Self, B::Buffer) -> Result<()> + 'n,
+        backward: impl FnOnce(&Tape<'n, '_, B>, B::Buffer) -> Result<()> + 'n,
     ) -> Map<B> {
         let mut gradient = Gradient::UNWANTED;
         if let Some(nodes) = &self.nodes {
@@ -183,7 +178,7 @@ impl<'n, B: Backend + 'n> Tape<'n, B> {
         Map { dims, values: Rc::new(values), gradient }
     }
 
-    fn note(&self, weights: [&'n Tensor; 2], gradients: [Tensor; 2]) {
+    fn record(&self, weights: [&'n Tensor; 2], gradients: [Tensor; 2]) {
         self.weights.borrow_mut().extend(weights.into_iter().zip(gradients));
     }
 
@@ -199,21 +194,30 @@ impl<'n, B: Backend + 'n> Tape<'n, B> {
         let wanted = per_image.sum.is_some();
         let (gradients, of_images) =
             self.backend.convolve_weight_gradients(conv, dims, x, dy, wanted)?;
-        self.note([&conv.weight, &conv.bias], gradients);
+        self.record([&conv.weight, &conv.bias], gradients);
         of_images.map_or(Ok(()), |d| per_image.add(&self.backend, d))
     }
 }
 
-/// What is added, as the backend takes it.
-fn plain<'a, B: Backend>(add: &Add<'a, Map<B>>) -> Add<'a, B::Buffer> {
+/// Checks the operands of a convolution.
+fn check<B: Maps>(conv: &Conv2d, x: &Map<B>, add: &Add<'_, Map<B>>) -> Result<()> {
+    let dims = |map: Option<&Map<B>>| map.map(|map| map.dims.into());
+    shapes::conv(conv, x.dims.into(), dims(add.per_image), dims(add.residual))
+}
+
+/// The values that are added to a convolution, as the backend takes them.
+fn plain<'a, B: Maps>(add: &Add<'a, Map<B>>) -> Add<'a, B::Buffer> {
     let values = |map: &'a Map<B>| &*map.values;
     Add { per_image: add.per_image.map(values), residual: add.residual.map(values) }
 }
 
-impl<'n, B: Backend + 'n> Engine<'n> for Tape<'n, B> {
+impl<B: Maps> Sealed for Tape<'_, '_, B> {}
+
+impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
     type Map = Map<B>;
 
-    fn conv(&self, conv: &'n Conv2d, x: &Map<B>, add: Add<'_, Map<B>>) -> Result<Map<B>> {
+    fn conv_add(&self, conv: &'n Conv2d, x: &Map<B>, add: Add<'_, Map<B>>) -> Result<Map<B>> {
+        check(conv, x, &add)?;
         let (dims, y) = self.backend.convolve(conv, x.dims, &x.values, plain(&add))?;
         let (x, added) = (x.clone(), Added::new(&add));
         Ok(self.output(dims, y, move |tape, dy| {
@@ -226,13 +230,15 @@ impl<'n, B: Backend + 'n> Engine<'n> for Tape<'n, B> {
         }))
     }
 
-    fn norm_conv(
+    fn norm_conv_add(
         &self,
         norm: &'n GroupNorm,
         conv: &'n Conv2d,
         x: &Map<B>,
         add: Add<'_, Map<B>>,
     ) -> Result<Map<B>> {
+        shapes::norm(norm, x.dims.into())?;
+        check(conv, x, &add)?;
         let (n, statistics) = self.backend.normalize(norm, x.dims, &x.values)?;
         let (dims, y) = self.backend.convolve(conv, x.dims, &n, plain(&add))?;
         let (x, added) = (x.clone(), Added::new(&add));
@@ -254,23 +260,26 @@ impl<'n, B: Backend + 'n> Engine<'n> for Tape<'n, B> {
                 &mut dn,
                 there.as_ref(),
             )?;
-            tape.note([&norm.weight, &norm.bias], gradients);
+            tape.record([&norm.weight, &norm.bias], gradients);
             x.gradient.add(backend, dn)
         }))
     }
 
     fn linear(&self, f: VectorActivation, linear: &'n Linear, x: &Map<B>) -> Result<Map<B>> {
+        shapes::linear(linear, x.dims.into())?;
         let y = self.backend.linear(f, linear, x.batch(), &x.values)?;
         let x = x.clone();
         Ok(self.output([x.batch(), 1, 1, linear.bias.elem_count()], y, move |tape, dy| {
             let (dx, gradients) =
                 tape.backend.linear_backward(f, linear, x.batch(), &x.values, &dy)?;
-            tape.note([&linear.weight, &linear.bias], gradients);
+            tape.record([&linear.weight, &linear.bias], gradients);
             x.gradient.add(&tape.backend, dx)
         }))
     }
 
-    fn drop_maps(&self, x: &Map<B>, dropout: &Dropout, layer: u16, p: f64) -> Result<Map<B>> {
+    fn drop_maps(&self, x: &Map<B>, layer: u16, p: f64) -> Result<Map<B>> {
+        shapes::probability(p)?;
+        let Some(dropout) = self.pass.dropout else { return Ok(x.clone()) };
         let mask = self.backend.mask(dropout, layer, x.dims, p)?;
         let y = self.backend.scale_maps(x.dims, &x.values, &mask)?;
         // Of `x` no more than its gradient is needed.
@@ -281,6 +290,7 @@ impl<'n, B: Backend + 'n> Engine<'n> for Tape<'n, B> {
     }
 
     fn concatenate(&self, a: &Map<B>, b: &Map<B>) -> Result<Map<B>> {
+        shapes::concatenation(a.dims.into(), b.dims.into())?;
         let [batch, h, w, _] = a.dims;
         let (pixels, channels) = (batch * h * w, [a.channels(), b.channels()]);
         let y = self.backend.concatenate(pixels, channels, [&a.values, &b.values])?;
@@ -292,6 +302,7 @@ impl<'n, B: Backend + 'n> Engine<'n> for Tape<'n, B> {
     }
 
     fn attention(&self, qkv: &Map<B>) -> Result<Map<B>> {
+        shapes::attention(qkv.dims.into())?;
         let [batch, h, w, c] = qkv.dims;
         let y = self.backend.attention(qkv.dims, &qkv.values)?;
         let qkv = qkv.clone();
@@ -299,5 +310,12 @@ impl<'n, B: Backend + 'n> Engine<'n> for Tape<'n, B> {
             let d = tape.backend.attention_backward(qkv.dims, &qkv.values, &dy)?;
             qkv.gradient.add(&tape.backend, d)
         }))
+    }
+
+    fn sinusoids(&self, sinusoids: &Sinusoids) -> Result<Map<B>> {
+        let t = self.pass.timesteps()?;
+        let dims = [t.dim(0)?, 1, 1, sinusoids.dim()];
+        let values = Rc::new(self.backend.sinusoids(sinusoids, t)?);
+        Ok(Map { dims, values, gradient: Gradient::UNWANTED })
     }
 }

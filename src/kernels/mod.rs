@@ -16,6 +16,7 @@ mod tests;
 
 use candle_core::{Result, Tensor};
 
+pub use cpu::Activation;
 pub(crate) use cpu::*;
 
 /// (batch, channels, height, width) to (batch, height, width, channels).

@@ -1,19 +1,25 @@
 use candle_nn::VarBuilder;
 
-use crate::Result;
-use crate::engine::{Add, Engine};
-use crate::engine::{Conv2d, GroupNorm};
+use crate::engine::Engine;
+use crate::error::Result;
 use crate::kernels::Activation;
+use crate::layers::{Add, Conv2d, GroupNorm};
 
-/// Self-attention with one head over all positions of a feature map, added to it.
+/// Self-attention with one head over all positions of a feature map, after GroupNorm, added to the map. Vaswani et al.
+/// 2017; Ho et al. 2020, appendix B.
 #[derive(Debug, Clone)]
-pub(crate) struct Attention {
+pub struct Attention {
     norm: GroupNorm,
     qkv: Conv2d,
     proj: Conv2d,
 }
 
 impl Attention {
+    /// Creates an attention over maps with this number of channels, a multiple of 8.
+    ///
+    /// # Errors
+    /// Returns an error if `channels` is not a multiple of 8 from 8 to 65,536, if the dtype of `vb` is neither f32 nor
+    /// f64, or if `vb` cannot supply a weight.
     pub fn new(channels: usize, vb: VarBuilder) -> Result<Self> {
         Ok(Self {
             norm: GroupNorm::new(channels, Activation::None, vb.pp("norm"))?,
@@ -22,9 +28,13 @@ impl Attention {
         })
     }
 
+    /// Computes a map of the shape of `x`.
+    ///
+    /// # Errors
+    /// Returns an error if `x` has another number of channels.
     pub fn run<'n, E: Engine<'n>>(&'n self, engine: &E, x: &E::Map) -> Result<E::Map> {
-        let qkv = engine.norm_conv(&self.norm, &self.qkv, x, Add::NOTHING)?;
+        let qkv = engine.norm_conv(&self.norm, &self.qkv, x)?;
         let y = engine.attention(&qkv)?;
-        engine.conv(&self.proj, &y, Add { residual: Some(x), ..Add::NOTHING })
+        engine.conv_add(&self.proj, &y, Add::residual(x))
     }
 }

@@ -1,38 +1,20 @@
-//! The network: `TimeEmbedding`, `ResBlock`, `UNet` and their parts.
+//! Networks: `TimeEmbedding`, `ResBlock`, `UNet` and their parts, and their weights by name.
 //!
-//! Public `forward`s take images (batch, channels, height, width); between the parts, feature maps
-//! stay channels-last, as [`kernels`](crate::kernels) wants them.
+//! Public `forward`s take images (batch, channels, height, width); between the parts, feature maps stay channels-last.
 
 mod attention;
-mod denoiser;
 mod network;
+mod parameters;
 mod res_block;
+pub(crate) mod tensor_file;
 mod time_embedding;
 mod unet;
 mod unet_config;
 
-use candle_core::DType;
-use candle_nn::VarBuilder;
-
-use crate::{Error, Result};
-
-pub(crate) use denoiser::backward_by_autograd;
-pub use denoiser::{Denoiser, from_fn};
-pub use network::{Network, Parameters};
-pub(crate) use network::{missing, open_regular, read_regular, tensors_of};
+pub use attention::Attention;
+pub use network::Network;
+pub use parameters::Parameters;
 pub use res_block::ResBlock;
 pub use time_embedding::TimeEmbedding;
 pub use unet::UNet;
 pub use unet_config::UNetConfig;
-
-/// The dtype of the weights that come from `vb`.
-///
-/// # Errors
-/// Unless it is f32 or f64: in half precision candle's sums on the CPU stay in half precision, where
-/// 300 ones make 256.
-fn weights_dtype(vb: &VarBuilder) -> Result<DType> {
-    match vb.dtype() {
-        dtype @ (DType::F32 | DType::F64) => Ok(dtype),
-        dtype => Err(Error::config("dtype", dtype.as_str(), "f32 or f64")),
-    }
-}

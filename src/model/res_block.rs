@@ -1,11 +1,13 @@
 use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 
-use super::weights_dtype;
-use crate::engine::{Add, Autograd, Engine, VectorActivation};
-use crate::engine::{Conv2d, GROUPS, GroupNorm, Linear};
+use crate::engine::{Autograd, Engine, Pass};
+use crate::error::{Error, Result};
 use crate::kernels::{self, Activation};
-use crate::{Dropout, Error, Result};
+use crate::layers::{
+    Add, Conv2d, GroupNorm, Linear, MAX_CHANNELS, VectorActivation, weights_dtype,
+};
+use crate::random::Dropout;
 
 /// Two convolutions, each after GroupNorm and SiLU, with the time embedding added between them and
 /// the input added at the end. Ho et al. 2020, appendix B.
@@ -35,16 +37,7 @@ impl ResBlock {
     /// Returns an error if a number of channels is not a multiple of 8 from 8 to 65536, if `time_dim` is not from 1 to
     /// 65536, if the dtype of `vb` is neither f32 nor f64, or if `vb` cannot supply a weight.
     pub fn new(input: usize, output: usize, time_dim: usize, vb: VarBuilder) -> Result<Self> {
-        for channels in [input, output] {
-            if !(GROUPS..=1 << 16).contains(&channels) || !channels.is_multiple_of(GROUPS) {
-                return Err(Error::config(
-                    "channels",
-                    channels,
-                    "a multiple of 8, from 8 to 65536",
-                ));
-            }
-        }
-        if !(1..=1 << 16).contains(&time_dim) {
+        if !(1..=MAX_CHANNELS).contains(&time_dim) {
             return Err(Error::config("time_dim", time_dim, "from 1 to 65536"));
         }
         let dtype = weights_dtype(&vb)?;
@@ -101,30 +94,32 @@ impl ResBlock {
             }
         }
         let (x, time) = (kernels::to_channels_last(x)?, t_emb.unsqueeze(1)?.unsqueeze(1)?);
-        Ok(kernels::to_channels_first(&self.run(&Autograd, &x, &time, dropout)?)?)
+        let engine = Autograd::new(Pass { t: None, dropout }, self.dtype);
+        Ok(kernels::to_channels_first(&self.run(&engine, &x, &time)?)?)
     }
 
-    /// As [`forward`](Self::forward), with the engine's maps.
-    pub(crate) fn run<'n, E: Engine<'n>>(
+    /// Computes [`forward`](Self::forward) with the maps of an engine: `x` (batch, height, width, in) and the time
+    /// embedding `t_emb` (batch, 1, 1, time_dim).
+    ///
+    /// # Errors
+    /// Returns an error if a shape does not fit.
+    pub fn run<'n, E: Engine<'n>>(
         &'n self,
         engine: &E,
         x: &E::Map,
         t_emb: &E::Map,
-        dropout: Option<&Dropout>,
     ) -> Result<E::Map> {
         // Computed first, so that in the backward pass its gradient is added to that of the other path. The
         // opposite order would need memory for both gradients.
         let shortcut = match &self.shortcut {
-            Some(shortcut) => &engine.conv(shortcut, x, Add::NOTHING)?,
+            Some(shortcut) => &engine.conv(shortcut, x)?,
             None => x,
         };
         let time = engine.linear(VectorActivation::Silu, &self.time, t_emb)?;
-        let add = Add { per_image: Some(&time), residual: None };
-        let mut h = engine.norm_conv(&self.norm1, &self.conv1, x, add)?;
-        if let (Some((p, layer)), Some(dropout)) = (self.dropout, dropout) {
-            h = engine.drop_maps(&h, dropout, layer, p)?;
+        let mut h = engine.norm_conv_add(&self.norm1, &self.conv1, x, Add::per_image(&time))?;
+        if let Some((p, layer)) = self.dropout {
+            h = engine.drop_maps(&h, layer, p)?;
         }
-        let add = Add { per_image: None, residual: Some(shortcut) };
-        engine.norm_conv(&self.norm2, &self.conv2, &h, add)
+        engine.norm_conv_add(&self.norm2, &self.conv2, &h, Add::residual(shortcut))
     }
 }

@@ -1,11 +1,10 @@
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 
-use super::weights_dtype;
-use crate::engine::Linear;
-use crate::engine::{Autograd, Engine, VectorActivation};
+use crate::engine::{Autograd, Engine, Pass};
+use crate::error::{Error, Result};
+use crate::layers::{Linear, Sinusoids, VectorActivation, weights_dtype};
 use crate::process::check_timesteps;
-use crate::{Error, Result};
 
 /// An embedding of the timestep: sines and cosines at geometrically decreasing frequencies (Vaswani et al. 2017),
 /// then Linear, GELU, Linear.
@@ -22,7 +21,7 @@ use crate::{Error, Result};
 /// ```
 #[derive(Debug, Clone)]
 pub struct TimeEmbedding {
-    frequencies: Vec<f64>,
+    sinusoids: Sinusoids,
     hidden: Linear,
     output: Linear,
     dtype: DType,
@@ -37,11 +36,9 @@ impl TimeEmbedding {
     pub fn new(dim: usize, vb: VarBuilder) -> Result<Self> {
         check_dim(dim)?;
         let dtype = weights_dtype(&vb)?;
-        let half = dim / 2;
-        let decay = decay(half);
         let vb = vb.pp("mlp");
         Ok(Self {
-            frequencies: (0..half).map(|i| libm::exp(-decay * i as f64)).collect(),
+            sinusoids: Sinusoids::new(dim / 2),
             hidden: Linear::new(dim, 4 * dim, vb.pp("0"))?,
             output: Linear::new(4 * dim, dim, vb.pp("2"))?,
             dtype,
@@ -59,46 +56,19 @@ impl TimeEmbedding {
             return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });
         };
         check_timesteps(t, batch, None)?;
-        let embedding = self.sinusoids(t)?.unsqueeze(1)?.unsqueeze(1)?;
-        Ok(self.run(&Autograd, &embedding)?.flatten_from(1)?)
+        let engine = Autograd::new(Pass { t: Some(t), dropout: None }, self.dtype);
+        Ok(self.run(&engine)?.flatten_from(1)?)
     }
 
-    pub(crate) fn dim(&self) -> usize {
-        2 * self.frequencies.len()
-    }
-
-    /// The k-th frequency is `exp(-decay * k)`.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn decay(&self) -> f64 {
-        decay(self.frequencies.len())
-    }
-
-    /// Computes [`forward`](Self::forward) from the [`sinusoids`](Self::sinusoids).
-    pub(crate) fn run<'n, E: Engine<'n>>(
-        &'n self,
-        engine: &E,
-        embedding: &E::Map,
-    ) -> Result<E::Map> {
-        let hidden = engine.linear(VectorActivation::None, &self.hidden, embedding)?;
+    /// Computes the embedding of the timesteps of the engine's pass, a batch of vectors.
+    ///
+    /// # Errors
+    /// Returns the errors of the engine.
+    pub fn run<'n, E: Engine<'n>>(&'n self, engine: &E) -> Result<E::Map> {
+        let sinusoids = engine.sinusoids(&self.sinusoids)?;
+        let hidden = engine.linear(VectorActivation::None, &self.hidden, &sinusoids)?;
         engine.linear(VectorActivation::Gelu, &self.output, &hidden)
     }
-
-    /// Computes `[sin | cos]` of `t` times each frequency: (batch, dim), in the dtype of the weights. `t` must have
-    /// been [checked](check_timesteps).
-    pub(crate) fn sinusoids(&self, t: &Tensor) -> Result<Tensor> {
-        // In half precision the phase would be wrong by 0.1 rad. Metal has no f64, not even to cast from.
-        let dtype = if t.device().is_metal() { DType::F32 } else { DType::F64 };
-        let frequencies = Tensor::new(self.frequencies.as_slice(), &Device::Cpu)?
-            .to_dtype(dtype)?
-            .to_device(t.device())?;
-        let angles = t.to_dtype(dtype)?.unsqueeze(1)?.broadcast_mul(&frequencies.unsqueeze(0)?)?;
-        Ok(Tensor::cat(&[angles.sin()?, angles.cos()?], 1)?.to_dtype(self.dtype)?)
-    }
-}
-
-/// The decay for `half` frequencies. With Ho's divisor, the last frequency is exactly 1 / 10000.
-fn decay(half: usize) -> f64 {
-    libm::log(10000.0) / (half - 1) as f64
 }
 
 pub(crate) fn check_dim(dim: usize) -> Result<()> {

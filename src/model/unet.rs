@@ -1,41 +1,30 @@
 use std::fmt;
-use std::sync::Arc;
 
-#[cfg(feature = "cuda")]
-use candle_core::Device;
-use candle_core::backprop::GradStore;
-use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 
 use super::attention::Attention;
-use super::{ResBlock, TimeEmbedding, UNetConfig, weights_dtype};
-use crate::engine::Backend;
-use crate::engine::Cpu;
-#[cfg(feature = "cuda")]
-use crate::engine::Cuda;
-use crate::engine::Pool;
-use crate::engine::{Add, Autograd, Engine, Survey};
-use crate::engine::{Conv2d, GroupNorm};
-use crate::engine::{Map, Tape};
-use crate::kernels::{self, Activation, Scale};
-use crate::model::backward_by_autograd;
-use crate::process::check_timesteps;
-use crate::{Denoiser, Dropout, Error, Network, Precision, Result};
+use super::network::Network;
+use super::res_block::ResBlock;
+use super::time_embedding::TimeEmbedding;
+use super::unet_config::UNetConfig;
+use crate::engine::{Engine, Graph, Model};
+use crate::error::{Error, Result};
+use crate::kernels::Activation;
+use crate::layers::{Conv2d, GroupNorm};
 
 /// The network of the paper: a U-Net (Ronneberger et al. 2015) of residual blocks with a time embedding, and with
 /// self-attention at low resolution. Ho et al. 2020, appendix B.
 ///
 /// There is one skip connection per level, taken before the size is halved. Weights have the names of the reference
 /// implementation in PyTorch, so that files can be exchanged in both directions; see the chapter [the
-/// network](crate::docs::network).
+/// network](crate::docs::network). `UNet` is the [`Graph`]; [`UNetConfig`] builds a [`Model`] of it.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
-/// use ddpm::{Denoiser, Parameters, UNet, UNetConfig};
+/// use ddpm::{Denoiser, Parameters, UNetConfig};
 ///
 /// let config = UNetConfig { hidden_dims: vec![16, 32], ..UNetConfig::mnist() };
-/// let parameters = Parameters::new(0, DType::F32, &Device::Cpu);
-/// let unet = UNet::new(&config, parameters.builder())?;
+/// let unet = Parameters::new(0, DType::F32, &Device::Cpu).build(&config)?;
 /// let x_t = Tensor::zeros((2, 1, 28, 28), DType::F32, &Device::Cpu)?;
 /// let t = Tensor::new(&[10u32, 900], &Device::Cpu)?;
 /// assert_eq!(unet.forward(&x_t, &t)?.dims(), [2, 1, 28, 28]);
@@ -44,8 +33,6 @@ use crate::{Denoiser, Dropout, Error, Network, Precision, Result};
 #[derive(Clone)]
 pub struct UNet {
     config: UNetConfig,
-    dtype: DType,
-    precision: Precision,
     time_mlp: TimeEmbedding,
     init_conv: Conv2d,
     down_blocks: Vec<DownBlock>,
@@ -53,17 +40,11 @@ pub struct UNet {
     up_blocks: Vec<UpBlock>,
     out_norm: GroupNorm,
     out_conv: Conv2d,
-    /// Memory for the maps of the CPU's kernels, and for gradients, reused from one pass to the next.
-    pool: Arc<Pool>,
 }
 
 impl fmt::Debug for UNet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("UNet")
-            .field("config", &self.config)
-            .field("dtype", &self.dtype)
-            .field("precision", &self.precision)
-            .finish_non_exhaustive()
+        f.debug_struct("UNet").field("config", &self.config).finish_non_exhaustive()
     }
 }
 
@@ -76,8 +57,6 @@ impl UNet {
     /// nor f64, or if `vb` lacks a weight.
     pub fn new(config: &UNetConfig, vb: VarBuilder) -> Result<Self> {
         config.validate()?;
-        kernels::check_limit()?;
-        let dtype = weights_dtype(&vb)?;
         let dims = &config.hidden_dims;
         let attend = |level: usize| config.attention_resolutions.contains(&level);
         let mut blocks = Blocks { time_dim: config.time_dim, dropout: config.dropout, layer: 0 };
@@ -90,8 +69,7 @@ impl UNet {
                 res1: blocks.res(input, output, vb.pp("res1"))?,
                 res2: blocks.res(output, output, vb.pp("res2"))?,
                 attn: attend(level).then(|| Attention::new(output, vb.pp("attn"))).transpose()?,
-                downsample: Conv2d::new(output, output, 3, vb.pp("downsample"))?
-                    .with_scale(Scale::Stride(2)),
+                downsample: Conv2d::new(output, output, 3, vb.pp("downsample"))?.downsampling(),
             });
         }
 
@@ -107,8 +85,7 @@ impl UNet {
             let (input, output, vb) =
                 (dims[level + 1], dims[level], vb.pp(format!("up_blocks.{i}")));
             up_blocks.push(UpBlock {
-                upsample: Conv2d::new(input, input, 3, vb.pp("upsample"))?
-                    .with_scale(Scale::Upsample),
+                upsample: Conv2d::new(input, input, 3, vb.pp("upsample"))?.upsampling(),
                 res1: blocks.res(2 * input, output, vb.pp("res1"))?,
                 res2: blocks.res(output, output, vb.pp("res2"))?,
                 attn: attend(level).then(|| Attention::new(output, vb.pp("attn"))).transpose()?,
@@ -117,8 +94,6 @@ impl UNet {
 
         Ok(Self {
             config: config.clone(),
-            dtype,
-            precision: Precision::Highest,
             time_mlp: TimeEmbedding::new(config.time_dim, vb.pp("time_mlp"))?,
             init_conv: Conv2d::new(config.channels, dims[0], 3, vb.pp("init_conv"))?,
             down_blocks,
@@ -126,233 +101,53 @@ impl UNet {
             up_blocks,
             out_norm: GroupNorm::new(dims[0], Activation::Silu, vb.pp("out_norm"))?,
             out_conv: Conv2d::new(dims[0], config.channels, 3, vb.pp("out_conv"))?,
-            pool: Arc::default(),
         })
-    }
-
-    /// Sets the precision of products in the crate's kernels. The default is [`Precision::Highest`].
-    ///
-    /// The kernels are used without gradients, and by [`forward_backward`](Denoiser::forward_backward), with f32
-    /// weights on the CPU or on a CUDA device.
-    ///
-    /// # Errors
-    /// Returns an error if this build, or the device or dtype of the network, does not support the precision.
-    pub fn with_precision(self, precision: Precision) -> Result<Self> {
-        precision.validate()?;
-        if precision.is_half() && !self.has_tape(&self.init_conv.weight) {
-            let expected = format!(
-                "highest or high: {precision} is for networks of f32 weights on the CPU or a CUDA device"
-            );
-            return Err(Error::config("precision", precision, expected));
-        }
-        if precision == Precision::F16 && !self.init_conv.weight.device().is_cuda() {
-            let expected =
-                "highest, high or bf16 on the CPU: f16 is for CUDA devices (feature `cuda`)";
-            return Err(Error::config("precision", precision, expected));
-        }
-        #[cfg(feature = "cuda")]
-        if let device @ Device::Cuda(_) = self.init_conv.weight.device() {
-            crate::kernels::cuda::Gpu::of(device)?.check(precision)?;
-        }
-        Ok(Self { precision, ..self })
     }
 
     /// The configuration of the network.
     pub fn config(&self) -> &UNetConfig {
         &self.config
     }
-
-    /// # Errors
-    /// Returns an error if the shapes or dtypes of `x_t` and `t` do not fit the network.
-    fn check(&self, x_t: &Tensor, t: &Tensor) -> Result<()> {
-        let UNetConfig { channels, image_size, .. } = self.config;
-        if x_t.rank() != 4 || x_t.dims()[1..] != [channels, image_size, image_size] {
-            let expected = format!("(batch, {channels}, {image_size}, {image_size})");
-            return Err(Error::Shape { what: "x_t", found: x_t.dims().to_vec(), expected });
-        }
-        let batch = x_t.dim(0)?;
-        if batch == 0 {
-            let expected = "a batch of at least one image".to_string();
-            return Err(Error::Shape { what: "x_t", found: x_t.dims().to_vec(), expected });
-        }
-        if !x_t.dtype().is_float() {
-            return Err(Error::config(
-                "dtype of x_t",
-                x_t.dtype().as_str(),
-                "a floating-point dtype",
-            ));
-        }
-        check_timesteps(t, batch, None)
-    }
-
-    /// The network itself: from a channels-last `x_t` and the timesteps' sinusoids.
-    fn run<'n, E: Engine<'n>>(
-        &'n self,
-        engine: &E,
-        x_t: &E::Map,
-        sinusoids: &E::Map,
-        dropout: Option<&Dropout>,
-    ) -> Result<E::Map> {
-        let t_emb = self.time_mlp.run(engine, sinusoids)?;
-        let mut x = engine.conv(&self.init_conv, x_t, Add::NOTHING)?;
-        let mut skips = Vec::with_capacity(self.down_blocks.len());
-        for block in &self.down_blocks {
-            let skip = block.run(engine, &x, &t_emb, dropout)?;
-            x = engine.conv(&block.downsample, &skip, Add::NOTHING)?;
-            skips.push(skip);
-        }
-        x = self.bottleneck.run(engine, &x, &t_emb, dropout)?;
-        for (block, skip) in self.up_blocks.iter().zip(skips.into_iter().rev()) {
-            x = block.run(engine, &x, &skip, &t_emb, dropout)?;
-        }
-        engine.norm_conv(&self.out_norm, &self.out_conv, &x, Add::NOTHING)
-    }
-
-    fn forward_autograd(
-        &self,
-        x_t: &Tensor,
-        t: &Tensor,
-        dropout: Option<&Dropout>,
-    ) -> Result<Tensor> {
-        self.check(x_t, t)?;
-        let x = kernels::to_channels_last(&x_t.to_dtype(self.dtype)?)?;
-        let sinusoids = self.time_mlp.sinusoids(t)?.unsqueeze(1)?.unsqueeze(1)?;
-        let y = self.run(&Autograd, &x, &sinusoids, dropout)?;
-        Ok(kernels::to_channels_first(&y)?.to_dtype(x_t.dtype())?)
-    }
-
-    /// The output on a tape: its map, and as images.
-    fn run_on<'n, B: Backend + 'n>(
-        &'n self,
-        tape: &Tape<'n, B>,
-        x_t: &Tensor,
-        t: &Tensor,
-        dropout: Option<&Dropout>,
-    ) -> Result<(Map<B>, Tensor)> {
-        let (x, sinusoids) = (tape.images(x_t)?, tape.sinusoids(&self.time_mlp, t)?);
-        let y = self.run(tape, &x, &sinusoids, dropout)?;
-        let output = tape.to_images(&y)?.to_dtype(x_t.dtype())?;
-        Ok((y, output))
-    }
-
-    /// The kernels of the CUDA device that the weights are on.
-    #[cfg(feature = "cuda")]
-    fn cuda(&self) -> Result<Cuda<'_>> {
-        let gpu = kernels::cuda::Gpu::of(self.init_conv.weight.device())?;
-        Ok(Cuda::new(gpu, &self.pool, self.precision))
-    }
-
-    /// Forward without a way back, by a backend's kernels.
-    fn forward_on<B: Backend>(&self, backend: B, x_t: &Tensor, t: &Tensor) -> Result<Tensor> {
-        Ok(self.run_on(&Tape::forgetful(backend), x_t, t, None)?.1)
-    }
-
-    /// Forward and back, by a backend's kernels.
-    fn forward_backward_on<B: Backend>(
-        &self,
-        backend: B,
-        x_t: &Tensor,
-        t: &Tensor,
-        dropout: &Dropout,
-        d_output: &mut (dyn FnMut(&Tensor) -> Result<Tensor> + Send),
-    ) -> Result<GradStore> {
-        let tape = Tape::recording(backend);
-        let (y, output) = self.run_on(&tape, x_t, t, Some(dropout))?;
-        let d_output = d_output(&output)?;
-        if d_output.dims() != output.dims() {
-            let expected = format!("{:?}, that of the output", output.dims());
-            let found = d_output.dims().to_vec();
-            return Err(Error::Shape { what: "the output's gradient", found, expected });
-        }
-        tape.backward(y, &d_output)
-    }
-
-    #[cfg(test)]
-    pub(crate) fn pool(&self) -> &Pool {
-        &self.pool
-    }
-
-    fn survey(&self) -> Result<Survey> {
-        let survey = Survey::default();
-        self.run(&survey, &(), &(), None)?;
-        Ok(survey)
-    }
-
-    /// Whether a tape can compute the network: it knows f32 alone, on the CPU and CUDA devices.
-    fn has_tape(&self, x_t: &Tensor) -> bool {
-        let (device, own) = (x_t.device(), self.init_conv.weight.device());
-        let known = device.is_cpu() || cfg!(feature = "cuda") && device.is_cuda();
-        self.dtype == DType::F32 && known && device.same_device(own)
-    }
 }
 
-impl Denoiser for UNet {
-    fn forward(&self, x_t: &Tensor, t: &Tensor) -> Result<Tensor> {
-        let survey = self.survey()?;
-        if x_t.track_op() || survey.trainable.get() || !self.has_tape(x_t) {
-            return self.forward_autograd(x_t, t, None);
+impl Graph for UNet {
+    fn run<'n, E: Engine<'n>>(&'n self, engine: &E, x_t: &E::Map) -> Result<E::Map> {
+        let t_emb = self.time_mlp.run(engine)?;
+        let mut x = engine.conv(&self.init_conv, x_t)?;
+        let mut skips = Vec::with_capacity(self.down_blocks.len());
+        for block in &self.down_blocks {
+            let skip = block.run(engine, &x, &t_emb)?;
+            x = engine.conv(&block.downsample, &skip)?;
+            skips.push(skip);
         }
-        self.check(x_t, t)?;
-        #[cfg(feature = "cuda")]
-        if x_t.device().is_cuda() {
-            return self.forward_on(self.cuda()?, x_t, t);
+        x = self.bottleneck.run(engine, &x, &t_emb)?;
+        for (block, skip) in self.up_blocks.iter().zip(skips.into_iter().rev()) {
+            x = block.run(engine, &x, &skip, &t_emb)?;
         }
-        Pool::among_threads(|| {
-            let backend = Cpu::new(&self.pool, self.precision, x_t.dim(0)?, false);
-            self.forward_on(backend, x_t, t)
-        })
+        engine.norm_conv(&self.out_norm, &self.out_conv, &x)
     }
 
-    fn forward_train(&self, x_t: &Tensor, t: &Tensor, dropout: &Dropout) -> Result<Tensor> {
-        self.forward_autograd(x_t, t, Some(dropout))
-    }
-
-    fn forward_backward(
-        &self,
-        x_t: &Tensor,
-        t: &Tensor,
-        dropout: &Dropout,
-        d_output: &mut (dyn FnMut(&Tensor) -> Result<Tensor> + Send),
-    ) -> Result<GradStore> {
-        // Of weights that are computed from others, candle knows how to go on.
-        if x_t.track_op() || self.survey()?.derived.get() || !self.has_tape(x_t) {
-            return backward_by_autograd(self, x_t, t, dropout, d_output);
+    fn check_images(&self, channels: usize, height: usize, width: usize) -> Result<()> {
+        let UNetConfig { channels: own, image_size: size, .. } = self.config;
+        if (channels, height, width) == (own, size, size) {
+            return Ok(());
         }
-        self.check(x_t, t)?;
-        #[cfg(feature = "cuda")]
-        if x_t.device().is_cuda() {
-            return self.forward_backward_on(self.cuda()?, x_t, t, dropout, d_output);
-        }
-        Pool::among_threads(|| {
-            let backend = Cpu::new(&self.pool, self.precision, x_t.dim(0)?, true);
-            self.forward_backward_on(backend, x_t, t, dropout, d_output)
-        })
-    }
-
-    fn is_repeatable(&self, x_t: &Tensor) -> bool {
-        let derived = self.survey().map_or(true, |survey| survey.derived.get());
-        x_t.device().is_cuda() && !x_t.track_op() && !derived && self.has_tape(x_t)
-    }
-
-    fn recycle(&self, gradients: Vec<Tensor>) {
-        self.pool.recycle(gradients);
+        let (found, expected) =
+            (vec![channels, height, width], format!("(batch, {own}, {size}, {size})"));
+        Err(Error::Shape { what: "the images", found, expected })
     }
 }
 
 impl Network for UNetConfig {
     const KIND: &'static str = "unet";
-    type Model = UNet;
+    type Model = Model<UNet>;
 
-    fn build(&self, vb: VarBuilder) -> Result<UNet> {
-        UNet::new(self, vb)
-    }
-
-    fn with_precision(model: UNet, precision: Precision) -> Result<UNet> {
-        model.with_precision(precision)
+    fn build(&self, vb: VarBuilder) -> Result<Model<UNet>> {
+        Model::new(UNet::new(self, vb)?)
     }
 }
 
-/// What the residual blocks of a network have in common.
+/// The settings of the residual blocks of a network, and the number of blocks so far.
 struct Blocks {
     time_dim: usize,
     dropout: f64,
@@ -375,16 +170,10 @@ struct DownBlock {
 }
 
 impl DownBlock {
-    /// The skip: what the level hands over to its counterpart on the way up.
-    fn run<'n, E: Engine<'n>>(
-        &'n self,
-        engine: &E,
-        x: &E::Map,
-        t_emb: &E::Map,
-        dropout: Option<&Dropout>,
-    ) -> Result<E::Map> {
-        let x = self.res1.run(engine, x, t_emb, dropout)?;
-        let x = self.res2.run(engine, &x, t_emb, dropout)?;
+    /// Computes the skip connection, which is also the input of the downsampling convolution.
+    fn run<'n, E: Engine<'n>>(&'n self, engine: &E, x: &E::Map, t_emb: &E::Map) -> Result<E::Map> {
+        let x = self.res1.run(engine, x, t_emb)?;
+        let x = self.res2.run(engine, &x, t_emb)?;
         attend(engine, &self.attn, x)
     }
 }
@@ -397,16 +186,10 @@ struct Bottleneck {
 }
 
 impl Bottleneck {
-    fn run<'n, E: Engine<'n>>(
-        &'n self,
-        engine: &E,
-        x: &E::Map,
-        t_emb: &E::Map,
-        dropout: Option<&Dropout>,
-    ) -> Result<E::Map> {
-        let x = self.res1.run(engine, x, t_emb, dropout)?;
+    fn run<'n, E: Engine<'n>>(&'n self, engine: &E, x: &E::Map, t_emb: &E::Map) -> Result<E::Map> {
+        let x = self.res1.run(engine, x, t_emb)?;
         let x = self.attn.run(engine, &x)?;
-        self.res2.run(engine, &x, t_emb, dropout)
+        self.res2.run(engine, &x, t_emb)
     }
 }
 
@@ -425,12 +208,11 @@ impl UpBlock {
         x: &E::Map,
         skip: &E::Map,
         t_emb: &E::Map,
-        dropout: Option<&Dropout>,
     ) -> Result<E::Map> {
-        let x = engine.conv(&self.upsample, x, Add::NOTHING)?;
+        let x = engine.conv(&self.upsample, x)?;
         let x = engine.concatenate(&x, skip)?;
-        let x = self.res1.run(engine, &x, t_emb, dropout)?;
-        let x = self.res2.run(engine, &x, t_emb, dropout)?;
+        let x = self.res1.run(engine, &x, t_emb)?;
+        let x = self.res2.run(engine, &x, t_emb)?;
         attend(engine, &self.attn, x)
     }
 }
@@ -448,10 +230,11 @@ fn attend<'n, E: Engine<'n>>(
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
+    use candle_core::{DType, Device, Tensor};
 
     use super::*;
-    use crate::{Parameters, Sampler};
+    use crate::denoiser::{Condition, Output, Trainable};
+    use crate::{Dropout, Parameters, Precision, Sampler};
 
     /// What [`Precision::High`] is on a CPU with AMX, on whatever this one has; beside `Highest`, whose
     /// own error `tests/precision.rs` holds ten times lower.
@@ -473,11 +256,12 @@ mod tests {
                 let parameters = Parameters::new(3, DType::F32, &Device::Cpu);
                 let unet = parameters.build(&config)?.with_precision(precision)?;
                 let mut output = Vec::new();
-                let mut d_output = |y: &Tensor| {
-                    output = y.flatten_all()?.to_vec1()?;
-                    Ok((y - &target)?)
+                let mut d_output = |y: &Output| {
+                    output = y.prediction.flatten_all()?.to_vec1()?;
+                    Ok(Output::new((&y.prediction - &target)?))
                 };
-                let found = unet.forward_backward(&x, &t, &Dropout::new(0, 0), &mut d_output)?;
+                let dropout = Dropout::new(0, 0);
+                let found = unet.gradients(&x, &t, &Condition::None, &dropout, &mut d_output)?;
                 let gradients = parameters.vars().into_values().map(|var| {
                     let gradient = found.get(&var).expect("a gradient");
                     Ok(gradient.flatten_all()?.to_vec1::<f32>()?)

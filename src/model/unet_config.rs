@@ -1,9 +1,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::time_embedding::check_dim;
-use crate::engine::GROUPS;
-use crate::error::list_in_short;
-use crate::{Error, Result};
+use crate::error::{Error, Result, list_in_short};
+use crate::layers::GROUPS;
 
 /// The shape of a [`UNet`](crate::UNet).
 ///

@@ -10,11 +10,11 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use super::checkpoint::{self, Checkpoint, Claim, MAX_STEP, Saved, Snapshot};
 use super::{AdamW, Ema, GradScaler, Metrics, Observer, TrainConfig, by_name};
+use crate::denoiser::{Condition, Output, Trainable};
 use crate::kernels::{add_to, combine, squared_error};
 use crate::random::{Noise, Purpose};
 use crate::{
-    Denoiser, Diffusion, Dropout, Error, ImageSource, Network, Parameters, Precision, Result,
-    SamplerConfig,
+    Diffusion, Dropout, Error, ImageSource, Network, Parameters, Precision, Result, SamplerConfig,
 };
 
 /// Trains a network. Ho et al. 2020, algorithm 1.
@@ -159,7 +159,11 @@ impl<N: Network> Trainer<N> {
         device: &Device,
         parameters: &Parameters,
     ) -> Result<Self> {
-        let model = N::with_precision(parameters.build(&network)?, config.precision)?;
+        let model = {
+            let mut model = parameters.build(&network)?;
+            model.set_precision(config.precision)?;
+            model
+        };
         let vars = parameters.vars();
         let optimizer = AdamW::new(config.optimizer, &vars)?;
         let ema = config.ema.map(|ema| Ema::new(ema, &vars)).transpose()?;
@@ -230,7 +234,7 @@ impl<N: Network> Trainer<N> {
     /// # Errors
     /// Returns an error if the dtype of the batch is not f32, if its shape does not fit the network, or if its size
     /// is not a multiple of [`accumulation`](TrainConfig::accumulation). The first update returns an error if a
-    /// weight has no gradient and [may not lack it](Denoiser::may_lack_gradient). A loss that is not finite is
+    /// weight has no gradient and [may not lack it](Trainable::may_lack_gradient). A loss that is not finite is
     /// detected when it is read: by [`fit`](Self::fit), by [`save`](Self::save), or here after 10,000 updates
     /// without either.
     pub fn step(&mut self, x_0: &Tensor) -> Result<Update> {
@@ -317,7 +321,8 @@ impl<N: Network> Trainer<N> {
             let target = self.diffusion.target(&x_0, &t, &eps)?;
             let scale = 1.0 / (parts * target.elem_count()) as f64;
             let mut losses = Vec::new();
-            let found = self.model.forward_backward(&x_t, &t, &dropout, &mut |output| {
+            let found = self.model.gradients(&x_t, &t, &Condition::None, &dropout, &mut |output| {
+                let output = &output.prediction;
                 if output.dims() != x_t.dims() {
                     let expected = format!("{:?}, that of its input", x_t.dims());
                     let (what, found) = ("the network's output", output.dims().to_vec());
@@ -326,7 +331,7 @@ impl<N: Network> Trainer<N> {
                 let (loss, gradient) =
                     squared_error(output, &target, scale, gradient_scale.as_ref())?;
                 losses.push(loss);
-                Ok(gradient)
+                Ok(Output::new(gradient))
             });
             let found = found.map_err(|error| match error {
                 // The caller passed x_0, of which x_t is a part.
@@ -337,7 +342,7 @@ impl<N: Network> Trainer<N> {
             })?;
 
             let [loss] = losses.as_slice() else {
-                let expected = "called once by forward_backward";
+                let expected = "called once by Trainable::gradients";
                 return Err(Error::config("d_output", "called more often, or never", expected));
             };
             sum_of_losses = Some(match sum_of_losses {
@@ -619,7 +624,11 @@ impl<N: Network> Trainer<N> {
             None => self.vars.iter().map(|(k, v)| (k.clone(), v.as_detached_tensor())).collect(),
         };
         let weights = Parameters::frozen(Path::new("ema"), weights, DType::F32, &self.device);
-        N::with_precision(weights.build(&self.network)?, self.config.precision)
+        {
+            let mut model = weights.build(&self.network)?;
+            model.set_precision(self.config.precision)?;
+            Ok(model)
+        }
     }
 
     /// The weights being trained, by name. They are not copies.
@@ -651,7 +660,7 @@ impl<N: Network> Trainer<N> {
     ///
     /// After some updates of one shape, [`step`](Self::step) and [`fit`](Self::fit) capture their updates. This
     /// requires a CUDA device, no [`accumulation`](TrainConfig::accumulation), and a network that
-    /// [is repeatable](Denoiser::is_repeatable). If updates are not captured, the `Debug` output states the reason.
+    /// [is repeatable](Trainable::is_repeatable). If updates are not captured, the `Debug` output states the reason.
     pub fn is_captured(&self) -> bool {
         #[cfg(feature = "cuda")]
         return self.capture.is_there();

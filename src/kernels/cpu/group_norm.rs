@@ -5,10 +5,12 @@ use super::elementwise::sigmoid;
 use super::simd::{Isa, Simd, for_channels, simd_fn};
 use super::values::{contiguous, on_cpu_in_f32, with_values, zeros};
 
-/// What follows a normalisation.
+/// The activation after a normalisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Activation {
+pub enum Activation {
+    /// The identity.
     None,
+    /// `x / (1 + exp(-x))`.
     Silu,
 }
 

@@ -15,7 +15,7 @@ use self::files::{Checksum, read_tensors};
 use self::state::{Files, STATE, State, mismatch, read_state};
 use super::{AdamConfig, AdamW, Ema, EmaConfig, GradScaler, GradScalerConfig, TrainConfig};
 use crate::error::in_short;
-use crate::model::missing;
+use crate::model::tensor_file::missing;
 use crate::{Diffusion, Error, Network, Parameters, Result, Sampler, SamplerConfig};
 
 pub(super) use self::state::MAX_STEP;

@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 
 use super::files::Checksum;
 use crate::error::in_short;
-use crate::model::open_regular;
+use crate::model::tensor_file::open_regular;
 use crate::train::TrainConfig;
 use crate::train::scaler::ScalerState;
 use crate::{Diffusion, Error, Network, Result, SamplerConfig};

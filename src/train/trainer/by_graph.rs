@@ -1,9 +1,10 @@
 use candle_core::Tensor;
 
 use super::{Trainer, Update};
+use crate::denoiser::Trainable;
 use crate::kernels::cuda::{self, Gpu, StepGraph};
 use crate::random::Purpose;
-use crate::{Denoiser, Network, Result};
+use crate::{Network, Result};
 
 /// How many batches of a shape come before the update is captured: the first ones compile kernels, choose
 /// algorithms, and leave the memory that it takes.

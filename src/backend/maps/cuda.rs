@@ -4,16 +4,15 @@ use std::rc::Rc;
 
 use candle_core::{DType, Tensor, TensorId};
 
-use super::backend::Backend;
-use super::engine::{Add, VectorActivation};
-use super::layers::{Conv2d, GROUPS, GroupNorm, Linear};
+use super::ops::Maps;
 use super::pool::Pool;
+use crate::error::Result;
 use crate::kernels::cuda::{
     Added, Attention, Convolution, Element, Gpu, LinearLayer, Memory, Norm, NormStatistics,
 };
-use crate::model::TimeEmbedding;
-use crate::random::Purpose;
-use crate::{Dropout, Error, Precision, Result};
+use crate::layers::{Add, Conv2d, GROUPS, GroupNorm, Linear, Sinusoids, VectorActivation};
+use crate::precision::Precision;
+use crate::random::{Dropout, Purpose};
 
 /// Computes with the crate's kernels for CUDA devices.
 pub(crate) struct Cuda<'p> {
@@ -74,7 +73,7 @@ impl<'p> Cuda<'p> {
     }
 }
 
-impl Backend for Cuda<'_> {
+impl Maps for Cuda<'_> {
     type Buffer = Memory;
     type Statistics = NormStatistics;
 
@@ -86,10 +85,10 @@ impl Backend for Cuda<'_> {
         Ok(self.gpu.map_to_images(map, dims, self.element())?)
     }
 
-    fn sinusoids(&self, embedding: &TimeEmbedding, t: &Tensor) -> Result<Memory> {
+    fn sinusoids(&self, sinusoids: &Sinusoids, t: &Tensor) -> Result<Memory> {
         let t = t.to_dtype(DType::U32)?.contiguous()?;
-        let half = embedding.dim() / 2;
-        Ok(self.gpu.sinusoids(&t, half, embedding.decay(), self.element())?)
+        let half = sinusoids.dim() / 2;
+        Ok(self.gpu.sinusoids(&t, half, sinusoids.decay, self.element())?)
     }
 
     fn take(&self, len: usize) -> Result<Memory> {
@@ -201,9 +200,6 @@ impl Backend for Cuda<'_> {
     }
 
     fn mask(&self, dropout: &Dropout, layer: u16, dims: [usize; 4], p: f64) -> Result<Memory> {
-        if !(0.0..1.0).contains(&p) {
-            return Err(Error::config("dropout", p, "at least 0 and less than 1"));
-        }
         let address = dropout.noise.address(Purpose::Dropout, layer, dropout.step);
         let (first, sizes) = (dropout.first_sample, (dims[0], dims[3]));
         Ok(self.gpu.dropout_mask(address, first, sizes, p, self.element())?)

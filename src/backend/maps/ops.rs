@@ -1,16 +1,14 @@
 use candle_core::Tensor;
 
-use super::engine::{Add, VectorActivation};
-use super::layers::{Conv2d, GroupNorm, Linear};
-use crate::model::TimeEmbedding;
-use crate::{Dropout, Result};
+use crate::error::Result;
+use crate::layers::{Add, Conv2d, GroupNorm, Linear, Sinusoids, VectorActivation};
+use crate::random::Dropout;
 
-/// What a [`Tape`](super::tape::Tape) computes with: where its maps lie, and the kernels that read and
-/// write them.
+/// The operations of networks on the maps of a device, forward and backward, for a [tape](crate::engine::tape).
 ///
 /// Maps are channels-last, of dimensions (batch, height, width, channels). Weights, and their
 /// gradients, are candle's tensors of f32.
-pub(crate) trait Backend {
+pub(crate) trait Maps {
     /// The values of a map, on loan from a pool. They go back to it when this is dropped.
     type Buffer;
 
@@ -24,7 +22,7 @@ pub(crate) trait Backend {
     fn to_images(&self, dims: [usize; 4], map: &Self::Buffer) -> Result<Tensor>;
 
     /// The sinusoids of timesteps (batch): vectors.
-    fn sinusoids(&self, embedding: &TimeEmbedding, t: &Tensor) -> Result<Self::Buffer>;
+    fn sinusoids(&self, sinusoids: &Sinusoids, t: &Tensor) -> Result<Self::Buffer>;
 
     /// Memory for a map of `len` values, its content whatever was there before.
     fn take(&self, len: usize) -> Result<Self::Buffer>;

@@ -3,18 +3,18 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::backend::Backend;
-use super::engine::{Add, VectorActivation};
-use super::layers::{Conv2d, GROUPS, GroupNorm, Linear};
+use super::ops::Maps;
 use super::pool::{Buffer, Pool};
+use crate::error::Result;
 use crate::kernels::{
     AttentionSizes, Convolution, Epilogue, Isa, Normalization, Stats, Workspace, add_values,
     concatenate, linear_forward, linear_input_gradient, linear_weight_gradient, scale_maps, split,
     sum_over_batch, sums_by_image, to_channels_first, to_channels_last, with_values,
     with_values_mut,
 };
-use crate::model::TimeEmbedding;
-use crate::{Dropout, Precision, Result};
+use crate::layers::{Add, Conv2d, GROUPS, GroupNorm, Linear, Sinusoids, VectorActivation};
+use crate::precision::Precision;
+use crate::random::Dropout;
 
 /// Computes in f32 with the crate's kernels for the CPU.
 pub(crate) struct Cpu<'p> {
@@ -77,7 +77,7 @@ impl<'p> Cpu<'p> {
     }
 }
 
-impl Backend for Cpu<'_> {
+impl Maps for Cpu<'_> {
     type Buffer = Buffer;
     type Statistics = Vec<Stats>;
 
@@ -90,8 +90,8 @@ impl Backend for Cpu<'_> {
         Ok(to_channels_first(&Tensor::from_slice(map, &dims, &Device::Cpu)?)?)
     }
 
-    fn sinusoids(&self, embedding: &TimeEmbedding, t: &Tensor) -> Result<Buffer> {
-        self.copied(&embedding.sinusoids(t)?)
+    fn sinusoids(&self, sinusoids: &Sinusoids, t: &Tensor) -> Result<Buffer> {
+        self.copied(&sinusoids.values(t, DType::F32)?)
     }
 
     fn take(&self, len: usize) -> Result<Buffer> {

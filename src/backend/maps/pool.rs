@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Tensor, TensorId};
 
+use crate::error::{Error, Result};
 use crate::kernels::{Workspace, try_zeros};
-use crate::{Error, Result};
 
 /// Gradients that may come back, at most: several times as many as a network has weights.
 const MAX_ISSUED: usize = 1 << 13;
@@ -167,8 +167,10 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
+    use crate::denoiser::{Condition, Denoiser, Trainable};
+    use crate::engine::Model;
     use crate::kernels::with_values_mut;
-    use crate::{Denoiser, Dropout, Parameters, Sampler, UNet, UNetConfig};
+    use crate::{Dropout, Parameters, Sampler, UNet, UNetConfig};
 
     #[test]
     fn memory_that_there_is_not_is_an_error_that_tells_how_much_was_asked_for() -> Result<()> {
@@ -191,11 +193,11 @@ mod tests {
     #[test]
     fn memory_is_that_of_the_last_kind_of_pass() -> Result<()> {
         let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
-        let held = |unet: &UNet| -> usize {
+        let held = |unet: &Model<UNet>| -> usize {
             let free = unet.pool().lock();
             free.by_size.iter().map(|(size, free)| size * free.len()).sum()
         };
-        let forward = |unet: &UNet, batch: usize| -> Result<usize> {
+        let forward = |unet: &Model<UNet>, batch: usize| -> Result<usize> {
             let x = Tensor::zeros((batch, 1, 28, 28), DType::F32, &Device::Cpu)?;
             unet.forward(&x, &Tensor::zeros(batch, DType::U32, &Device::Cpu)?)?;
             Ok(held(unet))
@@ -207,9 +209,9 @@ mod tests {
             parameters.vars().into_iter().map(|(k, v)| (k, v.as_detached_tensor())).collect();
         let build =
             || Parameters::frozen(path, weights.clone(), DType::F32, &Device::Cpu).build(&config);
-        let (one, many): (UNet, UNet) = (build()?, build()?);
+        let (one, many): (Model<UNet>, Model<UNet>) = (build()?, build()?);
         // A few passes until each size has a memory that fits it well enough.
-        let settled = |unet: &UNet| -> Result<usize> {
+        let settled = |unet: &Model<UNet>| -> Result<usize> {
             (0..3).try_for_each(|_| forward(unet, 6).map(drop))?;
             forward(unet, 6)
         };
@@ -236,7 +238,8 @@ mod tests {
         let t = Tensor::new(&[3u32, 700], &Device::Cpu)?;
         let pass = || -> Result<Vec<Tensor>> {
             let dropout = Dropout::new(0, 0);
-            let mut found = unet.forward_backward(&x, &t, &dropout, &mut |y| Ok(y.clone()))?;
+            let mut found =
+                unet.gradients(&x, &t, &Condition::None, &dropout, &mut |y| Ok(y.clone()))?;
             let vars = parameters.vars();
             Ok(vars.values().map(|var| found.remove(var).expect("a gradient")).collect())
         };

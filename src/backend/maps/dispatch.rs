@@ -1,0 +1,79 @@
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+
+use super::cpu::Cpu;
+#[cfg(feature = "cuda")]
+use super::cuda::Cuda;
+use super::ops::Maps;
+use super::pool::Pool;
+use crate::error::{Error, Result};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::Gpu;
+use crate::precision::Precision;
+
+/// Work that any device can do.
+pub(crate) trait Pass {
+    type Output;
+
+    /// Does the work with the kernels of a device.
+    fn run<B: Maps>(self, backend: B) -> Result<Self::Output>;
+}
+
+/// The place and the kind of a pass.
+pub(crate) struct Place<'a> {
+    pub device: &'a Device,
+    pub precision: Precision,
+    /// The number of images.
+    pub batch: usize,
+    /// Whether a backward pass follows.
+    pub recording: bool,
+}
+
+/// Does a pass with the kernels of its device, with memory from `pool`.
+pub(crate) fn dispatch<P>(place: &Place<'_>, pool: &Arc<Pool>, pass: P) -> Result<P::Output>
+where
+    P: Pass + Send,
+    P::Output: Send,
+{
+    let &Place { device, precision, batch, recording } = place;
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return pass.run(Cuda::new(Gpu::of(device)?, pool, precision));
+    }
+    let _ = device;
+    Pool::among_threads(|| pass.run(Cpu::new(pool, precision, batch, recording)))
+}
+
+/// Returns whether there are kernels for networks whose weights have this dtype on this device.
+pub(crate) fn has_kernels(dtype: DType, device: &Device) -> bool {
+    dtype == DType::F32 && (device.is_cpu() || cfg!(feature = "cuda") && device.is_cuda())
+}
+
+/// Returns whether passes on this device may be captured and repeated.
+pub(crate) fn can_capture(device: &Device) -> bool {
+    device.is_cuda()
+}
+
+/// Checks whether a network of weights of this dtype on this device can compute with a precision.
+///
+/// # Errors
+/// Returns an error that states the precisions that it can compute with.
+pub(crate) fn check_precision(precision: Precision, dtype: DType, device: &Device) -> Result<()> {
+    precision.validate()?;
+    if precision.is_half() && !has_kernels(dtype, device) {
+        let expected = format!(
+            "highest or high: {precision} is for networks of f32 weights on the CPU or a CUDA device"
+        );
+        return Err(Error::config("precision", precision, expected));
+    }
+    if precision == Precision::F16 && !device.is_cuda() {
+        let expected = "highest, high or bf16 on the CPU: f16 is for CUDA devices (feature `cuda`)";
+        return Err(Error::config("precision", precision, expected));
+    }
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        Gpu::of(device)?.check(precision)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,261 @@
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use candle_core::backprop::GradStore;
+
+use crate::error::{Error, Result};
+use crate::precision::Precision;
+use crate::random::Dropout;
+
+/// A network that predicts the noise added to an image, or another [`Prediction`](crate::Prediction) of the process.
+/// This trait is the interface of a network to sampling; [`Trainable`] is its interface to training.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use ddpm::nn::{Condition, Output};
+/// use ddpm::{Denoiser, Diffusion, NoiseSchedule, Prediction, Result, Sampler, Solver};
+///
+/// /// Always predicts the same even grey.
+/// struct Grey(f64);
+///
+/// impl Denoiser for Grey {
+///     fn denoise(&self, x_t: &Tensor, _t: &Tensor, _: &Condition) -> Result<Output> {
+///         Ok(Output::new((x_t.zeros_like()? + self.0)?))
+///     }
+/// }
+///
+/// // It predicts the image instead of the noise.
+/// let diffusion = Diffusion::new(NoiseSchedule::cosine(1000)?, Prediction::Sample);
+/// let sampler = Sampler::new(&diffusion, Solver::ddim(), 10)?;
+/// let image = sampler.sample(&Grey(0.25), (1, 1, 2, 2), 0, &Device::Cpu)?;
+/// for pixel in image.flatten_all()?.to_vec1::<f32>()? {
+///     assert!((pixel - 0.25).abs() < 1e-5);
+/// }
+/// # Ok::<(), ddpm::Error>(())
+/// ```
+///
+/// [`from_fn`] makes a `Denoiser` of a closure `|x_t: &Tensor, t: &Tensor| ...`. References, `Box`es and `Arc`s of a
+/// `Denoiser` also implement the trait, for example `Box<dyn Denoiser>`.
+pub trait Denoiser {
+    /// Computes the output for a batch `x_t` (batch, channels, height, width). `t` (batch) has an integer dtype and
+    /// holds timesteps of the full schedule. A network that knows no conditions ignores `condition`.
+    ///
+    /// Networks such as [`UNet`](crate::UNet) use rayon. If you call this from a rayon thread, that thread may run
+    /// unrelated jobs while it waits. Do not hold a lock across the call that such a job might take.
+    ///
+    /// # Errors
+    /// Returns the errors of the network. [`Error::external`](crate::Error::external) wraps errors of other
+    /// libraries.
+    fn denoise(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Result<Output>;
+
+    /// Computes the [prediction](Output::prediction) of [`denoise`](Self::denoise) without a condition.
+    ///
+    /// # Errors
+    /// Returns the errors of [`denoise`](Self::denoise).
+    fn forward(&self, x_t: &Tensor, t: &Tensor) -> Result<Tensor> {
+        Ok(self.denoise(x_t, t, &Condition::None)?.prediction)
+    }
+}
+
+/// The output of a [`Denoiser`].
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Output {
+    /// The prediction, of the shape of `x_t`.
+    pub prediction: Tensor,
+    /// The interpolation between the two logarithms of variances of Nichol and Dhariwal 2021, equation 15, of the shape
+    /// of `x_t`, if the network learns the variance.
+    pub variance: Option<Tensor>,
+}
+
+impl Output {
+    /// Creates the output of a network that does not learn the variance.
+    pub fn new(prediction: Tensor) -> Self {
+        Self { prediction, variance: None }
+    }
+
+    /// Adds a learned variance.
+    #[must_use]
+    pub fn with_variance(self, variance: Tensor) -> Self {
+        Self { variance: Some(variance), ..self }
+    }
+}
+
+/// The condition on which a [`Denoiser`] predicts.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub enum Condition {
+    /// No condition.
+    #[default]
+    None,
+    /// The class of each image: (batch), u32.
+    Classes(Tensor),
+}
+
+impl Condition {
+    /// Returns the condition of `len` images of the batch, beginning with image `first`.
+    ///
+    /// # Errors
+    /// Returns an error if the batch has no such images.
+    pub fn narrow(&self, first: usize, len: usize) -> Result<Self> {
+        match self {
+            Self::None => Ok(Self::None),
+            Self::Classes(classes) => Ok(Self::Classes(classes.narrow(0, first, len)?)),
+        }
+    }
+}
+
+/// A [`Denoiser`] that a [`Trainer`](crate::Trainer) can train.
+///
+/// Every method has a default. The defaults are for networks of candle's tensors without dropout: such a network needs
+/// only `impl Trainable for MyNetwork {}`.
+pub trait Trainable: Denoiser {
+    /// Computes the output during training. Networks with dropout draw their masks from `dropout`. Shapes and errors
+    /// are those of [`denoise`](Denoiser::denoise), which the default calls.
+    ///
+    /// # Errors
+    /// Returns the errors of the network.
+    fn denoise_train(
+        &self,
+        x_t: &Tensor,
+        t: &Tensor,
+        condition: &Condition,
+        dropout: &Dropout,
+    ) -> Result<Output> {
+        let _ = dropout;
+        self.denoise(x_t, t, condition)
+    }
+
+    /// Computes the gradients of all weights in one training pass.
+    ///
+    /// Calls `d_output` once with the detached output of [`denoise_train`](Self::denoise_train). `d_output` returns
+    /// the gradient of the loss with respect to each part of this output, in the same shapes. It may run on another of
+    /// the threads that share the work, so it must not wait for other threads, or hold a lock across tensor
+    /// operations.
+    ///
+    /// The default uses candle's gradients. [`Model`](crate::nn::Model) has a faster method on the CPU and on CUDA
+    /// devices.
+    ///
+    /// # Errors
+    /// Returns the errors of the network and of `d_output`.
+    fn gradients(
+        &self,
+        x_t: &Tensor,
+        t: &Tensor,
+        condition: &Condition,
+        dropout: &Dropout,
+        d_output: &mut OutputGradient<'_>,
+    ) -> Result<GradStore> {
+        gradients_by_autograd(self, x_t, t, condition, dropout, d_output)
+    }
+
+    /// Sets the precision of the products of the network. The default ignores `Highest` and `High`, and refuses half
+    /// precision.
+    ///
+    /// # Errors
+    /// Returns an error if the network does not support the precision.
+    fn set_precision(&mut self, precision: Precision) -> Result<()> {
+        match precision {
+            Precision::Highest | Precision::High => Ok(()),
+            Precision::BF16 | Precision::F16 => {
+                let expected = "highest or high with this network";
+                Err(Error::config("precision", precision, expected))
+            }
+        }
+    }
+
+    /// Returns whether a training loop may capture [`gradients`](Self::gradients) as a CUDA graph.
+    ///
+    /// This is allowed if the method launches the same work for every batch of the shape of `x_t`. Its kernels must
+    /// read values that change from the device, and the method must not copy data to or from the device. The default
+    /// is `false`.
+    fn is_repeatable(&self, x_t: &Tensor) -> bool {
+        let _ = x_t;
+        false
+    }
+
+    /// Returns whether the weight of this name may lack a gradient, because it stays constant or because not every
+    /// batch uses it.
+    ///
+    /// If any other weight has no gradient in the first update, [`Trainer`](crate::Trainer) returns an error. The
+    /// reason is that some operations of candle, such as `candle_nn::LayerNorm`, have no gradient and report no
+    /// error. The default is `false`.
+    fn may_lack_gradient(&self, name: &str) -> bool {
+        let _ = name;
+        false
+    }
+
+    /// Takes back gradients of [`gradients`](Self::gradients) that are no longer needed.
+    ///
+    /// The next gradients may reuse their memory, which changes these tensors and all that share their values. A
+    /// training loop calls this after its update, so that the system need not clear new memory. The default does
+    /// nothing.
+    fn recycle(&self, gradients: Vec<Tensor>) {
+        let _ = gradients;
+    }
+}
+
+/// A function from the output of a network to the gradient of the loss with respect to it.
+pub type OutputGradient<'a> = dyn FnMut(&Output) -> Result<Output> + Send + 'a;
+
+/// Computes [`Trainable::gradients`] with candle's gradients.
+pub(crate) fn gradients_by_autograd(
+    network: &(impl Trainable + ?Sized),
+    x_t: &Tensor,
+    t: &Tensor,
+    condition: &Condition,
+    dropout: &Dropout,
+    d_output: &mut OutputGradient<'_>,
+) -> Result<GradStore> {
+    let Output { prediction, variance } = network.denoise_train(x_t, t, condition, dropout)?;
+    let detached =
+        Output { prediction: prediction.detach(), variance: variance.as_ref().map(Tensor::detach) };
+    let d = d_output(&detached)?;
+    // The sum of output * d has d for its gradient with respect to the output.
+    let mut sum = (prediction * d.prediction.detach())?.sum_all()?;
+    if let (Some(variance), Some(d)) = (variance, d.variance) {
+        sum = (sum + (variance * d.detach())?.sum_all()?)?;
+    }
+    Ok(sum.backward()?)
+}
+
+macro_rules! behind {
+    ($($pointer:ty),*) => {$(
+        impl<D: Denoiser + ?Sized> Denoiser for $pointer {
+            fn denoise(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Result<Output> {
+                (**self).denoise(x_t, t, condition)
+            }
+        }
+    )*};
+}
+
+behind!(&D, Box<D>, Arc<D>);
+
+/// Makes a [`Denoiser`] of a closure that knows no conditions, for example for guidance around another network, or for a known solution in a
+/// test.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use ddpm::{Diffusion, Sampler, Solver, from_fn};
+///
+/// // Predicting the whole of x_t as noise leaves an image of zeros.
+/// let denoiser = from_fn(|x_t: &Tensor, _t: &Tensor| Ok(x_t.clone()));
+/// let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddim(), 10)?;
+/// let images = sampler.sample(&denoiser, (2, 1, 8, 8), 0, &Device::Cpu)?;
+/// assert_eq!(images.dims(), [2, 1, 8, 8]);
+/// # Ok::<(), ddpm::Error>(())
+/// ```
+pub fn from_fn<F>(f: F) -> impl Denoiser
+where
+    F: Fn(&Tensor, &Tensor) -> Result<Tensor>,
+{
+    struct FromFn<F>(F);
+
+    impl<F: Fn(&Tensor, &Tensor) -> Result<Tensor>> Denoiser for FromFn<F> {
+        fn denoise(&self, x_t: &Tensor, t: &Tensor, _: &Condition) -> Result<Output> {
+            (self.0)(x_t, t).map(Output::new)
+        }
+    }
+
+    FromFn(f)
+}

@@ -1,0 +1,92 @@
+use candle_core::{DType, Tensor};
+
+use super::graph::{Engine, Sealed};
+use super::pass::Pass;
+use super::shapes;
+use crate::error::Result;
+use crate::kernels;
+use crate::layers::{Add, Conv2d, GROUPS, GroupNorm, Linear, Sinusoids, VectorActivation};
+
+/// The engine of candle's tensors. It runs on every device and in f64, and candle can differentiate it.
+pub(crate) struct Autograd<'a> {
+    pass: Pass<'a>,
+    /// The dtype of the weights.
+    dtype: DType,
+}
+
+impl<'a> Autograd<'a> {
+    pub fn new(pass: Pass<'a>, dtype: DType) -> Self {
+        Self { pass, dtype }
+    }
+}
+
+impl Sealed for Autograd<'_> {}
+
+impl Engine<'_> for Autograd<'_> {
+    type Map = Tensor;
+
+    fn conv_add(&self, conv: &Conv2d, x: &Tensor, add: Add<'_, Tensor>) -> Result<Tensor> {
+        let dims = |map: Option<&Tensor>| map.map(Tensor::dims4).transpose();
+        let (per_image, residual) = (dims(add.per_image)?, dims(add.residual)?);
+        shapes::conv(conv, x.dims4()?, per_image, residual)?;
+        let mut y = kernels::conv2d(x, &conv.weight, &conv.bias, conv.scale)?;
+        if let Some(values) = add.per_image {
+            y = y.broadcast_add(values)?;
+        }
+        if let Some(residual) = add.residual {
+            y = (residual + y)?;
+        }
+        Ok(y)
+    }
+
+    fn norm_conv_add(
+        &self,
+        norm: &GroupNorm,
+        conv: &Conv2d,
+        x: &Tensor,
+        add: Add<'_, Tensor>,
+    ) -> Result<Tensor> {
+        shapes::norm(norm, x.dims4()?)?;
+        let GroupNorm { weight, bias, activation } = norm;
+        let x = kernels::group_norm(x, GROUPS, weight, bias, *activation)?;
+        self.conv_add(conv, &x, add)
+    }
+
+    fn linear(&self, f: VectorActivation, linear: &Linear, x: &Tensor) -> Result<Tensor> {
+        shapes::linear(linear, x.dims4()?)?;
+        let x = x.flatten_from(1)?;
+        let x = match f {
+            VectorActivation::None => x,
+            VectorActivation::Silu => x.silu()?,
+            VectorActivation::Gelu => x.gelu_erf()?,
+        };
+        Ok(kernels::linear(&x, &linear.weight, &linear.bias)?.unsqueeze(1)?.unsqueeze(1)?)
+    }
+
+    fn drop_maps(&self, x: &Tensor, layer: u16, p: f64) -> Result<Tensor> {
+        shapes::probability(p)?;
+        let Some(dropout) = self.pass.dropout else { return Ok(x.clone()) };
+        let (batch, _, _, channels) = x.dims4()?;
+        let mask = dropout.mask(layer, batch, channels, p, x.dtype(), x.device())?;
+        Ok(x.broadcast_mul(&mask.unsqueeze(1)?.unsqueeze(1)?)?)
+    }
+
+    fn concatenate(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        shapes::concatenation(a.dims4()?, b.dims4()?)?;
+        Ok(Tensor::cat(&[a, b], 3)?)
+    }
+
+    fn attention(&self, qkv: &Tensor) -> Result<Tensor> {
+        shapes::attention(qkv.dims4()?)?;
+        let (b, h, w, c) = qkv.dims4()?;
+        let (qkv, c) = (qkv.reshape((b, h * w, c))?, c / 3);
+        let part = |i| qkv.narrow(2, i * c, c)?.contiguous();
+        let y = kernels::attention(&part(0)?, &part(1)?, &part(2)?)?;
+        Ok(y.reshape((b, h, w, c))?)
+    }
+
+    fn sinusoids(&self, sinusoids: &Sinusoids) -> Result<Tensor> {
+        let values = sinusoids.values(self.pass.timesteps()?, self.dtype)?;
+        Ok(values.unsqueeze(1)?.unsqueeze(1)?)
+    }
+}

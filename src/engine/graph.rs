@@ -1,0 +1,164 @@
+use crate::error::Result;
+use crate::layers::{Add, Conv2d, GroupNorm, Linear, Sinusoids, VectorActivation};
+
+/// A network, written once for every [`Engine`].
+///
+/// A graph is built of the layers and blocks of [`nn`](crate::nn). [`Model`](crate::nn::Model) makes a
+/// [`Denoiser`](crate::Denoiser) of it, which has inference, training with the crate's kernels, every
+/// [`Precision`](crate::Precision), CUDA graphs and checkpoints. A graph has no such code of its own:
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::VarBuilder;
+/// use ddpm::nn::{Activation, Conv2d, Engine, Graph, GroupNorm, Model, Network, ResBlock, TimeEmbedding};
+/// use ddpm::{Denoiser, Parameters, Precision, Result};
+/// use serde::{Deserialize, Serialize};
+///
+/// struct Small {
+///     time: TimeEmbedding,
+///     input: Conv2d,
+///     block: ResBlock,
+///     norm: GroupNorm,
+///     output: Conv2d,
+/// }
+///
+/// impl Graph for Small {
+///     fn run<'n, E: Engine<'n>>(&'n self, engine: &E, x_t: &E::Map) -> Result<E::Map> {
+///         let time = self.time.run(engine)?;
+///         let x = engine.conv(&self.input, x_t)?;
+///         let x = self.block.run(engine, &x, &time)?;
+///         engine.norm_conv(&self.norm, &self.output, &x)
+///     }
+/// }
+///
+/// #[derive(Serialize, Deserialize)]
+/// struct SmallConfig {
+///     width: usize,
+/// }
+///
+/// impl Network for SmallConfig {
+///     const KIND: &'static str = "small";
+///     type Model = Model<Small>;
+///
+///     fn build(&self, vb: VarBuilder) -> Result<Model<Small>> {
+///         Model::new(Small {
+///             time: TimeEmbedding::new(16, vb.pp("time"))?,
+///             input: Conv2d::new(3, self.width, 3, vb.pp("input"))?,
+///             block: ResBlock::new(self.width, self.width, 16, vb.pp("block"))?,
+///             norm: GroupNorm::new(self.width, Activation::Silu, vb.pp("norm"))?,
+///             output: Conv2d::new(self.width, 3, 3, vb.pp("output"))?,
+///         })
+///     }
+/// }
+///
+/// let small = Parameters::new(0, DType::F32, &Device::Cpu).build(&SmallConfig { width: 16 })?;
+/// let x_t = Tensor::zeros((2, 3, 8, 8), DType::F32, &Device::Cpu)?;
+/// let output = small.forward(&x_t, &Tensor::new(&[0u32, 999], &Device::Cpu)?)?;
+/// assert_eq!(output.dims(), x_t.dims());
+/// # Ok::<(), ddpm::Error>(())
+/// ```
+pub trait Graph: Send + Sync {
+    /// Computes the output from a feature map of the images `x_t`.
+    ///
+    /// Timesteps and dropout masks belong to the pass, which the engine knows. The same layers must run in every pass:
+    /// neither the values of maps nor the batch may decide which.
+    ///
+    /// # Errors
+    /// Returns the errors of the engine.
+    fn run<'n, E: Engine<'n>>(&'n self, engine: &E, x_t: &E::Map) -> Result<E::Map>;
+
+    /// Checks whether the network can compute images of this many channels, this height and this width.
+    ///
+    /// # Errors
+    /// Returns an error that states the allowed shape. The default accepts every shape; convolutions return an error
+    /// if the channels do not fit.
+    fn check_images(&self, channels: usize, height: usize, width: usize) -> Result<()> {
+        let _ = (channels, height, width);
+        Ok(())
+    }
+}
+
+/// The operations of networks on feature maps. The crate has two engines: one of candle's tensors, which runs on every
+/// device and can be differentiated by candle, and one of the crate's kernels, with their own backward passes.
+///
+/// Maps are channels-last, (batch, height, width, channels); a batch of vectors is (batch, 1, 1, length). Every
+/// operation returns an error if the shapes of its operands do not fit. `'n` is the lifetime of the network. The trait
+/// is sealed: code outside the crate uses engines, but does not implement them.
+pub trait Engine<'n>: Sealed {
+    /// A feature map.
+    type Map: Clone;
+
+    /// Computes a convolution and adds `add` to it.
+    ///
+    /// # Errors
+    /// Returns an error if a shape does not fit.
+    fn conv_add(
+        &self,
+        conv: &'n Conv2d,
+        x: &Self::Map,
+        add: Add<'_, Self::Map>,
+    ) -> Result<Self::Map>;
+
+    /// Normalises and activates a map, computes a convolution of it, and adds `add`. The normalised map is not kept for
+    /// the backward pass.
+    ///
+    /// # Errors
+    /// Returns an error if a shape does not fit.
+    fn norm_conv_add(
+        &self,
+        norm: &'n GroupNorm,
+        conv: &'n Conv2d,
+        x: &Self::Map,
+        add: Add<'_, Self::Map>,
+    ) -> Result<Self::Map>;
+
+    /// Applies an activation to a batch of vectors, then a linear layer.
+    ///
+    /// # Errors
+    /// Returns an error if a shape does not fit.
+    fn linear(&self, f: VectorActivation, linear: &'n Linear, x: &Self::Map) -> Result<Self::Map>;
+
+    /// Drops whole channels of each image with probability `p` in training passes, and returns the map as it is in all
+    /// others. `layer` is the number of this dropout within the network.
+    ///
+    /// # Errors
+    /// Returns an error if `p` is not at least 0 and less than 1.
+    fn drop_maps(&self, x: &Self::Map, layer: u16, p: f64) -> Result<Self::Map>;
+
+    /// Concatenates the channels of two maps.
+    ///
+    /// # Errors
+    /// Returns an error if batch, height or width differ.
+    fn concatenate(&self, a: &Self::Map, b: &Self::Map) -> Result<Self::Map>;
+
+    /// Computes softmax attention of all pixels to all, with one head, from queries, keys and values side by side in the
+    /// channels of `qkv`.
+    ///
+    /// # Errors
+    /// Returns an error if the number of channels is not a multiple of 3.
+    fn attention(&self, qkv: &Self::Map) -> Result<Self::Map>;
+
+    /// Computes the sinusoids of the timesteps of the pass, a batch of vectors, for
+    /// [`TimeEmbedding`](crate::TimeEmbedding).
+    #[doc(hidden)]
+    fn sinusoids(&self, sinusoids: &Sinusoids) -> Result<Self::Map>;
+
+    /// Computes a [convolution](Self::conv_add) to which nothing is added.
+    ///
+    /// # Errors
+    /// Returns an error if a shape does not fit.
+    fn conv(&self, conv: &'n Conv2d, x: &Self::Map) -> Result<Self::Map> {
+        self.conv_add(conv, x, Add::NOTHING)
+    }
+
+    /// Computes a [convolution of a normalised map](Self::norm_conv_add) to which nothing is added.
+    ///
+    /// # Errors
+    /// Returns an error if a shape does not fit.
+    fn norm_conv(&self, norm: &'n GroupNorm, conv: &'n Conv2d, x: &Self::Map) -> Result<Self::Map> {
+        self.norm_conv_add(norm, conv, x, Add::NOTHING)
+    }
+}
+
+/// Seals [`Engine`].
+pub trait Sealed {}

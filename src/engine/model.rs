@@ -1,0 +1,242 @@
+use std::fmt;
+use std::sync::Arc;
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Tensor};
+
+use super::autograd::Autograd;
+use super::graph::Graph;
+use super::pass::Pass;
+use super::survey::Weights;
+use super::tape::{Map, Tape};
+use crate::backend::maps::{
+    self, Maps, Place, Pool, can_capture, check_precision, dispatch, has_kernels,
+};
+use crate::denoiser::{
+    Condition, Denoiser, Output, OutputGradient, Trainable, gradients_by_autograd,
+};
+use crate::error::{Error, Result};
+use crate::kernels;
+use crate::precision::Precision;
+use crate::process::check_timesteps;
+use crate::random::Dropout;
+
+/// A [`Graph`] with its runtime: a [`Denoiser`] that computes it with the crate's kernels where there are any, and with
+/// candle's tensors elsewhere.
+///
+/// The kernels are used without gradients, and by [`gradients`](Trainable::gradients), with f32 weights on the CPU or on
+/// a CUDA device. Clones share weights and memory.
+pub struct Model<G> {
+    graph: Arc<G>,
+    weights: Weights,
+    precision: Precision,
+    /// Memory for maps and gradients, reused from one pass to the next.
+    pool: Arc<Pool>,
+}
+
+impl<G> Clone for Model<G> {
+    fn clone(&self) -> Self {
+        let Self { graph, weights, precision, pool } = self;
+        let (graph, pool) = (graph.clone(), pool.clone());
+        Self { graph, weights: weights.clone(), precision: *precision, pool }
+    }
+}
+
+impl<G: fmt::Debug> fmt::Debug for Model<G> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Model")
+            .field("graph", &self.graph)
+            .field("precision", &self.precision)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<G: Graph> Model<G> {
+    /// Creates a model with the weights that the graph holds. Weights that take gradients are shared with their
+    /// trainer.
+    ///
+    /// # Errors
+    /// Returns the errors of the graph, and an error if `DDPM_MAX_CPU_ISA` is set to an unknown value.
+    pub fn new(graph: G) -> Result<Self> {
+        kernels::check_limit()?;
+        let weights = Weights::of(&graph)?;
+        let precision = Precision::Highest;
+        Ok(Self { graph: Arc::new(graph), weights, precision, pool: Arc::default() })
+    }
+
+    /// Sets the precision of products in the crate's kernels. The default is [`Precision::Highest`].
+    ///
+    /// # Errors
+    /// Returns an error if this build, or the device or dtype of the network, does not support the precision.
+    pub fn with_precision(mut self, precision: Precision) -> Result<Self> {
+        self.set_precision(precision)?;
+        Ok(self)
+    }
+
+    /// The network.
+    pub fn graph(&self) -> &G {
+        &self.graph
+    }
+
+    #[cfg(test)]
+    pub(crate) fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// # Errors
+    /// Returns an error if the shapes or dtypes of `x_t` and `t` do not fit the network.
+    fn check(&self, x_t: &Tensor, t: &Tensor) -> Result<()> {
+        let &[batch, channels, height, width] = x_t.dims() else {
+            let expected = "(batch, channels, height, width)".to_string();
+            return Err(Error::Shape { what: "x_t", found: x_t.dims().to_vec(), expected });
+        };
+        self.graph.check_images(channels, height, width).map_err(|error| match error {
+            Error::Shape { expected, .. } => {
+                Error::Shape { what: "x_t", found: x_t.dims().to_vec(), expected }
+            }
+            error => error,
+        })?;
+        if x_t.elem_count() == 0 {
+            let expected = "a batch of at least one image".to_string();
+            return Err(Error::Shape { what: "x_t", found: x_t.dims().to_vec(), expected });
+        }
+        if !x_t.dtype().is_float() {
+            let expected = "a floating-point dtype";
+            return Err(Error::config("dtype of x_t", x_t.dtype().as_str(), expected));
+        }
+        check_timesteps(t, batch, None)
+    }
+
+    fn denoise_by_autograd(&self, x_t: &Tensor, pass: Pass<'_>) -> Result<Tensor> {
+        let dtype = self.weights.home.as_ref().map_or(x_t.dtype(), |(dtype, _)| *dtype);
+        let x = kernels::to_channels_last(&x_t.to_dtype(dtype)?)?;
+        let y = self.graph.run(&Autograd::new(pass, dtype), &x)?;
+        Ok(kernels::to_channels_first(&y)?.to_dtype(x_t.dtype())?)
+    }
+
+    /// The place of a pass, if the crate's kernels can compute it.
+    fn place(&self, x_t: &Tensor, recording: bool) -> Result<Option<Place<'_>>> {
+        let suits = |(dtype, device): &&(DType, Device)| {
+            has_kernels(*dtype, device) && x_t.device().same_device(device)
+        };
+        let Some((_, device)) = self.weights.home.as_ref().filter(suits) else { return Ok(None) };
+        if x_t.track_op() {
+            return Ok(None);
+        }
+        let (precision, batch) = (self.precision, x_t.dim(0)?);
+        Ok(Some(Place { device, precision, batch, recording }))
+    }
+}
+
+/// The forward pass of a graph.
+struct Forward<'a, G> {
+    graph: &'a G,
+    x_t: &'a Tensor,
+    pass: Pass<'a>,
+}
+
+impl<'a, G: Graph> Forward<'a, G> {
+    /// Returns the output as a map and as images.
+    fn on<'n, B: Maps + 'n>(&self, tape: &Tape<'n, '_, B>) -> Result<(Map<B>, Tensor)>
+    where
+        'a: 'n,
+    {
+        let y = self.graph.run(tape, &tape.images(self.x_t)?)?;
+        let output = tape.to_images(&y)?.to_dtype(self.x_t.dtype())?;
+        Ok((y, output))
+    }
+}
+
+impl<G: Graph> maps::Pass for Forward<'_, G> {
+    type Output = Tensor;
+
+    fn run<B: Maps>(self, backend: B) -> Result<Tensor> {
+        Ok(self.on(&Tape::forgetful(backend, self.pass))?.1)
+    }
+}
+
+/// The forward and the backward pass of a graph.
+struct ForwardBackward<'a, 'd, G> {
+    forward: Forward<'a, G>,
+    d_output: &'a mut OutputGradient<'d>,
+}
+
+impl<G: Graph> maps::Pass for ForwardBackward<'_, '_, G> {
+    type Output = GradStore;
+
+    fn run<B: Maps>(self, backend: B) -> Result<GradStore> {
+        let tape = Tape::recording(backend, self.forward.pass);
+        let (y, output) = self.forward.on(&tape)?;
+        let output = Output::new(output);
+        let d_output = (self.d_output)(&output)?.prediction;
+        if d_output.dims() != output.prediction.dims() {
+            let expected = format!("{:?}, that of the output", output.prediction.dims());
+            let found = d_output.dims().to_vec();
+            return Err(Error::Shape { what: "the output's gradient", found, expected });
+        }
+        tape.backward(y, &d_output)
+    }
+}
+
+impl<G: Graph> Denoiser for Model<G> {
+    fn denoise(&self, x_t: &Tensor, t: &Tensor, _: &Condition) -> Result<Output> {
+        self.check(x_t, t)?;
+        let pass = Pass { t: Some(t), dropout: None };
+        let place = self.place(x_t, false)?.filter(|_| !self.weights.trainable);
+        let prediction = match place {
+            Some(place) => {
+                dispatch(&place, &self.pool, Forward { graph: &*self.graph, x_t, pass })?
+            }
+            None => self.denoise_by_autograd(x_t, pass)?,
+        };
+        Ok(Output::new(prediction))
+    }
+}
+
+impl<G: Graph> Trainable for Model<G> {
+    fn denoise_train(
+        &self,
+        x_t: &Tensor,
+        t: &Tensor,
+        _: &Condition,
+        dropout: &Dropout,
+    ) -> Result<Output> {
+        self.check(x_t, t)?;
+        let pass = Pass { t: Some(t), dropout: Some(dropout) };
+        Ok(Output::new(self.denoise_by_autograd(x_t, pass)?))
+    }
+
+    fn gradients(
+        &self,
+        x_t: &Tensor,
+        t: &Tensor,
+        condition: &Condition,
+        dropout: &Dropout,
+        d_output: &mut OutputGradient<'_>,
+    ) -> Result<GradStore> {
+        self.check(x_t, t)?;
+        // Candle continues the backward pass through weights that are computed from others.
+        let Some(place) = self.place(x_t, true)?.filter(|_| !self.weights.derived) else {
+            return gradients_by_autograd(self, x_t, t, condition, dropout, d_output);
+        };
+        let pass = Pass { t: Some(t), dropout: Some(dropout) };
+        let forward = Forward { graph: &*self.graph, x_t, pass };
+        dispatch(&place, &self.pool, ForwardBackward { forward, d_output })
+    }
+
+    fn set_precision(&mut self, precision: Precision) -> Result<()> {
+        let (dtype, device) = self.weights.home.clone().unwrap_or((DType::F32, Device::Cpu));
+        check_precision(precision, dtype, &device)?;
+        self.precision = precision;
+        Ok(())
+    }
+
+    fn is_repeatable(&self, x_t: &Tensor) -> bool {
+        let place = self.place(x_t, true).ok().flatten().filter(|_| !self.weights.derived);
+        place.is_some_and(|place| can_capture(place.device))
+    }
+
+    fn recycle(&self, gradients: Vec<Tensor>) {
+        self.pool.recycle(gradients);
+    }
+}

@@ -1,0 +1,23 @@
+use candle_core::Tensor;
+
+use crate::error::{Error, Result};
+use crate::random::Dropout;
+
+/// The inputs of a pass through a network, other than its images.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Pass<'a> {
+    /// The timesteps (batch), if the network may ask for them.
+    pub t: Option<&'a Tensor>,
+    /// The dropout masks of a training pass.
+    pub dropout: Option<&'a Dropout>,
+}
+
+impl<'a> Pass<'a> {
+    /// The timesteps.
+    ///
+    /// # Errors
+    /// Returns an error if the pass has none.
+    pub fn timesteps(&self) -> Result<&'a Tensor> {
+        self.t.ok_or_else(|| Error::config("timesteps", "none", "given to a time embedding"))
+    }
+}

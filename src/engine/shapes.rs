@@ -1,0 +1,79 @@
+//! The shapes that operations of an engine accept. Networks outside the crate call these operations, so each checks its
+//! operands before a kernel relies on them.
+
+use crate::error::{Error, Result};
+use crate::layers::{Conv2d, GroupNorm, Linear};
+
+/// (batch, height, width, channels)
+type Dims = (usize, usize, usize, usize);
+
+fn refuse(what: &'static str, (n, h, w, c): Dims, expected: String) -> Result<()> {
+    Err(Error::Shape { what, found: vec![n, h, w, c], expected })
+}
+
+/// Checks the input of a convolution, and the values that are added to its output.
+pub(super) fn conv(
+    conv: &Conv2d,
+    x: Dims,
+    per_image: Option<Dims>,
+    residual: Option<Dims>,
+) -> Result<()> {
+    let (n, h, w, channels) = x;
+    if channels != conv.input() {
+        let expected = format!("(batch, height, width, {})", conv.input());
+        return refuse("the input of a convolution", x, expected);
+    }
+    let [h, w] = conv.output_size([h, w]);
+    for (what, found, expected) in [
+        ("the vectors added to a convolution", per_image, (n, 1, 1, conv.output())),
+        ("the map added to a convolution", residual, (n, h, w, conv.output())),
+    ] {
+        if let Some(found) = found.filter(|&found| found != expected) {
+            return refuse(what, found, format!("{expected:?}"));
+        }
+    }
+    Ok(())
+}
+
+/// Checks the input of a normalisation.
+pub(super) fn norm(norm: &GroupNorm, x: Dims) -> Result<()> {
+    if x.3 == norm.channels() {
+        return Ok(());
+    }
+    let expected = format!("(batch, height, width, {})", norm.channels());
+    refuse("the input of a normalisation", x, expected)
+}
+
+/// Checks the input of a linear layer.
+pub(super) fn linear(linear: &Linear, x: Dims) -> Result<()> {
+    if (x.1, x.2, x.3) == (1, 1, linear.input()) {
+        return Ok(());
+    }
+    refuse("the input of a linear layer", x, format!("(batch, 1, 1, {})", linear.input()))
+}
+
+/// Checks the two maps of a concatenation.
+pub(super) fn concatenation(a: Dims, b: Dims) -> Result<()> {
+    if (a.0, a.1, a.2) == (b.0, b.1, b.2) {
+        return Ok(());
+    }
+    let expected = format!("({}, {}, {}, channels), as the first", a.0, a.1, a.2);
+    refuse("the second map of a concatenation", b, expected)
+}
+
+/// Checks queries, keys and values.
+pub(super) fn attention(qkv: Dims) -> Result<()> {
+    if qkv.3.is_multiple_of(3) {
+        return Ok(());
+    }
+    let expected = "(batch, height, width, 3 channels)".into();
+    refuse("the queries, keys and values", qkv, expected)
+}
+
+/// Checks the probability of dropout.
+pub(super) fn probability(p: f64) -> Result<()> {
+    if (0.0..1.0).contains(&p) {
+        return Ok(());
+    }
+    Err(Error::config("dropout", p, "at least 0 and less than 1"))
+}

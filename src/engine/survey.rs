@@ -1,0 +1,99 @@
+use std::cell::{Cell, RefCell};
+
+use candle_core::{DType, Device, Tensor};
+
+use super::graph::{Engine, Graph, Sealed};
+use crate::error::Result;
+use crate::layers::{Add, Conv2d, GroupNorm, Linear, Sinusoids, VectorActivation};
+
+/// The properties of the weights of a network, which do not change after it is built.
+#[derive(Debug, Clone)]
+pub(crate) struct Weights {
+    /// Whether a weight takes gradients.
+    pub trainable: bool,
+    /// Whether a weight is computed from others that take gradients.
+    pub derived: bool,
+    /// The dtype and the device of all weights, if they share them and there are any.
+    pub home: Option<(DType, Device)>,
+}
+
+impl Weights {
+    /// Visits every weight of a network.
+    ///
+    /// # Errors
+    /// Returns the errors of the network.
+    pub fn of(graph: &impl Graph) -> Result<Self> {
+        let survey = Survey::default();
+        graph.run(&survey, &())?;
+        let Survey { trainable, derived, mixed, home } = survey;
+        let home = home.into_inner().filter(|_| !mixed.get());
+        Ok(Self { trainable: trainable.get(), derived: derived.get(), home })
+    }
+}
+
+/// An engine that computes nothing, and visits every weight.
+#[derive(Default)]
+struct Survey {
+    trainable: Cell<bool>,
+    derived: Cell<bool>,
+    mixed: Cell<bool>,
+    home: RefCell<Option<(DType, Device)>>,
+}
+
+impl Survey {
+    fn visit(&self, weights: [&Tensor; 2]) {
+        for weight in weights {
+            self.trainable.set(self.trainable.get() || weight.track_op());
+            self.derived.set(self.derived.get() || weight.track_op() && !weight.is_variable());
+            let mut home = self.home.borrow_mut();
+            let (dtype, device) =
+                home.get_or_insert_with(|| (weight.dtype(), weight.device().clone()));
+            if *dtype != weight.dtype() || !device.same_device(weight.device()) {
+                self.mixed.set(true);
+            }
+        }
+    }
+}
+
+impl Sealed for Survey {}
+
+impl Engine<'_> for Survey {
+    type Map = ();
+
+    fn conv_add(&self, conv: &Conv2d, _: &(), _: Add<'_, ()>) -> Result<()> {
+        self.visit([&conv.weight, &conv.bias]);
+        Ok(())
+    }
+
+    fn norm_conv_add(
+        &self,
+        norm: &GroupNorm,
+        conv: &Conv2d,
+        x: &(),
+        add: Add<'_, ()>,
+    ) -> Result<()> {
+        self.visit([&norm.weight, &norm.bias]);
+        self.conv_add(conv, x, add)
+    }
+
+    fn linear(&self, _: VectorActivation, linear: &Linear, _: &()) -> Result<()> {
+        self.visit([&linear.weight, &linear.bias]);
+        Ok(())
+    }
+
+    fn drop_maps(&self, _: &(), _: u16, _: f64) -> Result<()> {
+        Ok(())
+    }
+
+    fn concatenate(&self, _: &(), _: &()) -> Result<()> {
+        Ok(())
+    }
+
+    fn attention(&self, _: &()) -> Result<()> {
+        Ok(())
+    }
+
+    fn sinusoids(&self, _: &Sinusoids) -> Result<()> {
+        Ok(())
+    }
+}

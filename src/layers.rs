@@ -1,0 +1,282 @@
+//! Layers: weights and shapes, without a way to compute them.
+
+use std::sync::{Arc, OnceLock};
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{Init, VarBuilder};
+
+use crate::error::{Error, Result};
+use crate::kernels::{Activation, Scale, Weights};
+use crate::precision::Precision;
+
+/// The largest number of channels or vector elements of a layer.
+pub(crate) const MAX_CHANNELS: usize = 1 << 16;
+
+/// The initial distribution of PyTorch for convolutions and linear layers, for weights and biases.
+fn uniform(fan_in: usize) -> Init {
+    let bound = 1.0 / (fan_in as f64).sqrt();
+    Init::Uniform { lo: -bound, up: bound }
+}
+
+/// A weight as a layer keeps it: a trainable weight is shared with its trainer; any other is a copy, which no other
+/// code can change.
+fn weight(vb: &VarBuilder, shape: &[usize], name: &str, init: Init) -> Result<Tensor> {
+    weights_dtype(vb)?;
+    let tensor = vb.get_with_hints(shape, name, init)?;
+    Ok(if tensor.track_op() { tensor.contiguous()? } else { tensor.copy()?.contiguous()? })
+}
+
+/// The dtype of the weights that come from `vb`.
+///
+/// # Errors
+/// Returns an error unless it is f32 or f64. In half precision the sums of candle on the CPU stay in half precision,
+/// where 300 ones make 256.
+pub(crate) fn weights_dtype(vb: &VarBuilder) -> Result<DType> {
+    match vb.dtype() {
+        dtype @ (DType::F32 | DType::F64) => Ok(dtype),
+        dtype => Err(Error::config("dtype", dtype.as_str(), "f32 or f64")),
+    }
+}
+
+fn check_channels(field: &'static str, value: usize) -> Result<()> {
+    if (1..=MAX_CHANNELS).contains(&value) {
+        return Ok(());
+    }
+    Err(Error::config(field, value, format!("from 1 to {MAX_CHANNELS}")))
+}
+
+/// A two-dimensional convolution of feature maps, padded with zeros so that its output has the size of its input,
+/// unless it has a stride or upsamples. Weights have PyTorch's layout (output, input, kernel, kernel) and names
+/// (`weight`, `bias`).
+#[derive(Debug, Clone)]
+pub struct Conv2d {
+    pub(crate) weight: Tensor,
+    pub(crate) bias: Tensor,
+    pub(crate) scale: Scale,
+    /// The weights as packed for the kernels of the CPU in each precision, once used, if they do not change.
+    pub(crate) packed: Arc<[OnceLock<Weights>; Precision::COUNT]>,
+}
+
+impl Conv2d {
+    /// Creates a convolution from `input` to `output` channels with a square kernel.
+    ///
+    /// # Errors
+    /// Returns an error if a number of channels is not from 1 to 65,536, if `kernel` is even or not from 1 to 31, if
+    /// the dtype of `vb` is neither f32 nor f64, or if `vb` cannot supply a weight.
+    pub fn new(input: usize, output: usize, kernel: usize, vb: VarBuilder) -> Result<Self> {
+        check_channels("input channels", input)?;
+        check_channels("output channels", output)?;
+        if kernel.is_multiple_of(2) || kernel > 31 {
+            return Err(Error::config("kernel", kernel, "odd, from 1 to 31"));
+        }
+        let init = uniform(input * kernel * kernel);
+        let shape = [output, input, kernel, kernel];
+        Ok(Self {
+            weight: weight(&vb, &shape, "weight", init)?,
+            bias: weight(&vb, &[output], "bias", init)?,
+            scale: Scale::Stride(1),
+            packed: Arc::default(),
+        })
+    }
+
+    /// Halves the height and width of the output, rounded up: a stride of 2.
+    #[must_use]
+    pub fn downsampling(self) -> Self {
+        Self { scale: Scale::Stride(2), ..self }
+    }
+
+    /// Doubles the height and width of the output: each pixel of the input is repeated in both directions before the
+    /// convolution.
+    #[must_use]
+    pub fn upsampling(self) -> Self {
+        Self { scale: Scale::Upsample, ..self }
+    }
+
+    /// The number of channels of the input.
+    pub(crate) fn input(&self) -> usize {
+        self.weight.dims()[1]
+    }
+
+    /// The number of channels of the output.
+    pub(crate) fn output(&self) -> usize {
+        self.weight.dims()[0]
+    }
+
+    /// The height and width of the output for those of the input.
+    pub(crate) fn output_size(&self, [h, w]: [usize; 2]) -> [usize; 2] {
+        match self.scale {
+            Scale::Stride(stride) => [h.div_ceil(stride), w.div_ceil(stride)],
+            Scale::Upsample => [2 * h, 2 * w],
+        }
+    }
+}
+
+/// A linear layer `x W^T + b` of vectors. Weights have PyTorch's layout (output, input) and names (`weight`, `bias`).
+#[derive(Debug, Clone)]
+pub struct Linear {
+    pub(crate) weight: Tensor,
+    pub(crate) bias: Tensor,
+}
+
+impl Linear {
+    /// Creates a layer from vectors of `input` elements to vectors of `output` elements.
+    ///
+    /// # Errors
+    /// Returns an error if a length is not from 1 to 262,144, if the dtype of `vb` is neither f32 nor f64, or if `vb`
+    /// cannot supply a weight.
+    pub fn new(input: usize, output: usize, vb: VarBuilder) -> Result<Self> {
+        const MAX: usize = 4 * MAX_CHANNELS;
+        for (field, value) in [("input length", input), ("output length", output)] {
+            if !(1..=MAX).contains(&value) {
+                return Err(Error::config(field, value, format!("from 1 to {MAX}")));
+            }
+        }
+        let init = uniform(input);
+        Ok(Self {
+            weight: weight(&vb, &[output, input], "weight", init)?,
+            bias: weight(&vb, &[output], "bias", init)?,
+        })
+    }
+
+    /// The length of the input.
+    pub(crate) fn input(&self) -> usize {
+        self.weight.dims()[1]
+    }
+}
+
+/// The number of groups of every normalisation.
+pub(crate) const GROUPS: usize = 8;
+
+/// GroupNorm (Wu and He 2018) of feature maps with 8 groups, and the activation after it. Names of weights are
+/// PyTorch's (`weight`, `bias`).
+#[derive(Debug, Clone)]
+pub struct GroupNorm {
+    pub(crate) weight: Tensor,
+    pub(crate) bias: Tensor,
+    pub(crate) activation: Activation,
+}
+
+impl GroupNorm {
+    /// Creates a normalisation of maps with this number of channels.
+    ///
+    /// # Errors
+    /// Returns an error if `channels` is not a multiple of 8 from 8 to 65,536, if the dtype of `vb` is neither f32 nor
+    /// f64, or if `vb` cannot supply a weight.
+    pub fn new(channels: usize, activation: Activation, vb: VarBuilder) -> Result<Self> {
+        if !(GROUPS..=MAX_CHANNELS).contains(&channels) || !channels.is_multiple_of(GROUPS) {
+            let expected = format!("a multiple of {GROUPS}, from {GROUPS} to {MAX_CHANNELS}");
+            return Err(Error::config("channels", channels, expected));
+        }
+        Ok(Self {
+            weight: weight(&vb, &[channels], "weight", Init::Const(1.0))?,
+            bias: weight(&vb, &[channels], "bias", Init::Const(0.0))?,
+            activation,
+        })
+    }
+
+    /// The number of channels.
+    pub(crate) fn channels(&self) -> usize {
+        self.weight.elem_count()
+    }
+}
+
+/// The sines and cosines of a timestep at geometrically decreasing frequencies, the last 1 / 10000. Vaswani et al.
+/// 2017; the divisor is that of Ho et al.'s code.
+#[derive(Debug, Clone)]
+pub struct Sinusoids {
+    half: usize,
+    /// The k-th frequency is `exp(-decay * k)`.
+    pub(crate) decay: f64,
+}
+
+impl Sinusoids {
+    /// Creates `half` sines and `half` cosines; `half` is at least 2.
+    pub(crate) fn new(half: usize) -> Self {
+        Self { half, decay: libm::log(10000.0) / (half - 1) as f64 }
+    }
+
+    /// The number of values of a timestep.
+    pub(crate) fn dim(&self) -> usize {
+        2 * self.half
+    }
+
+    /// Computes `[sin | cos]` of `t` times each frequency: (batch, dim), in `dtype`.
+    pub(crate) fn values(&self, t: &Tensor, dtype: DType) -> Result<Tensor> {
+        // In half precision the phase would be wrong by 0.1 rad. Metal has no f64, not even to cast from.
+        let exact = if t.device().is_metal() { DType::F32 } else { DType::F64 };
+        let frequencies = (0..self.half).map(|k| libm::exp(-self.decay * k as f64)).collect();
+        let frequencies = Tensor::from_vec(frequencies, self.half, &Device::Cpu)?
+            .to_dtype(exact)?
+            .to_device(t.device())?;
+        let angles = t.to_dtype(exact)?.unsqueeze(1)?.broadcast_mul(&frequencies.unsqueeze(0)?)?;
+        Ok(Tensor::cat(&[angles.sin()?, angles.cos()?], 1)?.to_dtype(dtype)?)
+    }
+}
+
+/// The values that are added to the output of a convolution.
+#[derive(Debug)]
+pub struct Add<'a, M> {
+    /// Vectors (batch, 1, 1, channels), each added to every pixel of its image.
+    pub per_image: Option<&'a M>,
+    /// A map of the shape of the output.
+    pub residual: Option<&'a M>,
+}
+
+impl<'a, M> Add<'a, M> {
+    /// Adds nothing.
+    pub const NOTHING: Self = Self { per_image: None, residual: None };
+
+    /// Adds a vector to every pixel of its image.
+    pub fn per_image(vectors: &'a M) -> Self {
+        Self { per_image: Some(vectors), residual: None }
+    }
+
+    /// Adds a map.
+    pub fn residual(map: &'a M) -> Self {
+        Self { per_image: None, residual: Some(map) }
+    }
+}
+
+/// The activation before a linear layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VectorActivation {
+    /// The identity.
+    None,
+    /// `x / (1 + exp(-x))`.
+    Silu,
+    /// `x` times the probability that a standard normal is less than `x`; not the approximation by tanh.
+    Gelu,
+}
+
+impl VectorActivation {
+    pub(crate) fn value(self, x: f32) -> f32 {
+        let x = f64::from(x);
+        let y = match self {
+            Self::None => x,
+            Self::Silu => x / (1.0 + libm::exp(-x)),
+            Self::Gelu => x * normal_below(x),
+        };
+        y as f32
+    }
+
+    pub(crate) fn derivative(self, x: f32) -> f32 {
+        let x = f64::from(x);
+        let dy = match self {
+            Self::None => 1.0,
+            Self::Silu => {
+                let s = 1.0 / (1.0 + libm::exp(-x));
+                s * (1.0 + x * (1.0 - s))
+            }
+            Self::Gelu => {
+                let density = libm::exp(-0.5 * x * x) / (2.0 * std::f64::consts::PI).sqrt();
+                normal_below(x) + x * density
+            }
+        };
+        dy as f32
+    }
+}
+
+/// The probability that a standard normal is less than `x`.
+fn normal_below(x: f64) -> f64 {
+    0.5 * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2))
+}

@@ -1,0 +1,144 @@
+//! Reading the tensors of safetensors files.
+
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::Path;
+
+use candle_core::safetensors::Load;
+use candle_core::{DType, Device, Tensor};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
+
+use crate::error::{Error, Result, in_short};
+
+/// Reads a safetensors file: see [`tensors_of`].
+pub(super) fn read_tensors(
+    path: &Path,
+    dtype: DType,
+    device: &Device,
+) -> Result<BTreeMap<String, Tensor>> {
+    tensors_of(path, &read_regular(path)?, dtype, device)
+}
+
+/// Reads a file.
+pub(crate) fn read_regular(path: &Path) -> Result<Vec<u8>> {
+    let (mut file, _) = open_regular(path)?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).map_err(Error::io(path))?;
+    Ok(bytes)
+}
+
+/// Opens a regular file. Returns it and its length.
+pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
+    // Checked before opening, because a pipe would wait for its writer, and a device may have no end.
+    let metadata = path.metadata().map_err(Error::io(path))?;
+    if !metadata.is_file() {
+        let reason = std::io::Error::new(ErrorKind::InvalidInput, "not a regular file");
+        return Err(Error::io(path)(reason));
+    }
+    Ok((File::open(path).map_err(Error::io(path))?, metadata.len()))
+}
+
+/// Reads the tensors from the content of a safetensors file. The content must be complete, and all tensors must be
+/// floating-point tensors with values that are finite, also in `dtype`. The tensors keep the dtypes of the file.
+pub(crate) fn tensors_of(
+    path: &Path,
+    bytes: &[u8],
+    dtype: DType,
+    device: &Device,
+) -> Result<BTreeMap<String, Tensor>> {
+    let file = SafeTensors::deserialize(bytes).map_err(|e| not_safetensors(path, bytes, e))?;
+    let mut tensors = BTreeMap::new();
+    for (name, view) in file.iter() {
+        let damaged = |reason: String| Error::damaged(path, format!("{} {reason}", in_short(name)));
+        if !matches!(view.dtype(), Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64) {
+            let expected = "it must be F16, BF16, F32 or F64";
+            return Err(damaged(format!("is of dtype {}; {expected}", view.dtype())));
+        }
+        if let Some(reason) = not_finite(&view, dtype) {
+            return Err(damaged(reason));
+        }
+        let tensor = view
+            .load(device)
+            .map_err(|e| damaged(format!("cannot be loaded: {}", Error::from(e))))?;
+        tensors.insert(name.to_string(), tensor);
+    }
+    Ok(tensors)
+}
+
+/// The error for a weight that is missing from `tensors`, which were read from `path`. It names a weight among them
+/// whose name differs only by a prefix, such as wrappers of a network put before all names.
+pub(crate) fn missing(path: &Path, name: &str, tensors: &BTreeMap<String, Tensor>) -> Error {
+    let prefixed = |long: &str, short: &str| {
+        long.strip_suffix(short).is_some_and(|prefix| prefix.ends_with('.'))
+    };
+    let similar = tensors.keys().find(|found| prefixed(found, name) || prefixed(name, found));
+    Error::MissingWeight { path: path.to_owned(), name: name.into(), similar: similar.cloned() }
+}
+
+/// The reason given for a file that is not a safetensors file.
+fn not_safetensors(path: &Path, bytes: &[u8], error: SafeTensorError) -> Error {
+    // A zip archive, or a pickle of protocol 2 to 5.
+    if bytes.starts_with(b"PK\x03\x04") || matches!(bytes, [0x80, 2..=5, ..]) {
+        let reason = "a file of PyTorch's own format (a pickle), not of safetensors; convert it in Python: \
+                      `safetensors.torch.save_file(model.state_dict(), \"weights.safetensors\")`";
+        return Error::data(path, reason);
+    }
+    let reason = format!("{error}; is it truncated? It has {} bytes", bytes.len());
+    Error::damaged(path, reason)
+}
+
+/// Describes the values of a tensor that are not finite, or would not be finite in `dtype`.
+///
+/// Without the sign bit, the bits of floating-point numbers are in the order of their magnitudes: infinity follows
+/// all finite numbers, and NaN follows infinity.
+fn not_finite(view: &TensorView<'_>, dtype: DType) -> Option<String> {
+    // The smallest magnitude that is infinite in `dtype`: half a unit beyond its largest number.
+    let least = match dtype {
+        DType::F16 => 65520.0,
+        DType::BF16 => f64::from(f32::from_bits(0x7f7f_8000)),
+        DType::F32 => f64::from_bits(0x47ef_ffff_f000_0000),
+        _ => f64::INFINITY,
+    };
+    // The smallest bits of each type with such a magnitude. In f16 only infinity is as large.
+    let single = (least as f32).to_bits();
+    let found = match view.dtype() {
+        Dtype::F16 => find(view, |v| u16::from_le_bytes(v) & 0x7fff, 0x7c00, 0x7c00),
+        Dtype::BF16 => {
+            let least = single.div_ceil(1 << 16) as u16;
+            find(view, |v| u16::from_le_bytes(v) & 0x7fff, least, 0x7f80)
+        }
+        Dtype::F32 => find(view, |v| u32::from_le_bytes(v) & !(1 << 31), single, 0x7f80_0000),
+        _ => {
+            let infinity = f64::INFINITY.to_bits();
+            find(view, |v| u64::from_le_bytes(v) & !(1 << 63), least.to_bits(), infinity)
+        }
+    };
+    let (count, index, order) = found?;
+    let kind = match order {
+        Ordering::Less => format!("too large for {}", dtype.as_str()),
+        Ordering::Equal => "infinite".into(),
+        Ordering::Greater => "NaN".into(),
+    };
+    let total = view.shape().iter().product::<usize>();
+    Some(format!(
+        "is not finite: {count} of {total} values, the first at index {index}, which is {kind}"
+    ))
+}
+
+/// Returns the number of magnitudes in a tensor that are `least` or more, the index of the first, and its comparison
+/// with infinity.
+fn find<const BYTES: usize, B: Ord + Copy>(
+    view: &TensorView<'_>,
+    magnitude: impl Fn([u8; BYTES]) -> B,
+    least: B,
+    infinity: B,
+) -> Option<(usize, usize, Ordering)> {
+    let (values, _) = view.data().as_chunks();
+    // Counted first, without a branch per value, because the number is nearly always 0.
+    let count = values.iter().filter(|&&value| magnitude(value) >= least).count();
+    let first = values.iter().position(|&value| count > 0 && magnitude(value) >= least)?;
+    Some((count, first, magnitude(values[first]).cmp(&infinity)))
+}

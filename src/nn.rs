@@ -1,0 +1,10 @@
+//! Networks: layers and blocks, the [`Graph`] that a network is, and the [`Model`] that runs it.
+//!
+//! The chapter [the network](crate::docs::network) describes the crate's U-Net and how to write a network of your own.
+
+pub use crate::denoiser::{Condition, Denoiser, Output, OutputGradient, Trainable, from_fn};
+pub use crate::engine::{Engine, Graph, Model};
+pub use crate::kernels::Activation;
+pub use crate::layers::{Add, Conv2d, GroupNorm, Linear, VectorActivation};
+pub use crate::model::{Attention, Network, Parameters, ResBlock, TimeEmbedding, UNet, UNetConfig};
+pub use crate::random::Dropout;
