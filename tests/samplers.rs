@@ -65,6 +65,7 @@ fn expected(
                     _ if prev == 1.0 => 0.0,
                     Variance::Beta => beta,
                     Variance::Posterior => posterior,
+                    other => panic!("no formula of {other:?}"),
                 };
                 ((1.0 - scale * e) / root, -scale * f / root, sigma2)
             }
@@ -74,6 +75,7 @@ fn expected(
                 let direction = (1.0 - prev - sigma2).sqrt();
                 (prev.sqrt() * g + direction * e, prev.sqrt() * h + direction * f, sigma2)
             }
+            other => panic!("no formula of {other:?}"),
         };
         (mean, variance) = (slope * mean + offset, slope * slope * variance + sigma2);
     }

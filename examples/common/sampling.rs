@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use candle_core::Device;
 use clap::{Args, ValueEnum};
-use ddpm::{Checkpoint, Error, Precision, SamplerConfig, Solver, UNet, UNetConfig, Variance};
+use ddpm::{Checkpoint, Error, Precision, SamplerConfig, Solver, UNet, UNetConfig};
 use serde::Serialize;
 
 use super::cli::{Result, fraction, precision, quoted, whole};
@@ -83,12 +83,12 @@ impl SamplingArgs {
             (None, _)
             | (Some(SolverName::Ddpm), Solver::Ddpm { .. })
             | (Some(SolverName::Ddim), Solver::Ddim { .. }) => (run.solver, run.steps),
-            (Some(SolverName::Ddpm), Solver::Ddim { .. }) => (Solver::ddpm(), all),
-            (Some(SolverName::Ddim), Solver::Ddpm { .. }) => (Solver::ddim(), usual.steps),
+            (Some(SolverName::Ddpm), _) => (Solver::ddpm(), all),
+            (Some(SolverName::Ddim), _) => (Solver::ddim(), usual.steps),
         };
         match (&mut solver, self.eta) {
             (Solver::Ddim { eta }, Some(asked)) => *eta = asked,
-            (Solver::Ddpm { .. }, Some(_)) => return Err("--eta is for --solver ddim only".into()),
+            (_, Some(_)) => return Err("--eta is for --solver ddim only".into()),
             (_, None) => {}
         }
         steps = self.sampling_steps.unwrap_or(steps);
@@ -118,9 +118,5 @@ impl SamplingArgs {
 }
 
 pub fn describe_solver(solver: Solver) -> String {
-    match solver {
-        Solver::Ddim { eta } => format!("DDIM with eta {eta}"),
-        Solver::Ddpm { variance: Variance::Beta } => "DDPM".into(),
-        Solver::Ddpm { variance: Variance::Posterior } => "DDPM with the posterior variance".into(),
-    }
+    solver.to_string()
 }

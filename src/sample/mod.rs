@@ -1,5 +1,20 @@
-//! Sampling: one loop for all solvers.
+//! Sampling: a solver is a plan of stages, and one loop runs every plan.
+//!
+//! A new solver is one file with its stages, and one line in each of the two lists of `solver.rs`.
 
+mod ancestral;
+mod config;
+mod ddim;
+mod finite;
+mod noise;
+mod plan;
 mod sampler;
+mod solver;
+mod spacing;
+#[cfg(test)]
+mod tests;
 
-pub use sampler::{Sampler, SamplerConfig, Solver, Step, Steps, Variance};
+pub use ancestral::Variance;
+pub use config::SamplerConfig;
+pub use sampler::{Sampler, Step, Steps};
+pub use solver::Solver;

@@ -1,132 +1,17 @@
 use std::fmt;
 
-use candle_core::{DType, Device, Shape, Tensor};
-use serde::{Deserialize, Serialize};
+use candle_core::{Device, Shape, Tensor};
 
-use crate::kernels::{clamp, combine, finiteness};
-use crate::random::{Noise, Purpose};
-use crate::{Denoiser, Diffusion, Error, Result};
-
-/// The rule by which a sampler goes from one timestep to the next.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Solver {
-    /// Ancestral sampling. Ho et al. 2020, algorithm 2.
-    Ddpm {
-        /// The variance of each step.
-        variance: Variance,
-    },
-    /// Denoising diffusion implicit models. Song et al. 2021, equation 12.
-    Ddim {
-        /// From 0 (deterministic) to 1 (as much noise as ancestral sampling with
-        /// [`Variance::Posterior`]).
-        eta: f64,
-    },
-}
-
-/// The fixed variance of an ancestral step; Ho et al. 2020, section 3.2.
-///
-/// The two variances give different results at any number of steps; neither is a more exact form of the other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Variance {
-    /// `beta_t`, exact if the data is standard normal noise. Also called "fixed large".
-    Beta,
-    /// `beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)`, exact if the data is a single point. Also called
-    /// "fixed small".
-    Posterior,
-}
-
-/// The settings of a [`Sampler`], which a checkpoint can hold.
-///
-/// ```
-/// use ddpm::{Diffusion, SamplerConfig, Solver};
-///
-/// let config = SamplerConfig { solver: Solver::ddim(), steps: 50, clip_denoised: true };
-/// let sampler = config.sampler(&Diffusion::ddpm())?;
-/// assert_eq!(sampler.timesteps().len(), 50);
-/// # Ok::<(), ddpm::Error>(())
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SamplerConfig {
-    /// The rule from one timestep to the next.
-    pub solver: Solver,
-    /// The number of sampling steps, from 1 to the schedule's number of timesteps; see [`Sampler::new`].
-    pub steps: usize,
-    /// Whether each predicted `x_0` is clipped; see [`Sampler::clip_denoised`].
-    pub clip_denoised: bool,
-}
-
-impl SamplerConfig {
-    /// The usual settings for quick samples: deterministic DDIM with 50 timesteps (all of a shorter schedule),
-    /// with clipping.
-    pub fn usual(diffusion: &Diffusion) -> Self {
-        let steps = diffusion.schedule().steps().min(50);
-        Self { solver: Solver::ddim(), steps, clip_denoised: true }
-    }
-
-    /// Creates the sampler with these settings.
-    ///
-    /// # Errors
-    /// Returns the errors of [`Sampler::new`].
-    pub fn sampler(&self, diffusion: &Diffusion) -> Result<Sampler> {
-        Ok(Sampler::new(diffusion, self.solver, self.steps)?.clip_denoised(self.clip_denoised))
-    }
-}
-
-impl Solver {
-    /// Ancestral sampling with `sigma_t^2 = beta_t`.
-    pub const fn ddpm() -> Self {
-        Self::Ddpm { variance: Variance::Beta }
-    }
-
-    /// Deterministic DDIM.
-    pub const fn ddim() -> Self {
-        Self::Ddim { eta: 0.0 }
-    }
-
-    /// The update from the timestep with `alpha_bar` to the one with `alpha_bar_prev`.
-    ///
-    /// The betas are computed from the two, and are thus correct for any subset of the timesteps.
-    fn update(self, t: usize, alpha_bar: f64, alpha_bar_prev: f64) -> Update {
-        let (noise, noise_prev) = (1.0 - alpha_bar, 1.0 - alpha_bar_prev);
-        let alpha = alpha_bar / alpha_bar_prev;
-        let beta = 1.0 - alpha;
-        let (x_0, x_t, z) = match self {
-            // The mean of q(x_{t-1} | x_t, x_0): Ho et al. 2020, equation 7.
-            Self::Ddpm { variance } => (
-                alpha_bar_prev.sqrt() * beta / noise,
-                alpha.sqrt() * noise_prev / noise,
-                match variance {
-                    // The last step returns the mean, because its image is the result and is not denoised again.
-                    _ if alpha_bar_prev == 1.0 => 0.0,
-                    Variance::Beta => beta.sqrt(),
-                    Variance::Posterior => (beta * noise_prev / noise).sqrt(),
-                },
-            ),
-            // sqrt(abar') x_0 + sqrt(1 - abar' - sigma^2) eps, with eps = (x_t - sqrt(abar) x_0) /
-            // sqrt(1 - abar) written out, so that a clipped x_0 changes eps as well.
-            Self::Ddim { eta } => {
-                let sigma = eta * (beta * noise_prev / noise).sqrt();
-                let eps = (noise_prev - sigma * sigma).max(0.0).sqrt() / noise.sqrt();
-                (alpha_bar_prev.sqrt() - eps * alpha_bar.sqrt(), eps, sigma)
-            }
-        };
-        Update { t, alpha_bar, x_0, x_t, z }
-    }
-}
-
-/// The coefficients of a sampling step: `x <- x_0 * x̂_0 + x_t * x + z * noise`.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Update {
-    /// The timestep that the network receives.
-    t: usize,
-    alpha_bar: f64,
-    x_0: f64,
-    x_t: f64,
-    z: f64,
-}
+use super::finite::FiniteCheck;
+use super::noise::{NoiseSource, check_start, draw, like};
+use super::plan::{Level, Plan, Stage};
+use super::solver::Solver;
+use super::spacing;
+use crate::error::{Error, Result};
+use crate::kernels::{clamp, combine};
+use crate::model::Denoiser;
+use crate::process::Diffusion;
+use crate::random::Purpose;
 
 /// Draws images from a [`Denoiser`].
 ///
@@ -142,9 +27,8 @@ struct Update {
 /// ```
 #[derive(Debug, Clone)]
 pub struct Sampler {
-    diffusion: Diffusion,
-    /// From the noisiest timestep to the cleanest.
-    updates: Vec<Update>,
+    pub(super) diffusion: Diffusion,
+    pub(super) plan: Plan,
     clip: bool,
     /// The number of a batch's first image.
     first: u32,
@@ -156,18 +40,7 @@ impl Sampler {
     /// # Errors
     /// Returns an error if `steps` is not in `1..=T`, or if `eta` of DDIM is not in [0, 1].
     pub fn new(diffusion: &Diffusion, solver: Solver, steps: usize) -> Result<Self> {
-        let total = diffusion.schedule().steps();
-        if !(1..=total).contains(&steps) {
-            let expected = format!("from 1 to {total}, the schedule's number of timesteps");
-            return Err(Error::config("sampling steps", steps, expected));
-        }
-        let timesteps: Vec<usize> = if steps == 1 {
-            vec![total - 1]
-        } else {
-            // Ties are rounded to even, as in the respacing of Nichol and Dhariwal's code.
-            let gap = (total - 1) as f64 / (steps - 1) as f64;
-            (0..steps).map(|i| (i as f64 * gap).round_ties_even() as usize).collect()
-        };
+        let timesteps = spacing::even(diffusion.schedule().steps(), steps)?;
         Self::with_timesteps(diffusion, solver, &timesteps)
     }
 
@@ -181,34 +54,15 @@ impl Sampler {
         solver: Solver,
         timesteps: &[usize],
     ) -> Result<Self> {
-        let schedule = diffusion.schedule();
-        if let Solver::Ddim { eta } = solver
-            && !(0.0..=1.0).contains(&eta)
-        {
-            return Err(Error::config("eta", eta, "from 0 to 1"));
-        }
-        let all = schedule.steps();
-        if timesteps.is_empty() {
-            let expected = format!("one or more, strictly increasing and less than {all}");
-            return Err(Error::config("timesteps", "[]", expected));
-        }
-        let fits = |i: usize| timesteps[i] < all && (i == 0 || timesteps[i - 1] < timesteps[i]);
-        if let Some(i) = (0..timesteps.len()).find(|&i| !fits(i)) {
-            let value = format!("{} at index {i}", timesteps[i]);
-            let expected = format!("strictly increasing and less than {all}");
-            return Err(Error::config("timesteps", value, expected));
-        }
-        let mut alpha_bar_prev = 1.0;
-        let mut updates: Vec<Update> = timesteps
-            .iter()
-            .map(|&t| {
-                let update = solver.update(t, schedule.alpha_bars()[t], alpha_bar_prev);
-                alpha_bar_prev = schedule.alpha_bars()[t];
-                update
-            })
-            .collect();
-        updates.reverse();
-        Ok(Self { diffusion: diffusion.clone(), updates, clip: false, first: 0 })
+        let bars = diffusion.schedule().alpha_bars();
+        spacing::check(timesteps, bars.len())?;
+        let timesteps: Vec<_> = timesteps.iter().rev().map(|&t| (t, bars[t])).collect();
+        let plan = Plan::new(&timesteps, |levels, i| solver.stages(levels, i))?;
+        Ok(Self::with_plan(diffusion, plan))
+    }
+
+    pub(super) fn with_plan(diffusion: &Diffusion, plan: Plan) -> Self {
+        Self { diffusion: diffusion.clone(), plan, clip: false, first: 0 }
     }
 
     /// Sets whether the predicted `x_0` of each step is clipped to [-1, 1] before it is used. The default is off, as
@@ -238,9 +92,14 @@ impl Sampler {
         Self { first, ..self }
     }
 
-    /// The timesteps in the order of sampling, which is decreasing.
+    /// The timesteps in the order of sampling, which is decreasing. Each is the beginning of one sampling step.
     pub fn timesteps(&self) -> impl ExactSizeIterator<Item = usize> + '_ {
-        self.updates.iter().map(|update| update.t)
+        self.plan.steps.iter().map(|step| step.t)
+    }
+
+    /// The number of network evaluations for one batch. Most solvers evaluate the network once per sampling step.
+    pub fn evaluations(&self) -> usize {
+        self.plan.evaluations()
     }
 
     /// Draws images of this shape (batch, channels, height, width), clamped to [-1, 1].
@@ -316,8 +175,9 @@ impl Sampler {
 
     /// The sampling loop with a given `x_T` (`start`, of shape (batch, ...)) and a given source of noise.
     ///
-    /// At each timestep `t` that adds noise, the loop calls `z(t)` for standard normals of the shape of `x_T`, such
-    /// as those of [`noise`](Self::noise). Deterministic DDIM adds no noise. Steps are computed in the dtype of
+    /// In each step that adds noise, the loop calls `z(t)` once, where `t` is the timestep at which the step begins. It
+    /// must return standard normals of the shape of `x_T`, such as those of [`noise`](Self::noise). Deterministic
+    /// solvers add no noise. Steps are computed in the dtype of
     /// `x_T`, even if the network has another dtype.
     ///
     /// # Errors
@@ -333,90 +193,24 @@ impl Sampler {
         start: Tensor,
         z: impl FnMut(usize) -> Result<Tensor> + 'a,
     ) -> Result<Steps<'a, D>> {
-        if start.rank() == 0 {
-            return Err(no_batch("the start"));
-        }
-        check_float("dtype of the start", &start)?;
-        let mut looks = Looks::default();
-        looks.at("the start", self.updates[0].t, &start)?;
-        Ok(Steps { sampler: self, denoiser, x: start, z: Box::new(z), next: 0, looks })
+        check_start(&start)?;
+        let mut finite = FiniteCheck::default();
+        finite.add("the start", self.plan.steps[0].t, &start)?;
+        let (z, predictions) = (Box::new(z), Vec::new());
+        Ok(Steps { sampler: self, denoiser, x: start, predictions, z, next: 0, finite })
     }
 }
-
-fn no_batch(what: &'static str) -> Error {
-    let expected = "(batch, ...), such as (16, 1, 28, 28)".to_string();
-    Error::Shape { what, found: vec![], expected }
-}
-
-fn check_float(field: &'static str, x: &Tensor) -> Result<()> {
-    if x.dtype().is_float() {
-        return Ok(());
-    }
-    Err(Error::config(field, x.dtype().as_str(), "a floating-point dtype"))
-}
-
-/// Checks the result of a denoiser or a source of noise for a sample `x`, and converts it to the dtype of `x`.
-fn like(x: &Tensor, found: &Tensor, [what, dtype]: [&'static str; 2]) -> Result<Tensor> {
-    if found.dims() != x.dims() {
-        let expected = format!("{:?}, that of the sample", x.dims());
-        return Err(Error::Shape { what, found: found.dims().to_vec(), expected });
-    }
-    check_float(dtype, found)?;
-    Ok(found.to_dtype(x.dtype())?)
-}
-
-/// Detects values that are not finite: at once on the CPU, and on other devices by results that stay on the device
-/// until they are read once.
-#[derive(Default)]
-struct Looks {
-    /// The name of the tensor, its timestep, and the result of the check.
-    unread: Vec<(&'static str, usize, Tensor)>,
-}
-
-impl Looks {
-    fn at(&mut self, what: &'static str, t: usize, x: &Tensor) -> Result<()> {
-        let found = finiteness(&x.detach())?;
-        self.unread.push((what, t, found));
-        if x.device().is_cpu() { self.read() } else { Ok(()) }
-    }
-
-    /// # Errors
-    /// Returns an error that names the first tensor that is not finite.
-    fn read(&mut self) -> Result<()> {
-        for (what, t, found) in self.unread.drain(..) {
-            if !found.to_dtype(DType::F32)?.to_scalar::<f32>()?.is_finite() {
-                return Err(Error::NonFiniteSample { what, t });
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Draws standard normals for images, beginning with number `first`.
-fn draw(
-    purpose: Purpose,
-    step: u64,
-    first: u32,
-    shape: &Shape,
-    seed: u64,
-    device: &Device,
-) -> Result<Tensor> {
-    if shape.rank() == 0 {
-        return Err(no_batch("sample"));
-    }
-    Noise::new(seed).normal(purpose, step, first, shape.dims(), device)
-}
-
-type NoiseSource<'a> = dyn FnMut(usize) -> Result<Tensor> + 'a;
 
 /// The sampling loop; see [`Sampler::steps`]. The first error ends it.
 pub struct Steps<'a, D> {
     sampler: &'a Sampler,
     denoiser: &'a D,
     x: Tensor,
+    /// The predicted images that a later stage may need, newest first.
+    predictions: Vec<Tensor>,
     z: Box<NoiseSource<'a>>,
     next: usize,
-    looks: Looks,
+    finite: FiniteCheck,
 }
 
 impl<D> fmt::Debug for Steps<'_, D> {
@@ -431,6 +225,7 @@ impl<D> fmt::Debug for Steps<'_, D> {
 
 /// The state of the sampling loop after a step.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Step {
     /// The number of steps before this one.
     pub index: usize,
@@ -440,56 +235,102 @@ pub struct Step {
     /// dtype are those of `x_T`.
     pub x: Tensor,
     /// The image that the network predicted from the sample before the step, clipped if the sampler clips. It has the
-    /// same shape.
+    /// same shape. If a solver evaluates the network more than once per step, it is the first prediction that the step
+    /// used.
     pub x_0: Tensor,
 }
 
 impl<D: Denoiser> Steps<'_, D> {
-    fn step(&mut self) -> Result<Step> {
-        let (sampler, x, index) = (self.sampler, &self.x, self.next);
-        let update = sampler.updates[index];
-        let t = Tensor::from_vec(vec![update.t as u32; x.dim(0)?], x.dim(0)?, x.device())?;
-        let names = ["the denoiser's output", "dtype of the denoiser's output"];
-        let output = like(x, &self.denoiser.forward(x, &t)?, names)?;
-        self.looks.at(names[0], update.t, &output)?;
-        let mut x_0 = sampler.diffusion.x_0(x, &output, update.alpha_bar)?;
-        if sampler.clip {
-            x_0 = clamp(&x_0, -1.0, 1.0)?;
+    /// Runs the stages of one step. Every solver is computed here.
+    fn step(&mut self, index: usize) -> Result<Step> {
+        let plan = &self.sampler.plan;
+        let (t, stages) = (plan.steps[index].t, &plan.steps[index].stages);
+        let (mut x, mut x_0, mut z) = (self.x.clone(), None, None);
+        for stage in stages {
+            if let Some(level) = stage.evaluate {
+                // Predictions that no stage needs are dropped before the network needs memory.
+                self.predictions.truncate(plan.predictions.saturating_sub(1));
+                let prediction = self.predict(&x, level)?;
+                self.predictions.insert(0, prediction);
+            }
+            if stage.z != 0.0 && z.is_none() {
+                z = Some(like(&self.x, &(self.z)(t)?, ["z", "dtype of z"])?);
+            }
+            x = self.combined(stage, z.as_ref())?;
+            self.finite.add("the sample", t, &x)?;
+            x = x.detach();
+            if let Some(newest) = self.predictions.first_mut() {
+                *newest = newest.detach();
+                if !stage.x_0.is_empty() {
+                    x_0.get_or_insert_with(|| newest.clone());
+                }
+            }
         }
-        let mut next = combine(&x_0, update.x_0, x, update.x_t)?;
-        if update.z != 0.0 {
-            let z = like(x, &(self.z)(update.t)?, ["z", "dtype of z"])?;
-            next = combine(&next, 1.0, &z, update.z)?;
+        if index + 1 == plan.steps.len() {
+            self.finite.read()?;
         }
-        self.looks.at("the sample", update.t, &next)?;
-        if index + 1 == sampler.updates.len() {
-            self.looks.read()?;
-        }
-        Ok(Step { index, t: update.t, x: next.detach(), x_0: x_0.detach() })
+        let x_0 = x_0.ok_or_else(|| Error::config("predictions of a step", 0, "at least 1"))?;
+        Ok(Step { index, t, x, x_0 })
     }
+
+    /// Computes the image that the network predicts from `x` at this level.
+    fn predict(&mut self, x: &Tensor, level: Level) -> Result<Tensor> {
+        let names = ["the denoiser's output", "dtype of the denoiser's output"];
+        let output = like(x, &self.denoiser.forward(x, &timesteps_of(x, level.t)?)?, names)?;
+        self.finite.add(names[0], level.t as usize, &output)?;
+        let x_0 = self.sampler.diffusion.x_0(x, &output, level.alpha_bar)?;
+        Ok(if self.sampler.clip { clamp(&x_0, -1.0, 1.0)? } else { x_0 })
+    }
+
+    /// Computes the result of a stage, term by term in the order that [`Stage`] defines.
+    fn combined(&self, stage: &Stage, z: Option<&Tensor>) -> Result<Tensor> {
+        let mut terms = self.predictions.iter().zip(&stage.x_0);
+        let mut sum = match terms.next() {
+            Some((newest, &factor)) => combine(newest, factor, &self.x, stage.x)?,
+            None => combine(&self.x, stage.x, &self.x, 0.0)?,
+        };
+        for (older, &factor) in terms {
+            sum = combine(&sum, 1.0, older, factor)?;
+        }
+        match z {
+            Some(z) if stage.z != 0.0 => Ok(combine(&sum, 1.0, z, stage.z)?),
+            _ => Ok(sum),
+        }
+    }
+}
+
+/// The `t` of a batch whose images are all at the same time: u32 at a timestep of the schedule, f32 between two.
+fn timesteps_of(x: &Tensor, t: f64) -> Result<Tensor> {
+    let batch = x.dim(0)?;
+    Ok(if t.fract() == 0.0 {
+        Tensor::from_vec(vec![t as u32; batch], batch, x.device())?
+    } else {
+        Tensor::from_vec(vec![t as f32; batch], batch, x.device())?
+    })
 }
 
 impl<D: Denoiser> Iterator for Steps<'_, D> {
     type Item = Result<Step>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.next == self.sampler.updates.len() {
+        let all = self.sampler.plan.steps.len();
+        if self.next == all {
             return None;
         }
-        let step = self.step();
+        let step = self.step(self.next);
         match &step {
             Ok(step) => {
                 self.x = step.x.clone();
                 self.next += 1;
             }
             // An error ends the loop: the next x is unknown.
-            Err(_) => self.next = self.sampler.updates.len(),
+            Err(_) => self.next = all,
         }
         Some(step)
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
-        let left = self.sampler.updates.len() - self.next;
+        let left = self.sampler.plan.steps.len() - self.next;
         (left, Some(left))
     }
 }

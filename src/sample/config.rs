@@ -1,0 +1,44 @@
+use serde::{Deserialize, Serialize};
+
+use super::sampler::Sampler;
+use super::solver::Solver;
+use crate::error::Result;
+use crate::process::Diffusion;
+
+/// The settings of a [`Sampler`], which a checkpoint can hold.
+///
+/// ```
+/// use ddpm::{Diffusion, SamplerConfig, Solver};
+///
+/// let config = SamplerConfig { solver: Solver::ddim(), steps: 50, clip_denoised: true };
+/// let sampler = config.sampler(&Diffusion::ddpm())?;
+/// assert_eq!(sampler.timesteps().len(), 50);
+/// # Ok::<(), ddpm::Error>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SamplerConfig {
+    /// The rule from one timestep to the next.
+    pub solver: Solver,
+    /// The number of sampling steps, from 1 to the schedule's number of timesteps; see [`Sampler::new`].
+    pub steps: usize,
+    /// Whether each predicted `x_0` is clipped; see [`Sampler::clip_denoised`].
+    pub clip_denoised: bool,
+}
+
+impl SamplerConfig {
+    /// The usual settings for quick samples: deterministic DDIM with 50 timesteps (all of a shorter schedule),
+    /// with clipping.
+    pub fn usual(diffusion: &Diffusion) -> Self {
+        let steps = diffusion.schedule().steps().min(50);
+        Self { solver: Solver::ddim(), steps, clip_denoised: true }
+    }
+
+    /// Creates the sampler with these settings.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Sampler::new`].
+    pub fn sampler(&self, diffusion: &Diffusion) -> Result<Sampler> {
+        Ok(Sampler::new(diffusion, self.solver, self.steps)?.clip_denoised(self.clip_denoised))
+    }
+}

@@ -1,0 +1,35 @@
+use candle_core::{DType, Tensor};
+
+use crate::error::{Error, Result};
+use crate::kernels::finiteness;
+
+/// Detects values that are not finite: at once on the CPU, and on other devices by results that stay on the device
+/// until they are read once.
+#[derive(Default)]
+pub(super) struct FiniteCheck {
+    /// The name of the tensor, its timestep, and the result of the check.
+    unread: Vec<(&'static str, usize, Tensor)>,
+}
+
+impl FiniteCheck {
+    /// Checks a tensor, named `what`, of the timestep `t`.
+    ///
+    /// # Errors
+    /// On the CPU, returns an error if a value is not finite.
+    pub fn add(&mut self, what: &'static str, t: usize, x: &Tensor) -> Result<()> {
+        let found = finiteness(&x.detach())?;
+        self.unread.push((what, t, found));
+        if x.device().is_cpu() { self.read() } else { Ok(()) }
+    }
+
+    /// # Errors
+    /// Returns an error that names the first tensor that is not finite.
+    pub fn read(&mut self) -> Result<()> {
+        for (what, t, found) in self.unread.drain(..) {
+            if !found.to_dtype(DType::F32)?.to_scalar::<f32>()?.is_finite() {
+                return Err(Error::NonFiniteSample { what, t });
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,55 @@
+//! The random numbers of a sampler, and the checks of tensors that a sampler receives.
+
+use candle_core::{Device, Shape, Tensor};
+
+use crate::error::{Error, Result};
+use crate::random::{Noise, Purpose};
+
+/// A source of noise for the step that begins at a timestep.
+pub(super) type NoiseSource<'a> = dyn FnMut(usize) -> Result<Tensor> + 'a;
+
+/// Draws standard normals for images, beginning with number `first`.
+pub(super) fn draw(
+    purpose: Purpose,
+    step: u64,
+    first: u32,
+    shape: &Shape,
+    seed: u64,
+    device: &Device,
+) -> Result<Tensor> {
+    if shape.rank() == 0 {
+        return Err(no_batch("sample"));
+    }
+    Noise::new(seed).normal(purpose, step, first, shape.dims(), device)
+}
+
+/// # Errors
+/// Returns an error if `start` is a scalar or not of a floating-point dtype.
+pub(super) fn check_start(start: &Tensor) -> Result<()> {
+    if start.rank() == 0 {
+        return Err(no_batch("the start"));
+    }
+    check_float("dtype of the start", start)
+}
+
+/// Checks the result of a denoiser or a source of noise for a sample `x`, and converts it to the dtype of `x`.
+pub(super) fn like(x: &Tensor, found: &Tensor, [what, dtype]: [&'static str; 2]) -> Result<Tensor> {
+    if found.dims() != x.dims() {
+        let expected = format!("{:?}, that of the sample", x.dims());
+        return Err(Error::Shape { what, found: found.dims().to_vec(), expected });
+    }
+    check_float(dtype, found)?;
+    Ok(found.to_dtype(x.dtype())?)
+}
+
+fn no_batch(what: &'static str) -> Error {
+    let expected = "(batch, ...), such as (16, 1, 28, 28)".to_string();
+    Error::Shape { what, found: vec![], expected }
+}
+
+fn check_float(field: &'static str, x: &Tensor) -> Result<()> {
+    if x.dtype().is_float() {
+        return Ok(());
+    }
+    Err(Error::config(field, x.dtype().as_str(), "a floating-point dtype"))
+}
