@@ -251,6 +251,81 @@ impl NoiseSchedule {
         self.alpha_bar(t).map(snr_at)
     }
 
+    /// The natural logarithm of the signal-to-noise ratio at a time `t` in [0, steps - 1], which may lie between two
+    /// timesteps.
+    ///
+    /// It is `ln(alpha_bar_t / (1 - alpha_bar_t))`, as in Kingma et al. 2021 ([Variational Diffusion
+    /// Models](https://arxiv.org/abs/2107.00630), section 3.2). The `lambda_t` of DPM-Solver (Lu et al. 2022) is half
+    /// of it. Between two timesteps it is interpolated linearly in `t`, as k-diffusion does. It therefore agrees with
+    /// the table at every timestep, decreases everywhere, and has an exact inverse, [`time_of`](Self::time_of).
+    ///
+    /// ```
+    /// use ddpm::NoiseSchedule;
+    ///
+    /// let schedule = NoiseSchedule::cosine(1000)?;
+    /// let log_snr = schedule.log_snr(250.5)?;
+    /// assert!(schedule.log_snr(251.0)? < log_snr && log_snr < schedule.log_snr(250.0)?);
+    /// assert!((schedule.time_of(log_snr)? - 250.5).abs() < 1e-9);
+    /// # Ok::<(), ddpm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Returns an error if `t` is not in [0, steps - 1]. The image itself has no finite log-SNR.
+    pub fn log_snr(&self, t: f64) -> Result<f64> {
+        let last = self.steps() - 1;
+        if !(0.0..=last as f64).contains(&t) {
+            let expected = format!("from 0 to {last}, between two timesteps of the schedule");
+            return Err(Error::config("t", t, expected));
+        }
+        let (before, share) = (t as usize, t.fract());
+        let high = log_snr_at(self.alpha_bars[before]);
+        if share == 0.0 {
+            return Ok(high);
+        }
+        let low = log_snr_at(self.alpha_bars[before + 1]);
+        // Without the bound, rounding could make it less than at the next timestep.
+        Ok((high + share * (low - high)).max(low))
+    }
+
+    /// The time `t` in [0, steps - 1] at which the [log-SNR](Self::log_snr) has this value. It may lie between two
+    /// timesteps.
+    ///
+    /// # Errors
+    /// Returns an error if the value is not between the log-SNRs of the last and the first timestep.
+    pub fn time_of(&self, log_snr: f64) -> Result<f64> {
+        let after = self.alpha_bars.partition_point(|&bar| log_snr_at(bar) > log_snr);
+        let low = self.alpha_bars.get(after).map(|&bar| log_snr_at(bar));
+        match (after, low) {
+            (_, Some(low)) if low == log_snr => Ok(after as f64),
+            (1.., Some(low)) => {
+                let high = log_snr_at(self.alpha_bars[after - 1]);
+                Ok((after - 1) as f64 + (high - log_snr) / (high - low))
+            }
+            _ => {
+                let ends = [self.steps() - 1, 0].map(|t| log_snr_at(self.alpha_bars[t]));
+                let expected =
+                    format!("from {} to {}, those of the schedule's ends", ends[0], ends[1]);
+                Err(Error::config("log_snr", log_snr, expected))
+            }
+        }
+    }
+
+    /// The value of `alpha_bar` at a time `t` in [0, steps - 1], which may lie between two timesteps. There it follows
+    /// from the interpolated [log-SNR](Self::log_snr). At a timestep it is the value of the table.
+    ///
+    /// # Errors
+    /// Returns an error if `t` is not in [0, steps - 1].
+    pub fn alpha_bar_at(&self, t: f64) -> Result<f64> {
+        let log_snr = self.log_snr(t)?;
+        let before = self.alpha_bars[t as usize];
+        if t.fract() == 0.0 {
+            return Ok(before);
+        }
+        // The inverse of `ln(a / (1 - a))`. The bounds are those of the neighbours, against rounding.
+        let bar = 1.0 / (1.0 + libm::exp(-log_snr));
+        Ok(bar.max(self.alpha_bars[t as usize + 1]).min(before))
+    }
+
     /// The signal-to-noise ratio of the last timestep, where sampling begins.
     pub fn terminal_snr(&self) -> f64 {
         snr_at(self.alpha_bars[self.steps() - 1])
@@ -272,6 +347,10 @@ impl NoiseSchedule {
 
 fn snr_at(alpha_bar: f64) -> f64 {
     alpha_bar / (1.0 - alpha_bar)
+}
+
+fn log_snr_at(alpha_bar: f64) -> f64 {
+    libm::log(snr_at(alpha_bar))
 }
 
 fn check_steps(steps: usize) -> Result<()> {
@@ -364,6 +443,76 @@ mod tests {
                 let expected = format!("t is {t}; it must be from 0 to 9, a timestep");
                 assert!(message.contains(&expected), "{message}");
             }
+        }
+    }
+
+    #[test]
+    fn log_snr_decreases_from_timestep_to_timestep_and_between_them() {
+        let one = NoiseSchedule::from_betas(vec![0.5]).unwrap();
+        // The last two alpha_bars are neighbours in f64, and have the same log-SNR.
+        let close = NoiseSchedule::from_betas(vec![0.9, 0.9, 0.9, 0.9, 1.2e-16]).unwrap();
+        let [linear, cosine] = [NoiseSchedule::linear(1000, 1e-4, 0.02), NoiseSchedule::cosine(50)];
+        for schedule in [linear.unwrap(), cosine.unwrap(), one, close] {
+            let last = schedule.steps() - 1;
+            for t in 0..=last {
+                let at = t as f64;
+                let (log_snr, bar) = (schedule.log_snr(at).unwrap(), schedule.alpha_bars()[t]);
+                assert_eq!(log_snr, libm::log(schedule.snr(t).unwrap()));
+                assert_eq!(schedule.alpha_bar_at(at).unwrap(), bar);
+                let time = schedule.time_of(log_snr).unwrap();
+                assert_eq!(schedule.log_snr(time).unwrap(), log_snr, "{at} {time}");
+                if t == last {
+                    break;
+                }
+                let times =
+                    [at, at.next_up(), at + 1e-9, at + 0.3, at + 0.7, (at + 1.0).next_down()];
+                for pair in times.windows(2) {
+                    let [early, late] = [pair[0], pair[1]];
+                    let log_snr = [early, late].map(|t| schedule.log_snr(t).unwrap());
+                    assert!(log_snr[0] >= log_snr[1], "{pair:?}: {log_snr:?}");
+                    let bars = [early, late].map(|t| schedule.alpha_bar_at(t).unwrap());
+                    assert!(bars[0] >= bars[1], "{pair:?}: {bars:?}");
+                }
+                let next = schedule.log_snr(at + 1.0).unwrap();
+                assert!(schedule.log_snr((at + 1.0).next_down()).unwrap() >= next);
+            }
+        }
+    }
+
+    /// k-diffusion interpolates `log sigma` linearly, with `sigma^2 = (1 - alpha_bar) / alpha_bar`.
+    #[test]
+    fn between_two_timesteps_sigma_is_a_geometric_mean() {
+        let schedule = NoiseSchedule::linear(1000, 1e-4, 0.02).unwrap();
+        let sigma = |t: f64| {
+            let bar = schedule.alpha_bar_at(t).unwrap();
+            ((1.0 - bar) / bar).sqrt()
+        };
+        for t in [0.0, 1.0, 250.0, 500.0, 998.0] {
+            for share in [0.25, 0.5, 0.8] {
+                let expected = sigma(t).powf(1.0 - share) * sigma(t + 1.0).powf(share);
+                assert!((sigma(t + share) / expected - 1.0).abs() < 1e-12, "{t} {share}");
+                let time = schedule.time_of(schedule.log_snr(t + share).unwrap()).unwrap();
+                assert!((time - t - share).abs() < 1e-10, "{time}");
+            }
+        }
+    }
+
+    #[test]
+    fn refuses_times_outside_the_schedule() {
+        let schedule = NoiseSchedule::linear(10, 0.1, 0.3).unwrap();
+        let [first, last] = [0.0, 9.0].map(|t| schedule.log_snr(t).unwrap());
+        assert_eq!([first, last].map(|log_snr| schedule.time_of(log_snr).unwrap()), [0.0, 9.0]);
+        for t in [-0.1, 9.1, f64::NAN, f64::INFINITY] {
+            for result in [schedule.log_snr(t), schedule.alpha_bar_at(t)] {
+                let message = result.unwrap_err().to_string();
+                let expected = format!("t is {t}; it must be from 0 to 9, between two timesteps");
+                assert!(message.contains(&expected), "{message}");
+            }
+        }
+        for log_snr in [first + 0.1, last - 0.1, f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            let message = schedule.time_of(log_snr).unwrap_err().to_string();
+            let expected = format!("log_snr is {log_snr}; it must be from {last} to {first}");
+            assert!(message.contains(&expected), "{message}");
         }
     }
 
