@@ -6,6 +6,7 @@ mod ancestral;
 mod config;
 mod ddim;
 mod finite;
+mod heun;
 mod noise;
 mod plan;
 mod sampler;

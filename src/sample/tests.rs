@@ -248,7 +248,8 @@ fn a_plan_holds_churn_at_times_between_timesteps() {
 #[test]
 fn every_stage_of_every_solver_can_be_computed() {
     let posterior = Solver::Ddpm { variance: Variance::Posterior };
-    for solver in [Solver::ddpm(), posterior, Solver::ddim(), Solver::Ddim { eta: 0.5 }] {
+    let ddim = Solver::Ddim { eta: 0.5 };
+    for solver in [Solver::ddpm(), posterior, Solver::ddim(), ddim, Solver::Heun] {
         for steps in [1, 2, 10] {
             let sampler = Sampler::new(&Diffusion::ddpm(), solver, steps).unwrap();
             let mut predictions = 0;
