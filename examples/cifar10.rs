@@ -20,7 +20,7 @@ fn recipe() -> Recipe {
         save_every: 1_000,
         sample_every: 5_000,
         sample_count: 64,
-        sampling: SamplerConfig { solver: Solver::ddim(), steps: 50, clip_denoised: true },
+        sampling: SamplerConfig::new(Solver::ddim(), 50).clip_denoised(true),
     }
 }
 

@@ -41,11 +41,7 @@ fn recipe(full: bool, fashion: bool) -> Recipe {
         sample_every: if full { 1_000 } else { 2_500 },
         sample_count: 64,
         // Noise corrects the errors that a briefly trained network makes in earlier sampling steps.
-        sampling: SamplerConfig {
-            solver: Solver::Ddim { eta: 1.0 },
-            steps: 100,
-            clip_denoised: true,
-        },
+        sampling: SamplerConfig::new(Solver::Ddim { eta: 1.0 }, 100).clip_denoised(true),
     }
 }
 

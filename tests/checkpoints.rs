@@ -1366,11 +1366,10 @@ fn how_samples_are_drawn_travels_with_the_run() {
     let usual = Checkpoint::open(&path).unwrap();
     assert_eq!((usual.sampling(), usual.sampler().unwrap().timesteps().len()), (None, 50));
 
-    let sampling =
-        SamplerConfig { solver: Solver::Ddim { eta: 1.0 }, steps: 7, clip_denoised: false };
+    let sampling = SamplerConfig::new(Solver::Ddim { eta: 1.0 }, 7);
     let mut trainer = resume(&path, config(9)).unwrap();
     let message =
-        trainer.set_sampling(SamplerConfig { steps: 0, ..sampling }).unwrap_err().to_string();
+        trainer.set_sampling(SamplerConfig::new(sampling.solver, 0)).unwrap_err().to_string();
     assert!(message.starts_with("sampling steps is 0; it must be from 1 to 1000"), "{message}");
     trainer.set_sampling(sampling).unwrap();
     trainer.save(&path).unwrap();

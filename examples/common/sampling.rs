@@ -92,7 +92,7 @@ impl SamplingArgs {
             (_, None) => {}
         }
         steps = self.sampling_steps.unwrap_or(steps);
-        Ok(SamplerConfig { solver, steps, clip_denoised: run.clip_denoised && !self.no_clip })
+        Ok(SamplerConfig::new(solver, steps).clip_denoised(run.clip_denoised && !self.no_clip))
     }
 
     /// Describes the sampler settings for the user, compared with those of the run.

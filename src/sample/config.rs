@@ -10,13 +10,14 @@ use crate::process::Diffusion;
 /// ```
 /// use ddpm::{Diffusion, SamplerConfig, Solver};
 ///
-/// let config = SamplerConfig { solver: Solver::ddim(), steps: 50, clip_denoised: true };
+/// let config = SamplerConfig::new(Solver::ddim(), 50).clip_denoised(true);
 /// let sampler = config.sampler(&Diffusion::ddpm())?;
 /// assert_eq!(sampler.timesteps().len(), 50);
 /// # Ok::<(), ddpm::Error>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct SamplerConfig {
     /// The rule from one timestep to the next.
     pub solver: Solver,
@@ -27,6 +28,17 @@ pub struct SamplerConfig {
 }
 
 impl SamplerConfig {
+    /// The settings of [`Sampler::new`] with this solver and number of sampling steps: without clipping.
+    pub const fn new(solver: Solver, steps: usize) -> Self {
+        Self { solver, steps, clip_denoised: false }
+    }
+
+    /// Sets whether each predicted `x_0` is clipped; see [`Sampler::clip_denoised`].
+    #[must_use]
+    pub const fn clip_denoised(self, clip: bool) -> Self {
+        Self { clip_denoised: clip, ..self }
+    }
+
     /// The usual settings for quick samples: deterministic DDIM with 50 timesteps (all of a shorter schedule),
     /// with clipping.
     pub fn usual(diffusion: &Diffusion) -> Self {

@@ -38,7 +38,7 @@ impl Sampler {
     /// Creates a sampler of `steps` timesteps, spread evenly over the schedule with both ends included.
     ///
     /// # Errors
-    /// Returns an error if `steps` is not in `1..=T`, or if `eta` of DDIM is not in [0, 1].
+    /// Returns an error if `steps` is not in `1..=T`, or if a setting of the solver is not in its range.
     pub fn new(diffusion: &Diffusion, solver: Solver, steps: usize) -> Result<Self> {
         let timesteps = spacing::even(diffusion.schedule().steps(), steps)?;
         Self::with_timesteps(diffusion, solver, &timesteps)
@@ -47,8 +47,8 @@ impl Sampler {
     /// Creates a sampler of exactly these timesteps, which must be in increasing order.
     ///
     /// # Errors
-    /// Returns an error if the list is empty, not strictly increasing, or contains a timestep of `T` or more, or if
-    /// `eta` of DDIM is not in [0, 1].
+    /// Returns an error if the list is empty, not strictly increasing, or contains a timestep of `T` or more, or if a
+    /// setting of the solver is not in its range.
     pub fn with_timesteps(
         diffusion: &Diffusion,
         solver: Solver,
@@ -177,8 +177,7 @@ impl Sampler {
     ///
     /// In each step that adds noise, the loop calls `z(t)` once, where `t` is the timestep at which the step begins. It
     /// must return standard normals of the shape of `x_T`, such as those of [`noise`](Self::noise). Deterministic
-    /// solvers add no noise. Steps are computed in the dtype of
-    /// `x_T`, even if the network has another dtype.
+    /// solvers add no noise. Steps are computed in the dtype of `x_T`, even if the network has another dtype.
     ///
     /// # Errors
     /// Returns an error if `start` is a scalar or not of a floating-point dtype. The iterator returns
@@ -277,6 +276,7 @@ impl<D: Denoiser> Steps<'_, D> {
     fn predict(&mut self, x: &Tensor, level: Level) -> Result<Tensor> {
         let names = ["the denoiser's output", "dtype of the denoiser's output"];
         let output = like(x, &self.denoiser.forward(x, &timesteps_of(x, level.t)?)?, names)?;
+        // Between two timesteps, the error names the less noisy one.
         self.finite.add(names[0], level.t as usize, &output)?;
         let x_0 = self.sampler.diffusion.x_0(x, &output, level.alpha_bar)?;
         Ok(if self.sampler.clip { clamp(&x_0, -1.0, 1.0)? } else { x_0 })
