@@ -7,9 +7,9 @@ use super::noise::{NoiseSource, check_start, draw, like};
 use super::plan::{Level, Plan, Stage};
 use super::solver::Solver;
 use super::spacing;
+use crate::denoiser::{Condition, Denoiser};
 use crate::error::{Error, Result};
 use crate::kernels::{clamp, combine};
-use crate::model::Denoiser;
 use crate::process::Diffusion;
 use crate::random::Purpose;
 
@@ -32,6 +32,7 @@ pub struct Sampler {
     clip: bool,
     /// The number of a batch's first image.
     first: u32,
+    condition: Condition,
 }
 
 impl Sampler {
@@ -62,7 +63,13 @@ impl Sampler {
     }
 
     pub(super) fn with_plan(diffusion: &Diffusion, plan: Plan) -> Self {
-        Self { diffusion: diffusion.clone(), plan, clip: false, first: 0 }
+        Self {
+            diffusion: diffusion.clone(),
+            plan,
+            clip: false,
+            first: 0,
+            condition: Condition::None,
+        }
     }
 
     /// Sets whether the predicted `x_0` of each step is clipped to [-1, 1] before it is used. The default is off, as
@@ -90,6 +97,37 @@ impl Sampler {
     #[must_use]
     pub fn first_image(self, first: u32) -> Self {
         Self { first, ..self }
+    }
+
+    /// Sets the condition on which the denoiser predicts, with an entry for each image of a batch. The default is
+    /// [`Condition::None`].
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # use ddpm::nn::{Condition, Denoiser, Output};
+    /// # use ddpm::{Diffusion, NoiseSchedule, Prediction, Result, Sampler, Solver};
+    /// /// Predicts an even image, as bright as its class.
+    /// struct Classes;
+    ///
+    /// impl Denoiser for Classes {
+    ///     fn denoise(&self, x_t: &Tensor, _t: &Tensor, condition: &Condition) -> Result<Output> {
+    ///         let Condition::Classes(classes) = condition else { panic!("no classes") };
+    ///         let grey = (classes.to_dtype(x_t.dtype())? * 0.25)?.reshape(((), 1, 1, 1))?;
+    ///         Ok(Output::new(x_t.zeros_like()?.broadcast_add(&grey)?))
+    ///     }
+    /// }
+    ///
+    /// let diffusion = Diffusion::new(NoiseSchedule::cosine(1000)?, Prediction::Sample);
+    /// let classes = Condition::Classes(Tensor::new(&[0u32, 2], &Device::Cpu)?);
+    /// let sampler = Sampler::new(&diffusion, Solver::ddim(), 10)?.condition(classes);
+    /// let images = sampler.sample(&Classes, (2, 1, 1, 1), 0, &Device::Cpu)?;
+    /// let images = images.flatten_all()?.to_vec1::<f32>()?;
+    /// assert!(images[0].abs() < 1e-5 && (images[1] - 0.5).abs() < 1e-5);
+    /// # Ok::<(), ddpm::Error>(())
+    /// ```
+    #[must_use]
+    pub fn condition(self, condition: Condition) -> Self {
+        Self { condition, ..self }
     }
 
     /// The timesteps in the order of sampling, which is decreasing. Each is the beginning of one sampling step.
@@ -275,7 +313,9 @@ impl<D: Denoiser> Steps<'_, D> {
     /// Computes the image that the network predicts from `x` at this level.
     fn predict(&mut self, x: &Tensor, level: Level) -> Result<Tensor> {
         let names = ["the denoiser's output", "dtype of the denoiser's output"];
-        let output = like(x, &self.denoiser.forward(x, &timesteps_of(x, level.t)?)?, names)?;
+        let t = timesteps_of(x, level.t)?;
+        let output = self.denoiser.denoise(x, &t, &self.sampler.condition)?.prediction;
+        let output = like(x, &output, names)?;
         // Between two timesteps, the error names the less noisy one.
         self.finite.add(names[0], level.t as usize, &output)?;
         let x_0 = self.sampler.diffusion.x_0(x, &output, level.alpha_bar)?;
