@@ -42,11 +42,20 @@ mod random;
 mod random_inputs;
 
 use error::{Error, Result};
+use kernels::cpu::attention::Attention;
+use kernels::cpu::conv::algorithm::{Math, Packed, Workspace};
+use kernels::cpu::conv::epilogue::Epilogue;
+use kernels::cpu::conv::plan::Plan;
+use kernels::cpu::linear::{linear_forward, linear_input_gradient, linear_weight_gradient};
+use kernels::cpu::maps::{concatenate, scale_maps, split};
+use kernels::cpu::norm::Normalization;
+use kernels::cpu::reduce::sums_by_image;
+use kernels::op::activation::Activation;
+use kernels::op::attention::AttentionShape;
+use kernels::op::conv::{ConvShape, Scale};
+use kernels::op::norm::NormConfig;
 use kernels::{
-    Activation, AdamStep, AttentionSizes, Convolution, Epilogue, Isa, Normalization, Scale,
-    Weights, Workspace, add_values, clamp, combine, concatenate, linear_forward,
-    linear_input_gradient, linear_weight_gradient, scale_maps, split, squared_error,
-    sum_of_squares, sums_by_image, weighted_sum,
+    AdamStep, Isa, add_values, clamp, combine, squared_error, sum_of_squares, weighted_sum,
 };
 use precision::Precision;
 use random::{Noise, Purpose};
@@ -187,9 +196,18 @@ fn refuse(option: &str, value: &str, why: String) -> ! {
 
 /// Whether convolutions in [`Precision::High`] differ from those in [`Precision::Highest`].
 fn by_parts(isa: Isa) -> bool {
-    let conv = Convolution::new(isa, [1, 4, 4, 16], &(16, 16, 3, 3).into(), SAME);
-    let conv = conv.expect("sizes that fit").with_precision(Precision::High);
-    matches!(conv.pack(&[0.0; 16 * 16 * 9]), Weights::Half(_))
+    let shape = ConvShape::new([1, 4, 4, 16], &[16, 16, 3, 3], SAME).expect("sizes that fit");
+    let packed = Plan::new(isa, shape, math(Precision::High))
+        .pack(&[0.0; 16 * 16 * 9], &mut Workspace::default());
+    matches!(packed, Packed::Bf16(_))
+}
+
+fn math(precision: Precision) -> Math {
+    match precision {
+        Precision::Highest => Math::F32,
+        Precision::High => Math::Bf16x3,
+        Precision::BF16 | Precision::F16 => Math::Bf16,
+    }
 }
 
 /// Size of a square map, channels in and out, size of the kernel, scale.
@@ -270,22 +288,21 @@ impl Bench<'_> {
             return;
         }
         let dims = [batch, size, size, c_in];
-        let weight_shape = (c_out, c_in, kernel, kernel).into();
-        let conv = Convolution::new(self.isa, dims, &weight_shape, scale)
-            .expect("sizes that fit")
-            .with_precision(self.args.precision);
-        let (x, weight) = (normal(dims.iter().product()), normal(weight_shape.elem_count()));
+        let weight_dims = [c_out, c_in, kernel, kernel];
+        let shape_of_conv = ConvShape::new(dims, &weight_dims, scale).expect("sizes that fit");
+        let conv = Plan::new(self.isa, shape_of_conv, math(self.args.precision));
+        let (x, weight) = (normal(dims.iter().product()), normal(weight_dims.iter().product()));
         let bias = normal(c_out);
         let mut y = normal(conv.output().iter().product());
         let dy = y.clone();
         let mut dx = x.clone();
-        let packed = conv.pack(&weight);
+        let packed = conv.pack(&weight, &mut Workspace::default());
         let (mut dweight, mut workspace) = (weight.clone(), Workspace::default());
         let work = Work::Flops(2 * y.len() * c_in * kernel * kernel);
         let epilogue = Epilogue { bias: Some(&bias), ..Epilogue::default() };
         // As in training, where the memory stays.
         self.measure("conv pack", &shape, Work::Bytes(8 * weight.len()), || {
-            let packed = conv.pack_for_now(&weight, &mut workspace);
+            let packed = conv.pack(&weight, &mut workspace);
             workspace.unpack(black_box(packed));
         });
         self.measure("conv forward", &shape, work, || conv.forward(&x, &packed, epilogue, &mut y));
@@ -303,8 +320,8 @@ impl Bench<'_> {
         // Halves, so that a gradient that takes the place of the last neither grows nor dies out.
         let (weight, bias) = (vec![0.5; channels], normal(channels));
         let (x, mut y, mut dy) = (normal(count), normal(count), normal(count));
-        let (isa, activation) = (self.isa, Activation::Silu);
-        let norm = Normalization { isa, groups: 8, activation, weight: &weight, bias: &bias };
+        let (isa, config) = (self.isa, NormConfig::new(Activation::Silu));
+        let norm = Normalization { isa, config, weight: &weight, bias: &bias };
         self.measure("norm forward", &shape, Work::Bytes(8 * count), || {
             black_box(norm.forward(batch, &x, &mut y));
         });
@@ -342,7 +359,8 @@ impl Bench<'_> {
     fn attention(&self, model: &str, batch: usize, size: usize, channels: usize) {
         let shape = format!("{model} {batch}x{size}x{size} {channels}");
         let positions = size * size;
-        let sizes = AttentionSizes { isa: self.isa, positions, channels };
+        let shape_of_maps = AttentionShape { positions, channels };
+        let sizes = Attention { isa: self.isa, shape: shape_of_maps };
         let count = batch * positions * channels;
         let (qkv, mut y) = (normal(3 * count), normal(count));
         let (dy, mut dqkv) = (y.clone(), qkv.clone());

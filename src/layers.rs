@@ -1,13 +1,15 @@
 //! Layers: weights and shapes, without a way to compute them.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 use crate::error::{Error, Result};
-use crate::kernels::{Activation, Scale, Weights};
-use crate::precision::Precision;
+use crate::kernels::cpu::conv::plan::PackedOnce;
+use crate::kernels::op::activation::Activation;
+use crate::kernels::op::conv::Scale;
+use crate::kernels::op::norm::GROUPS;
 
 /// The largest number of channels or vector elements of a layer.
 pub(crate) const MAX_CHANNELS: usize = 1 << 16;
@@ -53,8 +55,8 @@ pub struct Conv2d {
     pub(crate) weight: Tensor,
     pub(crate) bias: Tensor,
     pub(crate) scale: Scale,
-    /// The weights as packed for the kernels of the CPU in each precision, once used, if they do not change.
-    pub(crate) packed: Arc<[OnceLock<Weights>; Precision::COUNT]>,
+    /// The weights as the kernels of the CPU read them, if they do not change.
+    pub(crate) packed: Arc<PackedOnce>,
 }
 
 impl Conv2d {
@@ -144,9 +146,6 @@ impl Linear {
     }
 }
 
-/// The number of groups of every normalisation.
-pub(crate) const GROUPS: usize = 8;
-
 /// GroupNorm (Wu and He 2018) of feature maps with 8 groups, and the activation after it. Names of weights are
 /// PyTorch's (`weight`, `bias`).
 #[derive(Debug, Clone)]
@@ -211,72 +210,4 @@ impl Sinusoids {
         let angles = t.to_dtype(exact)?.unsqueeze(1)?.broadcast_mul(&frequencies.unsqueeze(0)?)?;
         Ok(Tensor::cat(&[angles.sin()?, angles.cos()?], 1)?.to_dtype(dtype)?)
     }
-}
-
-/// The values that are added to the output of a convolution.
-#[derive(Debug)]
-pub struct Add<'a, M> {
-    /// Vectors (batch, 1, 1, channels), each added to every pixel of its image.
-    pub per_image: Option<&'a M>,
-    /// A map of the shape of the output.
-    pub residual: Option<&'a M>,
-}
-
-impl<'a, M> Add<'a, M> {
-    /// Adds nothing.
-    pub const NOTHING: Self = Self { per_image: None, residual: None };
-
-    /// Adds a vector to every pixel of its image.
-    pub fn per_image(vectors: &'a M) -> Self {
-        Self { per_image: Some(vectors), residual: None }
-    }
-
-    /// Adds a map.
-    pub fn residual(map: &'a M) -> Self {
-        Self { per_image: None, residual: Some(map) }
-    }
-}
-
-/// The activation before a linear layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum VectorActivation {
-    /// The identity.
-    None,
-    /// `x / (1 + exp(-x))`.
-    Silu,
-    /// `x` times the probability that a standard normal is less than `x`; not the approximation by tanh.
-    Gelu,
-}
-
-impl VectorActivation {
-    pub(crate) fn value(self, x: f32) -> f32 {
-        let x = f64::from(x);
-        let y = match self {
-            Self::None => x,
-            Self::Silu => x / (1.0 + libm::exp(-x)),
-            Self::Gelu => x * normal_below(x),
-        };
-        y as f32
-    }
-
-    pub(crate) fn derivative(self, x: f32) -> f32 {
-        let x = f64::from(x);
-        let dy = match self {
-            Self::None => 1.0,
-            Self::Silu => {
-                let s = 1.0 / (1.0 + libm::exp(-x));
-                s * (1.0 + x * (1.0 - s))
-            }
-            Self::Gelu => {
-                let density = libm::exp(-0.5 * x * x) / (2.0 * std::f64::consts::PI).sqrt();
-                normal_below(x) + x * density
-            }
-        };
-        dy as f32
-    }
-}
-
-/// The probability that a standard normal is less than `x`.
-fn normal_below(x: f64) -> f64 {
-    0.5 * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2))
 }

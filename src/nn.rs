@@ -4,7 +4,8 @@
 
 pub use crate::denoiser::{Condition, Denoiser, Output, OutputGradient, Trainable, from_fn};
 pub use crate::engine::{Engine, Graph, Model};
-pub use crate::kernels::Activation;
-pub use crate::layers::{Add, Conv2d, GroupNorm, Linear, VectorActivation};
+pub use crate::kernels::op::activation::{Activation, VectorActivation};
+pub use crate::kernels::op::conv::{Add, Addends};
+pub use crate::layers::{Conv2d, GroupNorm, Linear};
 pub use crate::model::{Attention, Network, Parameters, ResBlock, TimeEmbedding, UNet, UNetConfig};
 pub use crate::random::Dropout;

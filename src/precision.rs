@@ -4,8 +4,8 @@ use std::str::FromStr;
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
-use crate::kernels::has_bf16_products;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::kernels::cpu::bf16::unit::has_bf16_products;
 
 /// The precision of products, and on CUDA devices of feature maps.
 ///
@@ -71,9 +71,6 @@ impl Precision {
     pub fn is_accelerated(self, device: &Device) -> bool {
         !self.is_half() || !device.is_cpu() || has_bf16_products()
     }
-
-    /// How many there are.
-    pub(crate) const COUNT: usize = Self::F16 as usize + 1;
 
     /// Whether it takes the feature `f16`.
     pub(crate) fn is_half(self) -> bool {

@@ -5,7 +5,10 @@ use super::pass::Pass;
 use super::shapes;
 use crate::error::Result;
 use crate::kernels;
-use crate::layers::{Add, Conv2d, GROUPS, GroupNorm, Linear, Sinusoids, VectorActivation};
+use crate::kernels::op::activation::VectorActivation;
+use crate::kernels::op::conv::Add;
+use crate::kernels::op::norm::NormConfig;
+use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
 
 /// The engine of candle's tensors. It runs on every device and in f64, and candle can differentiate it.
 pub(crate) struct Autograd<'a> {
@@ -48,7 +51,7 @@ impl Engine<'_> for Autograd<'_> {
     ) -> Result<Tensor> {
         shapes::norm(norm, x.dims4()?)?;
         let GroupNorm { weight, bias, activation } = norm;
-        let x = kernels::group_norm(x, GROUPS, weight, bias, *activation)?;
+        let x = kernels::group_norm(x, weight, bias, NormConfig::new(*activation))?;
         self.conv_add(conv, &x, add)
     }
 

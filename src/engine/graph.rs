@@ -1,5 +1,7 @@
 use crate::error::Result;
-use crate::layers::{Add, Conv2d, GroupNorm, Linear, Sinusoids, VectorActivation};
+use crate::kernels::op::activation::VectorActivation;
+use crate::kernels::op::conv::Add;
+use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
 
 /// A network, written once for every [`Engine`].
 ///

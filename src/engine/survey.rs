@@ -4,7 +4,9 @@ use candle_core::{DType, Device, Tensor};
 
 use super::graph::{Engine, Graph, Sealed};
 use crate::error::Result;
-use crate::layers::{Add, Conv2d, GroupNorm, Linear, Sinusoids, VectorActivation};
+use crate::kernels::op::activation::VectorActivation;
+use crate::kernels::op::conv::Add;
+use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
 
 /// The properties of the weights of a network, which do not change after it is built.
 #[derive(Debug, Clone)]

@@ -12,7 +12,9 @@ use super::pass::Pass;
 use super::shapes;
 use crate::backend::maps::Maps;
 use crate::error::Result;
-use crate::layers::{Add, Conv2d, GroupNorm, Linear, Sinusoids, VectorActivation};
+use crate::kernels::op::activation::VectorActivation;
+use crate::kernels::op::conv::{Add, Addends};
+use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
 
 /// A feature map (batch, height, width, channels), and its gradient on the way back.
 pub(crate) struct Map<B: Maps> {
@@ -87,18 +89,9 @@ impl<B: Maps> Gradient<B> {
     }
 }
 
-/// The gradients of what was added to a convolution's output.
-struct Added<B: Maps> {
-    per_image: Gradient<B>,
-    residual: Gradient<B>,
-}
-
-impl<B: Maps> Added<B> {
-    fn new(add: &Add<'_, Map<B>>) -> Self {
-        let gradient =
-            |map: Option<&Map<B>>| map.map_or(Gradient::UNWANTED, |m| m.gradient.clone());
-        Self { per_image: gradient(add.per_image), residual: gradient(add.residual) }
-    }
+/// The gradients of what is added to a convolution's output.
+fn gradients<B: Maps>(add: &Add<'_, Map<B>>) -> Addends<Gradient<B>> {
+    add.map(|map| map.map_or(Gradient::UNWANTED, |map| map.gradient.clone()))
 }
 
 /// How to go back through an operation, from its output's gradient.
@@ -207,8 +200,7 @@ fn check<B: Maps>(conv: &Conv2d, x: &Map<B>, add: &Add<'_, Map<B>>) -> Result<()
 
 /// The values that are added to a convolution, as the backend takes them.
 fn plain<'a, B: Maps>(add: &Add<'a, Map<B>>) -> Add<'a, B::Buffer> {
-    let values = |map: &'a Map<B>| &*map.values;
-    Add { per_image: add.per_image.map(values), residual: add.residual.map(values) }
+    add.map(|map| map.map(|map| &*map.values))
 }
 
 impl<B: Maps> Sealed for Tape<'_, '_, B> {}
@@ -219,7 +211,7 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
     fn conv_add(&self, conv: &'n Conv2d, x: &Map<B>, add: Add<'_, Map<B>>) -> Result<Map<B>> {
         check(conv, x, &add)?;
         let (dims, y) = self.backend.convolve(conv, x.dims, &x.values, plain(&add))?;
-        let (x, added) = (x.clone(), Added::new(&add));
+        let (x, added) = (x.clone(), gradients(&add));
         Ok(self.output(dims, y, move |tape, dy| {
             let backend = &tape.backend;
             tape.convolve_weight_gradients(conv, x.dims, &x.values, &dy, &added.per_image)?;
@@ -241,7 +233,7 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         check(conv, x, &add)?;
         let (n, statistics) = self.backend.normalize(norm, x.dims, &x.values)?;
         let (dims, y) = self.backend.convolve(conv, x.dims, &n, plain(&add))?;
-        let (x, added) = (x.clone(), Added::new(&add));
+        let (x, added) = (x.clone(), gradients(&add));
         Ok(self.output(dims, y, move |tape, dy| {
             let backend = &tape.backend;
             // Not kept, but computed again: it is as large as the map, and soon there.

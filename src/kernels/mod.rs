@@ -1,30 +1,37 @@
-//! The heavy operations, behind one seam: networks call these functions and know nothing of how
+//! The operations of networks, of the optimiser and of the process. Networks call them and do not know how
 //! they are computed.
 //!
-//! Feature maps are channels-last in here, contiguous (batch, height, width, channels): a
-//! convolution is then a matrix product over pixels, and a normalisation reads memory in order.
-//! Weights keep PyTorch's layouts, which are those of the files.
+//! - [`op`] defines each operation for every device: its sizes, its settings, and what is added to its output.
+//! - [`reference`] composes each operation of candle's own: the oracle of the kernels' tests, and the
+//!   computation where there is no kernel.
+//! - [`cpu`] and `cuda` contain the kernels.
+//! - [`autograd`] applies the operations to candle's tensors, with gradients by candle.
+//! - `suite` tests every operation in every computation against [`reference`].
 //!
-//! Each operation has a reference composition of plain candle operations, which runs wherever
-//! there is no kernel for it and is the oracle for the kernels' values and gradients.
+//! Feature maps are channels-last, contiguous (batch, height, width, channels): a convolution is then a
+//! matrix product over pixels, and a normalisation reads memory in order. Weights have PyTorch's layouts,
+//! which are those of the files.
 
-mod cpu;
+mod autograd;
+pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+pub(crate) mod op;
+mod reference;
+mod slices;
+#[cfg(test)]
+mod suite;
 #[cfg(test)]
 mod tests;
 
-use candle_core::{Result, Tensor};
-
-pub use cpu::Activation;
-pub(crate) use cpu::*;
-
-/// (batch, channels, height, width) to (batch, height, width, channels).
-pub(crate) fn to_channels_last(images: &Tensor) -> Result<Tensor> {
-    images.permute((0, 2, 3, 1))?.contiguous()
-}
-
-/// (batch, height, width, channels) to (batch, channels, height, width).
-pub(crate) fn to_channels_first(maps: &Tensor) -> Result<Tensor> {
-    maps.permute((0, 3, 1, 2))?.contiguous()
-}
+pub(crate) use autograd::{attention, conv2d, group_norm, linear};
+pub(crate) use cpu::adam::{AdamStep, sum_of_squares};
+pub(crate) use cpu::isa::{Isa, check_limit};
+pub(crate) use cpu::memory::try_zeros;
+#[cfg(feature = "cuda")]
+pub(crate) use cpu::process::mix;
+pub(crate) use cpu::process::{
+    add_to, add_values, are_plain, clamp, combine, finiteness, squared_error, weighted_sum,
+};
+pub(crate) use reference::layout::{to_channels_first, to_channels_last};
+pub(crate) use slices::{on_cpu_in_f32, same_storage, with_values, with_values_mut};

@@ -1,4 +1,4 @@
-//! How far rounding may carry a kernel from the exact result: the bounds of all tests of random inputs.
+//! Bounds of the rounding errors of kernels, for all tests of random inputs.
 //!
 //! Each bound follows from the input. A sum of n products, in any order, rounds each of its terms at
 //! most n times, and each rounding changes a value by the unit u of itself at most. So the sum is within
@@ -7,7 +7,8 @@
 
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 
-use super::{Activation, Isa};
+use super::op::activation::Activation;
+use super::op::norm::EPS;
 use crate::random::{Noise, Purpose};
 
 /// Units of rounding to the nearest.
@@ -52,9 +53,6 @@ pub(super) fn check(what: &str, found: &Tensor, expected: &Tensor, bound: &Tenso
     }
 }
 
-/// Names of the results of [`value_and_gradients`], of up to three inputs.
-const RESULTS: [&str; 4] = ["value", "gradient of x", "gradient of weight", "gradient of bias"];
-
 /// Standard normals from a seed, for a test's inputs.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Normals(pub u64);
@@ -73,14 +71,13 @@ impl Normals {
         Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
     }
 
-    /// The gradient of an output of this shape: a value of its own for each, so that none can stand in
-    /// for another.
+    /// The gradient of an output of this shape. Its values differ, so that none can be taken for another.
     pub fn gradient(self, y: &[usize]) -> Tensor {
         self.tensor(99, y)
     }
 }
 
-/// The value of `f` in this type, and its gradients with respect to the inputs where that of its value
+/// The value of `f` in this type, and its gradients with respect to the inputs if the gradient of its value
 /// is `dy`.
 pub(super) fn value_and_gradients(
     dtype: DType,
@@ -102,7 +99,8 @@ pub(super) fn value_and_gradients(
 }
 
 /// A tensor of sums of products.
-pub(super) struct Sums {
+#[derive(Clone)]
+pub(crate) struct Sums {
     pub exact: Tensor,
     /// The sum of the terms' magnitudes.
     pub magnitude: Tensor,
@@ -154,43 +152,6 @@ impl Sums {
     }
 }
 
-/// Asserts for each instruction set that a kernel in f32 has the value and the gradients of a sum of
-/// products, on normal inputs of these shapes. For `magnitudes` see [`Sums::of`], for `more`
-/// [`Sums::bound`].
-pub(super) fn agrees(
-    normals: Normals,
-    shapes: &[Vec<usize>],
-    kernel: impl Fn(Isa, &[Tensor]) -> Result<Tensor>,
-    composed: impl Fn(&[Tensor]) -> Result<Tensor>,
-    magnitudes: impl Fn(&[Tensor]) -> Result<Tensor>,
-    more: f64,
-) {
-    let inputs: Vec<Tensor> =
-        (0..).zip(shapes).map(|(k, shape)| normals.tensor(k, shape)).collect();
-    let sums = Sums::of(&inputs, |y| normals.gradient(y), composed, magnitudes).unwrap();
-    let (exact, bounds): (Vec<_>, Vec<_>) =
-        sums.into_iter().map(|s| (s.exact.clone(), s.bound(F32, more, 0.0).unwrap())).unzip();
-    in_each_isa(&inputs, |y| normals.gradient(y), kernel, &exact, &bounds);
-}
-
-/// Asserts for each instruction set that a kernel's value and gradients on these inputs are within these
-/// bounds.
-pub(super) fn in_each_isa(
-    inputs: &[Tensor],
-    dy: impl Fn(&[usize]) -> Tensor,
-    kernel: impl Fn(Isa, &[Tensor]) -> Result<Tensor>,
-    exact: &[Tensor],
-    bounds: &[Tensor],
-) {
-    for isa in Isa::available() {
-        let found = value_and_gradients(DType::F32, inputs, &dy, |v| kernel(isa, v)).unwrap();
-        for (i, found) in found.iter().enumerate() {
-            assert_eq!(found.dims(), exact[i].dims());
-            check(&format!("{isa:?}, {}", RESULTS[i]), found, &exact[i], &bounds[i]);
-        }
-    }
-}
-
 /// The number of roundings that an exponential, a sigmoid or an error function adds to those of its argument:
 /// two units in the last place, and a few operations.
 pub(super) const FUNCTION: f64 = 12.0;
@@ -234,7 +195,7 @@ impl Normalization<'_> {
         // The squares' mean about a mean that is off has the square of that more.
         let squares_off = ((&variance + mean_off.sqr()?)? * ((in_group + 4.0) * F32))?;
         let squares_off = (squares_off + mean_off.sqr()?)?;
-        let variance = (variance + super::cpu::group_norm::EPS)?;
+        let variance = (variance + EPS)?;
         let part = ((squares_off / &variance)? + F32)?;
         // (1 - part)^-1/2
         let rstd_part = (((&part * 0.5)? / (1.0 - &part)?)? + 4.0 * F32)?;
@@ -282,18 +243,33 @@ impl Normalization<'_> {
     }
 }
 
-/// Arithmetic of attention: the part of its sum of magnitudes by which a product of `operands` is off
-/// beside its roundings in f32, of this unit, and by which a value is where it is stored.
-#[derive(Clone, Copy)]
-pub(super) struct Products {
+/// The arithmetic of products.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Products {
+    /// The relative error of a product before it is rounded.
     pub operands: f64,
+    /// The unit of rounding of sums.
     pub sums: f64,
+    /// Roundings of a term besides those of the sum.
+    pub more: f64,
+    /// The relative error of storing a value.
     pub stored: f64,
 }
 
 impl Products {
-    /// Of f32 alone.
-    pub const PLAIN: Self = Self { operands: 0.0, sums: F32, stored: 0.0 };
+    /// The arithmetic of f32.
+    pub const PLAIN: Self = Self { operands: 0.0, sums: F32, more: 0.0, stored: 0.0 };
+
+    /// The bounds of sums of products, before they are stored.
+    pub fn of(self, sums: &Sums) -> Tensor {
+        sums.bound(self.sums, self.more, self.operands).unwrap()
+    }
+
+    /// The errors of storing values of this size. Up to 64 of them, in patches or doubled pixels, may be so
+    /// small that f16 stores them only as multiples of 2^-24.
+    pub fn storing(self, size: &Tensor) -> Tensor {
+        ((size.abs().unwrap() + 64.0 * SMALL).unwrap() * self.stored).unwrap()
+    }
 
     /// Of sums of so many terms.
     fn off(self, terms: usize) -> f64 {

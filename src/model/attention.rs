@@ -2,8 +2,9 @@ use candle_nn::VarBuilder;
 
 use crate::engine::Engine;
 use crate::error::Result;
-use crate::kernels::Activation;
-use crate::layers::{Add, Conv2d, GroupNorm};
+use crate::kernels::op::activation::Activation;
+use crate::kernels::op::conv::Add;
+use crate::layers::{Conv2d, GroupNorm};
 
 /// Self-attention with one head over all positions of a feature map, after GroupNorm, added to the map. Vaswani et al.
 /// 2017; Ho et al. 2020, appendix B.

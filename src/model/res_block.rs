@@ -3,10 +3,10 @@ use candle_nn::VarBuilder;
 
 use crate::engine::{Autograd, Engine, Pass};
 use crate::error::{Error, Result};
-use crate::kernels::{self, Activation};
-use crate::layers::{
-    Add, Conv2d, GroupNorm, Linear, MAX_CHANNELS, VectorActivation, weights_dtype,
-};
+use crate::kernels;
+use crate::kernels::op::activation::{Activation, VectorActivation};
+use crate::kernels::op::conv::Add;
+use crate::layers::{Conv2d, GroupNorm, Linear, MAX_CHANNELS, weights_dtype};
 use crate::random::Dropout;
 
 /// Two convolutions, each after GroupNorm and SiLU, with the time embedding added between them and

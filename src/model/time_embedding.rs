@@ -3,7 +3,8 @@ use candle_nn::VarBuilder;
 
 use crate::engine::{Autograd, Engine, Pass};
 use crate::error::{Error, Result};
-use crate::layers::{Linear, Sinusoids, VectorActivation, weights_dtype};
+use crate::kernels::op::activation::VectorActivation;
+use crate::layers::{Linear, Sinusoids, weights_dtype};
 use crate::process::check_timesteps;
 
 /// An embedding of the timestep: sines and cosines at geometrically decreasing frequencies (Vaswani et al. 2017),

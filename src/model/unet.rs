@@ -9,7 +9,7 @@ use super::time_embedding::TimeEmbedding;
 use super::unet_config::UNetConfig;
 use crate::engine::{Engine, Graph, Model};
 use crate::error::{Error, Result};
-use crate::kernels::Activation;
+use crate::kernels::op::activation::Activation;
 use crate::layers::{Conv2d, GroupNorm};
 
 /// The network of the paper: a U-Net (Ronneberger et al. 2015) of residual blocks with a time embedding, and with

@@ -2,7 +2,7 @@ use serde::{Deserialize, Serialize};
 
 use super::time_embedding::check_dim;
 use crate::error::{Error, Result, list_in_short};
-use crate::layers::GROUPS;
+use crate::kernels::op::norm::GROUPS;
 
 /// The shape of a [`UNet`](crate::UNet).
 ///

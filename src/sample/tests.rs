@@ -5,8 +5,8 @@ use candle_core::{DType, Device, Tensor};
 
 use super::plan::{Level, Plan, PlannedStep, Stage};
 use super::{Sampler, Solver, Step, Variance};
-use crate::error::Result;
 use crate::denoiser::from_fn;
+use crate::error::Result;
 use crate::process::{Diffusion, NoiseSchedule, Prediction};
 
 /// A prediction of the image that is not linear in `x_t`.

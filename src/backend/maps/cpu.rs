@@ -6,20 +6,31 @@ use candle_core::{DType, Device, Tensor};
 use super::ops::Maps;
 use super::pool::{Buffer, Pool};
 use crate::error::Result;
+use crate::kernels::cpu::attention::Attention;
+use crate::kernels::cpu::conv::algorithm::{Math, Workspace};
+use crate::kernels::cpu::conv::epilogue::Epilogue;
+use crate::kernels::cpu::conv::plan::Plan;
+use crate::kernels::cpu::isa::Isa;
+use crate::kernels::cpu::linear::{linear_forward, linear_input_gradient, linear_weight_gradient};
+use crate::kernels::cpu::maps::{concatenate, scale_maps, split};
+use crate::kernels::cpu::norm::{Normalization, Stats};
+use crate::kernels::cpu::reduce::{sum_over_batch, sums_by_image};
+use crate::kernels::op::activation::VectorActivation;
+use crate::kernels::op::attention::AttentionShape;
+use crate::kernels::op::conv::Add;
+use crate::kernels::op::conv::ConvShape;
+use crate::kernels::op::norm::NormConfig;
 use crate::kernels::{
-    AttentionSizes, Convolution, Epilogue, Isa, Normalization, Stats, Workspace, add_values,
-    concatenate, linear_forward, linear_input_gradient, linear_weight_gradient, scale_maps, split,
-    sum_over_batch, sums_by_image, to_channels_first, to_channels_last, with_values,
-    with_values_mut,
+    add_values, to_channels_first, to_channels_last, with_values, with_values_mut,
 };
-use crate::layers::{Add, Conv2d, GROUPS, GroupNorm, Linear, Sinusoids, VectorActivation};
+use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
 use crate::precision::Precision;
 use crate::random::Dropout;
 
 /// Computes in f32 with the crate's kernels for the CPU.
 pub(crate) struct Cpu<'p> {
     isa: Isa,
-    precision: Precision,
+    math: Math,
     pool: &'p Arc<Pool>,
     workspace: RefCell<Workspace>,
 }
@@ -35,7 +46,13 @@ impl<'p> Cpu<'p> {
     pub fn new(pool: &'p Arc<Pool>, precision: Precision, batch: usize, recording: bool) -> Self {
         pool.begin(batch, recording);
         let workspace = RefCell::new(pool.workspace());
-        Self { isa: Isa::detect(), precision, pool, workspace }
+        let math = match precision {
+            Precision::Highest => Math::F32,
+            Precision::High => Math::Bf16x3,
+            // Networks refuse F16 on the CPU.
+            Precision::BF16 | Precision::F16 => Math::Bf16,
+        };
+        Self { isa: Isa::detect(), math, pool, workspace }
     }
 
     /// The values of a tensor.
@@ -58,9 +75,9 @@ impl<'p> Cpu<'p> {
         Ok(gradient)
     }
 
-    fn convolution(&self, conv: &Conv2d, x: [usize; 4]) -> Result<Convolution> {
-        let sizes = Convolution::new(self.isa, x, conv.weight.shape(), conv.scale)?;
-        Ok(sizes.with_precision(self.precision))
+    fn plan(&self, conv: &Conv2d, x: [usize; 4]) -> Result<Plan> {
+        let shape = ConvShape::new(x, conv.weight.dims(), conv.scale)?;
+        Ok(Plan::new(self.isa, shape, self.math))
     }
 
     /// Calls `f` with the normalisation.
@@ -71,8 +88,8 @@ impl<'p> Cpu<'p> {
     ) -> Result<R> {
         let GroupNorm { weight, bias, activation } = norm;
         Ok(with_values([weight, bias], |[weight, bias]| {
-            let activation = *activation;
-            Ok(f(Normalization { isa: self.isa, groups: GROUPS, activation, weight, bias }))
+            let config = NormConfig::new(*activation);
+            Ok(f(Normalization { isa: self.isa, config, weight, bias }))
         })?)
     }
 }
@@ -110,36 +127,25 @@ impl Maps for Cpu<'_> {
         x: &Buffer,
         add: Add<'_, Buffer>,
     ) -> Result<([usize; 4], Buffer)> {
-        let sizes = self.convolution(conv, dims)?;
-        let mut y = self.take(sizes.output().iter().product())?;
+        let plan = self.plan(conv, dims)?;
+        let mut y = self.take(plan.output().iter().product())?;
         with_values([&conv.weight, &conv.bias], |[weight, bias]| {
             let epilogue = Epilogue {
                 bias: Some(bias),
-                per_image: add.per_image.map(|values| &**values),
-                residual: add.residual.map(|values| &**values),
+                add: add.map(|values| values.map(|values| &**values)),
                 accumulate: false,
             };
             if conv.weight.track_op() {
                 let mut workspace = self.workspace.borrow_mut();
-                let weights = sizes.pack_for_now(weight, &mut workspace);
-                sizes.forward(x, &weights, epilogue, &mut y);
+                let weights = plan.pack(weight, &mut workspace);
+                plan.forward(x, &weights, epilogue, &mut y);
                 workspace.unpack(weights);
                 return Ok(());
             }
-            // Not packed by `get_or_init`: threads of the pool that wait for the first one would
-            // keep it from ending. At worst it is done twice.
-            let packed = &conv.packed[self.precision as usize];
-            let weights = match packed.get() {
-                Some(weights) => weights,
-                None => {
-                    let weights = sizes.pack(weight);
-                    packed.get_or_init(|| weights)
-                }
-            };
-            sizes.forward(x, weights, epilogue, &mut y);
+            plan.forward(x, conv.packed.get(&plan, weight), epilogue, &mut y);
             Ok(())
         })?;
-        Ok((sizes.output(), y))
+        Ok((plan.output(), y))
     }
 
     fn convolve_weight_gradients(
@@ -150,12 +156,12 @@ impl Maps for Cpu<'_> {
         dy: &Buffer,
         per_image: bool,
     ) -> Result<([Tensor; 2], Option<Buffer>)> {
-        let sizes = self.convolution(conv, dims)?;
-        let [batch, _, _, channels] = sizes.output();
+        let plan = self.plan(conv, dims)?;
+        let [batch, _, _, channels] = plan.output();
         let sums = sums_by_image(dy, batch, channels);
         let bias = self.weight_gradient(&conv.bias, |d| sum_over_batch(&sums, d))?;
         let weight = self.weight_gradient(&conv.weight, |d| {
-            sizes.weight_gradient(x, dy, d, &mut self.workspace.borrow_mut());
+            plan.weight_gradient(x, dy, d, &mut self.workspace.borrow_mut());
         })?;
         let of_images = per_image.then(|| self.take(sums.len())).transpose()?.map(|mut d| {
             d.iter_mut().zip(&sums).for_each(|(d, sum)| *d = *sum as f32);
@@ -172,9 +178,9 @@ impl Maps for Cpu<'_> {
         dx: &mut Buffer,
         accumulate: bool,
     ) -> Result<()> {
-        let sizes = self.convolution(conv, dims)?;
+        let plan = self.plan(conv, dims)?;
         with_values([&conv.weight], |[weight]| {
-            sizes.input_gradient(dy, weight, dx, accumulate, &mut self.workspace.borrow_mut());
+            plan.input_gradient(dy, weight, dx, accumulate, &mut self.workspace.borrow_mut());
             Ok(())
         })?;
         Ok(())
@@ -300,8 +306,8 @@ impl Maps for Cpu<'_> {
     }
 }
 
-fn attention(isa: Isa, [_, h, w, c]: [usize; 4]) -> AttentionSizes {
-    AttentionSizes { isa, positions: h * w, channels: c / 3 }
+fn attention(isa: Isa, qkv: [usize; 4]) -> Attention {
+    Attention { isa, shape: AttentionShape::of_map(qkv) }
 }
 
 fn activated(f: VectorActivation, x: &[f32]) -> Vec<f32> {

@@ -10,7 +10,10 @@ use crate::error::Result;
 use crate::kernels::cuda::{
     Added, Attention, Convolution, Element, Gpu, LinearLayer, Memory, Norm, NormStatistics,
 };
-use crate::layers::{Add, Conv2d, GROUPS, GroupNorm, Linear, Sinusoids, VectorActivation};
+use crate::kernels::op::activation::VectorActivation;
+use crate::kernels::op::conv::Add;
+use crate::kernels::op::norm::GROUPS;
+use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
 use crate::precision::Precision;
 use crate::random::{Dropout, Purpose};
 

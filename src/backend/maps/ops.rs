@@ -1,7 +1,9 @@
 use candle_core::Tensor;
 
 use crate::error::Result;
-use crate::layers::{Add, Conv2d, GroupNorm, Linear, Sinusoids, VectorActivation};
+use crate::kernels::op::activation::VectorActivation;
+use crate::kernels::op::conv::Add;
+use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
 use crate::random::Dropout;
 
 /// The operations of networks on the maps of a device, forward and backward, for a [tape](crate::engine::tape).

@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use candle_core::{DType, Tensor, TensorId};
 
 use crate::error::{Error, Result};
-use crate::kernels::{Workspace, try_zeros};
+use crate::kernels::cpu::conv::algorithm::Workspace;
+use crate::kernels::cpu::memory::try_zeros;
 
 /// Gradients that may come back, at most: several times as many as a network has weights.
 const MAX_ISSUED: usize = 1 << 13;

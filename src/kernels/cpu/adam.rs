@@ -1,6 +1,7 @@
 use rayon::prelude::*;
 
-use super::simd::{Isa, simd_fn};
+use super::isa::Isa;
+use super::simd::simd_fn;
 
 /// One update of Adam, as factors of what it adds up.
 #[derive(Debug, Clone, Copy)]

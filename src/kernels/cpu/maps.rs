@@ -1,12 +1,11 @@
-//! What moves whole feature maps, or scales them: (pixels, channels), and (batch, channels) for masks.
-//! candle's own operations are the compositions.
+//! Concatenation of feature maps (pixels, channels), and their product with a mask (batch, channels).
 
 use rayon::prelude::*;
 
 /// Pixels that one thread copies at a time.
 const ROW: usize = 32;
 
-/// `y` from the channels of `a` and of `b`, one after the other in each pixel.
+/// Writes `y` with the channels of `a`, then those of `b`, in each pixel.
 pub(crate) fn concatenate([a, b]: [&[f32]; 2], [first, second]: [usize; 2], y: &mut [f32]) {
     let rows = a.par_chunks(ROW * first).zip(b.par_chunks(ROW * second));
     y.par_chunks_mut(ROW * (first + second)).zip(rows).for_each(|(y, (a, b))| {
@@ -18,7 +17,7 @@ pub(crate) fn concatenate([a, b]: [&[f32]; 2], [first, second]: [usize; 2], y: &
     });
 }
 
-/// The parts of what [`concatenate`] gives.
+/// The inverse of [`concatenate`].
 pub(crate) fn split(y: &[f32], [first, second]: [usize; 2], [a, b]: [&mut [f32]; 2]) {
     let rows = a.par_chunks_mut(ROW * first).zip(b.par_chunks_mut(ROW * second));
     y.par_chunks(ROW * (first + second)).zip(rows).for_each(|(y, (a, b))| {
@@ -30,7 +29,7 @@ pub(crate) fn split(y: &[f32], [first, second]: [usize; 2], [a, b]: [&mut [f32];
     });
 }
 
-/// `y` from `x`, each channel of an image times the mask's factor for it.
+/// Writes `y`: each channel of each image of `x` times its factor in the mask.
 pub(crate) fn scale_maps(x: &[f32], mask: &[f32], channels: usize, y: &mut [f32]) {
     let image = x.len() / (mask.len() / channels);
     let images = y.par_chunks_mut(image).zip(x.par_chunks(image));
@@ -39,45 +38,4 @@ pub(crate) fn scale_maps(x: &[f32], mask: &[f32], channels: usize, y: &mut [f32]
             y.iter_mut().zip(x).zip(mask).for_each(|((y, x), mask)| *y = x * mask);
         }
     });
-}
-
-#[cfg(test)]
-mod tests {
-    use candle_core::Tensor;
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::kernels::tests::Normals;
-    use crate::random_inputs::inputs;
-
-    proptest! {
-        #![proptest_config(inputs(64))]
-
-        #[test]
-        fn kernels_agree_with_candle(
-            batch in 1usize..4,
-            pixels in 1usize..80,
-            channels in [1usize..40, 1usize..40],
-            seed: u64,
-        ) {
-            let [first, second] = channels;
-            let normal = |k, shape: &[usize]| Normals(seed).tensor(k, shape);
-            let values = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            let a = normal(0, &[batch, pixels, first]);
-            let b = normal(1, &[batch, pixels, second]);
-            let both = values(&Tensor::cat(&[&a, &b], 2).unwrap());
-            let mut y = vec![f32::NAN; both.len()];
-            concatenate([&values(&a), &values(&b)], channels, &mut y);
-            prop_assert_eq!(&y, &both);
-
-            let mut parts = [vec![f32::NAN; a.elem_count()], vec![f32::NAN; b.elem_count()]];
-            split(&both, channels, parts.each_mut().map(|part| &mut part[..]));
-            prop_assert_eq!(&parts, &[values(&a), values(&b)]);
-
-            let mask = normal(2, &[batch, 1, first]);
-            let mut y = vec![f32::NAN; a.elem_count()];
-            scale_maps(&values(&a), &values(&mask), first, &mut y);
-            prop_assert_eq!(y, values(&a.broadcast_mul(&mask).unwrap()));
-        }
-    }
 }

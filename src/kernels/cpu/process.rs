@@ -4,9 +4,9 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::values::{on_cpu_in_f32, with_values, with_values_mut, zeros};
 #[cfg(feature = "cuda")]
 use crate::kernels::cuda;
+use crate::kernels::slices::{on_cpu_in_f32, with_values, with_values_mut, zeros};
 
 /// Values that one thread takes at a time.
 const CHUNK: usize = 1 << 12;

@@ -1,129 +1,28 @@
-//! Vectors of f32 in whatever width the machine has, chosen when the program runs.
+//! Vectors of f32, in the width of the instruction set that is selected at run time.
+//!
+//! A kernel is written once, generic over [`Simd`]. [`simd_fn`] compiles it for each instruction set and
+//! calls the one that an [`Isa`](super::isa::Isa) names. Everything that a kernel calls must be inlined
+//! into it, or it is compiled without the instruction set. Closures passed to `array::map` and similar
+//! functions are not always inlined.
 
-use std::env;
-use std::sync::OnceLock;
-
-use crate::{Error, Result};
-
-const LIMIT: &str = "DDPM_MAX_CPU_ISA";
-
-/// What kernels may use at most.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Limit {
-    Baseline,
-    Avx2,
-    Avx512,
-    /// AVX-512 and the tiles of AMX.
-    Amx,
-}
-
-impl Limit {
-    fn named(name: &str) -> Option<Self> {
-        match name {
-            "" | "amx" => Some(Self::Amx),
-            "avx512" => Some(Self::Avx512),
-            "avx2" => Some(Self::Avx2),
-            "baseline" => Some(Self::Baseline),
-            _ => None,
-        }
-    }
-
-    /// What the environment variable `DDPM_MAX_CPU_ISA` says, which is asked once a process; no limit
-    /// where it is not set, or [wrong](check_limit).
-    pub fn of_process() -> Self {
-        static LIMITED: OnceLock<Limit> = OnceLock::new();
-        *LIMITED.get_or_init(|| Self::named(&asked()).unwrap_or(Self::Amx))
-    }
-}
-
-fn asked() -> String {
-    env::var_os(LIMIT).unwrap_or_default().to_string_lossy().to_lowercase()
-}
-
-/// An error unless `DDPM_MAX_CPU_ISA` is one that kernels know, or not set.
-pub(crate) fn check_limit() -> Result<()> {
-    let asked = asked();
-    match Limit::named(&asked) {
-        Some(_) => Ok(()),
-        None => Err(Error::config(LIMIT, asked, "amx, avx512, avx2 or baseline")),
-    }
-}
-
-/// An instruction set that this machine has, as far as the kernels tell them apart. There is none but
-/// by asking the machine, which is what makes it safe to run a kernel in one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Isa(Kind);
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    /// What every machine of its kind has: SSE2, NEON.
-    Baseline,
-}
-
-impl Isa {
-    /// The best that this machine has, within the process's [`Limit`].
-    pub fn detect() -> Self {
-        static DETECTED: OnceLock<Isa> = OnceLock::new();
-        *DETECTED.get_or_init(|| {
-            let mut all = Self::available();
-            let allowed = |isa: &Isa| Limit::named(isa.name()) <= Some(Limit::of_process());
-            let best = all.iter().position(allowed).unwrap_or(all.len() - 1);
-            all.remove(best)
-        })
-    }
-
-    /// All that this machine has, the best first; never empty.
-    pub fn available() -> Vec<Self> {
-        let mut found = Vec::new();
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-            if avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
-                found.push(Self(Kind::Avx512));
-            }
-            if avx2 {
-                found.push(Self(Kind::Avx2));
-            }
-        }
-        found.push(Self(Kind::Baseline));
-        found
-    }
-
-    pub fn name(self) -> &'static str {
-        match self.0 {
-            #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 => "avx512",
-            #[cfg(target_arch = "x86_64")]
-            Kind::Avx2 => "avx2",
-            Kind::Baseline => "baseline",
-        }
-    }
-
-    pub(super) fn kind(self) -> Kind {
-        self.0
-    }
-}
-
-/// A vector of f32, and what the kernels do with one.
+/// A vector of f32, and the operations of the kernels on it.
 ///
-/// Functions generic over this must be inlined into one that has the instruction set enabled, which
-/// [`simd_fn`] does: nothing else is to name a type that implements it.
-pub(super) trait Simd: Copy {
-    /// Values in a vector; divides 16.
+/// A function that is generic over this trait must be inlined into a function that has the instruction
+/// set enabled. [`simd_fn`] does that; no other code names a type that implements the trait.
+pub(crate) trait Simd: Copy {
+    /// Values in a vector. Divides 16.
     const WIDTH: usize;
-    /// Rows of a product's tile that, with two vectors a row, leave registers for its operands.
+    /// Rows of a tile of a product that, with two vectors per row, leave registers for the operands.
     const ROWS: usize;
 
     /// # Safety
-    /// `from` must be readable for [`WIDTH`](Self::WIDTH) values, and the instruction set present.
+    /// `from` must be readable for [`WIDTH`](Self::WIDTH) values, and the machine must have the
+    /// instruction set.
     unsafe fn load(from: *const f32) -> Self;
 
     /// # Safety
-    /// `to` must be writable for [`WIDTH`](Self::WIDTH) values, and the instruction set present.
+    /// `to` must be writable for [`WIDTH`](Self::WIDTH) values, and the machine must have the instruction
+    /// set.
     unsafe fn store(self, to: *mut f32);
 
     fn splat(value: f32) -> Self;
@@ -131,20 +30,20 @@ pub(super) trait Simd: Copy {
     fn sub(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
     fn div(self, other: Self) -> Self;
-    /// The greater of both, or what is not a number in `self`.
+    /// The greater of both, or NaN if `self` is NaN.
     fn at_least(self, low: Self) -> Self;
-    /// The less of both, or what is not a number in `self`.
+    /// The less of both, or NaN if `self` is NaN.
     fn at_most(self, high: Self) -> Self;
     /// 2 to the power of the integer in the last 8 bits.
     fn power_of_two(self) -> Self;
-    /// `self * other + sum`, rounded once where the machine can.
+    /// `self * other + sum`, rounded once if the machine has an instruction for that.
     fn mul_add(self, other: Self, sum: Self) -> Self;
 }
 
 /// The bits of 1.
 const ONE: u32 = 1f32.to_bits();
 
-/// Implements [`Simd`] by a machine's instructions.
+/// Implements [`Simd`] by the instructions of a machine.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! vector {
     ($(#[$meta:meta])* $name:ident($register:ty), width $width:literal, rows $rows:literal,
@@ -153,10 +52,10 @@ macro_rules! vector {
      bits $to_bits:ident $shift:path, $add_bits:ident $splat_bits:ident $from_bits:ident) => {
         $(#[$meta])*
         #[derive(Clone, Copy)]
-        pub(in crate::kernels) struct $name($register);
+        pub(crate) struct $name($register);
 
-        // SAFETY, for each block: the trait's contract is that callers have the instruction set
-        // enabled; `load` and `store` pass on what they demand of pointers.
+        // SAFETY, for each block: by the contract of the trait, callers have the instruction set
+        // enabled. `load` and `store` pass their requirements on pointers on to their callers.
         impl Simd for $name {
             const WIDTH: usize = $width;
             const ROWS: usize = $rows;
@@ -205,13 +104,13 @@ macro_rules! vector {
 
             #[inline(always)]
             fn at_least(self, low: Self) -> Self {
-                // SAFETY: see above. x86 gives the second operand where one is not a number.
+                // SAFETY: see above. x86 returns the second operand if one is NaN.
                 Self(unsafe { $max(low.0, self.0) })
             }
 
             #[inline(always)]
             fn at_most(self, high: Self) -> Self {
-                // SAFETY: see above, and as above.
+                // SAFETY: see above.
                 Self(unsafe { $min(high.0, self.0) })
             }
 
@@ -281,12 +180,12 @@ mod machine {
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod machine {
-    pub(in crate::kernels) type Baseline = f32;
+    pub(crate) type Baseline = f32;
 }
 
-pub(super) use machine::*;
+pub(crate) use machine::*;
 
-/// One value: what is left over beside whole vectors, and all that there is on other machines.
+/// One value: for the values that do not fill a vector, and for machines without vectors here.
 impl Simd for f32 {
     const WIDTH: usize = 1;
     const ROWS: usize = 4;
@@ -349,17 +248,17 @@ impl Simd for f32 {
     }
 }
 
-/// A vector's values, and zeros behind them.
+/// The values of a vector, followed by zeros.
 #[inline(always)]
-pub(super) fn lanes<S: Simd>(vector: S) -> [f32; 16] {
+pub(crate) fn lanes<S: Simd>(vector: S) -> [f32; 16] {
     let mut lanes = [0f32; 16];
     // SAFETY: no vector has more values.
     unsafe { vector.store(lanes.as_mut_ptr()) };
     lanes
 }
 
-/// Calls a function for each vector of channels, and then for each channel that is left over: with the
-/// first channel's number in the variable named.
+/// Calls a function for each whole vector of channels, then for each remaining channel. The variable
+/// holds the number of the first channel.
 macro_rules! for_channels {
     ($first:ident in $channels:expr, $f:ident::<$s:ident>($($argument:expr),* $(,)?) $(,)?) => {
         let mut $first = 0;
@@ -373,16 +272,16 @@ macro_rules! for_channels {
         }
     };
 }
-pub(super) use for_channels;
+pub(crate) use for_channels;
 
-/// Defines a function that runs in the widest vectors that an [`Isa`], its first argument, has:
-/// `fn name<S>(arguments) { body }`, with `S: Simd` within the body.
+/// Defines a function whose first argument is an [`Isa`](super::isa::Isa) and whose body runs in the
+/// vectors of that instruction set: `fn name<S>(arguments) { body }`, with `S: Simd` within the body.
 macro_rules! simd_fn {
     ($(#[$meta:meta])* $vis:vis fn $name:ident<$s:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
-        #[allow(clippy::too_many_arguments)]
-        $vis fn $name(isa: crate::kernels::cpu::simd::Isa, $($arg: $ty),*) $(-> $ret)? {
-            use crate::kernels::cpu::simd::{Kind, Simd};
+        $vis fn $name(isa: crate::kernels::cpu::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
+            use crate::kernels::cpu::isa::Kind;
+            use crate::kernels::cpu::simd::Simd;
 
             #[inline(always)]
             fn generic<$s: Simd>($($arg: $ty),*) $(-> $ret)? $body
@@ -411,4 +310,4 @@ macro_rules! simd_fn {
         }
     };
 }
-pub(super) use simd_fn;
+pub(crate) use simd_fn;

@@ -6,7 +6,7 @@ use candle_core::{Result, Tensor};
 use super::gemm::{As, How, Matrix};
 use super::{Argument, Element, Gpu, Memory, each, each_of};
 use crate::Precision;
-use crate::kernels::Scale;
+use crate::kernels::op::conv::Scale;
 
 /// Bytes of patches that are laid out at a time, at most, unless those of one image are more.
 const PATCHES: usize = if cfg!(test) { 4 << 10 } else { 256 << 20 };

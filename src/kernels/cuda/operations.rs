@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 use super::gemm::{As, How, Matrix};
 use super::{Added, Element, Gpu, Memory, Pointer, THREADS, blocks_of, each, each_of};
 use crate::Precision;
-use crate::kernels::Activation;
+use crate::kernels::op::activation::Activation;
 use crate::random::Address;
 
 /// Each group's mean and reciprocal deviation.

@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use proptest::prelude::*;
 
 use super::*;
+use crate::kernels::op::norm::NormConfig;
 use crate::kernels::tests::{
     self as rounding, BF16, F16, FUNCTION, Normals, Products, Sums, TF32, check,
     value_and_gradients,
@@ -16,7 +17,8 @@ use crate::random_inputs::inputs;
 /// The arithmetic of each precision. A GPU cuts off what an addition leaves of f32, where it multiplies
 /// by tensor cores: up to two units.
 fn precisions() -> Vec<(Precision, Products)> {
-    let plain = Products { sums: 2.0 * rounding::F32, ..Products::PLAIN };
+    // A sum of 1 term, or of none, is written by the same operations.
+    let plain = Products { sums: 2.0 * rounding::F32, more: 4.0, ..Products::PLAIN };
     let mut all = vec![
         (Precision::Highest, plain),
         (Precision::High, Products { operands: 2.01 * TF32, ..plain }),
@@ -26,20 +28,6 @@ fn precisions() -> Vec<(Precision, Products)> {
         all.push((Precision::F16, Products { stored: F16, ..plain }));
     }
     all
-}
-
-impl Products {
-    /// The bounds of sums that products make, apart from how they are stored.
-    fn of(self, sums: &Sums) -> Tensor {
-        // A sum of 1 term, or of none, is written by the same operations.
-        sums.bound(self.sums, 4.0, self.operands).unwrap()
-    }
-
-    /// The error that storing values of this size adds to their bounds. Up to 64 of them, in patches or doubled
-    /// pixels, may be so small that f16 stores them only as multiples of 2^-24.
-    fn storing(self, size: &Tensor) -> Tensor {
-        ((size.abs().unwrap() + 64.0 * rounding::SMALL).unwrap() * self.stored).unwrap()
-    }
 }
 
 fn plus<const N: usize>(bounds: [Tensor; N]) -> Tensor {
@@ -219,7 +207,10 @@ fn normalisation_agrees(
         let [weight, bias] = [1, 2].map(|k| normal(k, &dims[3..]));
         let (dy, more) = (normal(3, &dims), normal(4, &dims));
         let inputs = [x.clone(), weight.clone(), bias.clone()];
-        let f = |v: &[Tensor]| crate::kernels::group_norm(&v[0], groups, &v[1], &v[2], activation);
+        let f = |v: &[Tensor]| {
+            let config = NormConfig { groups, ..NormConfig::new(activation) };
+            crate::kernels::group_norm(&v[0], &v[1], &v[2], config)
+        };
         let mut exact = value_and_gradients(DType::F64, &inputs, |_| dy.clone(), f)?;
         if add {
             exact[1] = (&exact[1] + more.to_dtype(DType::F64)?)?;

@@ -1,15 +1,16 @@
-//! Products of bf16 tiles by Intel's Advanced Matrix Extensions. Their intrinsics are not stable, so
-//! the instructions stand here in assembly.
+//! Products of bf16 values by the tiles of Intel's Advanced Matrix Extensions (AMX). Their intrinsics are
+//! not stable in Rust, so the instructions are written in assembly.
 
 use std::arch::asm;
 use std::sync::OnceLock;
 
-use super::bf16::{DEPTH, Operands, PANEL, ROWS, Step};
+use super::operands::{DEPTH, Product, ROWS, RawProduct, Step, place, round};
+use crate::kernels::cpu::gemm::micro::PANEL;
 
 #[cfg(all(test, target_os = "linux"))]
 mod emulator;
 
-/// `ldtilecfg`'s operand: the shapes of the eight tile registers.
+/// The operand of `ldtilecfg`: the shapes of the eight tile registers.
 #[repr(C, align(64))]
 struct Config {
     palette: u8,
@@ -19,7 +20,7 @@ struct Config {
     rows: [u8; 16],
 }
 
-/// Whether this process may use the tiles, and they compute what they should. Asked once.
+/// Returns whether this process may use the tiles, and they compute correct products. Asked once.
 pub(super) fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| cfg!(target_os = "linux") && has_tiles() && permitted() && works())
@@ -32,14 +33,13 @@ fn has_tiles() -> bool {
     leaf.edx & (1 << 22) != 0 && leaf.edx & (1 << 24) != 0
 }
 
-/// Asks the system for the tile registers: without, their use is a fault.
+/// Asks the system for the tile registers. Without its permission, their use is a fault.
 fn permitted() -> bool {
     const ARCH_PRCTL: i64 = 158;
     const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
     const XFEATURE_XTILEDATA: u64 = 18;
     let result: i64;
-    // SAFETY: a system call that changes nothing but what it is asked for; the kernel overwrites rcx
-    // and r11.
+    // SAFETY: the system call only grants a permission. The kernel overwrites rcx and r11.
     unsafe {
         asm!(
             "syscall",
@@ -53,8 +53,8 @@ fn permitted() -> bool {
     result == 0
 }
 
-/// Products of small integers, which have one right answer: a machine, or an emulator of one, that
-/// gives another is not used.
+/// Returns whether products of small integers, which are exact, are correct. Tiles of a machine, or of an
+/// emulator, that computes something else are not used.
 fn works() -> bool {
     multiplies(false) && multiplies(true)
 }
@@ -63,13 +63,13 @@ fn multiplies(accumulate: bool) -> bool {
     let (rows, count) = (3 * ROWS, 2);
     let depth = count * DEPTH;
     let integer = |i: usize, modulus: usize| (i % modulus) as f32 - 2.0;
-    let a: Vec<u16> = (0..rows * depth).map(|i| super::bf16::round(integer(i, 5))).collect();
-    let b: Vec<u16> = (0..depth * PANEL).map(|i| super::bf16::round(integer(i, 7))).collect();
+    let a: Vec<u16> = (0..rows * depth).map(|i| round(integer(i, 5))).collect();
+    let b: Vec<u16> = (0..depth * PANEL).map(|i| round(integer(i, 7))).collect();
     let steps: Vec<_> = (0..count).map(|i| Step { a: i * DEPTH, b: i * DEPTH * PANEL }).collect();
     let mut c = vec![1f32; rows * PANEL];
-    // SAFETY: the machine has tiles and we may use them; the slices are as long as the sizes say.
+    // SAFETY: the machine has tiles, and the process may use them. The slices have the sizes that are named.
     unsafe {
-        product(Operands {
+        product(Product {
             c: c.as_mut_ptr(),
             c_row: PANEL,
             rows,
@@ -84,13 +84,12 @@ fn multiplies(accumulate: bool) -> bool {
     let value = |bits: u16| f32::from_bits(u32::from(bits) << 16);
     (0..rows * PANEL).all(|at| {
         let (i, j) = (at / PANEL, at % PANEL);
-        let products =
-            (0..depth).map(|k| value(a[i * depth + k]) * value(b[super::bf16::place(k, j)]));
+        let products = (0..depth).map(|k| value(a[i * depth + k]) * value(b[place(k, j)]));
         c[at] == f32::from(u8::from(accumulate)) + products.sum::<f32>()
     })
 }
 
-/// Configures this thread's tiles, all of 16 rows of 64 bytes.
+/// Configures the tiles of this thread: each has 16 rows of 64 bytes.
 ///
 /// # Safety
 /// The process must be permitted to use them.
@@ -99,20 +98,20 @@ unsafe fn configure() {
     row_bytes[..8].fill(64);
     rows[..8].fill(ROWS as u8);
     let config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows };
-    // SAFETY: the operand is 64 bytes in the layout of palette 1, and stays until it is read.
+    // SAFETY: the operand is 64 bytes in the layout of palette 1, and lives until it is read.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly)) };
 }
 
 /// # Safety
-/// [`available`] must have said so, and all rows of all steps, up to the next multiple of [`ROWS`], lie
-/// within memory that may be read, or written for `c`.
-pub(super) unsafe fn product(operands: Operands) {
-    // Each time, since whatever else runs on this thread may use tiles in its own way.
-    // SAFETY: as the caller promises.
+/// [`available`] must have returned true. All rows of all steps, up to the next multiple of [`ROWS`], must
+/// be within memory that may be read, or written for `c`.
+pub(super) unsafe fn product(operands: RawProduct) {
+    // Each time, because other code on this thread may configure the tiles differently.
+    // SAFETY: guaranteed by the caller.
     unsafe { configure() };
     for first in (0..operands.rows).step_by(2 * ROWS) {
         let some = operands.some(first, (operands.rows - first).min(2 * ROWS));
-        // SAFETY: rows from `first` on, no more than there is room for.
+        // SAFETY: rows from `first` on, no more than there are.
         unsafe {
             if some.rows > ROWS {
                 two_by_two(some);
@@ -121,20 +120,20 @@ pub(super) unsafe fn product(operands: Operands) {
             }
         }
     }
-    // Threads are switched faster without tiles to save.
-    // SAFETY: nothing is left in them.
+    // The system switches threads faster if it has no tiles to save.
+    // SAFETY: the tiles hold no result.
     unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }
 
-/// 32 rows by 32 columns, as two by two tiles. One piece of assembly from the first tile loaded to
-/// the last one stored, since the compiler knows nothing of tiles that live on between two.
+/// 32 rows by 32 columns, as two by two tiles. One block of assembly from the first load to the last store,
+/// because the compiler does not know that tiles keep their content between two blocks.
 ///
 /// # Safety
 /// As [`product`], with the tiles configured.
-unsafe fn two_by_two(operands: Operands) {
-    let Operands { c, c_row, a, a_row, b, b_row, steps, accumulate, .. } = operands;
-    // SAFETY: each tile is 16 rows of 64 bytes within what the caller promises. A step is two numbers
-    // of values, of two bytes each; the second tile of `b` begins 64 bytes further on in each row.
+unsafe fn two_by_two(operands: RawProduct) {
+    let RawProduct { c, c_row, a, a_row, b, b_row, steps, accumulate, .. } = operands;
+    // SAFETY: each tile is 16 rows of 64 bytes within memory that the caller guarantees. A step holds two
+    // offsets in values, of two bytes each. The second tile of `b` begins 64 bytes later in each row.
     unsafe {
         asm!(
             "test {accumulate}, {accumulate}",
@@ -197,8 +196,8 @@ unsafe fn two_by_two(operands: Operands) {
 ///
 /// # Safety
 /// As [`product`], with the tiles configured.
-unsafe fn one_by_two(operands: Operands) {
-    let Operands { c, c_row, a, a_row, b, b_row, steps, accumulate, .. } = operands;
+unsafe fn one_by_two(operands: RawProduct) {
+    let RawProduct { c, c_row, a, a_row, b, b_row, steps, accumulate, .. } = operands;
     // SAFETY: as in `two_by_two`.
     unsafe {
         asm!(
@@ -245,7 +244,7 @@ unsafe fn one_by_two(operands: Operands) {
     }
 }
 
-/// Whether tests may use the tiles: the machine's, or emulated ones.
+/// Returns whether tests may use tiles, of the machine or emulated ones.
 #[cfg(test)]
 pub(super) fn testable() -> bool {
     #[cfg(target_os = "linux")]
@@ -259,7 +258,7 @@ pub(super) fn testable() -> bool {
 mod tests {
     use super::*;
 
-    /// That the tiles multiply rightly on all shapes, the tests of `bf16` and `half_conv` show.
+    /// The tests of `unit` and of convolutions show that tiles multiply correctly on all shapes.
     #[test]
     fn tiles_that_compute_something_else_are_not_used() {
         assert!(testable());

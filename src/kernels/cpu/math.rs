@@ -1,18 +1,19 @@
-//! Functions of values, in vectors.
+//! Functions of vectors of values.
 
 use super::simd::{Simd, lanes};
 
-/// `e^x`, within two units in the last place; beyond what f32 holds, the largest or least that it
-/// does. Cody and Waite's reduction, with the polynomial of the Cephes library.
-/// The same operations one by one in vectors of any width, and so the same bits.
+/// `e^x`, within two units in the last place. Results beyond the range of f32 are its largest or least value.
+/// The reduction is by Cody and Waite, the polynomial from the Cephes library.
+///
+/// The operations are the same in vectors of any width, and so are the bits of the result.
 #[inline(always)]
-pub(super) fn exp<S: Simd>(x: S) -> S {
-    // Adding this rounds to an integer, which then stands in the last bits.
+pub(crate) fn exp<S: Simd>(x: S) -> S {
+    // Adding this rounds to an integer, which is then in the last bits.
     let round = S::splat(12_582_912.0);
     let x = x.at_least(S::splat(-87.0)).at_most(S::splat(88.0));
     let shifted = x.mul(S::splat(std::f32::consts::LOG2_E)).add(round);
     let n = shifted.sub(round);
-    // ln 2 in two parts, so that nothing is lost of r.
+    // ln 2 in two parts, so that r is exact.
     let r = x.sub(n.mul(S::splat(0.693_359_4))).add(n.mul(S::splat(2.121_944_4e-4)));
     let mut p = S::splat(1.987_569_1e-4);
     for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
@@ -23,26 +24,28 @@ pub(super) fn exp<S: Simd>(x: S) -> S {
 
 /// `1 / (1 + e^-x)`.
 #[inline(always)]
-pub(super) fn sigmoid<S: Simd>(x: S) -> S {
+pub(crate) fn sigmoid<S: Simd>(x: S) -> S {
     let one = S::splat(1.0);
     one.div(one.add(exp(S::splat(0.0).sub(x))))
 }
 
-/// The sum of the products of two rows' values, one by one.
+/// The dot product of two rows.
 #[inline(always)]
-pub(super) fn dot<S: Simd>(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn dot<S: Simd>(a: &[f32], b: &[f32]) -> f32 {
     let whole = a.len().min(b.len()) / S::WIDTH * S::WIDTH;
     let mut total = S::splat(0.0);
     for (a, b) in a[..whole].chunks_exact(S::WIDTH).zip(b[..whole].chunks_exact(S::WIDTH)) {
-        // SAFETY: a vector's values each.
+        // SAFETY: each chunk has the values of a vector.
         total = unsafe { S::load(a.as_ptr()).mul_add(S::load(b.as_ptr()), total) };
     }
     let sum: f32 = lanes(total)[..S::WIDTH].iter().sum();
     a[whole..].iter().zip(&b[whole..]).fold(sum, |sum, (a, b)| sum + a * b)
 }
+
 #[cfg(test)]
 mod tests {
-    use super::super::simd::{Isa, for_channels, simd_fn};
+    use super::super::isa::Isa;
+    use super::super::simd::{for_channels, simd_fn};
     use super::*;
 
     #[test]

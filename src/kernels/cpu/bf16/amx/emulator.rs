@@ -1,10 +1,10 @@
-//! Tile registers for tests on a machine that has none: each tile instruction is a fault there, and
-//! this handler of the fault does what the instruction would (Intel's "Architectures Software
-//! Developer's Manual", volume 2), then goes on behind it.
+//! Tile registers for tests on a machine that has none. There, each tile instruction raises a fault. This
+//! handler of the fault emulates the instruction (Intel's "Architectures Software Developer's Manual", volume
+//! 2), then continues after it.
 //!
-//! What a machine would refuse ends the process: operands of other shapes than the configured ones,
-//! tiles named twice, a configuration with reserved bits. The instructions are decoded by a library,
-//! so that an encoding's mistake is not made twice.
+//! An instruction that a machine would refuse ends the process: operands of other shapes than the configured
+//! ones, tiles named twice, a configuration with reserved bits. A library decodes the instructions, so that a
+//! mistake in an encoding is not made twice.
 
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
@@ -16,7 +16,7 @@ use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Register};
 
 use super::Config;
 
-/// Bytes of a tile's row, and rows of a tile, at most.
+/// The most bytes of a row of a tile, and the most rows.
 const ROW: usize = 64;
 const ROWS: usize = 16;
 const LONGEST_INSTRUCTION: usize = 15;
@@ -31,21 +31,22 @@ struct Tile {
 const EMPTY: Tile = Tile { rows: 0, row_bytes: 0, bytes: [[0; ROW]; ROWS] };
 
 thread_local! {
-    /// This thread's registers; none before they are configured.
+    /// The registers of this thread, once they are configured.
     static TILES: Cell<Option<[Tile; 8]>> = const { Cell::new(None) };
 
-    /// Makes this thread's `tdpbf16ps` add up columns that do not belong together, as no machine should.
+    /// Makes `tdpbf16ps` of this thread add columns that do not belong together, as no machine should.
     pub static WRONG: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether tile instructions are emulated from here on; not where the process may not handle faults.
+/// Returns whether tile instructions are emulated from now on. They are not if the process may not handle
+/// faults.
 pub fn install() -> bool {
     static INSTALLED: OnceLock<bool> = OnceLock::new();
     *INSTALLED.get_or_init(|| {
-        // The decoder's tables are made at its first use, which should not be in the handler.
+        // The tables of the decoder are made at its first use, which should not be in the handler.
         _ = Decoder::new(64, &[0x90], DecoderOptions::NONE).decode();
-        // SAFETY: a zeroed `sigaction` is one without flags and without blocked signals; the handler is
-        // of the type that `SA_SIGINFO` calls for.
+        // SAFETY: a zeroed `sigaction` has no flags and no blocked signals. The handler has the type that
+        // `SA_SIGINFO` requires.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
             let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = on_fault;
@@ -57,12 +58,12 @@ pub fn install() -> bool {
 }
 
 extern "C" fn on_fault(_: c_int, _: *mut libc::siginfo_t, context: *mut c_void) {
-    // SAFETY: the system hands over the interrupted thread's registers, which are ours until the
-    // handler returns. Faults come from the instruction itself, never from within an allocation or a
-    // borrow of `TILES`.
+    // SAFETY: the system passes the registers of the interrupted thread, which the handler may change
+    // until it returns. Faults come from the instruction itself, never from an allocation or a borrow of
+    // `TILES`.
     let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
     let at = registers[libc::REG_RIP as usize] as usize;
-    // SAFETY: instructions that are being executed can be read; this crate's kernels are not the last
+    // SAFETY: instructions that are being executed can be read. The kernels of this crate are not the last
     // bytes of the program.
     let bytes = unsafe { std::slice::from_raw_parts(at as *const u8, LONGEST_INSTRUCTION) };
     let instruction = Decoder::new(64, bytes, DecoderOptions::NONE).decode();
@@ -89,7 +90,7 @@ extern "C" fn on_fault(_: c_int, _: *mut libc::siginfo_t, context: *mut c_void) 
         })
         .map(|number| registers[number as usize] as usize)
     };
-    // SAFETY: the kernel that is interrupted vouches for the memory that it names.
+    // SAFETY: the interrupted kernel guarantees the memory that it names.
     let done = unsafe { execute(&instruction, general) };
     if let Err(why) = done {
         fail(&instruction, why);
@@ -97,15 +98,15 @@ extern "C" fn on_fault(_: c_int, _: *mut libc::siginfo_t, context: *mut c_void) 
     registers[libc::REG_RIP as usize] += instruction.len() as i64;
 }
 
-/// There is no going on, and no unwinding out of a handler.
+/// Ends the process, because a handler cannot unwind.
 fn fail(instruction: &Instruction, why: &str) -> ! {
-    // With no word said, the process still ends.
+    // If the message cannot be written, the process still ends.
     _ = writeln!(std::io::stderr(), "{:?}: {why}", instruction.code());
     std::process::abort()
 }
 
 /// # Safety
-/// The memory that the instruction names, by these registers, is the program's to read or write.
+/// The program may read or write the memory that the instruction names by these registers.
 unsafe fn execute(
     instruction: &Instruction,
     general: impl Fn(Register) -> Option<usize>,
@@ -113,7 +114,7 @@ unsafe fn execute(
     let code = instruction.code();
     let base = general(instruction.memory_base()).unwrap_or(0);
     let start = base.wrapping_add(instruction.memory_displacement64() as usize);
-    // Rows are as far apart as the index says.
+    // The index is the distance of rows.
     let step = general(instruction.memory_index()).unwrap_or(0)
         * instruction.memory_index_scale() as usize;
     let row = |i: usize| start.wrapping_add(i * step) as *mut u8;
@@ -121,7 +122,7 @@ unsafe fn execute(
         if !start.is_multiple_of(align_of::<Config>()) {
             return Err("the kernel's configuration is aligned to its size");
         }
-        // SAFETY: as the caller promises; any bytes are a `Config`.
+        // SAFETY: guaranteed by the caller. Any bytes are a `Config`.
         TILES.set(configured(unsafe { &*(start as *const Config) })?);
         return Ok(());
     }
@@ -144,7 +145,7 @@ unsafe fn execute(
             let tile = &mut tiles[number(0)?];
             tile.bytes = EMPTY.bytes;
             for i in 0..tile.rows {
-                // SAFETY: as the caller promises.
+                // SAFETY: guaranteed by the caller.
                 unsafe {
                     row(i).copy_to_nonoverlapping(tile.bytes[i].as_mut_ptr(), tile.row_bytes)
                 };
@@ -153,7 +154,7 @@ unsafe fn execute(
         Code::VEX_Tilestored_sibmem_tmm => {
             let tile = &tiles[number(1)?];
             for i in 0..tile.rows {
-                // SAFETY: as the caller promises.
+                // SAFETY: guaranteed by the caller.
                 unsafe { row(i).copy_from_nonoverlapping(tile.bytes[i].as_ptr(), tile.row_bytes) };
             }
         }

@@ -1,45 +1,51 @@
-//! Matrix products of packed operands, the work that everything else is laid out for.
+//! The microkernel: the product of a left-hand side and one packed panel of a right-hand side.
+//!
+//! A tile of the result, up to 14 rows by two vectors, stays in registers while the depth passes by.
 
-use super::simd::{Simd, simd_fn};
+use crate::kernels::cpu::simd::{Simd, simd_fn};
 
-/// Columns of a packed right-hand side that stand side by side: every instruction set's vectors fill
-/// them exactly.
-pub(super) const PANEL: usize = 32;
+/// Columns of a panel of a packed right-hand side. A multiple of two vectors of every instruction set.
+pub(crate) const PANEL: usize = 32;
 
-/// The left-hand side: element (i, k) stands at `i * row + k * col`.
+/// A left-hand side: element (i, k) is at `i * row + k * col`.
 #[derive(Clone, Copy)]
-pub(super) struct Left<'a> {
+pub(crate) struct Left<'a> {
     pub data: &'a [f32],
     pub row: usize,
     pub col: usize,
 }
 
+/// A product with one panel of columns: `c = a b`, or `c += a b` if `accumulate`.
+pub(crate) struct PanelProduct<'a> {
+    /// Row i begins at `i * c_row`.
+    pub c: &'a mut [f32],
+    pub c_row: usize,
+    pub rows: usize,
+    /// `rows` by `depth`.
+    pub a: Left<'a>,
+    /// `depth` by [`PANEL`], row by row.
+    pub b: &'a [f32],
+    pub depth: usize,
+    pub accumulate: bool,
+}
+
 simd_fn! {
-    /// `c = a b`, or `c += a b` where `accumulate`, for one panel of columns.
-    ///
-    /// `a` is `rows` by `depth`; `b` `depth` by [`PANEL`], row by row; row i of `c` begins at
-    /// `i * c_row`. An element's sum runs through `depth` in order, whatever the number of rows.
-    pub(super) fn panel_product<S>(
-        c: &mut [f32],
-        c_row: usize,
-        rows: usize,
-        a: Left<'_>,
-        b: &[f32],
-        depth: usize,
-        accumulate: bool,
-    ) {
+    /// Computes a product with one panel. The sum for an element adds in the order of the depth, for any
+    /// number of rows.
+    pub(crate) fn panel_product<S>(product: PanelProduct<'_>) {
+        let PanelProduct { c, c_row, rows, a, b, depth, accumulate } = product;
         if rows == 0 {
             return;
         }
         assert!((rows - 1) * c_row + PANEL <= c.len());
         assert!(depth == 0 || (rows - 1) * a.row + (depth - 1) * a.col < a.data.len());
         assert!(depth * PANEL <= b.len());
-        // Tiles of nearly equal height: a last one of a row or two would waste most of its loads.
+        // Tiles of nearly equal height: a last tile of a row or two would waste most of its loads.
         let tiles = rows.div_ceil(S::ROWS);
         for j in (0..PANEL).step_by(2 * S::WIDTH) {
             for tile in 0..tiles {
                 let (first, last) = (tile * rows / tiles, (tile + 1) * rows / tiles);
-                // SAFETY: the assertions above hold every element that the tile touches within its
+                // SAFETY: by the assertions above, every element that the tile touches is within its
                 // slice: rows are less than `rows`, columns less than `PANEL`.
                 unsafe {
                     tile_product::<S>(
@@ -74,7 +80,7 @@ struct Tile {
 }
 
 /// # Safety
-/// Each of the tile's elements must lie within memory that may be read, or written for `c`.
+/// Each element of the tile must be within memory that may be read, or written for `c`.
 #[inline(always)]
 unsafe fn tile_product<S: Simd>(rows: usize, tile: Tile) {
     macro_rules! of_height {
@@ -98,7 +104,7 @@ unsafe fn tile_product<S: Simd>(rows: usize, tile: Tile) {
 #[inline(always)]
 unsafe fn fixed_tile<S: Simd, const M: usize>(tile: Tile) {
     let Tile { c, c_row, mut a, a_row, a_col, mut b, depth, accumulate } = tile;
-    // SAFETY: the caller's promise covers each of these elements.
+    // SAFETY: the caller guarantees each of these elements.
     unsafe {
         let mut sums = [[S::splat(0.0); 2]; M];
         if accumulate {

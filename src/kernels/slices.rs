@@ -1,8 +1,10 @@
-//! Between candle's tensors and the kernels' slices.
+//! The values of candle's tensors as slices, which the kernels for CPUs take.
 
 use std::cell::Cell;
 
-use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Storage, Tensor};
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor};
+
+use super::cpu::memory::try_zeros;
 
 /// Calls `f` with the values of contiguous f32 tensors on the CPU.
 pub(crate) fn with_values<const N: usize, T>(
@@ -18,15 +20,6 @@ pub(crate) fn with_values<const N: usize, T>(
         *values = contiguous(storage, layout)?;
     }
     f(values)
-}
-
-/// Allocates values that are all 0. Returns `None` if there is not enough memory, where `vec!` would end the
-/// process.
-pub(crate) fn try_zeros(len: usize) -> Option<Vec<f32>> {
-    let mut values = Vec::new();
-    values.try_reserve_exact(len).ok()?;
-    values.resize(len, 0.0);
-    Some(values)
 }
 
 /// Allocates the result of an operation. Its size depends on the batch, which the user chose.
@@ -48,12 +41,13 @@ pub(super) fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result
     Ok(&storage.as_slice::<f32>()?[start..end])
 }
 
-/// Whether the CPU kernels take a tensor: the reference compositions take all others.
+/// Returns whether the CPU kernels compute with this type and device. The reference compositions
+/// compute with all others.
 pub(crate) fn on_cpu_in_f32(x: &Tensor) -> bool {
-    x.device().is_cpu() && x.dtype() == candle_core::DType::F32
+    x.device().is_cpu() && x.dtype() == DType::F32
 }
 
-/// Calls `f` with the values of a contiguous f32 tensor on the CPU, to be changed in place: in every
+/// Calls `f` with the values of a contiguous f32 tensor on the CPU, to change them in place, in every
 /// tensor that shares them.
 pub(crate) fn with_values_mut<T>(
     tensor: &Tensor,
@@ -87,33 +81,7 @@ pub(crate) fn with_values_mut<T>(
     }
 }
 
-/// The first `len` values of memory that is kept from call to call, and grows when it must: fresh
-/// memory would cost a page fault every 4 KiB.
-pub(super) fn sized<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> &mut [T] {
-    if memory.len() < len {
-        memory.resize(len, T::default());
-    }
-    &mut memory[..len]
-}
-
-/// As [`sized`], from the beginning of a cache line on: the allocator puts large memory beside one,
-/// where each line's worth of values would lie in two.
-pub(super) fn sized_by_lines<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> &mut [T] {
-    let first = first_line(memory, len);
-    &mut memory[first..first + len]
-}
-
-/// Makes room for `len` values from the beginning of a cache line on, and says where that is, until the
-/// memory grows.
-pub(super) fn first_line<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> usize {
-    sized(memory, len + LINE / size_of::<T>());
-    memory.as_ptr().align_offset(LINE)
-}
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
-/// Whether two tensors are views of the same memory.
+/// Returns whether two tensors are views of the same memory.
 pub(crate) fn same_storage(a: &Tensor, b: &Tensor) -> bool {
     std::ptr::eq(&*a.storage_and_layout().0, &*b.storage_and_layout().0)
 }

@@ -1,0 +1,102 @@
+//! The interface of the ways to compute a convolution, and the memory that they use.
+
+use std::fmt;
+
+use super::epilogue::Epilogue;
+
+/// The arithmetic of products. Sums are f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Math {
+    /// Products of f32 operands.
+    F32,
+    /// Three products of bf16 operands in place of one, accurate to about 16 bits, where that is faster.
+    /// Otherwise the same as [`F32`](Self::F32).
+    Bf16x3,
+    /// Products of operands rounded to bf16.
+    Bf16,
+}
+
+impl Math {
+    pub(crate) const COUNT: usize = Self::Bf16 as usize + 1;
+}
+
+/// A way to compute convolutions of one shape, in one instruction set.
+pub(super) trait Algorithm {
+    /// The weights (out, in, k, k), as [`forward`](Self::forward) reads them, in memory of `workspace`.
+    fn pack(&self, weight: &[f32], workspace: &mut Workspace) -> Packed;
+
+    /// Writes `y` from `x`.
+    fn forward(&self, x: &[f32], weight: &Packed, epilogue: Epilogue<'_>, y: &mut [f32]);
+
+    /// Writes the gradient of `x` to `dx`, or adds it to the values that are there.
+    fn input_gradient(
+        &self,
+        dy: &[f32],
+        weight: &[f32],
+        dx: &mut [f32],
+        accumulate: bool,
+        workspace: &mut Workspace,
+    );
+
+    /// Writes the gradient of the weights, (out, in, k, k).
+    fn weight_gradient(
+        &self,
+        x: &[f32],
+        dy: &[f32],
+        dweight: &mut [f32],
+        workspace: &mut Workspace,
+    );
+}
+
+/// Memory that convolutions reuse from call to call.
+#[derive(Default)]
+pub(crate) struct Workspace {
+    /// Packed weights of f32 products.
+    pub(super) packed: Vec<f32>,
+    /// Packed weights of bf16 products.
+    pub(super) packed_bf16: Vec<u16>,
+    /// Sums, and other values, that are needed only within a call.
+    pub(super) sums: Vec<f32>,
+}
+
+impl Workspace {
+    /// Memory that was used before.
+    #[cfg(test)]
+    pub(crate) fn dirty(len: usize) -> Self {
+        let values = || vec![f32::NAN; len];
+        Self { packed: values(), packed_bf16: vec![u16::MAX; len], sums: values() }
+    }
+
+    /// Takes back the memory of packed weights.
+    pub(crate) fn unpack(&mut self, weights: Packed) {
+        match weights {
+            Packed::F32(values) => self.packed = values,
+            Packed::Bf16(values) => self.packed_bf16 = values,
+        }
+    }
+}
+
+/// The packed weights of a convolution. Their layout is known to the algorithm that packed them.
+pub(crate) enum Packed {
+    F32(Vec<f32>),
+    Bf16(Vec<u16>),
+}
+
+impl Packed {
+    /// The values, if they are f32.
+    pub(super) fn f32(&self) -> &[f32] {
+        if let Self::F32(values) = self { values } else { &[] }
+    }
+
+    /// The values, if they are bf16.
+    pub(super) fn bf16(&self) -> &[u16] {
+        if let Self::Bf16(values) = self { values } else { &[] }
+    }
+}
+
+impl fmt::Debug for Packed {
+    /// Without the values, of which there may be millions.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Packed").finish_non_exhaustive()
+    }
+}

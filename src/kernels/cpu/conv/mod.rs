@@ -1,0 +1,8 @@
+//! Convolutions: the ways to compute them, and the plan that selects one.
+
+pub(crate) mod algorithm;
+mod bf16;
+pub(crate) mod epilogue;
+mod im2col;
+pub(crate) mod plan;
+mod winograd;

@@ -1,0 +1,260 @@
+//! 3x3 convolutions at stride 1 by Winograd's F(2x2, 3x3): 16 multiplications per tile and pair of channels
+//! instead of 36. Winograd 1980; Lavin and Gray 2016.
+//!
+//! With tiles `d` of 4x4 pixels that overlap by 2, `y = A^T [(G w G^T) * (B^T d B)] A`. The inner product
+//! is summed over input channels: one matrix product for each of the 16 places of a tile. The gradient of
+//! the input is a convolution with the rotated kernel. The gradient of the weights is
+//! `G^T [sum over tiles (A dy A^T) (B^T d B)] G`.
+//!
+//! If each pixel is doubled before the convolution, the inner two lines of every tile are equal. Their
+//! difference is zero, and so are 7 of the 16 places: 9 products remain. The doubled maps are never
+//! written: tiles are read from the pixels before they are doubled.
+//!
+//! On channels-last maps, each transform is arithmetic of whole vectors of channels.
+
+mod places;
+mod tiles;
+mod transform_kernels;
+mod transform_maps;
+mod weight_gradient;
+
+use rayon::prelude::*;
+
+use self::tiles::{TileRow, Tiles, block_rows, place_stride, with_scratch};
+use self::transform_kernels::transform_kernels;
+use self::transform_maps::{PixelRows, transform_input, transform_output};
+use self::weight_gradient::weight_gradient;
+use super::algorithm::{Algorithm, Math, Packed, Workspace};
+use super::epilogue::Epilogue;
+use crate::kernels::cpu::gemm::micro::{Left, PANEL, PanelProduct, panel_product};
+use crate::kernels::cpu::isa::Isa;
+use crate::kernels::cpu::memory::sized;
+use crate::kernels::op::conv::ConvShape;
+
+/// Channels below which transforming tiles costs more than it saves.
+const MIN_CHANNELS: usize = 8;
+
+/// 3x3 convolutions at stride 1.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Winograd {
+    isa: Isa,
+    shape: ConvShape,
+}
+
+impl Winograd {
+    /// For 3x3 kernels at stride 1, with enough channels.
+    pub(super) fn suits(isa: Isa, shape: &ConvShape, _: Math) -> Option<Self> {
+        let suits =
+            shape.kernel == 3 && shape.stride() == 1 && shape.c_in.min(shape.c_out) >= MIN_CHANNELS;
+        suits.then_some(Self { isa, shape: *shape })
+    }
+
+    fn tiles(&self) -> Tiles {
+        Tiles::of(&self.shape)
+    }
+
+    /// Packs the weights (out, in, 3, 3) of the convolution: panels of output channels, each (places, in,
+    /// [`PANEL`]).
+    fn pack_forward(&self, weight: &[f32], memory: &mut Vec<f32>) {
+        let ConvShape { c_in, c_out, .. } = self.shape;
+        self.pack_kernels((c_in, c_out), |i, o| &weight[(o * c_in + i) * 9..][..9], None, memory);
+    }
+
+    /// Packs them for the gradient of the input, which is a convolution of the gradient of the output.
+    fn pack_backward(&self, weight: &[f32], memory: &mut Vec<f32>) {
+        let ConvShape { c_in, c_out, .. } = self.shape;
+        // The gradient of a doubled pixel is the sum of the four of a tile, `[1 1] A^T m A [1 1]^T`, and
+        // `[1 1] A^T = [1 2 0 -1]`.
+        let factors = if self.shape.upsamples() { [1.0, 2.0, 0.0, -1.0] } else { [1.0; 4] };
+        let kernels = |o, i| &weight[(o * c_in + i) * 9..][..9];
+        self.pack_kernels((c_out, c_in), kernels, Some(factors), memory);
+    }
+
+    /// Packs the kernels of a convolution of `rows` channels to `columns`: `kernels(row, column)`. With
+    /// factors, the kernels are rotated by 180 degrees, and their places multiplied.
+    fn pack_kernels<'a>(
+        &self,
+        (rows, columns): (usize, usize),
+        kernels: impl Fn(usize, usize) -> &'a [f32] + Sync,
+        rotated: Option<[f32; 4]>,
+        memory: &mut Vec<f32>,
+    ) {
+        let (isa, places) = (self.isa, self.tiles().places());
+        let factors = rotated.unwrap_or([1.0; 4]);
+        let panel_len = places.count() * rows * PANEL;
+        let packed = sized(memory, columns.div_ceil(PANEL) * panel_len);
+        packed.par_chunks_mut(panel_len).enumerate().for_each(|(panel, values)| {
+            let count = PANEL.min(columns - panel * PANEL);
+            let mut taps = [[0f32; PANEL]; 9];
+            for row in 0..rows {
+                for column in 0..count {
+                    let kernel = kernels(row, panel * PANEL + column);
+                    for (tap, taps) in taps.iter_mut().enumerate() {
+                        taps[column] = kernel[if rotated.is_some() { 8 - tap } else { tap }];
+                    }
+                }
+                transform_kernels(isa, values, rows, row, &taps, places, factors);
+            }
+        });
+    }
+
+    /// The convolution of `x` (batch, h, w, c_in), or half that size if it is doubled, to `y` (batch, h, w,
+    /// c_out).
+    fn convolve(
+        &self,
+        x: &[f32],
+        weight: &[f32],
+        [c_in, c_out]: [usize; 2],
+        epilogue: Epilogue<'_>,
+        y: &mut [f32],
+    ) {
+        let (isa, maps) = (self.isa, self.tiles());
+        let panels = c_out.div_ceil(PANEL);
+        let padded = panels * PANEL;
+        let places = maps.places();
+        assert_eq!(x.len(), maps.input_pixels() * c_in);
+        assert_eq!(y.len(), maps.batch * maps.h * maps.w * c_out);
+        let rows = block_rows(maps, c_in + padded, rayon::current_num_threads());
+        maps.blocks_mut(y, c_out, rows).into_par_iter().for_each(|(first, y)| {
+            let last = (first + rows).min(maps.tile_rows());
+            let tiles = (last - first) * maps.tiles_x();
+            let (v_stride, m_stride) = (place_stride(tiles * c_in), place_stride(tiles * padded));
+            with_scratch(places.count() * (v_stride + m_stride) + c_out, |scratch| {
+                let (v, scratch) = scratch.split_at_mut(places.count() * v_stride);
+                let (m, shift) = scratch.split_at_mut(places.count() * m_stride);
+                for tile_row in first..last {
+                    let (k, top) = maps.place(tile_row);
+                    let begin = (tile_row - first) * maps.tiles_x();
+                    let row = TileRow { first: begin, stride: v_stride, places };
+                    transform_input(isa, v, row, maps.input(x, k), top);
+                }
+                for panel in 0..panels {
+                    for place in 0..places.count() {
+                        let m = &mut m[place * m_stride + panel * PANEL..];
+                        let product = PanelProduct {
+                            c: &mut m[..(tiles - 1) * padded + PANEL],
+                            c_row: padded,
+                            rows: tiles,
+                            a: Left { data: &v[place * v_stride..], row: c_in, col: 1 },
+                            b: &weight[(panel * places.count() + place) * c_in * PANEL..],
+                            depth: c_in,
+                            accumulate: false,
+                        };
+                        panel_product(isa, product);
+                    }
+                }
+                let origin = maps.pixel_row(first) * maps.w * c_out;
+                let mut shifted = None;
+                for tile_row in first..last {
+                    let (k, _) = maps.place(tile_row);
+                    if shifted != Some(k) {
+                        epilogue.shift(k, shift);
+                        shifted = Some(k);
+                    }
+                    let line = maps.w * c_out;
+                    let span = maps.pixel_row(tile_row) * line..maps.pixel_row(tile_row + 1) * line;
+                    let begin = (tile_row - first) * maps.tiles_x();
+                    let pixels = PixelRows {
+                        y: &mut y[span.start - origin..span.end - origin],
+                        w: maps.w,
+                        shift,
+                        residual: epilogue.add.residual.map(|r| &r[span]),
+                        accumulate: epilogue.accumulate,
+                    };
+                    let row = TileRow { first: begin, stride: m_stride, places };
+                    transform_output(isa, pixels, m, row);
+                }
+            });
+        });
+    }
+
+    /// The gradient of the pixels that are doubled, written or added to `dx`. Such a pixel lies under one
+    /// tile, so the sum over the places of the tile is its gradient.
+    fn doubled_input_gradient(&self, dy: &[f32], weight: &[f32], dx: &mut [f32], accumulate: bool) {
+        let (isa, maps) = (self.isa, self.tiles());
+        let ConvShape { c_in, c_out, .. } = self.shape;
+        let panels = c_in.div_ceil(PANEL);
+        let padded = panels * PANEL;
+        let places = maps.places().count();
+        assert_eq!(dx.len(), maps.input_pixels() * c_in);
+        assert_eq!(dy.len(), maps.batch * maps.h * maps.w * c_out);
+        let rows = block_rows(maps, c_out, rayon::current_num_threads());
+        let blocks = dx.par_chunks_mut(rows * maps.tiles_x() * c_in).enumerate();
+        blocks.for_each(|(block, dx)| {
+            let tiles = dx.len() / c_in;
+            let v_stride = place_stride(tiles * c_out);
+            with_scratch(places * v_stride + tiles * padded, |scratch| {
+                let (v, sums) = scratch.split_at_mut(places * v_stride);
+                for (i, begin) in (0..tiles).step_by(maps.tiles_x()).enumerate() {
+                    let (k, top) = maps.place(block * rows + i);
+                    let dy = maps.output(dy, k);
+                    let row = TileRow { first: begin, stride: v_stride, places: maps.places() };
+                    transform_input(isa, v, row, dy, top);
+                }
+                for panel in 0..panels {
+                    let sums = &mut sums[panel * PANEL..];
+                    for place in 0..places {
+                        let product = PanelProduct {
+                            c: &mut *sums,
+                            c_row: padded,
+                            rows: tiles,
+                            a: Left { data: &v[place * v_stride..], row: c_out, col: 1 },
+                            b: &weight[(panel * places + place) * c_out * PANEL..],
+                            depth: c_out,
+                            accumulate: place > 0,
+                        };
+                        panel_product(isa, product);
+                    }
+                }
+                for (dx, sums) in dx.chunks_exact_mut(c_in).zip(sums.chunks_exact(padded)) {
+                    if accumulate {
+                        dx.iter_mut().zip(sums).for_each(|(dx, sum)| *dx += sum);
+                    } else {
+                        dx.copy_from_slice(&sums[..c_in]);
+                    }
+                }
+            });
+        });
+    }
+}
+
+impl Algorithm for Winograd {
+    fn pack(&self, weight: &[f32], workspace: &mut Workspace) -> Packed {
+        let mut memory = std::mem::take(&mut workspace.packed);
+        self.pack_forward(weight, &mut memory);
+        Packed::F32(memory)
+    }
+
+    fn forward(&self, x: &[f32], weight: &Packed, epilogue: Epilogue<'_>, y: &mut [f32]) {
+        let ConvShape { c_in, c_out, .. } = self.shape;
+        self.convolve(x, weight.f32(), [c_in, c_out], epilogue, y);
+    }
+
+    fn input_gradient(
+        &self,
+        dy: &[f32],
+        weight: &[f32],
+        dx: &mut [f32],
+        accumulate: bool,
+        workspace: &mut Workspace,
+    ) {
+        let ConvShape { c_in, c_out, .. } = self.shape;
+        self.pack_backward(weight, &mut workspace.packed);
+        let weight = &workspace.packed;
+        if self.shape.upsamples() {
+            return self.doubled_input_gradient(dy, weight, dx, accumulate);
+        }
+        let epilogue = Epilogue { accumulate, ..Epilogue::default() };
+        self.convolve(dy, weight, [c_out, c_in], epilogue, dx);
+    }
+
+    fn weight_gradient(
+        &self,
+        x: &[f32],
+        dy: &[f32],
+        dweight: &mut [f32],
+        workspace: &mut Workspace,
+    ) {
+        weight_gradient(self.isa, self.tiles(), x, dy, dweight, &mut workspace.sums);
+    }
+}

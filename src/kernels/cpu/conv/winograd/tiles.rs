@@ -1,0 +1,145 @@
+//! How maps are cut into tiles of 4x4 pixels that overlap by 2, and into blocks of tiles.
+
+use std::cell::RefCell;
+
+use super::places::Places;
+use crate::kernels::cpu::memory::sized;
+use crate::kernels::op::conv::ConvShape;
+
+/// Bytes of the transforms of a block of tiles: half of a usual second-level cache.
+pub(super) const BLOCK_BYTES: usize = 512 << 10;
+
+/// The fewest tiles in a block. With fewer, reading the weights would take most of the time.
+pub(super) const MIN_BLOCK_TILES: usize = 28;
+
+thread_local! {
+    /// Transforms, reused from call to call. Nothing may wait for other threads while they are borrowed:
+    /// this thread could be given work that borrows them again.
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Calls `f` with memory for so many values.
+pub(super) fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
+    SCRATCH.with_borrow_mut(|scratch| f(sized(scratch, len)))
+}
+
+/// An image that is cut into tiles.
+#[derive(Clone, Copy)]
+pub(super) struct Source<'a> {
+    pub image: &'a [f32],
+    /// Height of the map that the tiles are on.
+    pub h: usize,
+    pub w: usize,
+    pub channels: usize,
+    /// Whether each pixel of the image stands for four of the map.
+    pub doubled: bool,
+}
+
+/// The tiles of the maps (batch, h, w, channels) on both sides of a convolution.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Tiles {
+    pub batch: usize,
+    /// Height of the map that the kernel moves over.
+    pub h: usize,
+    pub w: usize,
+    /// Whether each pixel of the input is doubled in both directions. The input is given without that.
+    pub doubled: bool,
+}
+
+impl Tiles {
+    pub(super) fn of(shape: &ConvShape) -> Self {
+        let [h, w] = shape.map();
+        Self { batch: shape.batch, h, w, doubled: shape.upsamples() }
+    }
+
+    pub(super) fn places(self) -> Places {
+        if self.doubled { Places::Outer } else { Places::All }
+    }
+
+    /// Pixels of the input, before they are doubled.
+    pub(super) fn input_pixels(self) -> usize {
+        let scale = if self.doubled { 4 } else { 1 };
+        self.batch * self.h * self.w / scale
+    }
+
+    /// Image `k` of the input.
+    pub(super) fn input(self, x: &[f32], k: usize) -> Source<'_> {
+        let image = x.len() / self.batch;
+        let channels = x.len() / self.input_pixels();
+        let Self { h, w, doubled, .. } = self;
+        Source { image: &x[k * image..][..image], h, w, channels, doubled }
+    }
+
+    /// Image `k` of the gradient of the output, as the input of a convolution.
+    pub(super) fn output(self, dy: &[f32], k: usize) -> Source<'_> {
+        Self { doubled: false, ..self }.input(dy, k)
+    }
+
+    /// Tiles in a row.
+    pub(super) fn tiles_x(self) -> usize {
+        self.w.div_ceil(2)
+    }
+
+    /// Rows of tiles in an image.
+    fn tiles_y(self) -> usize {
+        self.h.div_ceil(2)
+    }
+
+    /// Rows of tiles in the whole batch.
+    pub(super) fn tile_rows(self) -> usize {
+        self.batch * self.tiles_y()
+    }
+
+    /// The image and the first pixel row of a row of tiles.
+    pub(super) fn place(self, tile_row: usize) -> (usize, usize) {
+        (tile_row / self.tiles_y(), 2 * (tile_row % self.tiles_y()))
+    }
+
+    /// Pixel rows before a row of tiles, in the whole batch.
+    pub(super) fn pixel_row(self, tile_row: usize) -> usize {
+        let (image, y) = self.place(tile_row);
+        image * self.h + y
+    }
+
+    /// Cuts maps of `channels` into blocks of `rows` rows of tiles. Each comes with its first row.
+    pub(super) fn blocks_mut(
+        self,
+        mut maps: &mut [f32],
+        channels: usize,
+        rows: usize,
+    ) -> Vec<(usize, &mut [f32])> {
+        let mut blocks = Vec::with_capacity(self.tile_rows().div_ceil(rows));
+        for first in (0..self.tile_rows()).step_by(rows) {
+            let last = (first + rows).min(self.tile_rows());
+            let pixels = (self.pixel_row(last) - self.pixel_row(first)) * self.w;
+            let (block, rest) = maps.split_at_mut(pixels * channels);
+            blocks.push((first, block));
+            maps = rest;
+        }
+        blocks
+    }
+}
+
+/// The distance of the values of two places of a tile. An odd number of cache lines, so that the 16 places
+/// that a transform writes at once do not fall into the same few sets of the cache.
+pub(super) fn place_stride(values: usize) -> usize {
+    (values.div_ceil(16) | 1) * 16
+}
+
+/// The place of a row of tiles among the transforms of a block: place p of tile k begins at `p * stride +
+/// (first + k) * channels`.
+#[derive(Clone, Copy)]
+pub(super) struct TileRow {
+    pub first: usize,
+    pub stride: usize,
+    pub places: Places,
+}
+
+/// Rows of tiles in a block, if each place of a tile has so many values.
+pub(super) fn block_rows(tiles: Tiles, values: usize, threads: usize) -> usize {
+    let bytes = tiles.places().count() * values * size_of::<f32>();
+    let count = (BLOCK_BYTES / bytes).max(MIN_BLOCK_TILES);
+    // Small batches leave work for every thread.
+    let share = tiles.tile_rows().div_ceil(threads);
+    (count / tiles.tiles_x()).clamp(1, share.max(1))
+}

@@ -1,0 +1,137 @@
+//! The transforms of kernels, and of their gradients.
+
+use super::places::{Places, each, place, with_places};
+use crate::kernels::cpu::gemm::micro::PANEL;
+use crate::kernels::cpu::simd::{Simd, simd_fn};
+
+simd_fn! {
+    /// `G w G^T` of a panel's kernels for one input channel; place (y, x) is multiplied with the
+    /// factors of y and of x.
+    pub(super) fn transform_kernels<S>(
+        values: &mut [f32],
+        rows: usize,
+        row: usize,
+        taps: &[[f32; PANEL]; 9],
+        places: Places,
+        factors: [f32; 4],
+    ) {
+        assert!(values.len() >= places.count() * rows * PANEL && row < rows);
+        for j in (0..PANEL).step_by(S::WIDTH) {
+            // SAFETY: `j` and the vector after it are within PANEL. By the assertion, places are within
+            // `values`.
+            unsafe {
+                let values = values.as_mut_ptr().add(row * PANEL + j);
+                with_places!(places, kernel_tile::<S>(values, rows * PANEL, taps, j, factors));
+            }
+        }
+    }
+}
+
+/// # Safety
+/// Each place must be writable for a vector, and `taps` readable for one at `j`.
+#[inline(always)]
+unsafe fn kernel_tile<S: Simd, const INNER: bool>(
+    values: *mut f32,
+    stride: usize,
+    taps: &[[f32; PANEL]; 9],
+    j: usize,
+    factors: [f32; 4],
+) {
+    // SAFETY: passed on.
+    unsafe {
+        let columns = each!(X in 0 1 2 => {
+            kernel_line(each!(Y in 0 1 2 => S::load(taps[3 * Y + X].as_ptr().add(j))))
+        });
+        let lines = each!(Y in 0 1 2 3 => kernel_line(each!(X in 0 1 2 => columns[X][Y])));
+        for (y, line) in lines.into_iter().enumerate() {
+            for (x, u) in line.into_iter().enumerate() {
+                if let Some(place) = place::<INNER>(y, x) {
+                    u.mul(S::splat(factors[y] * factors[x])).store(values.add(place * stride));
+                }
+            }
+        }
+    }
+}
+
+/// `G w`.
+#[inline(always)]
+fn kernel_line<S: Simd>(w: [S; 3]) -> [S; 4] {
+    let (half, ends) = (S::splat(0.5), w[0].add(w[2]));
+    [w[0], ends.add(w[1]).mul(half), ends.sub(w[1]).mul(half), w[2]]
+}
+
+simd_fn! {
+    /// `G^T u G` for a panel of output channels: `u` (places, in, PANEL), the sum of `parts` such
+    /// that are `part_len` apart, to `dweight` (out, in, 9).
+    pub(super) fn kernel_gradient<S>(
+        dweight: &mut [f32],
+        u: &[f32],
+        part_len: usize,
+        parts: usize,
+        c_in: usize,
+        places: Places,
+    ) {
+        assert!((parts - 1) * part_len + places.count() * c_in * PANEL <= u.len());
+        let count = dweight.len() / (c_in * 9);
+        assert!(count <= PANEL);
+        let mut taps = [[0f32; PANEL]; 9];
+        let parts = (parts, part_len);
+        for i in 0..c_in {
+            for j in (0..PANEL).step_by(S::WIDTH) {
+                // SAFETY: `j` and the vector after it are within PANEL. By the assertion, every place is
+                // within `u`.
+                unsafe {
+                    let u = u.as_ptr().add(i * PANEL + j);
+                    with_places!(places, kernel_gradient_tile::<S>(&mut taps, j, u, c_in * PANEL, parts));
+                }
+            }
+            for (o, dweight) in dweight.chunks_mut(c_in * 9).enumerate().take(count) {
+                for (tap, value) in dweight[i * 9..][..9].iter_mut().enumerate() {
+                    *value = taps[tap][o];
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// Each place of each part must be readable, and `taps` writable at `j`, for a vector.
+#[inline(always)]
+unsafe fn kernel_gradient_tile<S: Simd, const INNER: bool>(
+    taps: &mut [[f32; PANEL]; 9],
+    j: usize,
+    u: *const f32,
+    stride: usize,
+    (parts, part_len): (usize, usize),
+) {
+    // SAFETY: passed on.
+    unsafe {
+        let columns = each!(X in 0 1 2 3 => {
+            kernel_gradient_line(each!(Y in 0 1 2 3 => match place::<INNER>(Y, X) {
+                Some(place) => {
+                    let u = u.add(place * stride);
+                    let mut sum = S::load(u);
+                    for part in 1..parts {
+                        sum = sum.add(S::load(u.add(part * part_len)));
+                    }
+                    sum
+                }
+                None => S::splat(0.0),
+            }))
+        });
+        let rows = each!(Y in 0 1 2 => kernel_gradient_line(each!(X in 0 1 2 3 => columns[X][Y])));
+        for (y, row) in rows.into_iter().enumerate() {
+            for (x, value) in row.into_iter().enumerate() {
+                value.store(taps[3 * y + x].as_mut_ptr().add(j));
+            }
+        }
+    }
+}
+
+/// `G^T u`.
+#[inline(always)]
+fn kernel_gradient_line<S: Simd>(u: [S; 4]) -> [S; 3] {
+    let half = S::splat(0.5);
+    let (sum, difference) = (u[1].add(u[2]).mul(half), u[1].sub(u[2]).mul(half));
+    [u[0].add(sum), difference, u[3].add(sum)]
+}

@@ -1,0 +1,112 @@
+//! The gradient of the weights: `G^T [sum over tiles (A dy A^T) (B^T d B)] G`.
+//!
+//! The batch is cut into parts, and the output channels into groups, by their numbers alone, so the order
+//! of sums does not depend on the number of threads.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::tiles::{BLOCK_BYTES, MIN_BLOCK_TILES, TileRow, Tiles, place_stride, with_scratch};
+use super::transform_kernels::kernel_gradient;
+use super::transform_maps::{transform_gradient, transform_input};
+use crate::kernels::cpu::gemm::micro::{Left, PANEL, PanelProduct, panel_product};
+use crate::kernels::cpu::isa::Isa;
+use crate::kernels::cpu::memory::sized;
+
+/// Panels of output channels that one thread takes at a time. With more, the sums would not fit in the
+/// cache. With fewer, the input would be transformed more often.
+const GROUP: usize = 2;
+
+/// The most memory for the sums of parts, unless one part alone needs more.
+const SUMS_BYTES: usize = 8 << 20;
+
+/// The fewest tiles in a part. With fewer, a part would cost more time than it saves.
+const MIN_PART_TILES: usize = 256;
+
+/// Writes the gradient of the weights, (out, in, 3, 3), from `x` (batch, h, w, in), or half that size if it
+/// is doubled, and `dy` (batch, h, w, out).
+pub(super) fn weight_gradient(
+    isa: Isa,
+    tiles: Tiles,
+    x: &[f32],
+    dy: &[f32],
+    dweight: &mut [f32],
+    scratch: &mut Vec<f32>,
+) {
+    let c_in = x.len() / tiles.input_pixels();
+    let c_out = dy.len() / (tiles.batch * tiles.h * tiles.w);
+    assert_eq!(dweight.len(), c_out * c_in * 9);
+    let panel_len = tiles.places().count() * c_in * PANEL;
+    let panels = c_out.div_ceil(PANEL);
+    let sums_len = panels * panel_len;
+    let worthwhile = tiles.tile_rows() * tiles.tiles_x() / MIN_PART_TILES;
+    let parts = (SUMS_BYTES / (sums_len * size_of::<f32>())).min(worthwhile).clamp(1, 16);
+    let part_rows = tiles.tile_rows().div_ceil(parts);
+    let parts = tiles.tile_rows().div_ceil(part_rows);
+    let sums = sized(scratch, parts * sums_len);
+
+    sums.par_chunks_mut(sums_len).enumerate().for_each(|(part, sums)| {
+        sums.par_chunks_mut(GROUP * panel_len).enumerate().for_each(|(group, sums)| {
+            sums.fill(0.0);
+            let rows = part * part_rows..((part + 1) * part_rows).min(tiles.tile_rows());
+            let channels = group * GROUP * PANEL..((group + 1) * GROUP * PANEL).min(c_out);
+            add_transformed(isa, tiles, (x, c_in), (dy, c_out), rows, channels, sums);
+        });
+    });
+    let sums = &*sums;
+    dweight.par_chunks_mut(PANEL * c_in * 9).enumerate().for_each(|(panel, dweight)| {
+        let sums = &sums[panel * panel_len..];
+        kernel_gradient(isa, dweight, sums, sums_len, parts, c_in, tiles.places());
+    });
+}
+
+/// Adds `(A dy A^T) (B^T d B)` to `sums`, panels of (places, in, PANEL): the sum over some rows of tiles,
+/// for some output channels.
+fn add_transformed(
+    isa: Isa,
+    tiles: Tiles,
+    (x, c_in): (&[f32], usize),
+    (dy, c_out): (&[f32], usize),
+    rows: Range<usize>,
+    channels: Range<usize>,
+    sums: &mut [f32],
+) {
+    let panels = channels.len().div_ceil(PANEL);
+    let (places, count) = (tiles.places(), tiles.places().count());
+    let bytes = count * (c_in + panels * PANEL) * size_of::<f32>();
+    let most = (BLOCK_BYTES / bytes).clamp(MIN_BLOCK_TILES, 64);
+    let step = (most / tiles.tiles_x()).clamp(1, rows.len());
+    let most = step * tiles.tiles_x();
+    let (v_stride, d_stride) = (place_stride(most * c_in), place_stride(most * PANEL));
+    with_scratch(count * (v_stride + panels * d_stride), |scratch| {
+        let (v, d) = scratch.split_at_mut(count * v_stride);
+        for first in rows.clone().step_by(step) {
+            let last = (first + step).min(rows.end);
+            for tile_row in first..last {
+                let (k, top) = tiles.place(tile_row);
+                let begin = (tile_row - first) * tiles.tiles_x();
+                let row = TileRow { first: begin, stride: v_stride, places };
+                transform_input(isa, v, row, tiles.input(x, k), top);
+                let line = tiles.w * c_out;
+                let dy =
+                    &dy[tiles.pixel_row(tile_row) * line..tiles.pixel_row(tile_row + 1) * line];
+                let row = TileRow { stride: d_stride, ..row };
+                transform_gradient(isa, d, row, dy, (tiles.w, c_out), channels.clone());
+            }
+            let depth = (last - first) * tiles.tiles_x();
+            for (i, sums) in sums.chunks_mut(c_in * PANEL).enumerate() {
+                let product = PanelProduct {
+                    c: sums,
+                    c_row: PANEL,
+                    rows: c_in,
+                    a: Left { data: &v[i % count * v_stride..], row: 1, col: c_in },
+                    b: &d[i * d_stride..],
+                    depth,
+                    accumulate: true,
+                };
+                panel_product(isa, product);
+            }
+        }
+    });
+}

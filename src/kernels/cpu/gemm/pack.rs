@@ -1,0 +1,105 @@
+//! Matrices in slices, and right-hand sides packed into panels.
+
+use rayon::prelude::*;
+
+use super::micro::PANEL;
+use crate::kernels::cpu::memory::sized;
+
+/// A matrix within a slice: element (i, j) is at `i * row_stride + j * col_stride`.
+#[derive(Clone, Copy)]
+pub(crate) struct Mat<'a> {
+    pub(super) data: &'a [f32],
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) row_stride: usize,
+    pub(super) col_stride: usize,
+}
+
+impl<'a> Mat<'a> {
+    /// `rows` rows, one after the other.
+    pub(crate) fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        assert_eq!(data.len(), rows * cols);
+        Self { data, rows, cols, row_stride: cols, col_stride: 1 }
+    }
+
+    /// `rows` rows that begin `row_stride` values apart.
+    pub(crate) fn with_stride(
+        data: &'a [f32],
+        rows: usize,
+        cols: usize,
+        row_stride: usize,
+    ) -> Self {
+        assert!(rows == 0 || (rows - 1) * row_stride + cols <= data.len());
+        Self { data, rows, cols, row_stride, col_stride: 1 }
+    }
+
+    pub(crate) fn transposed(self) -> Self {
+        Self {
+            data: self.data,
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+        }
+    }
+
+    /// Copies [`PANEL`] columns from `first` on to a panel. Columns beyond the last are zero.
+    pub(super) fn pack_panel(&self, first: usize, panel: &mut [f32]) {
+        let count = PANEL.min(self.cols - first);
+        for (k, row) in panel.chunks_exact_mut(PANEL).enumerate() {
+            let begin = k * self.row_stride + first * self.col_stride;
+            if self.col_stride == 1 {
+                row[..count].copy_from_slice(&self.data[begin..][..count]);
+            } else {
+                let values = self.data[begin..].iter().step_by(self.col_stride);
+                row[..count].iter_mut().zip(values).for_each(|(to, from)| *to = *from);
+            }
+            row[count..].fill(0.0);
+        }
+    }
+}
+
+/// A packed right-hand side: panels of columns, each (rows, [`PANEL`]).
+#[derive(Clone, Copy)]
+pub(crate) struct Panels<'a> {
+    values: &'a [f32],
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+}
+
+impl<'a> Panels<'a> {
+    /// The panels that [`pack`] wrote to `values`.
+    pub(crate) fn new(values: &'a [f32], rows: usize, cols: usize) -> Self {
+        Self { values, rows, cols }
+    }
+
+    /// The panel whose first column this is.
+    pub(super) fn panel(&self, first: usize) -> &'a [f32] {
+        &self.values[first * self.rows..][..self.rows * PANEL]
+    }
+}
+
+/// Packs the matrix whose element (i, j) is `values[row_at(i) + col_at(j)]` to the first values of
+/// `memory`, which grows if necessary.
+pub(crate) fn pack(
+    values: &[f32],
+    (rows, cols): (usize, usize),
+    row_at: impl Fn(usize) -> usize + Sync,
+    col_at: impl Fn(usize) -> usize + Sync,
+    memory: &mut Vec<f32>,
+) {
+    let packed = sized(memory, cols.div_ceil(PANEL) * rows * PANEL);
+    packed.par_chunks_exact_mut((rows * PANEL).max(1)).enumerate().for_each(|(i, panel)| {
+        let mut columns = [0; PANEL];
+        let count = PANEL.min(cols - i * PANEL);
+        let columns = &mut columns[..count];
+        for (j, at) in columns.iter_mut().enumerate() {
+            *at = col_at(i * PANEL + j);
+        }
+        for (k, row) in panel.chunks_exact_mut(PANEL).enumerate() {
+            let values = &values[row_at(k)..];
+            row.iter_mut().zip(&*columns).for_each(|(to, at)| *to = values[*at]);
+            row[count..].fill(0.0);
+        }
+    });
+}

@@ -1,0 +1,216 @@
+//! The passes of a normalisation over the pixels of an image.
+
+use crate::kernels::cpu::math::sigmoid;
+use crate::kernels::cpu::simd::{Simd, for_channels, simd_fn};
+
+/// Pixels whose sums are taken in f32.
+pub(crate) const RUN: usize = 32;
+
+/// The statistics of an image: mean and 1 / standard deviation of the group of each channel.
+#[derive(Debug)]
+pub(crate) struct Stats {
+    pub(super) mean: Vec<f32>,
+    pub(super) rstd: Vec<f32>,
+}
+
+simd_fn! {
+    /// Writes the sums over the pixels of a span, for each channel, of the distances from its mean, or of
+    /// their squares.
+    pub(super) fn span_sums<S>(sums: &mut [f64], x: &[f32], mean: &[f32], squares: bool) {
+        let c = mean.len();
+        sums.fill(0.0);
+        // Short runs in f32, then f64.
+        let mut run = vec![0f32; c];
+        for x in x.chunks(RUN * c) {
+            run.fill(0.0);
+            for x in x.chunks_exact(c) {
+                let (run, x, mean) = (run.as_mut_ptr(), x.as_ptr(), mean.as_ptr());
+                // SAFETY: all have a pixel's channels.
+                unsafe {
+                    for_channels!(i in c, add_distances::<S>(run.add(i), x.add(i), mean.add(i), squares));
+                }
+            }
+            sums.iter_mut().zip(&run).for_each(|(sum, run)| *sum += f64::from(*run));
+        }
+    }
+}
+
+/// # Safety
+/// Each must be good for a vector.
+#[inline(always)]
+unsafe fn add_distances<S: Simd>(sums: *mut f32, x: *const f32, mean: *const f32, squares: bool) {
+    // SAFETY: passed on.
+    unsafe {
+        let (sum, n) = (S::load(sums), S::load(x).sub(S::load(mean)));
+        let sum = if squares { n.mul_add(n, sum) } else { sum.add(n) };
+        sum.store(sums);
+    }
+}
+
+/// The normalisation of each channel `x` of an image: `z = (x - mean) scale + bias`. The mean is subtracted
+/// first: as a part of the bias, a large mean would cancel with a loss of accuracy.
+pub(super) struct Affine<'a> {
+    mean: &'a [f32],
+    scale: Vec<f32>,
+    bias: &'a [f32],
+}
+
+impl<'a> Affine<'a> {
+    pub(super) fn new(stats: &'a Stats, weight: &[f32], bias: &'a [f32]) -> Self {
+        let scale: Vec<f32> = weight.iter().zip(&stats.rstd).map(|(w, r)| w * r).collect();
+        assert!(stats.mean.len() == scale.len() && bias.len() == scale.len());
+        Self { mean: &stats.mean, scale, bias }
+    }
+
+    fn channels(&self) -> usize {
+        self.scale.len()
+    }
+
+    /// The distances of the channels from `first` on from the mean, and the normalised values.
+    ///
+    /// # Safety
+    /// There must be a vector of channels from `first` on.
+    #[inline(always)]
+    unsafe fn apply<S: Simd>(&self, x: S, first: usize) -> (S, S) {
+        // SAFETY: all three have as many channels.
+        unsafe {
+            let n = x.sub(S::load(self.mean.as_ptr().add(first)));
+            let scale = S::load(self.scale.as_ptr().add(first));
+            (n, n.mul(scale).add(S::load(self.bias.as_ptr().add(first))))
+        }
+    }
+}
+
+simd_fn! {
+    /// Writes `y = silu(z)`, or `z` itself, of the normalised `z`.
+    pub(super) fn normalize<S>(y: &mut [f32], x: &[f32], affine: &Affine<'_>, silu: bool) {
+        let c = affine.channels();
+        for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+            let (y, x) = (y.as_mut_ptr(), x.as_ptr());
+            // SAFETY: `y` and `x` are a pixel's channels.
+            unsafe {
+                for_channels!(i in c, normalize_channels::<S>(y, x, affine, i, silu));
+            }
+        }
+    }
+}
+
+/// # Safety
+/// There must be a vector of channels from `first` on.
+#[inline(always)]
+unsafe fn normalize_channels<S: Simd>(
+    y: *mut f32,
+    x: *const f32,
+    affine: &Affine<'_>,
+    first: usize,
+    silu: bool,
+) {
+    // SAFETY: passed on.
+    unsafe {
+        let (_, z) = affine.apply(S::load(x.add(first)), first);
+        let value = if silu { z.mul(sigmoid(z)) } else { z };
+        value.store(y.add(first));
+    }
+}
+
+simd_fn! {
+    /// Replaces the gradient of `silu(z)`, if there is an activation, by that of `z`. Writes its sums over the
+    /// pixels of an image: times the distance from the mean, and plain.
+    pub(super) fn gradient_sums<S>(
+        dz: &mut [f32], x: &[f32], affine: &Affine<'_>, silu: bool, sums: &mut [[f64; 2]],
+    ) {
+        let c = affine.channels();
+        sums.fill([0.0; 2]);
+        // Short runs in f32, then f64.
+        let mut run = vec![0f32; 2 * c];
+        for (dz, x) in dz.chunks_mut(RUN * c).zip(x.chunks(RUN * c)) {
+            run.fill(0.0);
+            for (dz, x) in dz.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+                let (dz, x, run) = (dz.as_mut_ptr(), x.as_ptr(), run.as_mut_ptr());
+                // SAFETY: `dz` and `x` are a pixel's channels, `run` twice as many values.
+                unsafe {
+                    for_channels!(i in c, add_gradient::<S>(dz, x, affine, i, silu, run));
+                }
+            }
+            for (i, sums) in sums.iter_mut().enumerate() {
+                sums[0] += f64::from(run[i]);
+                sums[1] += f64::from(run[c + i]);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// There must be a vector of channels from `first` on.
+#[inline(always)]
+unsafe fn add_gradient<S: Simd>(
+    dz: *mut f32,
+    x: *const f32,
+    affine: &Affine<'_>,
+    first: usize,
+    silu: bool,
+    run: *mut f32,
+) {
+    // SAFETY: passed on.
+    unsafe {
+        let (n, z) = affine.apply(S::load(x.add(first)), first);
+        let mut d = S::load(dz.add(first));
+        if silu {
+            let one = S::splat(1.0);
+            let s = sigmoid(z);
+            d = d.mul(s.mul(one.add(z.mul(one.sub(s)))));
+            d.store(dz.add(first));
+        }
+        let (by_n, plain) = (run.add(first), run.add(affine.channels() + first));
+        d.mul_add(n, S::load(by_n)).store(by_n);
+        d.add(S::load(plain)).store(plain);
+    }
+}
+
+simd_fn! {
+    /// Replaces `dz` by `dx` plus `more`: the sum of `dz`, the distance of `x` from the mean, and 1, each
+    /// times a factor of the channel.
+    pub(super) fn input_gradient<S>(
+        dz: &mut [f32], x: &[f32], mean: &[f32], factors: &[Vec<f32>; 3], more: Option<&[f32]>,
+    ) {
+        let c = mean.len();
+        assert!(factors.iter().all(|factors| factors.len() == c));
+        assert!(more.is_none_or(|more| more.len() == dz.len()));
+        let factors = [&factors[0], &factors[1], &factors[2]].map(|values| values.as_ptr());
+        for (pixel, (dz, x)) in dz.chunks_exact_mut(c).zip(x.chunks_exact(c)).enumerate() {
+            let more = more.map(|more| more[pixel * c..].as_ptr());
+            let (dz, x, mean) = (dz.as_mut_ptr(), x.as_ptr(), mean.as_ptr());
+            // SAFETY: all have a pixel's channels.
+            unsafe {
+                for_channels!(i in c, input_channels::<S>(dz, x, mean, factors, more, i));
+            }
+        }
+    }
+}
+
+/// # Safety
+/// There must be a vector of channels from `first` on.
+#[inline(always)]
+unsafe fn input_channels<S: Simd>(
+    dz: *mut f32,
+    x: *const f32,
+    mean: *const f32,
+    factors: [*const f32; 3],
+    more: Option<*const f32>,
+    first: usize,
+) {
+    // SAFETY: passed on.
+    unsafe {
+        let [by_dz, by_n, constant] = [
+            S::load(factors[0].add(first)),
+            S::load(factors[1].add(first)),
+            S::load(factors[2].add(first)),
+        ];
+        let n = S::load(x.add(first)).sub(S::load(mean.add(first)));
+        let mut dx = by_dz.mul_add(S::load(dz.add(first)), by_n.mul_add(n, constant));
+        if let Some(more) = more {
+            dx = dx.add(S::load(more.add(first)));
+        }
+        dx.store(dz.add(first));
+    }
+}

@@ -1,0 +1,200 @@
+//! The kernels for CPUs as subjects of the [`suite`](crate::kernels::suite), in each instruction set, with each
+//! unit for bf16.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::attention::Attention;
+use super::bf16::unit::Unit;
+use super::conv::algorithm::{Math, Workspace};
+use super::conv::epilogue::Epilogue;
+use super::conv::plan::Plan;
+use super::isa::Isa;
+use super::linear::{linear_forward, linear_input_gradient, linear_weight_gradient};
+use super::maps::{concatenate, scale_maps, split};
+use super::norm::{Normalization, RUN};
+use super::reduce::{sum_over_batch, sums_by_image};
+use crate::kernels::op::attention::AttentionShape;
+use crate::kernels::op::conv::{Addends, ConvShape};
+use crate::kernels::suite::{
+    AttentionCase, ConvArithmetic, ConvCase, Found, LinearCase, MapsCase, NormCase, Subject,
+};
+use crate::kernels::tests::{BF16, F32, Products};
+
+pub(crate) fn subjects() -> Vec<Box<dyn Subject>> {
+    let mut all: Vec<Box<dyn Subject>> = Vec::new();
+    for isa in Isa::available() {
+        all.push(Box::new(Kernels(isa)));
+    }
+    for unit in Unit::available() {
+        for math in [Math::Bf16, Math::Bf16x3] {
+            all.push(Box::new(Bf16Convolutions { unit, math }));
+        }
+    }
+    all
+}
+
+fn values(x: &Tensor) -> Vec<f32> {
+    x.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn tensor(values: Vec<f32>, dims: &[usize]) -> Tensor {
+    Tensor::from_vec(values, dims, &Device::Cpu).unwrap()
+}
+
+/// Memory for a result. Not zeros, which a kernel that adds would leave right.
+fn room(len: usize) -> Vec<f32> {
+    vec![f32::NAN; len]
+}
+
+/// A convolution by this plan.
+fn convolve(plan: Plan, case: &ConvCase) -> Found {
+    let ConvCase { x, weight, dy, .. } = case;
+    let [xs, weights, dys] = [x, weight, dy].map(values);
+    let added = [&case.bias, &case.per_image, &case.residual];
+    let added = added.map(|t| t.as_ref().map(values));
+    let epilogue = Epilogue {
+        bias: added[0].as_deref(),
+        add: Addends { per_image: added[1].as_deref(), residual: added[2].as_deref() },
+        accumulate: case.before.is_some(),
+    };
+    let before = case.before.as_ref();
+    let [mut y, mut dx] = [0, 1].map(|i| match before {
+        Some(before) => values(&before[i]),
+        None => room([dys.len(), xs.len()][i]),
+    });
+    // Memory of which more is needed than it has, and less.
+    let mut workspace = Workspace::dirty(case.shape.c_in * case.shape.c_out * 20);
+    let packed = plan.pack(&weights, &mut workspace);
+    plan.forward(&xs, &packed, epilogue, &mut y);
+    workspace.unpack(packed);
+    plan.input_gradient(&dys, &weights, &mut dx, before.is_some(), &mut workspace);
+    let mut dweight = room(weights.len());
+    plan.weight_gradient(&xs, &dys, &mut dweight, &mut workspace);
+    let [batch, _, _, channels] = plan.output();
+    let by_image = sums_by_image(&dys, batch, channels);
+    let mut dbias = room(channels);
+    sum_over_batch(&by_image, &mut dbias);
+    let by_image = by_image.iter().map(|sum| *sum as f32).collect();
+    vec![
+        ("y", tensor(y, &plan.output())),
+        ("dx", tensor(dx, x.dims())),
+        ("dweight", tensor(dweight, weight.dims())),
+        ("dbias", tensor(dbias, &[channels])),
+        ("by_image", tensor(by_image, &[batch, channels])),
+    ]
+}
+
+/// All operations in f32.
+struct Kernels(Isa);
+
+impl Subject for Kernels {
+    fn name(&self) -> String {
+        format!("kernels in {}", self.0.name())
+    }
+
+    fn convolution_arithmetic(&self, shape: &ConvShape) -> ConvArithmetic {
+        let winograd = Plan::new(self.0, *shape, Math::F32).is_winograd();
+        ConvArithmetic { products: Products::PLAIN, operands: DType::F32, winograd }
+    }
+
+    fn norm_arithmetic(&self) -> (usize, f64) {
+        (RUN, 0.0)
+    }
+
+    fn convolution(&self, case: &ConvCase) -> Result<Found> {
+        Ok(convolve(Plan::new(self.0, case.shape, Math::F32), case))
+    }
+
+    fn normalization(&self, case: &NormCase) -> Result<Found> {
+        let NormCase { config, x, weight, bias, dy, more } = case;
+        let [xs, weights, biases, mut dx] = [x, weight, bias, dy].map(values);
+        let norm = Normalization { isa: self.0, config: *config, weight: &weights, bias: &biases };
+        let (mut y, mut again) = (room(xs.len()), room(xs.len()));
+        let statistics = norm.forward(x.dim(0)?, &xs, &mut y);
+        norm.forward_again(&xs, &statistics, &mut again);
+        let more = more.as_ref().map(values);
+        let (dweight, dbias) = norm.backward(&xs, &statistics, &mut dx, more.as_deref());
+        Ok(vec![
+            ("y", tensor(y, x.dims())),
+            ("again", tensor(again, x.dims())),
+            ("dx", tensor(dx, x.dims())),
+            ("dweight", tensor(dweight, weight.dims())),
+            ("dbias", tensor(dbias, bias.dims())),
+        ])
+    }
+
+    fn linear(&self, case: &LinearCase) -> Result<Found> {
+        let LinearCase { activation, x, weight, bias, dy } = case;
+        let [xs, weights, biases, dys] = [x, weight, bias, dy].map(values);
+        let activated: Vec<f32> = xs.iter().map(|&x| activation.value(x)).collect();
+        let (mut y, mut dx) = (room(dys.len()), room(xs.len()));
+        linear_forward(self.0, &activated, &weights, &biases, &mut y);
+        linear_input_gradient(self.0, &weights, biases.len(), &dys, &mut dx);
+        dx.iter_mut().zip(&xs).for_each(|(dx, &x)| *dx *= activation.derivative(x));
+        let (mut dweight, mut dbias) = (room(weights.len()), room(biases.len()));
+        linear_weight_gradient(self.0, &activated, biases.len(), &dys, &mut dweight);
+        sum_over_batch(&dys, &mut dbias);
+        Ok(vec![
+            ("y", tensor(y, dy.dims())),
+            ("dx", tensor(dx, x.dims())),
+            ("dweight", tensor(dweight, weight.dims())),
+            ("dbias", tensor(dbias, bias.dims())),
+        ])
+    }
+
+    fn attention(&self, AttentionCase { qkv, dy }: &AttentionCase) -> Result<Found> {
+        let (_, positions, channels) = dy.dims3()?;
+        let attention = Attention { isa: self.0, shape: AttentionShape { positions, channels } };
+        let (mut y, mut dx) = (room(dy.elem_count()), room(qkv.elem_count()));
+        attention.forward(&values(qkv), &mut y);
+        attention.backward(&values(qkv), &values(dy), &mut dx);
+        Ok(vec![("y", tensor(y, dy.dims())), ("dx", tensor(dx, qkv.dims()))])
+    }
+
+    fn maps_of(&self, MapsCase { a, b, mask }: &MapsCase) -> Result<Found> {
+        let (batch, h, w, first) = a.dims4()?;
+        let channels = [first, b.dim(3)?];
+        let mut both = room(a.elem_count() + b.elem_count());
+        concatenate([&values(a), &values(b)], channels, &mut both);
+        let (mut parts, mut scaled) = ([a, b].map(|t| room(t.elem_count())), room(a.elem_count()));
+        split(&both, channels, parts.each_mut().map(|part| &mut part[..]));
+        scale_maps(&values(a), &values(mask), first, &mut scaled);
+        let [part_of_a, part_of_b] = parts;
+        Ok(vec![
+            ("concatenated", tensor(both, &[batch, h, w, channels[0] + channels[1]])),
+            ("first", tensor(part_of_a, a.dims())),
+            ("second", tensor(part_of_b, b.dims())),
+            ("scaled", tensor(scaled, a.dims())),
+        ])
+    }
+}
+
+/// Convolutions with bf16 products, by one unit.
+struct Bf16Convolutions {
+    unit: Unit,
+    math: Math,
+}
+
+impl Subject for Bf16Convolutions {
+    fn name(&self) -> String {
+        format!("{:?} by {:?}", self.math, self.unit)
+    }
+
+    /// One product is exact of rounded operands. Three leave out the product of the errors, and the rounding
+    /// of the errors of either: three times 2^-16 of the product of the exact operands.
+    fn convolution_arithmetic(&self, _: &ConvShape) -> ConvArithmetic {
+        let (operands, products) = match self.math {
+            Math::Bf16x3 => (
+                DType::F32,
+                Products { sums: 3.0 * F32, operands: 3.0 * BF16 * BF16, ..Products::PLAIN },
+            ),
+            _ => (DType::BF16, Products::PLAIN),
+        };
+        ConvArithmetic { products, operands, winograd: false }
+    }
+
+    fn convolution(&self, case: &ConvCase) -> Result<Found> {
+        let isa = self.unit.isa().unwrap_or(Isa::detect());
+        Ok(convolve(Plan::new(isa, case.shape, self.math).with_unit(self.unit), case))
+    }
+}

@@ -1,0 +1,210 @@
+//! Convolutions of channels-last maps, with zero padding of half the kernel.
+
+use crate::error::{Error, Result};
+
+/// The effect of a convolution on the size of a map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Scale {
+    /// The distance in input pixels from one output pixel to the next. 1 keeps the size.
+    Stride(usize),
+    /// Each pixel is doubled in both directions before the convolution, whose stride is 1.
+    Upsample,
+}
+
+/// The sizes of a convolution.
+///
+/// The input is (batch, h, w, c_in), the weight (c_out, c_in, kernel, kernel), the output (batch, h_out,
+/// w_out, c_out).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct ConvShape {
+    pub batch: usize,
+    /// Height of the input, before it is upsampled.
+    pub h: usize,
+    /// Width of the input, before it is upsampled.
+    pub w: usize,
+    pub c_in: usize,
+    pub h_out: usize,
+    pub w_out: usize,
+    pub c_out: usize,
+    /// Height and width of the kernel. Odd.
+    pub kernel: usize,
+    pub scale: Scale,
+}
+
+impl ConvShape {
+    /// The convolution of `x` (batch, height, width, in) with `weight` (out, in, k, k).
+    ///
+    /// The output is (batch, ceil(height / stride), ceil(width / stride), out), or has twice the height
+    /// and width if `x` is upsampled.
+    ///
+    /// # Errors
+    /// Returns an error if the weight is not (out, in, k, k) with odd k, if `x` has another number of
+    /// channels, or if the stride is 0.
+    pub(crate) fn new(x: [usize; 4], weight: &[usize], scale: Scale) -> Result<Self> {
+        let [batch, h, w, channels] = x;
+        let &[c_out, c_in, kernel, width] = weight else { return Err(wrong_weight(weight)) };
+        if kernel != width || kernel.is_multiple_of(2) {
+            return Err(wrong_weight(weight));
+        }
+        if c_in != channels {
+            return Err(Error::Shape {
+                what: "the input of a convolution",
+                found: x.to_vec(),
+                expected: format!("(batch, height, width, {c_in}) for a weight of {weight:?}"),
+            });
+        }
+        if scale == Scale::Stride(0) {
+            return Err(Error::config("the stride of a convolution", 0, "at least 1"));
+        }
+        let mut shape = Self { batch, h, w, c_in, h_out: 0, w_out: 0, c_out, kernel, scale };
+        [shape.h_out, shape.w_out] = shape.map().map(|size| size.div_ceil(shape.stride()));
+        Ok(shape)
+    }
+
+    /// The stride of the kernel.
+    pub(crate) fn stride(&self) -> usize {
+        match self.scale {
+            Scale::Stride(stride) => stride,
+            Scale::Upsample => 1,
+        }
+    }
+
+    /// Returns whether each pixel of the input is doubled in both directions first.
+    pub(crate) fn upsamples(&self) -> bool {
+        self.scale == Scale::Upsample
+    }
+
+    /// Height and width of the map that the kernel moves over: of the input, after upsampling.
+    pub(crate) fn map(&self) -> [usize; 2] {
+        match self.scale {
+            Scale::Stride(_) => [self.h, self.w],
+            Scale::Upsample => [2 * self.h, 2 * self.w],
+        }
+    }
+
+    /// Rows and columns of zeros on each side of the map.
+    pub(crate) fn padding(&self) -> usize {
+        self.kernel / 2
+    }
+
+    /// Weights for each pair of an input and an output channel.
+    pub(crate) fn taps(&self) -> usize {
+        self.kernel * self.kernel
+    }
+
+    /// Values from which an output pixel is computed.
+    pub(crate) fn patch(&self) -> usize {
+        self.taps() * self.c_in
+    }
+
+    /// Returns whether the patch of an output pixel is an input pixel.
+    pub(crate) fn is_pointwise(&self) -> bool {
+        self.kernel == 1 && self.scale == Scale::Stride(1)
+    }
+
+    /// Values of an image of the input.
+    pub(crate) fn input_len(&self) -> usize {
+        self.h * self.w * self.c_in
+    }
+
+    /// Values of an image of the output.
+    pub(crate) fn output_len(&self) -> usize {
+        self.h_out * self.w_out * self.c_out
+    }
+
+    /// The dimensions of the output.
+    pub(crate) fn output(&self) -> [usize; 4] {
+        [self.batch, self.h_out, self.w_out, self.c_out]
+    }
+
+    /// The convolution of the output's gradient that gives the gradient of the map, if the stride is 1:
+    /// with the kernel rotated by 180 degrees, and the channels exchanged.
+    pub(crate) fn transposed(&self) -> Self {
+        let [h, w] = self.map();
+        let Self { batch, c_in, c_out, kernel, .. } = *self;
+        let scale = Scale::Stride(1);
+        Self { batch, h, w, c_in: c_out, h_out: h, w_out: w, c_out: c_in, kernel, scale }
+    }
+}
+
+fn wrong_weight(weight: &[usize]) -> Error {
+    Error::Shape {
+        what: "the weight of a convolution",
+        found: weight.to_vec(),
+        expected: "(out, in, k, k) with odd k".into(),
+    }
+}
+
+/// A value for each of the two addends of a convolution's output: the addends themselves, see [`Add`], or their
+/// gradients.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Addends<T> {
+    /// Vectors (batch, 1, 1, channels), each added to every pixel of its image.
+    pub per_image: T,
+    /// A map of the shape of the output.
+    pub residual: T,
+}
+
+/// The values that are added to the output of a convolution, besides its bias.
+pub type Add<'a, M> = Addends<Option<&'a M>>;
+
+impl<T> Addends<Option<T>> {
+    /// Adds nothing.
+    pub const NOTHING: Self = Self { per_image: None, residual: None };
+
+    /// Adds a vector to every pixel of its image.
+    pub fn per_image(vectors: T) -> Self {
+        Self { per_image: Some(vectors), residual: None }
+    }
+
+    /// Adds a map.
+    pub fn residual(map: T) -> Self {
+        Self { per_image: None, residual: Some(map) }
+    }
+}
+
+impl<T> Addends<T> {
+    /// `f` of each.
+    pub(crate) fn map<U>(self, mut f: impl FnMut(T) -> U) -> Addends<U> {
+        Addends { per_image: f(self.per_image), residual: f(self.residual) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_output_has_the_size_of_the_map_over_the_stride() {
+        let output = |scale| ConvShape::new([2, 5, 8, 3], &[7, 3, 3, 3], scale).unwrap().output();
+        assert_eq!(output(Scale::Stride(1)), [2, 5, 8, 7]);
+        assert_eq!(output(Scale::Stride(2)), [2, 3, 4, 7]);
+        assert_eq!(output(Scale::Stride(3)), [2, 2, 3, 7]);
+        assert_eq!(output(Scale::Upsample), [2, 10, 16, 7]);
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_errors() {
+        let error = |weight: &[usize], stride| {
+            let shape = ConvShape::new([2, 5, 8, 3], weight, Scale::Stride(stride));
+            shape.unwrap_err().to_string()
+        };
+        let weight = |found| {
+            format!(
+                "the weight of a convolution has shape {found}; it must be (out, in, k, k) with odd k"
+            )
+        };
+        assert_eq!(error(&[7, 3, 2, 2], 1), weight("[7, 3, 2, 2]"));
+        assert_eq!(error(&[7, 3, 3, 1], 1), weight("[7, 3, 3, 1]"));
+        assert_eq!(error(&[7, 3], 1), weight("[7, 3]"));
+        assert_eq!(
+            error(&[7, 4, 3, 3], 1),
+            "the input of a convolution has shape [2, 5, 8, 3]; it must be (batch, height, width, 4) for a \
+             weight of [7, 4, 3, 3]"
+        );
+        assert_eq!(
+            error(&[7, 3, 3, 3], 0),
+            "the stride of a convolution is 0; it must be at least 1"
+        );
+    }
+}

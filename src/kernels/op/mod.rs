@@ -1,0 +1,9 @@
+//! The definitions of the operations for every device: sizes, settings, and addends of the output.
+//!
+//! Nothing here knows how an operation is computed.
+
+pub(crate) mod activation;
+pub(crate) mod attention;
+pub(crate) mod conv;
+pub(crate) mod linear;
+pub(crate) mod norm;

@@ -1,0 +1,28 @@
+//! GroupNorm: each group of channels of each image is normalised to mean 0 and variance 1, then each
+//! channel is scaled and shifted. Wu and He 2018.
+
+use super::activation::Activation;
+
+/// The number of groups of every normalisation of the crate's networks.
+pub(crate) const GROUPS: usize = 8;
+
+/// The default of [`NormConfig::eps`], as in PyTorch.
+pub(crate) const EPS: f64 = 1e-5;
+
+/// The settings of a normalisation.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct NormConfig {
+    /// Divides the number of channels.
+    pub groups: usize,
+    /// Added to the variance.
+    pub eps: f64,
+    /// Applied to the normalised value.
+    pub activation: Activation,
+}
+
+impl NormConfig {
+    /// A normalisation in [`GROUPS`] groups.
+    pub(crate) fn new(activation: Activation) -> Self {
+        Self { groups: GROUPS, eps: EPS, activation }
+    }
+}

@@ -1,0 +1,635 @@
+//! One suite for every operation in every computation: each kernel, in each instruction set and type, has the
+//! values and gradients of the [`reference`](super::reference) composition, on the same random inputs.
+//!
+//! A [`Subject`] is a way to compute the operations. [`subjects`] lists all of them: a new device is one line
+//! there. The bounds of errors follow from the inputs, as derived in [`tests`](super::tests).
+
+use candle_core::{DType, Device, Result, Tensor};
+use proptest::prelude::*;
+
+use super::op::activation::{Activation, VectorActivation};
+use super::op::conv::{ConvShape, Scale};
+use super::op::norm::{EPS, NormConfig};
+use super::reference;
+use super::tests::{
+    F32, FUNCTION, Normalization, Normals, Products, Sums, check, value_and_gradients,
+};
+use crate::random_inputs::inputs;
+
+/// All ways to compute the operations.
+fn subjects() -> Vec<Box<dyn Subject>> {
+    let mut all = Vec::new();
+    all.extend(super::cpu::tests::subjects());
+    all.extend(super::autograd::tests::subjects());
+    all
+}
+
+/// A way to compute the operations. Tensors are f32 on the CPU, and feature maps channels-last. Results that a
+/// subject does not compute are absent.
+pub(crate) trait Subject {
+    fn name(&self) -> String;
+
+    /// The type of feature maps in memory.
+    fn maps(&self) -> DType {
+        DType::F32
+    }
+
+    /// The arithmetic of products.
+    fn products(&self) -> Products {
+        Products::PLAIN
+    }
+
+    /// The arithmetic of a convolution.
+    fn convolution_arithmetic(&self, _: &ConvShape) -> ConvArithmetic {
+        ConvArithmetic { products: self.products(), operands: self.maps(), winograd: false }
+    }
+
+    /// The most values in a sum of f32 of a normalisation, and the relative error of storing its results.
+    fn norm_arithmetic(&self) -> (usize, f64) {
+        (usize::MAX, 0.0)
+    }
+
+    /// `y`, `dx`, `dweight`, `dbias` and `by_image`: the sums of `dy` over the pixels of each image.
+    fn convolution(&self, _: &ConvCase) -> Result<Found> {
+        Ok(Found::new())
+    }
+
+    /// `y`, `again` (the same, from saved statistics), `dx`, `dweight`, `dbias`.
+    fn normalization(&self, _: &NormCase) -> Result<Found> {
+        Ok(Found::new())
+    }
+
+    /// `y`, `dx`, `dweight`, `dbias`.
+    fn linear(&self, _: &LinearCase) -> Result<Found> {
+        Ok(Found::new())
+    }
+
+    /// `y`, `dx`: the gradient of q, k and v.
+    fn attention(&self, _: &AttentionCase) -> Result<Found> {
+        Ok(Found::new())
+    }
+
+    /// `concatenated` (a, then b), `first` and `second` (split again), `scaled` (a times the mask).
+    fn maps_of(&self, _: &MapsCase) -> Result<Found> {
+        Ok(Found::new())
+    }
+}
+
+/// The results of an operation, by name.
+pub(crate) type Found = Vec<(&'static str, Tensor)>;
+
+/// The exact results, by name, and the bounds of their errors.
+type Expected = Vec<(&'static str, Tensor, Tensor)>;
+
+/// The arithmetic of a convolution.
+#[derive(Clone, Copy)]
+pub(crate) struct ConvArithmetic {
+    pub products: Products,
+    /// The type to which operands of products are rounded first.
+    pub operands: DType,
+    /// Whether the products are those of Winograd's method.
+    pub winograd: bool,
+}
+
+fn compare(subject: &dyn Subject, case: &str, found: Found, expected: &Expected) {
+    for (name, found) in found {
+        let (_, exact, bound) =
+            expected.iter().find(|(other, ..)| *other == name).expect("a result of this name");
+        assert_eq!(found.dims(), exact.dims(), "{}, {case}, {name}", subject.name());
+        check(&format!("{}, {case}, {name}", subject.name()), &found, exact, bound);
+    }
+}
+
+/// The values as a map, or a product, of this type takes them.
+fn rounded(x: &Tensor, dtype: DType) -> Tensor {
+    x.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap()
+}
+
+fn sum_of<const N: usize>(bounds: [Tensor; N]) -> Tensor {
+    bounds.into_iter().reduce(|a, b| a.broadcast_add(&b).unwrap()).unwrap()
+}
+
+fn size_of(x: &Tensor) -> Result<Tensor> {
+    x.to_dtype(DType::F64)?.abs()
+}
+
+/// A convolution, and what is added to its output and its gradient.
+#[derive(Debug)]
+pub(crate) struct ConvCase {
+    pub shape: ConvShape,
+    pub x: Tensor,
+    pub weight: Tensor,
+    pub dy: Tensor,
+    /// (out)
+    pub bias: Option<Tensor>,
+    /// (batch, 1, 1, out)
+    pub per_image: Option<Tensor>,
+    pub residual: Option<Tensor>,
+    /// The values to which the output and the gradient of `x` are added.
+    pub before: Option<[Tensor; 2]>,
+}
+
+/// The sums of a convolution whose operands are rounded to one type.
+#[derive(Clone)]
+struct ConvSums {
+    y: Sums,
+    dx: Sums,
+    dweight: Sums,
+}
+
+impl ConvCase {
+    fn new(
+        [batch, h, w]: [usize; 3],
+        [c_in, c_out]: [usize; 2],
+        (kernel, scale): (usize, Scale),
+        [bias, per_image, residual, before]: [bool; 4],
+        normals: Normals,
+    ) -> Self {
+        let (x, weight) = ([batch, h, w, c_in], [c_out, c_in, kernel, kernel]);
+        let shape = ConvShape::new(x, &weight, scale).unwrap();
+        let y = shape.output();
+        let normal = |k, shape: &[usize]| normals.tensor(k, shape);
+        Self {
+            shape,
+            x: normal(0, &x),
+            weight: normal(1, &weight),
+            dy: normal(2, &y),
+            bias: bias.then(|| normal(3, &[c_out])),
+            per_image: per_image.then(|| normal(4, &[batch, 1, 1, c_out])),
+            residual: residual.then(|| normal(5, &y)),
+            before: before.then(|| [normal(6, &y), normal(7, &x)]),
+        }
+    }
+
+    /// The sums of products. `dtype` is that of the operands.
+    fn sums(&self, dtype: DType, winograd: bool) -> Result<ConvSums> {
+        let [x, weight, dy] = [&self.x, &self.weight, &self.dy].map(|t| rounded(t, dtype));
+        let scale = self.shape.scale;
+        let nothing = Tensor::zeros(self.shape.c_out, DType::F64, &Device::Cpu)?;
+        let composed = |v: &[Tensor]| reference::conv::conv2d(&v[0], &v[1], &nothing, scale);
+        let sums = Sums::of(
+            &[x, weight],
+            |_| dy.clone(),
+            composed,
+            |v| if winograd { composed(&[v[0].clone(), spread(&v[1])?]) } else { composed(v) },
+        )?;
+        let [y, dx, dweight] = sums.try_into().ok().expect("a value and two gradients");
+        Ok(ConvSums { y, dx, dweight })
+    }
+
+    fn expected(
+        &self,
+        arithmetic: ConvArithmetic,
+        maps: DType,
+        sums: &ConvSums,
+    ) -> Result<Expected> {
+        let ConvArithmetic { products, winograd, .. } = arithmetic;
+        let ConvSums { mut y, mut dx, dweight } = sums.clone();
+        let products = if winograd {
+            Products { more: products.more + TRANSFORMS, ..products }
+        } else {
+            products
+        };
+        let map = |t: &Tensor| rounded(t, maps);
+        // The products may be stored before anything is added.
+        let mut added = y.exact.zeros_like()?;
+        let terms =
+            [self.bias.clone(), self.per_image.as_ref().map(map), self.residual.as_ref().map(map)];
+        for term in terms.iter().flatten() {
+            y = y.plus(term)?;
+            added = added.broadcast_add(&size_of(term)?)?;
+        }
+        let stored_dx = products.storing(&(&dx.magnitude * 2.0)?);
+        if let Some([y_before, dx_before]) = &self.before {
+            (y, dx) = (y.plus(&map(y_before))?, dx.plus(&map(dx_before))?);
+        }
+        let stored = products.storing(&((y.exact.abs()? * 2.0)? + added)?);
+        // Sums of `dy`, whose terms are no products.
+        let plain = Products { operands: 0.0, ..arithmetic.products };
+        let (dy, [batch, _, _, c_out]) = (map(&self.dy), self.shape.output());
+        let sum = |dims: &[usize], over: &dyn Fn(&Tensor) -> Result<Tensor>| -> Result<Sums> {
+            let ones = Tensor::ones(dims, DType::F64, &Device::Cpu)?;
+            let sum = |v: &[Tensor]| over(&v[0]);
+            Ok(Sums::of(std::slice::from_ref(&dy), |_| ones.clone(), sum, sum)?.swap_remove(0))
+        };
+        let dbias = sum(&[c_out], &|t| t.sum((0, 1, 2)))?;
+        let by_image = sum(&[batch, c_out], &|t| t.sum((1, 2)))?;
+        let bounds = [
+            sum_of([products.of(&y), stored]),
+            sum_of([products.of(&dx), stored_dx, products.storing(&dx.exact)]),
+            sum_of([products.of(&dweight), products.storing(&dweight.exact)]),
+            plain.of(&dbias),
+            sum_of([plain.of(&by_image), products.storing(&by_image.exact)]),
+        ];
+        let exact = [y.exact, dx.exact, dweight.exact, dbias.exact, by_image.exact];
+        let names = ["y", "dx", "dweight", "dbias", "by_image"];
+        Ok(names.into_iter().zip(exact).zip(bounds).map(|((n, e), b)| (n, e, b)).collect())
+    }
+
+    fn check(&self) {
+        let case = format!(
+            "{:?}, added: {:?}",
+            self.shape,
+            [&self.bias, &self.per_image, &self.residual].map(Option::is_some)
+        );
+        let mut known: Vec<((DType, bool), ConvSums)> = Vec::new();
+        for subject in subjects() {
+            let arithmetic = subject.convolution_arithmetic(&self.shape);
+            let key = (arithmetic.operands, arithmetic.winograd);
+            if !known.iter().any(|(other, _)| *other == key) {
+                known.push((key, self.sums(key.0, key.1).unwrap()));
+            }
+            let (_, sums) = known.iter().find(|(other, _)| *other == key).unwrap();
+            let expected = self.expected(arithmetic, subject.maps(), sums).unwrap();
+            compare(&*subject, &case, subject.convolution(self).unwrap(), &expected);
+        }
+    }
+}
+
+/// Roundings of Winograd's transforms: at most four, of 2 roundings in each direction, and the sum of at most
+/// 16 parts.
+const TRANSFORMS: f64 = 4.0 * 4.0 + 16.0;
+
+/// Weights that give the magnitudes of the terms of Winograd's method, from the magnitudes of the weights.
+///
+/// The method multiplies sums: in each direction the tap a meets the pixel under the tap i by
+/// sum_k |A_kp| |G_ka| |B_ki|, for either pixel p of a tile at most the entry (a, i) below. So its magnitudes
+/// are those of a convolution with the kernels P^T |w| P, and so are those of its gradients.
+fn spread(weight: &Tensor) -> Result<Tensor> {
+    let spread =
+        Tensor::new(&[[1f64, 1.0, 2.0], [1.0, 1.0, 1.0], [2.0, 1.0, 1.0]], weight.device())?;
+    let lines = |t: Tensor| t.reshape(((), 3))?.matmul(&spread)?.reshape(weight.shape());
+    let transposed = lines(weight.clone())?.transpose(2, 3)?.contiguous()?;
+    lines(transposed)?.transpose(2, 3)
+}
+
+/// A normalisation, with `more` that is added to the gradient of `x`.
+pub(crate) struct NormCase {
+    pub config: NormConfig,
+    pub x: Tensor,
+    pub weight: Tensor,
+    pub bias: Tensor,
+    pub dy: Tensor,
+    pub more: Option<Tensor>,
+}
+
+impl NormCase {
+    fn new(
+        [batch, h, w]: [usize; 3],
+        [groups, group]: [usize; 2],
+        (activation, more): (Activation, bool),
+        mean: f64,
+        normals: Normals,
+    ) -> Self {
+        let dims = [batch, h, w, groups * group];
+        Self {
+            config: NormConfig { groups, eps: EPS, activation },
+            x: (normals.tensor(0, &dims) + mean).unwrap(),
+            weight: normals.tensor(1, &dims[3..]),
+            bias: normals.tensor(2, &dims[3..]),
+            dy: normals.gradient(&dims),
+            more: more.then(|| normals.tensor(4, &dims)),
+        }
+    }
+
+    fn expected(&self, subject: &dyn Subject) -> Result<Expected> {
+        let Self { config, weight, bias, .. } = self;
+        let map = |t: &Tensor| rounded(t, subject.maps());
+        let (x, dy) = (map(&self.x), map(&self.dy));
+        let inputs = [x.clone(), weight.clone(), bias.clone()];
+        let mut exact = value_and_gradients(
+            DType::F64,
+            &inputs,
+            |_| dy.clone(),
+            |v| reference::norm::group_norm(&v[0], &v[1], &v[2], *config),
+        )?;
+        let (run, stored) = subject.norm_arithmetic();
+        let NormConfig { groups, activation, .. } = *config;
+        let norm = Normalization { groups, weight, bias, activation, run };
+        let mut bounds = norm.bounds(&x, &dy)?;
+        let mut store = [stored; 2];
+        if let Some(more) = &self.more {
+            exact[1] = (&exact[1] + map(more).to_dtype(DType::F64)?)?;
+            store[1] += F32;
+        }
+        for ((bound, exact), stored) in bounds.iter_mut().zip(&exact).zip(store) {
+            if stored > 0.0 {
+                let stored = Products { stored, ..subject.products() };
+                // The hundredth is for products of errors.
+                *bound = ((bound.clone() + stored.storing(exact))? * 1.01)?;
+            }
+        }
+        let [y, dx, dweight, dbias] = exact.try_into().expect("a value and three gradients");
+        let [of_y, of_dx, of_dweight, of_dbias] = bounds;
+        Ok(vec![
+            ("y", y.clone(), of_y.clone()),
+            ("again", y, of_y),
+            ("dx", dx, of_dx),
+            ("dweight", dweight, of_dweight),
+            ("dbias", dbias, of_dbias),
+        ])
+    }
+
+    fn check(&self) {
+        let case = format!("{:?} of {:?}", self.config, self.x.dims());
+        for subject in subjects() {
+            let expected = self.expected(&*subject).unwrap();
+            compare(&*subject, &case, subject.normalization(self).unwrap(), &expected);
+        }
+    }
+}
+
+/// A linear layer of activated vectors.
+pub(crate) struct LinearCase {
+    pub activation: VectorActivation,
+    pub x: Tensor,
+    pub weight: Tensor,
+    pub bias: Tensor,
+    pub dy: Tensor,
+}
+
+impl LinearCase {
+    fn new(
+        [batch, input, output]: [usize; 3],
+        activation: VectorActivation,
+        normals: Normals,
+    ) -> Self {
+        Self {
+            activation,
+            x: normals.tensor(0, &[batch, input]),
+            weight: normals.tensor(1, &[output, input]),
+            bias: normals.tensor(2, &[output]),
+            dy: normals.tensor(3, &[batch, output]),
+        }
+    }
+
+    fn activated(&self, x: &Tensor) -> Result<Tensor> {
+        match self.activation {
+            VectorActivation::None => Ok(x.clone()),
+            VectorActivation::Silu => x.silu(),
+            VectorActivation::Gelu => x.gelu_erf(),
+        }
+    }
+
+    fn expected(&self, subject: &dyn Subject) -> Result<Expected> {
+        let products = subject.products();
+        let [x, weight, dy] = [&self.x, &self.weight, &self.dy].map(|t| rounded(t, subject.maps()));
+        let bias = &self.bias;
+        let linear = |v: &[Tensor]| reference::linear::linear(&v[0], &v[1], &v[2]);
+        let exact = value_and_gradients(
+            DType::F64,
+            &[x.clone(), weight.clone(), bias.clone()],
+            |_| dy.clone(),
+            |v| linear(&[self.activated(&v[0])?, v[1].clone(), v[2].clone()]),
+        )?;
+        // The activated vectors are stored.
+        let x = x.to_dtype(DType::F64)?;
+        let activated = self.activated(&x)?;
+        let none = self.activation == VectorActivation::None;
+        let function = if none { 0.0 } else { FUNCTION * F32 };
+        let x_off = sum_of([(x.abs()? * function)?, products.storing(&activated)]);
+        let inputs = [activated, weight.to_dtype(DType::F64)?, bias.to_dtype(DType::F64)?];
+        let sums = Sums::of(&inputs, |_| dy.clone(), linear, linear)?;
+        let (weight, d) = (size_of(&weight)?, size_of(&dy)?);
+        let stored = (sums[0].exact.abs()? * 2.0)?.broadcast_add(&inputs[2].abs()?)?;
+        // The derivatives of SiLU and GELU are 1.13 at most.
+        let slope = if none { 1.0 } else { 1.13 };
+        let dx = sum_of([products.of(&sums[1]), products.storing(&sums[1].magnitude)]);
+        let through = (&sums[1].magnitude * ((x.abs()? + 1.0)? * function)?)?;
+        // For products of errors.
+        let both = if none && products.stored == 0.0 { 1.0 } else { 1.05 };
+        let bounds = [
+            sum_of([products.of(&sums[0]), x_off.matmul(&weight.t()?)?, products.storing(&stored)]),
+            sum_of([(dx * slope)?, through, products.storing(&exact[1])]),
+            sum_of([products.of(&sums[2]), d.t()?.matmul(&x_off)?]),
+            products.of(&sums[3]),
+        ];
+        let names = ["y", "dx", "dweight", "dbias"];
+        let all = names.into_iter().zip(exact).zip(bounds);
+        all.map(|((name, exact), bound)| Ok((name, exact, (bound * both)?))).collect()
+    }
+
+    fn check(&self) {
+        let case =
+            format!("{:?} of {:?}, {:?}", self.activation, self.x.dims(), self.weight.dims());
+        for subject in subjects() {
+            let expected = self.expected(&*subject).unwrap();
+            compare(&*subject, &case, subject.linear(self).unwrap(), &expected);
+        }
+    }
+}
+
+/// Attention.
+pub(crate) struct AttentionCase {
+    /// (batch, positions, 3 channels)
+    pub qkv: Tensor,
+    pub dy: Tensor,
+}
+
+impl AttentionCase {
+    fn expected(&self, subject: &dyn Subject) -> Result<Expected> {
+        let [qkv, dy] = [&self.qkv, &self.dy].map(|t| rounded(t, subject.maps()));
+        let channels = qkv.dim(2)? / 3;
+        let exact = value_and_gradients(
+            DType::F64,
+            std::slice::from_ref(&qkv),
+            |_| dy.clone(),
+            |v| {
+                let part = |i| v[0].narrow(2, i * channels, channels)?.contiguous();
+                reference::attention::attention(&part(0)?, &part(1)?, &part(2)?)
+            },
+        )?;
+        let bounds = subject.products().attention_bounds(&qkv, &dy)?;
+        Ok(["y", "dx"].into_iter().zip(exact).zip(bounds).map(|((n, e), b)| (n, e, b)).collect())
+    }
+
+    fn check(&self) {
+        let case = format!("attention of {:?}", self.qkv.dims());
+        for subject in subjects() {
+            let expected = self.expected(&*subject).unwrap();
+            compare(&*subject, &case, subject.attention(self).unwrap(), &expected);
+        }
+    }
+}
+
+/// Two maps with a mask for the first: (batch, 1, 1, channels).
+pub(crate) struct MapsCase {
+    pub a: Tensor,
+    pub b: Tensor,
+    pub mask: Tensor,
+}
+
+impl MapsCase {
+    fn check(&self) {
+        for subject in subjects() {
+            let [a, b, mask] = [&self.a, &self.b, &self.mask].map(|t| rounded(t, subject.maps()));
+            let scaled = a.broadcast_mul(&mask).unwrap();
+            let stored = subject.products().storing(&scaled.to_dtype(DType::F64).unwrap());
+            let copied = |name, t: Tensor| (name, t.clone(), t.zeros_like().unwrap());
+            let expected = vec![
+                copied("concatenated", Tensor::cat(&[&a, &b], 3).unwrap()),
+                copied("first", a),
+                copied("second", b),
+                ("scaled", scaled, stored),
+            ];
+            let case = format!("{:?} and {:?}", self.a.dims(), self.b.dims());
+            compare(&*subject, &case, subject.maps_of(self).unwrap(), &expected);
+        }
+    }
+}
+
+fn scales() -> impl Strategy<Value = Scale> {
+    prop_oneof![(1usize..4).prop_map(Scale::Stride), Just(Scale::Stride(1)), Just(Scale::Upsample)]
+}
+
+/// Maps (batch, height, width) before they are upsampled, channels, and kernels of a convolution.
+type ConvSizes = ([usize; 3], [usize; 2], (usize, Scale));
+
+/// The map that the kernel moves over is no larger for being upsampled.
+fn small_if_upsampled((mut map, channels, (kernel, scale)): ConvSizes) -> ConvSizes {
+    if scale == Scale::Upsample {
+        map = [map[0], map[1].div_ceil(2), map[2].div_ceil(2)];
+    }
+    (map, channels, (kernel, scale))
+}
+
+fn kernels() -> impl Strategy<Value = (usize, Scale)> {
+    (prop_oneof![Just(1usize), Just(3), Just(3), Just(5)], scales())
+}
+
+fn convolutions() -> impl Strategy<Value = ConvSizes> {
+    ([1usize..20, 1usize..12, 1usize..25], [1usize..40, 1usize..40], kernels())
+        .prop_map(small_if_upsampled)
+}
+
+/// Images of which several are in a chunk.
+fn convolutions_of_small_images() -> impl Strategy<Value = ConvSizes> {
+    ([6usize..24, 1usize..4, 1usize..4], [1usize..40, 1usize..40], kernels())
+}
+
+fn convolutions_at_edges() -> impl Strategy<Value = ConvSizes> {
+    let maps = prop_oneof![
+        // Tiles and patches that are mostly beyond the edge.
+        [1usize..2, 1usize..4, 1usize..4],
+        [1usize..4, 1usize..12, 1usize..12],
+        // Enough tiles for sums in several parts.
+        [2usize..4, 24usize..34, 24usize..34],
+    ];
+    // Panels that are full, nearly full, and nearly empty.
+    let channels = prop_oneof![[1usize..71, 1usize..71], [8usize..71, 8usize..71]];
+    let kernels = prop_oneof![
+        Just((3usize, Scale::Stride(1))),
+        Just((3, Scale::Stride(1))),
+        Just((3, Scale::Upsample)),
+        Just((5, Scale::Upsample)),
+        Just((3, Scale::Stride(2))),
+        Just((1, Scale::Stride(1))),
+        Just((5, Scale::Stride(3))),
+    ];
+    (maps, channels, kernels).prop_map(small_if_upsampled)
+}
+
+/// The gradient of the weight is one sum of 13 products that nearly cancel: with operands of 8 bits, its error
+/// is more than 1% of it.
+#[test]
+fn a_convolution_whose_gradient_nearly_cancels_agrees() {
+    for before in [false, true] {
+        let added = [true, true, true, before];
+        ConvCase::new([13, 2, 1], [1, 1], (1, Scale::Stride(2)), added, Normals(3)).check();
+    }
+}
+
+/// Such groups have a deviation of 0, and gradients that are nothing but rounding.
+#[test]
+fn normalisations_of_one_value_agree() {
+    for activation in [Activation::None, Activation::Silu] {
+        for mean in [0.0, 30.0] {
+            NormCase::new([3, 1, 1], [5, 1], (activation, false), mean, Normals(5)).check();
+        }
+    }
+}
+
+/// The gradient of the weight nearly cancels. The error of the mean, times the sum of the gradients of all
+/// outputs, is more than 4e-5 of it.
+#[test]
+fn a_normalisation_whose_gradient_nearly_cancels_agrees() {
+    NormCase::new([3, 3, 6], [1, 1], (Activation::None, false), 30.0, Normals(34153)).check();
+}
+
+proptest! {
+    #![proptest_config(inputs(32))]
+
+    #[test]
+    fn convolutions_agree(
+        (map, channels, how) in convolutions(), added: [bool; 4], seed: u64,
+    ) {
+        ConvCase::new(map, channels, how, added, Normals(seed)).check();
+    }
+
+    #[test]
+    fn convolutions_of_small_images_agree(
+        (map, channels, how) in convolutions_of_small_images(), added: [bool; 4], seed: u64,
+    ) {
+        ConvCase::new(map, channels, how, added, Normals(seed)).check();
+    }
+
+    #[test]
+    fn convolutions_at_edges_agree(
+        (map, channels, how) in convolutions_at_edges(), added: [bool; 4], seed: u64,
+    ) {
+        ConvCase::new(map, channels, how, added, Normals(seed)).check();
+    }
+}
+
+proptest! {
+    #![proptest_config(inputs(96))]
+
+    #[test]
+    fn normalisations_agree(
+        map in [1usize..6, 1usize..12, 1usize..12],
+        groups in [1usize..9, 1usize..5],
+        silu: bool,
+        more: bool,
+        mean in prop_oneof![Just(0f64), Just(30.0)],
+        seed: u64,
+    ) {
+        let activation = if silu { Activation::Silu } else { Activation::None };
+        NormCase::new(map, groups, (activation, more), mean, Normals(seed)).check();
+    }
+
+    #[test]
+    fn linear_layers_agree(
+        sizes in [1usize..9, 1usize..40, 1usize..40],
+        activation in prop_oneof![
+            Just(VectorActivation::None), Just(VectorActivation::Silu), Just(VectorActivation::Gelu),
+        ],
+        seed: u64,
+    ) {
+        LinearCase::new(sizes, activation, Normals(seed)).check();
+    }
+
+    #[test]
+    fn attention_agrees(
+        (batch, positions) in (1usize..4, prop_oneof![Just(1usize), 1usize..40]),
+        channels in 1usize..70,
+        seed: u64,
+    ) {
+        let normals = Normals(seed);
+        let qkv = normals.tensor(0, &[batch, positions, 3 * channels]);
+        AttentionCase { qkv, dy: normals.gradient(&[batch, positions, channels]) }.check();
+    }
+
+    #[test]
+    fn concatenation_and_masks_agree(
+        [batch, h, w] in [1usize..4, 1usize..9, 1usize..9],
+        [first, second] in [1usize..40, 1usize..40],
+        seed: u64,
+    ) {
+        let normal = |k, shape: &[usize]| Normals(seed).tensor(k, shape);
+        MapsCase {
+            a: normal(0, &[batch, h, w, first]),
+            b: normal(1, &[batch, h, w, second]),
+            mask: normal(2, &[batch, 1, 1, first]),
+        }.check();
+    }
+}
