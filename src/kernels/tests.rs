@@ -1,9 +1,9 @@
 //! Bounds of the rounding errors of kernels, for all tests of random inputs.
 //!
-//! Each bound follows from the input. A sum of n products, in any order, rounds each of its terms at
-//! most n times, and each rounding changes a value by the unit u of itself at most. So the sum is within
-//! n u of the sum of its terms' magnitudes (Higham 2002, section 3.1), even where the terms cancel and
-//! the sum itself is next to nothing.
+//! Each bound follows from the input. A sum of n products, in any order, rounds each of its terms at most n
+//! times, and each rounding changes a value by at most the unit u of itself. So the error of the sum is at most
+//! n u times the sum of the magnitudes of its terms (Higham 2002, section 3.1), even if the terms cancel and
+//! the sum is nearly 0.
 
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 
@@ -11,16 +11,16 @@ use super::op::activation::Activation;
 use super::op::norm::EPS;
 use crate::random::{Noise, Purpose};
 
-/// Units of rounding to the nearest.
+/// The units of rounding to the nearest.
 pub(super) const F32: f64 = 1.0 / (1u64 << 24) as f64;
 pub(super) const BF16: f64 = 1.0 / 256.0;
 #[cfg(feature = "cuda")]
 pub(super) const F16: f64 = 1.0 / 2048.0;
-/// Of f32 operands whose last 13 bits are cut off.
+/// The unit of f32 operands whose last 13 bits are truncated.
 #[cfg(feature = "cuda")]
 pub(super) const TF32: f64 = 1.0 / 1024.0;
 
-/// The least value that f16 stores with a relative error alone.
+/// The smallest value whose error in f16 is relative.
 pub(super) const SMALL: f64 = 1.0 / (1u64 << 14) as f64;
 
 /// The largest error of a value after up to `n` roundings, in units of rounding. More than 64 roundings are
@@ -35,7 +35,7 @@ fn roundings_each(n: &Tensor) -> Result<Tensor> {
     n.minimum(&(n.sqrt()? * 8.0)?)? * 1.001
 }
 
-/// Asserts that each value is within its bound of what is expected. NaN is not.
+/// Asserts that the error of each value is within its bound. That of NaN is not.
 pub(super) fn check(what: &str, found: &Tensor, expected: &Tensor, bound: &Tensor) {
     let values = |t: &Tensor| -> Vec<f64> {
         let t = t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
@@ -109,9 +109,9 @@ pub(crate) struct Sums {
 }
 
 impl Sums {
-    /// The value and the gradients of `f`, a sum of products of one value of each input. On the inputs'
-    /// magnitudes `magnitudes` gives those of the terms: it is `f` itself, unless the kernel computes
-    /// the products of sums. On ones, `f` counts the terms.
+    /// The value and the gradients of `f`, a sum of products of one value of each input. `magnitudes` computes
+    /// the magnitudes of the terms from those of the inputs: it is `f` itself, unless the kernel computes
+    /// products of sums. On ones, `f` counts the terms.
     pub fn of(
         inputs: &[Tensor],
         dy: impl Fn(&[usize]) -> Tensor,
@@ -134,7 +134,7 @@ impl Sums {
         Ok(all.map(|((exact, magnitude), terms)| Self { exact, magnitude, terms }).collect())
     }
 
-    /// With one term more.
+    /// The sums with an additional term.
     pub fn plus(self, term: &Tensor) -> Result<Self> {
         let term = term.to_dtype(DType::F64)?;
         Ok(Self {
@@ -144,8 +144,8 @@ impl Sums {
         })
     }
 
-    /// The bounds of sums in arithmetic of this unit, whose terms go through `more` roundings beside
-    /// those of the sum, and are off by the part `operands` of themselves before.
+    /// The bounds of sums in arithmetic of this unit. Terms have the relative error `operands` first, and
+    /// `more` roundings besides those of the sum.
     pub fn bound(&self, unit: f64, more: f64, operands: f64) -> Result<Tensor> {
         let relative = roundings_each(&(&self.terms + more)?)?;
         self.magnitude.clone() * ((relative * unit)? + operands)?
@@ -156,7 +156,7 @@ impl Sums {
 /// two units in the last place, and a few operations.
 pub(super) const FUNCTION: f64 = 12.0;
 
-/// Below this, f32 loses its last bits.
+/// The size below which f32 loses its last bits.
 const LEAST: f64 = 1e-30;
 
 /// A normalisation of groups, whose sums over pixels are taken in f32 in runs of `run` at most.
@@ -186,13 +186,13 @@ impl Normalization<'_> {
         let run = |terms: usize| roundings(terms.min(self.run) as f64);
         let (in_group, in_channel) = (run(pixels * group) + 10.0, run(pixels) + 10.0);
 
-        // The mean is off by a part of the magnitudes, however near 0 it is itself: so are all distances
-        // from it.
+        // The error of the mean is relative to the magnitudes, even if the mean is nearly 0. All distances
+        // from it have the same error.
         let mean_off = (mean(&x.abs()?)? * ((in_group + 1.0) * F32))?;
         let distance = x.broadcast_sub(&mean(&x)?)?;
         let variance = mean(&distance.sqr()?)?;
         let distance = distance.abs()?.broadcast_add(&mean_off)?;
-        // The squares' mean about a mean that is off has the square of that more.
+        // The mean of the squares about a wrong mean is greater by the square of its error.
         let squares_off = ((&variance + mean_off.sqr()?)? * ((in_group + 4.0) * F32))?;
         let squares_off = (squares_off + mean_off.sqr()?)?;
         let variance = (variance + EPS)?;
@@ -200,7 +200,7 @@ impl Normalization<'_> {
         // (1 - part)^-1/2
         let rstd_part = (((&part * 0.5)? / (1.0 - &part)?)? + 4.0 * F32)?;
         let rstd = variance.sqrt()?.recip()?;
-        // A distance's error, with so many roundings and that of the deviation.
+        // The error of a distance, with so many roundings, and that of the deviation.
         let off = |units: f64| {
             let part = (&rstd_part + units * F32)?;
             distance.broadcast_mul(&part)?.broadcast_add(&mean_off)
@@ -271,7 +271,7 @@ impl Products {
         ((size.abs().unwrap() + 64.0 * SMALL).unwrap() * self.stored).unwrap()
     }
 
-    /// Of sums of so many terms.
+    /// The relative error of sums of so many terms.
     fn off(self, terms: usize) -> f64 {
         self.operands + roundings(terms as f64) * self.sums + self.stored
     }
@@ -288,7 +288,7 @@ impl Products {
         let shares = candle_nn::ops::softmax(&(q.matmul(&turned(&k)?)? * scale)?, D::Minus1)?;
         let (q, k, v, dy) = (q.abs()?, k.abs()?, v.abs()?, dy.to_dtype(DType::F64)?.abs()?);
 
-        // By row: a score's error is a part of its exponential's.
+        // By row: the error of a score is a relative error of its exponential.
         let scores = (q.matmul(&turned(&k)?)? * scale)?.max_keepdim(D::Minus1)?;
         let small = self.stored * SMALL;
         let score_off = ((scores * (self.off(channels) + 8.0 * self.sums))? + small)?;
