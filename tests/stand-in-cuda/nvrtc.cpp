@@ -1,4 +1,5 @@
-// Compiles CUDA sources for the CPU, by the C++ compiler.
+// Compiles CUDA sources for the CPU, by the C++ compiler. Each source that a program compiles adds a letter to
+// the file that STAND_IN_COMPILES names.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -16,10 +17,14 @@ struct Program {
     std::string source, library, log;
 };
 
+// The device's own architecture is among them, unless STAND_IN_OLD_NVRTC is set: then the newest before it is to
+// be taken.
+static bool old() { return getenv("STAND_IN_OLD_NVRTC"); }
+
+API int nvrtcVersion(int *major, int *minor) { return *major = 13, *minor = 0, 0; }
 API int nvrtcGetNumSupportedArchs(int *count) { return *count = 3, 0; }
 API int nvrtcGetSupportedArchs(int *known) {
-    // Not the device's own: the newest before it is to be taken.
-    known[0] = 70, known[1] = 75, known[2] = 90;
+    known[0] = 75, known[1] = old() ? 90 : 80, known[2] = 100;
     return 0;
 }
 API int nvrtcCreateProgram(Program **program, const char *source, const char *, int, void *, void *) {
@@ -32,9 +37,11 @@ API int nvrtcCompileProgram(Program *program, int count, const char *const *opti
     // Kept: it is the same for the same source and options. One thread at a time writes it.
     static std::mutex lock;
     std::lock_guard<std::mutex> guard(lock);
+    if (const char *path = getenv("STAND_IN_COMPILES")) std::ofstream(path, std::ios::app) << 'c';
     std::string definitions;
     for (int i = 0; i < count; ++i) {
-        if (!strncmp(options[i], "--gpu-architecture=", 19) && strcmp(options[i] + 19, "compute_75")) return 5;
+        const char *expected = old() ? "compute_75" : "sm_80";
+        if (!strncmp(options[i], "--gpu-architecture=", 19) && strcmp(options[i] + 19, expected)) return 5;
         if (!strncmp(options[i], "-D", 2)) definitions += std::string(" ") + options[i];
     }
     std::string own(STAND_IN_DIR), source = "#include \"" + own + "/prelude.h\"\n" + program->source + "\n";
@@ -67,12 +74,14 @@ API int nvrtcCompileProgram(Program *program, int count, const char *const *opti
     return 6;
 }
 
-API int nvrtcGetPTXSize(Program *program, size_t *size) {
-    return *size = program->library.size() + 10, 0;
-}
+// Both name the library, which the stand-in for the driver loads.
+API int nvrtcGetPTXSize(Program *program, size_t *size) { return *size = program->library.size() + 10, 0; }
 API int nvrtcGetPTX(Program *program, char *text) {
     return strcpy(text, ("stand-in:" + program->library).c_str()), 0;
 }
+// As for a GPU, there is none for an architecture that is not the device's.
+API int nvrtcGetCUBINSize(Program *program, size_t *size) { return old() ? 4 : nvrtcGetPTXSize(program, size); }
+API int nvrtcGetCUBIN(Program *program, char *text) { return old() ? 4 : nvrtcGetPTX(program, text); }
 API int nvrtcGetProgramLogSize(Program *program, size_t *size) {
     return *size = program->log.size() + 1, 0;
 }

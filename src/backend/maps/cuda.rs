@@ -8,7 +8,7 @@ use super::ops::Maps;
 use super::pool::Pool;
 use crate::error::Result;
 use crate::kernels::cuda::{
-    Added, Attention, Convolution, Element, Gpu, LinearLayer, Memory, Norm, NormStatistics,
+    self, Added, Attention, Convolution, Element, Gpu, LinearLayer, Memory, Norm, NormStatistics,
 };
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::conv::Add;
@@ -51,7 +51,8 @@ impl<'p> Cuda<'p> {
 
     fn norm<'a>(&self, norm: &'a GroupNorm, dims: [usize; 4]) -> Norm<'a> {
         let GroupNorm { weight, bias, activation } = norm;
-        Norm { dims, groups: GROUPS, weight, bias, activation: *activation }
+        let (element, activation) = (self.element(), *activation);
+        Norm { element, dims, groups: GROUPS, weight, bias, activation }
     }
 
     fn layer<'a>(&self, f: VectorActivation, linear: &'a Linear, batch: usize) -> LinearLayer<'a> {
@@ -81,17 +82,17 @@ impl Maps for Cuda<'_> {
     type Statistics = NormStatistics;
 
     fn images(&self, x: &Tensor) -> Result<Memory> {
-        Ok(self.gpu.images_to_map(&x.to_dtype(DType::F32)?, self.element())?)
+        Ok(cuda::images_to_map(&self.gpu, &x.to_dtype(DType::F32)?, self.element())?)
     }
 
     fn to_images(&self, dims: [usize; 4], map: &Memory) -> Result<Tensor> {
-        Ok(self.gpu.map_to_images(map, dims, self.element())?)
+        Ok(cuda::map_to_images(&self.gpu, map, dims, self.element())?)
     }
 
     fn sinusoids(&self, sinusoids: &Sinusoids, t: &Tensor) -> Result<Memory> {
         let t = t.to_dtype(DType::U32)?.contiguous()?;
         let half = sinusoids.dim() / 2;
-        Ok(self.gpu.sinusoids(&t, half, sinusoids.decay, self.element())?)
+        Ok(cuda::sinusoids(&self.gpu, &t, half, sinusoids.decay, self.element())?)
     }
 
     fn take(&self, len: usize) -> Result<Memory> {
@@ -99,7 +100,7 @@ impl Maps for Cuda<'_> {
     }
 
     fn add(&self, sum: &mut Memory, more: &Memory, len: usize) -> Result<()> {
-        Ok(self.gpu.add(sum, more, len, self.element())?)
+        Ok(cuda::add(&self.gpu, sum, more, len, self.element())?)
     }
 
     fn convolve(
@@ -150,7 +151,7 @@ impl Maps for Cuda<'_> {
         dims: [usize; 4],
         x: &Memory,
     ) -> Result<(Memory, NormStatistics)> {
-        Ok(self.gpu.normalize(&self.norm(norm, dims), x, self.element())?)
+        Ok(self.norm(norm, dims).forward(&self.gpu, x)?)
     }
 
     fn normalize_again(
@@ -160,7 +161,7 @@ impl Maps for Cuda<'_> {
         x: &Memory,
         statistics: &NormStatistics,
     ) -> Result<Memory> {
-        Ok(self.gpu.normalize_again(&self.norm(norm, dims), x, statistics, self.element())?)
+        Ok(self.norm(norm, dims).again(&self.gpu, x, statistics)?)
     }
 
     fn normalize_backward(
@@ -173,8 +174,8 @@ impl Maps for Cuda<'_> {
         more: Option<&Memory>,
     ) -> Result<[Tensor; 2]> {
         let [weight, bias] = self.gradients([&norm.weight, &norm.bias])?;
-        let (norm, gradients) = (self.norm(norm, dims), [&weight, &bias]);
-        self.gpu.normalize_backward(&norm, x, statistics, d, more, gradients, self.element())?;
+        let gradients = [&weight, &bias];
+        self.norm(norm, dims).backward(&self.gpu, x, statistics, d, more, gradients)?;
         Ok([weight, bias])
     }
 
@@ -205,11 +206,11 @@ impl Maps for Cuda<'_> {
     fn mask(&self, dropout: &Dropout, layer: u16, dims: [usize; 4], p: f64) -> Result<Memory> {
         let address = dropout.noise.address(Purpose::Dropout, layer, dropout.step);
         let (first, sizes) = (dropout.first_sample, (dims[0], dims[3]));
-        Ok(self.gpu.dropout_mask(address, first, sizes, p, self.element())?)
+        Ok(cuda::dropout_mask(&self.gpu, address, first, sizes, p, self.element())?)
     }
 
     fn scale_maps(&self, dims: [usize; 4], x: &Memory, mask: &Memory) -> Result<Memory> {
-        Ok(self.gpu.scale_maps(x, mask, dims, self.element())?)
+        Ok(cuda::scale_maps(&self.gpu, x, mask, dims, self.element())?)
     }
 
     fn concatenate(
@@ -218,11 +219,11 @@ impl Maps for Cuda<'_> {
         channels: [usize; 2],
         maps: [&Memory; 2],
     ) -> Result<Memory> {
-        Ok(self.gpu.concatenate(maps, channels, pixels, self.element())?)
+        Ok(cuda::concatenate(&self.gpu, maps, channels, pixels, self.element())?)
     }
 
     fn split(&self, pixels: usize, channels: [usize; 2], map: &Memory) -> Result<[Memory; 2]> {
-        Ok(self.gpu.split(map, channels, pixels, self.element())?)
+        Ok(cuda::split(&self.gpu, map, channels, pixels, self.element())?)
     }
 
     fn attention(&self, dims: [usize; 4], qkv: &Memory) -> Result<Memory> {

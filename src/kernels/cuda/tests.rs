@@ -6,12 +6,14 @@ use candle_core::{DType, Device, Result, Tensor};
 use proptest::prelude::*;
 
 use super::*;
+use crate::kernels::op::activation::Activation;
+use crate::kernels::op::conv::Scale;
 use crate::kernels::op::norm::NormConfig;
 use crate::kernels::tests::{
     self as rounding, BF16, F16, FUNCTION, Normals, Products, Sums, TF32, check,
     value_and_gradients,
 };
-use crate::kernels::{Activation, Scale};
+use crate::precision::Precision;
 use crate::random_inputs::inputs;
 
 /// The arithmetic of each precision. A GPU cuts off what an addition leaves of f32, where it multiplies
@@ -58,31 +60,43 @@ fn normal(normals: Normals, k: u32, shape: &[usize], precision: Precision) -> Te
 /// A map (batch, height, width, channels) on the device.
 fn map(gpu: &Rc<Gpu>, x: &Tensor, precision: Precision) -> Result<Memory> {
     let images = x.permute((0, 3, 1, 2))?.contiguous()?.to_device(&device(gpu))?;
-    gpu.images_to_map(&images, Element::of(precision))
+    images_to_map(gpu, &images, Element::of(precision))
 }
 
 fn unmap(gpu: &Gpu, x: &Memory, dims: [usize; 4], precision: Precision) -> Result<Tensor> {
-    let images = gpu.map_to_images(x, dims, Element::of(precision))?;
+    let images = map_to_images(gpu, x, dims, Element::of(precision))?;
     images.to_device(&Device::Cpu)?.permute((0, 2, 3, 1))?.contiguous()
 }
 
+/// To compile or to load them then would not be captured, and might wait.
 #[test]
-fn devices_lack_precisions() {
-    for precision in [Precision::Highest, Precision::High, Precision::F16] {
-        check_precision(precision, (7, 0)).unwrap();
-    }
-    check_precision(Precision::BF16, (8, 0)).unwrap();
-    let message = check_precision(Precision::BF16, (7, 5)).unwrap_err().to_string();
-    assert!(message.contains("capability 7.5: bf16 is for 8.0"), "{message}");
-}
-
-#[test]
-fn kernels_refuse_other_arguments() {
-    let gpu = gpu();
-    let launch =
-        gpu.launch(Element::F32, "cast", each(1).unwrap(), (Pointer::NONE, Pointer::NONE, 1u64));
-    let message = launch.unwrap_err().to_string();
-    assert!(message.contains(r#"cast takes ["*", "*", "u32"]"#), "{message}");
+fn kernels_are_there_before_they_are_captured() {
+    let test = || -> Result<()> {
+        let device = Device::new_cuda(0)?;
+        let gpu = Gpu::of(&device)?;
+        let x = Tensor::new(&[1f32; 6], &Device::Cpu)?.to_device(&device)?;
+        let mut clamped = None;
+        let mut capture = || {
+            let clamp = || {
+                clamped = Some(clamp(&x, 0.0, 0.5)?);
+                Ok(())
+            };
+            gpu.capture.of(&gpu.device, clamp).map(|(graph, ())| graph)
+        };
+        let message = capture().err().expect("an error").to_string();
+        assert!(message.contains("kernel clamp is used for the first time"), "{message}");
+        // Nor another of a module that is loaded.
+        combine(&x, 1.0, &x, 1.0)?;
+        assert!(capture().is_err());
+        // After an error everything goes on as before.
+        assert_eq!(clamp(&x, 0.0, 0.25)?.to_vec1::<f32>()?, [0.25; 6]);
+        let graph = capture().unwrap();
+        graph.launch().unwrap();
+        assert_eq!(clamped.expect("a tensor").to_vec1::<f32>()?, [0.5; 6]);
+        Ok(())
+    };
+    // A thread sees the device for itself: here, one on which no kernel was used before.
+    std::thread::spawn(test).join().expect("no panic").unwrap();
 }
 
 /// Of the networks' convolutions only the first and the last may go without cuDNN, whose channels are few:
@@ -91,7 +105,7 @@ fn kernels_refuse_other_arguments() {
 #[test]
 fn cudnn_has_a_plan_for_each_convolution() {
     let gpu = gpu();
-    let Some(cudnn) = &gpu.cudnn else { return };
+    let Some(dnn) = &gpu.dnn else { return };
     if std::env::var_os("STAND_IN_WITHOUT_CUDNN").is_some() {
         return;
     }
@@ -107,7 +121,7 @@ fn cudnn_has_a_plan_for_each_convolution() {
             let weight = Tensor::zeros((c_out, c_in, 3, 3), DType::F32, &device(&gpu)).unwrap();
             let x = [128, size, size, c_in];
             let convolution = Convolution::new(precision, x, &weight, scale).unwrap();
-            assert!(cudnn.plan(&convolution.shape()).is_some(), "{precision}: {convolution:?}");
+            assert!(dnn.plan(&convolution.shape()).is_some(), "{precision}: {convolution:?}");
         }
     }
 }
@@ -228,27 +242,25 @@ fn normalisation_agrees(
         };
 
         let (weight, bias) = (weight.to_device(&device(&gpu))?, bias.to_device(&device(&gpu))?);
-        let norm = Norm { dims, groups, weight: &weight, bias: &bias, activation };
-        let element = Element::of(precision);
+        let norm = Norm {
+            element: Element::of(precision),
+            dims,
+            groups,
+            weight: &weight,
+            bias: &bias,
+            activation,
+        };
         let gx = map(&gpu, &x, precision)?;
-        let (y, statistics) = gpu.normalize(&norm, &gx, element)?;
+        let (y, statistics) = norm.forward(&gpu, &gx)?;
         check("y", &unmap(&gpu, &y, dims, precision)?, 0);
-        let again = gpu.normalize_again(&norm, &gx, &statistics, element)?;
+        let again = norm.again(&gpu, &gx, &statistics)?;
         check("y again", &unmap(&gpu, &again, dims, precision)?, 0);
 
         let d = map(&gpu, &dy, precision)?;
         let more = add.then(|| map(&gpu, &more, precision)).transpose()?;
         let gradients = [weight.zeros_like()?, bias.zeros_like()?];
         let [for_weight, for_bias] = &gradients;
-        gpu.normalize_backward(
-            &norm,
-            &gx,
-            &statistics,
-            &d,
-            more.as_ref(),
-            [for_weight, for_bias],
-            element,
-        )?;
+        norm.backward(&gpu, &gx, &statistics, &d, more.as_ref(), [for_weight, for_bias])?;
         check("gradient of x", &unmap(&gpu, &d, dims, precision)?, 1);
         check("gradient of the weight", for_weight, 2);
         check("gradient of the bias", for_bias, 3);

@@ -1,5 +1,4 @@
-// The process's own arithmetic, in f32, and random numbers: Philox4x32-10 (Salmon et al. 2011), from the
-// counters that the CPU uses.
+// Random numbers: Philox4x32-10 (Salmon et al. 2011), from the counters that the CPU uses.
 
 __device__ inline void philox(u32 c[4], u32 k0, u32 k1) {
     for (int round = 0; round < 10; ++round) {
@@ -59,57 +58,4 @@ extern "C" __global__ void dropout_mask(
     u32 c[4] = {channel / 4, first_sample + (u32)(i / channels), (u32)place, (u32)(place >> 32)};
     philox(c, (u32)seed, (u32)(seed >> 32));
     y[i] = put(uniform(c[channel % 4]) < p ? 0.0f : keep);
-}
-
-// a x + b y, with the factors of each image's timestep: `table` (timesteps, 2), the second negated where
-// `negate` is set. NaN for a timestep that there is none of: to refuse it would wait for the device.
-extern "C" __global__ void mix(
-    const float *x, const float *y, const u32 *t, const float *table, u32 timesteps, float *sum, int negate,
-    u64 image, u64 count
-) {
-    u64 i = global_index();
-    if (i >= count) return;
-    u32 own = t[i / image];
-    if (own >= timesteps) {
-        sum[i] = not_a_number();
-        return;
-    }
-    const float *factors = table + 2 * own;
-    sum[i] = factors[0] * x[i] + (negate ? -factors[1] : factors[1]) * y[i];
-}
-
-extern "C" __global__ void combine(
-    const float *x, float a, const float *y, float b, float *sum, u64 count
-) {
-    u64 i = global_index();
-    if (i < count) sum[i] = a * x[i] + b * y[i];
-}
-
-extern "C" __global__ void clamp(const float *x, float low, float high, float *y, u64 count) {
-    u64 i = global_index();
-    // A NaN stays one.
-    if (i < count) y[i] = x[i] < low ? low : x[i] > high ? high : x[i];
-}
-
-// The gradient of a squared error, times `scale` where that is given, and the sums of squares of THREADS
-// values each.
-extern "C" __global__ void squared_error(
-    const float *output, const float *target, float factor, const float *scale, float *gradient, float *squares,
-    u64 count
-) {
-    __shared__ float shared[THREADS / 32];
-    u64 i = global_index();
-    float error = i < count ? output[i] - target[i] : 0.0f;
-    if (i < count) gradient[i] = error * (scale ? factor * *scale : factor);
-    float sum = block_sum(error * error, shared);
-    if (threadIdx.x == 0) squares[blockIdx.x] = sum;
-}
-
-// `scale` times the sum of all. One block.
-extern "C" __global__ void total(const float *x, double scale, float *y, u64 count) {
-    __shared__ double sums[THREADS];
-    double sum = 0.0;
-    for (u64 i = threadIdx.x; i < count; i += THREADS) sum += x[i];
-    sum = block_sum(sum, sums);
-    if (threadIdx.x == 0) *y = (float)(sum * scale);
 }

@@ -1,3 +1,5 @@
+//! Convolutions by cuDNN.
+
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -9,7 +11,8 @@ use candle_core::cuda_backend::cudarc::cudnn::sys;
 use candle_core::cuda_backend::cudarc::driver::CudaStream;
 use candle_core::{Error, Result};
 
-use super::{Element, Gpu, Owned, Pointer};
+use super::element::{Element, Pointer};
+use super::owned::Owned;
 
 /// What an algorithm may work in, at most.
 const WORKSPACE: usize = 1 << 30;
@@ -18,7 +21,7 @@ const WORKSPACE: usize = 1 << 30;
 const CHOICES: usize = 8;
 
 /// A thread's cuDNN, and what was found for each convolution.
-pub(super) struct Cudnn {
+pub(super) struct Dnn {
     handle: sys::cudnnHandle_t,
     /// Whose context outlives the handle.
     _stream: Arc<CudaStream>,
@@ -38,8 +41,19 @@ pub(super) struct Shape {
     pub stride: usize,
 }
 
-/// A convolution's descriptors and algorithms. These are chosen by cuDNN's rules, not by timing, and
-/// only among those that give the same bits each time.
+/// A result that a convolution's plan computes from the two others of input, weight and output.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Direction {
+    /// The output.
+    Forward,
+    /// The gradient of the input.
+    Input,
+    /// The gradient of the weight.
+    Weight,
+}
+
+/// A convolution's descriptors and algorithms. cuDNN chooses these by its rules, not by timing, and only among
+/// those that give the same bits each time.
 pub(super) struct Plan {
     handle: sys::cudnnHandle_t,
     x: Owned<sys::cudnnTensorDescriptor_t, CudnnError>,
@@ -52,7 +66,7 @@ pub(super) struct Plan {
     of_weight: (sys::cudnnConvolutionBwdFilterAlgo_t, usize),
 }
 
-impl Drop for Cudnn {
+impl Drop for Dnn {
     fn drop(&mut self) {
         self.plans.borrow_mut().clear();
         // SAFETY: made by `new`, and not destroyed before. That destroying fails is no harm.
@@ -60,8 +74,16 @@ impl Drop for Cudnn {
     }
 }
 
-impl Cudnn {
-    pub fn new(stream: &Arc<CudaStream>) -> Result<Self> {
+impl Dnn {
+    /// None with `DDPM_CUDNN=0`, nor on a machine whose cuDNN cannot be used.
+    pub fn of_environment(stream: &Arc<CudaStream>) -> Option<Self> {
+        match std::env::var("DDPM_CUDNN").as_deref() {
+            Ok("0") => None,
+            _ => Self::new(stream).ok(),
+        }
+    }
+
+    fn new(stream: &Arc<CudaStream>) -> Result<Self> {
         stream.context().bind_to_thread().w()?;
         let handle = result::create_handle().map_err(Error::wrap)?;
         // SAFETY: the stream is candle's, which lives as long as the device.
@@ -195,95 +217,81 @@ impl Plan {
         Ok(Some(Self { handle, x, y, w, convolutions, forward, of_input, of_weight }))
     }
 
-    /// Writes `y`; false if cuDNN does not. So do the others.
-    pub fn forward(&self, gpu: &Rc<Gpu>, x: Pointer, w: Pointer, y: Pointer) -> Result<bool> {
-        let (algorithm, bytes) = self.forward;
-        let workspace = gpu.take(bytes)?;
-        let (one, zero) = (1f32, 0f32);
-        // SAFETY: the descriptors are alive, and describe the memory at the pointers, which whoever
-        // calls this holds.
-        let done = unsafe {
-            result::convolution_forward(
-                self.handle,
-                (&raw const one).cast(),
-                self.x.value,
-                x.as_ptr(),
-                self.w.value,
-                w.as_ptr(),
-                self.convolutions[0].value,
-                algorithm,
-                workspace.pointer.as_ptr(),
-                bytes,
-                (&raw const zero).cast(),
-                self.y.value,
-                y.as_ptr(),
-            )
-        };
-        Ok(done.is_ok())
+    /// The bytes that [`run`](Self::run) works in.
+    pub fn workspace(&self, direction: Direction) -> usize {
+        match direction {
+            Direction::Forward => self.forward.1,
+            Direction::Input => self.of_input.1,
+            Direction::Weight => self.of_weight.1,
+        }
     }
 
-    /// Writes `dx`, or adds to it.
-    pub fn input_gradient(
+    /// Writes the result in its place among input, weight and output, or adds it to what is there; false if
+    /// cuDNN does not.
+    pub fn run(
         &self,
-        gpu: &Rc<Gpu>,
-        w: Pointer,
-        dy: Pointer,
-        dx: Pointer,
+        direction: Direction,
+        [x, w, y]: [Pointer; 3],
+        workspace: Pointer,
         accumulate: bool,
-    ) -> Result<bool> {
-        let (algorithm, bytes) = self.of_input;
-        let workspace = gpu.take(bytes)?;
+    ) -> bool {
         let (one, keep) = (1f32, if accumulate { 1f32 } else { 0.0 });
-        // SAFETY: as in `forward`.
+        let (one, keep) = ((&raw const one).cast(), (&raw const keep).cast());
+        let [x, w, y, workspace] = [x, w, y, workspace].map(Pointer::as_ptr);
+        let (of_x, of_w, of_y) = (self.x.value, self.w.value, self.y.value);
+        let convolution = self.convolutions[direction as usize].value;
+        let (handle, bytes) = (self.handle, self.workspace(direction));
+        // SAFETY: the descriptors are alive, and describe the memory at the pointers, which whoever calls this
+        // holds; so is the workspace of the length that it asked for.
         let done = unsafe {
-            result::convolution_backward_data(
-                self.handle,
-                (&raw const one).cast(),
-                self.w.value,
-                w.as_ptr(),
-                self.y.value,
-                dy.as_ptr(),
-                self.convolutions[1].value,
-                algorithm,
-                workspace.pointer.as_ptr(),
-                bytes,
-                (&raw const keep).cast(),
-                self.x.value,
-                dx.as_ptr(),
-            )
+            match direction {
+                Direction::Forward => result::convolution_forward(
+                    handle,
+                    one,
+                    of_x,
+                    x,
+                    of_w,
+                    w,
+                    convolution,
+                    self.forward.0,
+                    workspace,
+                    bytes,
+                    keep,
+                    of_y,
+                    y,
+                ),
+                Direction::Input => result::convolution_backward_data(
+                    handle,
+                    one,
+                    of_w,
+                    w,
+                    of_y,
+                    y,
+                    convolution,
+                    self.of_input.0,
+                    workspace,
+                    bytes,
+                    keep,
+                    of_x,
+                    x,
+                ),
+                Direction::Weight => result::convolution_backward_filter(
+                    handle,
+                    one,
+                    of_x,
+                    x,
+                    of_y,
+                    y,
+                    convolution,
+                    self.of_weight.0,
+                    workspace,
+                    bytes,
+                    keep,
+                    of_w,
+                    w,
+                ),
+            }
         };
-        Ok(done.is_ok())
-    }
-
-    /// Writes `dw`.
-    pub fn weight_gradient(
-        &self,
-        gpu: &Rc<Gpu>,
-        x: Pointer,
-        dy: Pointer,
-        dw: Pointer,
-    ) -> Result<bool> {
-        let (algorithm, bytes) = self.of_weight;
-        let workspace = gpu.take(bytes)?;
-        let (one, zero) = (1f32, 0f32);
-        // SAFETY: as in `forward`.
-        let done = unsafe {
-            result::convolution_backward_filter(
-                self.handle,
-                (&raw const one).cast(),
-                self.x.value,
-                x.as_ptr(),
-                self.y.value,
-                dy.as_ptr(),
-                self.convolutions[2].value,
-                algorithm,
-                workspace.pointer.as_ptr(),
-                bytes,
-                (&raw const zero).cast(),
-                self.w.value,
-                dw.as_ptr(),
-            )
-        };
-        Ok(done.is_ok())
+        done.is_ok()
     }
 }

@@ -201,19 +201,3 @@ __device__ inline void sum_rows(const Values &own, Values *shared, u32 packs, u3
     for (part = 1; part < parts; ++part) sum += shared[part * channels + channel].at[0];
     take(channel, sum);
 }
-
-// What a vector or a map goes through, and the derivative: 0 nothing, 1 SiLU, 2 GELU.
-__device__ inline float activated(int f, float x) {
-    if (f == 1) return x / (1.0f + expf(-x));
-    if (f == 2) return 0.5f * x * (1.0f + erff(x * 0.70710678f));
-    return x;
-}
-
-__device__ inline float derivative(int f, float x) {
-    if (f == 1) {
-        float s = 1.0f / (1.0f + expf(-x));
-        return s * (1.0f + x * (1.0f - s));
-    }
-    if (f == 2) return 0.5f * (1.0f + erff(x * 0.70710678f)) + x * 0.39894228f * expf(-0.5f * x * x);
-    return 1.0f;
-}

@@ -16,7 +16,7 @@ struct Part {
 
 #define CHUNK 4096
 
-struct Settings {
+struct UpdateSettings {
     double beta1, beta2, eps, l2, decoupled;
     double max_norm;
     double ema_decay, ema_warmup;
@@ -49,7 +49,7 @@ extern "C" __global__ void gradient_squares(const Weight *weights, const Part *p
 // From the squares to what this update does; one block. `scale` is what gradients were multiplied by, and
 // then what the next ones will be; `norm` becomes the gradient's, before it is clipped.
 extern "C" __global__ void begin_update(
-    const double *squares, u32 count, Settings s, const double *learning_rate, Control *control, float *scale,
+    const double *squares, u32 count, UpdateSettings s, const double *learning_rate, Control *control, float *scale,
     float *norm
 ) {
     __shared__ double sums[THREADS];

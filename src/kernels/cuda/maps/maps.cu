@@ -19,20 +19,6 @@ extern "C" __global__ void map_to_images(const T *x, float *y, u32 channels, u32
     y[i] = get(x[(image * pixels + pixel) * channels + channel]);
 }
 
-extern "C" __global__ void cast(const float *x, T *y, u32 count) {
-    u32 i = global_index();
-    if (i < count) y[i] = put(x[i]);
-}
-
-// [sin | cos] of each timestep times `half` geometrically falling frequencies.
-extern "C" __global__ void sinusoids(const u32 *t, T *y, u32 half, double decay, u32 count) {
-    u32 i = global_index();
-    if (i >= count) return;
-    u32 k = i % (2 * half);
-    double angle = t[i / (2 * half)] * exp(-decay * (k % half));
-    y[i] = put((float)(k < half ? sin(angle) : cos(angle)));
-}
-
 extern "C" __global__ void add(T *sum, const T *more, u32 width, u32 count) {
     u32 i = global_index() * width;
     if (i >= count) return;
@@ -93,16 +79,6 @@ extern "C" __global__ void split(
     store(to, load(y + i, width), width);
 }
 
-extern "C" __global__ void activate(const T *x, T *y, int f, u32 count) {
-    u32 i = global_index();
-    if (i < count) y[i] = put(activated(f, get(x[i])));
-}
-
-extern "C" __global__ void activate_backward(const T *x, T *d, int f, u32 count) {
-    u32 i = global_index();
-    if (i < count) d[i] = put(get(d[i]) * derivative(f, get(x[i])));
-}
-
 // Of each image, the sums over its pixels: (batch, channels). A block for each image (in x) and 32 widths of
 // channels (in y), its threads in as many rows of pixels as there are.
 extern "C" __global__ void sums_by_image(
@@ -138,28 +114,4 @@ extern "C" __global__ void column_sums(const float *x, float *sums, u32 columns,
     sum = 0.0;
     for (int row = 0; row < 8; ++row) sum += rows[row][threadIdx.x];
     sums[column] = (float)sum;
-}
-
-// Softmax of each row, in place. A block for each row.
-extern "C" __global__ void softmax(T *x, u32 columns) {
-    __shared__ float shared[THREADS / 32];
-    T *row = x + (u64)blockIdx.x * columns;
-    float most = -infinite();
-    for (u32 i = threadIdx.x; i < columns; i += THREADS) most = fmaxf(most, get(row[i]));
-    most = block_max(most, shared);
-    float sum = 0.0f;
-    for (u32 i = threadIdx.x; i < columns; i += THREADS) sum += expf(get(row[i]) - most);
-    sum = block_sum(sum, shared);
-    for (u32 i = threadIdx.x; i < columns; i += THREADS) row[i] = put(expf(get(row[i]) - most) / sum);
-}
-
-// From the gradient `d` of softmax's output `y` to that of its input, in place.
-extern "C" __global__ void softmax_backward(const T *y, T *d, u32 columns) {
-    __shared__ float shared[THREADS / 32];
-    y += (u64)blockIdx.x * columns;
-    d += (u64)blockIdx.x * columns;
-    float sum = 0.0f;
-    for (u32 i = threadIdx.x; i < columns; i += THREADS) sum += get(y[i]) * get(d[i]);
-    sum = block_sum(sum, shared);
-    for (u32 i = threadIdx.x; i < columns; i += THREADS) d[i] = put(get(y[i]) * (get(d[i]) - sum));
 }

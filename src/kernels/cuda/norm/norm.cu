@@ -2,6 +2,12 @@
 
 #define EPS 1e-5f
 
+// The activation, the sizes of the maps, and the number of values that a thread takes at once.
+struct Sizes {
+    int f;
+    u32 channels, pixels, groups, width, count;
+};
+
 // Where a block's group lies.
 struct Group {
     u32 first, size, channels, pixels, width;
@@ -23,28 +29,27 @@ struct Group {
     }
 };
 
-__device__ inline Group group_of_block(u32 channels, u32 pixels, u32 width) {
-    u32 size = channels / gridDim.y;
-    return {blockIdx.y * size, size, channels, pixels, width, (u64)blockIdx.x * pixels * channels};
+__device__ inline Group group_of_block(Sizes s) {
+    u32 size = s.channels / gridDim.y;
+    return {blockIdx.y * size, size, s.channels, s.pixels, s.width, (u64)blockIdx.x * s.pixels * s.channels};
 }
 
 // Normalised and activated.
 __device__ inline Values normalized(
-    Values x, float mean, float rstd, const float *weight, const float *bias, int f, u32 width
+    Values x, float mean, float rstd, const float *weight, const float *bias, Sizes s
 ) {
-    Values w = load_channels(weight, width), b = load_channels(bias, width);
-    EACH(k) x.at[k] = activated(f, (x.at[k] - mean) * rstd * w.at[k] + b.at[k]);
+    Values w = load_channels(weight, s.width), b = load_channels(bias, s.width);
+    EACH(k) x.at[k] = activated(s.f, (x.at[k] - mean) * rstd * w.at[k] + b.at[k]);
     return x;
 }
 
 // The normalised and activated map, and each group's mean and reciprocal deviation: (batch, groups, 2).
 extern "C" __global__ void normalize(
-    const T *x, T *y, const float *weight, const float *bias, float *statistics, int f, u32 channels,
-    u32 pixels, u32 width
+    const T *x, T *y, const float *weight, const float *bias, float *statistics, Sizes s
 ) {
     __shared__ float shared[THREADS / 32];
-    Group group = group_of_block(channels, pixels, width);
-    u32 count = group.size * pixels;
+    Group group = group_of_block(s);
+    u32 width = s.width, count = group.size * s.pixels;
     float sum = 0.0f;
     group.each([&](u64 at, u32) {
         Values values = load(x + at, width);
@@ -65,34 +70,34 @@ extern "C" __global__ void normalize(
     }
     group.each([&](u64 at, u32 channel) {
         Values values = load(x + at, width);
-        store(y + at, normalized(values, mean, rstd, weight + channel, bias + channel, f, width), width);
+        store(y + at, normalized(values, mean, rstd, weight + channel, bias + channel, s), width);
     });
 }
 
 // The same map once more.
 extern "C" __global__ void normalize_again(
-    const T *x, T *y, const float *weight, const float *bias, const float *statistics, int f,
-    u32 channels, u32 pixels, u32 groups, u32 width, u32 count
+    const T *x, T *y, const float *weight, const float *bias, const float *statistics, Sizes s
 ) {
-    u32 i = global_index() * width;
-    if (i >= count) return;
-    u32 channel = i % channels;
-    u32 image = i / (channels * pixels);
-    const float *own = statistics + 2 * (image * groups + channel / (channels / groups));
+    u32 width = s.width, i = global_index() * width;
+    if (i >= s.count) return;
+    u32 channels = s.channels, channel = i % channels;
+    u32 image = i / (channels * s.pixels);
+    const float *own = statistics + 2 * (image * s.groups + channel / (channels / s.groups));
     Values values = load(x + i, width);
-    store(y + i, normalized(values, own[0], own[1], weight + channel, bias + channel, f, width), width);
+    store(y + i, normalized(values, own[0], own[1], weight + channel, bias + channel, s), width);
 }
 
 // Makes the gradient `d` of the output that of the input, adding `more` where it is given; and sums up,
 // for each image and channel, what the gradients of weight and bias are the sums of over images.
 extern "C" __global__ void normalize_backward(
     const T *x, T *d, const T *more, const float *weight, const float *bias, const float *statistics,
-    float *for_weight, float *for_bias, int f, u32 channels, u32 pixels, u32 width
+    float *for_weight, float *for_bias, Sizes s
 ) {
     __shared__ float shared[THREADS / 32];
     __shared__ Values rows_of_sums[THREADS];
-    Group group = group_of_block(channels, pixels, width);
-    u32 count = group.size * pixels;
+    Group group = group_of_block(s);
+    u32 channels = s.channels, pixels = s.pixels, width = s.width, count = group.size * pixels;
+    int f = s.f;
     const float *own = statistics + 2 * ((u64)blockIdx.x * gridDim.y + blockIdx.y);
     float mean = own[0], rstd = own[1];
 

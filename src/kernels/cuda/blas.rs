@@ -1,5 +1,8 @@
+//! Matrix products by cuBLASLt.
+
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use candle_core::cuda_backend::WrapErr;
@@ -8,14 +11,15 @@ use candle_core::cuda_backend::cudarc::cublaslt::sys;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
 use candle_core::{Error, Result};
 
-use super::{Element, Gpu, Owned, Pointer};
-use crate::Precision;
+use super::element::{Element, Pointer};
+use super::owned::Owned;
+use crate::precision::Precision;
 
-/// What cuBLASLt may work in.
+/// The bytes that cuBLASLt may work in.
 const WORKSPACE: usize = 32 << 20;
 
-/// Matrix products by cuBLASLt, whose choices of an algorithm are kept.
-pub(super) struct Products {
+/// cuBLASLt, and the algorithm that it chose for each product.
+pub(super) struct Blas {
     handle: sys::cublasLtHandle_t,
     workspace: CudaSlice<u8>,
     stream: Arc<CudaStream>,
@@ -104,7 +108,7 @@ struct Plan {
 type Description = Owned<sys::cublasLtMatmulDesc_t, CublasError>;
 type Layout = Owned<sys::cublasLtMatrixLayout_t, CublasError>;
 
-impl Drop for Products {
+impl Drop for Blas {
     fn drop(&mut self) {
         self.plans.borrow_mut().clear();
         // SAFETY: made by `new`, and not destroyed before.
@@ -112,7 +116,7 @@ impl Drop for Products {
     }
 }
 
-impl Products {
+impl Blas {
     pub fn new(stream: &Arc<CudaStream>) -> Result<Self> {
         stream.context().bind_to_thread().w()?;
         // SAFETY: cuBLASLt writes its workspace before it reads it.
@@ -120,14 +124,12 @@ impl Products {
         let (stream, plans) = (stream.clone(), RefCell::default());
         Ok(Self { handle: result::create_handle().map_err(Error::wrap)?, workspace, stream, plans })
     }
-}
 
-impl Gpu {
     /// `d = alpha a b`, or with what is in `d` added; for each of a batch.
     ///
     /// # Errors
-    /// If the shapes do not fit each other, or cuBLASLt has no way to compute it.
-    pub(super) fn multiply(
+    /// Returns an error if the shapes do not fit each other, or if cuBLASLt has no algorithm for them.
+    pub fn multiply(
         &self,
         precision: Precision,
         (a, a_as): (Matrix, As),
@@ -146,21 +148,20 @@ impl Gpu {
         let tf32 = precision == Precision::High;
         let product =
             Product { a: (a.kind(), a_as), b: (b.kind(), b_as), d: d.kind(), batch, tf32 };
-        let products = &self.products;
-        let mut plans = products.plans.borrow_mut();
+        let mut plans = self.plans.borrow_mut();
         let plan = match plans.entry(product) {
-            std::collections::hash_map::Entry::Occupied(plan) => plan.into_mut(),
-            std::collections::hash_map::Entry::Vacant(place) => {
-                place.insert(Plan::new(products.handle, &product).map_err(Error::wrap)?)
+            Entry::Occupied(plan) => plan.into_mut(),
+            Entry::Vacant(place) => {
+                place.insert(Plan::new(self.handle, &product).map_err(Error::wrap)?)
             }
         };
         let beta = if accumulate { 1f32 } else { 0.0 };
-        let workspace = Pointer::to(&products.workspace, &products.stream);
+        let workspace = Pointer::to(&self.workspace, &self.stream);
         // SAFETY: the descriptors are alive, and describe the memory of `a`, `b` and `d`, which whoever
         // calls this holds; alpha and beta are read before this returns.
         unsafe {
             result::matmul(
-                products.handle,
+                self.handle,
                 plan.description.value,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),
@@ -175,7 +176,7 @@ impl Gpu {
                 &raw const plan.algorithm,
                 workspace.as_ptr(),
                 WORKSPACE,
-                products.stream.cu_stream().cast(),
+                self.stream.cu_stream().cast(),
             )
         }
         .map_err(Error::wrap)

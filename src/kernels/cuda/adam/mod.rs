@@ -1,14 +1,38 @@
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DeviceRepr};
+//! AdamW, clipping, scaled gradients and averages of weights, decided on the device.
+
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{Device, Result, Tensor};
 
-use super::{Argument, Element, Gpu, Pointer, THREADS, blocks_of};
+use super::device::Gpu;
+use super::element::{Element, Pointer};
+use super::kernel::{Module, argument, holds, kernel};
+use super::launch::{THREADS, blocks_of};
+use super::staging::DeviceValue;
 
-/// Values that a block works on: `CHUNK` in `adam.cu`.
+const MODULE: &Module = &Module {
+    name: "adam",
+    source: concat!(include_str!("../common.cuh"), include_str!("adam.cu")),
+};
+
+kernel! { MODULE, "gradient_squares", GradientSquares {
+    weights: Pointer, parts: Pointer, squares: Pointer,
+} }
+kernel! { MODULE, "begin_update", BeginUpdate {
+    squares: Pointer, count: u32, s: UpdateSettings, learning_rate: Pointer, control: Pointer,
+    scale: Pointer, norm: Pointer,
+} }
+kernel! { MODULE, "update_weights", UpdateWeights {
+    weights: Pointer, parts: Pointer, control: Pointer,
+} }
+
+/// The number of values that a block works on.
 const CHUNK: usize = 4096;
 
-/// `Settings` in `adam.cu`.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-#[repr(C)]
+const _: () = assert!(holds(MODULE.source, "#define CHUNK 4096\n"));
+
+argument! { MODULE,
+/// What the device is to know of an update.
+#[derive(PartialEq, Default)]
 pub(crate) struct UpdateSettings {
     pub beta1: f64,
     pub beta2: f64,
@@ -27,14 +51,7 @@ pub(crate) struct UpdateSettings {
     pub growth_interval: f64,
     pub backoff_factor: f64,
     pub min_scale: f64,
-}
-
-// SAFETY: plain numbers, laid out as in the source.
-unsafe impl DeviceRepr for UpdateSettings {}
-
-impl Argument for UpdateSettings {
-    const TYPE: &'static str = "Settings";
-}
+} }
 
 /// What updates count: on the device, since there it is decided which ones are skipped.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -66,8 +83,7 @@ pub(crate) struct Updater {
     control: CudaSlice<u8>,
     /// What gradients are multiplied by, a scalar.
     scale: Tensor,
-    /// On the device, and as it is known here.
-    learning_rate: (CudaSlice<f64>, Option<f64>),
+    learning_rate: DeviceValue<f64>,
     /// The addresses that the tables on the device hold, and the tables.
     addresses: Vec<u64>,
     weights: CudaSlice<u64>,
@@ -94,7 +110,7 @@ impl Updater {
             device: device.clone(),
             control: cuda.clone_htod(&control)?,
             scale: Tensor::from_vec(vec![scale], (), device)?,
-            learning_rate: (cuda.alloc_zeros(1)?, None),
+            learning_rate: DeviceValue::new(cuda.alloc_zeros(1)?),
             addresses: Vec::new(),
             weights: cuda.alloc_zeros(1)?,
             parts: cuda.alloc_zeros(1)?,
@@ -124,13 +140,8 @@ impl Updater {
 
     /// Writes the learning rate of the next update to the device, unless it is known there.
     pub fn set_learning_rate(&mut self, learning_rate: f64) -> Result<()> {
-        let (memory, known) = &mut self.learning_rate;
-        if *known != Some(learning_rate) {
-            let gpu = Gpu::of(&self.device)?;
-            gpu.send(&[learning_rate], Pointer::to(memory, &gpu.stream))?;
-            *known = Some(learning_rate);
-        }
-        Ok(())
+        let gpu = Gpu::of(&self.device)?;
+        self.learning_rate.set(&gpu.stream, learning_rate, |rate, to| gpu.send(rate, to))
     }
 
     /// One update; gives the gradient's norm, a scalar.
@@ -143,32 +154,26 @@ impl Updater {
         let gpu = Gpu::of(&self.device)?;
         self.tabulate(&gpu, weights)?;
         self.set_learning_rate(learning_rate)?;
-        let (norm, norm_pointer) = gpu.tensor(&[])?;
-        let parts = (self.parts.len() / 2) as u32;
-        let blocks = blocks_of((parts, 1), (THREADS, 1));
-        let stream = &gpu.stream;
-        let weights = Pointer::to(&self.weights, stream);
-        let table = Pointer::to(&self.parts, stream);
-        let squares = Pointer::to(&self.squares, stream);
-        let control = Pointer::to(&self.control, stream);
-        let learning_rate = Pointer::to(&self.learning_rate.0, stream);
-        gpu.launch(Element::F32, "gradient_squares", blocks, (weights, table, squares))?;
-        gpu.launch(
-            Element::F32,
-            "begin_update",
-            blocks_of((1, 1), (THREADS, 1)),
-            (
-                squares,
-                parts,
-                settings,
-                learning_rate,
-                control,
-                gpu.pointer(&self.scale)?,
-                norm_pointer,
-            ),
-        )?;
-        gpu.launch(Element::F32, "update_weights", blocks, (weights, table, control))?;
-        Ok(norm)
+        let (norm_tensor, norm) = gpu.tensor(&[])?;
+        let count = (self.parts.len() / 2) as u32;
+        let blocks = blocks_of((count, 1), (THREADS, 1));
+        let weights = Pointer::to(&self.weights, &gpu.stream);
+        let parts = Pointer::to(&self.parts, &gpu.stream);
+        let squares = Pointer::to(&self.squares, &gpu.stream);
+        let control = Pointer::to(&self.control, &gpu.stream);
+        gpu.launch(Element::F32, blocks, GradientSquares { weights, parts, squares })?;
+        let begin = BeginUpdate {
+            squares,
+            count,
+            s: settings,
+            learning_rate: self.learning_rate.pointer(&gpu.stream),
+            control,
+            scale: gpu.pointer(&self.scale)?,
+            norm,
+        };
+        gpu.launch(Element::F32, blocks_of((1, 1), (THREADS, 1)), begin)?;
+        gpu.launch(Element::F32, blocks, UpdateWeights { weights, parts, control })?;
+        Ok(norm_tensor)
     }
 
     /// Writes where the weights are to the device, unless it is known there. They are the same ones each
@@ -189,7 +194,7 @@ impl Updater {
             ]);
         }
         if addresses != self.addresses {
-            if gpu.capturing.get() {
+            if gpu.capture.is_active() {
                 candle_core::bail!("weights or gradients moved within what is captured")
             }
             if self.addresses.len() != addresses.len() {

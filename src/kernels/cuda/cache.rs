@@ -1,0 +1,520 @@
+//! Compiled kernels on disk, in a directory of the user's, so that only the first program that uses a
+//! kernel waits for its compiler.
+//!
+//! A file is found by a hash of what it was compiled from, and holds that text as well: another text with
+//! the same hash is not mistaken for it. A checksum reveals damage. Files are written under another name
+//! and then renamed, so that a reader sees all of a file or none of it. On Unix neither the directory nor a
+//! file is used unless it belongs to the process's user and nobody else may write to it, because what
+//! it holds runs on the device. No failure here is an error: the caller compiles instead.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use flate2::Crc;
+
+/// The bytes that all files take together, at most: some twenty times those of one device and precision.
+pub(super) const LIMIT: u64 = 64 << 20;
+
+/// The first bytes of a file, which change with its format.
+const MAGIC: &[u8; 8] = b"ddpm-cu1";
+
+/// Magic, CRC-32 of what follows it, and the lengths of key and image; then these two.
+const HEADER: usize = 8 + 4 + 8 + 8;
+
+const EXTENSION: &str = "kernels";
+const UNFINISHED: &str = "unfinished";
+
+/// After this time, a file that was not renamed is one of a process that was killed.
+const ABANDONED: Duration = Duration::from_secs(3600);
+
+#[derive(Debug)]
+pub(super) struct Cache {
+    directory: PathBuf,
+    owner: Owner,
+    limit: u64,
+}
+
+impl Cache {
+    /// The cache in this directory, which is made if there is none; none if others may write there.
+    pub fn open(directory: PathBuf, limit: u64) -> Option<Self> {
+        let owner = Owner::of_directory(&directory).ok()??;
+        Some(Self { directory, owner, limit })
+    }
+
+    /// What was put there under this key.
+    pub fn get(&self, key: &str) -> Option<Vec<u8>> {
+        let path = self.path(key);
+        let there = fs::symlink_metadata(&path).ok()?;
+        if !there.is_file() || !self.owner.alone_may_write(&there) || there.len() > self.limit {
+            return None;
+        }
+        let file = File::open(&path).ok()?;
+        // Not what a link leads to that took its place in between.
+        if !is_the_same(&there, &file.metadata().ok()?) {
+            return None;
+        }
+        let mut bytes = Vec::with_capacity(there.len() as usize);
+        (&file).take(self.limit + 1).read_to_end(&mut bytes).ok()?;
+        let image = decoded(&bytes, key)?.to_vec();
+        // The order in which files are removed. Without it, that in which they were written.
+        let _ = file.set_modified(SystemTime::now());
+        Some(image)
+    }
+
+    /// Keeps `image` for this key, if it can be kept.
+    pub fn put(&self, key: &str, image: &[u8]) {
+        let bytes = encoded(key, image);
+        if bytes.len() as u64 > self.limit {
+            return;
+        }
+        let path = self.path(key);
+        let unfinished = unfinished(&self.directory);
+        let written = create(&unfinished).and_then(|mut file| {
+            file.write_all(&bytes)?;
+            drop(file);
+            fs::rename(&unfinished, &path)
+        });
+        if written.is_err() {
+            let _ = fs::remove_file(&unfinished);
+        }
+        self.prune();
+    }
+
+    fn path(&self, key: &str) -> PathBuf {
+        self.directory.join(format!("{:016x}.{EXTENSION}", hash(key.as_bytes())))
+    }
+
+    /// Removes what was not used for the longest time until the rest is within the limit.
+    fn prune(&self) {
+        let Ok(entries) = fs::read_dir(&self.directory) else { return };
+        let mut files = Vec::new();
+        for entry in entries.flatten() {
+            let (path, Ok(metadata)) = (entry.path(), entry.metadata()) else { continue };
+            let used = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+            match path.extension().and_then(OsStr::to_str) {
+                Some(EXTENSION) if metadata.is_file() => files.push((used, metadata.len(), path)),
+                Some(UNFINISHED) if used.elapsed().is_ok_and(|age| age > ABANDONED) => {
+                    let _ = fs::remove_file(path);
+                }
+                _ => {}
+            }
+        }
+        files.sort();
+        let mut sum: u64 = files.iter().map(|(_, len, _)| len).sum();
+        for (_, len, path) in files {
+            if sum <= self.limit {
+                break;
+            }
+            if fs::remove_file(path).is_ok() {
+                sum -= len;
+            }
+        }
+    }
+}
+
+/// Where compiled kernels are kept, by the environment's variables.
+pub(super) fn directory(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    if let Some(directory) = variable("DDPM_CUDA_CACHE") {
+        let off = directory.is_empty() || directory == "0";
+        return (!off).then(|| directory.into());
+    }
+    let absolute = |name| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let caches = if cfg!(windows) {
+        absolute("LOCALAPPDATA")
+    } else {
+        absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))
+    };
+    Some(caches?.join("ddpm").join("cuda"))
+}
+
+/// A file of its own, which this process alone writes to.
+fn unfinished(directory: &Path) -> PathBuf {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let (process, count) = (std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+    directory.join(format!("{process}-{count}.{UNFINISHED}"))
+}
+
+/// A file that was not there before.
+fn create(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(path)
+}
+
+/// The user that files must belong to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg(unix)]
+struct Owner(u32);
+
+#[cfg(unix)]
+impl Owner {
+    /// The process's user, if the directory belongs to it and nobody else may write there.
+    fn of_directory(directory: &Path) -> io::Result<Option<Self>> {
+        use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+
+        DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+        let there = fs::symlink_metadata(directory)?;
+        if !there.is_dir() || !Self(there.uid()).alone_may_write(&there) {
+            return Ok(None);
+        }
+        // What this process makes belongs to its effective user, which std does not tell otherwise.
+        let probe = unfinished(directory);
+        let made = create(&probe)?.metadata();
+        fs::remove_file(&probe)?;
+        let own = Self(made?.uid());
+        Ok((own == Self(there.uid())).then_some(own))
+    }
+
+    fn alone_may_write(self, there: &Metadata) -> bool {
+        use std::os::unix::fs::MetadataExt;
+
+        there.uid() == self.0 && there.mode() & 0o022 == 0
+    }
+}
+
+#[cfg(unix)]
+fn is_the_same(a: &Metadata, b: &Metadata) -> bool {
+    use std::os::unix::fs::MetadataExt;
+
+    (a.dev(), a.ino()) == (b.dev(), b.ino())
+}
+
+/// On other systems the directories of users are closed to others already.
+#[derive(Debug, Clone, Copy)]
+#[cfg(not(unix))]
+struct Owner;
+
+#[cfg(not(unix))]
+impl Owner {
+    fn of_directory(directory: &Path) -> io::Result<Option<Self>> {
+        DirBuilder::new().recursive(true).create(directory)?;
+        Ok(fs::symlink_metadata(directory)?.is_dir().then_some(Self))
+    }
+
+    fn alone_may_write(self, _: &Metadata) -> bool {
+        true
+    }
+}
+
+#[cfg(not(unix))]
+fn is_the_same(a: &Metadata, b: &Metadata) -> bool {
+    a.len() == b.len()
+}
+
+fn encoded(key: &str, image: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEADER + key.len() + image.len());
+    bytes.extend(MAGIC);
+    bytes.extend([0; 4]);
+    for part in [key.as_bytes(), image] {
+        bytes.extend((part.len() as u64).to_le_bytes());
+    }
+    bytes.extend(key.as_bytes());
+    bytes.extend(image);
+    let sum = checksum(&bytes[12..]);
+    bytes[8..12].copy_from_slice(&sum);
+    bytes
+}
+
+/// The image, if the bytes are a whole file of this key.
+fn decoded<'a>(bytes: &'a [u8], key: &str) -> Option<&'a [u8]> {
+    let bytes = bytes.strip_prefix(MAGIC)?;
+    let (sum, summed) = bytes.split_at_checked(4)?;
+    if sum != checksum(summed) {
+        return None;
+    }
+    let (lengths, parts) = summed.split_at_checked(16)?;
+    let image = parts.strip_prefix(key.as_bytes())?;
+    let expected = [key.len() as u64, image.len() as u64].map(u64::to_le_bytes);
+    (lengths == expected.as_flattened()).then_some(image)
+}
+
+fn checksum(bytes: &[u8]) -> [u8; 4] {
+    let mut crc = Crc::new();
+    crc.update(bytes);
+    crc.sum().to_le_bytes()
+}
+
+/// FNV-1a of 64 bits: the same in every program, unlike the hashes of std.
+fn hash(bytes: &[u8]) -> u64 {
+    let step = |hash: u64, &byte: &u8| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, step)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    const KEY: &str = "--gpu-architecture=sm_90\nextern \"C\" __global__ void cast() {}";
+
+    fn image(seed: u8, len: usize) -> Vec<u8> {
+        (0..len).map(|i| (i as u8).wrapping_mul(31) ^ seed).collect()
+    }
+
+    fn open(directory: &Path) -> Cache {
+        Cache::open(directory.to_owned(), 1 << 20).expect("a cache")
+    }
+
+    /// The files of a cache, by name.
+    fn files(directory: &Path) -> Vec<PathBuf> {
+        let mut files: Vec<_> =
+            fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+        files.sort();
+        files
+    }
+
+    /// A cache with one image in it, and its file.
+    fn filled() -> (tempfile::TempDir, Cache, PathBuf) {
+        let temporary = tempfile::tempdir().unwrap();
+        let directory = temporary.path().join("a/b");
+        let cache = open(&directory);
+        cache.put(KEY, &image(1, 1000));
+        let [file] = files(&directory).try_into().expect("one file");
+        (temporary, cache, file)
+    }
+
+    #[test]
+    fn what_was_put_is_found_by_its_key_alone() {
+        let (temporary, cache, _) = filled();
+        assert_eq!(cache.get(KEY), Some(image(1, 1000)));
+        assert_eq!(open(&temporary.path().join("a/b")).get(KEY), Some(image(1, 1000)));
+        // Another source, other options.
+        for other in [KEY.replace("cast", "cost"), KEY.replace("90", "80"), String::new()] {
+            assert_eq!(cache.get(&other), None);
+        }
+        cache.put(KEY, &image(2, 10));
+        assert_eq!(cache.get(KEY), Some(image(2, 10)));
+    }
+
+    #[test]
+    fn hashes_are_the_published_ones() {
+        assert_eq!(hash(b""), 0xcbf2_9ce4_8422_2325);
+        assert_eq!(hash(b"a"), 0xaf63_dc4c_8601_ec8c);
+        assert_eq!(hash(b"foobar"), 0x8594_4171_f739_67e8);
+    }
+
+    #[test]
+    fn another_key_of_the_same_hash_is_not_mistaken() {
+        let (_temporary, cache, file) = filled();
+        fs::copy(file, cache.path("another")).unwrap();
+        assert_eq!(cache.get("another"), None);
+        // Nor one that begins alike.
+        let longer = format!("{KEY}\u{1}");
+        fs::write(cache.path(&longer), encoded(KEY, b"\x01image")).unwrap();
+        assert_eq!(cache.get(&longer), None);
+    }
+
+    #[test]
+    fn truncated_files_are_noticed() {
+        let (_temporary, cache, file) = filled();
+        let whole = fs::read(&file).unwrap();
+        for len in (0..whole.len()).step_by(7) {
+            fs::write(&file, &whole[..len]).unwrap();
+            assert_eq!(cache.get(KEY), None, "{len} of {} bytes", whole.len());
+        }
+        fs::write(&file, [&whole[..], &[0]].concat()).unwrap();
+        assert_eq!(cache.get(KEY), None, "one byte more");
+        cache.put(KEY, &image(1, 1000));
+        assert_eq!(fs::read(&file).unwrap(), whole);
+    }
+
+    #[test]
+    fn flipped_bits_are_noticed() {
+        let (_temporary, cache, file) = filled();
+        let whole = fs::read(&file).unwrap();
+        for i in 0..whole.len() {
+            let mut flipped = whole.clone();
+            flipped[i] ^= 1 << (i % 8);
+            fs::write(&file, flipped).unwrap();
+            assert_eq!(cache.get(KEY), None, "byte {i}");
+        }
+        fs::write(&file, whole).unwrap();
+        assert!(cache.get(KEY).is_some());
+    }
+
+    #[test]
+    fn what_was_not_used_for_the_longest_time_goes_first() {
+        let temporary = tempfile::tempdir().unwrap();
+        let size = encoded("0", &image(0, 1000)).len() as u64;
+        let cache = Cache::open(temporary.path().join("cache"), 3 * size + 5).unwrap();
+        let now = SystemTime::now();
+        for (age, key) in [(300, "0"), (200, "1"), (100, "2")] {
+            cache.put(key, &image(0, 1000));
+            let file = OpenOptions::new().write(true).open(cache.path(key)).unwrap();
+            file.set_modified(now - Duration::from_secs(age)).unwrap();
+        }
+        // The oldest becomes the newest.
+        assert!(cache.get("0").is_some());
+        cache.put("3", &image(0, 1000));
+        let found = ["0", "1", "2", "3"].map(|key| cache.get(key).is_some());
+        assert_eq!(found, [true, false, true, true]);
+        // More than the limit is not kept, and takes no place.
+        cache.put("4", &image(0, 4000));
+        assert_eq!(cache.get("4"), None);
+        assert_eq!(files(&cache.directory).len(), 3);
+    }
+
+    #[test]
+    fn what_killed_processes_left_is_removed() {
+        let (_temporary, cache, _) = filled();
+        let [old, new] = [0, 1].map(|_| unfinished(&cache.directory));
+        create(&old).unwrap().set_modified(SystemTime::now() - 2 * ABANDONED).unwrap();
+        create(&new).unwrap();
+        cache.put(KEY, &image(1, 1000));
+        assert!(!old.exists() && new.exists());
+    }
+
+    #[test]
+    fn a_cache_that_cannot_be_written_is_none() {
+        let temporary = tempfile::tempdir().unwrap();
+        let file = temporary.path().join("file");
+        fs::write(&file, "").unwrap();
+        assert!(Cache::open(file.join("cache"), LIMIT).is_none());
+        assert!(Cache::open(file, LIMIT).is_none());
+        // Nor is it an error if it ends meanwhile.
+        let (temporary, cache, _) = filled();
+        drop(temporary);
+        cache.put(KEY, b"image");
+        assert_eq!(cache.get(KEY), None);
+    }
+
+    #[cfg(unix)]
+    mod unix {
+        use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+
+        use super::*;
+
+        fn set_mode(path: &Path, mode: u32) {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        }
+
+        #[test]
+        fn files_are_the_owners_alone() {
+            let (_temporary, cache, file) = filled();
+            assert_eq!(fs::metadata(&cache.directory).unwrap().mode() & 0o777, 0o700);
+            assert_eq!(fs::metadata(file).unwrap().mode() & 0o777, 0o600);
+        }
+
+        #[test]
+        fn what_others_can_write_is_not_used() {
+            let (_temporary, cache, file) = filled();
+            for mode in [0o620, 0o602, 0o666] {
+                set_mode(&file, mode);
+                assert_eq!(cache.get(KEY), None, "{mode:o}");
+            }
+            // What others can read is.
+            set_mode(&file, 0o644);
+            assert!(cache.get(KEY).is_some());
+            for mode in [0o720, 0o702, 0o777, 0o1777] {
+                set_mode(&cache.directory, mode);
+                assert!(Cache::open(cache.directory.clone(), LIMIT).is_none(), "{mode:o}");
+            }
+            set_mode(&cache.directory, 0o755);
+            assert!(Cache::open(cache.directory.clone(), LIMIT).is_some());
+        }
+
+        #[test]
+        fn what_belongs_to_others_is_not_used() {
+            let (_temporary, cache, file) = filled();
+            // Only root can give files away.
+            if chown(&file, Some(12345), None).is_err() {
+                return;
+            }
+            assert_eq!(cache.get(KEY), None);
+            // It is replaced, not written to.
+            cache.put(KEY, b"image");
+            assert_eq!(cache.get(KEY).as_deref(), Some(&b"image"[..]));
+            chown(&cache.directory, Some(12345), None).unwrap();
+            assert!(Cache::open(cache.directory.clone(), LIMIT).is_none());
+        }
+
+        #[test]
+        fn links_are_not_followed() {
+            let (temporary, cache, file) = filled();
+            let elsewhere = temporary.path().join("elsewhere");
+            fs::rename(&file, &elsewhere).unwrap();
+            symlink(&elsewhere, &file).unwrap();
+            assert_eq!(cache.get(KEY), None);
+            let before = fs::read(&elsewhere).unwrap();
+            cache.put(KEY, b"image");
+            assert_eq!(fs::read(&elsewhere).unwrap(), before);
+            assert!(fs::symlink_metadata(&file).unwrap().is_file());
+            let link = temporary.path().join("link");
+            symlink(&cache.directory, &link).unwrap();
+            assert!(Cache::open(link, LIMIT).is_none());
+        }
+    }
+
+    #[test]
+    fn directories_are_the_users() {
+        let of = |variables: &[(&str, &str)]| {
+            directory(|name| {
+                let found = variables.iter().find(|(own, _)| *own == name);
+                found.map(|(_, value)| OsString::from(value))
+            })
+        };
+        let (home, caches) = (("HOME", "/me"), ("XDG_CACHE_HOME", "/caches"));
+        let at = |path: &str| Some(PathBuf::from(path));
+        if cfg!(unix) {
+            assert_eq!(of(&[home]), at("/me/.cache/ddpm/cuda"));
+            assert_eq!(of(&[home, caches]), at("/caches/ddpm/cuda"));
+            assert_eq!(of(&[home, ("XDG_CACHE_HOME", "")]), at("/me/.cache/ddpm/cuda"));
+            assert_eq!(of(&[home, ("XDG_CACHE_HOME", "here")]), at("/me/.cache/ddpm/cuda"));
+        }
+        assert_eq!(of(&[home, caches, ("DDPM_CUDA_CACHE", "there")]), at("there"));
+        for off in ["", "0"] {
+            assert_eq!(of(&[home, caches, ("DDPM_CUDA_CACHE", off)]), None);
+        }
+        assert_eq!(of(&[]), None);
+    }
+
+    /// The directory in which [`two_processes_share_a_cache`] runs itself once more.
+    const CHILD: &str = "DDPM_TEST_CACHE_CHILD";
+
+    #[test]
+    fn two_processes_share_a_cache() {
+        let keys = ["first", "second", "third"];
+        let expected = |key: &str| image(key.len() as u8, 100_000);
+        let use_it = |cache: &Cache| {
+            for round in 0..200 {
+                let key = keys[round % keys.len()];
+                if let Some(found) = cache.get(key) {
+                    assert!(found == expected(key), "{key} in round {round}");
+                }
+                cache.put(key, &expected(key));
+            }
+        };
+        if let Some(directory) = std::env::var_os(CHILD) {
+            return use_it(&open(Path::new(&directory)));
+        }
+        let temporary = tempfile::tempdir().unwrap();
+        let directory = temporary.path().join("cache");
+        let module = module_path!().split_once("::").expect("a module of a crate").1;
+        let name = format!("{module}::two_processes_share_a_cache");
+        let mut children: Vec<_> = (0..2)
+            .map(|_| {
+                Command::new(std::env::current_exe().unwrap())
+                    .args(["--exact", &name])
+                    .env(CHILD, &directory)
+                    .spawn()
+                    .unwrap()
+            })
+            .collect();
+        let cache = open(&directory);
+        use_it(&cache);
+        for child in &mut children {
+            assert!(child.wait().unwrap().success());
+        }
+        for key in keys {
+            assert!(cache.get(key) == Some(expected(key)), "{key}");
+        }
+        assert_eq!(files(&directory).len(), keys.len());
+    }
+}

@@ -1,0 +1,139 @@
+use std::rc::Rc;
+
+use candle_core::Result;
+
+use super::super::device::Gpu;
+use super::super::dnn::{Direction, Plan, Shape};
+use super::super::element::Pointer;
+use super::super::kernel::kernel;
+use super::super::launch::each_of;
+use super::super::memory::Memory;
+use super::{Convolution, MODULE, Sizes};
+use crate::precision::Precision;
+
+kernel! { MODULE, "upsample", Upsample {
+    x: Pointer, y: Pointer, w: u32, channels: u32, width: u32, count: u32,
+} }
+kernel! { MODULE, "upsample_backward", UpsampleBackward {
+    dy: Pointer, dx: Pointer, w: u32, channels: u32, accumulate: i32, width: u32, count: u32,
+} }
+
+/// By cuDNN, on maps that are doubled before or after where the convolution doubles them.
+impl Convolution {
+    pub(in super::super) fn shape(&self) -> Shape {
+        let Sizes { h, w, upsample, kernel, stride, .. } = self.sizes;
+        let x = [self.batch, (h << upsample) as usize, (w << upsample) as usize, self.channels()];
+        Shape {
+            element: self.element,
+            tf32: self.precision == Precision::High,
+            x,
+            y: self.output(),
+            kernel: kernel as usize,
+            stride: stride as usize,
+        }
+    }
+
+    /// None for products of pixels as they are, which cuBLASLt computes at once.
+    fn plan(&self, gpu: &Gpu) -> Option<Rc<Plan>> {
+        gpu.dnn.as_ref().filter(|_| !self.is_pointwise())?.plan(&self.shape())
+    }
+
+    /// Writes one of input, weight and output, or adds to it; false if cuDNN does not. What it refuses once is
+    /// not asked of it again.
+    fn run(
+        &self,
+        gpu: &Gpu,
+        plan: &Plan,
+        direction: Direction,
+        operands: [Pointer; 3],
+        accumulate: bool,
+    ) -> Result<bool> {
+        let workspace = gpu.take(plan.workspace(direction))?;
+        let done = plan.run(direction, operands, workspace.pointer, accumulate);
+        if let (false, Some(dnn)) = (done, &gpu.dnn) {
+            dnn.forget(&self.shape());
+        }
+        Ok(done)
+    }
+
+    /// Memory for the doubled input, if the convolution doubles it.
+    fn take_doubled(&self, gpu: &Gpu) -> Result<Option<Memory>> {
+        let count = 4 * self.batch * self.image();
+        let upsamples = self.sizes.upsample != 0;
+        upsamples.then(|| gpu.take_for(count, self.element)).transpose()
+    }
+
+    /// The doubled input, if the convolution doubles it.
+    fn doubled(&self, gpu: &Gpu, x: &Memory) -> Result<Option<Memory>> {
+        let Some(doubled) = self.take_doubled(gpu)? else { return Ok(None) };
+        let (count, x, y) = (4 * self.batch * self.image(), x.pointer, doubled.pointer);
+        let width = self.element.width(&[self.channels()], &[x, y]);
+        let (w, channels, count_of) = (self.sizes.w as u32, self.channels() as u32, count as u32);
+        let upsample = Upsample { x, y, w, channels, width, count: count_of };
+        gpu.launch(self.element, each_of(count, width)?, upsample)?;
+        Ok(Some(doubled))
+    }
+
+    /// Writes the output to `y`; false if cuDNN does not.
+    pub(super) fn forward_by_dnn(
+        &self,
+        gpu: &Gpu,
+        x: &Memory,
+        packed: &Memory,
+        y: &Memory,
+    ) -> Result<bool> {
+        let Some(plan) = self.plan(gpu) else { return Ok(false) };
+        let doubled = self.doubled(gpu, x)?;
+        let operands = [doubled.as_ref().unwrap_or(x), packed, y].map(|memory| memory.pointer);
+        self.run(gpu, &plan, Direction::Forward, operands, false)
+    }
+
+    /// The gradient of the weights (out, k, k, in), of the maps' type; none if cuDNN does not compute it.
+    pub(super) fn weight_gradient_by_dnn(
+        &self,
+        gpu: &Gpu,
+        x: &Memory,
+        dy: &Memory,
+    ) -> Result<Option<Memory>> {
+        let Some(plan) = self.plan(gpu) else { return Ok(None) };
+        let doubled = self.doubled(gpu, x)?;
+        let packed = gpu.take_for(self.weights().count, self.element)?;
+        let operands = [doubled.as_ref().unwrap_or(x), &packed, dy].map(|memory| memory.pointer);
+        let done = self.run(gpu, &plan, Direction::Weight, operands, false)?;
+        Ok(done.then_some(packed))
+    }
+
+    /// Writes the gradient of the input to `dx`, or adds it to what is there; false if cuDNN does not.
+    pub(super) fn input_gradient_by_dnn(
+        &self,
+        gpu: &Gpu,
+        dy: &Memory,
+        packed: &Memory,
+        dx: &Memory,
+        accumulate: bool,
+    ) -> Result<bool> {
+        let Some(plan) = self.plan(gpu) else { return Ok(false) };
+        let doubled = self.take_doubled(gpu)?;
+        let to = doubled.as_ref().unwrap_or(dx).pointer;
+        let operands = [to, packed.pointer, dy.pointer];
+        let accumulate_there = accumulate && doubled.is_none();
+        if !self.run(gpu, &plan, Direction::Input, operands, accumulate_there)? {
+            return Ok(false);
+        }
+        if doubled.is_some() {
+            let (count, dy, dx) = (self.batch * self.image(), to, dx.pointer);
+            let width = self.element.width(&[self.channels()], &[dy, dx]);
+            let sum = UpsampleBackward {
+                dy,
+                dx,
+                w: self.sizes.w as u32,
+                channels: self.channels() as u32,
+                accumulate: i32::from(accumulate),
+                width,
+                count: count as u32,
+            };
+            gpu.launch(self.element, each_of(count, width)?, sum)?;
+        }
+        Ok(true)
+    }
+}

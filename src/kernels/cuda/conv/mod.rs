@@ -1,0 +1,193 @@
+//! Convolutions: by cuDNN where it has an algorithm, and otherwise by products of patches.
+
+#[cfg(feature = "cudnn")]
+mod by_dnn;
+mod by_patches;
+
+use candle_core::{Result, Tensor};
+
+use super::device::Gpu;
+use super::element::Element;
+use super::kernel::{Module, argument};
+use super::maps::{Added, Channels, sum_columns, sums_by_image};
+use super::memory::Memory;
+use crate::kernels::op::conv::Scale;
+use crate::precision::Precision;
+
+const MODULE: &Module = &Module {
+    name: "conv",
+    source: concat!(include_str!("../common.cuh"), include_str!("conv.cu")),
+};
+
+argument! { MODULE, struct Sizes {
+    h: i32, w: i32, channels: i32, h_out: i32, w_out: i32, kernel: i32, stride: i32, upsample: i32,
+} }
+
+/// A convolution of maps, padded by half of its kernel.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Convolution {
+    precision: Precision,
+    element: Element,
+    sizes: Sizes,
+    batch: usize,
+    c_out: usize,
+}
+
+impl Convolution {
+    /// Of `x` (batch, height, width, in) with `weight` (out, in, k, k).
+    ///
+    /// # Errors
+    /// Returns an error if the shapes do not fit each other.
+    pub fn new(precision: Precision, x: [usize; 4], weight: &Tensor, scale: Scale) -> Result<Self> {
+        let [batch, h, w, channels] = x;
+        let (c_out, c_in, kernel, kernel_w) = weight.dims4()?;
+        if c_in != channels || kernel != kernel_w || kernel.is_multiple_of(2) {
+            candle_core::bail!("convolution of {x:?} (channels last) with {:?}", weight.shape())
+        }
+        let (stride, upsample) = match scale {
+            Scale::Stride(stride) => (stride, 0),
+            Scale::Upsample => (1, 1),
+        };
+        let out = |size: usize| (size << upsample).div_ceil(stride) as i32;
+        let sizes = Sizes {
+            h: h as i32,
+            w: w as i32,
+            channels: channels as i32,
+            h_out: out(h),
+            w_out: out(w),
+            kernel: kernel as i32,
+            stride: stride as i32,
+            upsample,
+        };
+        Ok(Self { precision, element: Element::of(precision), sizes, batch, c_out })
+    }
+
+    /// (batch, height, width, out)
+    pub fn output(&self) -> [usize; 4] {
+        [self.batch, self.sizes.h_out as usize, self.sizes.w_out as usize, self.c_out]
+    }
+
+    fn taps(&self) -> usize {
+        (self.sizes.kernel * self.sizes.kernel) as usize
+    }
+
+    fn channels(&self) -> usize {
+        self.sizes.channels as usize
+    }
+
+    /// The number of values of an image of the input.
+    fn image(&self) -> usize {
+        (self.sizes.h * self.sizes.w) as usize * self.channels()
+    }
+
+    /// The number of output pixels of an image.
+    fn pixels(&self) -> usize {
+        (self.sizes.h_out * self.sizes.w_out) as usize
+    }
+
+    /// Whether the output pixels are products of the input's as they are.
+    fn is_pointwise(&self) -> bool {
+        self.sizes.kernel == 1 && self.sizes.stride == 1 && self.sizes.upsample == 0
+    }
+
+    /// The order of weights (out, in, k, k), which maps have as (out, k, k, in).
+    fn weights(&self) -> Channels {
+        let (channels, pixels) = (self.channels(), self.taps());
+        Channels { channels, pixels, count: self.c_out * channels * pixels }
+    }
+
+    /// The weights as maps have them.
+    pub fn pack(&self, gpu: &Gpu, weight: &Tensor) -> Result<Memory> {
+        let own = self.weights();
+        let packed = gpu.take_for(own.count, self.element)?;
+        own.last(gpu, gpu.pointer(weight)?, packed.pointer, self.element)?;
+        Ok(packed)
+    }
+
+    /// The output, with what is added to it.
+    pub fn forward(
+        &self,
+        gpu: &Gpu,
+        x: &Memory,
+        packed: &Memory,
+        added: &Added<'_>,
+    ) -> Result<Memory> {
+        let y = gpu.take_for(self.output().iter().product(), self.element)?;
+        if !self.forward_by_dnn(gpu, x, packed, &y)? {
+            self.forward_by_patches(gpu, x, packed, &y)?;
+        }
+        added.add_to(gpu, &y, [self.batch, self.pixels(), self.c_out], self.element)?;
+        Ok(y)
+    }
+
+    /// Writes the gradient of the weights (out, in, k, k).
+    pub fn weight_gradient(
+        &self,
+        gpu: &Gpu,
+        x: &Memory,
+        dy: &Memory,
+        gradient: &Tensor,
+    ) -> Result<()> {
+        let own = self.weights();
+        let (packed, element) = match self.weight_gradient_by_dnn(gpu, x, dy)? {
+            Some(packed) => (packed, self.element),
+            None => (self.weight_gradient_by_patches(gpu, x, dy)?, Element::F32),
+        };
+        own.first(gpu, packed.pointer, gpu.pointer(gradient)?, element)
+    }
+
+    /// Writes the gradient of the bias, and returns that of what was added to each image, if it is asked for.
+    pub fn bias_gradient(
+        &self,
+        gpu: &Gpu,
+        dy: &Memory,
+        gradient: &Tensor,
+        per_image: bool,
+    ) -> Result<Option<Memory>> {
+        let count = self.batch * self.c_out;
+        let sums = gpu.take_for(count, Element::F32)?;
+        let of_images = per_image.then(|| gpu.take_for(count, self.element)).transpose()?;
+        let (dims, to) = ([self.batch, self.pixels(), self.c_out], sums.pointer);
+        sums_by_image(gpu, dy, dims, (to, of_images.as_ref()), self.element)?;
+        sum_columns(gpu, &sums, gradient, self.batch)?;
+        Ok(of_images)
+    }
+
+    /// Writes the gradient of the input to `dx`, or adds it to what is there.
+    pub fn input_gradient(
+        &self,
+        gpu: &Gpu,
+        dy: &Memory,
+        packed: &Memory,
+        dx: &Memory,
+        accumulate: bool,
+    ) -> Result<()> {
+        if self.input_gradient_by_dnn(gpu, dy, packed, dx, accumulate)? {
+            return Ok(());
+        }
+        self.input_gradient_by_patches(gpu, dy, packed, dx, accumulate)
+    }
+}
+
+/// Without cuDNN, none of these.
+#[cfg(not(feature = "cudnn"))]
+impl Convolution {
+    fn forward_by_dnn(&self, _: &Gpu, _: &Memory, _: &Memory, _: &Memory) -> Result<bool> {
+        Ok(false)
+    }
+
+    fn weight_gradient_by_dnn(&self, _: &Gpu, _: &Memory, _: &Memory) -> Result<Option<Memory>> {
+        Ok(None)
+    }
+
+    fn input_gradient_by_dnn(
+        &self,
+        _: &Gpu,
+        _: &Memory,
+        _: &Memory,
+        _: &Memory,
+        _: bool,
+    ) -> Result<bool> {
+        Ok(false)
+    }
+}

@@ -1,0 +1,25 @@
+// Vectors, their activations and the weights that they are multiplied with.
+
+extern "C" __global__ void cast(const float *x, T *y, u32 count) {
+    u32 i = global_index();
+    if (i < count) y[i] = put(x[i]);
+}
+
+// [sin | cos] of each timestep times `half` geometrically falling frequencies.
+extern "C" __global__ void sinusoids(const u32 *t, T *y, u32 half, double decay, u32 count) {
+    u32 i = global_index();
+    if (i >= count) return;
+    u32 k = i % (2 * half);
+    double angle = t[i / (2 * half)] * exp(-decay * (k % half));
+    y[i] = put((float)(k < half ? sin(angle) : cos(angle)));
+}
+
+extern "C" __global__ void activate(const T *x, T *y, int f, u32 count) {
+    u32 i = global_index();
+    if (i < count) y[i] = put(activated(f, get(x[i])));
+}
+
+extern "C" __global__ void activate_backward(const T *x, T *d, int f, u32 count) {
+    u32 i = global_index();
+    if (i < count) d[i] = put(get(d[i]) * derivative(f, get(x[i])));
+}

@@ -1,0 +1,235 @@
+//! Feature maps value by value: to images and back, sums, concatenation, the factors of dropout.
+
+use candle_core::{Result, Tensor};
+
+use super::device::Gpu;
+use super::element::{Element, Pointer};
+use super::kernel::{Module, kernel};
+use super::launch::{THREADS, blocks_of, each, each_of};
+use super::memory::Memory;
+
+const MODULE: &Module = &Module {
+    name: "maps",
+    source: concat!(include_str!("../common.cuh"), include_str!("maps.cu")),
+};
+
+kernel! { MODULE, "images_to_map", ImagesToMap {
+    x: Pointer, y: Pointer, channels: u32, pixels: u32, count: u32,
+} }
+kernel! { MODULE, "map_to_images", MapToImages {
+    x: Pointer, y: Pointer, channels: u32, pixels: u32, count: u32,
+} }
+kernel! { MODULE, "add", Add { sum: Pointer, more: Pointer, width: u32, count: u32 } }
+kernel! { MODULE, "add_to_map", AddToMap {
+    y: Pointer, bias: Pointer, per_image: Pointer, residual: Pointer, channels: u32, pixels: u32,
+    width: u32, count: u32,
+} }
+kernel! { MODULE, "scale_maps", ScaleMaps {
+    x: Pointer, mask: Pointer, y: Pointer, channels: u32, pixels: u32, width: u32, count: u32,
+} }
+kernel! { MODULE, "concatenate", Concatenate {
+    a: Pointer, b: Pointer, y: Pointer, first: u32, second: u32, width: u32, count: u32,
+} }
+kernel! { MODULE, "split", Split {
+    y: Pointer, a: Pointer, b: Pointer, first: u32, second: u32, width: u32, count: u32,
+} }
+kernel! { MODULE, "sums_by_image", SumsByImage {
+    x: Pointer, sums: Pointer, also: Pointer, channels: u32, pixels: u32, width: u32,
+} }
+kernel! { MODULE, "column_sums", ColumnSums {
+    x: Pointer, sums: Pointer, columns: u32, count: u32,
+} }
+
+/// Images, or weights, whose channels are moved: each of `count / (channels pixels)` from (channels, pixels) of
+/// f32 to (pixels, channels) of a map, or back.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Channels {
+    pub channels: usize,
+    pub pixels: usize,
+    pub count: usize,
+}
+
+impl Channels {
+    pub fn last(self, gpu: &Gpu, x: Pointer, y: Pointer, element: Element) -> Result<()> {
+        let (channels, pixels, count) = self.sizes();
+        gpu.launch(element, each(self.count)?, ImagesToMap { x, y, channels, pixels, count })
+    }
+
+    pub fn first(self, gpu: &Gpu, x: Pointer, y: Pointer, element: Element) -> Result<()> {
+        let (channels, pixels, count) = self.sizes();
+        gpu.launch(element, each(self.count)?, MapToImages { x, y, channels, pixels, count })
+    }
+
+    fn sizes(self) -> (u32, u32, u32) {
+        (self.channels as u32, self.pixels as u32, self.count as u32)
+    }
+}
+
+/// The map of images (batch, channels, height, width) of f32.
+pub(crate) fn images_to_map(gpu: &Gpu, x: &Tensor, element: Element) -> Result<Memory> {
+    let (x, (_, channels, h, w)) = (x.contiguous()?, x.dims4()?);
+    let count = x.elem_count();
+    let y = gpu.take_for(count, element)?;
+    let own = Channels { channels, pixels: h * w, count };
+    own.last(gpu, gpu.pointer(&x)?, y.pointer, element)?;
+    Ok(y)
+}
+
+/// The images (batch, channels, height, width) of a map, in f32.
+pub(crate) fn map_to_images(
+    gpu: &Gpu,
+    x: &Memory,
+    [batch, h, w, channels]: [usize; 4],
+    element: Element,
+) -> Result<Tensor> {
+    let (images, pointer) = gpu.tensor(&[batch, channels, h, w])?;
+    let own = Channels { channels, pixels: h * w, count: images.elem_count() };
+    own.first(gpu, x.pointer, pointer, element)?;
+    Ok(images)
+}
+
+/// Adds `more` to `sum`, maps of `count` values.
+pub(crate) fn add(
+    gpu: &Gpu,
+    sum: &Memory,
+    more: &Memory,
+    count: usize,
+    element: Element,
+) -> Result<()> {
+    add_at(gpu, sum.pointer, more.pointer, count, element)
+}
+
+/// Adds the values at `more` to those at `sum`.
+pub(super) fn add_at(
+    gpu: &Gpu,
+    sum: Pointer,
+    more: Pointer,
+    count: usize,
+    element: Element,
+) -> Result<()> {
+    let width = element.width(&[count], &[sum, more]);
+    let add = Add { sum, more, width, count: count as u32 };
+    gpu.launch(element, each_of(count, width)?, add)
+}
+
+/// Each channel of each image times its factor in `mask` (batch, channels).
+pub(crate) fn scale_maps(
+    gpu: &Gpu,
+    x: &Memory,
+    mask: &Memory,
+    dims: [usize; 4],
+    element: Element,
+) -> Result<Memory> {
+    let [_, h, w, channels] = dims;
+    let count = dims.iter().product::<usize>();
+    let y = gpu.take_for(count, element)?;
+    let width = element.width(&[channels], &[x.pointer, mask.pointer, y.pointer]);
+    let scale = ScaleMaps {
+        x: x.pointer,
+        mask: mask.pointer,
+        y: y.pointer,
+        channels: channels as u32,
+        pixels: (h * w) as u32,
+        width,
+        count: count as u32,
+    };
+    gpu.launch(element, each_of(count, width)?, scale)?;
+    Ok(y)
+}
+
+/// The channels of both maps, of so many pixels in all, one after the other.
+pub(crate) fn concatenate(
+    gpu: &Gpu,
+    [a, b]: [&Memory; 2],
+    channels: [usize; 2],
+    pixels: usize,
+    element: Element,
+) -> Result<Memory> {
+    let [first, second] = channels.map(|channels| channels as u32);
+    let count = pixels * (channels[0] + channels[1]);
+    let y = gpu.take_for(count, element)?;
+    let (a, b) = (a.pointer, b.pointer);
+    let width = element.width(&channels, &[a, b, y.pointer]);
+    let concatenate = Concatenate { a, b, y: y.pointer, first, second, width, count: count as u32 };
+    gpu.launch(element, each_of(count, width)?, concatenate)?;
+    Ok(y)
+}
+
+/// The opposite of [`concatenate`].
+pub(crate) fn split(
+    gpu: &Gpu,
+    y: &Memory,
+    channels: [usize; 2],
+    pixels: usize,
+    element: Element,
+) -> Result<[Memory; 2]> {
+    let [first, second] = channels.map(|channels| channels as u32);
+    let parts = [
+        gpu.take_for(pixels * channels[0], element)?,
+        gpu.take_for(pixels * channels[1], element)?,
+    ];
+    let count = pixels * (channels[0] + channels[1]);
+    let ([a, b], y) = (parts.each_ref().map(|part| part.pointer), y.pointer);
+    let width = element.width(&channels, &[y, a, b]);
+    let split = Split { y, a, b, first, second, width, count: count as u32 };
+    gpu.launch(element, each_of(count, width)?, split)?;
+    Ok(parts)
+}
+
+/// What is added to the output of a convolution or a linear layer.
+pub(crate) struct Added<'a> {
+    pub bias: &'a Tensor,
+    /// Vectors (batch, channels).
+    pub per_image: Option<&'a Memory>,
+    pub residual: Option<&'a Memory>,
+}
+
+impl Added<'_> {
+    /// Adds it to a map (batch, pixels, channels).
+    pub(super) fn add_to(
+        &self,
+        gpu: &Gpu,
+        y: &Memory,
+        [batch, pixels, channels]: [usize; 3],
+        element: Element,
+    ) -> Result<()> {
+        let [per_image, residual] = [self.per_image, self.residual].map(Memory::pointer_or_none);
+        let (y, bias, count) = (y.pointer, gpu.pointer(self.bias)?, batch * pixels * channels);
+        let width = element.width(&[channels], &[y, bias, per_image, residual]);
+        let add = AddToMap {
+            y,
+            bias,
+            per_image,
+            residual,
+            channels: channels as u32,
+            pixels: pixels as u32,
+            width,
+            count: count as u32,
+        };
+        gpu.launch(element, each_of(count, width)?, add)
+    }
+}
+
+/// Writes the sums over the pixels of each image, (batch, channels) of f32, and the same as values of maps where
+/// that is asked for.
+pub(super) fn sums_by_image(
+    gpu: &Gpu,
+    x: &Memory,
+    [batch, pixels, channels]: [usize; 3],
+    (sums, also): (Pointer, Option<&Memory>),
+    element: Element,
+) -> Result<()> {
+    let width = element.width(&[channels], &[x.pointer]);
+    let (channels, pixels) = (channels as u32, pixels as u32);
+    let blocks = blocks_of((batch as u32, channels.div_ceil(32 * width)), (THREADS, 1));
+    let also = Memory::pointer_or_none(also);
+    gpu.launch(element, blocks, SumsByImage { x: x.pointer, sums, also, channels, pixels, width })
+}
+
+/// Writes the sums over `rows` rows of f32 to a vector.
+pub(super) fn sum_columns(gpu: &Gpu, x: &Memory, sums: &Tensor, rows: usize) -> Result<()> {
+    let columns = sums.elem_count() as u32;
+    let sums = gpu.pointer(sums)?;
+    let sum = ColumnSums { x: x.pointer, sums, columns, count: rows as u32 };
+    gpu.launch(Element::F32, blocks_of((columns.div_ceil(32), 1), (32, 8)), sum)
+}

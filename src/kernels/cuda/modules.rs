@@ -1,0 +1,104 @@
+//! Modules of kernels: each is compiled when the first of its kernels is needed, or found on disk.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use candle_core::Result;
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaModule};
+use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+
+use super::cache::{self, Cache};
+use super::compiler::Compilation;
+use super::element::Element;
+use super::kernel::{Kernel, Module};
+
+/// A device's modules, and the kernels of them that were used.
+pub(super) struct Modules {
+    context: Arc<CudaContext>,
+    capability: (i32, i32),
+    loaded: RefCell<HashMap<(Element, &'static str), Arc<CudaModule>>>,
+    functions: RefCell<HashMap<(Element, &'static str, &'static str), CudaFunction>>,
+}
+
+impl Modules {
+    pub fn new(context: Arc<CudaContext>, capability: (i32, i32)) -> Self {
+        Self { context, capability, loaded: RefCell::default(), functions: RefCell::default() }
+    }
+
+    /// The kernel for maps of this type; its module is loaded if it is not yet and `may_load` says so.
+    ///
+    /// # Errors
+    /// Returns an error if the module would have to be loaded and may not be, or cannot be.
+    pub fn function(
+        &self,
+        kernel: Kernel,
+        element: Element,
+        may_load: bool,
+    ) -> Result<CudaFunction> {
+        let Kernel { module, name } = kernel;
+        if let Some(found) = self.functions.borrow().get(&(element, module.name, name)) {
+            return Ok(found.clone());
+        }
+        if !may_load {
+            candle_core::bail!(
+                "the kernel {name} is used for the first time within what is captured"
+            )
+        }
+        let function = self.module(module, element)?.load_function(name).w()?;
+        self.functions.borrow_mut().insert((element, module.name, name), function.clone());
+        Ok(function)
+    }
+
+    fn module(&self, module: &Module, element: Element) -> Result<Arc<CudaModule>> {
+        if let Some(module) = self.loaded.borrow().get(&(element, module.name)) {
+            return Ok(module.clone());
+        }
+        let compilation = Compilation::new(module, element, self.capability)?;
+        let loaded = self.load(&compilation)?;
+        self.loaded.borrow_mut().insert((element, module.name), loaded.clone());
+        Ok(loaded)
+    }
+
+    /// From this process's memory, from disk, or by the compiler.
+    fn load(&self, compilation: &Compilation) -> Result<Arc<CudaModule>> {
+        static IMAGES: Mutex<Vec<(String, Vec<u8>)>> = Mutex::new(Vec::new());
+
+        let key = compilation.key();
+        // Held while it compiles: another thread that needs the same module waits for it.
+        let mut images = IMAGES.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, image)) = images.iter().find(|(own, _)| *own == key) {
+            return self.load_image(image);
+        }
+        let cache = cache_of_process();
+        if let Some(image) = cache.and_then(|cache| cache.get(&key))
+            // What the driver refuses is compiled once more.
+            && let Ok(loaded) = self.load_image(&image)
+        {
+            images.push((key, image));
+            return Ok(loaded);
+        }
+        let image = compilation.run()?;
+        let loaded = self.load_image(&image)?;
+        if let Some(cache) = cache {
+            cache.put(&key, &image);
+        }
+        images.push((key, image));
+        Ok(loaded)
+    }
+
+    fn load_image(&self, image: &[u8]) -> Result<Arc<CudaModule>> {
+        self.context.load_module(Ptx::from_binary(image.to_vec())).w()
+    }
+}
+
+/// The cache on disk, if this process may have one.
+fn cache_of_process() -> Option<&'static Cache> {
+    static CACHE: OnceLock<Option<Cache>> = OnceLock::new();
+    let open = || {
+        let directory = cache::directory(|name| std::env::var_os(name))?;
+        Cache::open(directory, cache::LIMIT)
+    };
+    CACHE.get_or_init(open).as_ref()
+}
