@@ -1,11 +1,9 @@
 use std::fmt;
 use std::str::FromStr;
 
-use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::kernels::cpu::bf16::unit::has_bf16_products;
 
 /// The precision of products, and on CUDA devices of feature maps.
 ///
@@ -64,14 +62,6 @@ impl FromStr for Precision {
 }
 
 impl Precision {
-    /// Returns whether a device has instructions for this precision, or needs none to be fast. On a CPU without such
-    /// instructions [`BF16`](Self::BF16) is emulated, which is several times slower than [`Highest`](Self::Highest).
-    ///
-    /// The environment variable `DDPM_MAX_CPU_ISA` limits which instructions are used.
-    pub fn is_accelerated(self, device: &Device) -> bool {
-        !self.is_half() || !device.is_cpu() || has_bf16_products()
-    }
-
     /// Whether it takes the feature `f16`.
     pub(crate) fn is_half(self) -> bool {
         matches!(self, Self::BF16 | Self::F16)
@@ -92,22 +82,6 @@ impl Precision {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// This test detects the instructions from the list of the system, unlike the kernels.
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn bf16_is_accelerated_where_the_cpu_lists_its_instructions() {
-        let cpu = Device::Cpu;
-        assert!(Precision::Highest.is_accelerated(&cpu) && Precision::High.is_accelerated(&cpu));
-        let listed = std::fs::read_to_string("/proc/cpuinfo").unwrap();
-        let has = |flag: &str| listed.split_whitespace().any(|word| word == flag);
-        let limit = std::env::var("DDPM_MAX_CPU_ISA").unwrap_or_default().to_lowercase();
-        let expected = match limit.as_str() {
-            "avx2" | "baseline" => false,
-            _ => has("avx512_bf16") && has("avx512bw") && has("avx512vl") && has("fma"),
-        };
-        assert_eq!(Precision::BF16.is_accelerated(&cpu), expected);
-    }
 
     #[test]
     fn names_go_both_ways() {

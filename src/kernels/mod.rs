@@ -14,12 +14,10 @@
 
 mod autograd;
 pub(crate) mod cpu;
-#[cfg(feature = "cuda")]
 pub(crate) mod cuda;
-// The cache needs no GPU, and neither do its tests.
-#[cfg(all(test, not(feature = "cuda")))]
-#[path = "cuda/cache.rs"]
-mod cuda_cache;
+// Only the kernels for CUDA devices are compiled at run time.
+#[allow(dead_code)]
+mod disk_cache;
 pub(crate) mod op;
 mod reference;
 mod slices;

@@ -7,7 +7,7 @@ use super::cpu::Cpu;
 use super::cuda::Cuda;
 use super::ops::Maps;
 use super::pool::Pool;
-use crate::error::{Error, Result};
+use crate::error::Result;
 #[cfg(feature = "cuda")]
 use crate::kernels::cuda::Gpu;
 use crate::precision::Precision;
@@ -53,27 +53,4 @@ pub(crate) fn has_kernels(dtype: DType, device: &Device) -> bool {
 /// Returns whether passes on this device may be captured and repeated.
 pub(crate) fn can_capture(device: &Device) -> bool {
     device.is_cuda()
-}
-
-/// Checks whether a network of weights of this dtype on this device can compute with a precision.
-///
-/// # Errors
-/// Returns an error that states the precisions that it can compute with.
-pub(crate) fn check_precision(precision: Precision, dtype: DType, device: &Device) -> Result<()> {
-    precision.validate()?;
-    if precision.is_half() && !has_kernels(dtype, device) {
-        let expected = format!(
-            "highest or high: {precision} is for networks of f32 weights on the CPU or a CUDA device"
-        );
-        return Err(Error::config("precision", precision, expected));
-    }
-    if precision == Precision::F16 && !device.is_cuda() {
-        let expected = "highest, high or bf16 on the CPU: f16 is for CUDA devices (feature `cuda`)";
-        return Err(Error::config("precision", precision, expected));
-    }
-    #[cfg(feature = "cuda")]
-    if device.is_cuda() {
-        Gpu::of(device)?.check(precision)?;
-    }
-    Ok(())
 }

@@ -6,7 +6,9 @@ mod cuda;
 mod dispatch;
 mod ops;
 mod pool;
+mod precision;
 
-pub(crate) use dispatch::{Pass, Place, can_capture, check_precision, dispatch, has_kernels};
+pub(crate) use dispatch::{Pass, Place, can_capture, dispatch, has_kernels};
 pub(crate) use ops::Maps;
 pub(crate) use pool::Pool;
+pub(crate) use precision::check_precision;

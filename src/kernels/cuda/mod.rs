@@ -7,10 +7,11 @@
 //! One directory holds one operation: its `.cu`, and the functions that launch its kernels. The files here
 //! are what operations share.
 
+#![cfg(feature = "cuda")]
+
 mod adam;
 mod attention;
 mod blas;
-mod cache;
 mod capture;
 mod compiler;
 mod conv;

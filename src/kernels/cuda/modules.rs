@@ -9,10 +9,10 @@ use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaModule};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 
-use super::cache::{self, Cache};
 use super::compiler::Compilation;
 use super::element::Element;
 use super::kernel::{Kernel, Module};
+use crate::kernels::disk_cache::{self, Cache};
 
 /// A device's modules, and the kernels of them that were used.
 pub(super) struct Modules {
@@ -97,8 +97,8 @@ impl Modules {
 fn cache_of_process() -> Option<&'static Cache> {
     static CACHE: OnceLock<Option<Cache>> = OnceLock::new();
     let open = || {
-        let directory = cache::directory(|name| std::env::var_os(name))?;
-        Cache::open(directory, cache::LIMIT)
+        let directory = disk_cache::directory(|name| std::env::var_os(name))?;
+        Cache::open(directory, disk_cache::LIMIT)
     };
     CACHE.get_or_init(open).as_ref()
 }

@@ -17,7 +17,7 @@ use std::time::{Duration, SystemTime};
 use flate2::Crc;
 
 /// The bytes that all files take together, at most: some twenty times those of one device and precision.
-pub(super) const LIMIT: u64 = 64 << 20;
+pub(crate) const LIMIT: u64 = 64 << 20;
 
 /// The first bytes of a file, which change with its format.
 const MAGIC: &[u8; 8] = b"ddpm-cu1";
@@ -32,7 +32,7 @@ const UNFINISHED: &str = "unfinished";
 const ABANDONED: Duration = Duration::from_secs(3600);
 
 #[derive(Debug)]
-pub(super) struct Cache {
+pub(crate) struct Cache {
     directory: PathBuf,
     owner: Owner,
     limit: u64,
@@ -117,7 +117,7 @@ impl Cache {
 }
 
 /// Where compiled kernels are kept, by the environment's variables.
-pub(super) fn directory(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+pub(crate) fn directory(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
     if let Some(directory) = variable("DDPM_CUDA_CACHE") {
         let off = directory.is_empty() || directory == "0";
         return (!off).then(|| directory.into());
