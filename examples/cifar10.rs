@@ -1,26 +1,20 @@
 //! Trains on CIFAR-10; for a GPU: `cargo run --release --example cifar10 --features cuda`.
 
-mod common;
-
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use common::train::{Recipe, TrainArgs};
-use common::{cli, datasets, train};
-use ddpm::{Diffusion, SamplerConfig, Solver, TrainConfig, UNetConfig};
+use ddpm::cli::{self, Recipe, TrainArgs, datasets};
+use ddpm::{Diffusion, TrainConfig, UNetConfig};
 
+/// The grids are drawn by deterministic DDIM in 50 steps, which is the default.
 fn recipe() -> Recipe {
     Recipe {
-        example: "cifar10",
-        network: UNetConfig::cifar10(),
-        diffusion: || Ok(Diffusion::ddpm()),
-        train: TrainConfig::cifar10(),
         out: "out/cifar10",
+        cargo_target: "--example cifar10",
         save_every: 1_000,
         sample_every: 5_000,
-        sample_count: 64,
-        sampling: SamplerConfig::new(Solver::ddim(), 50).clip_denoised(true),
+        ..Recipe::new(UNetConfig::cifar10(), Diffusion::ddpm(), TrainConfig::cifar10())
     }
 }
 
@@ -36,5 +30,5 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    cli::main(|cli: Cli| train::run(&recipe(), &cli.train, || datasets::cifar10(&cli.data)))
+    cli::main(|cli: Cli| cli::train(&recipe(), &cli.train, || datasets::cifar10(&cli.data)))
 }

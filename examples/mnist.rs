@@ -1,23 +1,36 @@
 //! Trains on MNIST: on the digits that are part of the repository, or with `--data` on a full set.
 
-mod common;
-
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use common::train::{Recipe, TrainArgs};
-use common::{cli, datasets, train};
+use ddpm::cli::{self, Recipe, TrainArgs, datasets};
 use ddpm::{
     AdamConfig, Diffusion, NoiseSchedule, Prediction, Result, SamplerConfig, Solver, TrainConfig,
     UNetConfig,
 };
 
-/// The recipe for a full set, or for a quarter of an hour on the embedded digits.
-fn recipe(full: bool, fashion: bool) -> Recipe {
+/// The digits of the repository.
+const DIGITS: &str = "examples/data/mnist-train-10k-images-idx3-ubyte.gz";
+
+/// The recipe for a full set: the paper's process.
+fn full(out: &'static str) -> Recipe {
+    // Noise corrects the errors that a briefly trained network makes in earlier sampling steps.
+    let solver = Solver::Ddim { eta: 1.0 };
+    Recipe {
+        out,
+        cargo_target: "--example mnist",
+        sampling: SamplerConfig::new(solver, 100).clip_denoised(true),
+        ..Recipe::new(UNetConfig::mnist(), Diffusion::ddpm(), TrainConfig::mnist())
+    }
+}
+
+/// The recipe for a quarter of an hour on the digits of the repository. In so short a training the cosine schedule and
+/// velocity give better results than the paper's process. Nichol and Dhariwal 2021; Salimans and Ho 2022.
+fn quick() -> Result<Recipe> {
     // Many large updates of small batches achieve more than a few accurate ones. They need a warm-up and clipping to
     // stay stable, and a cool-down.
-    let short = || TrainConfig {
+    let train = TrainConfig {
         steps: 7_500,
         batch_size: 8,
         optimizer: AdamConfig::adam(1e-3),
@@ -26,40 +39,16 @@ fn recipe(full: bool, fashion: bool) -> Recipe {
         clip_norm: Some(1.0),
         ..TrainConfig::mnist()
     };
-    Recipe {
-        example: "mnist",
-        network: UNetConfig::mnist(),
-        diffusion: if full { || Ok(Diffusion::ddpm()) } else { quick },
-        train: if full { TrainConfig::mnist() } else { short() },
-        // One directory per data set, so that runs on different data sets do not conflict.
-        out: match (full, fashion) {
-            (_, true) => "out/fashion-mnist",
-            (true, false) => "out/mnist-full",
-            (false, false) => "out/mnist",
-        },
-        save_every: 500,
-        sample_every: if full { 1_000 } else { 2_500 },
-        sample_count: 64,
-        // Noise corrects the errors that a briefly trained network makes in earlier sampling steps.
-        sampling: SamplerConfig::new(Solver::Ddim { eta: 1.0 }, 100).clip_denoised(true),
-    }
-}
-
-/// The cosine schedule and velocity. In so short a training they give better results than the paper's linear schedule
-/// and noise. Nichol and Dhariwal 2021; Salimans and Ho 2022.
-fn quick() -> Result<Diffusion> {
-    Ok(Diffusion::new(NoiseSchedule::cosine(1000)?, Prediction::Velocity))
+    let diffusion = Diffusion::new(NoiseSchedule::cosine(1000)?, Prediction::Velocity);
+    Ok(Recipe { diffusion, train, sample_every: 2_500, ..full("out/mnist") })
 }
 
 fn defaults() -> String {
-    let (embedded, full) = (recipe(false, false), recipe(true, false));
+    let quick = quick().map(|recipe| recipe.defaults("Defaults")).unwrap_or_default();
+    let full = full("out/mnist-full").defaults("With --data");
     format!(
-        "{}\n  the network predicts velocity, on the cosine schedule\n\n\
-         {}\n  the network predicts noise, on the linear schedule\n\n\
-         With --fashion: as with --data, except for --out {}.",
-        embedded.defaults("Defaults"),
-        full.defaults("With --data"),
-        recipe(true, true).out
+        "{quick}\n  the network predicts velocity, on the cosine schedule\n\n{full}\n  the network predicts noise, \
+         on the linear schedule\n\nWith --fashion: as with --data, except for --out out/fashion-mnist."
     )
 }
 
@@ -78,8 +67,13 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    cli::main(|cli: Cli| {
-        let recipe = recipe(cli.data.is_some(), cli.fashion);
-        train::run(&recipe, &cli.train, || datasets::mnist(cli.data.as_deref(), cli.fashion))
+    cli::main(|Cli { data, fashion, train }| {
+        let recipe = match (fashion, &data) {
+            (true, _) => full("out/fashion-mnist"),
+            (false, Some(_)) => full("out/mnist-full"),
+            (false, None) => quick()?,
+        };
+        let (data, repository) = (data.as_deref(), env!("CARGO_MANIFEST_DIR"));
+        cli::train(&recipe, &train, || datasets::mnist(data, fashion, repository, DIGITS))
     })
 }

@@ -14,17 +14,22 @@
 #![warn(missing_debug_implementations)]
 
 mod backend;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod data;
 mod denoiser;
 #[cfg(any(doc, doctest))]
 pub mod docs;
 mod engine;
 mod error;
+pub mod eval;
+pub mod files;
 #[allow(unsafe_code)]
 mod kernels;
 mod layers;
 mod model;
 pub mod nn;
+pub mod observe;
 #[cfg(feature = "image")]
 pub mod pictures;
 mod precision;
@@ -52,7 +57,7 @@ pub use process::{Diffusion, NoiseSchedule, Prediction};
 pub use random::Dropout;
 pub use sample::{Sampler, SamplerConfig, Solver, Step, Steps, Variance};
 pub use train::{
-    AdamConfig, AdamW, Checkpoint, Ema, EmaConfig, GradScaler, GradScalerConfig, Metrics, Observer,
-    OnMetrics, Saved, TrainConfig, Trainer, Update, WeightDecay, clip_grad_norm, gradients,
-    on_metrics,
+    AdamConfig, AdamW, Checkpoint, Ema, EmaConfig, Frontend, GradScaler, GradScalerConfig, Metrics,
+    Observer, OnMetrics, Outcome, Run, Saved, TrainConfig, Trainer, Update, WeightDecay,
+    clip_grad_norm, gradients, on_metrics,
 };

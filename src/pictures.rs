@@ -13,17 +13,18 @@
 //! # Ok::<(), ddpm::Error>(())
 //! ```
 
-use std::fs::{self, File};
-use std::io::{Cursor, Write};
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Cursor;
 use std::path::Path;
-use std::process;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use gif::{DisposalMethod, Encoder, Frame, Repeat};
 use image::{DynamicImage, GrayImage, ImageFormat, RgbImage};
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+pub use crate::eval::bytes;
+use crate::files;
 
 /// Width in pixels of the gaps between and around the images of a grid.
 const GAP: usize = 2;
@@ -51,7 +52,11 @@ pub fn save(samples: &Tensor, path: impl AsRef<Path>) -> Result<()> {
     if !path.extension().is_some_and(|e| e.eq_ignore_ascii_case("png")) {
         return Err(Error::config("path", path.display(), "a file name that ends in .png"));
     }
-    replace(path, &png(&grid(samples)?)?)
+    let picture = png(&grid(samples)?)?;
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        fs::create_dir_all(parent).map_err(Error::io(parent))?;
+    }
+    files::write(path, &picture)
 }
 
 /// Draws a batch of samples (count, channels, height, width) in [-1, 1] as a grid, which is as nearly square as
@@ -79,9 +84,7 @@ pub fn grid(samples: &Tensor) -> Result<DynamicImage> {
 /// channels x height x width, or if there is not enough memory.
 pub fn grid_of(pixels: &[u8], shape: (usize, usize, usize)) -> Result<DynamicImage> {
     let (channels, height, width) = shape;
-    if !matches!(channels, 1 | 3) {
-        return Err(Error::config("channels", channels, "1 (grey) or 3 (colour) to be drawn"));
-    }
+    check_channels(channels)?;
     let size = [height, width].into_iter().try_fold(channels, usize::checked_mul);
     let size = size.filter(|&size| size > 0).ok_or_else(|| {
         let expected = "three dimensions of at least 1, whose product fits in memory";
@@ -119,6 +122,17 @@ pub fn grid_of(pixels: &[u8], shape: (usize, usize, usize)) -> Result<DynamicIma
     picture.ok_or_else(|| too_large(total_h, total_w))
 }
 
+/// Returns an error if images with this number of channels cannot be drawn. A program calls this before long work.
+///
+/// # Errors
+/// Returns an error if there are neither 1 nor 3 channels.
+pub fn check_channels(channels: usize) -> Result<()> {
+    match channels {
+        1 | 3 => Ok(()),
+        _ => Err(Error::config("channels", channels, "1 (grey) or 3 (colour) to be drawn")),
+    }
+}
+
 /// Creates the background of a picture.
 fn grey(height: usize, width: usize, channels: usize) -> Result<Vec<u8>> {
     let mut picture = Vec::new();
@@ -135,21 +149,6 @@ fn grey(height: usize, width: usize, channels: usize) -> Result<Vec<u8>> {
 fn too_large(height: usize, width: usize) -> Error {
     let expected = "small enough for the available memory; draw fewer samples";
     Error::config("picture", format!("{height} x {width} pixels"), expected)
-}
-
-/// Converts the values of samples to bytes: -1 becomes 0, and 1 becomes 255. Values outside [-1, 1], which samples
-/// have during sampling, are clamped.
-///
-/// # Errors
-/// Returns an error if a value is not finite.
-pub fn bytes(samples: &Tensor) -> Result<Vec<u8>> {
-    let values: Vec<f32> = samples.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-    let byte = |value: f32| match value.is_finite() {
-        // `as` saturates.
-        true => Ok(((value + 1.0) * 127.5).round() as u8),
-        false => Err(Error::config("samples", value, "finite to be drawn")),
-    };
-    values.into_iter().map(byte).collect()
 }
 
 /// Encodes a picture as the content of a PNG file.
@@ -211,32 +210,67 @@ fn frame(picture: &DynamicImage, width: u16, height: u16) -> Frame<'static> {
     frame
 }
 
-/// Writes a file beside `path` and renames it.
-fn replace(path: &Path, content: &[u8]) -> Result<()> {
-    // Two threads that write the same file must use different temporary files.
-    static WRITTEN: AtomicU64 = AtomicU64::new(0);
-    let nth = WRITTEN.fetch_add(1, Ordering::Relaxed);
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let partial = path.with_file_name(format!(".{name}.{}-{nth}", process::id()));
-    let written = path
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty())
-        .map_or(Ok(()), fs::create_dir_all)
-        .and_then(|()| File::create(&partial))
-        .and_then(|mut file| file.write_all(content).and_then(|()| file.sync_all()))
-        .and_then(|()| fs::rename(&partial, path));
-    written.map_err(|error| {
-        // The error to report is the one above.
-        let _ = fs::remove_file(&partial);
-        Error::io(path)(error)
-    })
+/// Collects the frames of an animation of the denoising, for images that may be drawn in parts.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use ddpm::{Diffusion, Sampler, Solver, from_fn, pictures};
+///
+/// # let denoiser = from_fn(|x_t: &Tensor, _t: &Tensor| Ok(x_t.clone()));
+/// let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddim(), 100)?;
+/// let mut frames = pictures::Frames::new(sampler.timesteps().len());
+/// for step in sampler.steps(&denoiser, (4, 1, 8, 8), 0, &Device::Cpu)? {
+///     let step = step?;
+///     frames.add(step.index, &step.x)?;
+/// }
+/// let gif = frames.gif((1, 8, 8))?; // the content of a GIF file
+/// # assert!(gif.starts_with(b"GIF89a"));
+/// # Ok::<(), ddpm::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Frames {
+    steps: usize,
+    /// The pixels of each frame, by the index of its sampling step.
+    pixels: BTreeMap<usize, Vec<u8>>,
+}
+
+impl Frames {
+    /// The most frames of an animation. Of more sampling steps, so many are shown, evenly spread.
+    pub const MOST: usize = 48;
+
+    /// Creates an animation of `steps` sampling steps.
+    pub fn new(steps: usize) -> Self {
+        Self { steps, pixels: BTreeMap::new() }
+    }
+
+    /// Appends samples (count, channels, height, width) to the frame of sampling step `index`, if it has one. The
+    /// last step always has one.
+    ///
+    /// # Errors
+    /// Returns an error if a value is not finite.
+    pub fn add(&mut self, index: usize, samples: &Tensor) -> Result<()> {
+        let count = |index: usize| index * Self::MOST / self.steps.max(1);
+        if self.steps <= Self::MOST || count(index + 1) > count(index) {
+            self.pixels.entry(index).or_default().extend(bytes(samples)?);
+        }
+        Ok(())
+    }
+
+    /// Encodes the animation of grids of images of `shape` (channels, height, width) as the content of a GIF file.
+    ///
+    /// # Errors
+    /// Returns the errors of [`grid_of`] and [`gif`].
+    pub fn gif(&self, shape: (usize, usize, usize)) -> Result<Vec<u8>> {
+        let grids = self.pixels.values().map(|pixels| grid_of(pixels, shape));
+        gif(&grids.collect::<Result<Vec<_>>>()?)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::BufReader;
 
-    use candle_core::Device;
+    use candle_core::{DType, Device};
     use image::AnimationDecoder;
     use image::codecs::gif::GifDecoder;
 

@@ -1,28 +1,12 @@
-//! The example `mnist-fd`: its Fréchet distance, against closed forms and against numpy; its
-//! classifier's convolutions, against candle's.
-#![allow(dead_code, reason = "of the example, its parts are tested")]
+//! The Fréchet distance, against closed forms and against numpy.
 
-#[path = "../examples/mnist-fd/classifier.rs"]
-mod classifier;
-#[path = "../examples/common/mod.rs"]
-mod common;
-#[path = "../examples/mnist-fd/frechet.rs"]
-mod frechet;
-#[path = "../examples/mnist-fd/measure.rs"]
-mod measure;
-
-use candle_core::{Device, Tensor};
-use candle_nn::{Linear, Module};
-use classifier::{Classifier, PATCH, SIZE, convolve, lay_out};
-use ddpm::{ImageSource, Images};
-use frechet::{Gaussian, eigen};
-use measure::{Reference, tally};
+use ddpm::eval::{Gaussian, Statistics};
 
 fn diagonal(mean: &[f64], variances: &[f64]) -> Gaussian {
     let n = mean.len();
     let mut covariance = vec![0.0; n * n];
     covariance.iter_mut().step_by(n + 1).zip(variances).for_each(|(c, v)| *c = *v);
-    Gaussian { mean: mean.to_vec(), covariance }
+    Gaussian::new(mean.to_vec(), covariance).unwrap()
 }
 
 fn assert_near(found: f64, expected: f64) {
@@ -39,22 +23,32 @@ fn points(count: usize, size: usize, seed: u32) -> Vec<f32> {
     (0..count * size).map(|i| (uniform(i as u32) * (1 + i % size) as f64) as f32).collect()
 }
 
+fn fit(points: &[f32], size: usize) -> Gaussian {
+    let mut statistics = Statistics::new(size);
+    statistics.add(points).unwrap();
+    statistics.gaussian().unwrap()
+}
+
+fn distance(a: &Gaussian, b: &Gaussian) -> f64 {
+    a.frechet_distance(b).unwrap()
+}
+
 #[test]
 fn equal_gaussians_are_at_no_distance() {
     for (count, size) in [(50, 5), (200, 64), (3, 8)] {
-        let gaussian = Gaussian::fit(&points(count, size, 1), size);
+        let gaussian = fit(&points(count, size, 1), size);
         // Of a root of rounding errors; without full rank as well.
-        let distance = gaussian.distance(&gaussian);
+        let distance = distance(&gaussian, &gaussian);
         assert!((0.0..1e-6).contains(&distance), "{distance}: {count} points of {size}");
     }
 }
 
 #[test]
 fn a_shifted_mean_is_at_its_squared_distance() {
-    let a = Gaussian::fit(&points(100, 6, 1), 6);
-    let mean = a.mean.iter().enumerate().map(|(i, m)| m + i as f64).collect();
-    let b = Gaussian { mean, covariance: a.covariance.clone() };
-    assert_near(a.distance(&b), 55.0);
+    let a = fit(&points(100, 6, 1), 6);
+    let mean = a.mean().iter().enumerate().map(|(i, m)| m + i as f64).collect();
+    let b = Gaussian::new(mean, a.covariance().to_vec()).unwrap();
+    assert_near(distance(&a, &b), 55.0);
 }
 
 #[test]
@@ -62,8 +56,8 @@ fn diagonal_covariances_have_the_distance_of_their_deviations() {
     let a = diagonal(&[1.0, 2.0, 3.0, 0.0], &[4.0, 1.0, 0.0, 9.0]);
     let b = diagonal(&[1.0, 0.0, 3.0, 1.0], &[1.0, 1.0, 4.0, 0.25]);
     // 4 + 1 of the means; (2 - 1)^2, 0, 2^2 and 2.5^2 of the deviations.
-    assert_near(a.distance(&b), 16.25);
-    assert_near(b.distance(&a), 16.25);
+    assert_near(distance(&a, &b), 16.25);
+    assert_near(distance(&b, &a), 16.25);
 }
 
 /// The numbers are numpy 2's, with the eigenvalues of the product that is not symmetric: of `a` and
@@ -72,131 +66,73 @@ fn diagonal_covariances_have_the_distance_of_their_deviations() {
 #[test]
 fn full_covariances_have_the_distance_that_numpy_computes() {
     for (count, size, expected) in [(50, 5, 0.30657505349392977), (300, 16, 2.963219383633515)] {
-        let fit = |seed| Gaussian::fit(&points(count, size, seed), size);
-        let (a, b) = (fit(1), fit(7_000_000));
-        assert_near(a.distance(&b), expected);
-        assert_near(b.distance(&a), expected);
+        let of = |seed| fit(&points(count, size, seed), size);
+        let (a, b) = (of(1), of(7_000_000));
+        assert_near(distance(&a, &b), expected);
+        assert_near(distance(&b, &a), expected);
     }
 }
 
 #[test]
 fn mean_and_covariance_are_those_of_the_points() {
-    let gaussian = Gaussian::fit(&[0.0, 2.0, 2.0, 4.0, 4.0, 0.0], 2);
-    assert_eq!(gaussian.mean, [2.0, 2.0]);
-    assert_eq!(gaussian.covariance, [4.0, -2.0, -2.0, 4.0]);
+    let gaussian = fit(&[0.0, 2.0, 2.0, 4.0, 4.0, 0.0], 2);
+    assert_eq!(gaussian.mean(), [2.0, 2.0]);
+    assert_eq!(gaussian.covariance(), [4.0, -2.0, -2.0, 4.0]);
 }
 
+/// The statistics of a whole are those of its parts, in whatever portions they are added.
 #[test]
-fn eigenvectors_are_orthonormal_and_give_the_matrix_back() {
-    for n in [1, 2, 7, 64] {
-        let a: Vec<f64> = (0..n * n)
-            .map(|i| ((i / n * (i % n)) as f64 * 0.9).sin() + (i / n + i % n) as f64)
-            .collect();
-        let (values, vectors) = eigen(a.clone(), n);
-        let row = |k: usize| &vectors[k * n..][..n];
-        for i in 0..n {
-            for j in 0..n {
-                let dot: f64 = row(i).iter().zip(row(j)).map(|(x, y)| x * y).sum();
-                assert_near(dot, f64::from(u8::from(i == j)));
-                assert_near((0..n).map(|k| values[k] * row(k)[i] * row(k)[j]).sum(), a[i * n + j]);
-            }
+fn statistics_of_parts_merge_to_those_of_the_whole() {
+    let (count, size) = (90, 7);
+    let points = points(count, size, 3);
+    let mut whole = Statistics::new(size);
+    whole.add(&points).unwrap();
+    for parts in [vec![90], vec![1, 89], vec![30, 1, 0, 59], vec![45, 45]] {
+        let (mut merged, mut start) = (Statistics::new(size), 0);
+        for len in parts {
+            let mut part = Statistics::new(size);
+            part.add(&points[start * size..][..len * size]).unwrap();
+            merged.merge(&part).unwrap();
+            start += len;
+        }
+        assert_eq!(merged.count(), count as u64);
+        let (merged, whole) = (merged.gaussian().unwrap(), whole.gaussian().unwrap());
+        let values = |g: &Gaussian| [g.mean(), g.covariance()].concat();
+        for (found, expected) in values(&merged).iter().zip(values(&whole)) {
+            assert_near(*found, expected);
         }
     }
 }
 
-/// `values` from -1 to 1 that have no pattern.
-fn tensor(shape: &[usize], seed: u32) -> candle_core::Result<Tensor> {
-    let values = points(shape.iter().product(), 1, seed);
-    Tensor::from_vec(values, shape, &Device::Cpu)?.affine(2.0, -1.0)
-}
-
-fn assert_same(found: &Tensor, expected: &Tensor) -> candle_core::Result<()> {
-    assert_eq!(found.dims(), expected.dims());
-    let apart = (found - expected)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
-    assert!(apart < 1e-5, "{apart}");
-    Ok(())
-}
-
-/// 7 pixels as well, whose last patches are half outside.
+/// Sums of squares would lose all digits here.
 #[test]
-fn a_convolution_of_patches_is_candles() -> candle_core::Result<()> {
-    let (batch, channels, outputs) = (2, 3, 5);
-    for (h, w) in [(14, 14), (7, 7), (8, 5)] {
-        let maps = tensor(&[batch, h, w, channels], 1)?;
-        let (weights, bias) = (tensor(&[outputs, PATCH * channels], 2)?, tensor(&[outputs], 3)?);
-        let found = convolve(&maps, &Linear::new(weights.clone(), Some(bias.clone())))?;
-
-        // A patch is its blocks' rows and columns, then those within a block, then channels.
-        let kernel = weights
-            .reshape(&[outputs, 2, 2, 2, 2, channels][..])?
-            .permute([0, 5, 1, 3, 2, 4])?
-            .reshape((outputs, channels, 4, 4))?;
-        let around = |size: usize| 2 * size.div_ceil(2) + 1 - size;
-        let maps = maps.permute((0, 3, 1, 2))?;
-        let maps = maps.pad_with_zeros(2, 1, around(h))?.pad_with_zeros(3, 1, around(w))?;
-        let maps = maps.contiguous()?.conv2d(&kernel.contiguous()?, 0, 2, 1, 1)?;
-        let expected = maps.broadcast_add(&bias.reshape((1, outputs, 1, 1))?)?;
-        assert_same(&found, &expected.permute((0, 2, 3, 1))?)?;
-    }
-    Ok(())
+fn a_large_mean_does_not_hide_the_variance() {
+    let gaussian = fit(&[16_777_214.0, 16_777_215.0, 16_777_216.0], 1);
+    assert_eq!((gaussian.mean(), gaussian.covariance()), (&[16_777_215.0][..], &[1.0][..]));
 }
 
 #[test]
-fn patches_of_a_moved_image_are_those_of_candles_convolution() -> common::cli::Result<()> {
-    let bytes: Vec<u8> =
-        points(2 * SIZE * SIZE, 1, 4).iter().map(|x| (x * 255.0).round() as u8).collect();
-    let images = Images::new(bytes, (1, SIZE, SIZE))?;
-    let mut pixels = vec![0.0; SIZE * SIZE];
-    images.read(1, &mut pixels)?;
-    let weights = tensor(&[5, PATCH], 5)?;
-    for (down, right) in [(0, 0), (2, -1), (-2, 2)] {
-        let mut patches = vec![];
-        lay_out(&images, 1, (down, right), &mut patches)?;
-        let patches = Tensor::from_vec(patches, (SIZE / 2 * SIZE / 2, PATCH), &Device::Cpu)?;
-        let found = Linear::new(weights.clone(), None).forward(&patches)?;
-
-        // In the middle of a larger black image, from which the convolution takes its part.
-        let mut large = vec![-1.0f32; 40 * 40];
-        for (y, row) in pixels.chunks_exact(SIZE).enumerate() {
-            let start = (6 + down + y as isize) * 40 + 6 + right;
-            large[start as usize..][..SIZE].copy_from_slice(row);
-        }
-        let large = Tensor::from_vec(large, (1, 1, 40, 40), &Device::Cpu)?;
-        let part = large.narrow(2, 5, SIZE + 2)?.narrow(3, 5, SIZE + 2)?.contiguous()?;
-        let expected = part.conv2d(&weights.reshape((5, 1, 4, 4))?, 0, 2, 1, 1)?;
-        assert_same(&found.t()?, &expected.flatten_from(2)?.squeeze(0)?)?;
-    }
-    Ok(())
-}
-
-/// Labels that are what the classifier says, but for three.
-#[test]
-fn accuracy_is_the_share_of_labels_that_are_told_right() -> common::cli::Result<()> {
-    let (count, temp) = (10, tempfile::tempdir()?);
-    let bytes = points(count * SIZE * SIZE, 1, 6).iter().map(|x| (x * 255.0) as u8).collect();
-    let images = Images::new(bytes, (1, SIZE, SIZE))?.with_labels((0..10).collect())?;
-    let path = temp.path().join("classifier.safetensors");
-    let classifier = Classifier::train(&images, 1, &path, &Device::Cpu)?;
-    let (_, probabilities) = classifier.look(&images)?;
-    let most = |p: &Vec<f32>| p.iter().copied().fold(0.0, f32::max);
-    let said = |p: &Vec<f32>| p.iter().position(|&x| x == most(p)).ok_or("a class");
-    let mut labels = vec![];
-    for (i, p) in probabilities.iter().enumerate() {
-        labels.push(((said(p)? + usize::from(i % 4 == 1)) % 10) as u8);
-    }
-    let images = images.with_labels(labels)?;
-    assert_near(Reference::new(&classifier, &images)?.accuracy, 0.7);
-    Ok(())
-}
-
-#[test]
-fn an_image_is_clearly_of_a_class_from_over_nine_tenths() {
-    let of = |class: usize, most: f32| {
-        let mut probabilities = vec![(1.0 - most) / 9.0; 10];
-        probabilities[class] = most;
-        probabilities
-    };
-    let (confident, classes) = tally(&[of(3, 0.95), of(3, 0.9), of(0, 0.5), of(9, 0.9001)]);
-    assert_eq!(confident, 0.5);
-    assert_eq!(classes, [1, 0, 0, 2, 0, 0, 0, 0, 0, 1]);
+fn what_has_no_statistics_is_an_error() {
+    let mut statistics = Statistics::new(2);
+    let message = |result: ddpm::Result<()>| result.unwrap_err().to_string();
+    assert!(
+        message(statistics.add(&[1.0; 3]))
+            .contains("features.len() is 3; it must be a multiple of 2")
+    );
+    assert!(
+        message(statistics.add(&[1.0, f32::NAN])).contains("a feature is NaN; it must be finite")
+    );
+    assert_eq!(statistics.count(), 0);
+    assert!(message(statistics.merge(&Statistics::new(3))).contains("features per image is 3"));
+    statistics.add(&[1.0, 2.0]).unwrap();
+    assert!(
+        message(statistics.gaussian().map(drop))
+            .contains("number of images is 1; it must be at least 2")
+    );
+    assert!(
+        message(Gaussian::new(vec![0.0; 2], vec![1.0, 2.0, 3.0, 4.0]).map(drop))
+            .contains("symmetric, 2 x 2")
+    );
+    let (a, b) = (diagonal(&[0.0], &[1.0]), diagonal(&[0.0; 2], &[1.0; 2]));
+    assert!(message(a.frechet_distance(&b).map(drop)).contains("features per image is 2"));
 }

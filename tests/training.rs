@@ -8,7 +8,7 @@ use candle_nn::{Init, Module, VarBuilder};
 use ddpm::nn::{Condition, Output, Trainable};
 use ddpm::{
     AdamConfig, Denoiser, Diffusion, EmaConfig, Error, ImageSource, Metrics, Network, Observer,
-    Result, TrainConfig, Trainer, UNetConfig, on_metrics,
+    Result, Run, TrainConfig, Trainer, UNetConfig, on_metrics,
 };
 use serde::{Deserialize, Serialize};
 
@@ -224,14 +224,14 @@ struct Recorder {
     stop_at: Option<u64>,
 }
 
-impl<N: Network> Observer<N> for Recorder {
-    fn on_step(&mut self, trainer: &Trainer<N>) -> Result<ControlFlow<()>> {
-        self.steps.push(trainer.steps());
-        let stop = self.stop_at == Some(trainer.steps());
+impl Observer for Recorder {
+    fn on_step(&mut self, run: &Run<'_>) -> Result<ControlFlow<()>> {
+        self.steps.push(run.step());
+        let stop = self.stop_at == Some(run.step());
         Ok(if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     }
 
-    fn on_metrics(&mut self, _: &Trainer<N>, metrics: &Metrics) -> Result<()> {
+    fn on_metrics(&mut self, _: &Run<'_>, metrics: &Metrics) -> Result<()> {
         self.metrics.push(metrics.clone());
         Ok(())
     }

@@ -4,12 +4,10 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, Module, VarBuilder, linear, loss, ops};
-use ddpm::{AdamConfig, AdamW, ImageSource, Images, Parameters, gradients};
-
-use super::common::cli::Result;
-use super::common::progress::Progress;
-use super::common::random::Random;
-use super::common::{files, interrupt};
+use ddpm::cli::{Interrupted, Result, check_output, out};
+use ddpm::eval::Statistics;
+use ddpm::observe::Progress;
+use ddpm::{AdamConfig, AdamW, ImageSource, Images, Parameters, files, gradients};
 
 /// Height and width of an image.
 pub const SIZE: usize = 28;
@@ -21,9 +19,11 @@ pub const FEATURES: usize = 64;
 const CHANNELS: [usize; 4] = [1, 16, 64, 64];
 /// Height and width of the first convolution's map.
 const FIRST: usize = SIZE / 2;
-/// Pixels that it computes each of its own from.
+/// Pixels of the image from which the first convolution computes each of its own.
 pub const PATCH: usize = 4 * 4;
 
+/// The default number of updates.
+const STEPS: u64 = 3_000;
 const SEED: u64 = 0;
 const BATCH: usize = 100;
 const LEARNING_RATE: f64 = 2e-3;
@@ -38,6 +38,8 @@ pub struct Classifier {
 }
 
 impl Classifier {
+    pub const DEFAULT_PATH: &str = "out/mnist-fd/classifier.safetensors";
+
     fn new(vb: VarBuilder, device: &Device) -> candle_core::Result<Self> {
         let convolution =
             |i: usize| linear(PATCH * CHANNELS[i - 1], CHANNELS[i], vb.pp(format!("conv{i}")));
@@ -49,15 +51,47 @@ impl Classifier {
         })
     }
 
-    pub fn load(path: &Path, device: &Device) -> Result<Self> {
+    /// Returns an error if the classifier cannot be written to `path`. An existing one is only read, so `steps` must
+    /// not be given for it.
+    pub fn check(path: &Path, steps: Option<u64>) -> Result<()> {
+        match steps {
+            _ if !path.exists() => check_output("--classifier", path, "safetensors"),
+            None => Ok(()),
+            Some(steps) => {
+                let expected = "omit it, or name another --classifier to train";
+                let exists = format!("but {} exists; {expected}", path.display());
+                Err(format!("--classifier-steps is {steps}, {exists}").into())
+            }
+        }
+    }
+
+    /// Loads the classifier at `path`, or trains it if it does not exist.
+    pub fn load_or_train(
+        path: &Path,
+        steps: Option<u64>,
+        images: &Images,
+        device: &Device,
+        stop: impl Fn() -> bool,
+    ) -> Result<Self> {
+        if !path.exists() {
+            let steps = steps.unwrap_or(STEPS);
+            out(format_args!("training    a classifier, {steps} steps"));
+            return Self::train(images, steps, path, device, stop);
+        }
         let parameters = Parameters::load(path, DType::F32, device)?;
         Self::new(parameters.builder(), device)
             .map_err(|e| format!("{}: not a classifier of mnist-fd: {e}", path.display()).into())
     }
 
-    /// Trains one on images with labels, by Adam with a learning rate that falls to 0, and writes
-    /// its weights to `path`.
-    pub fn train(images: &Images, steps: u64, path: &Path, device: &Device) -> Result<Self> {
+    /// Trains a classifier on images with labels, by Adam with a learning rate that falls to 0, and writes its weights
+    /// to `path`.
+    pub fn train(
+        images: &Images,
+        steps: u64,
+        path: &Path,
+        device: &Device,
+        stop: impl Fn() -> bool,
+    ) -> Result<Self> {
         let labels = labels(images)?;
         let parameters = Parameters::new(SEED, DType::F32, device);
         let classifier = Self::new(parameters.builder(), device)?;
@@ -65,10 +99,11 @@ impl Classifier {
         let mut adam = AdamW::new(AdamConfig::adam(LEARNING_RATE), &vars)?;
         let mut random = Random(SEED);
         let mut order: Vec<usize> = vec![];
-        let mut progress = Progress::new(steps, 0);
-        progress.start();
+        let progress = Progress::started(steps);
         for step in 0..steps {
-            interrupt::check()?;
+            if stop() {
+                return Err(Interrupted.into());
+            }
             let (mut patches, mut targets) = (vec![], vec![]);
             for _ in 0..BATCH {
                 if order.is_empty() {
@@ -93,20 +128,26 @@ impl Classifier {
         Ok(classifier)
     }
 
-    /// The features of all images, one after the other, and the probabilities of their classes.
-    pub fn look(&self, images: &Images) -> Result<(Vec<f32>, Vec<Vec<f32>>)> {
-        let (mut features, mut probabilities) = (vec![], vec![]);
+    /// The statistics of the features of all images, and the probabilities of their classes.
+    pub fn look(
+        &self,
+        images: &Images,
+        stop: impl Fn() -> bool,
+    ) -> Result<(Statistics, Vec<Vec<f32>>)> {
+        let (mut statistics, mut probabilities) = (Statistics::new(FEATURES), vec![]);
         for start in (0..images.len()).step_by(BATCH) {
-            interrupt::check()?;
+            if stop() {
+                return Err(Interrupted.into());
+            }
             let mut patches = vec![];
             for index in start..images.len().min(start + BATCH) {
                 lay_out(images, index, (0, 0), &mut patches)?;
             }
             let seen = self.see(patches)?.detach();
             probabilities.extend(ops::softmax(&self.output.forward(&seen)?, 1)?.to_vec2::<f32>()?);
-            features.extend(seen.flatten_all()?.to_vec1::<f32>()?);
+            statistics.add(&seen.flatten_all()?.to_vec1::<f32>()?)?;
         }
-        Ok((features, probabilities))
+        Ok((statistics, probabilities))
     }
 
     /// The features of a batch, from the images' patches.
@@ -155,9 +196,8 @@ pub fn lay_out(
     Ok(())
 }
 
-/// A convolution of 4 x 4 at stride 2, of maps (batch, height, width, channels): one product of
-/// all patches, since the gradient of candle's `conv2d` is slow. Of blocks of 2 x 2 pixels, a patch
-/// is again 2 x 2.
+/// A convolution of 4 x 4 at stride 2, of maps (batch, height, width, channels). It is one product of all patches,
+/// because the gradient of candle's `conv2d` is slow. A patch is 2 x 2 blocks of 2 x 2 pixels.
 pub fn convolve(maps: &Tensor, weights: &Linear) -> candle_core::Result<Tensor> {
     let (batch, h, w, channels) = maps.dims4()?;
     let (h_out, w_out) = (h.div_ceil(2), w.div_ceil(2));
@@ -175,4 +215,28 @@ pub fn convolve(maps: &Tensor, weights: &Linear) -> candle_core::Result<Tensor> 
     }
     let patches = Tensor::cat(&parts, 3)?.reshape((batch * h_out * w_out, PATCH * channels))?;
     weights.forward(&patches)?.reshape((batch, h_out, w_out, ()))
+}
+
+/// Random numbers that are the same everywhere: SplitMix64 (Steele et al. 2014).
+pub struct Random(pub u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in `0..bound`, except for a bias of `bound` in 2^64.
+    pub fn below(&mut self, bound: usize) -> usize {
+        ((u128::from(self.next()) * bound as u128) >> 64) as usize
+    }
+
+    /// Shuffles by the method of Fisher and Yates.
+    fn shuffle<T>(&mut self, items: &mut [T]) {
+        for i in (1..items.len()).rev() {
+            items.swap(i, self.below(i + 1));
+        }
+    }
 }

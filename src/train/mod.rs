@@ -5,6 +5,7 @@ mod checkpoint;
 mod config;
 mod ema;
 mod observer;
+mod run;
 mod scaler;
 mod trainer;
 
@@ -14,5 +15,6 @@ pub use checkpoint::{Checkpoint, Saved};
 pub use config::TrainConfig;
 pub use ema::{Ema, EmaConfig};
 pub use observer::{Metrics, Observer, OnMetrics, on_metrics};
+pub use run::{Frontend, Outcome, Run};
 pub use scaler::{GradScaler, GradScalerConfig};
 pub use trainer::{Trainer, Update};

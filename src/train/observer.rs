@@ -1,17 +1,18 @@
 use std::fmt;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::Trainer;
-use crate::{Network, Result};
+use super::run::{Frontend, Outcome, Run};
+use crate::error::Result;
 
 /// The report on training every [`log_every`](crate::TrainConfig::log_every) updates.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Metrics {
     /// Number of updates so far.
     pub step: u64,
-    /// Mean loss of the updates since the last report, or since [`fit`](Trainer::fit) began. Updates made outside
+    /// Mean loss of the updates since the last report, or since [`fit`](crate::Trainer::fit) began. Updates made outside
     /// of `fit` are not included.
     pub loss: f32,
     /// Learning rate of the last update.
@@ -35,63 +36,181 @@ impl fmt::Display for Metrics {
 
 /// Observes training, to show progress, draw samples, save checkpoints or stop the run.
 ///
-/// `()` does nothing. [`on_metrics`] makes an observer of a closure. An error of either method ends [`Trainer::fit`], which returns it.
+/// Every method has a default that does nothing. `()` observes nothing, [`on_metrics`] makes an observer of a closure,
+/// and the module [`observe`](crate::observe) contains ready-made ones. Observers compose: a tuple of up to eight, a
+/// `Vec`, an `Option`, a `Box` or a mutable reference of observers is an observer. The parts of a tuple or a `Vec` are
+/// called in their order.
+///
+/// An error of a method ends [`Trainer::fit`](crate::Trainer::fit), which returns it.
 /// [`Error::external`](crate::Error::external) wraps errors of other libraries.
 ///
 /// ```
 /// use std::ops::ControlFlow;
 ///
-/// use ddpm::{Metrics, Network, Observer, Result, Trainer};
+/// use ddpm::{Metrics, Observer, Result, Run, on_metrics};
 ///
-/// /// Prints the loss, saves every 500 updates, and stops once the loss is low enough.
-/// struct Watch {
+/// /// Stops once the loss is low enough.
+/// struct Until {
 ///     enough: f32,
 ///     loss: f32,
 /// }
 ///
-/// impl<N: Network> Observer<N> for Watch {
-///     fn on_metrics(&mut self, _: &Trainer<N>, metrics: &Metrics) -> Result<()> {
-///         println!("{metrics}");
+/// impl Observer for Until {
+///     fn on_metrics(&mut self, _: &Run<'_>, metrics: &Metrics) -> Result<()> {
 ///         self.loss = metrics.loss;
 ///         Ok(())
 ///     }
 ///
-///     fn on_step(&mut self, trainer: &Trainer<N>) -> Result<ControlFlow<()>> {
-///         let done = self.loss <= self.enough;
-///         if done || trainer.steps().is_multiple_of(500) {
-///             trainer.save("out/checkpoint")?;
-///         }
+///     fn on_step(&mut self, run: &Run<'_>) -> Result<ControlFlow<()>> {
+///         let done = run.step() > 1_000 && self.loss <= self.enough;
 ///         Ok(if done { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
 ///     }
 /// }
 ///
-/// # use ddpm::{Images, UNetConfig};
+/// # use ddpm::{Images, Trainer, UNetConfig};
 /// # fn fit(mut trainer: Trainer<UNetConfig>, images: Images) -> Result<()> {
-/// trainer.fit(&images, &mut Watch { enough: 0.02, loss: f32::INFINITY })
+/// let print = on_metrics(|metrics| {
+///     println!("{metrics}");
+///     Ok(())
+/// });
+/// trainer.fit(&images, (print, Until { enough: 0.02, loss: f32::INFINITY }))
 /// # }
 /// ```
-pub trait Observer<N: Network> {
-    /// Called after every update. `Break` ends [`Trainer::fit`] without an error.
-    fn on_step(&mut self, trainer: &Trainer<N>) -> Result<ControlFlow<()>> {
-        let _ = trainer;
-        Ok(ControlFlow::Continue(()))
+pub trait Observer {
+    /// Called before the first update of a [`fit`](crate::Trainer::fit). An error ends `fit` at once.
+    fn on_start(&mut self, run: &Run<'_>) -> Result<()> {
+        let _ = run;
+        Ok(())
     }
 
     /// Called when the loss has been read, before `on_step`.
-    fn on_metrics(&mut self, trainer: &Trainer<N>, metrics: &Metrics) -> Result<()> {
-        let _ = (trainer, metrics);
+    fn on_metrics(&mut self, run: &Run<'_>, metrics: &Metrics) -> Result<()> {
+        let _ = (run, metrics);
         Ok(())
+    }
+
+    /// Called after every update. `Break` stops the run; the other observers are still called for this update.
+    fn on_step(&mut self, run: &Run<'_>) -> Result<ControlFlow<()>> {
+        let _ = run;
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Called after the last update, and also if an error ended training. Every observer is called, even if another
+    /// one returns an error; the first error is returned. After [`Outcome::Failed`] it replaces the error that `fit`
+    /// would have returned, so it should contain that one.
+    fn on_end(&mut self, run: &Run<'_>, outcome: Outcome<'_>) -> Result<()> {
+        let _ = (run, outcome);
+        Ok(())
+    }
+
+    /// The [`Frontend`]s that this observer gives to the run. Called once, before `on_start`.
+    fn frontends(&self) -> Vec<Arc<dyn Frontend>> {
+        Vec::new()
     }
 }
 
-impl<N: Network> Observer<N> for () {}
+impl Observer for () {}
+
+macro_rules! by_pointer {
+    ($($pointer:ty),+) => {$(
+        impl<O: Observer + ?Sized> Observer for $pointer {
+            fn on_start(&mut self, run: &Run<'_>) -> Result<()> {
+                (**self).on_start(run)
+            }
+
+            fn on_metrics(&mut self, run: &Run<'_>, metrics: &Metrics) -> Result<()> {
+                (**self).on_metrics(run, metrics)
+            }
+
+            fn on_step(&mut self, run: &Run<'_>) -> Result<ControlFlow<()>> {
+                (**self).on_step(run)
+            }
+
+            fn on_end(&mut self, run: &Run<'_>, outcome: Outcome<'_>) -> Result<()> {
+                (**self).on_end(run, outcome)
+            }
+
+            fn frontends(&self) -> Vec<Arc<dyn Frontend>> {
+                (**self).frontends()
+            }
+        }
+    )+};
+}
+
+by_pointer!(&mut O, Box<O>);
+
+/// Implements `Observer` for a type that consists of observers: their names, the type, and the iterator over them.
+macro_rules! composed {
+    ([$($part:ident),+] $whole:ty, $self:ident => $parts:expr, $shared:expr) => {
+        impl<$($part: Observer),+> Observer for $whole {
+            fn on_start(&mut $self, run: &Run<'_>) -> Result<()> {
+                for part in $parts {
+                    part.on_start(run)?;
+                }
+                Ok(())
+            }
+
+            fn on_metrics(&mut $self, run: &Run<'_>, metrics: &Metrics) -> Result<()> {
+                for part in $parts {
+                    part.on_metrics(run, metrics)?;
+                }
+                Ok(())
+            }
+
+            fn on_step(&mut $self, run: &Run<'_>) -> Result<ControlFlow<()>> {
+                let mut flow = ControlFlow::Continue(());
+                for part in $parts {
+                    if part.on_step(run)?.is_break() {
+                        flow = ControlFlow::Break(());
+                    }
+                }
+                Ok(flow)
+            }
+
+            fn on_end(&mut $self, run: &Run<'_>, outcome: Outcome<'_>) -> Result<()> {
+                let mut first = Ok(());
+                for part in $parts {
+                    first = first.and(part.on_end(run, outcome));
+                }
+                first
+            }
+
+            fn frontends(&$self) -> Vec<Arc<dyn Frontend>> {
+                let mut all = Vec::new();
+                for part in $shared {
+                    all.extend(part.frontends());
+                }
+                all
+            }
+        }
+    };
+}
+
+/// Implements `Observer` for a tuple.
+macro_rules! tuple {
+    ($($part:ident $index:tt),+) => {
+        composed!([$($part),+] ($($part,)+), self =>
+            [$(&mut self.$index as &mut dyn Observer),+], [$(&self.$index as &dyn Observer),+]);
+    };
+}
+
+tuple!(A 0);
+tuple!(A 0, B 1);
+tuple!(A 0, B 1, C 2);
+tuple!(A 0, B 1, C 2, D 3);
+tuple!(A 0, B 1, C 2, D 3, E 4);
+tuple!(A 0, B 1, C 2, D 3, E 4, F 5);
+tuple!(A 0, B 1, C 2, D 3, E 4, F 5, G 6);
+tuple!(A 0, B 1, C 2, D 3, E 4, F 5, G 6, H 7);
+composed!([O] Vec<O>, self => self.iter_mut(), self.iter());
+composed!([O] Option<O>, self => self.iter_mut(), self.iter());
 
 /// An [`Observer`] that calls a closure with each report.
 ///
 /// ```
 /// # use ddpm::{Images, Network, Result, Trainer, on_metrics};
 /// # fn fit<N: Network>(mut trainer: Trainer<N>, images: Images) -> Result<()> {
-/// trainer.fit(&images, &mut on_metrics(|metrics| {
+/// trainer.fit(&images, on_metrics(|metrics| {
 ///     println!("{metrics}");
 ///     Ok(())
 /// }))
@@ -105,8 +224,8 @@ pub fn on_metrics<F: FnMut(&Metrics) -> Result<()>>(f: F) -> OnMetrics<F> {
 #[derive(Debug)]
 pub struct OnMetrics<F>(F);
 
-impl<N: Network, F: FnMut(&Metrics) -> Result<()>> Observer<N> for OnMetrics<F> {
-    fn on_metrics(&mut self, _: &Trainer<N>, metrics: &Metrics) -> Result<()> {
+impl<F: FnMut(&Metrics) -> Result<()>> Observer for OnMetrics<F> {
+    fn on_metrics(&mut self, _: &Run<'_>, metrics: &Metrics) -> Result<()> {
         self.0(metrics)
     }
 }

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::checkpoint::{self, Checkpoint, Claim, MAX_STEP, Saved, Snapshot};
+use super::run::{Outcome, Run, Scene, View};
 use super::{AdamW, Ema, GradScaler, Metrics, Observer, TrainConfig, by_name};
-use crate::denoiser::{Condition, Output, Trainable};
+use crate::denoiser::{Condition, Denoiser, Output, Trainable};
 use crate::kernels::{add_to, combine, squared_error};
 use crate::random::{Noise, Purpose};
 use crate::{
@@ -27,7 +28,7 @@ use crate::{
 /// let (network, config) = (UNetConfig::mnist(), TrainConfig::mnist());
 /// let mut trainer = Trainer::new(network, config, Diffusion::ddpm(), &Device::Cpu)?;
 /// trainer.claim("out/checkpoint")?;
-/// trainer.fit(&images, &mut ())?;
+/// trainer.fit(&images, ())?;
 /// trainer.save("out/checkpoint")?;
 /// # Ok::<(), ddpm::Error>(())
 /// ```
@@ -197,12 +198,44 @@ impl<N: Network> Trainer<N> {
     }
 
     /// Updates the weights until the run has made [`steps`](TrainConfig::steps) updates in total, or the observer
-    /// stops it.
+    /// stops it. The observer `()` does nothing.
     ///
     /// # Errors
     /// Returns an error if the source is empty, if its images do not have the shape that the network takes, or if
     /// a loss or a gradient is not finite. Also returns the errors of the source and of the observer.
-    pub fn fit(&mut self, images: &dyn ImageSource, observer: &mut dyn Observer<N>) -> Result<()> {
+    pub fn fit(&mut self, images: &dyn ImageSource, mut observer: impl Observer) -> Result<()> {
+        let scene = Scene { image_shape: images.shape(), frontends: observer.frontends() };
+        let fitted = self.observed(images, &mut observer, &scene);
+        scene.frontends.iter().for_each(|frontend| frontend.finish());
+        fitted
+    }
+
+    /// Tells the observer the beginning and the end of the [loop](Self::train).
+    fn observed(
+        &mut self,
+        images: &dyn ImageSource,
+        observer: &mut dyn Observer,
+        scene: &Scene,
+    ) -> Result<()> {
+        observer.on_start(&Run::new(self, scene))?;
+        let trained = self.train(images, observer, scene);
+        let run = Run::new(self, scene);
+        let outcome = match &trained {
+            Err(error) => Outcome::Failed(error),
+            Ok(()) if run.is_complete() => Outcome::Complete,
+            Ok(()) => Outcome::Stopped,
+        };
+        observer.on_end(&run, outcome)?;
+        trained
+    }
+
+    /// The loop of [`fit`](Self::fit).
+    fn train(
+        &mut self,
+        images: &dyn ImageSource,
+        observer: &mut dyn Observer,
+        scene: &Scene,
+    ) -> Result<()> {
         // Updates made outside of `fit` are checked, but are not part of the reports.
         self.read_metrics()?;
         let (mut elapsed, mut images_before) = (Duration::ZERO, self.images_seen);
@@ -216,12 +249,13 @@ impl<N: Network> Trainer<N> {
                 elapsed += start.elapsed();
                 let images = self.images_seen - images_before;
                 metrics.images_per_second = images as f64 / elapsed.as_secs_f64();
-                observer.on_metrics(self, &metrics)?;
+                observer.on_metrics(&Run::new(self, scene), &metrics)?;
                 (elapsed, images_before) = (Duration::ZERO, self.images_seen);
             } else {
                 elapsed += start.elapsed();
             }
-            if observer.on_step(self)?.is_break() {
+            let run = Run::new(self, scene);
+            if observer.on_step(&run)?.is_break() || run.is_stopping() {
                 break;
             }
         }
@@ -759,6 +793,44 @@ impl<N: Network> Trainer<N> {
             loss_scale: self.scaler.as_ref().map(GradScaler::scale),
             images_per_second: 0.0,
         })
+    }
+}
+
+impl<N: Network> View for Trainer<N> {
+    fn step(&self) -> u64 {
+        self.step
+    }
+
+    fn images_seen(&self) -> u64 {
+        self.images_seen
+    }
+
+    fn config(&self) -> &TrainConfig {
+        &self.config
+    }
+
+    fn diffusion(&self) -> &Diffusion {
+        &self.diffusion
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn sampling(&self) -> Option<&SamplerConfig> {
+        self.sampling.as_ref()
+    }
+
+    fn model(&self) -> &dyn Denoiser {
+        &self.model
+    }
+
+    fn averaged_model(&self) -> Result<Box<dyn Denoiser + '_>> {
+        Ok(Box::new(self.ema_model()?))
+    }
+
+    fn save(&self, dir: &Path) -> Result<Saved> {
+        Trainer::save(self, dir)
     }
 }
 

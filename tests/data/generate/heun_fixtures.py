@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 
 COUNT = 10
 SHAPE = [2, 1, 4, 4]
-DEFAULTS = {"sampler": "Heun", "schedule": "linear", "prediction_type": "epsilon", "clip_sample": False}
+DEFAULTS = {"sampler": "Heun", "schedule": "linear", "prediction_type": "epsilon", "clip_sample": False, "first": 999}
 CASES = {
     "heun": {},
     "heun_clip": {"clip_sample": True},
     "heun_sample": {"prediction_type": "sample"},
     "heun_v": {"prediction_type": "v_prediction"},
-    "heun_v_cosine_clip": {"prediction_type": "v_prediction", "schedule": "cosine", "clip_sample": True},
+    "heun_cosine_clip": {"schedule": "cosine", "clip_sample": True, "first": 950},
 }
 BETAS = {"linear": linear_betas(), "cosine": cosine_betas()}
 
@@ -32,7 +32,7 @@ def sample(case, x_T, tables):
     x / sqrt(alpha_bar), so they are converted at the start and after each step."""
     options = {key: case[key] for key in ("prediction_type", "clip_sample")}
     scheduler = HeunDiscreteScheduler(STEPS, trained_betas=BETAS[case["schedule"]].tolist(), **options)
-    timesteps = torch.tensor(spaced_timesteps(STEPS, [COUNT])).flip(0)
+    timesteps = torch.tensor(spaced_timesteps(case["first"] + 1, [COUNT])).flip(0)
     scheduler.set_timesteps(timesteps=timesteps.tolist())
     alpha_bars = (1 - BETAS[case["schedule"]]).cumprod(0)[timesteps]
     if tables:

@@ -1,12 +1,16 @@
 //! The device of the tensors.
 
 use candle_core::Device;
-use ddpm::Precision;
 
-use super::cli::Result;
-use super::tell::err;
+use super::Result;
+use super::print::err;
+use crate::error::Error;
+use crate::precision::Precision;
 
 /// Selects the first device of the kind for which this was built, or the CPU if it is requested.
+///
+/// # Errors
+/// Returns an error if there is no such device.
 pub fn pick(cpu: bool) -> Result<Device> {
     let (kind, device) = if cpu {
         return Ok(Device::Cpu);
@@ -17,11 +21,11 @@ pub fn pick(cpu: bool) -> Result<Device> {
     } else {
         return Ok(Device::Cpu);
     };
-    device.map_err(|e| {
-        format!("no {kind} device: {}; --cpu runs without one", ddpm::Error::from(e)).into()
-    })
+    device
+        .map_err(|e| format!("no {kind} device: {}; --cpu runs without one", Error::from(e)).into())
 }
 
+/// Describes a device for the user.
 pub fn describe(device: &Device) -> String {
     match device {
         Device::Cpu => {
@@ -37,9 +41,9 @@ pub fn describe(device: &Device) -> String {
 /// Prints a warning if a precision that is meant to be faster is slower than the exact one.
 pub fn check_speed(precision: Precision, device: &Device) {
     if !precision.is_accelerated(device) {
-        err!(
+        err(format_args!(
             "warning: this CPU has no instructions for {precision} products and computes them several \
              times more slowly than with --precision highest"
-        );
+        ));
     }
 }

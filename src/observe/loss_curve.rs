@@ -1,4 +1,6 @@
-//! The loss curve.
+use std::error::Error as StdError;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
 
 use epaint_default_fonts::UBUNTU_LIGHT;
 use image::imageops::{FilterType, resize};
@@ -6,21 +8,81 @@ use image::{DynamicImage, RgbImage};
 use plotters::prelude::*;
 use plotters::style::register_font;
 
-use super::cli::Result;
-use super::metrics::Logged;
+use super::metrics_file::MetricsFile;
+use crate::error::{Error, Result};
+use crate::train::{Observer, Outcome, Run};
+use crate::{files, pictures};
+
+/// Draws the loss over the steps, as logged and smoothed, at intervals and at the end.
+///
+/// The losses are read from the file of a [`MetricsFile`](super::MetricsFile), so that the curve of a resumed run is
+/// that of the whole run. A curve that cannot be drawn or written during the run is a warning. At the end it is an
+/// error.
+#[derive(Debug, Clone)]
+pub struct LossCurve {
+    every: u64,
+    metrics: PathBuf,
+    picture: PathBuf,
+}
+
+impl LossCurve {
+    /// Draws the losses in the file `metrics` into the PNG file `picture`, every `every` updates. With 0, the curve is
+    /// drawn only at the end.
+    pub fn steps(every: u64, metrics: impl Into<PathBuf>, picture: impl Into<PathBuf>) -> Self {
+        Self { every, metrics: metrics.into(), picture: picture.into() }
+    }
+
+    fn draw(&self, run: &Run<'_>) -> Result<()> {
+        run.working("drawing the loss");
+        let drawn = self.write();
+        run.working("");
+        drawn
+    }
+
+    fn write(&self) -> Result<()> {
+        let losses = MetricsFile::losses(&self.metrics)?;
+        match draw("Training loss", &losses).map_err(Error::external)? {
+            Some(picture) => files::write(&self.picture, &pictures::png(&picture)?),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Observer for LossCurve {
+    fn on_step(&mut self, run: &Run<'_>) -> Result<ControlFlow<()>> {
+        if run.step().is_multiple_of(self.every)
+            && !run.is_complete()
+            && !run.is_stopping()
+            && let Err(error) = self.draw(run)
+        {
+            run.warn(&format!("{error:?}"));
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    fn on_end(&mut self, run: &Run<'_>, outcome: Outcome<'_>) -> Result<()> {
+        match outcome {
+            Outcome::Failed(_) => Ok(()),
+            _ => self.draw(run),
+        }
+    }
+}
 
 const SIZE: (u32, u32) = (960, 540);
-/// Drawn this much larger and then reduced, since plotters' thick lines have hard edges.
+/// The curve is drawn this much larger and then reduced, because plotters' thick lines have hard edges.
 const FINE: u32 = 2;
 const RAW: RGBColor = RGBColor(166, 197, 227);
 const SMOOTH: RGBColor = RGBColor(20, 78, 140);
 const INK: RGBColor = RGBColor(60, 60, 60);
 const MESH: RGBColor = RGBColor(228, 228, 228);
 
-/// Loss over steps, as logged and smoothed; none before the first positive loss.
-pub fn draw(title: &str, history: &[Logged]) -> Result<Option<DynamicImage>> {
+/// Draws the loss over the steps, as logged and smoothed. Returns `None` before the first positive loss.
+fn draw(
+    title: &str,
+    losses: &[(u64, f64)],
+) -> std::result::Result<Option<DynamicImage>, Box<dyn StdError + Send + Sync>> {
     let raw: Vec<(f64, f64)> =
-        history.iter().filter(|l| l.loss > 0.0).map(|l| (l.step as f64, l.loss)).collect();
+        losses.iter().filter(|l| l.1 > 0.0).map(|&(step, loss)| (step as f64, loss)).collect();
     let Some(&(last, _)) = raw.last() else { return Ok(None) };
     let smooth = smoothed(&raw);
 
@@ -83,7 +145,7 @@ pub fn draw(title: &str, history: &[Logged]) -> Result<Option<DynamicImage>> {
     Ok(Some(resize(&picture, SIZE.0, SIZE.1, FilterType::Triangle).into()))
 }
 
-/// A line without joints: plotters would draw a sharp bend of a thick line as a spike far out.
+/// A line without joints, because plotters draws a sharp bend of a thick line as a long spike.
 fn segments(
     line: &[(f64, f64)],
     style: ShapeStyle,
@@ -91,7 +153,7 @@ fn segments(
     line.windows(2).map(move |ends| PathElement::new(ends.to_vec(), style))
 }
 
-/// The mean around each point; nearer to the start, where the loss falls, of fewer points.
+/// The mean around each point. Near the start, where the loss falls, it includes fewer points.
 fn smoothed(raw: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let mean = |i: usize| {
         let reach = i.min(raw.len() / 40);
@@ -101,11 +163,11 @@ fn smoothed(raw: &[(f64, f64)]) -> Vec<(f64, f64)> {
     raw.iter().enumerate().map(|(i, &(step, _))| (step, mean(i))).collect()
 }
 
-/// 1, 2 and 5 times the powers of ten within a range; more where that is not many.
+/// The values 1, 2 and 5 times the powers of ten within a range, or more values if those are few.
 fn ticks(low: f64, high: f64) -> Vec<f64> {
     let within = |digits: &[u32]| -> Vec<f64> {
         let powers = low.log10().floor() as i32 - 1..=high.log10().ceil() as i32;
-        // Parsing rounds as the label will be read; multiplying would give 0.30000000000000004.
+        // Parsing rounds to the number that the label shows. Multiplying would give 0.30000000000000004.
         powers
             .flat_map(|power| digits.iter().map(move |d| format!("{d}e{power}")))
             .filter_map(|text| text.parse().ok())

@@ -1,16 +1,21 @@
-//! The options for drawing images from a checkpoint.
-
 use std::path::PathBuf;
 
 use candle_core::Device;
 use clap::{Args, ValueEnum};
-use ddpm::{Checkpoint, Error, Precision, SamplerConfig, Solver, UNet, UNetConfig};
 use serde::Serialize;
 
-use super::cli::{Result, fraction, precision, quoted, whole};
-use super::tell::grouped;
+use super::arguments::{fraction, precision, quoted, whole};
+use super::print::{grouped, out};
+use super::{Result, device};
+use crate::engine::Model;
+use crate::error::Error;
+use crate::model::{UNet, UNetConfig};
+use crate::precision::Precision;
+use crate::sample::{SamplerConfig, Solver};
+use crate::train::Checkpoint;
 
-#[derive(Args)]
+/// The options of a program that draws images from a checkpoint of a U-Net.
+#[derive(Debug, Clone, Args)]
 pub struct SamplingArgs {
     /// The checkpoint's directory, such as out/mnist/checkpoint
     #[arg(long, value_name = "DIR")]
@@ -45,7 +50,7 @@ pub struct SamplingArgs {
     pub cpu: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum SolverName {
     /// Ancestral sampling
     Ddpm,
@@ -53,14 +58,23 @@ enum SolverName {
     Ddim,
 }
 
-#[derive(Clone, Copy, ValueEnum, Serialize)]
+/// The weights to sample from: the averaged weights, or those of the last update.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
+#[allow(
+    missing_docs,
+    reason = "clap would print a list of documented variants instead of their names"
+)]
 pub enum Weights {
     Ema,
     Model,
 }
 
 impl SamplingArgs {
+    /// Opens the checkpoint.
+    ///
+    /// # Errors
+    /// Returns an error if there is no complete checkpoint.
     pub fn open(&self) -> Result<Checkpoint> {
         Checkpoint::open(&self.checkpoint).map_err(|error| {
             let nested = self.checkpoint.join("checkpoint");
@@ -75,6 +89,9 @@ impl SamplingArgs {
     }
 
     /// The sampler settings: those of the run's grids, except for the given options.
+    ///
+    /// # Errors
+    /// Returns an error if an option is not one of the solver.
     pub fn config(&self, checkpoint: &Checkpoint) -> Result<SamplerConfig> {
         let all = checkpoint.diffusion().schedule().steps();
         let usual = SamplerConfig::usual(checkpoint.diffusion());
@@ -95,20 +112,27 @@ impl SamplingArgs {
         Ok(SamplerConfig::new(solver, steps).clip_denoised(run.clip_denoised && !self.no_clip))
     }
 
-    /// Describes the sampler settings for the user, compared with those of the run.
-    pub fn describe(config: &SamplerConfig, checkpoint: &Checkpoint) -> String {
-        let solver = describe_solver(config.solver);
-        let steps = grouped(config.steps);
+    /// Prints the checkpoint, the sampler settings, compared with those of the run, and the device.
+    pub fn announce(&self, config: &SamplerConfig, checkpoint: &Checkpoint, device: &Device) {
+        let (solver, steps) = (describe_solver(config.solver), grouped(config.steps));
         let clipped = if config.clip_denoised { "clipped" } else { "not clipped" };
         let whose = match checkpoint.sampling() {
             Some(run) if run == config => "same as the run's grids",
             Some(_) => "different from the run's grids",
             None => "the checkpoint does not record the run's settings",
         };
-        format!("{solver}, {steps} steps, {clipped} ({whose})")
+        let (dir, step) = (checkpoint.dir().display(), checkpoint.step());
+        out(format_args!("checkpoint  {dir}, step {step}"));
+        out(format_args!("sampler     {solver}, {steps} steps, {clipped} ({whose})"));
+        out(format_args!("device      {}", device::describe(device)));
+        device::check_speed(self.precision, device);
     }
 
-    pub fn model(&self, checkpoint: &Checkpoint, device: &Device) -> Result<ddpm::nn::Model<UNet>> {
+    /// The network with the selected weights, in the selected precision.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Checkpoint::ema`].
+    pub fn model(&self, checkpoint: &Checkpoint, device: &Device) -> Result<Model<UNet>> {
         let model = match self.weights {
             Weights::Ema => checkpoint.ema::<UNetConfig>(device)?,
             Weights::Model => checkpoint.model::<UNetConfig>(device)?,
@@ -117,6 +141,7 @@ impl SamplingArgs {
     }
 }
 
-pub fn describe_solver(solver: Solver) -> String {
+/// Describes a solver for the user.
+pub(super) fn describe_solver(solver: Solver) -> String {
     solver.to_string()
 }

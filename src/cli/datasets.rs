@@ -1,30 +1,67 @@
-//! The data sets, and instructions to download missing ones.
+//! The data sets of a program, with instructions to download missing ones.
 
 use std::ffi::OsStr;
 use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ddpm::data::{self, Split};
-use ddpm::{ImageSource, Images};
-
-use super::cli::{Result, quoted};
+use super::Result;
+use super::arguments::quoted;
+use crate::data::{self, ImageSource, Images, Split};
 
 /// The value of `--data` that requests a download instead of a directory.
 const HUB: &str = "hub";
 
-const EMBEDDED: &str = "examples/data/mnist-train-10k-images-idx3-ubyte.gz";
+/// The images to train on, and what the user reads about them.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct DataSet {
+    /// The name of the set.
+    pub name: String,
+    /// The images.
+    pub images: Images,
+    /// A description: the name and the source.
+    pub about: String,
+    /// The instruction to select the set, for a user who selected another one.
+    pub options: String,
+}
 
-/// A set that the examples can read.
-pub struct Kind {
-    pub name: &'static str,
+impl DataSet {
+    /// Creates a set whose description is its name.
+    pub fn new(name: &str, images: Images) -> Self {
+        let options = "choose its images".into();
+        Self { name: name.into(), images, about: name.into(), options }
+    }
+
+    fn of(kind: &Kind, source: &str, images: Images) -> Self {
+        let (name, options) = (kind.name.into(), kind.options.into());
+        Self { name, images, about: format!("{} {source}", kind.name), options }
+    }
+
+    /// Returns an error if the images do not have the shape (channels, height, width) of the network's.
+    ///
+    /// # Errors
+    /// Returns an error that states both shapes.
+    pub fn check_shape(&self, expected: (usize, usize, usize)) -> Result<()> {
+        let (about, found) = (&self.about, self.images.shape());
+        if found != expected {
+            let shapes = format!("have shape {found:?}; the network's have {expected:?}");
+            return Err(format!("the images of {about} {shapes}").into());
+        }
+        Ok(())
+    }
+}
+
+/// A published set.
+struct Kind {
+    name: &'static str,
     /// Its directory, which is also its name in fetch-data.
     folder: &'static str,
     /// The options that select it.
-    pub options: &'static str,
+    options: &'static str,
 }
 
-pub static MNIST: Kind = Kind {
+static MNIST: Kind = Kind {
     name: "MNIST",
     folder: "mnist",
     options: "pass --data with their directory, and no --fashion",
@@ -38,39 +75,38 @@ static FASHION_MNIST: Kind = Kind {
 static CIFAR_10: Kind =
     Kind { name: "CIFAR-10", folder: "cifar10", options: "pass --data with their directory" };
 
-pub struct DataSet {
-    pub kind: &'static Kind,
-    pub images: Images,
-    /// A description for the user: the images and their source.
-    pub about: String,
-}
-
-impl DataSet {
-    fn new(kind: &'static Kind, source: &str, images: Images) -> Self {
-        Self { kind, images, about: format!("{} {source}", kind.name) }
-    }
-}
-
-/// Reads MNIST or Fashion-MNIST from `data`, or the digits that are part of the repository.
-pub fn mnist(data: Option<&Path>, fashion: bool) -> Result<DataSet> {
+/// Reads the training images of MNIST or Fashion-MNIST from `data`: a directory, or `hub`. Without `data`, reads the
+/// digits in the file `embedded`, relative to the working directory or to the `repository`.
+///
+/// # Errors
+/// Returns an error if the files are missing or malformed, with the command that downloads them.
+pub fn mnist(
+    data: Option<&Path>,
+    fashion: bool,
+    repository: &str,
+    embedded: &str,
+) -> Result<DataSet> {
     let kind = if fashion { &FASHION_MNIST } else { &MNIST };
     let Some(dir) = data else {
         return match fashion {
             true => Err("--fashion needs --data DIR; `scripts/fetch-data fashion-mnist data` \
                          fetches it, then pass --data data"
                 .into()),
-            false => embedded(),
+            false => digits(repository, embedded),
         };
     };
     if dir.as_os_str() == HUB {
-        return Ok(DataSet::new(kind, "from the Hugging Face hub", hub::mnist(fashion)?));
+        return Ok(DataSet::of(kind, "from the Hugging Face hub", hub::mnist(fashion)?));
     }
     let or = if fashion { ", or omit --fashion" } else { ", or pass --fashion" };
     read_mnist(kind, dir, Split::Train, or)
 }
 
-/// Reads the digits of the full set with their labels: the training set and the test set.
-pub fn mnist_digits(dir: &Path) -> Result<(DataSet, DataSet)> {
+/// Reads MNIST with its labels: the training set and the test set.
+///
+/// # Errors
+/// Returns an error if the files are missing or malformed, with the command that downloads them.
+pub fn mnist_with_labels(dir: &Path) -> Result<(DataSet, DataSet)> {
     if dir.as_os_str() == HUB {
         return Err("--data hub is for the examples that train; pass --data DIR, which \
                     `scripts/fetch-data mnist DIR` fills"
@@ -88,6 +124,29 @@ pub fn mnist_digits(dir: &Path) -> Result<(DataSet, DataSet)> {
     Ok((train, read(Split::Test, "t10k-labels-idx1-ubyte")?))
 }
 
+/// Reads the training images of CIFAR-10 from a directory, or from the `hub`.
+///
+/// # Errors
+/// Returns an error if the files are missing or malformed, with the command that downloads them.
+pub fn cifar10(dir: &Path) -> Result<DataSet> {
+    if dir.as_os_str() == HUB {
+        return Ok(DataSet::of(&CIFAR_10, "from the Hugging Face hub", hub::cifar10()?));
+    }
+    let images = data::cifar10(dir, Split::Train).map_err(|e| fetch(e, &CIFAR_10, dir))?;
+    Ok(DataSet::of(&CIFAR_10, &format!("from {}", dir.display()), images))
+}
+
+/// Reads the digits of the repository. They are not in the published package.
+fn digits(repository: &str, embedded: &str) -> Result<DataSet> {
+    let places = [Path::new(repository).join(embedded), PathBuf::from(embedded)];
+    let Some(path) = places.iter().find(|path| path.is_file()) else {
+        let expected = "run in the root of the repository, or pass --data DIR";
+        return Err(format!("{embedded}, the embedded digits, does not exist: {expected}").into());
+    };
+    let source = "digits embedded in the repository (--data DIR for the full set)";
+    Ok(DataSet::of(&DIGITS, source, data::read_idx_images(path)?))
+}
+
 /// The directory of a set's files: `dir` itself, or the one that fetch-data made in it.
 fn place(kind: &Kind, dir: &Path) -> PathBuf {
     let nested = dir.join(kind.folder);
@@ -102,7 +161,7 @@ fn read_mnist(kind: &'static Kind, dir: &Path, split: Split, or: &str) -> Result
         return Err(format!("--data is {place}, the folder of {other}; {expected}").into());
     }
     let images = data::mnist(&place, split).map_err(|e| fetch(e, kind, dir))?;
-    Ok(DataSet::new(kind, &format!("from {}", place.display()), images))
+    Ok(DataSet::of(kind, &format!("from {}", place.display()), images))
 }
 
 /// The set to which this folder belongs, if it is another one. The files of both have the same names, so only the name
@@ -115,26 +174,6 @@ fn of_another(kind: &Kind, place: &Path) -> Option<&'static Kind> {
     [&MNIST, &FASHION_MNIST].into_iter().find(is_named)
 }
 
-pub fn cifar10(dir: &Path) -> Result<DataSet> {
-    if dir.as_os_str() == HUB {
-        return Ok(DataSet::new(&CIFAR_10, "from the Hugging Face hub", hub::cifar10()?));
-    }
-    let images = data::cifar10(dir, Split::Train).map_err(|e| fetch(e, &CIFAR_10, dir))?;
-    Ok(DataSet::new(&CIFAR_10, &format!("from {}", dir.display()), images))
-}
-
-/// Reads the digits of the repository when the example runs. They are not in the published package, where the examples
-/// must compile without them.
-fn embedded() -> Result<DataSet> {
-    let places = [Path::new(env!("CARGO_MANIFEST_DIR")).join(EMBEDDED), PathBuf::from(EMBEDDED)];
-    let Some(path) = places.iter().find(|path| path.is_file()) else {
-        let expected = "run in the root of the repository, or pass --data DIR";
-        return Err(format!("{EMBEDDED}, the embedded digits, does not exist: {expected}").into());
-    };
-    let source = "digits embedded in the repository (--data DIR for the full set)";
-    Ok(DataSet::new(&DIGITS, source, data::read_idx_images(path)?))
-}
-
 /// Adds to an error how to download the set. Only an empty directory is suggested as the target, because fetch-data
 /// replaces files with the names of the set, which may be the user's own.
 fn fetch(error: impl Display, kind: &Kind, dir: &Path) -> String {
@@ -145,19 +184,6 @@ fn fetch(error: impl Display, kind: &Kind, dir: &Path) -> String {
         return format!("{error}; `scripts/fetch-data {folder} {dir}` fetches {name}");
     }
     format!("{error}; `scripts/fetch-data {folder} data` fetches {name}, then pass --data data")
-}
-
-/// Checks whether a network for images of this shape can be trained on the set.
-pub fn check_shape(set: &DataSet, channels: usize, size: usize) -> Result<()> {
-    let (found, expected) = (set.images.shape(), (channels, size, size));
-    if found != expected {
-        let about = &set.about;
-        return Err(format!(
-            "the images of {about} have shape {found:?}; the network's have {expected:?}"
-        )
-        .into());
-    }
-    Ok(())
 }
 
 #[cfg(not(feature = "hub"))]

@@ -1,0 +1,215 @@
+//! The figures of sets of images: their distance from the test images, and the classes that they show.
+
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+
+use ddpm::cli::{DataSet, Identity, Result, SamplingArgs, datasets, err, grouped, out};
+use ddpm::eval::Statistics;
+use ddpm::{Checkpoint, ImageSource, Images, SamplerConfig, UNetConfig, files};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::classifier::{CLASSES, Classifier, Random, SIZE, labels};
+
+/// The number of images in MNIST's test set.
+const ENOUGH: usize = 10_000;
+
+/// The accuracy above which a classifier is good enough.
+const GOOD: f64 = 0.99;
+
+/// Above this probability of a class, an image is clearly of it.
+pub const CONFIDENT: f32 = 0.9;
+
+/// Images that others are compared with, as the classifier sees them.
+pub struct Reference {
+    classifier: Classifier,
+    statistics: Statistics,
+    images: usize,
+    /// The share of them that the classifier assigns to their class.
+    pub accuracy: f64,
+}
+
+/// The figures of a set of images.
+#[derive(Serialize)]
+pub struct Figures {
+    images: usize,
+    /// The distance from the reference.
+    mnist_fd: f64,
+    /// The share of images that are clearly of a class.
+    confident: f64,
+    /// The number of images that are most like each digit.
+    classes: [usize; CLASSES],
+}
+
+impl Reference {
+    pub fn new(classifier: Classifier, images: &Images, stop: impl Fn() -> bool) -> Result<Self> {
+        let labels = labels(images)?;
+        let (statistics, probabilities) = classifier.look(images, stop)?;
+        let right = probabilities.iter().zip(labels).filter(|(p, l)| best(p) == usize::from(**l));
+        let accuracy = right.count() as f64 / images.len() as f64;
+        Ok(Self { classifier, statistics, images: images.len(), accuracy })
+    }
+}
+
+impl Figures {
+    fn new(reference: &Reference, images: &Images, stop: impl Fn() -> bool) -> Result<Self> {
+        let seen = reference.classifier.look(images, stop)?;
+        let (statistics, probabilities) = seen;
+        let mnist_fd = reference.statistics.frechet_distance(&statistics)?;
+        let (confident, classes) = tally(&probabilities);
+        Ok(Self { images: images.len(), mnist_fd, confident, classes })
+    }
+
+    fn row(&self) -> String {
+        let Self { images, mnist_fd, confident, classes } = self;
+        let shares = classes.map(|n| format!("{:5.1}", 100.0 * n as f64 / *images as f64));
+        format!("{images:>7}{mnist_fd:>10.3}{:>7.1}%{}", 100.0 * confident, shares.concat())
+    }
+}
+
+/// The share of images that are clearly of a class, and how many are most like each.
+pub fn tally(probabilities: &[Vec<f32>]) -> (f64, [usize; CLASSES]) {
+    let mut classes = [0; CLASSES];
+    probabilities.iter().for_each(|p| classes[best(p)] += 1);
+    let clear = probabilities.iter().filter(|p| p[best(p)] > CONFIDENT).count();
+    (clear as f64 / probabilities.len() as f64, classes)
+}
+
+fn best(probabilities: &[f32]) -> usize {
+    (0..probabilities.len())
+        .max_by(|&a, &b| probabilities[a].total_cmp(&probabilities[b]))
+        .unwrap_or_default()
+}
+
+/// Returns an error if the run is of other images than digits. A run has a file with its images beside its checkpoint.
+/// Checkpoints without such a file are accepted.
+pub fn check_digits(checkpoint: &Checkpoint) -> Result<()> {
+    let dir = checkpoint.dir();
+    let file = match dir.file_name() {
+        Some(_) => dir.with_file_name("data.json"),
+        // A path such as `.` has no name to replace.
+        None => dir.join("../data.json"),
+    };
+    match Identity::read(&file)? {
+        Some(run) if run.name != "MNIST" => {
+            let (file, name) = (file.display(), run.name);
+            return Err(format!("{file}: the run is of {name}; mnist-fd measures digits").into());
+        }
+        _ => {}
+    }
+    let UNetConfig { channels, image_size, .. } = checkpoint.network()?;
+    if (channels, image_size) != (1, SIZE) {
+        let found = (channels, image_size, image_size);
+        let expected = format!("the classifier's have {:?}", (1, SIZE, SIZE));
+        return Err(format!("the network's images have shape {found:?}; {expected}").into());
+    }
+    Ok(())
+}
+
+/// Reads the training set and the test set. Returns an error if they cannot be measured by.
+pub fn data_sets(dir: &Path) -> Result<(DataSet, DataSet)> {
+    let (train, test) = datasets::mnist_with_labels(dir)?;
+    for set in [&train, &test] {
+        set.check_shape((1, SIZE, SIZE))?;
+        labels(&set.images)?;
+    }
+    if train.images.len().min(test.images.len()) < 2 {
+        return Err(format!("{}: at least 2 images of each kind are needed", test.about).into());
+    }
+    Ok((train, test))
+}
+
+/// The results, as they are printed and written.
+pub struct Report {
+    json: Value,
+    rows: Vec<(&'static str, String)>,
+}
+
+impl Report {
+    pub fn new(sampling: &SamplingArgs, config: &SamplerConfig, checkpoint: &Checkpoint) -> Self {
+        let json = json!({
+            "checkpoint": checkpoint.dir(),
+            "step": checkpoint.step(),
+            "weights": sampling.weights,
+            "solver": config.solver,
+            "sampling_steps": config.steps,
+            "clip_denoised": config.clip_denoised,
+            "seed": sampling.seed,
+            "precision": sampling.precision,
+        });
+        Self { json, rows: vec![] }
+    }
+
+    /// Prints what the user must know about the measure before its results.
+    pub fn introduce(&mut self, file: &Path, reference: &Reference, count: usize) -> Result<()> {
+        let weights = fs::read(file).map_err(|e| format!("{}: {e}", file.display()))?;
+        let crc32 = Identity::crc32(&weights);
+        let (name, images) = (file.display(), grouped(reference.images));
+        let right = 100.0 * reference.accuracy;
+        out(format_args!(
+            "classifier  {name}, crc32 {crc32}, right on {right:.2}% of {images} test images"
+        ));
+        if reference.accuracy < GOOD {
+            err("warning: a good classifier is right on over 99%; this one is too inaccurate");
+        }
+        if count < ENOUGH {
+            err(format_args!(
+                "warning: the fewer images, the larger the distance; {ENOUGH} are usual"
+            ));
+        }
+        self.json["classifier"] = json!(file);
+        self.json["classifier_crc32"] = json!(crc32);
+        self.json["test_images"] = json!(reference.images);
+        self.json["test_accuracy"] = json!(reference.accuracy);
+        Ok(())
+    }
+
+    /// Compares samples, as many training images, and as much noise with the reference.
+    pub fn compare(
+        &mut self,
+        reference: &Reference,
+        samples: Images,
+        mut digits: Images,
+        stop: impl Fn() -> bool,
+    ) -> Result<()> {
+        // The same number as of samples, because the distance depends on it.
+        digits.truncate(samples.len());
+        let noise = noise(samples.len())?;
+        let sets = [("samples", "samples", samples), ("train images", "train_images", digits)];
+        for (name, key, images) in
+            sets.into_iter().chain([("uniform noise", "uniform_noise", noise)])
+        {
+            let figures = Figures::new(reference, &images, &stop)?;
+            self.rows.push((name, figures.row()));
+            self.json[key] = json!(figures);
+        }
+        self.rows.swap(0, 1);
+        Ok(())
+    }
+
+    /// Writes the file, if there is to be one, and prints the table.
+    pub fn print(&self, path: Option<&Path>) -> Result<ExitCode> {
+        if let Some(path) = path {
+            files::write(path, format!("{:#}\n", self.json).as_bytes())?;
+        }
+        out(format_args!(
+            "\n{:16}{:>7}{:>10}{:>8}  % of 0 to 9",
+            "", "images", "mnist-fd", "> 0.9"
+        ));
+        for (name, row) in &self.rows {
+            out(format_args!("{name:16}{row}"));
+        }
+        if let Some(path) = path {
+            out(format_args!("\n{}", path.display()));
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Draws images of independent pixels, with all values equally likely.
+fn noise(count: usize) -> Result<Images> {
+    let mut random = Random(0);
+    let pixels = (0..count * SIZE * SIZE).map(|_| random.below(256) as u8).collect();
+    Ok(Images::new(pixels, (1, SIZE, SIZE))?)
+}

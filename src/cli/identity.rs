@@ -1,0 +1,78 @@
+use std::fmt;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::Path;
+
+use flate2::Crc;
+use serde::{Deserialize, Serialize};
+
+use super::Result;
+use super::datasets::DataSet;
+use crate::data::ImageSource;
+use crate::error::Error;
+use crate::files;
+
+/// The images on which a run is trained: the content of the file `data.json` beside its checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// The name of the data set.
+    pub name: String,
+    images: usize,
+    /// The checksum of all pixels.
+    crc32: String,
+    /// The instruction to select the set.
+    options: String,
+}
+
+impl Identity {
+    /// The identity of a data set.
+    pub fn of(set: &DataSet) -> Self {
+        Self {
+            name: set.name.clone(),
+            images: set.images.len(),
+            crc32: Self::crc32(set.images.pixels()),
+            options: set.options.clone(),
+        }
+    }
+
+    /// The CRC-32 of bytes, as gzip computes it, in hexadecimal.
+    pub fn crc32(bytes: &[u8]) -> String {
+        let mut crc = Crc::new();
+        crc.update(bytes);
+        format!("{:08x}", crc.sum())
+    }
+
+    pub(super) fn write(&self, path: &Path) -> Result<()> {
+        Ok(files::write(path, format!("{}\n", serde_json::to_string(self)?).as_bytes())?)
+    }
+
+    /// Reads the file of a run. Returns `None` if it does not exist.
+    ///
+    /// # Errors
+    /// Returns an error if the file cannot be read, or if its content is something else.
+    pub fn read(path: &Path) -> Result<Option<Self>> {
+        let text = match fs::read(path) {
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            read => read.map_err(Error::io(path))?,
+        };
+        let run = serde_json::from_slice(&text).map_err(|e| format!("{}: {e}", path.display()))?;
+        Ok(Some(run))
+    }
+
+    /// Returns an error if the run with this file is trained on other images. Returns false if there is no such file.
+    pub(super) fn check(&self, path: &Path) -> Result<bool> {
+        let Some(run) = Self::read(path)? else { return Ok(false) };
+        if (run.images, &run.crc32) != (self.images, &self.crc32) {
+            let (path, options) = (path.display(), &run.options);
+            let wrong = format!("{path}: the run is of {run}, not of {self}");
+            return Err(format!("{wrong}; to go on with it, {options}").into());
+        }
+        Ok(true)
+    }
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({} images, crc32 {})", self.name, self.images, self.crc32)
+    }
+}

@@ -1,0 +1,166 @@
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::arguments::{positive_fraction, precision, whole};
+use super::sampling::describe_solver;
+use crate::model::UNetConfig;
+use crate::precision::Precision;
+use crate::process::Diffusion;
+use crate::sample::SamplerConfig;
+use crate::train::{AdamConfig, TrainConfig};
+
+/// A network, a process, and the defaults of a program that trains it.
+#[derive(Debug, Clone)]
+pub struct Recipe {
+    /// The network.
+    pub network: UNetConfig,
+    /// The process that it learns to reverse.
+    pub diffusion: Diffusion,
+    /// The training configuration.
+    pub train: TrainConfig,
+    /// The directory of the run.
+    pub out: &'static str,
+    /// The arguments by which `cargo run` selects the program, such as `--example mnist`. The program states them in
+    /// the command that continues a run.
+    pub cargo_target: &'static str,
+    /// Updates from one checkpoint to the next.
+    pub save_every: u64,
+    /// Updates from one grid of samples to the next.
+    pub sample_every: u64,
+    /// Samples in a grid.
+    pub sample_count: usize,
+    /// Sampler settings of the grids.
+    pub sampling: SamplerConfig,
+}
+
+impl Recipe {
+    /// Creates a recipe that saves every 500 updates, draws a grid of 64 samples every 1,000 by the
+    /// [usual](SamplerConfig::usual) sampler, and writes to `out`.
+    pub fn new(network: UNetConfig, diffusion: Diffusion, train: TrainConfig) -> Self {
+        Self {
+            sampling: SamplerConfig::usual(&diffusion),
+            network,
+            diffusion,
+            train,
+            out: "out",
+            cargo_target: "",
+            save_every: 500,
+            sample_every: 1_000,
+            sample_count: 64,
+        }
+    }
+
+    /// Formats the defaults in the case `when`, for the end of --help.
+    pub fn defaults(&self, when: &str) -> String {
+        let Self { train, .. } = self;
+        let clipping = train.clip_norm.map_or_else(
+            || "no clipping of gradients".into(),
+            |norm| format!("gradients clipped to norm {norm}"),
+        );
+        let cooldown = match train.cooldown {
+            0.0 => "no cool-down".into(),
+            share => format!("cool-down over the last {:.0}%", 100.0 * share),
+        };
+        let solver = describe_solver(self.sampling.solver);
+        format!(
+            "{when}: --out {} --save-every {} --sample-every {} --sample-count {}\n  \
+             new runs only (--resume uses the checkpoint's values, and accepts others for the last three): \
+             --batch-size {} --learning-rate {} --accumulation {} --precision {} --seed {} \
+             --steps {} --log-every {} --sampling-steps {}\n  \
+             fixed: warm-up over {} updates, {cooldown}, {clipping}; grids by {solver}.",
+            self.out,
+            self.save_every,
+            self.sample_every,
+            self.sample_count,
+            train.batch_size,
+            train.optimizer.learning_rate,
+            train.accumulation,
+            train.precision,
+            train.seed,
+            train.steps,
+            train.log_every,
+            self.sampling.steps,
+            train.warmup_steps,
+        )
+    }
+}
+
+/// The options of a program that trains. Without an option, the value of the [`Recipe`] holds, or that of the run
+/// which is resumed.
+#[derive(Debug, Clone, Args)]
+pub struct TrainArgs {
+    /// Total number of updates of the weights, including those before --resume
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<u64>(1..=1_000_000_000))]
+    steps: Option<u64>,
+    /// Images per update
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<usize>(1..=65_536))]
+    batch_size: Option<usize>,
+    /// Learning rate after the warm-up
+    #[arg(long, value_name = "R", allow_negative_numbers = true,
+          value_parser = positive_fraction)]
+    learning_rate: Option<f64>,
+    /// Parts into which a batch is divided to save memory; --batch-size must be a multiple
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<usize>(1..=65_536))]
+    accumulation: Option<usize>,
+    /// Precision of products: highest or high; bf16 or f16 (with the feature f16)
+    #[arg(long, value_name = "P", value_parser = precision)]
+    precision: Option<Precision>,
+    /// Seed of all random numbers
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<u64>(0..=u64::MAX))]
+    seed: Option<u64>,
+    /// Directory for checkpoint/, samples/, metrics.jsonl, loss.png and data.json, which names the
+    /// training images; a new run renames metrics.jsonl and samples/ of an earlier run to
+    /// metrics-old.jsonl and samples-old/
+    #[arg(long, value_name = "DIR")]
+    pub(super) out: Option<PathBuf>,
+    /// Continue the run in --out
+    #[arg(long)]
+    pub(super) resume: bool,
+    /// Updates from one checkpoint to the next; one is always written at the end
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<u64>(1..=1_000_000_000))]
+    pub(super) save_every: Option<u64>,
+    /// Updates from one grid of samples to the next; one is always drawn at the end
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<u64>(1..=1_000_000_000))]
+    pub(super) sample_every: Option<u64>,
+    /// Images in a grid
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<usize>(1..=1024))]
+    pub(super) sample_count: Option<usize>,
+    /// Sampling steps for the grids
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<usize>(1..=1000))]
+    pub(super) sampling_steps: Option<usize>,
+    /// Updates from one line in metrics.jsonl to the next
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<u64>(1..=1_000_000_000))]
+    log_every: Option<u64>,
+    /// Train on the CPU, even in a build for a GPU
+    #[arg(long)]
+    pub(super) cpu: bool,
+}
+
+impl TrainArgs {
+    /// Replaces the values of the configuration for which an option was given.
+    pub(super) fn apply(&self, config: &TrainConfig) -> TrainConfig {
+        TrainConfig {
+            seed: self.seed.unwrap_or(config.seed),
+            steps: self.steps.unwrap_or(config.steps),
+            batch_size: self.batch_size.unwrap_or(config.batch_size),
+            optimizer: AdamConfig {
+                learning_rate: self.learning_rate.unwrap_or(config.optimizer.learning_rate),
+                ..config.optimizer
+            },
+            accumulation: self.accumulation.unwrap_or(config.accumulation),
+            precision: self.precision.unwrap_or(config.precision),
+            log_every: self.log_every.unwrap_or(config.log_every),
+            ..config.clone()
+        }
+    }
+}

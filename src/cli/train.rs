@@ -1,0 +1,273 @@
+use std::error::Error as StdError;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use candle_core::Device;
+
+use super::arguments::resume_command;
+use super::datasets::DataSet;
+use super::identity::Identity;
+use super::print::{err, grouped, out};
+use super::recipe::{Recipe, TrainArgs};
+use super::{Result, device};
+use crate::data::ImageSource;
+use crate::error::Error;
+use crate::files;
+use crate::model::UNetConfig;
+use crate::observe::{
+    LossCurve, MetricsFile, Progress, SampleGrid, SaveEvery, StopOnSignal, duration, is_removed,
+};
+use crate::train::{Checkpoint, Metrics, Observer, Outcome, Run, TrainConfig, Trainer};
+
+/// The files of a run's directory.
+struct Files {
+    out: PathBuf,
+    checkpoint: PathBuf,
+    samples: PathBuf,
+    metrics: PathBuf,
+    curve: PathBuf,
+    identity: PathBuf,
+}
+
+impl Files {
+    fn of(out: PathBuf) -> Self {
+        Self {
+            checkpoint: out.join("checkpoint"),
+            samples: out.join("samples"),
+            metrics: out.join("metrics.jsonl"),
+            curve: out.join("loss.png"),
+            identity: out.join("data.json"),
+            out,
+        }
+    }
+}
+
+/// Begins or resumes the run of a recipe, trains, saves, and draws samples. `load` reads the images.
+///
+/// Returns success if the run is complete, and the exit code 130 if the user stopped it.
+///
+/// # Errors
+/// Returns an error if the run cannot begin or continue there with these options and images, and the errors of training
+/// and saving. After an error of training the run is saved.
+pub fn train(
+    recipe: &Recipe,
+    args: &TrainArgs,
+    load: impl FnOnce() -> Result<DataSet>,
+) -> Result<ExitCode> {
+    let files = Files::of(args.out.clone().unwrap_or_else(|| recipe.out.into()));
+    let saved = find(&files, args.resume)?;
+    let network = saved.as_ref().map_or(Ok(recipe.network.clone()), Checkpoint::network)?;
+    let config = args.apply(saved.as_ref().map_or(&recipe.train, Checkpoint::train_config));
+    config.validate()?;
+
+    let set = load()?;
+    set.check_shape((network.channels, network.image_size, network.image_size))?;
+    let identity = Identity::of(&set);
+    let known = saved.is_some() && identity.check(&files.identity)?;
+    let device = device::pick(args.cpu)?;
+    let mut trainer = begin(recipe, saved.as_ref(), network, config, &device)?;
+    let mut sampling = recipe.sampling;
+    if let Some(&run) = saved.as_ref().and_then(Checkpoint::sampling) {
+        sampling = run;
+    }
+    sampling.steps = args.sampling_steps.unwrap_or(sampling.steps);
+    trainer.set_sampling(sampling)?;
+    // From here on no other process changes the directory. Nothing in it has been changed yet.
+    trainer.claim(&files.checkpoint).map_err(with_options)?;
+    prepare(&files, saved.is_none())?;
+    if !known {
+        if saved.is_some() {
+            // Images in another number are not those of the run, and must not be recorded as such.
+            trainer.next_batch(&set.images)?;
+            let unknown = "the images with which the run began are unknown";
+            let file = files.identity.display();
+            err(format_args!("warning: {file} does not exist: {unknown}; it now names {identity}"));
+        }
+        identity.write(&files.identity)?;
+    }
+    announce(&trainer, &set, &files.out);
+    device::check_speed(trainer.config().precision, &device);
+    if saved.is_none() && fs::metadata(&files.metrics).is_ok_and(|f| f.is_file() && f.len() > 0) {
+        keep(&files.metrics)?;
+    }
+    fit(recipe, args, &mut trainer, &set, &files)
+}
+
+/// Trains with all observers, and reports the result.
+fn fit(
+    recipe: &Recipe,
+    args: &TrainArgs,
+    trainer: &mut Trainer<UNetConfig>,
+    set: &DataSet,
+    files: &Files,
+) -> Result<ExitCode> {
+    let (step, steps) = (trainer.steps(), trainer.config().steps);
+    let progress = Progress::new();
+    let say = progress.clone();
+    let stop = StopOnSignal::install(move || {
+        say.say("stopping after this step; press Ctrl-C again to quit without saving");
+    })?;
+    if step < steps {
+        let (batch, seed) = (trainer.config().batch_size, trainer.config().seed);
+        out(format_args!("steps    {} to {steps}, batches of {batch}, seed {seed}", step + 1));
+    } else {
+        let further = "use --steps to train further";
+        out(format_args!("nothing to train: the run is at step {step} of {steps}; {further}"));
+    }
+    let save_every = args.save_every.unwrap_or(recipe.save_every);
+    let sample_every = args.sample_every.unwrap_or(recipe.sample_every);
+    let mut save = SaveEvery::steps(save_every, &files.checkpoint);
+    let mut grid = SampleGrid::steps(sample_every, &files.samples)
+        .count(args.sample_count.unwrap_or(recipe.sample_count));
+    let observers = (
+        progress.clone(),
+        stop,
+        Restore { files, identity: Identity::of(set) },
+        MetricsFile::new(&files.metrics),
+        &mut save,
+        LossCurve::steps(save_every, &files.metrics, &files.curve),
+        &mut grid,
+    );
+    let fitted = trainer.fit(&set.images, observers);
+    let now = trainer.steps();
+    fitted.map_err(|error| -> Box<dyn StdError + Send + Sync> {
+        if now == step || save.saved_step() != now {
+            return error.into();
+        }
+        format!("{error:?}; the run was saved at step {now}; continue it with --resume").into()
+    })?;
+    let grid = grid.path(now);
+    if now < steps || !grid.is_file() {
+        let command = resume_command(recipe.cargo_target);
+        out(format_args!("stopped and saved at step {now} of {steps}; resume with: {command}"));
+        return Ok(ExitCode::from(StopOnSignal::EXIT_CODE));
+    }
+    if let Some(loss) = progress.smooth_loss() {
+        out(format_args!("loss     {loss:.4}, smoothed, at step {now}"));
+    }
+    if step < steps {
+        out(format_args!("time     {}", duration(progress.elapsed())));
+    }
+    out(format_args!("grid     {}", grid.display()));
+    out(format_args!("done: {}", files.out.display()));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Creates the directories of a run again, and its file `data.json`, if they were removed while it trained.
+struct Restore<'a> {
+    files: &'a Files,
+    identity: Identity,
+}
+
+impl Restore<'_> {
+    fn restore(&self) -> crate::error::Result<()> {
+        let Files { metrics, samples, identity, .. } = self.files;
+        if is_removed(metrics) {
+            fs::create_dir_all(samples).map_err(Error::io(samples))?;
+            self.identity.write(identity).map_err(Error::external)?;
+        }
+        Ok(())
+    }
+}
+
+impl Observer for Restore<'_> {
+    fn on_metrics(&mut self, _: &Run<'_>, _: &Metrics) -> crate::error::Result<()> {
+        self.restore()
+    }
+
+    fn on_end(&mut self, _: &Run<'_>, outcome: Outcome<'_>) -> crate::error::Result<()> {
+        match outcome {
+            Outcome::Failed(_) => Ok(()),
+            _ => self.restore(),
+        }
+    }
+}
+
+/// Opens the checkpoint of a run to be resumed. Returns an error if `out` does not fit `resume`.
+fn find(files: &Files, resume: bool) -> Result<Option<Checkpoint>> {
+    let out = &files.out;
+    if out.exists() && !out.is_dir() {
+        return Err(format!("--out is {}; it must be a directory", out.display()).into());
+    }
+    match Checkpoint::open(&files.checkpoint) {
+        Ok(saved) if resume => Ok(Some(saved)),
+        Ok(saved) => Err(format!(
+            "{} holds a run at step {}; continue it with --resume, or choose another --out",
+            saved.dir().display(),
+            saved.step()
+        )
+        .into()),
+        Err(Error::NoCheckpoint { .. }) if !resume => Ok(None),
+        Err(error @ Error::NoCheckpoint { .. }) => {
+            Err(format!("{error}; --resume requires the --out of a saved run").into())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn begin(
+    recipe: &Recipe,
+    saved: Option<&Checkpoint>,
+    network: UNetConfig,
+    config: TrainConfig,
+    device: &Device,
+) -> Result<Trainer<UNetConfig>> {
+    Ok(match saved {
+        Some(saved) => {
+            Trainer::resume(saved.dir(), network, config, saved.diffusion().clone(), device)
+                .map_err(with_options)?
+        }
+        None => Trainer::new(network, config, recipe.diffusion.clone(), device)?,
+    })
+}
+
+/// Prepares the directory for the run. A new run keeps the samples of an earlier one.
+fn prepare(files: &Files, new: bool) -> Result<()> {
+    let written = ["data.json", "loss.png", "metrics.jsonl"];
+    files::clear_leftovers(&files.out, |name| written.contains(&name));
+    files::clear_leftovers(&files.samples, |name| name.starts_with("step-"));
+    if new && fs::read_dir(&files.samples).is_ok_and(|mut grids| grids.next().is_some()) {
+        keep(&files.samples)?;
+    }
+    Ok(fs::create_dir_all(&files.samples).map_err(Error::io(&files.samples))?)
+}
+
+/// Puts a file of an earlier run aside.
+fn keep(path: &Path) -> Result<()> {
+    out(format_args!("kept     {}, of an earlier run", files::put_aside(path)?.display()));
+    Ok(())
+}
+
+/// Adds to an error of beginning or resuming the options by which the user can solve it.
+fn with_options(error: Error) -> Box<dyn StdError + Send + Sync> {
+    let remedy = match &error {
+        Error::ConfigMismatch { field, found, expected, .. } => {
+            let option = match field.as_str() {
+                "train.batch_size" => "--batch-size",
+                "train.optimizer.learning_rate" => "--learning-rate",
+                "train.accumulation" => "--accumulation",
+                "train.precision" => "--precision",
+                "train.seed" => "--seed",
+                _ => return error.into(),
+            };
+            return format!(
+                "{field} is {found} in the checkpoint, but {expected} was requested; omit {option} \
+                 to continue the run, or begin a new run with another --out"
+            )
+            .into();
+        }
+        Error::Occupied { .. } => "move it away, or choose another --out",
+        Error::Locked { .. } => "wait until it ends, or choose another --out",
+        _ => return error.into(),
+    };
+    format!("{error}; {remedy}").into()
+}
+
+fn announce(trainer: &Trainer<UNetConfig>, set: &DataSet, directory: &Path) {
+    let weights: usize = trainer.vars().values().map(|v| v.elem_count()).sum();
+    out(format_args!("data     {}, {} images", set.about, grouped(set.images.len())));
+    out(format_args!("network  {} weights", grouped(weights)));
+    out(format_args!("device   {}", device::describe(trainer.device())));
+    out(format_args!("output   {}", directory.display()));
+}

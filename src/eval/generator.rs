@@ -1,0 +1,143 @@
+use std::ops::ControlFlow;
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::data::Images;
+use crate::denoiser::Denoiser;
+use crate::error::{Error, Result};
+use crate::sample::Sampler;
+
+/// The number of images that share a seed.
+const SEEDED: usize = 100;
+
+/// Draws many images as bytes, with the memory of a few at a time.
+///
+/// An image depends only on the seed and its position, not on the number of images. The first hundred images are those
+/// that the sampler draws from `seed`. Each further hundred has a seed of its own, which follows from `seed`.
+///
+/// ```
+/// use std::ops::ControlFlow;
+///
+/// use candle_core::{Device, Tensor};
+/// use ddpm::eval::Generator;
+/// use ddpm::{Diffusion, ImageSource, Sampler, Solver, from_fn};
+///
+/// # let denoiser = from_fn(|x_t: &Tensor, _t: &Tensor| Ok(x_t.clone()));
+/// let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddim(), 5)?;
+/// let generator = Generator::new(&sampler, (1, 8, 8), 0, &Device::Cpu);
+/// let steps = generator.steps(150);
+/// let images = generator.draw(&denoiser, 150, |drawn| {
+///     println!("step {} of {steps}", drawn.done);
+///     Ok(ControlFlow::Continue(()))
+/// })?;
+/// assert_eq!(images.map(|images| images.len()), Some(150));
+/// # Ok::<(), ddpm::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Generator {
+    sampler: Sampler,
+    image_shape: (usize, usize, usize),
+    seed: u64,
+    device: Device,
+}
+
+/// A sampling step of one part of the images.
+#[derive(Debug, Clone, Copy)]
+pub struct Drawn<'a> {
+    /// The index of the sampling step within its part, from 0.
+    pub index: usize,
+    /// The samples of the part after the step: (count, channels, height, width).
+    pub x: &'a Tensor,
+    /// The number of sampling steps so far, of [`Generator::steps`] in total.
+    pub done: usize,
+}
+
+impl Generator {
+    /// Creates a generator of images of `image_shape` (channels, height, width).
+    pub fn new(
+        sampler: &Sampler,
+        image_shape: (usize, usize, usize),
+        seed: u64,
+        device: &Device,
+    ) -> Self {
+        Self { sampler: sampler.clone(), image_shape, seed, device: device.clone() }
+    }
+
+    /// The number of images that are drawn at a time, a divisor of [`SEEDED`]. A GPU needs many to be fully used.
+    fn part(&self) -> usize {
+        if self.device.is_cpu() { 20 } else { SEEDED }
+    }
+
+    /// The number of sampling steps in which `count` images are drawn.
+    pub fn steps(&self, count: usize) -> usize {
+        count.div_ceil(self.part()) * self.sampler.timesteps().len()
+    }
+
+    /// Draws images, and calls `seen` after each sampling step. Returns `None` if `seen` returns `Break`.
+    ///
+    /// # Errors
+    /// Returns an error if there is not enough memory, and the errors of the sampler and of `seen`.
+    pub fn draw(
+        &self,
+        denoiser: &impl Denoiser,
+        count: usize,
+        mut seen: impl FnMut(Drawn<'_>) -> Result<ControlFlow<()>>,
+    ) -> Result<Option<Images>> {
+        let (channels, height, width) = self.image_shape;
+        let mut pixels = Vec::new();
+        let size = [count, height, width].into_iter().try_fold(channels, usize::checked_mul);
+        if size.is_none_or(|size| pixels.try_reserve_exact(size).is_err()) {
+            let expected = "small enough for the pixels of all images to be in memory";
+            return Err(Error::config("count", count, expected));
+        }
+        let (mut seeds, mut seed, mut done) = (SplitMix64(self.seed), self.seed, 0);
+        for start in (0..count).step_by(self.part()) {
+            let first = start % SEEDED;
+            if start > 0 && first == 0 {
+                seed = seeds.next();
+            }
+            let shape = (self.part().min(count - start), channels, height, width);
+            let sampler = self.sampler.clone().first_image(first as u32);
+            let mut samples = None;
+            for step in sampler.steps(denoiser, shape, seed, &self.device)? {
+                let step = step?;
+                done += 1;
+                if seen(Drawn { index: step.index, x: &step.x, done })?.is_break() {
+                    return Ok(None);
+                }
+                samples = Some(step.x);
+            }
+            if let Some(samples) = samples {
+                pixels.extend(bytes(&samples)?);
+            }
+        }
+        Images::new(pixels, self.image_shape).map(Some)
+    }
+}
+
+/// Converts the values of samples to bytes: -1 becomes 0, and 1 becomes 255. Values outside [-1, 1], which samples
+/// have during sampling, are clamped.
+///
+/// # Errors
+/// Returns an error if a value is not finite.
+pub fn bytes(samples: &Tensor) -> Result<Vec<u8>> {
+    let values: Vec<f32> = samples.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+    let byte = |value: f32| match value.is_finite() {
+        // `as` saturates.
+        true => Ok(((value + 1.0) * 127.5).round() as u8),
+        false => Err(Error::config("samples", value, "finite to be drawn")),
+    };
+    values.into_iter().map(byte).collect()
+}
+
+/// The generator of the seeds. Steele et al. 2014.
+struct SplitMix64(u64);
+
+impl SplitMix64 {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+}

@@ -1,0 +1,124 @@
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::error::{Error, Result};
+use crate::files;
+use crate::train::{Metrics, Observer, Outcome, Run};
+
+/// Writes each report as a line of a file: a JSON object of the fields of [`Metrics`].
+///
+/// A new run puts an existing file [aside](files::put_aside). A resumed run appends to it, after it removed the lines
+/// of the steps that the run repeats, and a line that was not finished. If the file is removed during the run, it is
+/// created again, with a warning.
+#[derive(Debug)]
+pub struct MetricsFile {
+    path: PathBuf,
+    /// `None` before the run begins.
+    file: Option<File>,
+}
+
+/// The fields of a line that are read back.
+#[derive(Deserialize)]
+struct Logged {
+    step: u64,
+    loss: f64,
+}
+
+impl MetricsFile {
+    /// Writes to `path`, whose directory must exist.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), file: None }
+    }
+
+    /// Reads the steps and the losses of all reports in such a file. There are none if it does not exist.
+    ///
+    /// # Errors
+    /// Returns an error if the file cannot be read.
+    pub fn losses(path: impl AsRef<Path>) -> Result<Vec<(u64, f64)>> {
+        let text = read(path.as_ref())?;
+        Ok(lines(&text).map(|(_, logged)| (logged.step, logged.loss)).collect())
+    }
+
+    /// Removes the lines that a run at `step` will repeat, and opens the file.
+    fn open(&self, step: u64) -> Result<File> {
+        let old = read(&self.path)?;
+        let kept: Vec<u8> = lines(&old)
+            .filter(|(_, logged)| logged.step <= step)
+            .flat_map(|(line, _)| line.iter().copied())
+            .collect();
+        if kept != old {
+            files::write(&self.path, &kept)?;
+        }
+        create(&self.path)
+    }
+
+    /// Creates the file again, and its directory, if it was removed after its lines up to `step` were written.
+    /// Otherwise further lines would go to a file without a name.
+    fn restore(&mut self, run: &Run<'_>, step: u64) -> Result<()> {
+        if !is_removed(&self.path) {
+            return Ok(());
+        }
+        if let Some(parent) = self.path.parent() {
+            fs::create_dir_all(parent).map_err(Error::io(parent))?;
+        }
+        self.file = Some(create(&self.path)?);
+        let removed = "was removed during the run; its lines are lost, up to step";
+        run.warn(&format!("{} {removed} {step}", self.path.display()));
+        Ok(())
+    }
+}
+
+impl Observer for MetricsFile {
+    fn on_start(&mut self, run: &Run<'_>) -> Result<()> {
+        let is_of_another_run =
+            || fs::metadata(&self.path).is_ok_and(|f| f.is_file() && f.len() > 0);
+        if run.step() == 0 && is_of_another_run() {
+            files::put_aside(&self.path)?;
+        }
+        self.file = Some(self.open(run.step())?);
+        Ok(())
+    }
+
+    fn on_metrics(&mut self, run: &Run<'_>, metrics: &Metrics) -> Result<()> {
+        self.restore(run, metrics.step - 1)?;
+        let mut line = serde_json::to_vec(metrics).map_err(Error::external)?;
+        line.push(b'\n');
+        match &mut self.file {
+            Some(file) => file.write_all(&line).map_err(Error::io(&self.path)),
+            None => Ok(()),
+        }
+    }
+
+    fn on_end(&mut self, run: &Run<'_>, outcome: Outcome<'_>) -> Result<()> {
+        match outcome {
+            Outcome::Failed(_) => Ok(()),
+            _ => self.restore(run, run.step()),
+        }
+    }
+}
+
+/// Returns whether nothing has this path.
+pub(crate) fn is_removed(path: &Path) -> bool {
+    fs::metadata(path).is_err_and(|e| e.kind() == ErrorKind::NotFound)
+}
+
+fn create(path: &Path) -> Result<File> {
+    OpenOptions::new().create(true).append(true).open(path).map_err(Error::io(path))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    match fs::read(path) {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(vec![]),
+        read => read.map_err(Error::io(path)),
+    }
+}
+
+/// The complete lines, with their content.
+fn lines(text: &[u8]) -> impl Iterator<Item = (&[u8], Logged)> {
+    text.split_inclusive(|&byte| byte == b'\n')
+        .filter(|line| line.ends_with(b"\n"))
+        .filter_map(|line| Some((line, serde_json::from_slice(line).ok()?)))
+}

@@ -1,0 +1,64 @@
+//! Observers of training: checkpoints, metrics, pictures, progress, signals.
+//!
+//! [`Trainer::fit`](crate::Trainer::fit) takes one [`Observer`](crate::Observer). A tuple of observers is one, so a
+//! program chooses what it needs:
+//!
+//! ```no_run
+//! use ddpm::observe::{LossCurve, MetricsFile, Progress, SampleGrid, SaveEvery, StopOnSignal};
+//! # use ddpm::{Images, Result, Trainer, UNetConfig};
+//!
+//! # fn fit(mut trainer: Trainer<UNetConfig>, images: Images) -> Result<()> {
+//! let progress = Progress::new();
+//! let say = progress.clone();
+//! let stop = StopOnSignal::install(move || say.say("stopping after this step"))?;
+//! trainer.fit(&images, (
+//!     progress,
+//!     stop,
+//!     MetricsFile::new("out/metrics.jsonl"),
+//!     SaveEvery::steps(500, "out/checkpoint"),
+//!     LossCurve::steps(500, "out/metrics.jsonl", "out/loss.png"),
+//!     SampleGrid::steps(2_500, "out/samples"),
+//! ))
+//! # }
+//! ```
+//!
+//! | observer | feature | |
+//! | --- | --- | --- |
+//! | [`SaveEvery`] | | saves checkpoints, also when the run stops or fails |
+//! | [`MetricsFile`] | | writes the reports as JSON, one per line |
+//! | `SampleGrid` | `image` | draws grids of samples as PNG files |
+//! | `LossCurve` | `plot` | draws the loss as a PNG file |
+//! | `Progress` | `progress` | shows the progress in one line of the terminal |
+//! | `StopOnSignal` | `signals` | stops the run at Ctrl-C or if the terminal is closed |
+//!
+//! Observers reach each other only through [`Run`](crate::Run): `Progress` shows the warnings of the others, and after
+//! a signal `SampleGrid` ends a grid that is being drawn. The feature `cli` combines all of them to a command-line
+//! program.
+
+#[cfg(feature = "plot")]
+mod loss_curve;
+mod metrics_file;
+#[cfg(feature = "progress")]
+mod progress;
+#[cfg(feature = "image")]
+mod sample_grid;
+mod save_every;
+#[cfg(feature = "signals")]
+mod signals;
+#[cfg(feature = "progress")]
+mod terminal_line;
+
+#[cfg(feature = "plot")]
+pub use loss_curve::LossCurve;
+pub use metrics_file::MetricsFile;
+#[cfg(feature = "cli")]
+pub(crate) use metrics_file::is_removed;
+#[cfg(feature = "progress")]
+pub use progress::Progress;
+#[cfg(feature = "cli")]
+pub(crate) use progress::duration;
+#[cfg(feature = "image")]
+pub use sample_grid::SampleGrid;
+pub use save_every::SaveEvery;
+#[cfg(feature = "signals")]
+pub use signals::StopOnSignal;
