@@ -54,7 +54,7 @@ pub fn put_aside(path: impl AsRef<Path>) -> Result<PathBuf> {
     Ok(aside)
 }
 
-/// Removes the temporary files that killed processes left in `dir` when they [wrote](write) files whose names satisfy
+/// Removes the temporary files that killed processes left in `dir` when they [wrote](write()) files whose names satisfy
 /// `is_target`. Failures are ignored, because these files do no harm.
 pub fn clear_leftovers(dir: impl AsRef<Path>, is_target: impl Fn(&str) -> bool) {
     let dir = dir.as_ref();
@@ -72,7 +72,7 @@ pub fn clear_leftovers(dir: impl AsRef<Path>, is_target: impl Fn(&str) -> bool) 
     }
 }
 
-/// Tries to create and remove the temporary file with which [`write`] begins, so that a program can report a path that
+/// Tries to create and remove the temporary file with which [`write()`] begins, so that a program can report a path that
 /// cannot be written before it works for hours. Creates the directory of `path` if necessary.
 ///
 /// # Errors

@@ -259,7 +259,7 @@ impl Frames {
     /// Encodes the animation of grids of images of `shape` (channels, height, width) as the content of a GIF file.
     ///
     /// # Errors
-    /// Returns the errors of [`grid_of`] and [`gif`].
+    /// Returns the errors of [`grid_of`] and [`gif()`].
     pub fn gif(&self, shape: (usize, usize, usize)) -> Result<Vec<u8>> {
         let grids = self.pixels.values().map(|pixels| grid_of(pixels, shape));
         gif(&grids.collect::<Result<Vec<_>>>()?)

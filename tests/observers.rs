@@ -149,8 +149,7 @@ fn boxes_vectors_options_and_nested_tuples_are_observers() {
     let calls = |observe: &dyn Fn(Recorder) -> Box<dyn Observer>| {
         let log = Log::default();
         trainer(3).fit(&images(), observe(Recorder::new("a", &log))).unwrap();
-        let calls = log.lock().unwrap().clone();
-        calls
+        log.lock().unwrap().clone()
     };
     let alone = calls(&|a| Box::new(a));
     assert_eq!(alone.len(), 7);

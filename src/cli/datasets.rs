@@ -5,8 +5,8 @@ use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::Result;
 use super::arguments::quoted;
+use super::result::Result;
 use crate::data::{self, ImageSource, Images, Split};
 
 /// The value of `--data` that requests a download instead of a directory.

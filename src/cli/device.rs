@@ -2,8 +2,8 @@
 
 use candle_core::Device;
 
-use super::Result;
 use super::print::err;
+use super::result::Result;
 use crate::error::Error;
 use crate::precision::Precision;
 

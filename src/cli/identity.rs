@@ -6,8 +6,8 @@ use std::path::Path;
 use flate2::Crc;
 use serde::{Deserialize, Serialize};
 
-use super::Result;
 use super::datasets::DataSet;
+use super::result::Result;
 use crate::data::ImageSource;
 use crate::error::Error;
 use crate::files;

@@ -5,8 +5,9 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::arguments::{fraction, precision, quoted, whole};
+use super::device::{check_speed, describe};
 use super::print::{grouped, out};
-use super::{Result, device};
+use super::result::Result;
 use crate::engine::Model;
 use crate::error::Error;
 use crate::model::{UNet, UNetConfig};
@@ -124,8 +125,8 @@ impl SamplingArgs {
         let (dir, step) = (checkpoint.dir().display(), checkpoint.step());
         out(format_args!("checkpoint  {dir}, step {step}"));
         out(format_args!("sampler     {solver}, {steps} steps, {clipped} ({whose})"));
-        out(format_args!("device      {}", device::describe(device)));
-        device::check_speed(self.precision, device);
+        out(format_args!("device      {}", describe(device)));
+        check_speed(self.precision, device);
     }
 
     /// The network with the selected weights, in the selected precision.

@@ -7,10 +7,11 @@ use candle_core::Device;
 
 use super::arguments::resume_command;
 use super::datasets::DataSet;
+use super::device::{check_speed, describe, pick};
 use super::identity::Identity;
 use super::print::{err, grouped, out};
 use super::recipe::{Recipe, TrainArgs};
-use super::{Result, device};
+use super::result::Result;
 use crate::data::ImageSource;
 use crate::error::Error;
 use crate::files;
@@ -65,7 +66,7 @@ pub fn train(
     set.check_shape((network.channels, network.image_size, network.image_size))?;
     let identity = Identity::of(&set);
     let known = saved.is_some() && identity.check(&files.identity)?;
-    let device = device::pick(args.cpu)?;
+    let device = pick(args.cpu)?;
     let mut trainer = begin(recipe, saved.as_ref(), network, config, &device)?;
     let mut sampling = recipe.sampling;
     if let Some(&run) = saved.as_ref().and_then(Checkpoint::sampling) {
@@ -87,7 +88,7 @@ pub fn train(
         identity.write(&files.identity)?;
     }
     announce(&trainer, &set, &files.out);
-    device::check_speed(trainer.config().precision, &device);
+    check_speed(trainer.config().precision, &device);
     if saved.is_none() && fs::metadata(&files.metrics).is_ok_and(|f| f.is_file() && f.len() > 0) {
         keep(&files.metrics)?;
     }
@@ -268,6 +269,6 @@ fn announce(trainer: &Trainer<UNetConfig>, set: &DataSet, directory: &Path) {
     let weights: usize = trainer.vars().values().map(|v| v.elem_count()).sum();
     out(format_args!("data     {}, {} images", set.about, grouped(set.images.len())));
     out(format_args!("network  {} weights", grouped(weights)));
-    out(format_args!("device   {}", device::describe(trainer.device())));
+    out(format_args!("device   {}", describe(trainer.device())));
     out(format_args!("output   {}", directory.display()));
 }

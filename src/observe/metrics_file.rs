@@ -83,7 +83,7 @@ impl Observer for MetricsFile {
     }
 
     fn on_metrics(&mut self, run: &Run<'_>, metrics: &Metrics) -> Result<()> {
-        self.restore(run, metrics.step - 1)?;
+        self.restore(run, metrics.step.saturating_sub(1))?;
         let mut line = serde_json::to_vec(metrics).map_err(Error::external)?;
         line.push(b'\n');
         match &mut self.file {

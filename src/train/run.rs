@@ -6,8 +6,8 @@ use candle_core::Device;
 
 use super::checkpoint::Saved;
 use super::config::TrainConfig;
+use crate::error::{Error, Result};
 use crate::denoiser::Denoiser;
-use crate::error::Result;
 use crate::process::Diffusion;
 use crate::sample::SamplerConfig;
 
@@ -168,5 +168,5 @@ pub enum Outcome<'a> {
     /// An observer or a [`Frontend`] stopped the run before its last update.
     Stopped,
     /// An update or an observer returned this error.
-    Failed(&'a crate::error::Error),
+    Failed(&'a Error),
 }
