@@ -1,5 +1,5 @@
 //! The operations on candle's tensors, with gradients by candle: by a kernel if there is one for the device
-//! and the type, otherwise by the [`reference`](super::reference) composition.
+//! and the type, otherwise by the [reference](mod@super::reference) composition.
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 

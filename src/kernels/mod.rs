@@ -2,11 +2,11 @@
 //! they are computed.
 //!
 //! - [`op`] defines each operation for every device: its sizes, its settings, and what is added to its output.
-//! - [`reference`] composes each operation of candle's own: the oracle of the kernels' tests, and the
+//! - [`mod@reference`] composes each operation of candle's own: the oracle of the kernels' tests, and the
 //!   computation where there is no kernel.
 //! - [`cpu`] and `cuda` contain the kernels.
 //! - [`autograd`] applies the operations to candle's tensors, with gradients by candle.
-//! - `suite` tests every operation in every computation against [`reference`].
+//! - `suite` tests every operation in every computation against [`mod@reference`].
 //!
 //! Feature maps are channels-last, contiguous (batch, height, width, channels): a convolution is then a
 //! matrix product over pixels, and a normalisation reads memory in order. Weights have PyTorch's layouts,

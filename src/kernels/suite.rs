@@ -1,5 +1,5 @@
 //! One suite for every operation in every computation: each kernel, in each instruction set and type, has the
-//! values and gradients of the [`reference`](super::reference) composition, on the same random inputs.
+//! values and gradients of the [reference](mod@super::reference) composition, on the same random inputs.
 //!
 //! A [`Subject`] is a way to compute the operations. [`subjects`] lists all of them: a new device is one line
 //! there. The bounds of errors follow from the inputs, as derived in [`tests`](super::tests).
