@@ -176,6 +176,20 @@ fn a_run_on_the_embedded_digits_writes_all_its_files() -> Result<()> {
 }
 
 #[test]
+fn the_discs_are_trained_on_and_continued_without_arguments() -> Result<()> {
+    let temp = TempDir::new()?;
+    let out = temp.path().join("out/discs");
+    for (number, lines) in [("2", [1, 2].as_slice()), ("3", &[1, 2, 3])] {
+        let said = succeed(example("discs").arg(number).current_dir(&temp))?;
+        assert_eq!(said, format!("step {number} of {number}: see out/discs\n"));
+        assert_eq!(steps(&out)?, lines);
+        assert!(out.join(format!("samples/step-00000{number}.png")).is_file());
+    }
+    assert!(out.join("loss.png").is_file());
+    Ok(())
+}
+
+#[test]
 fn each_data_set_has_a_directory_of_its_own() -> Result<()> {
     let temp = TempDir::new()?;
     write_idx(&temp.path().join("data/mnist"), 5)?;
