@@ -18,7 +18,6 @@ use std::num::NonZero;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use candle_core::{Device, Tensor};
 use clap::builder::RangedU64ValueParser;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, ValueEnum};
@@ -55,7 +54,7 @@ use kernels::op::attention::AttentionShape;
 use kernels::op::conv::{ConvShape, Scale};
 use kernels::op::norm::NormConfig;
 use kernels::{
-    AdamStep, Isa, add_values, clamp, combine, squared_error, sum_of_squares, weighted_sum,
+    AdamStep, Isa, add_values, clamp_values, squared_errors, sum_of_squares, weighted_sum,
 };
 use precision::Precision;
 use random::{Noise, Purpose};
@@ -182,7 +181,7 @@ fn main() {
         bench.adam(model, weights);
     }
     for (model, dims) in [("mnist", [32, 1, 28, 28]), ("cifar10", [8, 3, 32, 32])] {
-        bench.process(model, dims).expect("sizes that fit");
+        bench.process(model, dims);
     }
     if !bench.measured.get() {
         refuse("--filter", &args.filter, "no measure's name and shape hold it".into());
@@ -423,26 +422,31 @@ impl Bench<'_> {
     }
 
     /// What is done to images in training and in sampling. Its results are in fresh memory, as there.
-    fn process(&self, model: &str, dims: [usize; 4]) -> Result<()> {
+    fn process(&self, model: &str, dims: [usize; 4]) {
         let [batch, channels, h, w] = dims;
         let shape = format!("{model} {batch}x{h}x{w} {channels}");
         let count = dims.iter().product();
-        let x = Tensor::from_vec(normal(count), &dims, &Device::Cpu)?;
-        let y = x.copy()?;
+        let (x, y) = (normal(count), normal(count));
         let factors: Vec<[f64; 2]> = (0..batch).map(|k| [0.8, 0.01 * k as f64]).collect();
+        let fresh = |f: &dyn Fn(&mut [f32])| {
+            let mut result = vec![0f32; count];
+            f(&mut result);
+            black_box(result);
+        };
         self.measure("noising", &shape, Work::Bytes(12 * count), || {
-            black_box(weighted_sum(&x, &y, &factors).expect("sizes that fit"));
+            fresh(&|sum| weighted_sum(&x, &y, &factors, sum));
         });
         self.measure("squared error", &shape, Work::Bytes(12 * count), || {
-            black_box(squared_error(&x, &y, 0.5, None).expect("sizes that fit"));
+            fresh(&|gradient| {
+                black_box(squared_errors(&x, &y, 0.5, gradient));
+            });
         });
         self.measure("sampler's combination", &shape, Work::Bytes(12 * count), || {
-            black_box(combine(&x, 0.9, &y, 0.1).expect("sizes that fit"));
+            fresh(&|sum| weighted_sum(&x, &y, &[[0.9, 0.1]], sum));
         });
         self.measure("sampler's clipping", &shape, Work::Bytes(8 * count), || {
-            black_box(clamp(&x, -1.0, 1.0).expect("sizes that fit"));
+            fresh(&|y| clamp_values(&x, -1.0, 1.0, y));
         });
-        Ok(())
     }
 
     fn wants(&self, name: &str, shape: &str) -> bool {

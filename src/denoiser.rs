@@ -92,6 +92,13 @@ pub enum Condition {
     Classes(Tensor),
 }
 
+impl From<Option<Tensor>> for Condition {
+    /// The classes of the images of a batch, if they have any.
+    fn from(classes: Option<Tensor>) -> Self {
+        classes.map_or(Self::None, Self::Classes)
+    }
+}
+
 impl Condition {
     /// Returns the condition of `len` images of the batch, beginning with image `first`.
     ///

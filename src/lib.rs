@@ -48,7 +48,7 @@ pub use {candle_core, candle_nn};
 pub use image;
 
 #[doc(inline)]
-pub use data::{ImageSource, Images};
+pub use data::{Batch, Dataset, Images};
 pub use denoiser::{Denoiser, from_fn};
 pub use error::{Error, Result};
 pub use model::{Network, Parameters, ResBlock, TimeEmbedding, UNet, UNetConfig};
@@ -57,7 +57,8 @@ pub use process::{Diffusion, NoiseSchedule, Prediction};
 pub use random::Dropout;
 pub use sample::{Sampler, SamplerConfig, Solver, Step, Steps, Variance};
 pub use train::{
-    AdamConfig, AdamW, Checkpoint, Ema, EmaConfig, Frontend, GradScaler, GradScalerConfig, Metrics,
-    Observer, OnMetrics, Outcome, Run, Saved, TrainConfig, Trainer, Update, WeightDecay,
-    clip_grad_norm, gradients, on_metrics,
+    AdamConfig, AdamW, Checkpoint, Ema, EmaConfig, Frontend, GradScaler, GradScalerConfig,
+    LearningRate, Metrics, Mse, Noised, Objective, Observer, OnMetrics, Outcome, Run, Saved,
+    TrainConfig, Trainer, TrainerBuilder, Update, WeightDecay, clip_grad_norm, gradients,
+    on_metrics,
 };

@@ -1,17 +1,15 @@
 //! All randomness of the crate: Philox4x32-10 (Salmon et al. 2011), keyed by seed and addressed by
 //! purpose, step and sample.
 //!
-//! No generator has a state that advances: whoever needs random numbers names what they are for,
-//! and gets the same ones wherever, whenever and in whatever order they are asked for. So a resumed
-//! run draws what the unbroken one would have drawn, sample `k` of a batch does not depend on the
-//! batch's size, and a GPU can draw the same numbers from the same counters. Logarithm and sine
-//! come from the portable `libm`, so normals are the same bits on every platform.
+//! No generator has a state that advances. A request for random numbers states their purpose, and returns the same
+//! numbers at any time and in any order of requests. A resumed run therefore draws the numbers of an uninterrupted one,
+//! sample `k` of a batch does not depend on the size of the batch, and a GPU can draw the same numbers from the same
+//! counters. Logarithm and sine come from the portable `libm`, so normals are the same bits on every platform.
 
 use candle_core::{DType, Device, Tensor};
 use rand::RngCore;
 
-use crate::kernels::try_zeros;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// A seed, from which every random number of a run follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,7 +17,7 @@ pub struct Noise {
     seed: u64,
 }
 
-/// Where random numbers are, but for the sample: the key, and the two parts of the counter's upper half.
+/// The place of the random numbers of all samples: the key, and the two parts of the counter's upper half.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Address {
     pub seed: u64,
@@ -27,7 +25,7 @@ pub(crate) struct Address {
     pub step: u64,
 }
 
-/// What random numbers are for. Streams of different purposes never overlap.
+/// The purpose of random numbers. Streams of different purposes never overlap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Purpose {
     /// Initial weights; `step` is a hash of the weight's name.
@@ -49,7 +47,7 @@ pub(crate) enum Purpose {
 }
 
 impl Noise {
-    /// Everything that follows from `seed`.
+    /// The random numbers of `seed`.
     pub fn new(seed: u64) -> Self {
         Self { seed }
     }
@@ -59,9 +57,23 @@ impl Noise {
         self.indexed(purpose, 0, step, sample)
     }
 
-    /// As [`stream`](Self::stream), for the `index`-th user of the same purpose.
+    /// The same as [`stream`](Self::stream), for the `index`-th user of the same purpose.
     pub(crate) fn indexed(self, purpose: Purpose, index: u16, step: u64, sample: u32) -> Stream {
-        let Address { seed, place, step } = self.address(purpose, index, step);
+        self.address(purpose, index, step).stream(sample)
+    }
+
+    /// The place of the numbers of all samples.
+    pub(crate) fn address(self, purpose: Purpose, index: u16, step: u64) -> Address {
+        // 8 bits of purpose, 16 of index, 40 of step: a trillion steps before one repeats.
+        let place = ((purpose as u64) << 56) | (u64::from(index) << 40);
+        Address { seed: self.seed, place, step: step & 0xff_ffff_ffff }
+    }
+}
+
+impl Address {
+    /// The numbers of one sample.
+    pub fn stream(self, sample: u32) -> Stream {
+        let Self { seed, place, step } = self;
         let place = place | step;
         Stream {
             key: [seed as u32, (seed >> 32) as u32],
@@ -70,50 +82,25 @@ impl Noise {
             used: 4,
         }
     }
-
-    /// Where the numbers of all samples are.
-    pub(crate) fn address(self, purpose: Purpose, index: u16, step: u64) -> Address {
-        // 8 bits of purpose, 16 of index, 40 of step: a trillion steps before one repeats.
-        let place = ((purpose as u64) << 56) | (u64::from(index) << 40);
-        Address { seed: self.seed, place, step: step & 0xff_ffff_ffff }
-    }
-
-    /// Draws standard normals of shape (batch, ...). Each sample has its own stream, and the batch begins with sample
-    /// number `first`.
-    pub(crate) fn normal(
-        self,
-        purpose: Purpose,
-        step: u64,
-        first: u32,
-        shape: &[usize],
-        device: &Device,
-    ) -> Result<Tensor> {
-        #[cfg(feature = "cuda")]
-        if device.is_cuda() {
-            let gpu = crate::kernels::cuda::Gpu::of(device)?;
-            let address = self.address(purpose, 0, step);
-            return Ok(crate::kernels::cuda::normals(&gpu, address, first, shape)?);
-        }
-        let mut values = zeros("noise", shape)?;
-        let count = values.len() / shape[0].max(1);
-        for (k, sample) in values.chunks_mut(count.max(1)).enumerate() {
-            self.stream(purpose, step, first.wrapping_add(k as u32)).fill_normal(sample);
-        }
-        Ok(Tensor::from_vec(values, shape, device)?)
-    }
 }
 
-/// Memory for a tensor of this shape, where there is as much; errors call it `what`.
+/// Allocates the values of a tensor of this shape, all 0.
+///
+/// # Errors
+/// Returns an error that names `what` if there is not enough memory.
 pub(crate) fn zeros(what: &'static str, shape: &[usize]) -> Result<Vec<f32>> {
-    shape
-        .iter()
-        .try_fold(1usize, |count, &size| count.checked_mul(size))
-        .and_then(try_zeros)
-        .ok_or_else(|| Error::Shape {
-            what,
-            found: shape.to_vec(),
-            expected: "small enough for the available memory".into(),
-        })
+    let count = shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size));
+    let mut values = Vec::new();
+    match count.filter(|&count| values.try_reserve_exact(count).is_ok()) {
+        Some(count) => {
+            values.resize(count, 0.0);
+            Ok(values)
+        }
+        None => {
+            let expected = "small enough for the available memory".into();
+            Err(Error::Shape { what, found: shape.to_vec(), expected })
+        }
+    }
 }
 
 /// The random numbers of one purpose, step and sample, in order.
@@ -142,8 +129,8 @@ impl Stream {
         (f64::from(self.next_u32()) + 0.5) / 4294967296.0
     }
 
-    /// Standard normals, two from each pair of integers (Box and Muller 1958). None is farther
-    /// from 0 than 6.8, for want of a smaller uniform number than 2^-33.
+    /// Writes standard normals, two from each pair of integers (Box and Muller 1958). None is farther from 0 than 6.8,
+    /// because the smallest uniform number is 2^-33.
     pub fn fill_normal(&mut self, out: &mut [f32]) {
         for pair in out.chunks_mut(2) {
             let radius = (-2.0 * libm::log(self.uniform())).sqrt();
@@ -192,7 +179,7 @@ impl RngCore for Stream {
     }
 }
 
-/// The dropout masks of one training step: from which [`Trainable::denoise_train`] draws.
+/// The dropout masks of one training step, from which [`Trainable::denoise_train`] draws.
 ///
 /// [`Trainable::denoise_train`]: crate::nn::Trainable::denoise_train
 #[derive(Debug, Clone, Copy)]
@@ -204,18 +191,16 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    /// The masks of training step `step`, counted from 0, under `seed`: for one's own training
-    /// loop.
+    /// The masks of training step `step`, counted from 0, with this seed. For a training loop of your own.
     pub fn new(seed: u64, step: u64) -> Self {
         Self { noise: Noise::new(seed), step, first_sample: 0 }
     }
 
-    /// A mask of shape (batch, channels), 0 with probability `p` and `1 / (1 - p)` otherwise, for
-    /// the network's `layer`-th dropout; `p` is at least 0 and less than 1. It depends on seed,
-    /// step, layer and sample alone.
+    /// Draws a mask of shape (batch, channels) for the network's `layer`-th dropout: 0 with probability `p`, and
+    /// `1 / (1 - p)` otherwise. `p` is at least 0 and less than 1. The mask depends only on seed, step, layer and sample.
     ///
     /// # Errors
-    /// If `p` is out of its range, or there is no memory for a mask of this size.
+    /// Returns an error if `p` is out of its range, or if there is not enough memory for the mask.
     pub fn mask(
         &self,
         layer: u16,
@@ -298,17 +283,6 @@ mod tests {
             assert!((moment(k) - expected).abs() < 5.0 * (f64::sqrt(variance / n)), "moment {k}");
         }
         assert!(values.iter().all(|v| v.is_finite()));
-    }
-
-    #[test]
-    fn a_sample_does_not_depend_on_its_batch() -> Result<()> {
-        let noise = Noise::new(3);
-        let four = noise.normal(Purpose::Prior, 9, 0, &[4, 3, 5], &Device::Cpu)?;
-        let two = noise.normal(Purpose::Prior, 9, 0, &[2, 3, 5], &Device::Cpu)?;
-        let of = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        assert_eq!(of(&four)[..30], of(&two));
-        assert_ne!(of(&four)[..15], of(&four)[15..30]);
-        Ok(())
     }
 
     #[test]

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use ddpm::data::ImageShape;
 use ddpm::nn::{Model, Network};
 use ddpm::{
-    AdamConfig, Checkpoint, Denoiser, Diffusion, Error, ImageSource, NoiseSchedule, Prediction,
-    Result, Sampler, SamplerConfig, Saved, Solver, TrainConfig, Trainer, UNet, UNetConfig,
+    AdamConfig, Checkpoint, Dataset, Denoiser, Diffusion, Error, NoiseSchedule, Prediction, Result,
+    Sampler, SamplerConfig, Saved, Solver, TrainConfig, Trainer, UNet, UNetConfig,
 };
 use tempfile::TempDir;
 
@@ -33,19 +34,22 @@ fn config(steps: u64) -> TrainConfig {
 
 struct Waves(usize);
 
-impl ImageSource for Waves {
+impl Dataset for Waves {
     fn len(&self) -> usize {
         self.0
     }
 
-    fn shape(&self) -> (usize, usize, usize) {
-        (1, 8, 8)
+    fn shape(&self) -> ImageShape {
+        (1, 8, 8).into()
     }
 
-    fn read(&self, index: usize, pixels: &mut [f32]) -> Result<()> {
+    fn read(&self, index: usize, pixels: &mut [u8]) -> Result<Option<u32>> {
         let wave = |i: usize| ((index + 1) as f32 * i as f32 * 0.37).sin();
-        pixels.iter_mut().enumerate().for_each(|(i, pixel)| *pixel = wave(i));
-        Ok(())
+        pixels
+            .iter_mut()
+            .enumerate()
+            .for_each(|(i, pixel)| *pixel = (wave(i) * 127.5 + 127.5) as u8);
+        Ok(None)
     }
 }
 

@@ -10,7 +10,8 @@ use candle_core::{Device, Tensor};
 use candle_nn::{Linear, Module};
 use classifier::{Classifier, PATCH, SIZE, convolve, lay_out};
 use ddpm::cli::Result;
-use ddpm::{ImageSource, Images};
+use ddpm::data::normalized;
+use ddpm::{Dataset, Images};
 use report::{Reference, tally};
 
 fn assert_near(found: f64, expected: f64) {
@@ -69,8 +70,9 @@ fn patches_of_a_moved_image_are_those_of_candles_convolution() -> Result<()> {
     let bytes: Vec<u8> =
         points(2 * SIZE * SIZE, 1, 4).iter().map(|x| (x * 255.0).round() as u8).collect();
     let images = Images::new(bytes, (1, SIZE, SIZE))?;
-    let mut pixels = vec![0.0; SIZE * SIZE];
+    let mut pixels = [0; SIZE * SIZE];
     images.read(1, &mut pixels)?;
+    let pixels = pixels.map(normalized);
     let weights = tensor(&[5, PATCH], 5)?;
     for (down, right) in [(0, 0), (2, -1), (-2, 2)] {
         let mut patches = vec![];

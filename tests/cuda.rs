@@ -373,7 +373,7 @@ fn batches_are_the_cpus() -> Result<()> {
         for _ in 0..7 {
             let batch = run.next_batch(&images)?;
             run.step(&batch)?;
-            batches.push(batch);
+            batches.push(batch.images);
         }
     }
     for (found, expected) in batches[1].iter().zip(&batches[0]) {

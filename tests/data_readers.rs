@@ -7,8 +7,9 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 
+use ddpm::data::{ImageShape, normalized};
 use ddpm::data::{Split, cifar10, mnist, read_idx_images, read_idx_labels};
-use ddpm::{Error, ImageSource, Images};
+use ddpm::{Dataset, Error, Images};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use proptest::prelude::*;
@@ -106,6 +107,10 @@ fn noise(len: usize) -> Vec<u8> {
         (state >> 24) as u8
     };
     (0..len).map(|_| next()).collect()
+}
+
+fn shape(channels: usize, height: usize, width: usize) -> ImageShape {
+    ImageShape { channels, height, width }
 }
 
 fn record(label: u8) -> Vec<u8> {
@@ -255,7 +260,7 @@ fn mnist_without_a_file_of_labels_has_images_without_labels() {
     }
     for split in [Split::Train, Split::Test] {
         let images = mnist(dir.path(), split).unwrap();
-        assert_eq!((images.len(), images.shape()), (3, (1, 1, 2)));
+        assert_eq!((images.len(), images.shape()), (3, shape(1, 1, 2)));
         assert_eq!((images.pixels(), images.labels()), (&pixels[..], None));
     }
 }
@@ -311,11 +316,11 @@ fn mnist_is_read_raw_and_gzipped() {
     fs::write(at("t10k-labels-idx1-ubyte.gz"), idx(&[L, 2], &[7, 2])).unwrap();
 
     let images = mnist(dir.path(), Split::Train).unwrap();
-    assert_eq!((images.len(), images.shape()), (5, (1, 28, 28)));
+    assert_eq!((images.len(), images.shape()), (5, shape(1, 28, 28)));
     assert_eq!(images.pixels(), train);
     assert_eq!(images.labels(), Some(&[5, 0, 4, 1, 9][..]));
     let images = mnist(dir.path(), Split::Test).unwrap();
-    assert_eq!((images.len(), images.shape()), (2, (1, 28, 28)));
+    assert_eq!((images.len(), images.shape()), (2, shape(1, 28, 28)));
     assert_eq!(images.pixels(), test);
     assert_eq!(images.labels(), Some(&[7, 2][..]));
 }
@@ -339,12 +344,15 @@ fn cifar10_is_read_in_the_order_of_its_batches() {
         fs::write(files.join("test_batch.bin"), &records[3]).unwrap();
 
         let images = cifar10(dir.path(), Split::Train).unwrap();
-        assert_eq!((images.len(), images.shape()), (6, (3, 32, 32)));
+        assert_eq!((images.len(), images.shape()), (6, shape(3, 32, 32)));
         assert_eq!(images.pixels(), pixels);
         assert_eq!(images.labels(), Some(&[6, 9, 9, 4, 1, 0][..]));
+        assert_eq!((images.classes(), images.read(3, &mut vec![0; 3072]).unwrap()), (10, Some(4)));
         let images = cifar10(dir.path(), Split::Test).unwrap();
         assert_eq!(images.pixels(), &pixels[3 * 3072..4 * 3072]);
         assert_eq!(images.labels(), Some(&[4][..]));
+        // Also where the last classes have no image.
+        assert_eq!(images.classes(), 10);
     }
 }
 
@@ -354,7 +362,7 @@ fn the_bundled_digits_are_read() {
     let images = read_idx_images(dir.join("mnist-train-10k-images-idx3-ubyte.gz")).unwrap();
     let labels = read_idx_labels(dir.join("mnist-train-10k-labels-idx1-ubyte.gz")).unwrap();
     let images = images.with_labels(labels).unwrap();
-    assert_eq!((images.len(), images.shape()), (10_000, (1, 28, 28)));
+    assert_eq!((images.len(), images.shape()), (10_000, shape(1, 28, 28)));
     assert_eq!(images.labels().unwrap()[..5], [5, 0, 4, 1, 9]);
     // Ink is the high value: most of a digit's picture is 0.
     let blank = images.pixels().iter().filter(|&&p| p == 0).count();
@@ -399,12 +407,14 @@ fn loading_takes_little_more_memory_than_the_pixels() {
 #[test]
 fn pixels_map_to_minus_one_to_one() {
     let images = Images::new((0..=255).collect(), (4, 8, 8)).unwrap();
-    let mut pixels = vec![0.0; 256];
-    images.read(0, &mut pixels).unwrap();
-    assert_eq!((pixels[0], pixels[255]), (-1.0, 1.0));
-    for (p, x) in pixels.iter().enumerate() {
-        assert_eq!(*x, p as f32 / 127.5 - 1.0);
-        assert_eq!(((x + 1.0) * 127.5).round() as usize, p, "does not round back");
+    let mut pixels = vec![0; 256];
+    assert_eq!(images.read(0, &mut pixels).unwrap(), None);
+    assert_eq!(pixels, images.pixels());
+    assert_eq!((normalized(0), normalized(255)), (-1.0, 1.0));
+    for p in 0..=255 {
+        let x = normalized(p);
+        assert_eq!(x, f32::from(p) / 127.5 - 1.0);
+        assert_eq!(((x + 1.0) * 127.5).round() as u8, p, "does not round back");
     }
 }
 
@@ -429,14 +439,16 @@ fn images_check_what_they_are_given() {
         "labels.len() is 3; it must be 2, one for each image",
     );
 
+    assert_eq!((images.classes(), images.read(1, &mut [0; 6]).unwrap()), (0, None));
     let mut images = images.with_labels(vec![4, 5]).unwrap();
+    assert_eq!((images.classes(), images.read(1, &mut [0; 6]).unwrap()), (6, Some(5)));
     assert_eq!(images.get(1), Some(&[6, 7, 8, 9, 10, 11][..]));
     assert_eq!(images.get(2), None);
     // Times 6, this wraps to 0.
     assert_eq!(images.get(1 << (usize::BITS - 1)), None);
-    let error = images.read(2, &mut [0.0; 6]).unwrap_err().to_string();
+    let error = images.read(2, &mut [0; 6]).unwrap_err().to_string();
     assert_eq!(error, "index is 2; it must be less than 2, the number of images");
-    let error = images.read(1, &mut [0.0; 5]).unwrap_err().to_string();
+    let error = images.read(1, &mut [0; 5]).unwrap_err().to_string();
     assert_eq!(error, "pixels.len() is 5; it must be 6, the pixels of an image");
     assert_eq!(format!("{images:?}"), "Images { len: 2, shape: (1, 2, 3), labelled: true, .. }");
 
@@ -463,7 +475,7 @@ proptest! {
         fs::write(&path, if zipped { gzip(&bytes) } else { bytes }).unwrap();
 
         let images = read_idx_images(&path).unwrap();
-        prop_assert_eq!(images.shape(), (1, rows as usize, columns as usize));
+        prop_assert_eq!(images.shape(), shape(1, rows as usize, columns as usize));
         prop_assert_eq!(images.len(), count as usize);
         prop_assert_eq!(images.pixels(), pixels);
     }

@@ -1,8 +1,12 @@
 //! In a process of its own, whose threads are counted.
 #![cfg(target_os = "linux")]
 
+use std::time::{Duration, Instant};
+
 use candle_core::{Device, Tensor};
-use ddpm::{Diffusion, Result, Sampler, Solver, TrainConfig, Trainer, UNetConfig};
+use ddpm::{
+    Diffusion, Images, Result, Sampler, Solver, TrainConfig, Trainer, UNetConfig, on_metrics,
+};
 
 fn threads() -> usize {
     std::fs::read_dir("/proc/self/task").unwrap().count()
@@ -17,6 +21,26 @@ fn large_batches_start_no_second_pool_of_threads() -> Result<()> {
     rayon::ThreadPoolBuilder::new().num_threads(3).build_global().unwrap();
     let before = threads();
     assert!(before > 3);
+
+    // One thread reads the next batch, and ends with `fit`.
+    let images = Images::new((0..40 * 3072).map(|i| (i % 251) as u8).collect(), (3, 32, 32))?;
+    let config = TrainConfig { batch_size: BATCH, steps: 3, ..TrainConfig::mnist() };
+    let mut trainer = Trainer::new(network.clone(), config, Diffusion::ddpm(), &Device::Cpu)?;
+    let mut most = 0;
+    trainer.fit(
+        &images,
+        &mut on_metrics(|_| {
+            most = most.max(threads());
+            Ok(())
+        }),
+    )?;
+    assert_eq!(most, before + 1);
+    // The system lists a thread for a moment after it has ended.
+    let end = Instant::now() + Duration::from_secs(10);
+    while threads() > before && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(threads(), before, "after training");
 
     for accumulation in [1, 2] {
         let config = TrainConfig { batch_size: BATCH, accumulation, ..TrainConfig::cifar10() };

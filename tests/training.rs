@@ -2,13 +2,16 @@
 
 use std::ops::ControlFlow;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Init, Module, VarBuilder};
+use ddpm::data::ImageShape;
 use ddpm::nn::{Condition, Output, Trainable};
 use ddpm::{
-    AdamConfig, Denoiser, Diffusion, EmaConfig, Error, ImageSource, Metrics, Network, Observer,
-    Result, Run, TrainConfig, Trainer, UNetConfig, on_metrics,
+    AdamConfig, Dataset, Denoiser, Diffusion, EmaConfig, Error, Metrics, Network, Noised,
+    Objective, Observer, Result, Run, TrainConfig, Trainer, UNetConfig, on_metrics,
 };
 use serde::{Deserialize, Serialize};
 
@@ -23,20 +26,20 @@ fn config() -> TrainConfig {
 
 struct Ramps(usize);
 
-impl ImageSource for Ramps {
+impl Dataset for Ramps {
     fn len(&self) -> usize {
         self.0
     }
 
-    fn shape(&self) -> (usize, usize, usize) {
-        (1, 8, 8)
+    fn shape(&self) -> ImageShape {
+        (1, 8, 8).into()
     }
 
-    fn read(&self, index: usize, pixels: &mut [f32]) -> Result<()> {
+    fn read(&self, index: usize, pixels: &mut [u8]) -> Result<Option<u32>> {
         for (i, pixel) in pixels.iter_mut().enumerate() {
-            *pixel = ((index + 1) * (i + 1) % 17) as f32 / 8.5 - 1.0;
+            *pixel = ((index + 1) * (i + 1) % 17 * 15) as u8;
         }
-        Ok(())
+        Ok(None)
     }
 }
 
@@ -187,16 +190,20 @@ fn accumulation_gives_what_the_whole_batch_gives() {
 fn an_epoch_shows_every_image_once_and_flips_half() {
     let mut trainer = trainer(TrainConfig { batch_size: 5, horizontal_flip: true, ..config() });
     let images = Ramps(10);
-    let mut originals = vec![vec![0f32; 64]; 10];
-    originals.iter_mut().enumerate().for_each(|(i, image)| images.read(i, image).unwrap());
+    let original = |index| {
+        let mut bytes = [0; 64];
+        images.read(index, &mut bytes).unwrap();
+        bytes.map(|byte| f32::from(byte) / 127.5 - 1.0).to_vec()
+    };
+    let originals: Vec<Vec<f32>> = (0..10).map(original).collect();
     let mut orders = Vec::new();
     let mut flips = 0;
     for _ in 0..20 {
         let mut order = Vec::new();
         for _ in 0..2 {
             let batch = trainer.next_batch(&images).unwrap();
-            assert_eq!(batch.dims(), [5, 1, 8, 8]);
-            for image in batch.flatten_from(1).unwrap().to_vec2::<f32>().unwrap() {
+            assert_eq!(batch.images.dims(), [5, 1, 8, 8]);
+            for image in batch.images.flatten_from(1).unwrap().to_vec2::<f32>().unwrap() {
                 let mirrored: Vec<f32> =
                     image.chunks(8).flat_map(|row| row.iter().rev().copied()).collect();
                 let straight = originals.iter().position(|original| *original == image);
@@ -311,16 +318,16 @@ fn the_learning_rate_rises_and_falls_linearly() {
 /// As `Ramps(10)`, but never faster than 200 images a second.
 struct Slow;
 
-impl ImageSource for Slow {
+impl Dataset for Slow {
     fn len(&self) -> usize {
         10
     }
 
-    fn shape(&self) -> (usize, usize, usize) {
-        (1, 8, 8)
+    fn shape(&self) -> ImageShape {
+        (1, 8, 8).into()
     }
 
-    fn read(&self, index: usize, pixels: &mut [f32]) -> Result<()> {
+    fn read(&self, index: usize, pixels: &mut [u8]) -> Result<Option<u32>> {
         std::thread::sleep(std::time::Duration::from_millis(5));
         Ramps(10).read(index, pixels)
     }
@@ -352,7 +359,7 @@ fn a_report_is_of_the_updates_of_its_own_fit() {
 #[test]
 fn images_per_second_counts_what_was_timed() {
     let mut trainer = trainer(TrainConfig { steps: 52, log_every: 2, ..config() });
-    let batch = trainer.next_batch(&Ramps(10)).unwrap();
+    let batch = trainer.next_batch(&Ramps(10)).unwrap().images;
     let batch = Tensor::cat(&[&batch, &batch], 0).unwrap();
     for _ in 0..49 {
         trainer.step(&batch).unwrap();
@@ -360,7 +367,9 @@ fn images_per_second_counts_what_was_timed() {
     let mut recorder = Recorder::default();
     trainer.fit(&Slow, &mut recorder).unwrap();
     assert_eq!(recorder.metrics.iter().map(|m| m.step).collect::<Vec<_>>(), [50, 52]);
-    assert!(recorder.metrics.iter().all(|m| m.images_per_second <= 200.0), "{recorder:?}");
+    let rates: Vec<f64> = recorder.metrics.iter().map(|m| m.images_per_second).collect();
+    // The first of the two batches of the second report is read ahead, while the first report is made.
+    assert!(rates[0] <= 200.0 && rates[1] <= 400.0, "{rates:?}");
 }
 
 /// One weight, which scales its input: nothing is cheaper.
@@ -413,6 +422,162 @@ fn an_observer_can_stop_and_training_goes_on_later() {
     assert_eq!(weights(&trainer), weights(&fitted(config())));
 }
 
+/// `Ramps(10)` with classes, which counts reads, and fails at one of them.
+#[derive(Default)]
+struct Watched {
+    reads: AtomicUsize,
+    fails_at: Option<usize>,
+    panics: bool,
+}
+
+impl Dataset for Watched {
+    fn len(&self) -> usize {
+        10
+    }
+
+    fn shape(&self) -> ImageShape {
+        (1, 8, 8).into()
+    }
+
+    fn classes(&self) -> usize {
+        10
+    }
+
+    fn read(&self, index: usize, pixels: &mut [u8]) -> Result<Option<u32>> {
+        if Some(self.reads.load(Ordering::SeqCst)) == self.fails_at {
+            assert!(!self.panics, "the source panics");
+            return Err(Error::external(std::io::Error::other(format!("image {index} is lost"))));
+        }
+        Ramps(10).read(index, pixels)?;
+        self.reads.fetch_add(1, Ordering::SeqCst);
+        Ok(Some(index as u32))
+    }
+}
+
+/// Waits in each step until the next batch has been read.
+struct Waits<'a>(&'a Watched);
+
+impl Observer for Waits<'_> {
+    fn on_step(&mut self, run: &Run<'_>) -> Result<ControlFlow<()>> {
+        let next = (run.step() + 1).min(run.config().steps) as usize * 4;
+        let start = Instant::now();
+        while self.0.reads.load(Ordering::SeqCst) < next {
+            assert!(start.elapsed().as_secs() < 60, "the next batch is not read ahead");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+}
+
+#[test]
+fn the_next_batch_is_read_while_a_step_is_made_and_none_after_the_last() {
+    let source = Watched::default();
+    let mut trainer = trainer(config());
+    trainer.fit(&source, &mut Waits(&source)).unwrap();
+    assert_eq!(source.reads.into_inner(), 6 * 4);
+    assert_eq!(weights(&trainer), weights(&fitted(config())));
+}
+
+#[test]
+fn an_error_of_the_source_ends_training_at_its_step_and_the_trainer_goes_on() {
+    // In the third batch, which is read during the second step.
+    let source = Watched { fails_at: Some(9), ..Watched::default() };
+    let mut trainer = trainer(config());
+    let message = trainer.fit(&source, &mut ()).unwrap_err().to_string();
+    assert!(message.starts_with("image ") && message.contains(" is lost"), "{message}");
+    assert_eq!((trainer.steps(), trainer.images_seen()), (2, 8));
+    trainer.fit(&Ramps(10), &mut ()).unwrap();
+    assert_eq!(weights(&trainer), weights(&fitted(config())));
+}
+
+#[test]
+fn a_panic_of_the_source_is_one_of_fit() {
+    let source = Watched { fails_at: Some(9), panics: true, ..Watched::default() };
+    let mut trainer = trainer(config());
+    let fit = std::panic::AssertUnwindSafe(|| trainer.fit(&source, &mut ()));
+    let panic = std::panic::catch_unwind(fit).unwrap_err();
+    assert_eq!(panic.downcast_ref::<&str>(), Some(&"the source panics"));
+    assert_eq!(trainer.steps(), 2);
+}
+
+#[test]
+fn a_batch_read_ahead_of_a_stop_is_read_again() {
+    let mut trainer = trainer(config());
+    let mut recorder = Recorder { stop_at: Some(3), ..Recorder::default() };
+    trainer.fit(&Ramps(10), &mut recorder).unwrap();
+    assert_eq!((trainer.steps(), trainer.images_seen()), (3, 12));
+    let mut unbroken = self::trainer(config());
+    for _ in 0..3 {
+        let batch = unbroken.next_batch(&Ramps(10)).unwrap();
+        unbroken.step(&batch).unwrap();
+    }
+    let [found, expected] = [&mut trainer, &mut unbroken].map(|trainer| {
+        let batch = trainer.next_batch(&Ramps(10)).unwrap();
+        batch.images.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    });
+    assert_eq!(found, expected);
+}
+
+/// The mean squared error, composed; with a weight for each image's signal-to-noise ratio, Hang et al. 2023.
+#[derive(Debug)]
+struct Composed {
+    most: f64,
+}
+
+impl Objective for Composed {
+    fn loss(&self, batch: &Noised<'_>, output: &Output) -> Result<(Tensor, Output)> {
+        let output = &output.prediction;
+        assert_eq!(batch.classes.as_ref().expect("classes").dims(), batch.t.dims());
+        let mut weights = Vec::new();
+        for t in batch.t.to_vec1::<u32>()? {
+            weights.push((self.most / batch.diffusion.schedule().snr(t as usize)?).min(1.0) as f32);
+        }
+        let weights = Tensor::from_vec(weights, (output.dim(0)?, 1, 1, 1), &Device::Cpu)?;
+        let error = (output - batch.target()?)?;
+        let loss = error.sqr()?.broadcast_mul(&weights)?.mean_all()?;
+        let gradient =
+            error.broadcast_mul(&weights)?.affine(2.0 / error.elem_count() as f64, 0.0)?;
+        let (loss, gradient) = batch.weighted(&loss, &gradient)?;
+        Ok((loss, Output::new(gradient)))
+    }
+}
+
+#[test]
+fn an_objective_of_ones_own_is_trained_for_in_parts_and_as_a_whole() {
+    let config = |accumulation| {
+        let optimizer = AdamConfig { eps: 1e-3, ..AdamConfig::adam(1e-3) };
+        TrainConfig { accumulation, optimizer, ..config() }
+    };
+    let run = |accumulation, most| {
+        let objective = Composed { most };
+        let trainer = Trainer::builder(network()).config(config(accumulation));
+        let mut trainer = trainer.objective(objective).build().unwrap();
+        trainer.fit(&Watched::default(), &mut ()).unwrap();
+        weights(&trainer)
+    };
+    let plain = weights(&fitted(config(1)));
+    for accumulation in [1, 2] {
+        let off = most(&plain, &run(accumulation, f64::INFINITY));
+        assert!(off < 1e-6, "{accumulation} parts: {off}");
+        assert!(most(&plain, &run(accumulation, 5.0)) > 1e-5, "no weight has an effect");
+    }
+    assert!(most(&run(1, 5.0), &run(2, 5.0)) < 1e-6);
+}
+
+#[test]
+fn classes_come_with_their_images() {
+    let mut trainer = trainer(config());
+    let batch = trainer.next_batch(&Watched::default()).unwrap();
+    let images = batch.images.flatten_from(1).unwrap().to_vec2::<f32>().unwrap();
+    let classes = batch.classes.as_ref().unwrap().to_vec1::<u32>().unwrap();
+    for (image, class) in images.into_iter().zip(classes) {
+        let mut bytes = [0; 64];
+        Ramps(10).read(class as usize, &mut bytes).unwrap();
+        assert_eq!(image, bytes.map(|byte| f32::from(byte) / 127.5 - 1.0));
+    }
+    trainer.step(&batch).unwrap();
+}
+
 /// A learning rate at which the weights are of size 1e25 after one update: the second loss is not finite.
 fn diverging() -> TrainConfig {
     let optimizer = AdamConfig::adam(1e25);
@@ -438,45 +603,6 @@ fn a_loss_that_is_not_finite_names_its_step_and_is_not_saved() {
     assert_eq!(std::fs::read(checkpoint.join("model.safetensors")).unwrap(), saved);
 }
 
-/// Images of this value, of which the last place keeps what was there.
-struct Flat {
-    value: f32,
-    written: usize,
-}
-
-impl ImageSource for Flat {
-    fn len(&self) -> usize {
-        10
-    }
-
-    fn shape(&self) -> (usize, usize, usize) {
-        (1, 8, 8)
-    }
-
-    fn read(&self, _: usize, pixels: &mut [f32]) -> Result<()> {
-        pixels[..self.written].fill(self.value);
-        Ok(())
-    }
-}
-
-#[test]
-fn pixels_out_of_range_or_not_written_are_refused_with_the_image() {
-    let first = |value, written| trainer(config()).next_batch(&Flat { value, written });
-    for value in [-1.0, 1.0, 1.0 + 1e-5, 0.5] {
-        first(value, 64).unwrap();
-    }
-    for (value, written, expected) in [
-        (255.0, 64, "pixel is 255 in image "),
-        (-1.01, 64, "pixel is -1.01 in image "),
-        (f32::INFINITY, 64, "pixel is inf in image "),
-        (0.0, 63, "pixel is NaN in image "),
-    ] {
-        let message = first(value, written).unwrap_err().to_string();
-        assert!(message.starts_with(expected), "{message}");
-        assert!(message.contains("from -1 to 1") && message.contains("p / 127.5 - 1"), "{message}");
-    }
-}
-
 #[test]
 fn the_number_of_images_may_change_until_the_first_update() {
     let mut trainer = trainer(config());
@@ -491,33 +617,33 @@ fn the_number_of_images_may_change_until_the_first_update() {
 #[test]
 fn images_that_do_not_fit_are_refused() {
     struct Empty;
-    impl ImageSource for Empty {
+    impl Dataset for Empty {
         fn len(&self) -> usize {
             0
         }
-        fn shape(&self) -> (usize, usize, usize) {
-            (1, 8, 8)
+        fn shape(&self) -> ImageShape {
+            (1, 8, 8).into()
         }
-        fn read(&self, _: usize, _: &mut [f32]) -> Result<()> {
-            Ok(())
+        fn read(&self, _: usize, _: &mut [u8]) -> Result<Option<u32>> {
+            Ok(None)
         }
     }
     struct Endless;
-    impl ImageSource for Endless {
+    impl Dataset for Endless {
         fn len(&self) -> usize {
             usize::MAX
         }
-        fn shape(&self) -> (usize, usize, usize) {
-            (1, 8, 8)
+        fn shape(&self) -> ImageShape {
+            (1, 8, 8).into()
         }
-        fn read(&self, _: usize, _: &mut [f32]) -> Result<()> {
-            Ok(())
+        fn read(&self, _: usize, _: &mut [u8]) -> Result<Option<u32>> {
+            Ok(None)
         }
     }
     let message = trainer(config()).fit(&Endless, &mut ()).unwrap_err().to_string();
     assert!(message.contains("1 to 2^32 - 1 images"), "{message}");
     let message = trainer(config()).fit(&Empty, &mut ()).unwrap_err().to_string();
-    assert!(message.contains("image source is 0 images"), "{message}");
+    assert!(message.contains("data set is 0 images"), "{message}");
 
     let colour = UNetConfig { channels: 3, ..network() };
     let mut trainer = Trainer::new(colour, config(), Diffusion::ddpm(), &Device::Cpu).unwrap();
@@ -597,7 +723,7 @@ fn a_batch_that_does_not_fit_is_told_as_the_caller_gave_it() {
     let batch = Tensor::zeros((4, 1, 8, 8), DType::F32, &Device::Cpu).unwrap();
     for dtype in [DType::F64, DType::F16, DType::BF16, DType::U8] {
         let message =
-            trainer(config()).step(&batch.to_dtype(dtype).unwrap()).unwrap_err().to_string();
+            trainer(config()).step(batch.to_dtype(dtype).unwrap()).unwrap_err().to_string();
         assert_eq!(message, format!("dtype of x_0 is {}; it must be f32", dtype.as_str()));
     }
     for accumulation in [1, 2, 4] {

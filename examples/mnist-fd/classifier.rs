@@ -5,9 +5,10 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, Module, VarBuilder, linear, loss, ops};
 use ddpm::cli::{Interrupted, Result, check_output, out};
+use ddpm::data::normalized;
 use ddpm::eval::Statistics;
 use ddpm::observe::Progress;
-use ddpm::{AdamConfig, AdamW, ImageSource, Images, Parameters, files, gradients};
+use ddpm::{AdamConfig, AdamW, Dataset, Images, Parameters, files, gradients};
 
 /// Height and width of an image.
 pub const SIZE: usize = 28;
@@ -181,8 +182,9 @@ pub fn lay_out(
     (down, right): (isize, isize),
     patches: &mut Vec<f32>,
 ) -> Result<()> {
-    let mut image = [0.0; SIZE * SIZE];
+    let mut image = [0; SIZE * SIZE];
     images.read(index, &mut image)?;
+    let image = image.map(normalized);
     let pixel = |y: isize, x: isize| {
         let within = 0..SIZE as isize;
         let inside = within.contains(&y) && within.contains(&x);

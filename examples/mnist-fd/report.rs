@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use ddpm::cli::{DataSet, Identity, Result, SamplingArgs, datasets, err, grouped, out};
 use ddpm::eval::Statistics;
-use ddpm::{Checkpoint, ImageSource, Images, SamplerConfig, UNetConfig, files};
+use ddpm::{Checkpoint, Dataset, Images, SamplerConfig, UNetConfig, files};
 use serde::Serialize;
 use serde_json::{Value, json};
 

@@ -1,3 +1,41 @@
-//! The only place that knows which devices there are.
+//! The only place that asks which device computes. Everything above it states what is computed.
+//!
+//! [`reference`] is the specification: each formula of the process, the loss and the update stands there once, composed
+//! of candle's operations. It runs on every device and in every floating-point dtype, and takes gradients. The other
+//! backends compute the same with fewer passes over memory, for tensors that are [plain](ops::Backend), and leave all
+//! others to the reference. One table of tests holds them to it.
 
+mod cpu;
+mod cuda;
 pub(crate) mod maps;
+mod ops;
+mod reference;
+#[cfg(test)]
+mod tests;
+mod update;
+
+use candle_core::{DType, Device, Tensor};
+
+pub(crate) use self::ops::{Backend, Capture, Computed, Rates, Recorded};
+pub(crate) use self::reference::clip_norm;
+pub(crate) use self::update::{AverageRule, Counters, ScaleRule, UpdateRule, Updater, WeightState};
+
+/// The backend for tensors of this dtype on this device.
+pub(crate) fn on(device: &Device, dtype: DType) -> &'static dyn Backend {
+    match (device, dtype) {
+        (Device::Cpu, DType::F32) => &cpu::Cpu,
+        #[cfg(feature = "cuda")]
+        (Device::Cuda(_), DType::F32) => &cuda::Cuda,
+        _ => &reference::Reference,
+    }
+}
+
+/// Returns whether reading a value from the device waits for all work that it was given before.
+pub(crate) fn reading_waits(device: &Device) -> bool {
+    !device.is_cpu()
+}
+
+/// The backend for tensors like this one.
+pub(crate) fn of(x: &Tensor) -> &'static dyn Backend {
+    on(x.device(), x.dtype())
+}

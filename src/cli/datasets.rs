@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::arguments::quoted;
 use super::result::Result;
-use crate::data::{self, ImageSource, Images, Split};
+use crate::data::{self, Dataset, Images, Split};
 
 /// The value of `--data` that requests a download instead of a directory.
 const HUB: &str = "hub";
@@ -43,7 +43,7 @@ impl DataSet {
     /// # Errors
     /// Returns an error that states both shapes.
     pub fn check_shape(&self, expected: (usize, usize, usize)) -> Result<()> {
-        let (about, found) = (&self.about, self.images.shape());
+        let (about, found): (_, (usize, usize, usize)) = (&self.about, self.images.shape().into());
         if found != expected {
             let shapes = format!("have shape {found:?}; the network's have {expected:?}");
             return Err(format!("the images of {about} {shapes}").into());

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::datasets::DataSet;
 use super::result::Result;
-use crate::data::ImageSource;
+use crate::data::Dataset;
 use crate::error::Error;
 use crate::files;
 

@@ -12,7 +12,7 @@ use super::identity::Identity;
 use super::print::{err, grouped, out};
 use super::recipe::{Recipe, TrainArgs};
 use super::result::Result;
-use crate::data::ImageSource;
+use crate::data::Dataset;
 use crate::error::Error;
 use crate::files;
 use crate::model::UNetConfig;

@@ -3,8 +3,9 @@ use std::path::Path;
 use std::slice;
 
 use super::file::{DataFile, buffer};
-use super::{Images, Split};
-use crate::{Error, Result};
+use super::images::Images;
+use super::split::Split;
+use crate::error::{Error, Result};
 
 const SHAPE: (usize, usize, usize) = (3, 32, 32);
 const PIXELS: u64 = 3 * 32 * 32;
@@ -15,15 +16,15 @@ const MAX_LABEL: u8 = 9;
 /// Ten times what a batch is distributed with. A small gzipped file may hold any number.
 const MAX_RECORDS: u64 = 100_000;
 
-/// Reads CIFAR-10's binary version, with its labels (0 to 9).
+/// Reads the binary version of CIFAR-10, with its labels (0 to 9).
 ///
-/// `dir`, or `cifar-10-batches-bin` in it, holds `data_batch_1.bin` to `data_batch_5.bin`, for
-/// [`Split::Test`] `test_batch.bin`. A batch may have up to 100,000 images.
+/// `dir`, or `cifar-10-batches-bin` in it, holds `data_batch_1.bin` to `data_batch_5.bin`, or `test_batch.bin` for
+/// [`Split::Test`]. A batch may have up to 100,000 images.
 ///
 /// # Errors
 ///
-/// [`Error::Io`] if the directory or a file is not there or cannot be read; [`Error::Data`] if a
-/// file is empty, is not whole records of 3,073 bytes, has more of them, or has a label above 9.
+/// Returns [`Error::Io`] if the directory or a file does not exist or cannot be read. Returns [`Error::Data`] if a file is
+/// empty, does not consist of whole records of 3,073 bytes, has too many of them, or has a label above 9.
 pub fn cifar10(dir: impl AsRef<Path>, split: Split) -> Result<Images> {
     let dir = dir.as_ref();
     dir.metadata().map_err(Error::io(dir))?;
@@ -78,5 +79,5 @@ pub fn cifar10(dir: impl AsRef<Path>, split: Split) -> Result<Images> {
             }
         }
     }
-    Images::new(pixels, SHAPE)?.with_labels(labels)
+    Ok(Images::new(pixels, SHAPE)?.with_labels(labels)?.with_classes(usize::from(MAX_LABEL) + 1))
 }

@@ -3,9 +3,11 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use super::dataset::Dataset;
 use super::file::{DataFile, buffer};
-use super::{ImageSource, Images, Split};
-use crate::{Error, Result};
+use super::images::Images;
+use super::split::Split;
+use crate::error::{Error, Result};
 
 /// Two zero bytes, 8 for unsigned bytes, and the number of dimensions.
 const IMAGES: u32 = 0x0803;
@@ -15,7 +17,7 @@ const LABELS: u32 = 0x0801;
 ///
 /// `dir` holds `train-images-idx3-ubyte`, or `t10k-images-idx3-ubyte` for [`Split::Test`]. The labels are in
 /// `train-labels-idx1-ubyte` or `t10k-labels-idx1-ubyte`. Each file may be gzipped, with `.gz` appended to its name.
-/// If there is no file of labels, the images have no labels. Training does not use them.
+/// If there is no file of labels, the images have no labels.
 ///
 /// # Errors
 ///
@@ -54,8 +56,8 @@ fn find(dir: &Path, name: &str) -> Option<PathBuf> {
 ///
 /// # Errors
 ///
-/// [`Error::Io`] if the file cannot be read; [`Error::Data`] if it is not an IDX file of images of
-/// unsigned bytes, if it holds none, or if it is shorter or longer than its header says.
+/// Returns [`Error::Io`] if the file cannot be read. Returns [`Error::Data`] if it is not an IDX file of images of
+/// unsigned bytes, if it holds no image, or if it is shorter or longer than its header says.
 pub fn read_idx_images(path: impl AsRef<Path>) -> Result<Images> {
     let ([_, rows, columns], pixels) = read(path.as_ref(), IMAGES)?;
     Images::new(pixels, (1, rows, columns))
@@ -65,8 +67,8 @@ pub fn read_idx_images(path: impl AsRef<Path>) -> Result<Images> {
 ///
 /// # Errors
 ///
-/// [`Error::Io`] if the file cannot be read; [`Error::Data`] if it is not an IDX file of labels of
-/// unsigned bytes, if it holds none, or if it is shorter or longer than its header says.
+/// Returns [`Error::Io`] if the file cannot be read. Returns [`Error::Data`] if it is not an IDX file of labels of
+/// unsigned bytes, if it holds no label, or if it is shorter or longer than its header says.
 pub fn read_idx_labels(path: impl AsRef<Path>) -> Result<Vec<u8>> {
     let ([_], labels) = read(path.as_ref(), LABELS)?;
     Ok(labels)

@@ -20,7 +20,7 @@ const SEEDED: usize = 100;
 ///
 /// use candle_core::{Device, Tensor};
 /// use ddpm::eval::Generator;
-/// use ddpm::{Diffusion, ImageSource, Sampler, Solver, from_fn};
+/// use ddpm::{Diffusion, Dataset, Sampler, Solver, from_fn};
 ///
 /// # let denoiser = from_fn(|x_t: &Tensor, _t: &Tensor| Ok(x_t.clone()));
 /// let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddim(), 5)?;

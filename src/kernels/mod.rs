@@ -24,16 +24,11 @@ mod slices;
 #[cfg(test)]
 mod suite;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub(crate) use autograd::{attention, conv2d, group_norm, linear};
 pub(crate) use cpu::adam::{AdamStep, sum_of_squares};
 pub(crate) use cpu::isa::{Isa, check_limit};
-pub(crate) use cpu::memory::try_zeros;
-#[cfg(feature = "cuda")]
-pub(crate) use cpu::process::mix;
-pub(crate) use cpu::process::{
-    add_to, add_values, are_plain, clamp, combine, finiteness, squared_error, weighted_sum,
-};
+pub(crate) use cpu::pixels::{add_values, all_finite, clamp_values, squared_errors, weighted_sum};
 pub(crate) use reference::layout::{to_channels_first, to_channels_last};
 pub(crate) use slices::{on_cpu_in_f32, same_storage, with_values, with_values_mut};

@@ -12,7 +12,7 @@ use super::op::norm::EPS;
 use crate::random::{Noise, Purpose};
 
 /// The units of rounding to the nearest.
-pub(super) const F32: f64 = 1.0 / (1u64 << 24) as f64;
+pub(crate) const F32: f64 = 1.0 / (1u64 << 24) as f64;
 pub(super) const BF16: f64 = 1.0 / 256.0;
 #[cfg(feature = "cuda")]
 pub(super) const F16: f64 = 1.0 / 2048.0;
@@ -26,7 +26,7 @@ pub(super) const SMALL: f64 = 1.0 / (1u64 << 14) as f64;
 /// The largest error of a value after up to `n` roundings, in units of rounding. More than 64 roundings are
 /// assumed to be random in sign: the probability that their sum exceeds 8 sqrt(n) is at most 2 exp(-32)
 /// (Higham and Mary 2019). The thousandth is for products of errors.
-pub(super) fn roundings(n: f64) -> f64 {
+pub(crate) fn roundings(n: f64) -> f64 {
     1.001 * n.min(8.0 * n.sqrt())
 }
 
@@ -36,7 +36,7 @@ fn roundings_each(n: &Tensor) -> Result<Tensor> {
 }
 
 /// Asserts that the error of each value is within its bound. That of NaN is not.
-pub(super) fn check(what: &str, found: &Tensor, expected: &Tensor, bound: &Tensor) {
+pub(crate) fn check(what: &str, found: &Tensor, expected: &Tensor, bound: &Tensor) {
     let values = |t: &Tensor| -> Vec<f64> {
         let t = t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
         t.flatten_all().unwrap().to_vec1().unwrap()
@@ -55,7 +55,7 @@ pub(super) fn check(what: &str, found: &Tensor, expected: &Tensor, bound: &Tenso
 
 /// Standard normals from a seed, for a test's inputs.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Normals(pub u64);
+pub(crate) struct Normals(pub u64);
 
 impl Normals {
     /// The `k`-th input.

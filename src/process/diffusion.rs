@@ -1,8 +1,9 @@
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::kernels::{are_plain, combine, weighted_sum};
-use crate::{Error, NoiseSchedule, Result};
+use super::schedule::NoiseSchedule;
+use crate::backend::{self, Rates};
+use crate::error::{Error, Result};
 
 /// The meaning of the network's output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -60,16 +61,7 @@ impl Diffusion {
     /// Returns an error if the shapes or dtypes do not fit, or if a timestep is out of range.
     pub fn q_sample(&self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Tensor> {
         self.check(x_0, t, eps)?;
-        if are_plain(x_0, eps) && t.device().is_cpu() {
-            let rates = self.rates_of_each(t)?;
-            return Ok(weighted_sum(x_0, eps, &rates)?);
-        }
-        #[cfg(feature = "cuda")]
-        if let Some(x_t) = crate::kernels::mix(x_0, eps, t, &self.table(), false)? {
-            return Ok(x_t);
-        }
-        let (signal, noise) = self.rates(t, x_0)?;
-        Ok((x_0.broadcast_mul(&signal)? + eps.broadcast_mul(&noise)?)?)
+        backend::of(x_0).mix(x_0, eps, t, self.rates(|bar| [bar.sqrt(), (1.0 - bar).sqrt()]))
     }
 
     /// Computes the output that the network should have for `x_t = q_sample(x_0, t, eps)`, with the same shapes.
@@ -81,18 +73,9 @@ impl Diffusion {
         match self.prediction {
             Prediction::Epsilon => Ok(eps.clone()),
             Prediction::Sample => Ok(x_0.clone()),
-            Prediction::Velocity if are_plain(eps, x_0) && t.device().is_cpu() => {
-                let rates = self.rates_of_each(t)?;
-                let rates: Vec<_> = rates.iter().map(|&[signal, noise]| [signal, -noise]).collect();
-                Ok(weighted_sum(eps, x_0, &rates)?)
-            }
             Prediction::Velocity => {
-                #[cfg(feature = "cuda")]
-                if let Some(v) = crate::kernels::mix(eps, x_0, t, &self.table(), true)? {
-                    return Ok(v);
-                }
-                let (signal, noise) = self.rates(t, x_0)?;
-                Ok((eps.broadcast_mul(&signal)? - x_0.broadcast_mul(&noise)?)?)
+                let rates = self.rates(|bar| [bar.sqrt(), -(1.0 - bar).sqrt()]);
+                backend::of(eps).mix(eps, x_0, t, rates)
             }
         }
     }
@@ -107,7 +90,7 @@ impl Diffusion {
             Prediction::Sample => return Ok(output.clone()),
             Prediction::Velocity => (signal, -noise),
         };
-        Ok(combine(x_t, p, output, q)?)
+        backend::of(x_t).combine(x_t, p, output, q)
     }
 
     /// # Errors
@@ -137,36 +120,8 @@ impl Diffusion {
         check_timesteps(t, batch, Some(self.schedule.steps()))
     }
 
-    /// `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` of every timestep.
-    #[cfg(feature = "cuda")]
-    fn table(&self) -> Vec<[f64; 2]> {
-        self.schedule.alpha_bars().iter().map(|&bar| rates_at(bar)).collect()
-    }
-
-    /// `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` for each image of a batch, for [checked](Self::check) timesteps
-    /// on the CPU.
-    fn rates_of_each(&self, t: &Tensor) -> Result<Vec<[f64; 2]>> {
-        let bars = self.schedule.alpha_bars();
-        let timesteps = t.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-        Ok(timesteps.into_iter().map(|t| rates_at(bars[t as usize])).collect())
-    }
-
-    /// `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` for each image of a batch, in the dtype of `like` and in a shape
-    /// that multiplies it. Both arguments must have been [checked](Self::check).
-    fn rates(&self, t: &Tensor, like: &Tensor) -> Result<(Tensor, Tensor)> {
-        let mut shape = vec![1; like.rank()];
-        shape[0] = t.dim(0)?;
-        // candle treats the largest number of the index dtype as padding, and returns zeros for it. In i64 no
-        // u8 or u32 is that number.
-        let t = t.to_dtype(DType::I64)?;
-        let gather = |rate: &dyn Fn(f64) -> f64| -> Result<Tensor> {
-            let table: Vec<f64> = self.schedule.alpha_bars().iter().map(|&a| rate(a)).collect();
-            let table = Tensor::from_vec(table, self.schedule.steps(), &Device::Cpu)?
-                .to_dtype(like.dtype())?
-                .to_device(like.device())?;
-            Ok(table.index_select(&t, 0)?.reshape(shape.as_slice())?)
-        };
-        Ok((gather(&f64::sqrt)?, gather(&|a| (1.0 - a).sqrt())?))
+    fn rates(&self, factors: fn(f64) -> [f64; 2]) -> Rates<'_> {
+        Rates { alpha_bars: self.schedule.alpha_bars(), factors }
     }
 }
 
@@ -182,7 +137,7 @@ pub(crate) fn check_timesteps(t: &Tensor, batch: usize, steps: Option<usize>) ->
     if !t.dtype().is_int() {
         return Err(Error::config("dtype of t", t.dtype().as_str(), "an integer dtype"));
     }
-    if !t.device().is_cpu() {
+    if backend::reading_waits(t.device()) {
         return Ok(());
     }
     let last = steps.map_or(i64::MAX, |steps| steps as i64 - 1);
@@ -195,13 +150,10 @@ pub(crate) fn check_timesteps(t: &Tensor, batch: usize, steps: Option<usize>) ->
     Err(Error::config("t", t, expected))
 }
 
-/// The factors of image and noise in `x_t`.
-fn rates_at(alpha_bar: f64) -> [f64; 2] {
-    [alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()]
-}
-
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
 
     #[test]

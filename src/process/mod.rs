@@ -1,7 +1,7 @@
 //! The forward and the reverse process: schedules and the formulae that relate `x_0`, `x_t` and noise.
 
-mod diffusion;
-mod schedule;
+pub(crate) mod diffusion;
+pub(crate) mod schedule;
 
 pub(crate) use diffusion::check_timesteps;
 pub use diffusion::{Diffusion, Prediction};

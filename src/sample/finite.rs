@@ -1,7 +1,7 @@
 use candle_core::{DType, Tensor};
 
+use crate::backend;
 use crate::error::{Error, Result};
-use crate::kernels::finiteness;
 
 /// Detects values that are not finite: at once on the CPU, and on other devices by results that stay on the device
 /// until they are read once.
@@ -17,9 +17,9 @@ impl FiniteCheck {
     /// # Errors
     /// On the CPU, returns an error if a value is not finite.
     pub fn add(&mut self, what: &'static str, t: usize, x: &Tensor) -> Result<()> {
-        let found = finiteness(&x.detach())?;
+        let found = backend::of(x).finiteness(&x.detach())?;
         self.unread.push((what, t, found));
-        if x.device().is_cpu() { self.read() } else { Ok(()) }
+        if backend::reading_waits(x.device()) { Ok(()) } else { self.read() }
     }
 
     /// # Errors

@@ -1,7 +1,8 @@
 //! The random numbers of a sampler, and the checks of tensors that a sampler receives.
 
-use candle_core::{Device, Shape, Tensor};
+use candle_core::{DType, Device, Shape, Tensor};
 
+use crate::backend;
 use crate::error::{Error, Result};
 use crate::random::{Noise, Purpose};
 
@@ -20,7 +21,8 @@ pub(super) fn draw(
     if shape.rank() == 0 {
         return Err(no_batch("sample"));
     }
-    Noise::new(seed).normal(purpose, step, first, shape.dims(), device)
+    let at = Noise::new(seed).address(purpose, 0, step);
+    backend::on(device, DType::F32).normal(at, first, shape.dims(), device)
 }
 
 /// # Errors

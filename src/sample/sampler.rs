@@ -7,9 +7,9 @@ use super::noise::{NoiseSource, check_start, draw, like};
 use super::plan::{Level, Plan, Stage};
 use super::solver::Solver;
 use super::spacing;
+use crate::backend;
 use crate::denoiser::{Condition, Denoiser};
 use crate::error::{Error, Result};
-use crate::kernels::{clamp, combine};
 use crate::process::Diffusion;
 use crate::random::Purpose;
 
@@ -159,7 +159,7 @@ impl Sampler {
             x = Some(step?.x);
         }
         let x = x.ok_or_else(|| Error::config("timesteps", "[]", "one or more"))?;
-        Ok(clamp(&x, -1.0, 1.0)?)
+        backend::of(&x).clamp(&x, -1.0, 1.0)
     }
 
     /// The sampling loop as an iterator, to observe it or to stop early. `x` of the last step is the image, which is
@@ -319,21 +319,22 @@ impl<D: Denoiser> Steps<'_, D> {
         // Between two timesteps, the error names the less noisy one.
         self.finite.add(names[0], level.t as usize, &output)?;
         let x_0 = self.sampler.diffusion.x_0(x, &output, level.alpha_bar)?;
-        Ok(if self.sampler.clip { clamp(&x_0, -1.0, 1.0)? } else { x_0 })
+        Ok(if self.sampler.clip { backend::of(&x_0).clamp(&x_0, -1.0, 1.0)? } else { x_0 })
     }
 
     /// Computes the result of a stage, term by term in the order that [`Stage`] defines.
     fn combined(&self, stage: &Stage, z: Option<&Tensor>) -> Result<Tensor> {
+        let backend = backend::of(&self.x);
         let mut terms = self.predictions.iter().zip(&stage.x_0);
         let mut sum = match terms.next() {
-            Some((newest, &factor)) => combine(newest, factor, &self.x, stage.x)?,
-            None => combine(&self.x, stage.x, &self.x, 0.0)?,
+            Some((newest, &factor)) => backend.combine(newest, factor, &self.x, stage.x)?,
+            None => backend.combine(&self.x, stage.x, &self.x, 0.0)?,
         };
         for (older, &factor) in terms {
-            sum = combine(&sum, 1.0, older, factor)?;
+            sum = backend.combine(&sum, 1.0, older, factor)?;
         }
         match z {
-            Some(z) if stage.z != 0.0 => Ok(combine(&sum, 1.0, z, stage.z)?),
+            Some(z) if stage.z != 0.0 => Ok(backend.combine(&sum, 1.0, z, stage.z)?),
             _ => Ok(sum),
         }
     }

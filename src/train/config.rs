@@ -1,7 +1,11 @@
 use serde::{Deserialize, Serialize};
 
-use super::{AdamConfig, EmaConfig, GradScalerConfig};
-use crate::{Error, Precision, Result};
+use super::optim::adam::AdamConfig;
+use super::optim::ema::EmaConfig;
+use super::optim::scaler::GradScalerConfig;
+use super::optim::schedule::LearningRate;
+use crate::error::{Error, Result};
+use crate::precision::Precision;
 
 /// The training configuration. With the network and the data, it determines the result.
 ///
@@ -126,15 +130,7 @@ impl TrainConfig {
 
     /// The learning rate of an update; `step` counts from 0.
     pub fn learning_rate(&self, step: u64) -> f64 {
-        let rise = match self.warmup_steps {
-            0 => 1.0,
-            warmup => (step.saturating_add(1) as f64 / warmup as f64).min(1.0),
-        };
-        let left = self.steps.saturating_sub(step) as f64;
-        let fall = match self.cooldown * self.steps as f64 {
-            0.0 => 1.0,
-            cooldown => (left / cooldown).min(1.0),
-        };
-        self.optimizer.learning_rate * rise.min(fall)
+        let Self { steps, warmup_steps, cooldown, optimizer, .. } = *self;
+        LearningRate { peak: optimizer.learning_rate, warmup_steps, cooldown, steps }.at(step)
     }
 }

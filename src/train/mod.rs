@@ -1,20 +1,31 @@
 //! Training: the loop, the optimiser, the average of the weights, and what is kept on disk.
 
-mod adam;
+mod builder;
 mod checkpoint;
 mod config;
-mod ema;
+mod executor;
+mod gradients;
+mod meter;
+mod objective;
 mod observer;
+mod optim;
 mod run;
-mod scaler;
+mod state;
 mod trainer;
+mod update;
 
-use adam::by_name;
-pub use adam::{AdamConfig, AdamW, WeightDecay, clip_grad_norm, gradients};
-pub use checkpoint::{Checkpoint, Saved};
+pub use builder::TrainerBuilder;
+pub use checkpoint::open::Checkpoint;
+pub use checkpoint::store::Saved;
 pub use config::TrainConfig;
-pub use ema::{Ema, EmaConfig};
+pub use gradients::gradients;
+pub use meter::Update;
+pub use objective::{Mse, Noised, Objective};
 pub use observer::{Metrics, Observer, OnMetrics, on_metrics};
+pub use optim::adam::{AdamConfig, AdamW, WeightDecay};
+pub use optim::clip::clip_grad_norm;
+pub use optim::ema::{Ema, EmaConfig};
+pub use optim::scaler::{GradScaler, GradScalerConfig};
+pub use optim::schedule::LearningRate;
 pub use run::{Frontend, Outcome, Run};
-pub use scaler::{GradScaler, GradScalerConfig};
-pub use trainer::{Trainer, Update};
+pub use trainer::Trainer;

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use candle_core::Device;
 
-use super::checkpoint::Saved;
+use super::checkpoint::store::Saved;
 use super::config::TrainConfig;
-use crate::error::{Error, Result};
 use crate::denoiser::Denoiser;
+use crate::error::{Error, Result};
 use crate::process::Diffusion;
 use crate::sample::SamplerConfig;
 

@@ -3,26 +3,27 @@ use rayon::prelude::*;
 use super::isa::Isa;
 use super::simd::simd_fn;
 
-/// One update of Adam, as factors of what it adds up.
+/// The factors of one update of Adam. `backend/reference.rs` has the update as a composition, and `backend/update.rs` its
+/// factors.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct AdamStep {
-    /// Of the mean, and of the gradient in it; both times in f64, since 1 - 0.999 in f32 is off by
-    /// 5e-5 of itself.
+    /// Factors of the mean, and of the gradient in it. Both are rounded from f64, because 1 - 0.999 in f32 has a relative
+    /// error of 5e-5.
     pub mean: [f32; 2],
-    /// Of the mean square, and of the gradient's square in it.
+    /// Factors of the mean square, and of the gradient's square in it.
     pub square: [f32; 2],
     pub eps: f32,
-    /// The learning rate, over what corrects the bias of the mean.
+    /// The learning rate, divided by the correction of the mean's bias.
     pub step_size: f32,
-    /// One over the root of what corrects the bias of the mean square.
+    /// One over the root of the correction of the mean square's bias.
     pub root_scale: f32,
-    /// Of the weight, before it is updated: decoupled decay.
+    /// Factor of the weight before it is updated: decoupled decay.
     pub keep: f32,
-    /// Of the weight, in the gradient: L2 decay.
+    /// Factor of the weight in the gradient: L2 decay.
     pub l2: f32,
-    /// Of the gradient: clipping.
+    /// Factor of the gradient: clipping.
     pub gradient_scale: f32,
-    /// Of the average, and of the weight in it.
+    /// Factors of the average, and of the weight in it.
     pub average: [f32; 2],
 }
 
@@ -30,8 +31,8 @@ pub(crate) struct AdamStep {
 const CHUNK: usize = 1 << 14;
 
 impl AdamStep {
-    /// Updates a weight, the means of its gradient and of its square, and its average, reading and
-    /// writing each value once.
+    /// Updates a weight, the means of its gradient and of the gradient's square, and its average. Each value is read and
+    /// written once.
     pub fn apply(
         &self,
         isa: Isa,
@@ -92,9 +93,9 @@ simd_fn! {
     }
 }
 
-/// The sum of squares, in f64 over short runs; the same for any number of threads.
+/// Returns the sum of squares, in f64. It is the same for any number of threads.
 pub(crate) fn sum_of_squares(isa: Isa, values: &[f32]) -> f64 {
-    // Collected, since a parallel sum's order would depend on the threads.
+    // Collected, because the order of a parallel sum would depend on the threads.
     let sums: Vec<f64> = values.par_chunks(CHUNK).map(|chunk| squares(isa, chunk)).collect();
     sums.iter().sum()
 }

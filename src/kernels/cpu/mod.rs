@@ -11,7 +11,7 @@ pub(crate) mod maps;
 pub(crate) mod math;
 pub(crate) mod memory;
 pub(crate) mod norm;
-pub(crate) mod process;
+pub(crate) mod pixels;
 pub(crate) mod reduce;
 pub(crate) mod simd;
 #[cfg(test)]

@@ -8,9 +8,9 @@ use flate2::Crc;
 use safetensors::SafeTensorError;
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
 use crate::kernels::with_values;
 use crate::model::tensor_file::{open_regular, read_regular, tensors_of};
-use crate::{Error, Result};
 
 /// The length and CRC-32 of a file as it was written. They detect any flipped bit, and all but one in four
 /// thousand million cases of other damage.

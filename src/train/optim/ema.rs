@@ -4,7 +4,8 @@ use candle_core::{Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use super::adam::check_floating;
-use crate::{Error, Result};
+use crate::backend::AverageRule;
+use crate::error::{Error, Result};
 
 /// Settings of [`Ema`].
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -18,16 +19,15 @@ pub struct EmaConfig {
 }
 
 impl EmaConfig {
-    pub(super) fn validate(&self) -> Result<()> {
+    pub(in crate::train) fn validate(&self) -> Result<()> {
         if !(0.0..1.0).contains(&self.decay) {
             return Err(Error::config("ema.decay", self.decay, "at least 0 and less than 1"));
         }
         Ok(())
     }
 
-    fn decay_at(&self, updates: u64) -> f64 {
-        let n = updates as f64;
-        if self.warmup { self.decay.min((1.0 + n) / (10.0 + n)) } else { self.decay }
+    fn rule(&self) -> AverageRule {
+        AverageRule { decay: self.decay, warmup: self.warmup }
     }
 }
 
@@ -61,14 +61,8 @@ impl Ema {
     /// # Errors
     /// Returns an error if the shape of a weight has changed.
     pub fn update(&mut self, vars: &BTreeMap<String, Var>) -> Result<()> {
-        self.update_from(vars.iter())
-    }
-
-    pub(super) fn update_from<'a>(
-        &mut self,
-        vars: impl Iterator<Item = (&'a String, &'a Var)>,
-    ) -> Result<()> {
-        let decay = self.begin_update();
+        let decay = self.rule().decay_after(self.updates);
+        self.updates += 1;
         for (name, var) in vars {
             if let Some(average) = self.averages.get_mut(name) {
                 let new = var.as_detached_tensor().affine(1.0 - decay, 0.0)?;
@@ -78,22 +72,16 @@ impl Ema {
         Ok(())
     }
 
-    /// Counts an update and returns its decay.
-    pub(super) fn begin_update(&mut self) -> f64 {
-        let decay = self.config.decay_at(self.updates);
-        self.updates += 1;
-        decay
+    pub(super) fn rule(&self) -> AverageRule {
+        self.config.rule()
     }
 
-    /// Subtracts updates that were skipped.
-    #[cfg(feature = "cuda")]
-    pub(super) fn forget_updates(&mut self, skipped: u64) {
-        self.updates = self.updates.saturating_sub(skipped);
+    pub(super) fn set_updates(&mut self, updates: u64) {
+        self.updates = updates;
     }
 
-    #[cfg(feature = "cuda")]
-    pub(super) fn config(&self) -> EmaConfig {
-        self.config
+    pub(super) fn averages_mut(&mut self) -> &mut BTreeMap<String, Tensor> {
+        &mut self.averages
     }
 
     /// The number of updates so far.
@@ -107,12 +95,21 @@ impl Ema {
         &self.averages
     }
 
-    /// Continues from these averages after `updates` updates.
-    pub(super) fn restore(
-        config: EmaConfig,
+    /// Continues from averages of the same names and shapes after `updates` updates.
+    ///
+    /// # Errors
+    /// Returns an error if a tensor cannot be copied to the device of its weight.
+    pub(in crate::train) fn continue_from(
+        &mut self,
         updates: u64,
-        averages: BTreeMap<String, Tensor>,
-    ) -> Self {
-        Self { config, updates, averages }
+        mut averages: BTreeMap<String, Tensor>,
+    ) -> Result<()> {
+        for (name, average) in &mut self.averages {
+            if let Some(new) = averages.remove(name) {
+                *average = new.to_dtype(average.dtype())?.to_device(average.device())?;
+            }
+        }
+        self.updates = updates;
+        Ok(())
     }
 }

@@ -1,23 +1,21 @@
 use serde::{Deserialize, Serialize};
 
-#[cfg(feature = "cuda")]
-use crate::kernels::cuda::{Counts, UpdateSettings};
-use crate::{Error, Result};
+use crate::backend::{Counters, ScaleRule};
+use crate::error::{Error, Result};
 
 /// Settings of [`GradScaler`]; the defaults are PyTorch's.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GradScalerConfig {
-    /// The scale at first; at least `min_scale`.
+    /// The first scale; at least `min_scale`.
     pub initial_scale: f64,
-    /// What the scale is multiplied by after `growth_interval` updates without an overflow; at
-    /// least 1.
+    /// Factor of the scale after `growth_interval` updates without an overflow; at least 1.
     pub growth_factor: f64,
-    /// At least 1.
+    /// Number of updates without an overflow before the scale grows; at least 1.
     pub growth_interval: u64,
-    /// What the scale is multiplied by after an overflow; positive and less than 1.
+    /// Factor of the scale after an overflow; positive and less than 1.
     pub backoff_factor: f64,
-    /// The least scale: gradients that overflow even then are an error. Positive.
+    /// The smallest scale; positive. Gradients that overflow at this scale are an error.
     pub min_scale: f64,
 }
 
@@ -34,7 +32,7 @@ impl Default for GradScalerConfig {
 }
 
 impl GradScalerConfig {
-    pub(super) fn validate(&self) -> Result<()> {
+    pub(in crate::train) fn validate(&self) -> Result<()> {
         let f32_finite = |x: f64| (x as f32).is_finite();
         if !(self.min_scale > 0.0 && f32_finite(self.min_scale)) {
             let expected = "positive and finite in f32";
@@ -59,15 +57,13 @@ impl GradScalerConfig {
     }
 }
 
-/// Keeps gradients of half precision from vanishing: the loss's gradient is multiplied by a scale,
-/// which is divided out again in f32. Where one is infinite or NaN nevertheless, the update is
-/// skipped and the scale falls; after many good ones it rises. Micikevicius et al. 2018, section
-/// 3.2; as PyTorch's `GradScaler`.
+/// Keeps gradients in half precision from vanishing. The gradient of the loss is multiplied by a scale, which is divided
+/// out again in f32. If a gradient is infinite or NaN nevertheless, the update is skipped and the scale falls. After many
+/// good updates the scale rises. Micikevicius et al. 2018, section 3.2; the method is that of PyTorch's `GradScaler`.
 ///
-/// [`Trainer`](crate::Trainer) has one with [`Precision::F16`](crate::Precision::F16). In a loop of
-/// one's own: multiply the loss's gradient by [`scale`](Self::scale), divide the gradients by it,
-/// look whether their norm is finite, then clip and step if it is, and tell
-/// [`update`](Self::update).
+/// [`Trainer`](crate::Trainer) has a scaler with [`Precision::F16`](crate::Precision::F16). In a loop of your own:
+/// multiply the gradient of the loss by [`scale`](Self::scale), divide the gradients of the weights by it, and check
+/// whether their norm is finite. If it is, clip and update. Then call [`update`](Self::update).
 #[derive(Debug, Clone)]
 pub struct GradScaler {
     config: GradScalerConfig,
@@ -75,10 +71,10 @@ pub struct GradScaler {
     exhausted: bool,
 }
 
-/// What a checkpoint keeps of a scaler.
+/// The state of a scaler in a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct ScalerState {
+pub(in crate::train) struct ScalerState {
     pub scale: f64,
     /// Updates since the last overflow or growth.
     pub good_updates: u64,
@@ -86,91 +82,80 @@ pub(super) struct ScalerState {
     pub skipped: u64,
 }
 
+impl From<&Counters> for ScalerState {
+    fn from(counters: &Counters) -> Self {
+        let Counters { scale, good_updates, skipped, .. } = *counters;
+        Self { scale, good_updates, skipped }
+    }
+}
+
 impl GradScaler {
-    /// A scaler at its initial scale.
+    /// Creates a scaler with its initial scale.
     ///
     /// # Errors
-    /// If a setting is out of its range.
+    /// Returns an error if a setting is out of range.
     pub fn new(config: GradScalerConfig) -> Result<Self> {
-        let state = ScalerState { scale: config.initial_scale, good_updates: 0, skipped: 0 };
-        Self::restore(config, state)
-    }
-
-    pub(super) fn restore(config: GradScalerConfig, state: ScalerState) -> Result<Self> {
         config.validate()?;
-        // As a device keeps them.
-        let rounded = |x: f64| f64::from(x as f32);
-        let config = GradScalerConfig { min_scale: rounded(config.min_scale), ..config };
-        let state = ScalerState { scale: rounded(state.scale), ..state };
-        if !(state.scale >= config.min_scale && (state.scale as f32).is_finite()) {
-            let expected = format!("at least {}, and finite in f32", config.min_scale);
-            return Err(Error::config("grad_scaler.scale", state.scale, expected));
+        // The numbers are those of f32, as on a device.
+        let min_scale = f64::from(config.min_scale as f32);
+        let state = ScalerState { scale: config.initial_scale, good_updates: 0, skipped: 0 };
+        let mut scaler =
+            Self { config: GradScalerConfig { min_scale, ..config }, state, exhausted: false };
+        scaler.continue_from(state)?;
+        Ok(scaler)
+    }
+
+    /// Continues from the state of a checkpoint.
+    ///
+    /// # Errors
+    /// Returns an error if the scale is out of its range.
+    pub(in crate::train) fn continue_from(&mut self, state: ScalerState) -> Result<()> {
+        let (scale, least) = (f64::from(state.scale as f32), self.config.min_scale);
+        if !(scale >= least && (scale as f32).is_finite()) {
+            let expected = format!("at least {least}, and finite in f32");
+            return Err(Error::config("grad_scaler.scale", scale, expected));
         }
-        Ok(Self { config, state, exhausted: false })
+        (self.state, self.exhausted) = (ScalerState { scale, ..state }, false);
+        Ok(())
     }
 
-    pub(super) fn state(&self) -> ScalerState {
-        self.state
+    pub(super) fn rule(&self) -> ScaleRule {
+        let GradScalerConfig { growth_factor, growth_interval, backoff_factor, min_scale, .. } =
+            self.config;
+        ScaleRule { growth_factor, growth_interval, backoff_factor, min_scale }
     }
 
-    /// With what a device counted.
-    #[cfg(feature = "cuda")]
-    pub(super) fn with_counts(&self, counts: Counts) -> Self {
-        let Counts { scale, good_updates, skipped, exhausted, .. } = counts;
-        Self { config: self.config, state: ScalerState { scale, good_updates, skipped }, exhausted }
-    }
-
-    #[cfg(feature = "cuda")]
-    pub(super) fn counts(&self, steps: u64, ema_updates: u64) -> Counts {
+    /// The counts of this scaler, with no others.
+    pub(super) fn counters(&self) -> Counters {
         let ScalerState { scale, good_updates, skipped } = self.state;
         let exhausted = self.exhausted;
-        Counts { steps, ema_updates, scale, good_updates, skipped, exhausted }
+        Counters { scale, good_updates, skipped, exhausted, ..Counters::default() }
     }
 
-    #[cfg(feature = "cuda")]
-    pub(super) fn put_settings(&self, settings: &mut UpdateSettings) {
-        settings.scaled = 1.0;
-        settings.growth_factor = self.config.growth_factor;
-        settings.growth_interval = self.config.growth_interval as f64;
-        settings.backoff_factor = self.config.backoff_factor;
-        settings.min_scale = self.config.min_scale;
+    pub(super) fn set_counters(&mut self, counters: &Counters) {
+        (self.state, self.exhausted) = (counters.into(), counters.exhausted);
     }
 
-    /// What the loss's gradient is multiplied by.
+    /// The factor of the loss's gradient.
     pub fn scale(&self) -> f64 {
         self.state.scale
     }
 
-    /// How many updates were skipped.
+    /// The number of updates that were skipped.
     pub fn skipped(&self) -> u64 {
         self.state.skipped
     }
 
-    /// Whether gradients overflowed at the least scale: then scaling does not mend them.
+    /// Returns whether gradients overflowed at the smallest scale, so that scaling cannot fix them.
     pub fn is_exhausted(&self) -> bool {
         self.exhausted
     }
 
-    /// After a pass whose gradients were all finite, or not.
+    /// Changes the scale after a backward pass. `finite` tells whether all gradients were finite.
     pub fn update(&mut self, finite: bool) {
-        let GradScalerConfig { growth_factor, growth_interval, backoff_factor, min_scale, .. } =
-            self.config;
-        let state = &mut self.state;
-        if !finite {
-            self.exhausted = state.scale <= min_scale;
-            state.scale = f64::from((state.scale * backoff_factor).max(min_scale) as f32);
-            state.good_updates = 0;
-            state.skipped += 1;
-            return;
-        }
-        state.good_updates += 1;
-        if state.good_updates >= growth_interval {
-            let grown = f64::from((state.scale * growth_factor) as f32);
-            if grown.is_finite() {
-                state.scale = grown;
-            }
-            state.good_updates = 0;
-        }
+        let mut counters = self.counters();
+        self.rule().adapt(&mut counters, finite);
+        self.set_counters(&counters);
     }
 }
 
@@ -178,7 +163,7 @@ impl GradScaler {
 mod tests {
     use super::*;
 
-    /// What PyTorch 2.13's `GradScaler(growth_interval=3)` has after each of these.
+    /// The scales of PyTorch 2.13's `GradScaler(growth_interval=3)` after each of these.
     #[test]
     fn the_scale_is_pytorchs_after_each_update() -> Result<()> {
         let mut scaler =

@@ -7,13 +7,25 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::files::Checksum;
-use crate::error::in_short;
+use crate::error::{Error, Result, in_short};
+use crate::model::Network;
 use crate::model::tensor_file::open_regular;
-use crate::train::TrainConfig;
-use crate::train::scaler::ScalerState;
-use crate::{Diffusion, Error, Network, Result, SamplerConfig};
+use crate::process::diffusion::Diffusion;
+use crate::sample::SamplerConfig;
+use crate::train::config::TrainConfig;
+use crate::train::optim::scaler::ScalerState;
+use crate::train::state::Fields;
 
+/// The names of the files: of everything except the tensors, and of the tensors of each part.
 pub(super) const STATE: &str = "checkpoint.json";
+pub(super) const MODEL: &str = "model.safetensors";
+pub(super) const EMA: &str = "ema.safetensors";
+pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
+
+/// The name of the file of a part's tensors.
+pub(super) fn file_of(part: &str) -> String {
+    format!("{part}.safetensors")
+}
 
 /// The format that this version writes, and the newest that it reads. Format 1 had no checksums.
 pub(super) const FORMAT: u32 = 2;
@@ -126,6 +138,50 @@ pub(super) fn read_state(dir: &Path) -> Result<State> {
     Ok(state)
 }
 
+/// The fields of `checkpoint.json` that the parts of a run save.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PartFields {
+    step: u64,
+    images_seen: u64,
+    dataset_len: Option<u64>,
+    #[serde(default)]
+    ema_updates: u64,
+    #[serde(default)]
+    grad_scaler: Option<ScalerState>,
+    #[serde(default)]
+    sampling: Option<SamplerConfig>,
+}
+
+impl State<Value> {
+    /// The state to write, from the fields of the parts and the checksums of their files.
+    ///
+    /// # Errors
+    /// Returns an error if there is a field or a file that the format does not have.
+    pub fn new(identity: &Identity<'_>, fields: Fields, files: Fields) -> Result<Self> {
+        let PartFields { step, images_seen, dataset_len, ema_updates, grad_scaler, sampling } =
+            from_fields(fields)?;
+        let (kind, config) = (identity.kind.to_owned(), identity.network.clone());
+        Ok(Self {
+            format_version: FORMAT,
+            step,
+            images_seen,
+            dataset_len,
+            ema_updates,
+            grad_scaler,
+            network: NetworkState { kind, config },
+            diffusion: identity.diffusion.clone(),
+            train: identity.train.clone(),
+            sampling,
+            files: Some(from_fields(files)?),
+        })
+    }
+}
+
+fn from_fields<T: serde::de::DeserializeOwned>(fields: Fields) -> Result<T> {
+    serde_json::from_value(Value::Object(fields)).map_err(Error::external)
+}
+
 impl State {
     /// Checks the numbers. Whether this build supports the training configuration is checked only when a run
     /// is resumed, because the weights can be read in any case.
@@ -163,6 +219,20 @@ impl State {
         }
     }
 
+    /// The fields that parts of a run saved.
+    ///
+    /// # Errors
+    /// Returns an error if a value cannot be represented as JSON.
+    pub fn fields(&self) -> Result<Fields> {
+        let Self { step, images_seen, dataset_len, ema_updates, grad_scaler, sampling, .. } = *self;
+        let fields =
+            PartFields { step, images_seen, dataset_len, ema_updates, grad_scaler, sampling };
+        match to_value(&fields)? {
+            Value::Object(fields) => Ok(fields),
+            _ => Ok(Fields::new()),
+        }
+    }
+
     /// The network's configuration as a JSON value, because its type is not known here.
     fn network_value(&self) -> Result<Value> {
         serde_json::from_str(self.network.config.get()).map_err(Error::external)
@@ -170,46 +240,54 @@ impl State {
 
     /// # Errors
     /// Returns an error that ends with `remedy` if this is not a run with these configurations.
-    pub fn must_match<N: Network>(
-        &self,
-        network: &N,
-        train: &TrainConfig,
-        diffusion: &Diffusion,
-        remedy: &'static str,
-    ) -> Result<()> {
-        if self.network.kind != N::KIND {
-            return Err(mismatch("network.kind", &self.network.kind, N::KIND, remedy));
+    pub fn must_match(&self, identity: &Identity<'_>, remedy: &'static str) -> Result<()> {
+        let Identity { kind, network, train, diffusion } = identity;
+        if self.network.kind != *kind {
+            return Err(mismatch("network.kind", &self.network.kind, kind, remedy));
         }
-        self.compare(&to_value(network)?, train, diffusion, remedy)
+        compare("network", &self.network_value()?, network, remedy)?;
+        if self.diffusion != **diffusion {
+            compare("diffusion", &to_value(&self.diffusion)?, &to_value(diffusion)?, remedy)?;
+        }
+        // These fields change the length of a run and its reports, but not its results.
+        let TrainConfig { steps, log_every, keep_checkpoints, .. } = **train;
+        let saved = TrainConfig { steps, log_every, keep_checkpoints, ..self.train.clone() };
+        compare("train", &to_value(&saved)?, &to_value(train)?, remedy)
     }
 
     /// Returns whether this may be of the same run as `other`, because the configurations agree.
     pub fn is_of_the_run_of(&self, other: &Self) -> bool {
-        let network = other.network_value();
-        self.network.kind == other.network.kind
-            && network.is_ok_and(|n| self.compare(&n, &other.train, &other.diffusion, "").is_ok())
+        let (kind, train, diffusion) = (&other.network.kind, &other.train, &other.diffusion);
+        other.network_value().is_ok_and(|network| {
+            self.must_match(&Identity { kind, network, train, diffusion }, "").is_ok()
+        })
     }
+}
 
-    fn compare(
-        &self,
-        network: &Value,
-        train: &TrainConfig,
-        diffusion: &Diffusion,
-        remedy: &'static str,
-    ) -> Result<()> {
-        compare("network", &self.network_value()?, network, remedy)?;
-        if self.diffusion != *diffusion {
-            compare("diffusion", &to_value(&self.diffusion)?, &to_value(diffusion)?, remedy)?;
-        }
-        // These fields change the length of a run and its reports, but not its results.
-        let TrainConfig { steps, log_every, keep_checkpoints, .. } = *train;
-        let saved = TrainConfig { steps, log_every, keep_checkpoints, ..self.train.clone() };
-        compare("train", &to_value(&saved)?, &to_value(train)?, remedy)
+/// The configurations of a run, which stay the same as long as it goes on.
+#[derive(Debug)]
+pub(in crate::train) struct Identity<'a> {
+    /// The kind of the network, and its configuration.
+    pub kind: &'a str,
+    pub network: Value,
+    pub train: &'a TrainConfig,
+    pub diffusion: &'a Diffusion,
+}
+
+impl<'a> Identity<'a> {
+    /// # Errors
+    /// Returns an error if the network's configuration cannot be represented as JSON.
+    pub fn new<N: Network>(
+        network: &N,
+        train: &'a TrainConfig,
+        diffusion: &'a Diffusion,
+    ) -> Result<Self> {
+        Ok(Self { kind: N::KIND, network: to_value(network)?, train, diffusion })
     }
 }
 
 /// The largest step of a run, limited by the addresses of random numbers.
-pub(crate) const MAX_STEP: u64 = (1 << 40) - 1;
+pub(in crate::train) const MAX_STEP: u64 = (1 << 40) - 1;
 
 pub(super) fn mismatch(field: &str, found: &str, expected: &str, remedy: &'static str) -> Error {
     let (found, expected) = (in_short(found), in_short(expected));

@@ -1,0 +1,113 @@
+use std::fmt;
+
+use candle_core::{Device, Tensor};
+
+use super::update::{Factors, Updater, WeightState};
+use crate::error::Result;
+use crate::random::Address;
+
+/// The factors of two tensors at each timestep of a schedule, from its `alpha_bar`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rates<'a> {
+    pub alpha_bars: &'a [f64],
+    /// From `alpha_bar` to the two factors.
+    pub factors: fn(f64) -> [f64; 2],
+}
+
+impl Rates<'_> {
+    /// The factors at every timestep.
+    pub fn table(&self) -> Vec<[f64; 2]> {
+        self.alpha_bars.iter().map(|&bar| (self.factors)(bar)).collect()
+    }
+}
+
+/// The operations of training and sampling outside of networks, on tensors.
+///
+/// A backend with kernels uses them for plain tensors: f32 on its device, contiguous, of one shape, not empty, without a
+/// gradient to pass on. Two tensors of one operation have the same shape.
+pub(crate) trait Backend: fmt::Debug + Send + Sync {
+    /// Copies values to the device, in the shape `dims`. Does not wait for the device.
+    fn upload(&self, values: Vec<f32>, dims: &[usize], device: &Device) -> Result<Tensor>;
+
+    /// As [`upload`](Self::upload), for one integer per image.
+    fn upload_integers(&self, values: Vec<u32>, device: &Device) -> Result<Tensor>;
+
+    /// Draws standard normals of shape `dims` = (batch, ...). Each image has its own numbers, and the batch begins with
+    /// image number `first`.
+    fn normal(&self, at: Address, first: u32, dims: &[usize], device: &Device) -> Result<Tensor>;
+
+    /// Computes `a x + b y`, with the two factors of each image's timestep `t` (batch), which has been checked.
+    fn mix(&self, x: &Tensor, y: &Tensor, t: &Tensor, rates: Rates<'_>) -> Result<Tensor>;
+
+    /// Computes `a x + b y`.
+    fn combine(&self, x: &Tensor, a: f64, y: &Tensor, b: f64) -> Result<Tensor>;
+
+    /// Replaces values below `low` by `low`, and values above `high` by `high`.
+    fn clamp(&self, x: &Tensor, low: f32, high: f32) -> Result<Tensor>;
+
+    /// Computes `scale` times the sum of `(output - target)²`, a scalar, and its gradient with respect to `output`. The
+    /// gradient is multiplied by `gradient_scale`, a scalar of f32, if there is one.
+    fn squared_error(
+        &self,
+        output: &Tensor,
+        target: &Tensor,
+        scale: f64,
+        gradient_scale: Option<&Tensor>,
+    ) -> Result<(Tensor, Tensor)>;
+
+    /// Computes a scalar on the device: 0 if every value is finite, and NaN otherwise.
+    fn finiteness(&self, x: &Tensor) -> Result<Tensor>;
+
+    /// Adds `more` to `sum`. Plain tensors are changed in place, with all tensors that share their values.
+    fn add_to(&self, sum: &mut Tensor, more: &Tensor) -> Result<()>;
+
+    /// Makes an update of Adam, and of the averages, with these factors.
+    fn adam(&self, weights: Vec<WeightState<'_>>, factors: &Factors) -> Result<()>;
+
+    /// The updates of a run.
+    fn updater(&self, device: &Device) -> Box<dyn Updater>;
+
+    /// The device's means to record an update and repeat it, if it has one.
+    fn capture(&self, device: &Device) -> Option<Box<dyn Capture>> {
+        let _ = device;
+        None
+    }
+
+    /// Waits for the work that all threads have given to the device.
+    fn synchronize(&self, device: &Device) -> Result<()> {
+        let _ = device;
+        Ok(())
+    }
+}
+
+/// The results of an update: the loss, the norm of the gradient, and the gradients.
+pub(crate) type Computed = (Tensor, Tensor, Vec<Tensor>);
+
+/// The update that [`Capture::record`] records, as a function of `x_0` and `t`.
+pub(crate) type Recordable<'a> = dyn FnMut(&Tensor, &Tensor) -> Result<Computed> + 'a;
+
+/// Records the work of an update, which is then repeated by one launch.
+pub(crate) trait Capture {
+    /// Returns whether an update of this batch can be recorded or repeated at this moment.
+    fn is_possible(&self, x_0: &Tensor) -> Result<bool>;
+
+    /// Sets the step for which a repeated update draws its random numbers.
+    fn set_step(&self, step: u64) -> Result<()>;
+
+    /// Records the work that `update` launches for a batch like `x_0` and `t`. None of it is run.
+    fn record(
+        &self,
+        x_0: &Tensor,
+        t: &Tensor,
+        update: &mut Recordable<'_>,
+    ) -> Result<Box<dyn Recorded>>;
+}
+
+/// An update that was recorded.
+pub(crate) trait Recorded: fmt::Debug + Send + Sync {
+    /// Returns whether it can be repeated for this batch, by this thread.
+    fn fits(&self, x_0: &Tensor) -> bool;
+
+    /// Repeats it for another batch of the same shape. Returns the loss and the norm of the gradient.
+    fn repeat(&self, x_0: &Tensor, t: &Tensor) -> Result<(Tensor, Tensor)>;
+}

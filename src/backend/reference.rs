@@ -1,0 +1,175 @@
+//! The specification: each formula once, as a composition of candle's operations.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::ops::{Backend, Rates};
+use super::update::{Counters, Factors, UpdateRule, Updater, WeightState};
+use crate::error::{Error, Result};
+use crate::random::{Address, zeros};
+
+/// Candle's operations, for every device and floating-point dtype. They take gradients.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Reference;
+
+impl Backend for Reference {
+    fn upload(&self, values: Vec<f32>, dims: &[usize], device: &Device) -> Result<Tensor> {
+        Ok(Tensor::from_vec(values, dims, device)?)
+    }
+
+    fn upload_integers(&self, values: Vec<u32>, device: &Device) -> Result<Tensor> {
+        let batch = values.len();
+        Ok(Tensor::from_vec(values, batch, device)?)
+    }
+
+    fn normal(&self, at: Address, first: u32, dims: &[usize], device: &Device) -> Result<Tensor> {
+        let mut values = zeros("noise", dims)?;
+        let count = values.len() / dims.first().copied().unwrap_or(1).max(1);
+        for (k, image) in values.chunks_mut(count.max(1)).enumerate() {
+            at.stream(first.wrapping_add(k as u32)).fill_normal(image);
+        }
+        Ok(Tensor::from_vec(values, dims, device)?)
+    }
+
+    fn mix(&self, x: &Tensor, y: &Tensor, t: &Tensor, rates: Rates<'_>) -> Result<Tensor> {
+        let mut shape = vec![1; x.rank()];
+        shape[0] = t.dim(0)?;
+        // candle treats the largest number of the index dtype as padding, and returns zeros for it. In i64 no u8 or u32
+        // is that number.
+        let t = t.to_dtype(DType::I64)?;
+        let table = rates.table();
+        let factor = |which: usize| -> Result<Tensor> {
+            let column: Vec<f64> = table.iter().map(|factors| factors[which]).collect();
+            let column = Tensor::from_vec(column, table.len(), &Device::Cpu)?
+                .to_dtype(x.dtype())?
+                .to_device(x.device())?;
+            Ok(column.index_select(&t, 0)?.reshape(shape.as_slice())?)
+        };
+        Ok((x.broadcast_mul(&factor(0)?)? + y.broadcast_mul(&factor(1)?)?)?)
+    }
+
+    fn combine(&self, x: &Tensor, a: f64, y: &Tensor, b: f64) -> Result<Tensor> {
+        Ok((x.affine(a, 0.0)? + y.affine(b, 0.0)?)?)
+    }
+
+    fn clamp(&self, x: &Tensor, low: f32, high: f32) -> Result<Tensor> {
+        Ok(x.clamp(low, high)?)
+    }
+
+    fn squared_error(
+        &self,
+        output: &Tensor,
+        target: &Tensor,
+        scale: f64,
+        gradient_scale: Option<&Tensor>,
+    ) -> Result<(Tensor, Tensor)> {
+        let error = (output - target)?;
+        let factor = 2.0 * scale * value_of(gradient_scale)?;
+        Ok(((error.sqr()?.sum_all()? * scale)?, (error * factor)?))
+    }
+
+    fn finiteness(&self, x: &Tensor) -> Result<Tensor> {
+        // A value that is not finite gives NaN when it is subtracted from itself.
+        Ok(self.squared_error(x, x, 1.0, None)?.0)
+    }
+
+    fn add_to(&self, sum: &mut Tensor, more: &Tensor) -> Result<()> {
+        *sum = (&*sum + more)?;
+        Ok(())
+    }
+
+    /// As PyTorch's `Adam` and `AdamW`. Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2.
+    fn adam(&self, weights: Vec<WeightState<'_>>, factors: &Factors) -> Result<()> {
+        let Factors { beta1, beta2, eps, step_size, root_scale, .. } = *factors;
+        for own in weights {
+            if let Some(gradient) = own.gradient {
+                let mut weight = own.weight.as_detached_tensor();
+                let mut gradient = gradient.clone();
+                if factors.gradient_scale != 1.0 {
+                    gradient = gradient.affine(factors.gradient_scale, 0.0)?;
+                }
+                if factors.l2 != 0.0 {
+                    gradient = (gradient + weight.affine(factors.l2, 0.0)?)?;
+                }
+                if factors.keep != 1.0 {
+                    weight = weight.affine(factors.keep, 0.0)?;
+                }
+                let mean = (own.mean.affine(beta1, 0.0)? + gradient.affine(1.0 - beta1, 0.0)?)?;
+                let square =
+                    (own.square.affine(beta2, 0.0)? + gradient.sqr()?.affine(1.0 - beta2, 0.0)?)?;
+                (*own.mean, *own.square) = (mean.detach(), square.detach());
+                let root = own.square.sqrt()?.affine(root_scale, eps)?;
+                let update = own.mean.affine(step_size, 0.0)?.div(&root)?;
+                own.weight.set(&(weight - update)?)?;
+            }
+            if let Some(average) = own.average {
+                let new = own.weight.as_detached_tensor().affine(1.0 - factors.average, 0.0)?;
+                *average = (average.affine(factors.average, 0.0)? + new)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn updater(&self, _: &Device) -> Box<dyn Updater> {
+        Box::new(*self)
+    }
+}
+
+impl Updater for Reference {
+    fn update(
+        &mut self,
+        mut weights: Vec<WeightState<'_>>,
+        rule: &UpdateRule,
+        learning_rate: f64,
+        counters: &mut Counters,
+    ) -> Result<Tensor> {
+        let mut gradients: Vec<&mut Tensor> =
+            weights.iter_mut().filter_map(|own| own.gradient.as_deref_mut()).collect();
+        if rule.scale.is_some() {
+            let unscale = rule.unscale(counters);
+            for gradient in &mut gradients {
+                **gradient = gradient.affine(unscale, 0.0)?;
+            }
+        }
+        let norm = clip_norm(gradients, rule.max_norm)?;
+        if let Some(scale) = &rule.scale {
+            let finite = norm.to_dtype(DType::F64)?.to_scalar::<f64>()?.is_finite();
+            scale.adapt(counters, finite);
+            if !finite {
+                return Ok(norm);
+            }
+        }
+        let factors = rule.begin(counters, learning_rate, 1.0);
+        self.adam(weights, &factors)?;
+        Ok(norm)
+    }
+}
+
+/// Scales all gradients so that their global L2 norm is at most `max_norm`, and returns the norm before, which stays on
+/// the device. An infinite `max_norm` does not clip. As PyTorch's `clip_grad_norm_`; Pascanu et al. 2013.
+///
+/// # Errors
+/// Returns an error if there are no gradients.
+pub(crate) fn clip_norm(gradients: Vec<&mut Tensor>, max_norm: f64) -> Result<Tensor> {
+    let squares: Vec<Tensor> =
+        gradients.iter().map(|g| g.sqr()?.sum_all()).collect::<candle_core::Result<_>>()?;
+    if squares.is_empty() {
+        let expected = "one or more: does the loss depend on any weight?";
+        return Err(Error::config("gradients", "empty", expected));
+    }
+    let norm = Tensor::stack(&squares, 0)?.sum_all()?.sqrt()?;
+    if max_norm.is_finite() {
+        let scale = (norm.affine(1.0, 1e-6)?.recip()? * max_norm)?.minimum(1.0)?;
+        for gradient in gradients {
+            *gradient = gradient.broadcast_mul(&scale)?;
+        }
+    }
+    Ok(norm)
+}
+
+/// The value of a scalar of f32, or 1.
+pub(super) fn value_of(scale: Option<&Tensor>) -> Result<f64> {
+    Ok(match scale {
+        Some(scale) => f64::from(scale.to_scalar::<f32>()?),
+        None => 1.0,
+    })
+}

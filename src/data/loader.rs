@@ -1,0 +1,263 @@
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use candle_core::{DType, Device, Tensor};
+
+use super::dataset::{Dataset, normalized};
+use crate::backend;
+use crate::error::{Error, Result};
+use crate::random::{Noise, Purpose};
+
+/// Images of one update.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Batch {
+    /// The images (batch, channels, height, width), in f32 and in [-1, 1].
+    pub images: Tensor,
+    /// The class of each image, in u32 (batch), if the images have classes.
+    pub classes: Option<Tensor>,
+    /// The position of the first image in the whole batch of the update, from 0. The random numbers of an image follow
+    /// from its position, so that a batch gives the same result in parts.
+    pub first: u64,
+}
+
+impl From<Tensor> for Batch {
+    /// A whole batch of images without classes.
+    fn from(images: Tensor) -> Self {
+        Self { images, classes: None, first: 0 }
+    }
+}
+
+impl From<&Tensor> for Batch {
+    fn from(images: &Tensor) -> Self {
+        images.clone().into()
+    }
+}
+
+impl From<&Batch> for Batch {
+    fn from(batch: &Batch) -> Self {
+        batch.clone()
+    }
+}
+
+/// The place of an update in a run, from which its batch follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Position {
+    /// Updates before this one.
+    pub step: u64,
+    /// Images that they used.
+    pub images_seen: u64,
+}
+
+/// A batch in memory, before it is on the device.
+#[derive(Debug)]
+pub(crate) struct HostBatch {
+    pixels: Vec<f32>,
+    classes: Option<Vec<u32>>,
+    dims: [usize; 4],
+    first: u64,
+}
+
+impl HostBatch {
+    /// Copies the batch to the device. Does not wait for the device: the copy is made after the work that this thread gave
+    /// to it before, while the thread goes on. The thread that trains calls this, because on a GPU each thread has its own
+    /// queue of work.
+    pub fn upload(self, device: &Device) -> Result<Batch> {
+        let backend = backend::on(device, DType::F32);
+        let upload = |classes| backend.upload_integers(classes, device);
+        Ok(Batch {
+            images: backend.upload(self.pixels, &self.dims, device)?,
+            classes: self.classes.map(upload).transpose()?,
+            first: self.first,
+        })
+    }
+}
+
+/// Reads the batches of a run: a new order of all images in each epoch, and random flips. A batch is a function of the
+/// seed and the [`Position`], so a loader has no state to save.
+#[derive(Debug, Clone)]
+pub(crate) struct Loader {
+    noise: Noise,
+    /// Images of an update.
+    batch: u64,
+    /// The part of them that this loader reads.
+    part: Range<u64>,
+    horizontal_flip: bool,
+    /// The order of the images in the current epoch: epoch, number of images, order.
+    order: Option<(u64, usize, Vec<u32>)>,
+}
+
+impl Loader {
+    /// A loader of whole batches.
+    pub fn new(seed: u64, batch: usize, horizontal_flip: bool) -> Self {
+        let batch = batch as u64;
+        Self { noise: Noise::new(seed), batch, part: 0..batch, horizontal_flip, order: None }
+    }
+
+    /// The position after another update with a whole batch.
+    pub fn after(&self, at: Position) -> Position {
+        Position { step: at.step + 1, images_seen: at.images_seen.wrapping_add(self.batch) }
+    }
+
+    /// Reads and flips the images of an update. Returns `None` if `stop` is set meanwhile.
+    ///
+    /// # Errors
+    /// Returns an error if the data set cannot be trained on, or fails to read, or if a class is not one of its classes.
+    pub fn read(
+        &mut self,
+        dataset: &dyn Dataset,
+        at: Position,
+        stop: &AtomicBool,
+    ) -> Result<Option<HostBatch>> {
+        let size = check(dataset)?;
+        let (shape, classes) = (dataset.shape(), dataset.classes());
+        let batch = (self.part.end - self.part.start) as usize;
+        let mut pixels = Vec::new();
+        let count = batch.checked_mul(size).filter(|&n| pixels.try_reserve_exact(n).is_ok());
+        if count.is_none() {
+            let expected = format!("small enough for a batch of images of {size} values in memory");
+            return Err(Error::config("batch_size", batch, expected));
+        }
+        let (mut bytes, mut found) = (vec![0; size], Vec::new());
+        for k in self.part.clone() {
+            if stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            let index = self.shuffled(at.images_seen.wrapping_add(k), dataset.len())?;
+            let class = dataset.read(index, &mut bytes)?;
+            found.extend(check_class(index, class, classes)?);
+            if self.horizontal_flip {
+                let mut stream = self.noise.stream(Purpose::Flip, at.step, k as u32);
+                if stream.below(2) == 1 {
+                    bytes.chunks_mut(shape.width).for_each(<[u8]>::reverse);
+                }
+            }
+            pixels.extend(bytes.iter().map(|&pixel| normalized(pixel)));
+        }
+        Ok(Some(HostBatch {
+            pixels,
+            classes: (classes > 0).then_some(found),
+            dims: [batch, shape.channels, shape.height, shape.width],
+            first: self.part.start,
+        }))
+    }
+
+    /// The index of the `position`-th image of the run.
+    fn shuffled(&mut self, position: u64, len: usize) -> Result<usize> {
+        let (epoch, place) = (position / len as u64, (position % len as u64) as usize);
+        match &self.order {
+            Some((e, n, order)) if (*e, *n) == (epoch, len) => Ok(order[place] as usize),
+            _ => {
+                let order = self.noise.stream(Purpose::Shuffle, epoch, 0).permutation(len)?;
+                let index = order[place] as usize;
+                self.order = Some((epoch, len, order));
+                Ok(index)
+            }
+        }
+    }
+}
+
+/// Returns the number of values of an image.
+///
+/// # Errors
+/// Returns an error if there are no images, too many images, or images without values.
+pub(crate) fn check(dataset: &dyn Dataset) -> Result<usize> {
+    let size = dataset.shape().values().unwrap_or(0);
+    if dataset.is_empty() || size == 0 || dataset.len() > u32::MAX as usize {
+        let value = format!("{} images of {size} values", dataset.len());
+        let expected = "1 to 2^32 - 1 images of at least one value each";
+        return Err(Error::config("data set", value, expected));
+    }
+    Ok(size)
+}
+
+/// # Errors
+/// Returns an error if the class of an image is not one of the data set's.
+fn check_class(index: usize, class: Option<u32>, classes: usize) -> Result<Option<u32>> {
+    match class {
+        Some(found) if (found as usize) < classes => Ok(class),
+        None if classes == 0 => Ok(None),
+        _ => {
+            let found = class.map_or("none".into(), |class| class.to_string());
+            let expected = match classes {
+                0 => "none, because Dataset::classes is 0".to_string(),
+                _ => format!("less than {classes}, the value of Dataset::classes"),
+            };
+            Err(Error::config("class", format!("{found} in image {index}"), expected))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Images;
+
+    /// Each part of a batch has the images and flips of its place in the whole.
+    #[test]
+    fn parts_of_a_batch_are_parts_of_the_whole() -> Result<()> {
+        let images = Images::new((0..=251).collect(), (1, 3, 4))?.with_labels((0..21).collect())?;
+        let mut whole = Loader::new(5, 8, true);
+        let parts = [0..3, 3..8].map(|part| Loader { part, ..whole.clone() });
+        let stop = AtomicBool::new(false);
+        for at in [(0, 0), (1, 8), (2, 16), (7, 56)] {
+            let at = Position { step: at.0, images_seen: at.1 };
+            let read = |loader: &mut Loader| -> Result<Batch> {
+                loader.read(&images, at, &stop)?.expect("not stopped").upload(&Device::Cpu)
+            };
+            let expected = read(&mut whole)?;
+            let [a, b] = parts.clone().map(|mut part| read(&mut part));
+            let (a, b) = (a?, b?);
+            assert_eq!((expected.first, a.first, b.first), (0, 0, 3));
+            let joined = Tensor::cat(&[&a.images, &b.images], 0)?.flatten_all()?;
+            assert_eq!(joined.to_vec1::<f32>()?, expected.images.flatten_all()?.to_vec1::<f32>()?);
+            let classes = |batch: &Batch| batch.classes.as_ref().unwrap().to_vec1::<u32>();
+            assert_eq!([classes(&a)?, classes(&b)?].concat(), classes(&expected)?);
+            // The class goes with its image, whose first value is 12 times it, unless it is flipped.
+            for (k, class) in classes(&expected)?.into_iter().enumerate() {
+                let row = expected.images.get(k)?.flatten_all()?.to_vec1::<f32>()?;
+                let first = row.into_iter().fold(f32::INFINITY, f32::min);
+                assert_eq!(first, normalized(class as u8 * 12));
+            }
+        }
+        Ok(())
+    }
+
+    struct Classes(Option<u32>, usize);
+
+    impl Dataset for Classes {
+        fn len(&self) -> usize {
+            1
+        }
+
+        fn shape(&self) -> crate::data::ImageShape {
+            (1, 1, 1).into()
+        }
+
+        fn classes(&self) -> usize {
+            self.1
+        }
+
+        fn read(&self, _: usize, _: &mut [u8]) -> Result<Option<u32>> {
+            Ok(self.0)
+        }
+    }
+
+    #[test]
+    fn classes_that_do_not_exist_are_refused_with_the_image() {
+        let at = Position { step: 0, images_seen: 0 };
+        let read = |class, classes| {
+            Loader::new(0, 1, false).read(&Classes(class, classes), at, &AtomicBool::new(false))
+        };
+        for (class, classes, expected) in [
+            (Some(3), 3, "class is 3 in image 0; it must be less than 3"),
+            (None, 3, "class is none in image 0; it must be less than 3"),
+            (Some(0), 0, "class is 0 in image 0; it must be none, because Dataset::classes is 0"),
+        ] {
+            let message = read(class, classes).unwrap_err().to_string();
+            assert!(message.starts_with(expected), "{message}");
+        }
+        read(Some(2), 3).unwrap();
+        read(None, 0).unwrap();
+    }
+}

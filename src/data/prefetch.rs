@@ -1,0 +1,64 @@
+use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::thread;
+
+use super::dataset::Dataset;
+use super::loader::{HostBatch, Loader, Position};
+use crate::error::{Error, Result};
+
+/// Calls `f` with a function that returns the next of `batches` batches, the first one at `at`. A thread reads each batch
+/// while the previous one is used. It ends before this function returns; no read goes on, and no batch is read ahead of
+/// an error.
+///
+/// The thread is not one of the pool, because a source may wait for a disk or a network, and a waiting thread of the pool
+/// computes nothing. It takes no part in what is computed, so that results do not depend on it.
+///
+/// # Errors
+/// Returns the errors of `f`, and an error if no thread can be started.
+pub(crate) fn prefetch<R>(
+    mut loader: Loader,
+    dataset: &dyn Dataset,
+    mut at: Position,
+    batches: u64,
+    f: impl FnOnce(&mut dyn FnMut() -> Result<HostBatch>) -> Result<R>,
+) -> Result<R> {
+    let stop = &AtomicBool::new(false);
+    // Without room for a batch: the thread hands one over before it reads the next.
+    let (sender, receiver) = sync_channel::<Result<HostBatch>>(0);
+    let read = move || {
+        for _ in 0..batches {
+            let Some(batch) = loader.read(dataset, at, stop).transpose() else { return };
+            let failed = batch.is_err();
+            if sender.send(batch).is_err() || failed {
+                return;
+            }
+            at = loader.after(at);
+        }
+    };
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name("ddpm-loader".into());
+        let thread = thread.spawn_scoped(scope, read).map_err(Error::external)?;
+        // Also after a panic of `f`, for which the scope would wait.
+        let stopping = Stopping(stop);
+        let result = f(&mut || match receiver.recv() {
+            Ok(batch) => batch,
+            // It panicked, which is passed on below, or every batch was taken.
+            Err(_) => Err(Error::config("batches", "all taken", format!("at most {batches}"))),
+        });
+        drop((stopping, receiver));
+        match thread.join() {
+            Ok(()) => result,
+            Err(panic) => resume_unwind(panic),
+        }
+    })
+}
+
+/// Tells the thread to stop when this is dropped.
+struct Stopping<'a>(&'a AtomicBool);
+
+impl Drop for Stopping<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}

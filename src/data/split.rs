@@ -1,0 +1,8 @@
+/// The part of a data set to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Split {
+    /// The images to train on.
+    Train,
+    /// The images held back for evaluation.
+    Test,
+}

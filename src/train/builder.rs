@@ -1,0 +1,170 @@
+use std::path::Path;
+
+use candle_core::{DType, Device};
+
+use super::checkpoint::format::Identity;
+use super::checkpoint::open::Checkpoint;
+use super::config::TrainConfig;
+use super::executor::Executor;
+use super::meter::Meter;
+use super::objective::{Mse, Objective};
+use super::optim::adam::AdamW;
+use super::optim::ema::Ema;
+use super::optim::optimizer::Optimizer;
+use super::optim::scaler::GradScaler;
+use super::state::{Progress, TrainState, Weights};
+use super::trainer::Trainer;
+use crate::data::loader::Loader;
+use crate::denoiser::Trainable;
+use crate::error::Result;
+use crate::model::{Network, Parameters};
+use crate::precision::Precision;
+use crate::process::diffusion::Diffusion;
+
+/// The settings of a [`Trainer`], by [`Trainer::builder`].
+///
+/// ```
+/// use ddpm::{Diffusion, Mse, NoiseSchedule, Prediction, TrainConfig, Trainer, UNetConfig};
+///
+/// let network = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
+/// let trainer = Trainer::builder(network)
+///     .config(TrainConfig { steps: 1000, ..TrainConfig::mnist() })
+///     .diffusion(Diffusion::new(NoiseSchedule::cosine(1000)?, Prediction::Velocity))
+///     .objective(Mse)
+///     .build()?;
+/// assert_eq!(trainer.steps(), 0);
+/// # Ok::<(), ddpm::Error>(())
+/// ```
+#[derive(Debug)]
+#[must_use]
+pub struct TrainerBuilder<N> {
+    network: N,
+    config: TrainConfig,
+    diffusion: Diffusion,
+    device: Device,
+    objective: Box<dyn Objective>,
+}
+
+impl<N: Network> TrainerBuilder<N> {
+    /// The training configuration. The default is [`TrainConfig::mnist`].
+    pub fn config(self, config: TrainConfig) -> Self {
+        Self { config, ..self }
+    }
+
+    /// The process that the network learns to reverse. The default is [`Diffusion::ddpm`].
+    pub fn diffusion(self, diffusion: Diffusion) -> Self {
+        Self { diffusion, ..self }
+    }
+
+    /// The device that computes. The default is the CPU.
+    pub fn device(self, device: &Device) -> Self {
+        Self { device: device.clone(), ..self }
+    }
+
+    /// The loss. The default is [`Mse`]. Checkpoints do not record it: a run that is resumed needs the same one.
+    pub fn objective(self, objective: impl Objective + 'static) -> Self {
+        Self { objective: Box::new(objective), ..self }
+    }
+
+    /// Creates a trainer of a new network, whose weights are drawn from the seed of the configuration.
+    ///
+    /// # Errors
+    /// Returns an error that names the field if a configuration is not valid.
+    pub fn build(self) -> Result<Trainer<N>> {
+        self.config.validate()?;
+        let parameters = Parameters::new(self.config.seed, DType::F32, &self.device);
+        self.with_weights(&parameters)
+    }
+
+    /// Continues the run that was [saved](Trainer::save) in `dir`. On the CPU the results are identical in each bit
+    /// to those of an uninterrupted run.
+    ///
+    /// # Errors
+    /// Returns an error if `dir` holds no complete checkpoint, or a checkpoint of another run. A run continues
+    /// with the network, the process and the training configuration with which it began, except for
+    /// [`steps`](TrainConfig::steps), [`log_every`](TrainConfig::log_every) and
+    /// [`keep_checkpoints`](TrainConfig::keep_checkpoints). To train its weights with another configuration,
+    /// begin a new run with [`set_weights`](Trainer::set_weights).
+    pub fn resume(self, dir: impl AsRef<Path>) -> Result<Trainer<N>> {
+        self.config.validate()?;
+        let checkpoint = Checkpoint::open(dir)?;
+        let remedy = "resume the run with the configuration of its Checkpoint, or begin a new run at its \
+                      weights with Trainer::set_weights";
+        checkpoint
+            .must_match(&Identity::new(&self.network, &self.config, &self.diffusion)?, remedy)?;
+        let parameters = checkpoint.parameters(&self.device)?;
+        let mut trainer = self.with_weights(&parameters)?;
+        checkpoint.restore(trainer.state.parts_beside_weights(), &trainer.device)?;
+        Ok(trainer)
+    }
+
+    /// Creates a trainer of a run that begins at these weights.
+    fn with_weights(self, parameters: &Parameters) -> Result<Trainer<N>> {
+        let Self { network, config, diffusion, device, objective } = self;
+        let mut model = parameters.build(&network)?;
+        model.set_precision(config.precision)?;
+        let vars = parameters.vars();
+        let adam = AdamW::new(config.optimizer, &vars)?;
+        let ema = config.ema.map(|ema| Ema::new(ema, &vars)).transpose()?;
+        let scaler = (config.precision == Precision::F16)
+            .then(|| GradScaler::new(config.grad_scaler))
+            .transpose()?;
+        Ok(Trainer {
+            state: TrainState {
+                progress: Progress::default(),
+                weights: Weights(vars),
+                optimizer: Optimizer::new(adam, ema, scaler, config.clip_norm),
+            },
+            loader: Loader::new(config.seed, config.batch_size, config.horizontal_flip),
+            executor: Executor::new(&device),
+            meter: Meter::default(),
+            claim: None,
+            network,
+            config,
+            diffusion,
+            device,
+            objective,
+            model,
+        })
+    }
+}
+
+impl<N: Network> Trainer<N> {
+    /// The settings of a trainer of this network, with defaults.
+    pub fn builder(network: N) -> TrainerBuilder<N> {
+        TrainerBuilder {
+            network,
+            config: TrainConfig::mnist(),
+            diffusion: Diffusion::ddpm(),
+            device: Device::Cpu,
+            objective: Box::new(Mse),
+        }
+    }
+
+    /// As [`TrainerBuilder::build`], with all settings but the objective.
+    ///
+    /// # Errors
+    /// Returns an error that names the field if a configuration is not valid.
+    pub fn new(
+        network: N,
+        config: TrainConfig,
+        diffusion: Diffusion,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::builder(network).config(config).diffusion(diffusion).device(device).build()
+    }
+
+    /// As [`TrainerBuilder::resume`], with all settings but the objective.
+    ///
+    /// # Errors
+    /// Returns the errors of [`TrainerBuilder::resume`].
+    pub fn resume(
+        dir: impl AsRef<Path>,
+        network: N,
+        config: TrainConfig,
+        diffusion: Diffusion,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::builder(network).config(config).diffusion(diffusion).device(device).resume(dir)
+    }
+}

@@ -1,0 +1,300 @@
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::files::{Checksum, read_tensors};
+use super::format::{EMA, Files, Identity, MODEL, OPTIMIZER, STATE, file_of, mismatch, read_state};
+use super::found::{Found, archived};
+use crate::error::{Error, Result, in_short};
+use crate::model::tensor_file::missing;
+use crate::model::{Network, Parameters};
+use crate::process::diffusion::Diffusion;
+use crate::sample::{Sampler, SamplerConfig};
+use crate::train::config::TrainConfig;
+use crate::train::state::Stateful;
+
+/// A training run on disk: a directory of safetensors and JSON files, enough to sample or to resume.
+///
+/// [`Trainer::save`](crate::Trainer::save) writes it. All tensors are f32, and have the names of the weights.
+///
+/// | file | content |
+/// | --- | --- |
+/// | `checkpoint.json` | format version, step, configurations, checksums of the other files |
+/// | `model.safetensors` | the weights |
+/// | `ema.safetensors` | the averaged weights, unless the run has none |
+/// | `optimizer.safetensors` | the state of the optimiser |
+///
+/// ```no_run
+/// use candle_core::Device;
+/// use ddpm::{Checkpoint, TrainConfig, Trainer, UNetConfig};
+///
+/// let (dir, device) = ("out/mnist/checkpoint", Device::Cpu);
+/// let checkpoint = Checkpoint::open(dir)?;
+///
+/// // Images from the averaged weights, drawn with the sampler settings of the run.
+/// let unet = checkpoint.ema::<UNetConfig>(&device)?;
+/// let images = checkpoint.sampler()?.sample(&unet, (16, 1, 28, 28), 0, &device)?;
+///
+/// // Or more training, up to 30,000 steps in total.
+/// let network: UNetConfig = checkpoint.network()?;
+/// let diffusion = checkpoint.diffusion().clone();
+/// let config = TrainConfig { steps: 30_000, ..checkpoint.train_config().clone() };
+/// let trainer = Trainer::resume(dir, network, config, diffusion, &device)?;
+/// # Ok::<(), ddpm::Error>(())
+/// ```
+pub struct Checkpoint(Found);
+
+impl Checkpoint {
+    /// Opens the checkpoint at `dir`. If a save was interrupted at the one moment when there is none, opens the
+    /// new checkpoint beside it, or else the newest of the previous ones.
+    ///
+    /// Each file is read once and compared with its checksum. A missing file is an error only when its tensors
+    /// are read. Checkpoints of format 1 have no checksums.
+    ///
+    /// Weights can be read by any build and on any device, however they were trained.
+    ///
+    /// # Errors
+    /// Returns an error if there is no complete checkpoint, if the checkpoint is damaged, or if its format is
+    /// newer than this version reads.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
+        /// More than the number of saves that can take place while a checkpoint is read.
+        const ATTEMPTS: usize = 8;
+
+        let dir = dir.as_ref();
+        if dir.as_os_str().is_empty() {
+            // A file name joined to an empty path would be looked up in the current directory.
+            return Err(Error::config("checkpoint directory", r#""""#, "a path"));
+        }
+        let mut attempts = 1..ATTEMPTS;
+        loop {
+            // A save can move every checkpoint away from where it is looked for next. It does so once.
+            let found = Self::find(dir).or_else(|_| Self::find(dir))?;
+            match found.verify() {
+                Ok(()) => return Ok(found),
+                // A save took place in the meantime, and some of the files read belong to the next checkpoint.
+                Err(_) if found.was_replaced() && attempts.next().is_some() => {}
+                Err(error) => return Err(found.with_older(dir, error)),
+            }
+        }
+    }
+
+    /// Like [`open`](Self::open), but reads only `checkpoint.json`.
+    fn find(dir: &Path) -> Result<Self> {
+        let missing = match Found::newest(dir) {
+            Err(error @ Error::NoCheckpoint { .. }) => error,
+            found => return found.map(Self),
+        };
+        let newest = archived(dir).ok().and_then(|mut older| older.pop());
+        newest.map(Self).ok_or(missing)
+    }
+
+    /// Compares all existing files with their checksums.
+    ///
+    /// # Errors
+    /// Returns an error if an existing file is not as it was written.
+    fn verify(&self) -> Result<()> {
+        for file in [MODEL, EMA, OPTIMIZER] {
+            let path = self.0.dir.join(file);
+            if let Some(written) = self.written(file)
+                && path.exists()
+            {
+                written.verify(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The checksum of a file, if there is one.
+    fn written(&self, file: &str) -> Option<&Checksum> {
+        let Files { model, ema, optimizer } = self.0.state.files.as_ref()?;
+        match file {
+            MODEL => Some(model),
+            EMA => ema.as_ref(),
+            _ => Some(optimizer),
+        }
+    }
+
+    /// Returns whether another checkpoint has replaced this one, for example because its run is still saving.
+    fn was_replaced(&self) -> bool {
+        self.0.state.files.is_some()
+            && read_state(&self.0.dir).map_or(true, |now| now.files != self.0.state.files)
+    }
+
+    /// Adds the newest undamaged checkpoint among the previous ones to the error of a damaged one.
+    fn with_older(&self, dir: &Path, error: Error) -> Error {
+        let Error::Damaged { path, reason } = error else { return error };
+        let older = archived(dir).unwrap_or_default();
+        let mut older = older.into_iter().rev().map(Self);
+        let whole = older.find(|older| older.verify().is_ok());
+        let reason = match whole {
+            Some(whole) => format!("{reason}; {} is whole", whole.dir().display()),
+            None => reason,
+        };
+        Error::Damaged { path, reason }
+    }
+
+    /// The tensors of a file.
+    fn read(&self, file: &str, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+        let path = self.0.dir.join(file);
+        read_tensors(&path, self.written(file), device).map_err(|error| match error {
+            Error::Damaged { .. } | Error::Io { .. } if self.was_replaced() => {
+                Error::Replaced { path: self.0.dir.clone() }
+            }
+            error => error,
+        })
+    }
+
+    /// The directory: the one passed to [`open`](Self::open), or the one found beside it.
+    pub fn dir(&self) -> &Path {
+        &self.0.dir
+    }
+
+    /// The number of updates of the weights so far.
+    pub fn step(&self) -> u64 {
+        self.0.state.step
+    }
+
+    /// The process that the network learned to reverse.
+    pub fn diffusion(&self) -> &Diffusion {
+        &self.0.state.diffusion
+    }
+
+    /// The training configuration.
+    pub fn train_config(&self) -> &TrainConfig {
+        &self.0.state.train
+    }
+
+    /// The sampler settings of the run, if it [recorded](crate::Trainer::set_sampling) them.
+    pub fn sampling(&self) -> Option<&SamplerConfig> {
+        self.0.state.sampling.as_ref()
+    }
+
+    /// A sampler with the settings of the run. If it recorded none, this is deterministic DDIM in 50 sampling
+    /// steps (fewer if the schedule has fewer timesteps), with clipping.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Sampler::new`].
+    pub fn sampler(&self) -> Result<Sampler> {
+        let usual = SamplerConfig::usual(self.diffusion());
+        self.sampling().unwrap_or(&usual).sampler(self.diffusion())
+    }
+
+    /// The network's configuration.
+    ///
+    /// # Errors
+    /// Returns an error if the checkpoint holds another kind of network, or a configuration that `N` does not
+    /// accept.
+    pub fn network<N: Network>(&self) -> Result<N> {
+        let network = &self.0.state.network;
+        if network.kind != N::KIND {
+            let remedy = "ask for a network of that kind";
+            return Err(mismatch("network.kind", &network.kind, N::KIND, remedy));
+        }
+        serde_json::from_str(network.config.get()).map_err(|e| self.damaged_config(e))
+    }
+
+    fn damaged_config(&self, error: impl std::fmt::Display) -> Error {
+        let reason = format!("network.config: {}", in_short(&error.to_string()));
+        Error::damaged(self.0.dir.join(STATE), reason)
+    }
+
+    /// The network with its weights, which take no gradients.
+    ///
+    /// # Errors
+    /// Returns an error if the file is damaged, or does not hold exactly the weights of the network.
+    pub fn model<N: Network>(&self, device: &Device) -> Result<N::Model> {
+        self.frozen::<N>(MODEL, device)
+    }
+
+    /// The network with its averaged weights, which give better samples. If the run has no average, this is the
+    /// same as [`model`](Self::model).
+    ///
+    /// # Errors
+    /// Returns an error if the file is damaged, or does not hold exactly the weights of the network.
+    pub fn ema<N: Network>(&self, device: &Device) -> Result<N::Model> {
+        let file = if self.0.state.train.ema.is_some() { EMA } else { MODEL };
+        self.frozen::<N>(file, device)
+    }
+
+    fn frozen<N: Network>(&self, file: &str, device: &Device) -> Result<N::Model> {
+        let (path, tensors) = (self.0.dir.join(file), self.read(file, device)?);
+        let parameters = Parameters::frozen(&path, tensors, DType::F32, device);
+        parameters.build(&self.network::<N>()?).map_err(|error| match error {
+            Error::Config { .. } => self.damaged_config(error),
+            error => error,
+        })
+    }
+
+    pub(in crate::train) fn parameters(&self, device: &Device) -> Result<Parameters> {
+        let (path, tensors) = (self.0.dir.join(MODEL), self.read(MODEL, device)?);
+        Ok(Parameters::trainable(&path, tensors, DType::F32, device))
+    }
+
+    /// Continues the parts of a run from this checkpoint.
+    ///
+    /// # Errors
+    /// Returns an error if a file is damaged, or does not hold exactly the tensors of its part.
+    pub(in crate::train) fn restore(
+        &self,
+        parts: Vec<&mut dyn Stateful>,
+        device: &Device,
+    ) -> Result<()> {
+        let fields = self.0.state.fields()?;
+        for part in parts {
+            let mut tensors = BTreeMap::new();
+            if let Some(expected) = part.tensors() {
+                let file = file_of(part.name());
+                tensors = self.read(&file, device)?;
+                check_tensors(&self.0.dir.join(file), &tensors, &expected)?;
+            }
+            part.restore(tensors, &fields).map_err(|error| match error {
+                Error::Config { .. } => Error::damaged(self.0.dir.join(STATE), error.to_string()),
+                error => error,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// Returns an error that ends with `remedy` if the checkpoint is not of a run with these configurations.
+    pub(in crate::train) fn must_match(
+        &self,
+        identity: &Identity<'_>,
+        remedy: &'static str,
+    ) -> Result<()> {
+        self.0.state.must_match(identity, remedy)
+    }
+}
+
+impl fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Checkpoint")
+            .field("dir", &self.0.dir)
+            .field("step", &self.0.state.step)
+            .finish_non_exhaustive()
+    }
+}
+
+/// # Errors
+/// Returns an error if `found` has other names or shapes than `expected`.
+fn check_tensors(
+    path: &Path,
+    found: &BTreeMap<String, Tensor>,
+    expected: &BTreeMap<String, Tensor>,
+) -> Result<()> {
+    let path = path.to_owned();
+    for (name, expected) in expected {
+        let name = name.clone();
+        let Some(found) = found.get(&name) else { return Err(missing(&path, &name, found)) };
+        if found.shape() != expected.shape() {
+            let (found, expected) = (found.dims().to_vec(), expected.dims().to_vec());
+            return Err(Error::WeightShape { path, name, found, expected });
+        }
+    }
+    match found.keys().find(|name| !expected.contains_key(*name)) {
+        Some(name) => Err(Error::UnknownWeight { path, name: name.clone() }),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,203 @@
+use std::thread::{self, ThreadId};
+
+use candle_core::{DType, Device, Tensor};
+
+use super::update::UpdateContext;
+use crate::backend::{self, Capture, Recorded};
+use crate::data::loader::Batch;
+use crate::denoiser::Trainable;
+use crate::error::{Error, Result};
+
+/// Number of batches of one shape before the update is recorded. The first ones compile kernels, choose algorithms, and
+/// leave the memory that it takes.
+const STEPS_BEFORE: usize = 4;
+
+/// Number of times in a row that recording may fail. Some more steps may leave what was missing, or nothing will.
+const ATTEMPTS: usize = 3;
+
+/// Makes updates: one operation after the other, or by repeating an update that the device recorded.
+#[derive(Debug)]
+pub(super) struct Executor {
+    device: Device,
+    /// The thread that made the last update.
+    thread: ThreadId,
+    /// Whether the weights were checked for missing gradients.
+    gradients_checked: bool,
+    recorded: Option<Box<dyn Recorded>>,
+    /// The shape of the last batches, and their number.
+    shape: Vec<usize>,
+    steps: usize,
+    failures: usize,
+    /// The last error of recording.
+    error: Option<String>,
+}
+
+impl Executor {
+    pub fn new(device: &Device) -> Self {
+        Self {
+            device: device.clone(),
+            thread: thread::current().id(),
+            gradients_checked: false,
+            recorded: None,
+            shape: Vec::new(),
+            steps: 0,
+            failures: 0,
+            error: None,
+        }
+    }
+
+    /// Returns whether the last update was a repeated one.
+    pub fn is_captured(&self) -> bool {
+        self.recorded.is_some()
+    }
+
+    /// Makes an update with timesteps and noise of the run. Returns the loss and the norm of the gradient.
+    pub fn update<D: Trainable>(
+        &mut self,
+        context: &mut UpdateContext<'_, D>,
+        batch: &Batch,
+    ) -> Result<(Tensor, Tensor)> {
+        let t = context.timesteps(batch)?;
+        if let Some(results) = self.repeat(context, batch, &t)? {
+            return Ok(results);
+        }
+        let eps = context.eps(batch)?;
+        self.eager(context, batch, &t, &eps)
+    }
+
+    /// Makes an update with these timesteps and this noise.
+    pub fn update_with<D: Trainable>(
+        &mut self,
+        context: &mut UpdateContext<'_, D>,
+        batch: &Batch,
+        t: &Tensor,
+        eps: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        self.forget();
+        self.eager(context, batch, t, eps)
+    }
+
+    /// Makes an update, one operation after the other.
+    fn eager<D: Trainable>(
+        &mut self,
+        context: &mut UpdateContext<'_, D>,
+        batch: &Batch,
+        t: &Tensor,
+        eps: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        self.follow_thread()?;
+        let whole = batch.images.dims();
+        let result = context.update(batch, t, eps, !self.gradients_checked);
+        let (loss, grad_norm, gradients) = result.map_err(|error| match error {
+            // The caller passed x_0, of which x_t is a part.
+            Error::Shape { what: "x_t", expected, .. } => {
+                Error::Shape { what: "x_0", found: whole.to_vec(), expected }
+            }
+            error => error,
+        })?;
+        self.gradients_checked = true;
+        context.model.recycle(gradients);
+        Ok((loss, grad_norm))
+    }
+
+    /// Makes an update by a recorded one, if there is one or if it can be recorded.
+    fn repeat<D: Trainable>(
+        &mut self,
+        context: &mut UpdateContext<'_, D>,
+        batch: &Batch,
+        t: &Tensor,
+    ) -> Result<Option<(Tensor, Tensor)>> {
+        let x_0 = &batch.images;
+        let Some(capture) = backend::on(&self.device, DType::F32).capture(&self.device) else {
+            return Ok(None);
+        };
+        self.follow_thread()?;
+        let recorded = self.recorded.take();
+        // A recorded update draws the noise of a whole batch.
+        if batch.first != 0 || !capture.is_possible(x_0)? {
+            self.forget();
+            return Ok(None);
+        }
+        let recorded = match recorded.filter(|recorded| recorded.fits(x_0)) {
+            Some(recorded) => recorded,
+            None => {
+                let repeatable = context.config.accumulation == 1
+                    && context.objective.is_repeatable()
+                    && context.model.is_repeatable(x_0);
+                if !repeatable || !self.is_due(x_0.dims()) {
+                    return Ok(None);
+                }
+                match record(context, &*capture, batch, t) {
+                    Ok(recorded) => {
+                        (self.failures, self.error) = (0, None);
+                        recorded
+                    }
+                    Err(error) => {
+                        self.failures += 1;
+                        self.error = Some(error.to_string());
+                        return Ok(None);
+                    }
+                }
+            }
+        };
+        prepare(context, &*capture)?;
+        let results = recorded.repeat(x_0, t)?;
+        context.state.optimizer.count_repeated();
+        self.recorded = Some(recorded);
+        Ok(Some(results))
+    }
+
+    /// Drops the recorded update, before an update that is not recorded: its gradients may lie elsewhere, and the tables
+    /// that a recorded one reads may be written again.
+    fn forget(&mut self) {
+        (self.recorded, self.steps) = (None, 0);
+    }
+
+    /// Returns whether to record now, for a batch of this shape.
+    fn is_due(&mut self, shape: &[usize]) -> bool {
+        if self.shape != shape {
+            (self.shape, self.steps) = (shape.to_vec(), 0);
+        }
+        self.steps += 1;
+        self.failures < ATTEMPTS && self.steps >= STEPS_BEFORE * (1 + 10 * self.failures)
+    }
+
+    /// Waits for the last update if another thread made it, because each thread has its own queue of work.
+    pub fn wait_for_other_thread(&self) -> Result<()> {
+        if self.thread == thread::current().id() {
+            return Ok(());
+        }
+        backend::on(&self.device, DType::F32).synchronize(&self.device)
+    }
+
+    fn follow_thread(&mut self) -> Result<()> {
+        self.wait_for_other_thread()?;
+        self.thread = thread::current().id();
+        Ok(())
+    }
+}
+
+/// Records the update of a batch, without making it.
+fn record<D: Trainable>(
+    context: &mut UpdateContext<'_, D>,
+    capture: &dyn Capture,
+    batch: &Batch,
+    t: &Tensor,
+) -> Result<Box<dyn Recorded>> {
+    prepare(context, capture)?;
+    let before = context.state.optimizer.mark();
+    let recorded = capture.record(&batch.images, t, &mut |x_0, t| {
+        let batch = Batch { images: x_0.clone(), classes: None, first: batch.first };
+        let eps = context.eps(&batch)?;
+        context.update(&batch, t, &eps, false)
+    });
+    context.state.optimizer.rewind(before);
+    recorded
+}
+
+/// Gives the device what a recorded update reads of the next one.
+fn prepare<D: Trainable>(context: &mut UpdateContext<'_, D>, capture: &dyn Capture) -> Result<()> {
+    let learning_rate = context.learning_rate();
+    context.state.optimizer.stage(learning_rate)?;
+    capture.set_step(context.state.progress.step)
+}

@@ -1,0 +1,89 @@
+use candle_core::{DType, Tensor};
+
+use super::observer::Metrics;
+use crate::error::{Error, Result};
+
+/// Number of updates after which a loop of the user's own has its losses read and checked.
+const MAX_UNREAD: usize = 10_000;
+
+/// The results of an update. The numbers are still on the device: reading one waits for the device.
+#[derive(Debug, Clone)]
+pub struct Update {
+    /// The update's number, from 1.
+    pub step: u64,
+    /// The loss over the whole batch, a scalar.
+    pub loss: Tensor,
+    /// The global norm of the gradient before clipping, a scalar. With [`Precision::F16`](crate::Precision::F16) it is
+    /// not finite if the update was skipped.
+    pub grad_norm: Tensor,
+}
+
+impl Update {
+    /// Reads the loss and the norm. Waits for the device.
+    ///
+    /// # Errors
+    /// Returns an error if one is not finite, except for the norm if `may_skip`: a smaller scale can fix it.
+    fn read(&self, may_skip: bool) -> Result<(f32, f32)> {
+        let scalar = |t: &Tensor| -> Result<f32> { Ok(t.to_dtype(DType::F32)?.to_scalar()?) };
+        let (loss, grad_norm) = (scalar(&self.loss)?, scalar(&self.grad_norm)?);
+        for (what, value, fatal) in [("loss", loss, true), ("gradient norm", grad_norm, !may_skip)]
+        {
+            if fatal && !value.is_finite() {
+                return Err(Error::NonFinite { what: what.into(), value, step: self.step });
+            }
+        }
+        Ok((loss, grad_norm))
+    }
+}
+
+/// The losses since the last report, as far as they were read from the device.
+#[derive(Debug, Default)]
+pub(super) struct Meter {
+    unread: Vec<Update>,
+    /// Sum and number of the losses that were read.
+    sum: f64,
+    count: u64,
+    /// The last finite norm that was read.
+    grad_norm: f32,
+}
+
+impl Meter {
+    /// Returns whether as many updates wait as may.
+    pub fn is_full(&self) -> bool {
+        self.unread.len() >= MAX_UNREAD
+    }
+
+    pub fn record(&mut self, update: Update) {
+        self.unread.push(update);
+    }
+
+    /// Checks the updates that have not been read.
+    ///
+    /// # Errors
+    /// Returns an error that names the first update whose loss or norm is not finite. A norm may be if `may_skip`.
+    pub fn check(&self, may_skip: bool) -> Result<()> {
+        self.unread.iter().try_for_each(|update| update.read(may_skip).map(drop))
+    }
+
+    /// Reads the updates that have not been read.
+    ///
+    /// # Errors
+    /// Returns the errors of [`check`](Self::check).
+    pub fn read(&mut self, may_skip: bool) -> Result<()> {
+        let read: Vec<_> =
+            self.unread.iter().map(|update| update.read(may_skip)).collect::<Result<_>>()?;
+        self.unread.clear();
+        self.sum += read.iter().map(|(loss, _)| f64::from(*loss)).sum::<f64>();
+        self.count += read.len() as u64;
+        let last = read.iter().map(|(_, norm)| *norm).rfind(|norm| norm.is_finite());
+        self.grad_norm = last.unwrap_or_default();
+        Ok(())
+    }
+
+    /// The report on the updates that were read since the last one, and begins the next.
+    pub fn report(&mut self, step: u64, lr: f64, loss_scale: Option<f64>) -> Metrics {
+        let loss = (self.sum / self.count.max(1) as f64) as f32;
+        (self.sum, self.count) = (0.0, 0);
+        Metrics { step, loss, lr, grad_norm: self.grad_norm, loss_scale, images_per_second: 0.0 }
+    }
+}

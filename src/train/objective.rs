@@ -1,0 +1,103 @@
+use std::fmt;
+
+use candle_core::Tensor;
+
+use crate::backend::Backend;
+use crate::denoiser::Output;
+use crate::error::Result;
+use crate::process::diffusion::Diffusion;
+
+/// The aim of training: a loss of the output of the network.
+pub trait Objective: fmt::Debug + Send + Sync {
+    /// Computes the loss of the network's `output` for `batch`, a scalar, and its gradient with respect to each part of
+    /// `output`.
+    ///
+    /// The loss is a mean over the images. Both results must have been weighted for the batch, by
+    /// [`Noised::mean_square`] or by [`Noised::weighted`].
+    ///
+    /// The call may run on any of the threads that share the work, so it must not wait for other threads, or hold a lock
+    /// across tensor operations.
+    ///
+    /// # Errors
+    /// Returns the errors of its operations. An error ends the update.
+    fn loss(&self, batch: &Noised<'_>, output: &Output) -> Result<(Tensor, Output)>;
+
+    /// Returns whether an update with this objective may be captured as a CUDA graph.
+    ///
+    /// This is allowed if [`loss`](Self::loss) launches the same work for every batch of a shape, does not use
+    /// [`Noised::classes`], and does not copy data to or from the device. The default is `false`.
+    fn is_repeatable(&self) -> bool {
+        false
+    }
+}
+
+/// Noised images of an update, or of a part of it. All tensors have the shape (batch, ...) of `x_0`, except for `t` and
+/// `classes` (batch).
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Noised<'a> {
+    /// The process.
+    pub diffusion: &'a Diffusion,
+    /// The images.
+    pub x_0: Tensor,
+    /// The noise.
+    pub eps: Tensor,
+    /// The timesteps.
+    pub t: Tensor,
+    /// The noised images, which the network is given.
+    pub x_t: Tensor,
+    /// The classes of the images, if they have any.
+    pub classes: Option<Tensor>,
+    /// The share of these images in the whole batch.
+    pub(super) share: f64,
+    /// The factor of the loss's gradient, a scalar, if the gradients are scaled.
+    pub(super) gradient_scale: Option<Tensor>,
+    pub(super) backend: &'static dyn Backend,
+}
+
+impl Noised<'_> {
+    /// The output that the network should have, as the process defines it.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Diffusion::target`].
+    pub fn target(&self) -> Result<Tensor> {
+        self.diffusion.target(&self.x_0, &self.t, &self.eps)
+    }
+
+    /// Computes the mean of `(output - target)²` and its gradient, weighted for the batch.
+    ///
+    /// # Errors
+    /// Returns an error if the two do not have the same shape.
+    pub fn mean_square(&self, output: &Tensor, target: &Tensor) -> Result<(Tensor, Tensor)> {
+        let scale = self.share / target.elem_count() as f64;
+        self.backend.squared_error(output, target, scale, self.gradient_scale.as_ref())
+    }
+
+    /// Weights a loss for the batch, and its gradient: both by the share of these images in the whole batch, and the
+    /// gradient by the scale of gradients, if there is one.
+    ///
+    /// # Errors
+    /// Returns an error if an operation fails.
+    pub fn weighted(&self, loss: &Tensor, gradient: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (loss, mut gradient) = ((loss * self.share)?, (gradient * self.share)?);
+        if let Some(scale) = &self.gradient_scale {
+            gradient = gradient.broadcast_mul(&scale.to_dtype(gradient.dtype())?)?;
+        }
+        Ok((loss, gradient))
+    }
+}
+
+/// The mean squared error, `mean (output - target)²`. Ho et al. 2020, equation 14.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Mse;
+
+impl Objective for Mse {
+    fn loss(&self, batch: &Noised<'_>, output: &Output) -> Result<(Tensor, Output)> {
+        let (loss, gradient) = batch.mean_square(&output.prediction, &batch.target()?)?;
+        Ok((loss, Output::new(gradient)))
+    }
+
+    fn is_repeatable(&self) -> bool {
+        true
+    }
+}

@@ -1,0 +1,196 @@
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+
+use super::adam::AdamW;
+use super::ema::Ema;
+use super::scaler::GradScaler;
+use crate::backend::{self, Counters, UpdateRule, Updater};
+use crate::error::Result;
+
+/// The optimiser of a run: clipping, Adam, the average of the weights, and the scale of the gradients, which are updated
+/// together.
+///
+/// On a CUDA device the device decides whether an update is skipped. Until [`sync`](Self::sync) the counts here are those
+/// of a run without skipped updates.
+#[derive(Debug)]
+pub(in crate::train) struct Optimizer {
+    pub adam: AdamW,
+    pub ema: Option<Ema>,
+    pub scaler: Option<GradScaler>,
+    /// The largest norm of the gradient; infinite for no clipping.
+    max_norm: f64,
+    updater: Box<dyn Updater>,
+}
+
+impl Optimizer {
+    pub fn new(
+        adam: AdamW,
+        ema: Option<Ema>,
+        scaler: Option<GradScaler>,
+        max_norm: Option<f64>,
+    ) -> Self {
+        let (device, dtype) = adam.place();
+        let updater = backend::on(&device, dtype).updater(&device);
+        Self { adam, ema, scaler, max_norm: max_norm.unwrap_or(f64::INFINITY), updater }
+    }
+
+    /// Clips the gradients, updates the weights, and then their average. Returns the norm before clipping. The result is
+    /// that of [`clip_grad_norm`](super::clip::clip_grad_norm), [`AdamW::step`] and [`Ema::update`].
+    ///
+    /// With a scaler, divides the gradients by its scale first. If the norm is not finite, changes only the scale.
+    ///
+    /// # Errors
+    /// Returns an error if a gradient does not fit its weight.
+    pub fn update(
+        &mut self,
+        gradients: &mut BTreeMap<String, Tensor>,
+        learning_rate: f64,
+    ) -> Result<Tensor> {
+        self.adam.check(gradients)?;
+        let (rule, mut counters) = (self.rule(), self.counters());
+        let weights = self.adam.states(gradients, self.ema.as_mut().map(Ema::averages_mut));
+        let norm = self.updater.update(weights, &rule, learning_rate, &mut counters);
+        self.set_counters(&counters);
+        norm
+    }
+
+    /// The factor of the loss's gradient, a scalar, if there is a scaler.
+    pub fn loss_scale(&mut self) -> Result<Option<Tensor>> {
+        let counters = self.counters();
+        self.scaler.as_ref().map(|_| self.updater.loss_scale(&counters)).transpose()
+    }
+
+    fn rule(&self) -> UpdateRule {
+        UpdateRule {
+            max_norm: self.max_norm,
+            average: self.ema.as_ref().map(Ema::rule),
+            scale: self.scaler.as_ref().map(GradScaler::rule),
+            ..self.adam.config().rule()
+        }
+    }
+
+    /// The counts, in one value.
+    fn counters(&self) -> Counters {
+        Counters {
+            updates: self.adam.steps(),
+            average_updates: self.ema.as_ref().map_or(0, Ema::updates),
+            ..self.scaler.as_ref().map(GradScaler::counters).unwrap_or_default()
+        }
+    }
+
+    fn set_counters(&mut self, counters: &Counters) {
+        self.adam.set_steps(counters.updates);
+        if let Some(ema) = &mut self.ema {
+            ema.set_updates(counters.average_updates);
+        }
+        if let Some(scaler) = &mut self.scaler {
+            scaler.set_counters(counters);
+        }
+    }
+
+    /// The exact counts. Waits for the device if it can skip updates.
+    pub fn exact_counters(&self) -> Result<Counters> {
+        let counters = self.counters();
+        if self.scaler.is_some() { self.updater.read(&counters) } else { Ok(counters) }
+    }
+
+    /// The scaler with the exact counts. Waits for the device.
+    pub fn exact_scaler(&self) -> Result<Option<GradScaler>> {
+        let Some(scaler) = &self.scaler else { return Ok(None) };
+        let mut scaler = scaler.clone();
+        scaler.set_counters(&self.exact_counters()?);
+        Ok(Some(scaler))
+    }
+
+    /// Replaces all counts by the exact ones. Waits for the device if it can skip updates.
+    pub fn sync(&mut self) -> Result<()> {
+        let counters = self.exact_counters()?;
+        self.set_counters(&counters);
+        self.updater.assume(&counters);
+        Ok(())
+    }
+
+    /// Prepares the next update to be recorded, or a recorded one to be repeated.
+    pub fn stage(&mut self, learning_rate: f64) -> Result<()> {
+        let counters = self.counters();
+        self.updater.stage(learning_rate, &counters)
+    }
+
+    /// The counts before an update that is recorded and not run, for [`rewind`](Self::rewind).
+    pub fn mark(&self) -> Counters {
+        self.counters()
+    }
+
+    /// Restores the counts.
+    pub fn rewind(&mut self, mark: Counters) {
+        self.set_counters(&mark);
+        self.updater.assume(&mark);
+    }
+
+    /// Counts a recorded update that was repeated.
+    pub fn count_repeated(&mut self) {
+        let mut counters = self.counters();
+        self.rule().count(&mut counters);
+        self.set_counters(&counters);
+        self.updater.assume(&counters);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Var};
+
+    use super::super::adam::{AdamConfig, WeightDecay};
+    use super::super::clip::clip_grad_norm;
+    use super::super::ema::EmaConfig;
+    use super::*;
+
+    #[test]
+    fn one_pass_does_what_three_do() -> Result<()> {
+        let weights = |dtype| -> Result<BTreeMap<String, Var>> {
+            let names = ["a", "b", "idle"].into_iter().zip([3, 40_000, 5]);
+            names
+                .map(|(name, count)| {
+                    let values =
+                        (Tensor::arange(0f64, count as f64, &Device::Cpu)? * 0.37)?.sin()?;
+                    Ok((name.to_string(), Var::from_tensor(&values.to_dtype(dtype)?)?))
+                })
+                .collect()
+        };
+        for decay in [WeightDecay::None, WeightDecay::L2(0.1), WeightDecay::Decoupled(0.1)] {
+            let config = AdamConfig { weight_decay: decay, ..AdamConfig::adam(1e-2) };
+            let ema = EmaConfig { decay: 0.9, warmup: true };
+            let (fast, slow) = (weights(DType::F32)?, weights(DType::F64)?);
+            let (average, adam) = (Some(Ema::new(ema, &fast)?), AdamW::new(config, &fast)?);
+            let mut run = Optimizer::new(adam, average, None, None);
+            let (mut adam, mut average) = (AdamW::new(config, &slow)?, Ema::new(ema, &slow)?);
+            for (step, max_norm) in [0.5, 1e9, f64::INFINITY].into_iter().enumerate() {
+                run.max_norm = max_norm;
+                let of = |vars: &BTreeMap<String, Var>| -> Result<BTreeMap<String, Tensor>> {
+                    let gradient = |(name, var): (&String, &Var)| {
+                        Ok((name.clone(), ((var.as_detached_tensor() * 3.0)? + step as f64)?))
+                    };
+                    vars.iter().filter(|(name, _)| *name != "idle").map(gradient).collect()
+                };
+                let norm = run.update(&mut of(&fast)?, 1e-2)?;
+                let mut gradients = of(&slow)?;
+                let expected = clip_grad_norm(&mut gradients, max_norm)?;
+                adam.step(&gradients, 1e-2)?;
+                average.update(&slow)?;
+                let (norm, expected) = (norm.to_scalar::<f32>()?, expected.to_scalar::<f64>()?);
+                assert!((f64::from(norm) / expected - 1.0).abs() < 1e-6, "{norm}, {expected}");
+            }
+            let close = |a: &Tensor, b: &Tensor| -> Result<()> {
+                let off = (a.to_dtype(DType::F64)? - b)?.abs()?.max_all()?.to_scalar::<f64>()?;
+                assert!(off < 1e-6, "{decay:?}: off by {off}");
+                Ok(())
+            };
+            for (name, var) in &fast {
+                close(var, &slow[name])?;
+                close(&run.ema.as_ref().unwrap().averages()[name], &average.averages()[name])?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,181 @@
+//! One update of the weights: Ho et al. 2020, algorithm 1.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Tensor, Var};
+
+use super::config::TrainConfig;
+use super::gradients::by_name;
+use super::objective::{Noised, Objective};
+use super::state::TrainState;
+use crate::backend::{self, Backend, Computed};
+use crate::data::loader::Batch;
+use crate::denoiser::{Condition, Trainable};
+use crate::error::{Error, Result};
+use crate::process::diffusion::Diffusion;
+use crate::random::{Dropout, Noise, Purpose};
+
+/// A run, as an update sees it.
+#[derive(Debug)]
+pub(super) struct UpdateContext<'a, D> {
+    pub model: &'a D,
+    pub config: &'a TrainConfig,
+    pub diffusion: &'a Diffusion,
+    pub objective: &'a dyn Objective,
+    pub state: &'a mut TrainState,
+}
+
+impl<D: Trainable> UpdateContext<'_, D> {
+    pub fn learning_rate(&self) -> f64 {
+        self.config.learning_rate(self.state.progress.step)
+    }
+
+    fn noise(&self) -> Noise {
+        Noise::new(self.config.seed)
+    }
+
+    /// Draws uniform timesteps for a batch.
+    pub fn timesteps(&self, batch: &Batch) -> Result<Tensor> {
+        let bound = self.diffusion.schedule().steps() as u32;
+        let (step, first) = (self.state.progress.step, batch.first as u32);
+        let draw =
+            |k| self.noise().stream(Purpose::Timestep, step, first.wrapping_add(k)).below(bound);
+        let t = (0..batch.images.dim(0)? as u32).map(draw).collect();
+        let device = batch.images.device();
+        backend::on(device, DType::F32).upload_integers(t, device)
+    }
+
+    /// Draws standard normals for a batch.
+    pub fn eps(&self, batch: &Batch) -> Result<Tensor> {
+        let at = self.noise().address(Purpose::Training, 0, self.state.progress.step);
+        let (x_0, first) = (&batch.images, batch.first as u32);
+        backend::of(x_0).normal(at, first, x_0.dims(), x_0.device())
+    }
+
+    /// Updates the weights. Returns the loss, the norm of the gradient, and gradients whose memory can be reused. With
+    /// `check`, returns an error if a weight has no gradient.
+    pub fn update(
+        &mut self,
+        batch: &Batch,
+        t: &Tensor,
+        eps: &Tensor,
+        check: bool,
+    ) -> Result<Computed> {
+        let (x_0, parts) = (&batch.images, self.config.accumulation);
+        let count = x_0.dims().first().copied().unwrap_or(0);
+        if count == 0 || !count.is_multiple_of(parts) {
+            let expected = format!("(batch, ...), the batch a multiple of accumulation = {parts}");
+            return Err(Error::Shape { what: "x_0", found: x_0.dims().to_vec(), expected });
+        }
+        self.diffusion.check(x_0, t, eps)?;
+        let backend = backend::of(x_0);
+        let gradient_scale = self.state.optimizer.loss_scale()?;
+        let part = count / parts;
+        let mut sums = BTreeMap::new();
+        let mut loss = None;
+        for first in (0..count).step_by(part) {
+            let of_part = |tensor: &Tensor| tensor.narrow(0, first, part);
+            let (x_0, eps, t) = (of_part(x_0)?, of_part(eps)?, of_part(t)?);
+            let noised = Noised {
+                diffusion: self.diffusion,
+                x_t: self.diffusion.q_sample(&x_0, &t, &eps)?,
+                classes: batch.classes.as_ref().map(of_part).transpose()?,
+                share: 1.0 / parts as f64,
+                gradient_scale: gradient_scale.clone(),
+                backend,
+                x_0,
+                eps,
+                t,
+            };
+            let (of_part, found) = self.gradients(&noised, batch.first as usize + first)?;
+            loss = Some(match loss {
+                Some(sum) => backend.combine(&sum, 1.0, &of_part, 1.0)?,
+                None => of_part,
+            });
+            if check && first == 0 {
+                self.check_gradients(&found)?;
+            }
+            if parts == 1 {
+                sums = found;
+            } else {
+                self.accumulate(backend, &mut sums, found)?;
+            }
+        }
+        let Some(loss) = loss else {
+            return Err(Error::config("accumulation", parts, "at least 1"));
+        };
+        let learning_rate = self.learning_rate();
+        let grad_norm = self.state.optimizer.update(&mut sums, learning_rate)?;
+        // With several parts, the sums are not buffers of the network.
+        let gradients = if parts == 1 { sums.into_values().collect() } else { Vec::new() };
+        Ok((loss, grad_norm, gradients))
+    }
+
+    /// Computes the loss of a part of the batch that begins at image `first`, and the gradients of the weights.
+    fn gradients(
+        &self,
+        noised: &Noised<'_>,
+        first: usize,
+    ) -> Result<(Tensor, BTreeMap<String, Tensor>)> {
+        let step = self.state.progress.step;
+        let dropout = Dropout { noise: self.noise(), step, first_sample: first };
+        let (objective, x_t) = (self.objective, &noised.x_t);
+        let mut losses = Vec::new();
+        let (t, condition) = (&noised.t, Condition::from(noised.classes.clone()));
+        let found = self.model.gradients(x_t, t, &condition, &dropout, &mut |output| {
+            let found = output.prediction.dims();
+            if found != x_t.dims() {
+                let expected = format!("{:?}, that of its input", x_t.dims());
+                let (what, found) = ("the network's output", found.to_vec());
+                return Err(Error::Shape { what, found, expected });
+            }
+            let (loss, gradient) = objective.loss(noised, output)?;
+            losses.push(loss);
+            Ok(gradient)
+        })?;
+        match losses.as_slice() {
+            [loss] => Ok((loss.clone(), by_name(found, &self.state.weights.0))),
+            _ => {
+                let expected = "called once by Trainable::gradients";
+                Err(Error::config("d_output", "called more often, or never", expected))
+            }
+        }
+    }
+
+    /// # Errors
+    /// Returns an error if a weight has no gradient and the network does not allow it to lack one.
+    fn check_gradients(&self, found: &BTreeMap<String, Tensor>) -> Result<()> {
+        let vars: &BTreeMap<String, Var> = &self.state.weights.0;
+        let lacks =
+            |name: &&String| !found.contains_key(*name) && !self.model.may_lack_gradient(name);
+        let mut lacking = vars.keys().filter(lacks);
+        match lacking.next() {
+            None => Ok(()),
+            Some(name) => Err(Error::NoGradient {
+                name: name.clone(),
+                missing: 1 + lacking.count(),
+                total: vars.len(),
+            }),
+        }
+    }
+
+    /// Adds gradients to their sums, and returns their memory to the network.
+    fn accumulate(
+        &self,
+        backend: &dyn Backend,
+        sums: &mut BTreeMap<String, Tensor>,
+        gradients: BTreeMap<String, Tensor>,
+    ) -> Result<()> {
+        for (name, gradient) in &gradients {
+            match sums.get_mut(name) {
+                Some(sum) => backend.add_to(sum, gradient)?,
+                // The gradient may use memory of the network, so it is copied.
+                None => {
+                    sums.insert(name.clone(), gradient.copy()?);
+                }
+            }
+        }
+        self.model.recycle(gradients.into_values().collect());
+        Ok(())
+    }
+}
