@@ -5,6 +5,8 @@
 //! backends compute the same with fewer passes over memory, for tensors that are [plain](ops::Backend), and leave all
 //! others to the reference. One table of tests holds them to it.
 
+#[cfg(feature = "cli")]
+pub(crate) mod accelerator;
 mod cpu;
 mod cuda;
 pub(crate) mod maps;

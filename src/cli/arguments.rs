@@ -1,5 +1,6 @@
 use std::ops::RangeInclusive;
 
+use crate::backend::accelerator;
 use crate::error::Error;
 use crate::precision::Precision;
 
@@ -60,18 +61,15 @@ pub(super) fn resume_command(cargo_target: &str) -> String {
 }
 
 fn cargo_options() -> String {
-    let features: Vec<&str> = [
-        ("cuda", cfg!(feature = "cuda")),
+    let others = [
         ("cudnn", cfg!(feature = "cudnn")),
-        ("metal", cfg!(feature = "metal")),
         ("accelerate", cfg!(feature = "accelerate")),
         ("mkl", cfg!(feature = "mkl")),
         ("f16", cfg!(feature = "f16")),
         ("hub", cfg!(feature = "hub")),
-    ]
-    .into_iter()
-    .filter_map(|(name, on)| on.then_some(name))
-    .collect();
+    ];
+    let others = others.into_iter().filter_map(|(name, on)| on.then_some(name));
+    let features: Vec<&str> = accelerator::features().chain(others).collect();
     let release = if cfg!(debug_assertions) { "" } else { " --release" };
     match features.is_empty() {
         true => release.into(),

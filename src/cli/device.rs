@@ -4,6 +4,7 @@ use candle_core::Device;
 
 use super::print::err;
 use super::result::Result;
+use crate::backend::accelerator;
 use crate::error::Error;
 use crate::precision::Precision;
 
@@ -12,15 +13,10 @@ use crate::precision::Precision;
 /// # Errors
 /// Returns an error if there is no such device.
 pub fn pick(cpu: bool) -> Result<Device> {
-    let (kind, device) = if cpu {
+    if cpu {
         return Ok(Device::Cpu);
-    } else if cfg!(feature = "cuda") {
-        ("CUDA", Device::new_cuda(0))
-    } else if cfg!(feature = "metal") {
-        ("Metal", Device::new_metal(0))
-    } else {
-        return Ok(Device::Cpu);
-    };
+    }
+    let Some((kind, device)) = accelerator::first() else { return Ok(Device::Cpu) };
     device
         .map_err(|e| format!("no {kind} device: {}; --cpu runs without one", Error::from(e)).into())
 }

@@ -13,6 +13,7 @@ mod run;
 mod state;
 mod trainer;
 mod update;
+mod view;
 
 pub use builder::TrainerBuilder;
 pub use checkpoint::open::Checkpoint;

@@ -16,13 +16,13 @@ use super::objective::Objective;
 use super::observer::{Metrics, Observer};
 use super::optim::ema::Ema;
 use super::optim::scaler::GradScaler;
-use super::run::{Outcome, Run, Scene, View};
+use super::run::{Outcome, Run, Scene};
 use super::state::{Fields, Stateful, TrainState};
 use super::update::UpdateContext;
 use crate::data::dataset::Dataset;
 use crate::data::loader::{self, Batch, Loader};
 use crate::data::prefetch::prefetch;
-use crate::denoiser::{Denoiser, Trainable};
+use crate::denoiser::Trainable;
 use crate::error::{Error, Result};
 use crate::model::{Network, Parameters};
 use crate::process::diffusion::Diffusion;
@@ -429,43 +429,5 @@ impl<N: Network> Trainer<N> {
     /// The device that computes.
     pub fn device(&self) -> &Device {
         &self.device
-    }
-}
-
-impl<N: Network> View for Trainer<N> {
-    fn step(&self) -> u64 {
-        self.steps()
-    }
-
-    fn images_seen(&self) -> u64 {
-        self.images_seen()
-    }
-
-    fn config(&self) -> &TrainConfig {
-        &self.config
-    }
-
-    fn diffusion(&self) -> &Diffusion {
-        &self.diffusion
-    }
-
-    fn device(&self) -> &Device {
-        &self.device
-    }
-
-    fn sampling(&self) -> Option<&SamplerConfig> {
-        self.state.progress.sampling.as_ref()
-    }
-
-    fn model(&self) -> &dyn Denoiser {
-        &self.model
-    }
-
-    fn averaged_model(&self) -> Result<Box<dyn Denoiser + '_>> {
-        Ok(Box::new(self.ema_model()?))
-    }
-
-    fn save(&self, dir: &Path) -> Result<Saved> {
-        Trainer::save(self, dir)
     }
 }
