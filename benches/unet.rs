@@ -16,9 +16,10 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
+use ddpm::nn::Parameters;
+use ddpm::train::AdamConfig;
 use ddpm::{
-    AdamConfig, Denoiser, Diffusion, Parameters, Precision, Result, Sampler, Solver, TrainConfig,
-    Trainer, UNetConfig,
+    Denoiser, Diffusion, Precision, Result, Sampler, Solver, TrainConfig, Trainer, UNetConfig,
 };
 
 #[derive(Parser)]

@@ -2,8 +2,9 @@
 //! `cargo run --release --example discs` takes a few minutes on 2 cores and writes to `out/discs`.
 
 use ddpm::candle_core::Device;
+use ddpm::data::Images;
 use ddpm::observe::{LossCurve, MetricsFile, Progress, SampleGrid, SaveEvery, StopOnSignal};
-use ddpm::{Checkpoint, Diffusion, Error, Images, Result, TrainConfig, Trainer, UNetConfig};
+use ddpm::{Checkpoint, Diffusion, Error, Result, TrainConfig, Trainer, UNetConfig};
 
 /// Grey images of 16 x 16 pixels: a white disc of each radius at each place.
 fn discs() -> Result<Images> {

@@ -5,10 +5,10 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use ddpm::cli::{self, Recipe, TrainArgs, datasets};
-use ddpm::{
-    AdamConfig, Diffusion, NoiseSchedule, Prediction, Result, SamplerConfig, Solver, TrainConfig,
-    UNetConfig,
-};
+use ddpm::process::Prediction;
+use ddpm::sample::SamplerConfig;
+use ddpm::train::AdamConfig;
+use ddpm::{Diffusion, NoiseSchedule, Result, Solver, TrainConfig, UNetConfig};
 
 /// The digits of the repository.
 const DIGITS: &str = "examples/data/mnist-train-10k-images-idx3-ubyte.gz";

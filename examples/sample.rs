@@ -35,7 +35,7 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<ExitCode> {
     let checkpoint = cli.sampling.open()?;
-    let UNetConfig { channels, image_size, .. } = checkpoint.network()?;
+    let UNetConfig { channels, image_size, .. } = checkpoint.architecture()?;
     pictures::check_channels(channels)?;
     let config = cli.sampling.config(&checkpoint)?;
     let sampler = config.sampler(checkpoint.diffusion())?;

@@ -7,13 +7,14 @@ use crate::error::{Error, Result};
 use crate::precision::Precision;
 use crate::random::Dropout;
 
-/// A network that predicts the noise added to an image, or another [`Prediction`](crate::Prediction) of the process.
+/// A network that predicts the noise added to an image, or another [`Prediction`](crate::process::Prediction) of the process.
 /// This trait is the interface of a network to sampling; [`Trainable`] is its interface to training.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
 /// use ddpm::nn::{Condition, Output};
-/// use ddpm::{Denoiser, Diffusion, NoiseSchedule, Prediction, Result, Sampler, Solver};
+/// use ddpm::process::Prediction;
+/// use ddpm::{Denoiser, Diffusion, NoiseSchedule, Result, Sampler, Solver};
 ///
 /// /// Always predicts the same even grey.
 /// struct Grey(f64);
@@ -243,7 +244,8 @@ behind!(&D, Box<D>, Arc<D>);
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use ddpm::{Diffusion, Sampler, Solver, from_fn};
+/// use ddpm::nn::from_fn;
+/// use ddpm::{Diffusion, Sampler, Solver};
 ///
 /// // Predicting the whole of x_t as noise leaves an image of zeros.
 /// let denoiser = from_fn(|x_t: &Tensor, _t: &Tensor| Ok(x_t.clone()));

@@ -8,7 +8,7 @@
 ///
 /// ---
 /// Items: [`NoiseSchedule`](crate::NoiseSchedule), [`Diffusion`](crate::Diffusion),
-/// [`Prediction`](crate::Prediction). Next: [network].
+/// [`Prediction`](crate::process::Prediction). Next: [network].
 pub mod process {}
 
 /// The U-Net, the names of its weights, PyTorch, a network of your own.
@@ -18,8 +18,8 @@ pub mod process {}
 /// ---
 /// Items: [`UNet`](crate::UNet), [`UNetConfig`](crate::UNetConfig),
 /// [`ResBlock`](crate::ResBlock), [`TimeEmbedding`](crate::TimeEmbedding),
-/// [`Denoiser`](crate::Denoiser), [`Network`](crate::Network), [`Parameters`](crate::Parameters),
-/// [`Dropout`](crate::Dropout). Next: [training].
+/// [`Denoiser`](crate::Denoiser), [`Architecture`](crate::nn::Architecture), [`Parameters`](crate::nn::Parameters),
+/// [`Dropout`](crate::nn::Dropout). Next: [training].
 pub mod network {}
 
 /// Recipes, images, sizes, observers, loops, checkpoints, resuming.
@@ -28,10 +28,10 @@ pub mod network {}
 ///
 /// ---
 /// Items: [`Trainer`](crate::Trainer), [`TrainConfig`](crate::TrainConfig),
-/// [`Observer`](crate::Observer), [`Metrics`](crate::Metrics), [`Update`](crate::Update),
-/// [`Checkpoint`](crate::Checkpoint), [`AdamConfig`](crate::AdamConfig), [`AdamW`](crate::AdamW),
-/// [`EmaConfig`](crate::EmaConfig), [`Ema`](crate::Ema),
-/// [`clip_grad_norm`](crate::clip_grad_norm), [`data`](crate::data). Next: [sampling].
+/// [`Observer`](crate::train::Observer), [`Metrics`](crate::train::Metrics), [`Update`](crate::train::Update),
+/// [`Checkpoint`](crate::Checkpoint), [`AdamConfig`](crate::train::AdamConfig), [`AdamW`](crate::train::AdamW),
+/// [`EmaConfig`](crate::train::EmaConfig), [`Ema`](crate::train::Ema),
+/// [`clip_grad_norm`](crate::train::clip_grad_norm), [`data`](crate::data). Next: [sampling].
 pub mod training {}
 
 /// Solvers, variances, respacing, guidance, interpolation, quality.
@@ -39,8 +39,8 @@ pub mod training {}
 #[doc = include_str!("../docs/sampling.md")]
 ///
 /// ---
-/// Items: [`Sampler`](crate::Sampler), [`Solver`](crate::Solver), [`Variance`](crate::Variance),
-/// [`Steps`](crate::Steps), [`Step`](crate::Step), [`from_fn`](crate::from_fn). Next:
+/// Items: [`Sampler`](crate::Sampler), [`Solver`](crate::Solver), [`Variance`](crate::sample::Variance),
+/// [`Steps`](crate::sample::Steps), [`Step`](crate::sample::Step), [`from_fn`](crate::nn::from_fn). Next:
 /// [reproducibility].
 pub mod sampling {}
 

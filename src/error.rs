@@ -226,7 +226,7 @@ pub enum Error {
     #[error("{}", one_line(.0))]
     Tensor(#[from] candle_core::Error),
 
-    /// An error of the user's [`Observer`](crate::Observer), [`Dataset`](crate::Dataset) or network.
+    /// An error of the user's [`Observer`](crate::train::Observer), [`Dataset`](crate::data::Dataset) or network.
     #[error(transparent)]
     External(Box<dyn std::error::Error + Send + Sync>),
 }

@@ -33,12 +33,12 @@ pub mod observe;
 #[cfg(feature = "image")]
 pub mod pictures;
 mod precision;
-mod process;
+pub mod process;
 mod random;
 #[cfg(test)]
 mod random_inputs;
-mod sample;
-mod train;
+pub mod sample;
+pub mod train;
 
 /// The version of candle whose tensors and devices are part of this crate's signatures.
 pub use {candle_core, candle_nn};
@@ -48,17 +48,16 @@ pub use {candle_core, candle_nn};
 pub use image;
 
 #[doc(inline)]
-pub use data::{Batch, Dataset, Images};
-pub use denoiser::{Denoiser, from_fn};
+pub use denoiser::Denoiser;
+#[doc(inline)]
 pub use error::{Error, Result};
-pub use model::{Network, Parameters, ResBlock, TimeEmbedding, UNet, UNetConfig};
+#[doc(inline)]
+pub use model::{ResBlock, TimeEmbedding, UNet, UNetConfig};
+#[doc(inline)]
 pub use precision::Precision;
-pub use process::{Diffusion, NoiseSchedule, Prediction};
-pub use random::Dropout;
-pub use sample::{Sampler, SamplerConfig, Solver, Step, Steps, Variance};
-pub use train::{
-    AdamConfig, AdamW, Checkpoint, Ema, EmaConfig, Frontend, GradScaler, GradScalerConfig,
-    LearningRate, Metrics, Mse, Noised, Objective, Observer, OnMetrics, Outcome, Run, Saved,
-    TrainConfig, Trainer, TrainerBuilder, Update, WeightDecay, clip_grad_norm, gradients,
-    on_metrics,
-};
+#[doc(inline)]
+pub use process::{Diffusion, NoiseSchedule};
+#[doc(inline)]
+pub use sample::{Sampler, Solver};
+#[doc(inline)]
+pub use train::{Checkpoint, TrainConfig, Trainer};

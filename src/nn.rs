@@ -7,5 +7,7 @@ pub use crate::engine::{Engine, Graph, Model};
 pub use crate::kernels::op::activation::{Activation, VectorActivation};
 pub use crate::kernels::op::conv::{Add, Addends};
 pub use crate::layers::{Conv2d, GroupNorm, Linear};
-pub use crate::model::{Attention, Network, Parameters, ResBlock, TimeEmbedding, UNet, UNetConfig};
+pub use crate::model::{
+    Architecture, Attention, Parameters, ResBlock, TimeEmbedding, UNet, UNetConfig,
+};
 pub use crate::random::Dropout;

@@ -214,7 +214,8 @@ fn frame(picture: &DynamicImage, width: u16, height: u16) -> Frame<'static> {
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use ddpm::{Diffusion, Sampler, Solver, from_fn, pictures};
+/// use ddpm::nn::from_fn;
+/// use ddpm::{Diffusion, Sampler, Solver, pictures};
 ///
 /// # let denoiser = from_fn(|x_t: &Tensor, _t: &Tensor| Ok(x_t.clone()));
 /// let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddim(), 100)?;

@@ -30,7 +30,7 @@ pub enum Precision {
     /// device this applies to all products, and feature maps are bf16 in memory.
     BF16,
     /// The same as [`BF16`](Self::BF16) with f16 (11 bits, numbers up to 65504), on CUDA devices only. Training scales
-    /// its gradients by a [`GradScaler`](crate::GradScaler). Requires the feature `f16`.
+    /// its gradients by a [`GradScaler`](crate::train::GradScaler). Requires the feature `f16`.
     F16,
 }
 

@@ -9,8 +9,8 @@ use std::path::PathBuf;
 
 use candle_core::{Result, Tensor};
 use candle_datasets::vision::{self, Dataset};
+use ddpm::data::{Dataset as _, Images};
 use ddpm::data::{Split, cifar10, mnist};
-use ddpm::{Dataset as _, Images};
 use tempfile::TempDir;
 
 fn assert_agree(theirs: Dataset, train: Images, test: Images) -> Result<()> {

@@ -8,11 +8,15 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use ddpm::data::Dataset;
 use ddpm::data::ImageShape;
-use ddpm::nn::{Model, Network};
+use ddpm::nn::{Architecture, Model};
+use ddpm::process::Prediction;
+use ddpm::sample::SamplerConfig;
+use ddpm::train::{AdamConfig, Saved};
 use ddpm::{
-    AdamConfig, Checkpoint, Dataset, Denoiser, Diffusion, Error, NoiseSchedule, Prediction, Result,
-    Sampler, SamplerConfig, Saved, Solver, TrainConfig, Trainer, UNet, UNetConfig,
+    Checkpoint, Denoiser, Diffusion, Error, NoiseSchedule, Result, Sampler, Solver, TrainConfig,
+    Trainer, UNet, UNetConfig,
 };
 use tempfile::TempDir;
 
@@ -110,7 +114,7 @@ fn a_resumed_run_equals_the_unbroken_one() {
 fn frozen(trainer: &Trainer<UNetConfig>) -> Model<UNet> {
     let weights = trainer.vars().iter().map(|(k, v)| (k.clone(), v.as_detached_tensor())).collect();
     let vb = VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu);
-    trainer.network().build(vb).unwrap()
+    trainer.architecture().build(vb).unwrap()
 }
 
 #[test]
@@ -118,7 +122,7 @@ fn sampling_needs_the_directory_alone() {
     let (_dir, path) = saved();
     let trainer = resume(&path, config(2)).unwrap();
     let checkpoint = Checkpoint::open(&path).unwrap();
-    assert_eq!(checkpoint.network::<UNetConfig>().unwrap(), network());
+    assert_eq!(checkpoint.architecture::<UNetConfig>().unwrap(), network());
     assert_eq!(checkpoint.train_config(), &config(2));
     let sampler = Sampler::new(checkpoint.diffusion(), Solver::ddim(), 3).unwrap();
     let sample = |model: &dyn Denoiser| {
@@ -894,7 +898,8 @@ fn a_checkpoint_that_was_replaced_while_open_says_so() {
 #[test]
 fn opens_a_huge_state() {
     let Some(path) = std::env::var_os(HUGE).map(PathBuf::from) else { return };
-    let network = Checkpoint::open(&path).and_then(|checkpoint| checkpoint.network::<UNetConfig>());
+    let network =
+        Checkpoint::open(&path).and_then(|checkpoint| checkpoint.architecture::<UNetConfig>());
     let message = network.map(drop).unwrap_err().to_string();
     assert!(message.len() < 500, "{} bytes of message", message.len());
     println!("refused: {message}");

@@ -11,7 +11,7 @@ use candle_nn::{Linear, Module};
 use classifier::{Classifier, PATCH, SIZE, convolve, lay_out};
 use ddpm::cli::Result;
 use ddpm::data::normalized;
-use ddpm::{Dataset, Images};
+use ddpm::data::{Dataset, Images};
 use report::{Reference, tally};
 
 fn assert_near(found: f64, expected: f64) {

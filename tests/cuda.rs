@@ -6,11 +6,13 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
-use ddpm::nn::{Model, Network, Trainable};
+use ddpm::nn::{Architecture, Model, Trainable};
+use ddpm::nn::{Dropout, Parameters, from_fn};
+use ddpm::process::Prediction;
+use ddpm::train::{AdamConfig, GradScalerConfig};
 use ddpm::{
-    AdamConfig, Checkpoint, Diffusion, Dropout, GradScalerConfig, NoiseSchedule, Parameters,
-    Precision, Prediction, Result, Sampler, Solver, TrainConfig, Trainer, UNet, UNetConfig,
-    from_fn,
+    Checkpoint, Diffusion, NoiseSchedule, Precision, Result, Sampler, Solver, TrainConfig, Trainer,
+    UNet, UNetConfig,
 };
 
 mod passes;
@@ -48,7 +50,7 @@ fn networks() -> [UNetConfig; 2] {
             image_size: 8,
             hidden_dims: vec![8, 16, 24],
             time_dim: 12,
-            attention_resolutions: vec![0, 1],
+            attention_levels: vec![0, 1],
             dropout: 0.3,
             ..UNetConfig::mnist()
         },
@@ -68,7 +70,7 @@ fn build(config: &UNetConfig, device: &Device) -> Result<(Parameters, Model<UNet
     Ok((parameters, unet))
 }
 
-fn gradients<N: Network>(
+fn gradients<N: Architecture>(
     config: &N,
     (x, t): (Tensor, Tensor),
     precision: Precision,

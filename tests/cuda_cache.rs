@@ -10,7 +10,8 @@ use std::process::Command;
 use std::time::Instant;
 
 use candle_core::{Device, Tensor};
-use ddpm::{AdamConfig, Diffusion, Result, Sampler, TrainConfig, Trainer, UNetConfig};
+use ddpm::train::AdamConfig;
+use ddpm::{Diffusion, Result, Sampler, TrainConfig, Trainer, UNetConfig};
 
 /// What the test runs itself for once more, and where it writes the numbers.
 const CHILD: &str = "DDPM_TEST_CUDA_CACHE";

@@ -5,7 +5,9 @@
 #![cfg(feature = "cuda")]
 
 use candle_core::Device;
-use ddpm::{AdamConfig, Diffusion, Images, Precision, Result, TrainConfig, Trainer, UNetConfig};
+use ddpm::data::Images;
+use ddpm::train::AdamConfig;
+use ddpm::{Diffusion, Precision, Result, TrainConfig, Trainer, UNetConfig};
 
 fn waits() -> Option<String> {
     let path = std::env::var_os("STAND_IN_WAITS")?;

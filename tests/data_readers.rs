@@ -7,9 +7,10 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 
+use ddpm::Error;
+use ddpm::data::{Dataset, Images};
 use ddpm::data::{ImageShape, normalized};
 use ddpm::data::{Split, cifar10, mnist, read_idx_images, read_idx_labels};
-use ddpm::{Dataset, Error, Images};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use proptest::prelude::*;

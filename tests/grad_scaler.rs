@@ -6,10 +6,11 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Init, VarBuilder};
+use ddpm::nn::{Architecture, Dropout, Parameters};
 use ddpm::nn::{Condition, Output, Trainable};
+use ddpm::train::{AdamW, Ema, GradScalerConfig, clip_grad_norm, gradients};
 use ddpm::{
-    AdamW, Denoiser, Diffusion, Dropout, Ema, Error, GradScalerConfig, Network, Parameters,
-    Precision, Result, Sampler, TrainConfig, Trainer, UNetConfig, clip_grad_norm, gradients,
+    Denoiser, Diffusion, Error, Precision, Result, Sampler, TrainConfig, Trainer, UNetConfig,
 };
 use serde::{Deserialize, Serialize};
 
@@ -21,7 +22,7 @@ struct Half;
 
 struct HalfModel(Tensor);
 
-impl Network for Half {
+impl Architecture for Half {
     const KIND: &'static str = "half";
     type Model = HalfModel;
 

@@ -7,8 +7,9 @@ use std::process::Command;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
-use ddpm::nn::{Model, Network};
-use ddpm::{Denoiser, Dropout, Parameters, Result, Sampler, UNet, UNetConfig};
+use ddpm::nn::{Architecture, Model};
+use ddpm::nn::{Dropout, Parameters};
+use ddpm::{Denoiser, Result, Sampler, UNet, UNetConfig};
 use proptest::prelude::*;
 
 mod passes;
@@ -175,7 +176,7 @@ fn small() -> impl Strategy<Value = (UNetConfig, usize)> {
             channels,
             hidden_dims: dims.iter().map(|d| 8 * d).collect(),
             time_dim: 2 * time,
-            attention_resolutions: (0..levels).filter(|level| attend >> level & 1 == 1).collect(),
+            attention_levels: (0..levels).filter(|level| attend >> level & 1 == 1).collect(),
             dropout,
         };
         (config, batch)

@@ -2,14 +2,13 @@
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use ddpm::data::Images;
 use ddpm::nn::{
-    Activation, Add, Attention, Conv2d, Engine, Graph, GroupNorm, Linear, Model, Network,
+    Activation, Add, Architecture, Attention, Conv2d, Engine, Graph, GroupNorm, Linear, Model,
     VectorActivation,
 };
-use ddpm::{
-    Checkpoint, Denoiser, Diffusion, Dropout, Images, Parameters, Precision, Result, Sampler,
-    TrainConfig, Trainer,
-};
+use ddpm::nn::{Dropout, Parameters};
+use ddpm::{Checkpoint, Denoiser, Diffusion, Precision, Result, Sampler, TrainConfig, Trainer};
 
 mod passes;
 mod small;
@@ -90,7 +89,7 @@ fn it_trains_is_saved_and_goes_on_bit_for_bit() -> Result<()> {
         assert_eq!(values(var), values(&rest.vars()[name]), "{name}");
     }
     let checkpoint = Checkpoint::open(&dir)?;
-    assert_eq!(checkpoint.network::<SmallConfig>()?.width, 16);
+    assert_eq!(checkpoint.architecture::<SmallConfig>()?.width, 16);
     Ok(())
 }
 

@@ -6,9 +6,11 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 use ddpm::nn::Model;
+use ddpm::nn::{Architecture, Dropout, Parameters};
+use ddpm::train::gradients;
 use ddpm::{
-    Denoiser, Diffusion, Dropout, Network, Parameters, ResBlock, Result, Sampler, Solver,
-    TimeEmbedding, TrainConfig, Trainer, UNet, UNetConfig, gradients,
+    Denoiser, Diffusion, ResBlock, Result, Sampler, Solver, TimeEmbedding, TrainConfig, Trainer,
+    UNet, UNetConfig,
 };
 
 mod passes;
@@ -91,7 +93,7 @@ fn parts_keep_their_shapes() {
 /// Bit for bit: each image goes through the network as if it were alone.
 #[test]
 fn an_image_does_not_depend_on_its_batch() {
-    let config = UNetConfig { attention_resolutions: vec![1], ..UNetConfig::mnist() };
+    let config = UNetConfig { attention_levels: vec![1], ..UNetConfig::mnist() };
     let unet = Parameters::new(0, DType::F32, &Device::Cpu).build(&config).unwrap();
     let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddpm(), 2).unwrap();
     let sample = |batch: usize| {
@@ -438,12 +440,9 @@ fn messages_do_not_grow_with_what_they_are_about() {
     let long = UNetConfig { hidden_dims: vec![8; 1_000_000], ..UNetConfig::mnist() };
     let message = long.validate().unwrap_err().to_string();
     assert_eq!(message, "hidden_dims is a list of 1000000; it must be 2 to 16 numbers");
-    let long = UNetConfig { attention_resolutions: vec![0; 1_000_000], ..UNetConfig::mnist() };
+    let long = UNetConfig { attention_levels: vec![0; 1_000_000], ..UNetConfig::mnist() };
     let message = long.validate().unwrap_err().to_string();
-    assert!(
-        message.starts_with("attention_resolutions is a list of 1000000; it must"),
-        "{message}"
-    );
+    assert!(message.starts_with("attention_levels is a list of 1000000; it must"), "{message}");
 
     let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
     let parameters = parameters();

@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::{Device, Tensor};
 use candle_nn::{Init, VarBuilder};
+use ddpm::data::Images;
+use ddpm::nn::Architecture;
 use ddpm::nn::{Condition, Output, Trainable};
 use ddpm::observe::{LossCurve, MetricsFile, SampleGrid, SaveEvery};
-use ddpm::{
-    Checkpoint, Denoiser, Diffusion, Error, Frontend, Images, Metrics, Network, Observer, Outcome,
-    Result, Run, TrainConfig, Trainer, on_metrics,
-};
+use ddpm::train::{Frontend, Metrics, Observer, Outcome, Run, on_metrics};
+use ddpm::{Checkpoint, Denoiser, Diffusion, Error, Result, TrainConfig, Trainer};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
@@ -22,7 +22,7 @@ struct Scale;
 
 struct Scaled(Tensor);
 
-impl Network for Scale {
+impl Architecture for Scale {
     const KIND: &'static str = "scale";
     type Model = Scaled;
 

@@ -4,9 +4,9 @@
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
-use ddpm::{
-    Diffusion, Images, Result, Sampler, Solver, TrainConfig, Trainer, UNetConfig, on_metrics,
-};
+use ddpm::data::Images;
+use ddpm::train::on_metrics;
+use ddpm::{Diffusion, Result, Sampler, Solver, TrainConfig, Trainer, UNetConfig};
 
 fn threads() -> usize {
     std::fs::read_dir("/proc/self/task").unwrap().count()

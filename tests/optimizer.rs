@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{DType, Device, Tensor, Var};
-use ddpm::{AdamConfig, AdamW, Ema, EmaConfig, TrainConfig, WeightDecay, clip_grad_norm};
+use ddpm::TrainConfig;
+use ddpm::train::{AdamConfig, AdamW, Ema, EmaConfig, WeightDecay, clip_grad_norm};
 use serde::Deserialize;
 
 /// What `tests/data/README.md` says of a case.

@@ -8,10 +8,10 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use ddpm::nn::{Model, Network};
+use ddpm::nn::{Architecture, Model};
+use ddpm::nn::{Dropout, Parameters};
 use ddpm::{
-    Denoiser, Diffusion, Dropout, Parameters, Precision, Result, Sampler, Solver, TrainConfig,
-    Trainer, UNet, UNetConfig,
+    Denoiser, Diffusion, Precision, Result, Sampler, Solver, TrainConfig, Trainer, UNet, UNetConfig,
 };
 
 mod passes;
@@ -22,7 +22,7 @@ use passes::gradients;
 fn networks() -> [(&'static str, UNetConfig); 2] {
     let attentive = UNetConfig {
         hidden_dims: vec![24, 40, 64],
-        attention_resolutions: vec![0, 1],
+        attention_levels: vec![0, 1],
         channels: 3,
         image_size: 16,
         ..UNetConfig::mnist()

@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
-use ddpm::{
-    AdamConfig, Denoiser, Diffusion, Dropout, EmaConfig, NoiseSchedule, Prediction, Sampler,
-    Solver, TrainConfig, Trainer, UNetConfig, WeightDecay,
-};
+use ddpm::nn::Dropout;
+use ddpm::process::Prediction;
+use ddpm::train::{AdamConfig, EmaConfig, WeightDecay};
+use ddpm::{Denoiser, Diffusion, NoiseSchedule, Sampler, Solver, TrainConfig, Trainer, UNetConfig};
 use serde::Deserialize;
 
 mod passes;

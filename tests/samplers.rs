@@ -7,9 +7,10 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
-use ddpm::{
-    Denoiser, Diffusion, Error, NoiseSchedule, Prediction, Sampler, Solver, Variance, from_fn,
-};
+use ddpm::nn::from_fn;
+use ddpm::process::Prediction;
+use ddpm::sample::Variance;
+use ddpm::{Denoiser, Diffusion, Error, NoiseSchedule, Sampler, Solver};
 
 /// Data that is normal in every pixel.
 #[derive(Clone, Copy)]
@@ -33,6 +34,7 @@ fn gaussian(diffusion: &Diffusion, Normal { mean, std }: Normal) -> impl Denoise
             Prediction::Epsilon => eps,
             Prediction::Sample => x_0,
             Prediction::Velocity => ((eps * signal)? - (x_0 * noise)?)?,
+            other => panic!("{other:?} is not known here"),
         })
     })
 }

@@ -144,7 +144,12 @@ fn dependencies(sources: &[Source]) -> Vec<BTreeSet<usize>> {
         let mut found = BTreeSet::new();
         for path in paths(&source.code) {
             let mut base = match path.first().map(String::as_str) {
-                Some("crate") => vec![],
+                Some("crate") => {
+                    let top = path.get(1).is_some_and(|top| index.keys().any(|m| m[0] == *top));
+                    let named = source.file.display();
+                    assert!(top || path.len() == 1, "{named} imports {path:?} through the root");
+                    vec![]
+                }
                 Some("self" | "super") => source.module.clone(),
                 // A child module, or another crate.
                 _ => {

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Init, Module, VarBuilder};
+use ddpm::data::Dataset;
 use ddpm::data::ImageShape;
+use ddpm::nn::Architecture;
 use ddpm::nn::{Condition, Output, Trainable};
-use ddpm::{
-    AdamConfig, Dataset, Denoiser, Diffusion, EmaConfig, Error, Metrics, Network, Noised,
-    Objective, Observer, Result, Run, TrainConfig, Trainer, UNetConfig, on_metrics,
-};
+use ddpm::train::{AdamConfig, EmaConfig, Metrics, Noised, Objective, Observer, Run, on_metrics};
+use ddpm::{Denoiser, Diffusion, Error, Result, TrainConfig, Trainer, UNetConfig};
 use serde::{Deserialize, Serialize};
 
 /// A small network, and images that differ.
@@ -54,12 +54,12 @@ fn fitted(config: TrainConfig) -> Trainer<UNetConfig> {
 }
 
 /// Every weight, one after the other.
-fn weights<N: Network>(trainer: &Trainer<N>) -> Vec<f32> {
+fn weights<N: Architecture>(trainer: &Trainer<N>) -> Vec<f32> {
     let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     trainer.vars().values().flat_map(|var| values(var)).collect()
 }
 
-fn averages<N: Network>(trainer: &Trainer<N>) -> Vec<f32> {
+fn averages<N: Architecture>(trainer: &Trainer<N>) -> Vec<f32> {
     let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     trainer.ema().unwrap().averages().values().flat_map(values).collect()
 }
@@ -85,8 +85,7 @@ const IN_HALF: &str = "DDPM_TEST_TRAINS_IN_HALF";
 #[test]
 fn trains_and_saves() {
     let Some(path) = std::env::var_os(SAVE_TO) else { return };
-    let network =
-        UNetConfig { attention_resolutions: vec![1], dropout: 0.1, ..UNetConfig::mnist() };
+    let network = UNetConfig { attention_levels: vec![1], dropout: 0.1, ..UNetConfig::mnist() };
     let config = TrainConfig { clip_norm: Some(1.0), accumulation: 2, batch_size: 10, ..config() };
     #[cfg(feature = "f16")]
     let config = match std::env::var_os(IN_HALF) {
@@ -378,7 +377,7 @@ struct Scale;
 
 struct Scaled(Tensor);
 
-impl Network for Scale {
+impl Architecture for Scale {
     const KIND: &'static str = "scale";
     type Model = Scaled;
 
@@ -671,7 +670,7 @@ struct NormedModel {
     frozen: bool,
 }
 
-impl Network for Normed {
+impl Architecture for Normed {
     const KIND: &'static str = "normed";
     type Model = NormedModel;
 
@@ -740,7 +739,7 @@ struct Flattening;
 
 struct FlatModel(Tensor);
 
-impl Network for Flattening {
+impl Architecture for Flattening {
     const KIND: &'static str = "flattening";
     type Model = FlatModel;
 
@@ -828,13 +827,13 @@ fn wrong_configurations_are_refused() {
         (UNetConfig { time_dim: 7, ..unet() }, "time_dim is 7; it must be even"),
         (UNetConfig { time_dim: 2, ..unet() }, "time_dim is 2; it must be"),
         (
-            UNetConfig { attention_resolutions: vec![2], ..unet() },
-            "attention_resolutions is [2]; it must be levels from 0 to 1, each at most once, of 28, 14 \
+            UNetConfig { attention_levels: vec![2], ..unet() },
+            "attention_levels is [2]; it must be levels from 0 to 1, each at most once, of 28, 14 \
              pixels; the bottleneck, of 7 pixels, always has attention",
         ),
         (
-            UNetConfig { attention_resolutions: vec![1, 0, 1], ..unet() },
-            "attention_resolutions is [1, 0, 1]; it must be levels from 0 to 1, each at most once",
+            UNetConfig { attention_levels: vec![1, 0, 1], ..unet() },
+            "attention_levels is [1, 0, 1]; it must be levels from 0 to 1, each at most once",
         ),
         (
             UNetConfig { dropout: 1.0, ..unet() },
@@ -847,8 +846,8 @@ fn wrong_configurations_are_refused() {
     }
     for json in [
         r#"{"image_size": 28}"#,
-        r#"{"image_size": 28, "channels": 1, "hidden_dims": [8, 16], "time_dim": 8, "attention_resolutions": [], "dropout": 0, "heads": 4}"#,
-        r#"{"image_size": -28, "channels": 1, "hidden_dims": [8, 16], "time_dim": 8, "attention_resolutions": [], "dropout": 0}"#,
+        r#"{"image_size": 28, "channels": 1, "hidden_dims": [8, 16], "time_dim": 8, "attention_levels": [], "dropout": 0, "heads": 4}"#,
+        r#"{"image_size": -28, "channels": 1, "hidden_dims": [8, 16], "time_dim": 8, "attention_levels": [], "dropout": 0}"#,
     ] {
         assert!(serde_json::from_str::<UNetConfig>(json).is_err(), "{json}");
     }

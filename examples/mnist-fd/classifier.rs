@@ -6,9 +6,12 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, Module, VarBuilder, linear, loss, ops};
 use ddpm::cli::{Interrupted, Result, check_output, out};
 use ddpm::data::normalized;
+use ddpm::data::{Dataset, Images};
 use ddpm::eval::Statistics;
+use ddpm::files;
+use ddpm::nn::Parameters;
 use ddpm::observe::Progress;
-use ddpm::{AdamConfig, AdamW, Dataset, Images, Parameters, files, gradients};
+use ddpm::train::{AdamConfig, AdamW, gradients};
 
 /// Height and width of an image.
 pub const SIZE: usize = 28;

@@ -5,8 +5,10 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use ddpm::cli::{DataSet, Identity, Result, SamplingArgs, datasets, err, grouped, out};
+use ddpm::data::{Dataset, Images};
 use ddpm::eval::Statistics;
-use ddpm::{Checkpoint, Dataset, Images, SamplerConfig, UNetConfig, files};
+use ddpm::sample::SamplerConfig;
+use ddpm::{Checkpoint, UNetConfig, files};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -98,7 +100,7 @@ pub fn check_digits(checkpoint: &Checkpoint) -> Result<()> {
         }
         _ => {}
     }
-    let UNetConfig { channels, image_size, .. } = checkpoint.network()?;
+    let UNetConfig { channels, image_size, .. } = checkpoint.architecture()?;
     if (channels, image_size) != (1, SIZE) {
         let found = (channels, image_size, image_size);
         let expected = format!("the classifier's have {:?}", (1, SIZE, SIZE));

@@ -58,7 +58,7 @@ pub fn train(
 ) -> Result<ExitCode> {
     let files = Files::of(args.out.clone().unwrap_or_else(|| recipe.out.into()));
     let saved = find(&files, args.resume)?;
-    let network = saved.as_ref().map_or(Ok(recipe.network.clone()), Checkpoint::network)?;
+    let network = saved.as_ref().map_or(Ok(recipe.network.clone()), Checkpoint::architecture)?;
     let config = args.apply(saved.as_ref().map_or(&recipe.train, Checkpoint::train_config));
     config.validate()?;
 

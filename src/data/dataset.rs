@@ -38,7 +38,8 @@ impl From<ImageShape> for (usize, usize, usize) {
 /// maps a byte `p` to `p / 127.5 - 1` by [`normalized`], so 0 to -1 and 255 to 1.
 ///
 /// ```
-/// use ddpm::{Dataset, Result, data::ImageShape};
+/// use ddpm::data::{Dataset, ImageShape};
+/// use ddpm::Result;
 ///
 /// /// White discs of eight sizes on black: one channel, 16 x 16 pixels.
 /// struct Discs;
@@ -69,10 +70,10 @@ impl From<ImageShape> for (usize, usize, usize) {
 ///
 /// [`Trainer::fit`](crate::Trainer::fit) calls [`read`](Self::read) on a thread of its own, for one image after the
 /// other. It reads the next batch while the network is trained with the present one. If reading a batch takes longer than
-/// that, decode all images once, into [`Images`](crate::Images):
+/// that, decode all images once, into [`Images`](crate::data::Images):
 ///
 /// ```
-/// use ddpm::Images;
+/// use ddpm::data::Images;
 ///
 /// # let decoded = vec![vec![0; 3 * 32 * 32]; 2];
 /// // Most decoders return red, green and blue of each pixel together, here in pictures of

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 /// Images in memory, with one byte per value, and perhaps a label for each image.
 ///
 /// ```
-/// use ddpm::{Dataset, Images};
+/// use ddpm::data::{Dataset, Images};
 ///
 /// // Two grey images of 1 x 2 pixels, of classes 0 and 1.
 /// let images = Images::new(vec![0, 255, 51, 204], (1, 1, 2))?.with_labels(vec![0, 1])?;

@@ -12,8 +12,9 @@ use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_nn::VarBuilder;
-/// use ddpm::nn::{Activation, Conv2d, Engine, Graph, GroupNorm, Model, Network, ResBlock, TimeEmbedding};
-/// use ddpm::{Denoiser, Parameters, Precision, Result};
+/// use ddpm::nn::{Activation, Conv2d, Engine, Graph, GroupNorm, Model, Architecture, ResBlock, TimeEmbedding};
+/// use ddpm::nn::Parameters;
+/// use ddpm::{Denoiser, Precision, Result};
 /// use serde::{Deserialize, Serialize};
 ///
 /// struct Small {
@@ -38,7 +39,7 @@ use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
 ///     width: usize,
 /// }
 ///
-/// impl Network for SmallConfig {
+/// impl Architecture for SmallConfig {
 ///     const KIND: &'static str = "small";
 ///     type Model = Model<Small>;
 ///

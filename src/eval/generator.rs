@@ -20,7 +20,9 @@ const SEEDED: usize = 100;
 ///
 /// use candle_core::{Device, Tensor};
 /// use ddpm::eval::Generator;
-/// use ddpm::{Diffusion, Dataset, Sampler, Solver, from_fn};
+/// use ddpm::data::Dataset;
+/// use ddpm::nn::from_fn;
+/// use ddpm::{Diffusion, Sampler, Solver};
 ///
 /// # let denoiser = from_fn(|x_t: &Tensor, _t: &Tensor| Ok(x_t.clone()));
 /// let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddim(), 5)?;

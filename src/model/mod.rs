@@ -12,7 +12,7 @@ mod unet;
 mod unet_config;
 
 pub use attention::Attention;
-pub use network::Network;
+pub use network::Architecture;
 pub use parameters::Parameters;
 pub use res_block::ResBlock;
 pub use time_embedding::TimeEmbedding;

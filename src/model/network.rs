@@ -12,7 +12,8 @@ use crate::error::Result;
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_nn::{Conv2d, Conv2dConfig, Linear, Module, VarBuilder, conv2d, linear};
 /// use ddpm::nn::{Condition, Output, Trainable};
-/// use ddpm::{Denoiser, Network, Parameters, Result, TimeEmbedding};
+/// use ddpm::nn::{Architecture, Parameters};
+/// use ddpm::{Denoiser, Result, TimeEmbedding};
 /// use serde::{Deserialize, Serialize};
 ///
 /// #[derive(Serialize, Deserialize)]
@@ -26,7 +27,7 @@ use crate::error::Result;
 ///     convolution: Conv2d,
 /// }
 ///
-/// impl Network for SmallConfig {
+/// impl Architecture for SmallConfig {
 ///     const KIND: &'static str = "small";
 ///     type Model = Small;
 ///
@@ -61,7 +62,7 @@ use crate::error::Result;
 /// # Ok(())
 /// # }
 /// ```
-pub trait Network: Serialize + DeserializeOwned {
+pub trait Architecture: Serialize + DeserializeOwned {
     /// The name of this kind of network in a checkpoint. A checkpoint with another name is refused.
     const KIND: &'static str;
 

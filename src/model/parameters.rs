@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder, init::NormalOrUniform};
 
-use super::network::Network;
+use super::network::Architecture;
 use super::tensor_file::{missing, read_tensors};
 use crate::error::{Error, Result};
 use crate::random::{Noise, Purpose, zeros};
@@ -59,7 +59,8 @@ impl Parameters {
     ///
     /// ```no_run
     /// use candle_core::{DType, Device};
-    /// use ddpm::{Parameters, UNet, UNetConfig};
+    /// use ddpm::nn::Parameters;
+    /// use ddpm::{UNet, UNetConfig};
     ///
     /// let weights = Parameters::load("weights.safetensors", DType::F32, &Device::Cpu)?;
     /// let unet: UNet = weights.build(&UNetConfig::mnist())?;
@@ -115,9 +116,9 @@ impl Parameters {
     /// Builds a network with these weights.
     ///
     /// # Errors
-    /// Returns the errors of [`Network::build`]. For weights from a file, returns an error if one is missing, has
+    /// Returns the errors of [`Architecture::build`]. For weights from a file, returns an error if one is missing, has
     /// another shape, or is not a weight of the network.
-    pub fn build<N: Network>(&self, network: &N) -> Result<N::Model> {
+    pub fn build<N: Architecture>(&self, network: &N) -> Result<N::Model> {
         let model = network.build(self.builder());
         if let Some(failure) = lock(&self.store.failure).take() {
             return Err(failure);

@@ -12,7 +12,8 @@ use crate::process::check_timesteps;
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
-/// use ddpm::{Parameters, TimeEmbedding};
+/// use ddpm::nn::Parameters;
+/// use ddpm::TimeEmbedding;
 ///
 /// let parameters = Parameters::new(0, DType::F32, &Device::Cpu);
 /// let embedding = TimeEmbedding::new(128, parameters.builder())?;

@@ -3,7 +3,7 @@ use std::fmt;
 use candle_nn::VarBuilder;
 
 use super::attention::Attention;
-use super::network::Network;
+use super::network::Architecture;
 use super::res_block::ResBlock;
 use super::time_embedding::TimeEmbedding;
 use super::unet_config::UNetConfig;
@@ -21,7 +21,8 @@ use crate::layers::{Conv2d, GroupNorm};
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
-/// use ddpm::{Denoiser, Parameters, UNetConfig};
+/// use ddpm::nn::Parameters;
+/// use ddpm::{Denoiser, UNetConfig};
 ///
 /// let config = UNetConfig { hidden_dims: vec![16, 32], ..UNetConfig::mnist() };
 /// let unet = Parameters::new(0, DType::F32, &Device::Cpu).build(&config)?;
@@ -58,7 +59,7 @@ impl UNet {
     pub fn new(config: &UNetConfig, vb: VarBuilder) -> Result<Self> {
         config.validate()?;
         let dims = &config.hidden_dims;
-        let attend = |level: usize| config.attention_resolutions.contains(&level);
+        let attend = |level: usize| config.attention_levels.contains(&level);
         let mut blocks = Blocks { time_dim: config.time_dim, dropout: config.dropout, layer: 0 };
 
         let mut down_blocks = Vec::new();
@@ -138,7 +139,7 @@ impl Graph for UNet {
     }
 }
 
-impl Network for UNetConfig {
+impl Architecture for UNetConfig {
     const KIND: &'static str = "unet";
     type Model = Model<UNet>;
 
@@ -234,7 +235,10 @@ mod tests {
 
     use super::*;
     use crate::denoiser::{Condition, Output, Trainable};
-    use crate::{Dropout, Parameters, Precision, Sampler};
+    use crate::model::Parameters;
+    use crate::precision::Precision;
+    use crate::random::Dropout;
+    use crate::sample::Sampler;
 
     /// What [`Precision::High`] is on a CPU with AMX, on whatever this one has; beside `Highest`, whose
     /// own error `tests/precision.rs` holds ten times lower.
@@ -242,7 +246,7 @@ mod tests {
     fn three_bf16_products_are_good_to_16_bits() -> Result<()> {
         let attentive = UNetConfig {
             hidden_dims: vec![24, 40, 64],
-            attention_resolutions: vec![0, 1],
+            attention_levels: vec![0, 1],
             channels: 3,
             image_size: 16,
             ..UNetConfig::mnist()

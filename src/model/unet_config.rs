@@ -33,7 +33,9 @@ pub struct UNetConfig {
     pub time_dim: usize,
     /// The levels with attention, each at most once. Level `i`, from 0 to `hidden_dims.len() - 2`, works at
     /// `image_size / 2^i` pixels; the entries are not sizes in pixels. The bottleneck always has attention.
-    pub attention_resolutions: Vec<usize>,
+    // Checkpoints have the name of an earlier version.
+    #[serde(rename = "attention_resolutions", alias = "attention_levels")]
+    pub attention_levels: Vec<usize>,
     /// Probability that a whole feature map inside a residual block is dropped during training; at least 0 and less
     /// than 1.
     pub dropout: f64,
@@ -47,7 +49,7 @@ impl UNetConfig {
             channels: 1,
             hidden_dims: vec![32, 64, 128],
             time_dim: 128,
-            attention_resolutions: vec![],
+            attention_levels: vec![],
             dropout: 0.0,
         }
     }
@@ -60,7 +62,7 @@ impl UNetConfig {
             channels: 3,
             hidden_dims: vec![128, 256, 256, 256],
             time_dim: 128,
-            attention_resolutions: vec![1],
+            attention_levels: vec![1],
             dropout: 0.02,
         }
     }
@@ -109,7 +111,7 @@ impl UNetConfig {
             );
             return Err(Error::config("image_size", self.image_size, expected));
         }
-        let attend = &self.attention_resolutions;
+        let attend = &self.attention_levels;
         let twice = |i: usize| attend[..i].contains(&attend[i]);
         // The check stops at the first unknown or repeated level, at most one entry beyond the number of levels.
         if (0..attend.len()).any(|i| attend[i] >= self.levels() || twice(i)) {
@@ -122,7 +124,7 @@ impl UNetConfig {
                 sizes.join(", "),
                 size(self.levels()),
             );
-            return Err(Error::config("attention_resolutions", list_in_short(attend), expected));
+            return Err(Error::config("attention_levels", list_in_short(attend), expected));
         }
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(Error::config("dropout", self.dropout, "at least 0 and less than 1"));

@@ -12,7 +12,7 @@ const SAME: Duration = Duration::from_secs(1);
 /// Stops the run after the present update at the first Ctrl-C, or at the first signal to terminate. The second one ends
 /// the process.
 ///
-/// The other observers see the stop through [`Run::is_stopping`](crate::Run::is_stopping), so that
+/// The other observers see the stop through [`Run::is_stopping`](crate::train::Run::is_stopping), so that
 /// [`SaveEvery`](super::SaveEvery) saves and nothing is lost.
 #[derive(Debug, Clone)]
 pub struct StopOnSignal {

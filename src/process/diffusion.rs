@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 /// The meaning of the network's output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Prediction {
     /// The added noise `eps`. Ho et al. 2020, and the default.
     #[default]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// The amount of noise at each timestep: tables of `beta_t` and `alpha_bar_t` in f64. Ho et al. 2020, section 2.
 ///

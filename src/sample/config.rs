@@ -8,7 +8,8 @@ use crate::process::Diffusion;
 /// The settings of a [`Sampler`], which a checkpoint can hold.
 ///
 /// ```
-/// use ddpm::{Diffusion, SamplerConfig, Solver};
+/// use ddpm::sample::SamplerConfig;
+/// use ddpm::{Diffusion, Solver};
 ///
 /// let config = SamplerConfig::new(Solver::ddim(), 50).clip_denoised(true);
 /// let sampler = config.sampler(&Diffusion::ddpm())?;

@@ -84,7 +84,8 @@ impl Sampler {
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
-    /// # use ddpm::{Diffusion, Sampler, Solver, from_fn};
+    /// # use ddpm::nn::from_fn;
+    /// # use ddpm::{Diffusion, Sampler, Solver};
     /// # let denoiser = from_fn(|x_t: &Tensor, _t: &Tensor| Ok(x_t.clone()));
     /// # let device = Device::Cpu;
     /// let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddpm(), 5)?;
@@ -105,7 +106,8 @@ impl Sampler {
     /// ```
     /// # use candle_core::{Device, Tensor};
     /// # use ddpm::nn::{Condition, Denoiser, Output};
-    /// # use ddpm::{Diffusion, NoiseSchedule, Prediction, Result, Sampler, Solver};
+    /// # use ddpm::process::Prediction;
+    /// # use ddpm::{Diffusion, NoiseSchedule, Result, Sampler, Solver};
     /// /// Predicts an even image, as bright as its class.
     /// struct Classes;
     ///
@@ -167,7 +169,8 @@ impl Sampler {
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
-    /// # use ddpm::{Diffusion, Sampler, Solver, from_fn};
+    /// # use ddpm::nn::from_fn;
+    /// # use ddpm::{Diffusion, Sampler, Solver};
     /// # let denoiser = from_fn(|x_t: &Tensor, _t: &Tensor| Ok(x_t.clone()));
     /// let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddpm(), 5)?;
     /// for step in sampler.steps(&denoiser, (1, 1, 8, 8), 0, &Device::Cpu)? {

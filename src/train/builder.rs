@@ -17,14 +17,16 @@ use super::trainer::Trainer;
 use crate::data::loader::Loader;
 use crate::denoiser::Trainable;
 use crate::error::Result;
-use crate::model::{Network, Parameters};
+use crate::model::{Architecture, Parameters};
 use crate::precision::Precision;
 use crate::process::diffusion::Diffusion;
 
 /// The settings of a [`Trainer`], by [`Trainer::builder`].
 ///
 /// ```
-/// use ddpm::{Diffusion, Mse, NoiseSchedule, Prediction, TrainConfig, Trainer, UNetConfig};
+/// use ddpm::process::Prediction;
+/// use ddpm::train::Mse;
+/// use ddpm::{Diffusion, NoiseSchedule, TrainConfig, Trainer, UNetConfig};
 ///
 /// let network = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
 /// let trainer = Trainer::builder(network)
@@ -45,7 +47,7 @@ pub struct TrainerBuilder<N> {
     objective: Box<dyn Objective>,
 }
 
-impl<N: Network> TrainerBuilder<N> {
+impl<N: Architecture> TrainerBuilder<N> {
     /// The training configuration. The default is [`TrainConfig::mnist`].
     pub fn config(self, config: TrainConfig) -> Self {
         Self { config, ..self }
@@ -129,7 +131,7 @@ impl<N: Network> TrainerBuilder<N> {
     }
 }
 
-impl<N: Network> Trainer<N> {
+impl<N: Architecture> Trainer<N> {
     /// The settings of a trainer of this network, with defaults.
     pub fn builder(network: N) -> TrainerBuilder<N> {
         TrainerBuilder {

@@ -54,6 +54,25 @@ pub struct TrainConfig {
     pub keep_checkpoints: usize,
 }
 
+impl Default for TrainConfig {
+    /// The settings of the paper for CIFAR-10: Adam with a learning rate of 2e-4 after 5,000 updates of warm-up, batches
+    /// of 128, gradients clipped to norm 1, horizontal flips, an average of decay 0.9999, 800,000 updates. Ho et al.
+    /// 2020, appendix B, and their code.
+    fn default() -> Self {
+        Self {
+            steps: 800_000,
+            batch_size: 128,
+            optimizer: AdamConfig::adam(2e-4),
+            warmup_steps: 5_000,
+            clip_norm: Some(1.0),
+            ema: Some(EmaConfig { decay: 0.9999, warmup: false }),
+            horizontal_flip: true,
+            log_every: 50,
+            ..Self::mnist()
+        }
+    }
+}
+
 impl TrainConfig {
     /// The MNIST recipe: Adam with a learning rate of 1e-4, batches of 64, no clipping, and an
     /// average of decay 0.999 with warm-up.

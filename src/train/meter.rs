@@ -8,6 +8,7 @@ const MAX_UNREAD: usize = 10_000;
 
 /// The results of an update. The numbers are still on the device: reading one waits for the device.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Update {
     /// The update's number, from 1.
     pub step: u64,

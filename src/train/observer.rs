@@ -9,6 +9,7 @@ use crate::error::Result;
 
 /// The report on training every [`log_every`](crate::TrainConfig::log_every) updates.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Metrics {
     /// Number of updates so far.
     pub step: u64,
@@ -47,7 +48,8 @@ impl fmt::Display for Metrics {
 /// ```
 /// use std::ops::ControlFlow;
 ///
-/// use ddpm::{Metrics, Observer, Result, Run, on_metrics};
+/// use ddpm::train::{Metrics, Observer, Run, on_metrics};
+/// use ddpm::Result;
 ///
 /// /// Stops once the loss is low enough.
 /// struct Until {
@@ -67,7 +69,8 @@ impl fmt::Display for Metrics {
 ///     }
 /// }
 ///
-/// # use ddpm::{Images, Trainer, UNetConfig};
+/// # use ddpm::data::Images;
+/// # use ddpm::{Trainer, UNetConfig};
 /// # fn fit(mut trainer: Trainer<UNetConfig>, images: Images) -> Result<()> {
 /// let print = on_metrics(|metrics| {
 ///     println!("{metrics}");
@@ -208,8 +211,11 @@ composed!([O] Option<O>, self => self.iter_mut(), self.iter());
 /// An [`Observer`] that calls a closure with each report.
 ///
 /// ```
-/// # use ddpm::{Images, Network, Result, Trainer, on_metrics};
-/// # fn fit<N: Network>(mut trainer: Trainer<N>, images: Images) -> Result<()> {
+/// # use ddpm::data::Images;
+/// # use ddpm::nn::Architecture;
+/// # use ddpm::train::on_metrics;
+/// # use ddpm::{Result, Trainer};
+/// # fn fit<N: Architecture>(mut trainer: Trainer<N>, images: Images) -> Result<()> {
 /// trainer.fit(&images, on_metrics(|metrics| {
 ///     println!("{metrics}");
 ///     Ok(())

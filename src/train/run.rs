@@ -13,7 +13,7 @@ use crate::sample::SamplerConfig;
 
 /// A training run as its observers see it: its state, its network, and the means to save it.
 ///
-/// A `Run` borrows the [`Trainer`](crate::Trainer), whatever its network is, so an [`Observer`](crate::Observer) has no
+/// A `Run` borrows the [`Trainer`](crate::Trainer), whatever its network is, so an [`Observer`](crate::train::Observer) has no
 /// type parameter.
 pub struct Run<'a> {
     trainer: &'a dyn View,
@@ -136,7 +136,7 @@ impl fmt::Debug for Run<'_> {
 
 /// The user's side of a run: it shows what observers report, and knows whether the user wants the run to stop.
 ///
-/// An [`Observer`](crate::Observer) names its front ends, and the other observers of the run reach them through
+/// An [`Observer`](crate::train::Observer) names its front ends, and the other observers of the run reach them through
 /// [`Run`]. Observers thus need not know each other: whichever shows the progress also shows the warnings of the one
 /// that saves.
 pub trait Frontend: Send + Sync {

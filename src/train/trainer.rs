@@ -24,7 +24,7 @@ use crate::data::loader::{self, Batch, Loader};
 use crate::data::prefetch::prefetch;
 use crate::denoiser::Trainable;
 use crate::error::{Error, Result};
-use crate::model::{Network, Parameters};
+use crate::model::{Architecture, Parameters};
 use crate::process::diffusion::Diffusion;
 use crate::sample::SamplerConfig;
 
@@ -45,7 +45,7 @@ use crate::sample::SamplerConfig;
 ///
 /// All random numbers of a step are determined by the seed, the step's number and the position of each image
 /// in its batch. A run that was saved and [resumed](Self::resume) therefore continues as if it had never stopped.
-pub struct Trainer<N: Network> {
+pub struct Trainer<N: Architecture> {
     pub(super) network: N,
     pub(super) config: TrainConfig,
     pub(super) diffusion: Diffusion,
@@ -60,7 +60,7 @@ pub struct Trainer<N: Network> {
     pub(super) claim: Option<Claim>,
 }
 
-impl<N: Network> fmt::Debug for Trainer<N> {
+impl<N: Architecture> fmt::Debug for Trainer<N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Trainer")
             .field("network", &N::KIND)
@@ -73,7 +73,7 @@ impl<N: Network> fmt::Debug for Trainer<N> {
     }
 }
 
-impl<N: Network> Trainer<N> {
+impl<N: Architecture> Trainer<N> {
     /// Updates the weights until the run has made [`steps`](TrainConfig::steps) updates in total, or the observer
     /// stops it. The observer `()` does nothing. A thread reads the next batch while the network is trained with the
     /// present one.
@@ -347,7 +347,7 @@ impl<N: Network> Trainer<N> {
     }
 
     /// The network's configuration.
-    pub fn network(&self) -> &N {
+    pub fn architecture(&self) -> &N {
         &self.network
     }
 

@@ -8,11 +8,11 @@ use super::run::View;
 use super::trainer::Trainer;
 use crate::denoiser::Denoiser;
 use crate::error::Result;
-use crate::model::Network;
+use crate::model::Architecture;
 use crate::process::diffusion::Diffusion;
 use crate::sample::SamplerConfig;
 
-impl<N: Network> View for Trainer<N> {
+impl<N: Architecture> View for Trainer<N> {
     fn step(&self) -> u64 {
         self.steps()
     }

@@ -3,8 +3,9 @@
 
 use candle_core::Tensor;
 use candle_core::backprop::GradStore;
+use ddpm::Result;
+use ddpm::nn::Dropout;
 use ddpm::nn::{Condition, Output, Trainable};
-use ddpm::{Dropout, Result};
 
 /// The prediction of a training pass.
 pub fn train(

@@ -3,8 +3,8 @@
 
 use candle_nn::VarBuilder;
 use ddpm::nn::{
-    Activation, Add, Attention, Conv2d, Engine, Graph, GroupNorm, Linear, Model, Network, ResBlock,
-    VectorActivation,
+    Activation, Add, Architecture, Attention, Conv2d, Engine, Graph, GroupNorm, Linear, Model,
+    ResBlock, VectorActivation,
 };
 use ddpm::{Result, TimeEmbedding};
 use serde::{Deserialize, Serialize};
@@ -41,7 +41,7 @@ pub struct SmallConfig {
     pub width: usize,
 }
 
-impl Network for SmallConfig {
+impl Architecture for SmallConfig {
     const KIND: &'static str = "small";
     type Model = Model<Small>;
 

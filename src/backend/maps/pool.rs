@@ -171,7 +171,9 @@ mod tests {
     use crate::denoiser::{Condition, Denoiser, Trainable};
     use crate::engine::Model;
     use crate::kernels::with_values_mut;
-    use crate::{Dropout, Parameters, Sampler, UNet, UNetConfig};
+    use crate::model::{Parameters, UNet, UNetConfig};
+    use crate::random::Dropout;
+    use crate::sample::Sampler;
 
     #[test]
     fn memory_that_there_is_not_is_an_error_that_tells_how_much_was_asked_for() -> Result<()> {
@@ -230,7 +232,7 @@ mod tests {
     fn gradients_take_the_memory_of_those_that_came_back() -> Result<()> {
         let config = UNetConfig {
             hidden_dims: vec![8, 16],
-            attention_resolutions: vec![0],
+            attention_levels: vec![0],
             ..UNetConfig::mnist()
         };
         let parameters = Parameters::new(0, DType::F32, &Device::Cpu);

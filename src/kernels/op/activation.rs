@@ -2,6 +2,7 @@
 
 /// The activation that follows a normalisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Activation {
     /// The identity.
     None,
@@ -11,6 +12,7 @@ pub enum Activation {
 
 /// The activation that a linear layer applies to its input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum VectorActivation {
     /// The identity.
     None,

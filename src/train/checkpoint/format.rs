@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 
 use super::files::Checksum;
 use crate::error::{Error, Result, in_short};
-use crate::model::Network;
+use crate::model::Architecture;
 use crate::model::tensor_file::open_regular;
 use crate::process::diffusion::Diffusion;
 use crate::sample::SamplerConfig;
@@ -277,7 +277,7 @@ pub(in crate::train) struct Identity<'a> {
 impl<'a> Identity<'a> {
     /// # Errors
     /// Returns an error if the network's configuration cannot be represented as JSON.
-    pub fn new<N: Network>(
+    pub fn new<N: Architecture>(
         network: &N,
         train: &'a TrainConfig,
         diffusion: &'a Diffusion,

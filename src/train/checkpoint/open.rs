@@ -9,7 +9,7 @@ use super::format::{EMA, Files, Identity, MODEL, OPTIMIZER, STATE, file_of, mism
 use super::found::{Found, archived};
 use crate::error::{Error, Result, in_short};
 use crate::model::tensor_file::missing;
-use crate::model::{Network, Parameters};
+use crate::model::{Architecture, Parameters};
 use crate::process::diffusion::Diffusion;
 use crate::sample::{Sampler, SamplerConfig};
 use crate::train::config::TrainConfig;
@@ -38,7 +38,7 @@ use crate::train::state::Stateful;
 /// let images = checkpoint.sampler()?.sample(&unet, (16, 1, 28, 28), 0, &device)?;
 ///
 /// // Or more training, up to 30,000 steps in total.
-/// let network: UNetConfig = checkpoint.network()?;
+/// let network: UNetConfig = checkpoint.architecture()?;
 /// let diffusion = checkpoint.diffusion().clone();
 /// let config = TrainConfig { steps: 30_000, ..checkpoint.train_config().clone() };
 /// let trainer = Trainer::resume(dir, network, config, diffusion, &device)?;
@@ -186,7 +186,7 @@ impl Checkpoint {
     /// # Errors
     /// Returns an error if the checkpoint holds another kind of network, or a configuration that `N` does not
     /// accept.
-    pub fn network<N: Network>(&self) -> Result<N> {
+    pub fn architecture<N: Architecture>(&self) -> Result<N> {
         let network = &self.0.state.network;
         if network.kind != N::KIND {
             let remedy = "ask for a network of that kind";
@@ -204,7 +204,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// Returns an error if the file is damaged, or does not hold exactly the weights of the network.
-    pub fn model<N: Network>(&self, device: &Device) -> Result<N::Model> {
+    pub fn model<N: Architecture>(&self, device: &Device) -> Result<N::Model> {
         self.frozen::<N>(MODEL, device)
     }
 
@@ -213,15 +213,15 @@ impl Checkpoint {
     ///
     /// # Errors
     /// Returns an error if the file is damaged, or does not hold exactly the weights of the network.
-    pub fn ema<N: Network>(&self, device: &Device) -> Result<N::Model> {
+    pub fn ema<N: Architecture>(&self, device: &Device) -> Result<N::Model> {
         let file = if self.0.state.train.ema.is_some() { EMA } else { MODEL };
         self.frozen::<N>(file, device)
     }
 
-    fn frozen<N: Network>(&self, file: &str, device: &Device) -> Result<N::Model> {
+    fn frozen<N: Architecture>(&self, file: &str, device: &Device) -> Result<N::Model> {
         let (path, tensors) = (self.0.dir.join(file), self.read(file, device)?);
         let parameters = Parameters::frozen(&path, tensors, DType::F32, device);
-        parameters.build(&self.network::<N>()?).map_err(|error| match error {
+        parameters.build(&self.architecture::<N>()?).map_err(|error| match error {
             Error::Config { .. } => self.damaged_config(error),
             error => error,
         })

@@ -25,6 +25,7 @@ pub struct AdamConfig {
 /// The kind of weight decay of [`AdamW`]. The number is 0 or positive.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum WeightDecay {
     /// No weight decay.
     None,
@@ -33,6 +34,13 @@ pub enum WeightDecay {
     /// Each update subtracts the weight times the learning rate times this, independently of the gradient, as in
     /// PyTorch's `AdamW`. Loshchilov and Hutter 2019.
     Decoupled(f64),
+}
+
+impl Default for AdamConfig {
+    /// [`AdamConfig::adam`] with PyTorch's default learning rate, 1e-3.
+    fn default() -> Self {
+        Self::adam(1e-3)
+    }
 }
 
 impl AdamConfig {

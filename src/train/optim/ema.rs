@@ -18,6 +18,13 @@ pub struct EmaConfig {
     pub warmup: bool,
 }
 
+impl Default for EmaConfig {
+    /// A decay of 0.999 with warm-up.
+    fn default() -> Self {
+        Self { decay: 0.999, warmup: true }
+    }
+}
+
 impl EmaConfig {
     pub(in crate::train) fn validate(&self) -> Result<()> {
         if !(0.0..1.0).contains(&self.decay) {

@@ -1,7 +1,7 @@
 /// The learning rate of each update of a run: it rises linearly to `peak`, stays there, and falls linearly to zero.
 ///
 /// ```
-/// use ddpm::LearningRate;
+/// use ddpm::train::LearningRate;
 ///
 /// let rate = LearningRate { peak: 1.0, warmup_steps: 4, cooldown: 0.5, steps: 8 };
 /// let rates: Vec<f64> = (0..9).map(|step| rate.at(step)).collect();
