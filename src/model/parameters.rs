@@ -60,10 +60,10 @@ impl Parameters {
     /// ```no_run
     /// use candle_core::{DType, Device};
     /// use ddpm::nn::Parameters;
-    /// use ddpm::{UNet, UNetConfig};
+    /// use ddpm::UNetConfig;
     ///
     /// let weights = Parameters::load("weights.safetensors", DType::F32, &Device::Cpu)?;
-    /// let unet: UNet = weights.build(&UNetConfig::mnist())?;
+    /// let unet = weights.build(&UNetConfig::mnist())?;
     /// # Ok::<(), ddpm::Error>(())
     /// ```
     ///
