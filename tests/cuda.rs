@@ -367,7 +367,8 @@ fn overflows_are_skipped_on_the_device() -> Result<()> {
 /// More batches than may be on their way at once, each kept.
 #[test]
 fn batches_are_the_cpus() -> Result<()> {
-    let images = ddpm::Images::new((0..64 * 20).map(|i| (i * 7 % 251) as u8).collect(), (1, 8, 8))?;
+    let images =
+        ddpm::data::Images::new((0..64 * 20).map(|i| (i * 7 % 251) as u8).collect(), (1, 8, 8))?;
     let config = TrainConfig { horizontal_flip: true, ..training(Precision::Highest) };
     let mut batches = [Vec::new(), Vec::new()];
     for (device, batches) in [Device::Cpu, gpu()].iter().zip(&mut batches) {

@@ -11,8 +11,8 @@ use crate::kernels::cuda::{
     self, Added, Attention, Convolution, Element, Gpu, LinearLayer, Memory, Norm, NormStatistics,
 };
 use crate::kernels::op::activation::VectorActivation;
-use crate::kernels::op::conv::Add;
-use crate::kernels::op::norm::GROUPS;
+use crate::kernels::op::conv::{Add, ConvShape};
+use crate::kernels::op::norm::NormConfig;
 use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
 use crate::precision::Precision;
 use crate::random::{Dropout, Purpose};
@@ -37,7 +37,7 @@ impl<'p> Cuda<'p> {
     }
 
     fn convolution(&self, conv: &Conv2d, x: [usize; 4]) -> Result<Convolution> {
-        Ok(Convolution::new(self.precision, x, &conv.weight, conv.scale)?)
+        Ok(Convolution::new(self.precision, ConvShape::new(x, conv.weight.dims(), conv.scale)?))
     }
 
     fn packed(&self, convolution: &Convolution, weight: &Tensor) -> Result<Rc<Memory>> {
@@ -51,8 +51,8 @@ impl<'p> Cuda<'p> {
 
     fn norm<'a>(&self, norm: &'a GroupNorm, dims: [usize; 4]) -> Norm<'a> {
         let GroupNorm { weight, bias, activation } = norm;
-        let (element, activation) = (self.element(), *activation);
-        Norm { element, dims, groups: GROUPS, weight, bias, activation }
+        let element = self.element();
+        Norm { element, dims, config: NormConfig::new(*activation), weight, bias }
     }
 
     fn layer<'a>(&self, f: VectorActivation, linear: &'a Linear, batch: usize) -> LinearLayer<'a> {

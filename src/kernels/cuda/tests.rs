@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::kernels::op::activation::Activation;
-use crate::kernels::op::conv::Scale;
+use crate::kernels::op::conv::{ConvShape, Scale};
 use crate::kernels::op::norm::NormConfig;
 use crate::kernels::tests::{
     self as rounding, BF16, F16, FUNCTION, Normals, Products, Sums, TF32, check,
@@ -120,7 +120,8 @@ fn cudnn_has_a_plan_for_each_convolution() {
         ] {
             let weight = Tensor::zeros((c_out, c_in, 3, 3), DType::F32, &device(&gpu)).unwrap();
             let x = [128, size, size, c_in];
-            let convolution = Convolution::new(precision, x, &weight, scale).unwrap();
+            let shape = ConvShape::new(x, weight.dims(), scale).unwrap();
+            let convolution = Convolution::new(precision, shape);
             assert!(dnn.plan(&convolution.shape()).is_some(), "{precision}: {convolution:?}");
         }
     }
@@ -143,7 +144,8 @@ fn convolution_agrees(
         let (x, weight) = (normal(0, &dims), normal(1, &[c_out, c_in, kernel, kernel]));
         let gpu_weight = weight.to_device(&device(&gpu))?;
         let bias = normal(2, &[c_out]);
-        let convolution = Convolution::new(precision, dims, &gpu_weight, scale)?;
+        let shape = ConvShape::new(dims, gpu_weight.dims(), scale).unwrap();
+        let convolution = Convolution::new(precision, shape);
         let out = convolution.output();
         let per = per_image.then(|| normal(3, &[batch, 1, 1, c_out]));
         let more = residual.then(|| normal(4, &out));
@@ -242,14 +244,8 @@ fn normalisation_agrees(
         };
 
         let (weight, bias) = (weight.to_device(&device(&gpu))?, bias.to_device(&device(&gpu))?);
-        let norm = Norm {
-            element: Element::of(precision),
-            dims,
-            groups,
-            weight: &weight,
-            bias: &bias,
-            activation,
-        };
+        let norm =
+            Norm { element: Element::of(precision), dims, config, weight: &weight, bias: &bias };
         let gx = map(&gpu, &x, precision)?;
         let (y, statistics) = norm.forward(&gpu, &gx)?;
         check("y", &unmap(&gpu, &y, dims, precision)?, 0);
@@ -424,4 +420,10 @@ proptest! {
     ) {
         attention_agrees(sizes, Normals(seed)).unwrap();
     }
+}
+
+#[test]
+fn the_source_has_the_eps_of_the_operation() {
+    let eps = format!("#define EPS {:e}f\n", crate::kernels::op::norm::EPS);
+    assert!(include_str!("norm/norm.cu").contains(&eps), "{eps}");
 }

@@ -8,7 +8,7 @@ use super::super::element::Pointer;
 use super::super::kernel::kernel;
 use super::super::launch::each_of;
 use super::super::memory::Memory;
-use super::{Convolution, MODULE, Sizes};
+use super::{Convolution, MODULE};
 use crate::precision::Precision;
 
 kernel! { MODULE, "upsample", Upsample {
@@ -21,21 +21,20 @@ kernel! { MODULE, "upsample_backward", UpsampleBackward {
 /// By cuDNN, on maps that are doubled before or after where the convolution doubles them.
 impl Convolution {
     pub(in super::super) fn shape(&self) -> Shape {
-        let Sizes { h, w, upsample, kernel, stride, .. } = self.sizes;
-        let x = [self.batch, (h << upsample) as usize, (w << upsample) as usize, self.channels()];
+        let [h, w] = self.shape.map();
         Shape {
             element: self.element,
             tf32: self.precision == Precision::High,
-            x,
+            x: [self.shape.batch, h, w, self.shape.c_in],
             y: self.output(),
-            kernel: kernel as usize,
-            stride: stride as usize,
+            kernel: self.shape.kernel,
+            stride: self.shape.stride(),
         }
     }
 
     /// None for products of pixels as they are, which cuBLASLt computes at once.
     fn plan(&self, gpu: &Gpu) -> Option<Rc<Plan>> {
-        gpu.dnn.as_ref().filter(|_| !self.is_pointwise())?.plan(&self.shape())
+        gpu.dnn.as_ref().filter(|_| !self.shape.is_pointwise())?.plan(&self.shape())
     }
 
     /// Writes one of input, weight and output, or adds to it; false if cuDNN does not. What it refuses once is
@@ -58,17 +57,18 @@ impl Convolution {
 
     /// Memory for the doubled input, if the convolution doubles it.
     fn take_doubled(&self, gpu: &Gpu) -> Result<Option<Memory>> {
-        let count = 4 * self.batch * self.image();
-        let upsamples = self.sizes.upsample != 0;
+        let count = 4 * self.shape.batch * self.shape.input_len();
+        let upsamples = self.shape.upsamples();
         upsamples.then(|| gpu.take_for(count, self.element)).transpose()
     }
 
     /// The doubled input, if the convolution doubles it.
     fn doubled(&self, gpu: &Gpu, x: &Memory) -> Result<Option<Memory>> {
         let Some(doubled) = self.take_doubled(gpu)? else { return Ok(None) };
-        let (count, x, y) = (4 * self.batch * self.image(), x.pointer, doubled.pointer);
-        let width = self.element.width(&[self.channels()], &[x, y]);
-        let (w, channels, count_of) = (self.sizes.w as u32, self.channels() as u32, count as u32);
+        let (count, x, y) =
+            (4 * self.shape.batch * self.shape.input_len(), x.pointer, doubled.pointer);
+        let width = self.element.width(&[self.shape.c_in], &[x, y]);
+        let (w, channels, count_of) = (self.shape.w as u32, self.shape.c_in as u32, count as u32);
         let upsample = Upsample { x, y, w, channels, width, count: count_of };
         gpu.launch(self.element, each_of(count, width)?, upsample)?;
         Ok(Some(doubled))
@@ -121,13 +121,13 @@ impl Convolution {
             return Ok(false);
         }
         if doubled.is_some() {
-            let (count, dy, dx) = (self.batch * self.image(), to, dx.pointer);
-            let width = self.element.width(&[self.channels()], &[dy, dx]);
+            let (count, dy, dx) = (self.shape.batch * self.shape.input_len(), to, dx.pointer);
+            let width = self.element.width(&[self.shape.c_in], &[dy, dx]);
             let sum = UpsampleBackward {
                 dy,
                 dx,
-                w: self.sizes.w as u32,
-                channels: self.channels() as u32,
+                w: self.shape.w as u32,
+                channels: self.shape.c_in as u32,
                 accumulate: i32::from(accumulate),
                 width,
                 count: count as u32,

@@ -20,35 +20,30 @@ const PATCHES: usize = if cfg!(test) { 4 << 10 } else { 256 << 20 };
 
 /// As products of patches: rows of (kernel, kernel, in) values, one for each output pixel.
 impl Convolution {
-    /// The number of values of a patch.
-    fn patch(&self) -> usize {
-        self.taps() * self.channels()
-    }
-
     /// The number of images whose patches are laid out at a time.
     fn images_at_a_time(&self) -> usize {
-        let image = self.pixels() * self.patch() * self.element.bytes();
-        (PATCHES / image.max(1)).clamp(1, self.batch)
+        let image = self.pixels() * self.shape.patch() * self.element.bytes();
+        (PATCHES / image.max(1)).clamp(1, self.shape.batch)
     }
 
     /// Memory for the patches of so many images.
     fn take_patches(&self, gpu: &Gpu, images: usize) -> Result<Memory> {
-        gpu.take_for(images * self.pixels() * self.patch(), self.element)
+        gpu.take_for(images * self.pixels() * self.shape.patch(), self.element)
     }
 
     fn packed(&self, packed: &Memory) -> Matrix {
-        Matrix::new(packed.pointer, self.c_out, self.patch(), self.element)
+        Matrix::new(packed.pointer, self.shape.c_out, self.shape.patch(), self.element)
     }
 
     /// The images from `first` on in a map of the input's dimensions.
     fn images_from(&self, map: &Memory, first: usize) -> Pointer {
-        map.pointer.offset(first * self.image() * self.element.bytes())
+        map.pointer.offset(first * self.shape.input_len() * self.element.bytes())
     }
 
     /// The output rows that belong to the patches of images from `first` on.
     fn rows_of(&self, y: &Memory, first: usize, patches: &Matrix) -> Matrix {
-        let offset = first * self.pixels() * self.c_out * self.element.bytes();
-        Matrix::new(y.pointer.offset(offset), patches.rows, self.c_out, self.element)
+        let offset = first * self.pixels() * self.shape.c_out * self.element.bytes();
+        Matrix::new(y.pointer.offset(offset), patches.rows, self.shape.c_out, self.element)
     }
 
     /// Calls `f` with the patches of some images of `x` after the other, and the number of the first image.
@@ -58,20 +53,20 @@ impl Convolution {
         x: &Memory,
         mut f: impl FnMut(Matrix, usize) -> Result<()>,
     ) -> Result<()> {
-        let rows = self.batch * self.pixels();
-        if self.is_pointwise() {
-            return f(Matrix::new(x.pointer, rows, self.patch(), self.element), 0);
+        let rows = self.shape.batch * self.pixels();
+        if self.shape.is_pointwise() {
+            return f(Matrix::new(x.pointer, rows, self.shape.patch(), self.element), 0);
         }
         let images = self.images_at_a_time();
         let memory = self.take_patches(gpu, images)?;
-        for first in (0..self.batch).step_by(images) {
-            let rows = images.min(self.batch - first) * self.pixels();
-            let count = rows * self.patch();
+        for first in (0..self.shape.batch).step_by(images) {
+            let rows = images.min(self.shape.batch - first) * self.pixels();
+            let count = rows * self.shape.patch();
             let (x, patches) = (self.images_from(x, first), memory.pointer);
-            let width = self.element.width(&[self.channels()], &[x, patches]);
-            let gather = GatherPatches { x, patches, s: self.sizes, width, count: count as u32 };
+            let width = self.element.width(&[self.shape.c_in], &[x, patches]);
+            let gather = GatherPatches { x, patches, s: self.sizes(), width, count: count as u32 };
             gpu.launch(self.element, each_of(count, width)?, gather)?;
-            f(Matrix::new(patches, rows, self.patch(), self.element), first)?;
+            f(Matrix::new(patches, rows, self.shape.patch(), self.element), first)?;
         }
         Ok(())
     }
@@ -99,8 +94,8 @@ impl Convolution {
         x: &Memory,
         dy: &Memory,
     ) -> Result<Memory> {
-        let packed = gpu.take_for(self.c_out * self.patch(), Element::F32)?;
-        let sum = Matrix::new(packed.pointer, self.c_out, self.patch(), Element::F32);
+        let packed = gpu.take_for(self.shape.c_out * self.shape.patch(), Element::F32)?;
+        let sum = Matrix::new(packed.pointer, self.shape.c_out, self.shape.patch(), Element::F32);
         self.for_patches(gpu, x, |patches, first| {
             let dy = (self.rows_of(dy, first, &patches), As::Transposed);
             let (patches, how) = ((patches, As::Stored), How::accumulating(first > 0));
@@ -119,28 +114,28 @@ impl Convolution {
         accumulate: bool,
     ) -> Result<()> {
         let weights = (self.packed(packed), As::Stored);
-        if self.is_pointwise() {
-            let rows = self.batch * self.pixels();
-            let dx = Matrix::new(dx.pointer, rows, self.patch(), self.element);
+        if self.shape.is_pointwise() {
+            let rows = self.shape.batch * self.pixels();
+            let dx = Matrix::new(dx.pointer, rows, self.shape.patch(), self.element);
             let (dy, how) = ((self.rows_of(dy, 0, &dx), As::Stored), How::accumulating(accumulate));
             return gpu.blas.multiply(self.precision, dy, weights, dx, how);
         }
         let images = self.images_at_a_time();
         let memory = self.take_patches(gpu, images)?;
-        for first in (0..self.batch).step_by(images) {
-            let images = images.min(self.batch - first);
+        for first in (0..self.shape.batch).step_by(images) {
+            let images = images.min(self.shape.batch - first);
             let rows = images * self.pixels();
-            let d = Matrix::new(memory.pointer, rows, self.patch(), self.element);
+            let d = Matrix::new(memory.pointer, rows, self.shape.patch(), self.element);
             let dy = (self.rows_of(dy, first, &d), As::Stored);
             gpu.blas.multiply(self.precision, dy, weights, d, How::PLAIN)?;
-            let count = images * self.image();
+            let count = images * self.shape.input_len();
             let (patches, dx) = (memory.pointer, self.images_from(dx, first));
-            let width = self.element.width(&[self.channels()], &[patches, dx]);
+            let width = self.element.width(&[self.shape.c_in], &[patches, dx]);
             let accumulate = i32::from(accumulate);
             let scatter = ScatterPatches {
                 patches,
                 dx,
-                s: self.sizes,
+                s: self.sizes(),
                 accumulate,
                 width,
                 count: count as u32,

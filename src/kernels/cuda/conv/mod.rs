@@ -11,7 +11,7 @@ use super::element::Element;
 use super::kernel::{Module, argument};
 use super::maps::{Added, Channels, sum_columns, sums_by_image};
 use super::memory::Memory;
-use crate::kernels::op::conv::Scale;
+use crate::kernels::op::conv::ConvShape;
 use crate::precision::Precision;
 
 const MODULE: &Module = &Module {
@@ -23,77 +23,48 @@ argument! { MODULE, struct Sizes {
     h: i32, w: i32, channels: i32, h_out: i32, w_out: i32, kernel: i32, stride: i32, upsample: i32,
 } }
 
-/// A convolution of maps, padded by half of its kernel.
+/// A convolution of maps.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Convolution {
     precision: Precision,
     element: Element,
-    sizes: Sizes,
-    batch: usize,
-    c_out: usize,
+    shape: ConvShape,
 }
 
 impl Convolution {
-    /// Of `x` (batch, height, width, in) with `weight` (out, in, k, k).
-    ///
-    /// # Errors
-    /// Returns an error if the shapes do not fit each other.
-    pub fn new(precision: Precision, x: [usize; 4], weight: &Tensor, scale: Scale) -> Result<Self> {
-        let [batch, h, w, channels] = x;
-        let (c_out, c_in, kernel, kernel_w) = weight.dims4()?;
-        if c_in != channels || kernel != kernel_w || kernel.is_multiple_of(2) {
-            candle_core::bail!("convolution of {x:?} (channels last) with {:?}", weight.shape())
-        }
-        let (stride, upsample) = match scale {
-            Scale::Stride(stride) => (stride, 0),
-            Scale::Upsample => (1, 1),
-        };
-        let out = |size: usize| (size << upsample).div_ceil(stride) as i32;
-        let sizes = Sizes {
-            h: h as i32,
-            w: w as i32,
-            channels: channels as i32,
-            h_out: out(h),
-            w_out: out(w),
-            kernel: kernel as i32,
-            stride: stride as i32,
-            upsample,
-        };
-        Ok(Self { precision, element: Element::of(precision), sizes, batch, c_out })
+    pub fn new(precision: Precision, shape: ConvShape) -> Self {
+        Self { precision, element: Element::of(precision), shape }
     }
 
     /// (batch, height, width, out)
     pub fn output(&self) -> [usize; 4] {
-        [self.batch, self.sizes.h_out as usize, self.sizes.w_out as usize, self.c_out]
+        self.shape.output()
     }
 
-    fn taps(&self) -> usize {
-        (self.sizes.kernel * self.sizes.kernel) as usize
-    }
-
-    fn channels(&self) -> usize {
-        self.sizes.channels as usize
-    }
-
-    /// The number of values of an image of the input.
-    fn image(&self) -> usize {
-        (self.sizes.h * self.sizes.w) as usize * self.channels()
+    /// The sizes as kernels read them.
+    fn sizes(&self) -> Sizes {
+        let ConvShape { h, w, c_in, h_out, w_out, kernel, .. } = self.shape;
+        Sizes {
+            h: h as i32,
+            w: w as i32,
+            channels: c_in as i32,
+            h_out: h_out as i32,
+            w_out: w_out as i32,
+            kernel: kernel as i32,
+            stride: self.shape.stride() as i32,
+            upsample: i32::from(self.shape.upsamples()),
+        }
     }
 
     /// The number of output pixels of an image.
     fn pixels(&self) -> usize {
-        (self.sizes.h_out * self.sizes.w_out) as usize
-    }
-
-    /// Whether the output pixels are products of the input's as they are.
-    fn is_pointwise(&self) -> bool {
-        self.sizes.kernel == 1 && self.sizes.stride == 1 && self.sizes.upsample == 0
+        self.shape.h_out * self.shape.w_out
     }
 
     /// The order of weights (out, in, k, k), which maps have as (out, k, k, in).
     fn weights(&self) -> Channels {
-        let (channels, pixels) = (self.channels(), self.taps());
-        Channels { channels, pixels, count: self.c_out * channels * pixels }
+        let (channels, pixels) = (self.shape.c_in, self.shape.taps());
+        Channels { channels, pixels, count: self.shape.c_out * channels * pixels }
     }
 
     /// The weights as maps have them.
@@ -116,7 +87,7 @@ impl Convolution {
         if !self.forward_by_dnn(gpu, x, packed, &y)? {
             self.forward_by_patches(gpu, x, packed, &y)?;
         }
-        added.add_to(gpu, &y, [self.batch, self.pixels(), self.c_out], self.element)?;
+        added.add_to(gpu, &y, [self.shape.batch, self.pixels(), self.shape.c_out], self.element)?;
         Ok(y)
     }
 
@@ -144,12 +115,12 @@ impl Convolution {
         gradient: &Tensor,
         per_image: bool,
     ) -> Result<Option<Memory>> {
-        let count = self.batch * self.c_out;
+        let count = self.shape.batch * self.shape.c_out;
         let sums = gpu.take_for(count, Element::F32)?;
         let of_images = per_image.then(|| gpu.take_for(count, self.element)).transpose()?;
-        let (dims, to) = ([self.batch, self.pixels(), self.c_out], sums.pointer);
+        let (dims, to) = ([self.shape.batch, self.pixels(), self.shape.c_out], sums.pointer);
         sums_by_image(gpu, dy, dims, (to, of_images.as_ref()), self.element)?;
-        sum_columns(gpu, &sums, gradient, self.batch)?;
+        sum_columns(gpu, &sums, gradient, self.shape.batch)?;
         Ok(of_images)
     }
 

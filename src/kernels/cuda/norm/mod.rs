@@ -10,6 +10,7 @@ use super::launch::{THREADS, blocks_of, each_of};
 use super::maps::sum_columns;
 use super::memory::Memory;
 use crate::kernels::op::activation::Activation;
+use crate::kernels::op::norm::NormConfig;
 
 const MODULE: &Module = &Module {
     name: "norm",
@@ -42,10 +43,9 @@ pub(crate) struct NormStatistics(Memory);
 pub(crate) struct Norm<'a> {
     pub element: Element,
     pub dims: [usize; 4],
-    pub groups: usize,
+    pub config: NormConfig,
     pub weight: &'a Tensor,
     pub bias: &'a Tensor,
-    pub activation: Activation,
 }
 
 impl Norm<'_> {
@@ -55,11 +55,11 @@ impl Norm<'_> {
 
     fn sizes(&self, width: u32) -> Sizes {
         let [_, h, w, channels] = self.dims;
-        let f = match self.activation {
+        let f = match self.config.activation {
             Activation::None => 0,
             Activation::Silu => 1,
         };
-        let (pixels, groups) = ((h * w) as u32, self.groups as u32);
+        let (pixels, groups) = ((h * w) as u32, self.config.groups as u32);
         Sizes { f, channels: channels as u32, pixels, groups, width, count: self.count() as u32 }
     }
 
@@ -68,19 +68,19 @@ impl Norm<'_> {
         let vectors = [gpu.pointer(self.weight)?, gpu.pointer(self.bias)?];
         let width = self
             .element
-            .width(&[self.dims[3] / self.groups], &[vectors.as_slice(), &maps].concat());
+            .width(&[self.dims[3] / self.config.groups], &[vectors.as_slice(), &maps].concat());
         Ok((vectors, self.sizes(width)))
     }
 
     /// One block for each image and group.
     fn blocks(&self) -> LaunchConfig {
-        blocks_of((self.dims[0] as u32, self.groups as u32), (THREADS, 1))
+        blocks_of((self.dims[0] as u32, self.config.groups as u32), (THREADS, 1))
     }
 
     /// The normalised and activated map.
     pub fn forward(&self, gpu: &Gpu, x: &Memory) -> Result<(Memory, NormStatistics)> {
         let y = gpu.take_for(self.count(), self.element)?;
-        let own = gpu.take_for(self.dims[0] * self.groups * 2, Element::F32)?;
+        let own = gpu.take_for(self.dims[0] * self.config.groups * 2, Element::F32)?;
         let (x, y_at, statistics) = (x.pointer, y.pointer, own.pointer);
         let ([weight, bias], s) = self.layer(gpu, [x, y_at, Pointer::NONE])?;
         let normalize = Normalize { x, y: y_at, weight, bias, statistics, s };
