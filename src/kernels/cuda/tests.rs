@@ -223,10 +223,8 @@ fn normalisation_agrees(
         let [weight, bias] = [1, 2].map(|k| normal(k, &dims[3..]));
         let (dy, more) = (normal(3, &dims), normal(4, &dims));
         let inputs = [x.clone(), weight.clone(), bias.clone()];
-        let f = |v: &[Tensor]| {
-            let config = NormConfig { groups, ..NormConfig::new(activation) };
-            crate::kernels::group_norm(&v[0], &v[1], &v[2], config)
-        };
+        let config = NormConfig { groups, ..NormConfig::new(activation) };
+        let f = |v: &[Tensor]| crate::kernels::group_norm(&v[0], &v[1], &v[2], config);
         let mut exact = value_and_gradients(DType::F64, &inputs, |_| dy.clone(), f)?;
         if add {
             exact[1] = (&exact[1] + more.to_dtype(DType::F64)?)?;
