@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
-use candle_core::Tensor;
 use candle_core::backprop::GradStore;
+use candle_core::{DType, Tensor};
 
 use crate::error::{Error, Result};
 use crate::precision::Precision;
@@ -101,6 +101,20 @@ impl From<Option<Tensor>> for Condition {
 }
 
 impl Condition {
+    /// # Errors
+    /// Returns an error if there is not one class of dtype u32 for each image of the batch.
+    pub(crate) fn check(&self, batch: usize) -> Result<()> {
+        let Self::Classes(classes) = self else { return Ok(()) };
+        if classes.dims() != [batch] {
+            let (found, expected) = (classes.dims().to_vec(), format!("[{batch}], one per image"));
+            return Err(Error::Shape { what: "the list of classes", found, expected });
+        }
+        if classes.dtype() != DType::U32 {
+            return Err(Error::config("dtype of the classes", classes.dtype().as_str(), "u32"));
+        }
+        Ok(())
+    }
+
     /// Returns the condition of `len` images of the batch, beginning with image `first`.
     ///
     /// # Errors

@@ -123,11 +123,11 @@ fn shapes_that_do_not_fit_are_errors_with_and_without_kernels() -> Result<()> {
     let expected = [
         "the input of a convolution has shape [2, 3, 5, 16]; it must be (batch, height, width, 3)",
         "the map added to a convolution has shape [2, 3, 5, 16]; it must be (2, 6, 10, 8)",
-        "the vectors added to a convolution has shape [2, 6, 10, 3]; it must be (2, 1, 1, 8)",
+        "the map of vectors added to a convolution has shape [2, 6, 10, 3]; it must be (2, 1, 1, 8)",
         "the input of a normalisation has shape [2, 6, 10, 3]; it must be (batch, height, width, 8)",
         "the input of a linear layer has shape [2, 6, 10, 3]; it must be (batch, 1, 1, 4)",
         "the second map of a concatenation has shape [2, 3, 5, 16]; it must be (2, 6, 10, channels), as the first",
-        "the queries, keys and values has shape [2, 3, 5, 16]; it must be (batch, height, width, 3 channels)",
+        "the map of queries, keys and values has shape [2, 3, 5, 16]; it must be (batch, height, width, 3 channels)",
         "dropout is 1; it must be at least 0 and less than 1",
     ];
     for (case, expected) in expected.into_iter().enumerate() {

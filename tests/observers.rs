@@ -8,11 +8,16 @@ use std::sync::{Arc, Mutex};
 use candle_core::{Device, Tensor};
 use candle_nn::{Init, VarBuilder};
 use ddpm::data::Images;
+use ddpm::eval::Generator;
 use ddpm::nn::Architecture;
 use ddpm::nn::{Condition, Output, Trainable};
 use ddpm::observe::{LossCurve, MetricsFile, SampleGrid, SaveEvery};
+use ddpm::process::Prediction;
 use ddpm::train::{Frontend, Metrics, Observer, Outcome, Run, on_metrics};
-use ddpm::{Checkpoint, Denoiser, Diffusion, Error, Result, TrainConfig, Trainer};
+use ddpm::{
+    Checkpoint, Denoiser, Diffusion, Error, NoiseSchedule, Result, Sampler, Solver, TrainConfig,
+    Trainer,
+};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
@@ -363,4 +368,60 @@ fn a_picture_that_cannot_be_written_is_a_warning_until_the_end() {
     let observers = (MetricsFile::new(&metrics), LossCurve::steps(0, &metrics, &curve));
     trainer(4).fit(&images(), observers).unwrap();
     assert_eq!(image::open(&curve).unwrap().width(), 960);
+}
+
+#[test]
+fn a_directory_that_cannot_be_saved_to_is_an_error_before_the_first_update() {
+    let temp = TempDir::new().unwrap();
+    let dir = temp.path().join("run");
+    let mut later = trainer(4);
+    later.fit(&images(), SaveEvery::steps(0, &dir)).unwrap();
+    let mut again = trainer(4);
+    let message = again.fit(&images(), SaveEvery::steps(1, &dir)).unwrap_err().to_string();
+    assert!(message.contains("step 4"), "{message}");
+    assert_eq!(again.steps(), 0);
+}
+
+#[test]
+fn a_save_that_fails_is_told_once() {
+    let temp = TempDir::new().unwrap();
+    let dir = temp.path().join("run");
+    let block = dir.clone();
+    let blocking =
+        on_metrics(move |_| fs::write(&block, "not a directory").map_err(Error::external));
+    let mut trainer = trainer(4);
+    let error = trainer.fit(&images(), (blocking, SaveEvery::steps(2, &dir))).unwrap_err();
+    let text = format!("{error:?}");
+    assert_eq!(text.matches("run").count(), text.matches("/run").count(), "{text}");
+    assert!(!text.contains("failed, too"), "{text}");
+}
+
+/// Predicts images as bright as their classes.
+struct Classes;
+
+impl Denoiser for Classes {
+    fn denoise(&self, x_t: &Tensor, _: &Tensor, condition: &Condition) -> Result<Output> {
+        let Condition::Classes(classes) = condition else {
+            return Err(Error::external(std::io::Error::other("no classes")));
+        };
+        let grey = (classes.to_dtype(x_t.dtype())? / 32.0)?.reshape(((), 1, 1, 1))?;
+        Ok(Output::new(x_t.zeros_like()?.broadcast_add(&grey)?))
+    }
+}
+
+#[test]
+fn images_drawn_in_parts_have_their_own_conditions() {
+    let diffusion = Diffusion::new(NoiseSchedule::cosine(10).unwrap(), Prediction::Sample);
+    let sampler = Sampler::new(&diffusion, Solver::ddim(), 2).unwrap();
+    let classes = Tensor::arange(0u32, 23, &Device::Cpu).unwrap();
+    let sampler = sampler.condition(Condition::Classes(classes));
+    let generator = Generator::new(&sampler, (1, 1, 1), 0, &Device::Cpu);
+    let draw = |count| generator.draw(&Classes, count, |_| Ok(ControlFlow::Continue(())));
+    let images = draw(23).unwrap().unwrap();
+    let expected: Vec<u8> =
+        (0..23).map(|k| (f64::from(k) / 32.0 * 127.5 + 127.5).round() as u8).collect();
+    assert_eq!(images.pixels(), expected);
+    assert!(draw(24).is_err());
+    let message = sampler.sample(&Classes, (2, 1, 1, 1), 0, &Device::Cpu).unwrap_err().to_string();
+    assert_eq!(message, "the list of classes has shape [23]; it must be [2], one per image");
 }

@@ -852,3 +852,46 @@ fn wrong_configurations_are_refused() {
         assert!(serde_json::from_str::<UNetConfig>(json).is_err(), "{json}");
     }
 }
+
+/// Reads images in a pool of one thread, which may be the thread that trains.
+struct Pooled(rayon::ThreadPool);
+
+impl Dataset for Pooled {
+    fn len(&self) -> usize {
+        10
+    }
+
+    fn shape(&self) -> ImageShape {
+        Ramps(10).shape()
+    }
+
+    fn read(&self, index: usize, pixels: &mut [u8]) -> Result<Option<u32>> {
+        self.0.install(|| Ramps(10).read(index, pixels))
+    }
+}
+
+#[test]
+fn a_thread_of_a_pool_trains_on_images_that_the_pool_reads() {
+    let dataset = Pooled(rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap());
+    let mut trainer = trainer(config());
+    dataset.0.install(|| trainer.fit(&dataset, ())).unwrap();
+    assert_eq!(trainer.steps(), 6);
+}
+
+#[test]
+fn a_batch_has_one_class_per_image() {
+    let mut trainer = trainer(config());
+    let mut batch = trainer.next_batch(&Ramps(10)).unwrap();
+    batch.classes = Some(Tensor::new(&[1u32, 2], &Device::Cpu).unwrap());
+    let message = trainer.step(&batch).unwrap_err().to_string();
+    assert_eq!(message, "the list of classes has shape [2]; it must be [4], one per image");
+    batch.classes = Some(Tensor::new(&[1f32, 2.0, 3.0, 4.0], &Device::Cpu).unwrap());
+    let message = trainer.step(&batch).unwrap_err().to_string();
+    assert_eq!(message, "dtype of the classes is f32; it must be u32");
+    (batch.classes, batch.first) = (None, u64::MAX);
+    assert!(
+        trainer.step(&batch).unwrap_err().to_string().starts_with("first is 18446744073709551615")
+    );
+    batch.first = 0;
+    trainer.step(&batch).unwrap();
+}

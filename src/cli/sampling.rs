@@ -57,6 +57,8 @@ enum SolverName {
     Ddpm,
     /// Denoising diffusion implicit models
     Ddim,
+    /// Heun's method, with two evaluations per step
+    Heun,
 }
 
 /// The weights to sample from: the averaged weights, or those of the last update.
@@ -100,9 +102,11 @@ impl SamplingArgs {
         let (mut solver, mut steps) = match (self.solver, run.solver) {
             (None, _)
             | (Some(SolverName::Ddpm), Solver::Ddpm { .. })
-            | (Some(SolverName::Ddim), Solver::Ddim { .. }) => (run.solver, run.steps),
+            | (Some(SolverName::Ddim), Solver::Ddim { .. })
+            | (Some(SolverName::Heun), Solver::Heun) => (run.solver, run.steps),
             (Some(SolverName::Ddpm), _) => (Solver::ddpm(), all),
             (Some(SolverName::Ddim), _) => (Solver::ddim(), usual.steps),
+            (Some(SolverName::Heun), _) => (Solver::Heun, usual.steps),
         };
         match (&mut solver, self.eta) {
             (Solver::Ddim { eta }, Some(asked)) => *eta = asked,

@@ -5,6 +5,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::dataset::{Dataset, normalized};
 use crate::backend;
+use crate::denoiser::Condition;
 use crate::error::{Error, Result};
 use crate::random::{Noise, Purpose};
 
@@ -19,6 +20,20 @@ pub struct Batch {
     /// The position of the first image in the whole batch of the update, from 0. The random numbers of an image follow
     /// from its position, so that a batch gives the same result in parts.
     pub first: u64,
+}
+
+impl Batch {
+    /// # Errors
+    /// Returns an error if there is not one class for each image, or if the positions of the images are not less than
+    /// 2^32.
+    pub(crate) fn check(&self) -> Result<()> {
+        let count = self.images.dims().first().copied().unwrap_or(0);
+        Condition::from(self.classes.clone()).check(count)?;
+        if self.first.checked_add(count as u64).is_none_or(|end| end > 1 << 32) {
+            return Err(Error::config("first", self.first, "the batch's positions less than 2^32"));
+        }
+        Ok(())
+    }
 }
 
 impl From<Tensor> for Batch {

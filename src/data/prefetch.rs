@@ -1,7 +1,8 @@
 use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{Receiver, RecvError, TryRecvError, sync_channel};
 use std::thread;
+use std::time::Duration;
 
 use super::dataset::Dataset;
 use super::loader::{HostBatch, Loader, Position};
@@ -41,7 +42,7 @@ pub(crate) fn prefetch<R>(
         let thread = thread.spawn_scoped(scope, read).map_err(Error::external)?;
         // Also after a panic of `f`, for which the scope would wait.
         let stopping = Stopping(stop);
-        let result = f(&mut || match receiver.recv() {
+        let result = f(&mut || match receive(&receiver) {
             Ok(batch) => batch,
             // It panicked, which is passed on below, or every batch was taken.
             Err(_) => Err(Error::config("batches", "all taken", format!("at most {batches}"))),
@@ -52,6 +53,25 @@ pub(crate) fn prefetch<R>(
             Err(panic) => resume_unwind(panic),
         }
     })
+}
+
+/// Waits for a batch. A thread of a rayon pool does other jobs of the pool meanwhile: the data set may have submitted some
+/// on which the batch depends.
+fn receive<T>(receiver: &Receiver<T>) -> std::result::Result<T, RecvError> {
+    if rayon::current_thread_index().is_none() {
+        return receiver.recv();
+    }
+    loop {
+        match receiver.try_recv() {
+            Ok(batch) => return Ok(batch),
+            Err(TryRecvError::Disconnected) => return Err(RecvError),
+            Err(TryRecvError::Empty) => {
+                if rayon::yield_now() != Some(rayon::Yield::Executed) {
+                    thread::sleep(Duration::from_micros(100));
+                }
+            }
+        }
+    }
 }
 
 /// Tells the thread to stop when this is dropped.

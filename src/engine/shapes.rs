@@ -25,7 +25,7 @@ pub(super) fn conv(
     }
     let [h, w] = conv.output_size([h, w]);
     for (what, found, expected) in [
-        ("the vectors added to a convolution", per_image, (n, 1, 1, conv.output())),
+        ("the map of vectors added to a convolution", per_image, (n, 1, 1, conv.output())),
         ("the map added to a convolution", residual, (n, h, w, conv.output())),
     ] {
         if let Some(found) = found.filter(|&found| found != expected) {
@@ -67,7 +67,7 @@ pub(super) fn attention(qkv: Dims) -> Result<()> {
         return Ok(());
     }
     let expected = "(batch, height, width, 3 channels)".into();
-    refuse("the queries, keys and values", qkv, expected)
+    refuse("the map of queries, keys and values", qkv, expected)
 }
 
 /// Checks the probability of dropout.

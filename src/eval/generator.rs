@@ -81,7 +81,7 @@ impl Generator {
     /// Returns an error if there is not enough memory, and the errors of the sampler and of `seen`.
     pub fn draw(
         &self,
-        denoiser: &impl Denoiser,
+        denoiser: &(impl Denoiser + ?Sized),
         count: usize,
         mut seen: impl FnMut(Drawn<'_>) -> Result<ControlFlow<()>>,
     ) -> Result<Option<Images>> {
@@ -99,7 +99,7 @@ impl Generator {
                 seed = seeds.next();
             }
             let shape = (self.part().min(count - start), channels, height, width);
-            let sampler = self.sampler.clone().first_image(first as u32);
+            let sampler = self.sampler.part(start, shape.0)?.first_image(first as u32);
             let mut samples = None;
             for step in sampler.steps(denoiser, shape, seed, &self.device)? {
                 let step = step?;

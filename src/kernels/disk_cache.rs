@@ -9,9 +9,9 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use flate2::Crc;
@@ -73,13 +73,11 @@ impl Cache {
         }
         let path = self.path(key);
         let unfinished = unfinished(&self.directory);
-        let written = create(&unfinished).and_then(|mut file| {
-            file.write_all(&bytes)?;
-            drop(file);
-            fs::rename(&unfinished, &path)
-        });
-        if written.is_err() {
-            let _ = fs::remove_file(&unfinished);
+        if let Ok(mut file) = create(&unfinished) {
+            let written = file.write_all(&bytes).and_then(|()| fs::rename(&unfinished, &path));
+            if written.is_err() {
+                let _ = fs::remove_file(&unfinished);
+            }
         }
         self.prune();
     }
@@ -131,11 +129,11 @@ pub(crate) fn directory(variable: impl Fn(&str) -> Option<OsString>) -> Option<P
     Some(caches?.join("ddpm").join("cuda"))
 }
 
-/// A file of its own, which this process alone writes to.
+/// The name of a file that only this process writes to. The number of a process is not enough: containers that share
+/// a directory have the same ones.
 fn unfinished(directory: &Path) -> PathBuf {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let (process, count) = (std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-    directory.join(format!("{process}-{count}.{UNFINISHED}"))
+    let random = RandomState::new().build_hasher().finish();
+    directory.join(format!("{}-{random:016x}.{UNFINISHED}", std::process::id()))
 }
 
 /// A file that was not there before.

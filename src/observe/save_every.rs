@@ -13,13 +13,18 @@ pub struct SaveEvery {
     every: u64,
     dir: PathBuf,
     saved: u64,
+    /// Whether a save has failed.
+    failed: bool,
 }
 
 impl SaveEvery {
     /// Saves every `every` updates to `dir`, as [`Trainer::save`](crate::Trainer::save) does. With 0, the observer
     /// saves only at the end.
+    ///
+    /// When training begins, the observer checks whether the directory can be saved to, as
+    /// [`Trainer::claim`](crate::Trainer::claim) does, but without a lock for the whole run.
     pub fn steps(every: u64, dir: impl Into<PathBuf>) -> Self {
-        Self { every, dir: dir.into(), saved: 0 }
+        Self { every, dir: dir.into(), saved: 0, failed: false }
     }
 
     /// The step of the latest checkpoint, or the step at which training began.
@@ -31,6 +36,7 @@ impl SaveEvery {
         run.working("saving");
         let saved = run.save(&self.dir);
         run.working("");
+        self.failed = saved.is_err();
         for warning in saved?.warnings {
             run.warn(&format!("{warning:?}"));
         }
@@ -42,7 +48,7 @@ impl SaveEvery {
 impl Observer for SaveEvery {
     fn on_start(&mut self, run: &Run<'_>) -> Result<()> {
         self.saved = run.step();
-        Ok(())
+        run.check_save(&self.dir)
     }
 
     fn on_step(&mut self, run: &Run<'_>) -> Result<ControlFlow<()>> {
@@ -60,6 +66,7 @@ impl Observer for SaveEvery {
         }
         match outcome {
             Outcome::Failed(Error::NonFinite { .. }) => Ok(()),
+            Outcome::Failed(_) if self.failed => Ok(()),
             Outcome::Failed(error) => self.save(run).map_err(|other| {
                 let both =
                     format!("{error:?}; saving the run at step {step} failed, too: {other:?}");

@@ -132,6 +132,11 @@ impl Sampler {
         Self { condition, ..self }
     }
 
+    /// The sampler of a part of a batch, with the conditions of its images.
+    pub(crate) fn part(&self, first: usize, len: usize) -> Result<Self> {
+        Ok(Self { condition: self.condition.narrow(first, len)?, ..self.clone() })
+    }
+
     /// The timesteps in the order of sampling, which is decreasing. Each is the beginning of one sampling step.
     pub fn timesteps(&self) -> impl ExactSizeIterator<Item = usize> + '_ {
         self.plan.steps.iter().map(|step| step.t)
@@ -151,7 +156,7 @@ impl Sampler {
     /// Returns the errors of [`steps`](Self::steps) and of its iterator.
     pub fn sample(
         &self,
-        denoiser: &impl Denoiser,
+        denoiser: &(impl Denoiser + ?Sized),
         shape: impl Into<Shape>,
         seed: u64,
         device: &Device,
@@ -183,7 +188,7 @@ impl Sampler {
     /// # Errors
     /// Returns an error if the shape has no batch dimension. The iterator returns the errors of that of
     /// [`steps_from`](Self::steps_from).
-    pub fn steps<'a, D: Denoiser>(
+    pub fn steps<'a, D: Denoiser + ?Sized>(
         &'a self,
         denoiser: &'a D,
         shape: impl Into<Shape>,
@@ -227,12 +232,13 @@ impl Sampler {
     /// - [`Error::NonFiniteSample`] if a prediction or a sample is infinite or NaN. On the CPU the step in which this
     ///   occurs returns the error. On other devices each check would wait for the device, so the last step returns
     ///   the error.
-    pub fn steps_from<'a, D: Denoiser>(
+    pub fn steps_from<'a, D: Denoiser + ?Sized>(
         &'a self,
         denoiser: &'a D,
         start: Tensor,
         z: impl FnMut(usize) -> Result<Tensor> + 'a,
     ) -> Result<Steps<'a, D>> {
+        self.condition.check(start.dims().first().copied().unwrap_or(0))?;
         check_start(&start)?;
         let mut finite = FiniteCheck::default();
         finite.add("the start", self.plan.steps[0].t, &start)?;
@@ -242,7 +248,7 @@ impl Sampler {
 }
 
 /// The sampling loop; see [`Sampler::steps`]. The first error ends it.
-pub struct Steps<'a, D> {
+pub struct Steps<'a, D: ?Sized> {
     sampler: &'a Sampler,
     denoiser: &'a D,
     x: Tensor,
@@ -253,7 +259,7 @@ pub struct Steps<'a, D> {
     finite: FiniteCheck,
 }
 
-impl<D> fmt::Debug for Steps<'_, D> {
+impl<D: ?Sized> fmt::Debug for Steps<'_, D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Steps")
             .field("sampler", self.sampler)
@@ -280,7 +286,7 @@ pub struct Step {
     pub x_0: Tensor,
 }
 
-impl<D: Denoiser> Steps<'_, D> {
+impl<D: Denoiser + ?Sized> Steps<'_, D> {
     /// Runs the stages of one step. Every solver is computed here.
     fn step(&mut self, index: usize) -> Result<Step> {
         let plan = &self.sampler.plan;
@@ -353,7 +359,7 @@ fn timesteps_of(x: &Tensor, t: f64) -> Result<Tensor> {
     })
 }
 
-impl<D: Denoiser> Iterator for Steps<'_, D> {
+impl<D: Denoiser + ?Sized> Iterator for Steps<'_, D> {
     type Item = Result<Step>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -379,4 +385,4 @@ impl<D: Denoiser> Iterator for Steps<'_, D> {
     }
 }
 
-impl<D: Denoiser> ExactSizeIterator for Steps<'_, D> {}
+impl<D: Denoiser + ?Sized> ExactSizeIterator for Steps<'_, D> {}

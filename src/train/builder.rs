@@ -48,7 +48,7 @@ pub struct TrainerBuilder<N> {
 }
 
 impl<N: Architecture> TrainerBuilder<N> {
-    /// The training configuration. The default is [`TrainConfig::mnist`].
+    /// The training configuration. The default is [`TrainConfig::default`].
     pub fn config(self, config: TrainConfig) -> Self {
         Self { config, ..self }
     }
@@ -136,7 +136,7 @@ impl<N: Architecture> Trainer<N> {
     pub fn builder(network: N) -> TrainerBuilder<N> {
         TrainerBuilder {
             network,
-            config: TrainConfig::mnist(),
+            config: TrainConfig::default(),
             diffusion: Diffusion::ddpm(),
             device: Device::Cpu,
             objective: Box::new(Mse),

@@ -76,8 +76,9 @@ impl Meter {
         self.unread.clear();
         self.sum += read.iter().map(|(loss, _)| f64::from(*loss)).sum::<f64>();
         self.count += read.len() as u64;
-        let last = read.iter().map(|(_, norm)| *norm).rfind(|norm| norm.is_finite());
-        self.grad_norm = last.unwrap_or_default();
+        if let Some(last) = read.iter().map(|(_, norm)| *norm).rfind(|norm| norm.is_finite()) {
+            self.grad_norm = last;
+        }
         Ok(())
     }
 

@@ -37,6 +37,7 @@ pub(super) trait View {
     fn model(&self) -> &dyn Denoiser;
     fn averaged_model(&self) -> Result<Box<dyn Denoiser + '_>>;
     fn save(&self, dir: &Path) -> Result<Saved>;
+    fn check_save(&self, dir: &Path) -> Result<()>;
 }
 
 impl<'a> Run<'a> {
@@ -104,6 +105,14 @@ impl<'a> Run<'a> {
     /// Returns the errors of [`Trainer::save`](crate::Trainer::save).
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<Saved> {
         self.trainer.save(dir.as_ref())
+    }
+
+    /// Does everything that [`save`](Self::save) does, except for writing weights.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Trainer::claim`](crate::Trainer::claim).
+    pub fn check_save(&self, dir: impl AsRef<Path>) -> Result<()> {
+        self.trainer.check_save(dir.as_ref())
     }
 
     /// Tells the run's [`Frontend`]s what an observer does at the moment, such as `saving`. An empty text ends it.

@@ -191,6 +191,7 @@ impl<N: Architecture> Trainer<N> {
         if x_0.dtype() != DType::F32 {
             return Err(Error::config("dtype of x_0", x_0.dtype().as_str(), "f32"));
         }
+        batch.check()?;
         self.check_step()?;
         let (executor, mut context) = self.context();
         let results = executor.update(&mut context, &batch)?;
@@ -270,16 +271,27 @@ impl<N: Architecture> Trainer<N> {
     /// - [`Error::ConfigMismatch`] if the checkpoint at `dir` belongs to another run.
     /// - Another error if that checkpoint is of a later step, or if nothing can be written there.
     pub fn claim(&mut self, dir: impl AsRef<Path>) -> Result<()> {
-        let snapshot = self.snapshot()?;
-        if let Some(claim) = &self.claim
-            && claim.is_for(dir.as_ref())
-        {
-            return store::rehearse(claim, &snapshot);
+        if let Some(claim) = self.rehearse(dir.as_ref())? {
+            self.claim = Some(claim);
         }
-        let claim = Claim::take(dir.as_ref())?;
-        store::rehearse(&claim, &snapshot)?;
-        self.claim = Some(claim);
         Ok(())
+    }
+
+    /// Does everything that [`save`](Self::save) does, except for writing weights. Returns the claim that it took, if
+    /// this trainer did not have it.
+    pub(super) fn rehearse(&self, dir: &Path) -> Result<Option<Claim>> {
+        let snapshot = self.snapshot()?;
+        match &self.claim {
+            Some(claim) if claim.is_for(dir) => {
+                store::rehearse(claim, &snapshot)?;
+                Ok(None)
+            }
+            _ => {
+                let claim = Claim::take(dir)?;
+                store::rehearse(&claim, &snapshot)?;
+                Ok(Some(claim))
+            }
+        }
     }
 
     /// Writes the latest checkpoint to `dir`. Previous checkpoints are kept beside `dir`, at most

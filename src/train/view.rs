@@ -48,4 +48,8 @@ impl<N: Architecture> View for Trainer<N> {
     fn save(&self, dir: &Path) -> Result<Saved> {
         Trainer::save(self, dir)
     }
+
+    fn check_save(&self, dir: &Path) -> Result<()> {
+        self.rehearse(dir).map(drop)
+    }
 }
