@@ -254,12 +254,14 @@ fn a_run_is_saved_whatever_ends_it() {
     complete.fit(&images(), SaveEvery::steps(1, dir("nothing"))).unwrap();
     assert_eq!(saved(&temp, "nothing"), None);
 
-    // A file is in the way.
-    fs::write(dir("file"), "").unwrap();
-    let fail = Recorder { name: "a", fail_at: Some(1), ..Recorder::default() };
-    let error = trainer(2).fit(&images(), (fail, SaveEvery::steps(0, dir("file")))).unwrap_err();
+    // A file comes in the way during the run.
+    let file = dir("file");
+    let blocking = on_metrics(move |_| fs::write(&file, "").map_err(Error::external));
+    let fail = Recorder { name: "a", fail_at: Some(2), ..Recorder::default() };
+    let save = SaveEvery::steps(0, dir("file"));
+    let error = trainer(4).fit(&images(), (blocking, fail, save)).unwrap_err();
     let both = error.to_string();
-    assert!(both.starts_with("a failed; saving the run at step 1 failed, too: "), "{both}");
+    assert!(both.starts_with("a failed; saving the run at step 2 failed, too: "), "{both}");
     assert!(both.contains("no checkpoint can be saved here"), "{both}");
 }
 
@@ -378,7 +380,7 @@ fn a_directory_that_cannot_be_saved_to_is_an_error_before_the_first_update() {
     later.fit(&images(), SaveEvery::steps(0, &dir)).unwrap();
     let mut again = trainer(4);
     let message = again.fit(&images(), SaveEvery::steps(1, &dir)).unwrap_err().to_string();
-    assert!(message.contains("step 4"), "{message}");
+    assert!(message.starts_with("step is 0; it must be at least 4"), "{message}");
     assert_eq!(again.steps(), 0);
 }
 
