@@ -1,4 +1,4 @@
-//! Convolutions: by cuDNN where it has an algorithm, and otherwise by products of patches.
+//! Convolutions: with cuDNN if it has an algorithm, and otherwise as products of patches.
 
 #[cfg(feature = "cudnn")]
 mod by_dnn;
@@ -34,10 +34,10 @@ pub(crate) struct Convolution {
 }
 
 impl Convolution {
-    /// Of `x` (batch, height, width, in) with `weight` (out, in, k, k).
+    /// Creates the convolution of `x` (batch, height, width, in) with `weight` (out, in, k, k).
     ///
     /// # Errors
-    /// Returns an error if the shapes do not fit each other.
+    /// Returns an error if the shapes do not match.
     pub fn new(precision: Precision, x: [usize; 4], weight: &Tensor, scale: Scale) -> Result<Self> {
         let [batch, h, w, channels] = x;
         let (c_out, c_in, kernel, kernel_w) = weight.dims4()?;
@@ -62,7 +62,7 @@ impl Convolution {
         Ok(Self { precision, element: Element::of(precision), sizes, batch, c_out })
     }
 
-    /// (batch, height, width, out)
+    /// The dimensions of the output: (batch, height, width, out).
     pub fn output(&self) -> [usize; 4] {
         [self.batch, self.sizes.h_out as usize, self.sizes.w_out as usize, self.c_out]
     }
@@ -85,18 +85,18 @@ impl Convolution {
         (self.sizes.h_out * self.sizes.w_out) as usize
     }
 
-    /// Whether the output pixels are products of the input's as they are.
+    /// Returns whether each output pixel depends on one input pixel only.
     fn is_pointwise(&self) -> bool {
         self.sizes.kernel == 1 && self.sizes.stride == 1 && self.sizes.upsample == 0
     }
 
-    /// The order of weights (out, in, k, k), which maps have as (out, k, k, in).
+    /// The reordering of weights from (out, in, k, k) to (out, k, k, in).
     fn weights(&self) -> Channels {
         let (channels, pixels) = (self.channels(), self.taps());
         Channels { channels, pixels, count: self.c_out * channels * pixels }
     }
 
-    /// The weights as maps have them.
+    /// Packs the weights as (out, k, k, in) in the maps' type.
     pub fn pack(&self, gpu: &Gpu, weight: &Tensor) -> Result<Memory> {
         let own = self.weights();
         let packed = gpu.take_for(own.count, self.element)?;
@@ -104,7 +104,7 @@ impl Convolution {
         Ok(packed)
     }
 
-    /// The output, with what is added to it.
+    /// Computes the output and adds `added` to it.
     pub fn forward(
         &self,
         gpu: &Gpu,
@@ -136,7 +136,8 @@ impl Convolution {
         own.first(gpu, packed.pointer, gpu.pointer(gradient)?, element)
     }
 
-    /// Writes the gradient of the bias, and returns that of what was added to each image, if it is asked for.
+    /// Writes the gradient of the bias. If requested, also returns the gradient of the values that were added
+    /// to each image.
     pub fn bias_gradient(
         &self,
         gpu: &Gpu,
@@ -153,7 +154,7 @@ impl Convolution {
         Ok(of_images)
     }
 
-    /// Writes the gradient of the input to `dx`, or adds it to what is there.
+    /// Writes the gradient of the input to `dx`, or adds it to the values of `dx`.
     pub fn input_gradient(
         &self,
         gpu: &Gpu,
@@ -169,7 +170,7 @@ impl Convolution {
     }
 }
 
-/// Without cuDNN, none of these.
+/// Stand-ins for a build without cuDNN.
 #[cfg(not(feature = "cudnn"))]
 impl Convolution {
     fn forward_by_dnn(&self, _: &Gpu, _: &Memory, _: &Memory, _: &Memory) -> Result<bool> {
