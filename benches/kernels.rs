@@ -1,16 +1,15 @@
-//! Times each kernel at the shapes of the two networks, beside what the machine could do.
+//! Times each kernel at the shapes of the two networks, and compares them with the machine's limits.
 //!
-//! ```text
-//! cargo bench --bench kernels -- [--filter TEXT] [--threads N] [--isa avx512|avx2|baseline]
-//!     [--precision highest|high|bf16] [--seconds S] [--json]
+//! ```text cargo bench --bench kernels -- [--filter TEXT] [--threads N] [--isa avx512|avx2|baseline]
+//! [--precision highest|high|bf16] [--seconds S] [--json]
 //! ```
 //!
-//! Shares are of ceilings that are measured first, with the same threads and instruction set:
-//! arithmetic in registers, and the fastest of a few ways to go through memory that no cache holds.
-//! Operations are those of the plain algorithm: a 3x3 convolution at stride 1 is computed with fewer,
-//! so its GFLOP/s are "effective" and may exceed the ceiling. Bytes are each operand's once, whatever
-//! is read again, and packed weights count as the weights; small operands stay in caches, which are
-//! faster than memory.
+//! Each rate is compared with a ceiling that is measured first, with the same threads and instruction
+//! set. Compute-bound kernels are compared with arithmetic in registers. Memory-bound kernels are
+//! compared with the fastest of three bandwidth tests on arrays larger than the caches. Operations
+//! are those of the textbook algorithm. A 3x3 convolution at stride 1 needs fewer, so its GFLOP/s are
+//! "effective" and may exceed the ceiling. The bytes of each operand are counted once, and packed
+//! weights count like the weights. Small operands stay in caches, which are faster than memory.
 
 use std::cell::Cell;
 use std::hint::black_box;
@@ -23,7 +22,8 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, ValueEnum};
 use rayon::prelude::*;
 
-// Nothing becomes public for this: the kernels are compiled into it, and what their tests need.
+// The kernels are compiled into the benchmark, together with the modules that their tests need, so
+// that nothing has to become public.
 #[allow(dead_code, unused_imports)]
 #[path = "../src/error.rs"]
 mod error;
@@ -91,7 +91,7 @@ fn seconds(text: &str) -> std::result::Result<Duration, String> {
     }
 }
 
-/// The CPU's kernels would take f16 for bf16.
+/// The CPU kernels would compute f16 as bf16.
 fn precision_of_cpu(name: &str) -> Result<Precision> {
     match name.parse()? {
         Precision::F16 => Err(Error::config("precision", name, "highest, high or bf16")),
@@ -193,7 +193,7 @@ fn refuse(option: &str, value: &str, why: String) -> ! {
     Args::command().error(ErrorKind::InvalidValue, message).exit()
 }
 
-/// Whether convolutions in [`Precision::High`] differ from those in [`Precision::Highest`].
+/// Returns whether convolutions in [`Precision::High`] differ from those in [`Precision::Highest`].
 fn by_parts(isa: Isa) -> bool {
     let shape = ConvShape::new([1, 4, 4, 16], &[16, 16, 3, 3], SAME).expect("sizes that fit");
     let packed = Plan::new(isa, shape, math(Precision::High))
@@ -209,7 +209,7 @@ fn math(precision: Precision) -> Math {
     }
 }
 
-/// Size of a square map, channels in and out, size of the kernel, scale.
+/// Size of a square map, input and output channels, size of the kernel, scale.
 type Map = (usize, usize, usize, usize, Scale);
 
 const SAME: Scale = Scale::Stride(1);
@@ -257,7 +257,7 @@ const CIFAR10: &[Map] = &[
     (16, 256, 768, 1, SAME),
 ];
 
-/// What a measure's share is of.
+/// The work of a measure, which selects its ceiling.
 #[derive(Clone, Copy)]
 enum Work {
     Flops(usize),
@@ -266,10 +266,10 @@ enum Work {
 
 struct Bench<'a> {
     isa: Isa,
-    /// A second, at best.
+    /// Maximum operations per second.
     flops: f64,
     bytes: f64,
-    /// Whether anything was.
+    /// Whether any kernel was measured.
     measured: Cell<bool>,
     args: &'a Args,
 }
@@ -299,7 +299,7 @@ impl Bench<'_> {
         let (mut dweight, mut workspace) = (weight.clone(), Workspace::default());
         let work = Work::Flops(2 * y.len() * c_in * kernel * kernel);
         let epilogue = Epilogue { bias: Some(&bias), ..Epilogue::default() };
-        // As in training, where the memory stays.
+        // As in training, the memory is reused.
         self.measure("conv pack", &shape, Work::Bytes(8 * weight.len()), || {
             let packed = conv.pack(&weight, &mut workspace);
             workspace.unpack(black_box(packed));
@@ -316,7 +316,7 @@ impl Bench<'_> {
     fn group_norm(&self, model: &str, batch: usize, size: usize, channels: usize) {
         let shape = format!("{model} {batch}x{size}x{size} {channels}");
         let count = batch * size * size * channels;
-        // Halves, so that a gradient that takes the place of the last neither grows nor dies out.
+        // Factors of one half, so that a gradient that replaces its input neither grows nor vanishes.
         let (weight, bias) = (vec![0.5; channels], normal(channels));
         let (x, mut y, mut dy) = (normal(count), normal(count), normal(count));
         let (isa, config) = (self.isa, NormConfig::new(Activation::Silu));
@@ -341,7 +341,7 @@ impl Bench<'_> {
         self.measure("its way back", &shape, Work::Bytes(8 * y.len()), || {
             split(&y, channels, [&mut a, &mut b]);
         });
-        // Not zeros, nor what would grow.
+        // Ones: zeros might be faster, and larger values would grow.
         let mask = vec![1.0; batch * channels[0]];
         let mut dropped = vec![0f32; a.len()];
         self.measure("dropout", &shape, Work::Bytes(8 * a.len()), || {
@@ -363,7 +363,7 @@ impl Bench<'_> {
         let count = batch * positions * channels;
         let (qkv, mut y) = (normal(3 * count), normal(count));
         let (dy, mut dqkv) = (y.clone(), qkv.clone());
-        // One product of scores or of values; backward computes the scores again.
+        // One product of scores or of values. The backward pass computes the scores again.
         let product = 2 * count * positions;
         self.measure("attention forward", &shape, Work::Flops(2 * product), || {
             sizes.forward(&qkv, &mut y);
@@ -409,7 +409,7 @@ impl Bench<'_> {
         self.measure("gradient norm", &shape, Work::Bytes(4 * weights), || {
             black_box(sum_of_squares(self.isa, &gradient));
         });
-        // Weight, both means and average there and back, the gradient there.
+        // The weight, both means and the average are read and written. The gradient is read.
         self.measure("adamw, clipping, average", &shape, Work::Bytes(36 * weights), || {
             step.apply(
                 self.isa,
@@ -421,7 +421,8 @@ impl Bench<'_> {
         });
     }
 
-    /// What is done to images in training and in sampling. Its results are in fresh memory, as there.
+    /// Measures the arithmetic on images in training and sampling. As there, results are written to
+    /// newly allocated memory.
     fn process(&self, model: &str, dims: [usize; 4]) {
         let [batch, channels, h, w] = dims;
         let shape = format!("{model} {batch}x{h}x{w} {channels}");
@@ -499,15 +500,15 @@ impl Bench<'_> {
     }
 }
 
-/// Not zeros, which some units multiply faster.
+/// Random values: some units multiply zeros faster.
 fn normal(count: usize) -> Vec<f32> {
     let mut values = vec![0f32; count];
     Noise::new(0).stream(Purpose::Prior, 0, 0).fill_normal(&mut values);
     values
 }
 
-/// The least and the median of a run's seconds, over runs that take about `limit`, but three at
-/// least, after one that is not timed.
+/// Returns the least and the median of the seconds of a run. There are at least three runs, which
+/// take about `limit` in total, after one that is not timed.
 fn time(limit: Duration, mut run: impl FnMut()) -> (f64, f64) {
     run();
     let (begin, mut seconds) = (Instant::now(), Vec::new());
@@ -520,29 +521,29 @@ fn time(limit: Duration, mut run: impl FnMut()) -> (f64, f64) {
     (seconds[0], seconds[seconds.len() / 2])
 }
 
-/// What the machine can do, by doing nothing else.
+/// The limits of the machine, measured by loops that do nothing else.
 mod ceiling {
     use super::*;
 
-    /// For each way to reach a ceiling, however short the measures are: threads wake up, and clocks
-    /// rise, slower than one run is over.
+    /// Time for each test of a ceiling, even if the measures are shorter: threads need time to wake
+    /// up, and clocks to rise.
     const LIMIT: Duration = Duration::from_millis(500);
 
-    /// Larger than caches, in values.
+    /// Number of values of an array that is larger than the caches.
     const MEMORY: usize = 64 << 20;
 
-    /// Values that one thread takes at a time.
+    /// Number of values that one thread handles at a time.
     const CHUNK: usize = 1 << 20;
 
-    /// Turns of the loop in registers.
+    /// Iterations of the loop in registers.
     const TURNS: usize = 1 << 18;
 
-    /// Sums that are independent of each other, and fit in the registers of every instruction set:
-    /// enough to keep two units of a delay of five busy.
+    /// Number of independent sums. They fit in the registers of every instruction set, and suffice to
+    /// keep two units with a latency of five busy.
     const SUMS: usize = 10;
 
-    /// The most bytes a second that memory gives and takes, by the fastest of three ways. In plain
-    /// loops, since a library's copy may write past the caches, which no kernel does.
+    /// Returns the maximum bytes per second of memory, by the fastest of three tests. They are plain
+    /// loops, because a library's copy may bypass the caches, which no kernel does.
     pub fn bytes() -> f64 {
         let (from, mut to) = (vec![1f32; MEMORY], vec![0f32; MEMORY]);
         let factor = black_box(1.5f32);
@@ -562,7 +563,7 @@ mod ceiling {
             to.par_chunks_mut(CHUNK).for_each(|to| to.iter_mut().for_each(|to| *to += factor));
             black_box(&to);
         });
-        // What is written is read before, for its cache line to be owned.
+        // A write first reads its cache line, so a copy counts three times.
         let copy = bytes(3, &mut || {
             to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| {
                 to.iter_mut().zip(from).for_each(|(to, x)| *to = factor * x)
@@ -572,9 +573,10 @@ mod ceiling {
         read.max(update).max(copy)
     }
 
-    /// The most multiplications and additions a second. Each thread is timed by itself, and by its
-    /// median: all of them together would be as slow as two that share a core, or one that shares it
-    /// with another program, and the least would hold only while a core's other thread sleeps.
+    /// Returns the maximum multiplications and additions per second. Each thread is timed separately,
+    /// and its median counts. A common time would be that of two threads that share a core, or of one
+    /// that shares it with another program. The minimum would apply only while the other thread of a
+    /// core sleeps.
     pub fn flops(isa: Isa) -> f64 {
         let width = match Set::of(isa) {
             Set::Avx512 => 16,
@@ -589,7 +591,7 @@ mod ceiling {
 
     fn in_registers(isa: Isa) {
         match Set::of(isa) {
-            // SAFETY: an `Isa` of this name exists only where the instructions do.
+            // SAFETY: an `Isa` of this name exists only if the machine has the instructions.
             #[cfg(target_arch = "x86_64")]
             Set::Avx512 => unsafe { avx512() },
             // SAFETY: as above.
@@ -627,7 +629,7 @@ mod ceiling {
         let mut sums = [[black_box(1f32); 4]; SUMS];
         for _ in 0..TURNS {
             for value in sums.as_flattened_mut() {
-                // Fused only where that is an instruction.
+                // Fused only if the machine has an instruction for it.
                 *value = match cfg!(target_arch = "x86_64") {
                     true => *value * factor + factor,
                     false => value.mul_add(factor, factor),

@@ -1,14 +1,13 @@
-//! Times whole networks, with figures that can be set beside another implementation's.
+//! Times whole networks, with figures that can be compared with those of other implementations.
 //!
-//! ```text
-//! cargo bench --bench unet -- --model mnist|cifar10 --batch N [--iters N] [--threads N]
-//!     [--precision highest|high|bf16|f16] [--what train_step|forward|sample] --json
+//! ```text cargo bench --bench unet -- --model mnist|cifar10 --batch N [--iters N] [--threads N] [--precision
+//! highest|high|bf16|f16] [--what train_step|forward|sample] --json
 //! ```
 //!
 //! `train_step` is noising, forward, loss, backward, clipping to norm 1 and AdamW; `forward` is the network
-//! alone, without gradients; `sample` is ten steps of DDIM. One line per measure, in JSON with `--json`; `ran_as`
-//! there is the precision that it came to on this CPU. With `--device cuda`, a run is ten of them before the
-//! device is waited for, and memory is the device's.
+//! alone, without gradients; `sample` is ten steps of DDIM. Each measure prints one line, in JSON with `--json`.
+//! There, `ran_as` is the precision that this CPU actually used. With `--device cuda`, a run consists of ten
+//! repetitions before the wait for the device, and the memory is that of the device.
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -106,7 +105,7 @@ fn run(args: &Args) -> Result<()> {
     let mut trainer = Trainer::new(config.clone(), train, Diffusion::ddpm(), &device)?;
 
     let shape = (args.batch, config.channels, config.image_size, config.image_size);
-    // Not zeros, which some units multiply faster.
+    // Random values: some units multiply zeros faster.
     let x = Sampler::prior(shape, 0, &device)?;
     let eps = Sampler::prior(shape, 1, &device)?;
     let t: Vec<u32> = (0..args.batch as u32).map(|k| k * 37 % 1000).collect();
@@ -119,7 +118,7 @@ fn run(args: &Args) -> Result<()> {
     if wanted(What::TrainStep) {
         measure("train_step", name, args, &device, &mut || match args.device {
             Where::Cpu => trainer.step_with(&x, &t, &eps).map(drop),
-            // Noise and all, as training goes there.
+            // Includes the noise, because training draws it on the device.
             Where::Cuda => trainer.step(&x).map(drop),
         })?;
         if args.device == Where::Cuda && !trainer.is_captured() {
@@ -128,7 +127,7 @@ fn run(args: &Args) -> Result<()> {
         }
     }
     if wanted(What::Forward) {
-        // Weights that take no gradient, as in sampling.
+        // Weights without gradients, as in sampling.
         let unet = trainer.ema_model()?;
         drop(trainer);
         measure("forward", name, args, &device, &mut || unet.forward(&x, &t).map(drop))?;
@@ -149,7 +148,7 @@ fn measure(
     device: &Device,
     run: &mut dyn FnMut() -> Result<()>,
 ) -> Result<()> {
-    // On a GPU the first ones choose algorithms, and then the step is captured.
+    // On a GPU the first runs select algorithms, and then the step is captured.
     let (warm_up, at_once) = if device.is_cpu() { (3, 1) } else { (10, 10) };
     for _ in 0..warm_up {
         run()?;
@@ -183,7 +182,8 @@ fn measure(
     Ok(())
 }
 
-/// The precision that the CPU computes in where this one is asked for. By asking it: the crate does not tell.
+/// Returns the precision that the CPU uses if this one is requested. It is determined by a computation, because
+/// the crate does not report it.
 fn ran_as(args: &Args) -> Result<Option<Precision>> {
     if args.device != Where::Cpu || args.precision != Precision::High {
         return Ok((args.device == Where::Cpu).then_some(args.precision));
@@ -200,8 +200,8 @@ fn ran_as(args: &Args) -> Result<Option<Precision>> {
     Ok(Some(if same { Precision::Highest } else { Precision::High }))
 }
 
-/// What of a GPU's memory is taken: by this process, if it is alone. Maps' memory is not given back before
-/// its end, so it is about the most that was.
+/// Returns the GPU memory in use, which is that of this process if no other uses the GPU. The memory of maps is
+/// not returned before the process ends, so the value is close to the maximum.
 fn gpu_mb(device: &Device) -> Option<f64> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device {
@@ -212,7 +212,7 @@ fn gpu_mb(device: &Device) -> Option<f64> {
     None
 }
 
-/// The most memory that this process held, where the system tells.
+/// Returns the maximum memory of this process, if the system reports it.
 fn peak_rss_mb() -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

@@ -1,4 +1,4 @@
-//! Trains on CIFAR-10; for a GPU: `cargo run --release --example cifar10 --features cuda`.
+//! Trains on CIFAR-10. For a GPU: `cargo run --release --example cifar10 --features cuda`.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -7,7 +7,7 @@ use clap::Parser;
 use ddpm::cli::{self, Recipe, TrainArgs, datasets};
 use ddpm::{Diffusion, TrainConfig, UNetConfig};
 
-/// The grids are drawn by deterministic DDIM in 50 steps, which is the default.
+/// The default sampler draws the grids: deterministic DDIM with 50 steps.
 fn recipe() -> Recipe {
     Recipe {
         out: "out/cifar10",

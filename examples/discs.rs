@@ -1,4 +1,4 @@
-//! The library without a command line: trains on discs that it draws itself, and continues where it was stopped.
+//! The library without a command line: trains on generated images of discs, and resumes an interrupted run.
 //! `cargo run --release --example discs` takes a few minutes on 2 cores and writes to `out/discs`.
 
 use ddpm::candle_core::Device;
@@ -6,7 +6,7 @@ use ddpm::data::Images;
 use ddpm::observe::{LossCurve, MetricsFile, Progress, SampleGrid, SaveEvery, StopOnSignal};
 use ddpm::{Checkpoint, Diffusion, Error, Result, TrainConfig, Trainer, UNetConfig};
 
-/// Grey images of 16 x 16 pixels: a white disc of each radius at each place.
+/// Creates grey images of 16 x 16 pixels: a white disc of each radius at each position.
 fn discs() -> Result<Images> {
     let mut pixels = Vec::new();
     for (radius, place) in (2..6).flat_map(|radius| (0..64).map(move |place| (radius, place))) {

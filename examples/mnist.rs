@@ -1,4 +1,4 @@
-//! Trains on MNIST: on the digits that are part of the repository, or with `--data` on a full set.
+//! Trains on MNIST: on the digits in the repository, or with `--data` on a full set.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,10 +10,10 @@ use ddpm::sample::SamplerConfig;
 use ddpm::train::AdamConfig;
 use ddpm::{Diffusion, NoiseSchedule, Result, Solver, TrainConfig, UNetConfig};
 
-/// The digits of the repository.
+/// The digits in the repository.
 const DIGITS: &str = "examples/data/mnist-train-10k-images-idx3-ubyte.gz";
 
-/// The recipe for a full set: the paper's process.
+/// The recipe for a full set: the process of the paper.
 fn full(out: &'static str) -> Recipe {
     // Noise corrects the errors that a briefly trained network makes in earlier sampling steps.
     let solver = Solver::Ddim { eta: 1.0 };
@@ -25,8 +25,9 @@ fn full(out: &'static str) -> Recipe {
     }
 }
 
-/// The recipe for a quarter of an hour on the digits of the repository. In so short a training the cosine schedule and
-/// velocity give better results than the paper's process. Nichol and Dhariwal 2021; Salimans and Ho 2022.
+/// The recipe for the digits in the repository, which takes a quarter of an hour. In such a short training, the cosine
+/// schedule and velocity give better results than the process of the paper. Nichol and Dhariwal 2021; Salimans and Ho
+/// 2022.
 fn quick() -> Result<Recipe> {
     // Many large updates of small batches achieve more than a few accurate ones. They need a warm-up and clipping to
     // stay stable, and a cool-down.

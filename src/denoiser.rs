@@ -39,14 +39,13 @@ use crate::random::Dropout;
 /// `Denoiser` also implement the trait, for example `Box<dyn Denoiser>`.
 pub trait Denoiser {
     /// Computes the output for a batch `x_t` (batch, channels, height, width). `t` (batch) has an integer dtype and
-    /// holds timesteps of the full schedule. A network that knows no conditions ignores `condition`.
+    /// holds timesteps of the full schedule. A network without conditions ignores `condition`.
     ///
     /// Networks such as [`UNet`](crate::UNet) use rayon. If you call this from a rayon thread, that thread may run
     /// unrelated jobs while it waits. Do not hold a lock across the call that such a job might take.
     ///
     /// # Errors
-    /// Returns the errors of the network. [`Error::external`](crate::Error::external) wraps errors of other
-    /// libraries.
+    /// Returns the errors of the network. [`Error::external`](crate::Error::external) wraps errors of other libraries.
     fn denoise(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Result<Output>;
 
     /// Computes the [prediction](Output::prediction) of [`denoise`](Self::denoise) without a condition.
@@ -129,8 +128,8 @@ impl Condition {
 
 /// A [`Denoiser`] that a [`Trainer`](crate::Trainer) can train.
 ///
-/// Every method has a default. The defaults are for networks of candle's tensors without dropout: such a network needs
-/// only `impl Trainable for MyNetwork {}`.
+/// Every method has a default. The defaults suit networks on candle tensors without dropout. Such a network needs only
+/// `impl Trainable for MyNetwork {}`.
 pub trait Trainable: Denoiser {
     /// Computes the output during training. Networks with dropout draw their masks from `dropout`. Shapes and errors
     /// are those of [`denoise`](Denoiser::denoise), which the default calls.
@@ -171,8 +170,8 @@ pub trait Trainable: Denoiser {
         gradients_by_autograd(self, x_t, t, condition, dropout, d_output)
     }
 
-    /// Sets the precision of the products of the network. The default ignores `Highest` and `High`, and refuses half
-    /// precision.
+    /// Sets the precision of the products of the network. The default ignores `Highest` and `High`, and returns an
+    /// error for half precision.
     ///
     /// # Errors
     /// Returns an error if the network does not support the precision.
@@ -210,7 +209,7 @@ pub trait Trainable: Denoiser {
     /// Takes back gradients of [`gradients`](Self::gradients) that are no longer needed.
     ///
     /// The next gradients may reuse their memory, which changes these tensors and all that share their values. A
-    /// training loop calls this after its update, so that the system need not clear new memory. The default does
+    /// training loop calls this after its update, which saves the time to allocate new memory. The default does
     /// nothing.
     fn recycle(&self, gradients: Vec<Tensor>) {
         let _ = gradients;
@@ -233,7 +232,7 @@ pub(crate) fn gradients_by_autograd(
     let detached =
         Output { prediction: prediction.detach(), variance: variance.as_ref().map(Tensor::detach) };
     let d = d_output(&detached)?;
-    // The sum of output * d has d for its gradient with respect to the output.
+    // The gradient of `sum(output * d)` with respect to the output is `d`.
     let mut sum = (prediction * d.prediction.detach())?.sum_all()?;
     if let (Some(variance), Some(d)) = (variance, d.variance) {
         sum = (sum + (variance * d.detach())?.sum_all()?)?;
@@ -253,8 +252,8 @@ macro_rules! behind {
 
 behind!(&D, Box<D>, Arc<D>);
 
-/// Makes a [`Denoiser`] of a closure that knows no conditions, for example for guidance around another network, or for a known solution in a
-/// test.
+/// Creates a [`Denoiser`] without conditions from a closure, for example for guidance around another network, or for a
+/// known solution in a test.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

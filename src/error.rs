@@ -96,7 +96,7 @@ pub enum Error {
         reason: String,
     },
 
-    /// Another checkpoint took the place of an open one, for example because its run goes on. It can be opened again.
+    /// Another checkpoint replaced an open one, for example because its run continued. It can be opened again.
     #[error("{}: replaced since the checkpoint was opened; open it again", path.display())]
     Replaced {
         /// The checkpoint's directory.
@@ -118,7 +118,7 @@ pub enum Error {
         supported: u32,
     },
 
-    /// A checkpoint belongs to another run than the one that would continue from it or replace it.
+    /// A checkpoint belongs to a different run than the one that would continue from it or replace it.
     #[error("{field} is {found} in the checkpoint, but {expected} was requested; {remedy}")]
     ConfigMismatch {
         /// The field's path, such as `train.batch_size`.
@@ -136,7 +136,7 @@ pub enum Error {
     Occupied {
         /// The path.
         path: PathBuf,
-        /// A description of what is there.
+        /// A description of the object at the path.
         found: String,
     },
 
@@ -345,7 +345,7 @@ mod tests {
 
     #[test]
     fn an_error_of_candle_is_one_line_with_its_cause() {
-        // As with RUST_BACKTRACE.
+        // The form of errors with RUST_BACKTRACE set.
         let traced = |error| candle_core::Error::WithBacktrace {
             inner: Box::new(error),
             backtrace: Box::new(std::backtrace::Backtrace::force_capture()),

@@ -1,4 +1,5 @@
-//! Files that are complete or do not exist: written beside their place, flushed to disk and renamed.
+//! Atomic writing of files: a file is written beside its final path, flushed to disk and renamed, so it is never
+//! incomplete.
 //!
 //! ```
 //! # let temp = tempfile::tempdir().unwrap();
@@ -93,8 +94,8 @@ fn create(partial: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// A new temporary path beside `path`: `.NAME.PROCESS-NUMBER`. Two threads that write the same file use different
-/// ones.
+/// Returns a new temporary path beside `path`: `.NAME.PROCESS-NUMBER`. Two threads that write the same file get
+/// different paths.
 fn partial(path: &Path) -> PathBuf {
     static WRITTEN: AtomicU64 = AtomicU64::new(0);
     let nth = WRITTEN.fetch_add(1, Ordering::Relaxed);
@@ -102,7 +103,7 @@ fn partial(path: &Path) -> PathBuf {
     path.with_file_name(format!(".{name}.{}-{nth}", process::id()))
 }
 
-/// The name of the file for which a [`partial`] path was made. The number may be missing.
+/// Returns the name of the file for which a [`partial`] path was created. The number may be missing.
 fn target(partial: &str) -> Option<&str> {
     let (target, process) = partial.strip_prefix('.')?.rsplit_once('.')?;
     let numbers = |text: &str| text.parse::<u64>().is_ok();

@@ -1,4 +1,4 @@
-//! Layers: weights and shapes, without a way to compute them.
+//! Layers: their weights and shapes. Engines compute them.
 
 use std::sync::Arc;
 
@@ -14,25 +14,25 @@ use crate::kernels::op::norm::GROUPS;
 /// The largest number of channels or vector elements of a layer.
 pub(crate) const MAX_CHANNELS: usize = 1 << 16;
 
-/// The initial distribution of PyTorch for convolutions and linear layers, for weights and biases.
+/// The initial distribution of weights and biases in PyTorch's convolutions and linear layers.
 fn uniform(fan_in: usize) -> Init {
     let bound = 1.0 / (fan_in as f64).sqrt();
     Init::Uniform { lo: -bound, up: bound }
 }
 
-/// A weight as a layer keeps it: a trainable weight is shared with its trainer; any other is a copy, which no other
-/// code can change.
+/// Returns a weight for a layer. A trainable weight is shared with its trainer. Any other weight is copied, so that no
+/// other code can change it.
 fn weight(vb: &VarBuilder, shape: &[usize], name: &str, init: Init) -> Result<Tensor> {
     weights_dtype(vb)?;
     let tensor = vb.get_with_hints(shape, name, init)?;
     Ok(if tensor.track_op() { tensor.contiguous()? } else { tensor.copy()?.contiguous()? })
 }
 
-/// The dtype of the weights that come from `vb`.
+/// Returns the dtype of the weights that come from `vb`.
 ///
 /// # Errors
-/// Returns an error unless it is f32 or f64. In half precision the sums of candle on the CPU stay in half precision,
-/// where 300 ones make 256.
+/// Returns an error if the dtype is neither f32 nor f64. In half precision, candle's sums on the CPU stay in half
+/// precision, in which the sum of 300 ones is 256.
 pub(crate) fn weights_dtype(vb: &VarBuilder) -> Result<DType> {
     match vb.dtype() {
         dtype @ (DType::F32 | DType::F64) => Ok(dtype),
@@ -47,15 +47,15 @@ fn check_channels(field: &'static str, value: usize) -> Result<()> {
     Err(Error::config(field, value, format!("from 1 to {MAX_CHANNELS}")))
 }
 
-/// A two-dimensional convolution of feature maps, padded with zeros so that its output has the size of its input,
-/// unless it has a stride or upsamples. Weights have PyTorch's layout (output, input, kernel, kernel) and names
+/// A two-dimensional convolution of feature maps, padded with zeros. The output has the size of the input, unless the
+/// convolution has a stride or upsamples. Weights have PyTorch's layout (output, input, kernel, kernel) and names
 /// (`weight`, `bias`).
 #[derive(Debug, Clone)]
 pub struct Conv2d {
     pub(crate) weight: Tensor,
     pub(crate) bias: Tensor,
     pub(crate) scale: Scale,
-    /// The weights as the kernels of the CPU read them, if they do not change.
+    /// The weights packed for the CPU kernels, if they do not change.
     pub(crate) packed: Arc<PackedOnce>,
 }
 
@@ -104,7 +104,7 @@ impl Conv2d {
         self.weight.dims()[0]
     }
 
-    /// The height and width of the output for those of the input.
+    /// Returns the height and width of the output for an input of height `h` and width `w`.
     pub(crate) fn output_size(&self, [h, w]: [usize; 2]) -> [usize; 2] {
         match self.scale {
             Scale::Stride(stride) => [h.div_ceil(stride), w.div_ceil(stride)],
@@ -146,8 +146,8 @@ impl Linear {
     }
 }
 
-/// GroupNorm (Wu and He 2018) of feature maps with 8 groups, and the activation after it. Names of weights are
-/// PyTorch's (`weight`, `bias`).
+/// GroupNorm (Wu and He 2018) of feature maps with 8 groups, followed by an activation. Names of weights are PyTorch's
+/// (`weight`, `bias`).
 #[derive(Debug, Clone)]
 pub struct GroupNorm {
     pub(crate) weight: Tensor,
@@ -179,8 +179,8 @@ impl GroupNorm {
     }
 }
 
-/// The sines and cosines of a timestep at geometrically decreasing frequencies, the last 1 / 10000. Vaswani et al.
-/// 2017; the divisor is that of Ho et al.'s code.
+/// The sines and cosines of a timestep at geometrically decreasing frequencies, of which the last is 1 / 10000.
+/// Vaswani et al. 2017; the divisor is that of Ho et al.'s code.
 #[derive(Debug, Clone)]
 pub struct Sinusoids {
     half: usize,

@@ -1,5 +1,5 @@
-// In Markdown the first definition of a link takes effect: these replace the README's links to files by links within
-// rustdoc, and its picture by a copy within the page.
+// The first definition of a Markdown link takes effect. These definitions replace the README's links to files by
+// links within rustdoc, and its picture by a copy within the page.
 #![doc = include_str!("../docs/images/inline.md")]
 //! [process]: crate::docs::process
 //! [network]: crate::docs::network

@@ -1,4 +1,4 @@
-//! Networks: layers and blocks, the [`Graph`] that a network is, and the [`Model`] that runs it.
+//! Networks: layers and blocks, the [`Graph`] of a network, and the [`Model`] that runs it.
 //!
 //! The chapter [the network](crate::docs::network) describes the crate's U-Net and how to write a network of your own.
 

@@ -183,8 +183,8 @@ pub fn gif(pictures: &[DynamicImage]) -> Result<Vec<u8>> {
         return Err(Error::config("size of a picture", other, expected));
     }
 
-    // The palette of the file is that of its first frame, which all grey frames share. With an empty palette in the
-    // file, Pillow would show frames by it whose own palette is all greys in order.
+    // The palette of the file is that of its first frame, which all grey frames share. If the file's palette were
+    // empty, Pillow would use it for frames whose own palette is all greys in order.
     let mut frames = pictures.iter().map(|picture| frame(picture, width, height)).peekable();
     let palette = frames.peek().and_then(|frame| frame.palette.clone()).unwrap_or_default();
     let mut encoder = Encoder::new(vec![], width, height, &palette).map_err(Error::external)?;
@@ -236,7 +236,7 @@ pub struct Frames {
 }
 
 impl Frames {
-    /// The most frames of an animation. Of more sampling steps, so many are shown, evenly spread.
+    /// Maximum number of frames of an animation. If there are more sampling steps, evenly spaced ones are shown.
     pub const MOST: usize = 48;
 
     /// Creates an animation of `steps` sampling steps.
@@ -373,7 +373,7 @@ mod tests {
         let before = fs::read(&path).unwrap();
         assert!(save(&samples(&[f32::NAN], (1, 1, 1, 1)), &path).is_err());
         assert_eq!(fs::read(&path).unwrap(), before);
-        // A directory is in the way.
+        // A directory blocks the path.
         fs::create_dir(temp.path().join("new/taken.png")).unwrap();
         let found = message(save(&batch, temp.path().join("new/taken.png")));
         assert!(found.contains("taken.png: "), "{found}");
@@ -382,7 +382,7 @@ mod tests {
         assert!(found.contains("samples.jpg; it must be a file name that ends in .png"), "{found}");
     }
 
-    /// The palette of the whole file, those of its frames, and its frames as they are shown.
+    /// Returns the palette of the whole file, those of its frames, and the frames as displayed.
     fn film(pictures: &[DynamicImage]) -> (Vec<u8>, Vec<Option<Vec<u8>>>, Vec<DynamicImage>) {
         let bytes = gif(pictures).unwrap();
         let mut decoder = gif::DecodeOptions::new().read_info(bytes.as_slice()).unwrap();
@@ -412,7 +412,7 @@ mod tests {
 
     #[test]
     fn the_first_palette_of_a_coloured_film_is_the_palette_of_the_file() {
-        // Few colours, so that each frame has exactly its own.
+        // Few colours, so that the palette of each frame holds exactly its colours.
         let pictures: Vec<_> =
             (1..=3).map(|k| grid_of(&[k * 40, 200, 9, k, 77, 0], (3, 1, 2)).unwrap()).collect();
         let (palette, palettes, frames) = film(&pictures);

@@ -16,7 +16,7 @@ pub enum Precision {
     /// f32 throughout.
     #[default]
     Highest,
-    /// f32 in memory, with cheaper products accurate to about 16 bits where the machine has them.
+    /// f32 in memory, with cheaper products accurate to about 16 bits, if the machine has them.
     ///
     /// On a CPU with AMX, convolutions are three products of bf16 parts, whose speed is not yet measured. On a CUDA
     /// device of compute capability 8.0 or later, all products are TF32. Elsewhere this is the same as
@@ -62,13 +62,13 @@ impl FromStr for Precision {
 }
 
 impl Precision {
-    /// Whether it takes the feature `f16`.
+    /// Returns whether the precision requires the feature `f16`.
     pub(crate) fn is_half(self) -> bool {
         matches!(self, Self::BF16 | Self::F16)
     }
 
     /// # Errors
-    /// If this build lacks what it takes.
+    /// Returns an error if this build lacks a feature that the precision requires.
     pub(crate) fn validate(self) -> Result<()> {
         if self.is_half() && !cfg!(feature = "f16") {
             let expected =

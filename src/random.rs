@@ -1,23 +1,23 @@
-//! All randomness of the crate: Philox4x32-10 (Salmon et al. 2011), keyed by seed and addressed by
-//! purpose, step and sample.
+//! All randomness of the crate: Philox4x32-10 (Salmon et al. 2011), keyed by seed and addressed by purpose, step and
+//! sample.
 //!
 //! No generator has a state that advances. A request for random numbers states their purpose, and returns the same
 //! numbers at any time and in any order of requests. A resumed run therefore draws the numbers of an uninterrupted one,
 //! sample `k` of a batch does not depend on the size of the batch, and a GPU can draw the same numbers from the same
-//! counters. Logarithm and sine come from the portable `libm`, so normals are the same bits on every platform.
+//! counters. Logarithm and sine come from the portable `libm`, so normals have the same bits on every platform.
 
 use candle_core::{DType, Device, Tensor};
 use rand::RngCore;
 
 use crate::error::{Error, Result};
 
-/// A seed, from which every random number of a run follows.
+/// A seed, which determines every random number of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Noise {
     seed: u64,
 }
 
-/// The place of the random numbers of all samples: the key, and the two parts of the counter's upper half.
+/// The address of the random numbers of all samples: the key, and the two parts of the counter's upper half.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Address {
     pub seed: u64,
@@ -47,22 +47,22 @@ pub(crate) enum Purpose {
 }
 
 impl Noise {
-    /// The random numbers of `seed`.
+    /// Creates the source of the random numbers of `seed`.
     pub fn new(seed: u64) -> Self {
         Self { seed }
     }
 
-    /// The numbers for one sample (its position within the batch) at one step.
+    /// Returns the numbers for one sample (its position within the batch) at one step.
     pub(crate) fn stream(self, purpose: Purpose, step: u64, sample: u32) -> Stream {
         self.indexed(purpose, 0, step, sample)
     }
 
-    /// The same as [`stream`](Self::stream), for the `index`-th user of the same purpose.
+    /// Returns the numbers of [`stream`](Self::stream) for the `index`-th user of the same purpose.
     pub(crate) fn indexed(self, purpose: Purpose, index: u16, step: u64, sample: u32) -> Stream {
         self.address(purpose, index, step).stream(sample)
     }
 
-    /// The place of the numbers of all samples.
+    /// Returns the address of the numbers of all samples.
     pub(crate) fn address(self, purpose: Purpose, index: u16, step: u64) -> Address {
         // 8 bits of purpose, 16 of index, 40 of step: a trillion steps before one repeats.
         let place = ((purpose as u64) << 56) | (u64::from(index) << 40);
@@ -71,7 +71,7 @@ impl Noise {
 }
 
 impl Address {
-    /// The numbers of one sample.
+    /// Returns the numbers of one sample.
     pub fn stream(self, sample: u32) -> Stream {
         let Self { seed, place, step } = self;
         let place = place | step;
@@ -113,7 +113,7 @@ pub(crate) struct Stream {
 }
 
 impl Stream {
-    /// Uniform in `0..bound`, without bias (Lemire 2019). `bound` must not be 0.
+    /// Draws a uniform integer in `0..bound`, without bias (Lemire 2019). `bound` must not be 0.
     pub fn below(&mut self, bound: u32) -> u32 {
         let threshold = bound.wrapping_neg() % bound;
         loop {
@@ -124,12 +124,12 @@ impl Stream {
         }
     }
 
-    /// Uniform in the open interval (0, 1), with 32 bits.
+    /// Draws a uniform number in the open interval (0, 1), with 32 bits.
     pub fn uniform(&mut self) -> f64 {
         (f64::from(self.next_u32()) + 0.5) / 4294967296.0
     }
 
-    /// Writes standard normals, two from each pair of integers (Box and Muller 1958). None is farther from 0 than 6.8,
+    /// Writes standard normals, two from each pair of integers (Box and Muller 1958). Their magnitude is at most 6.8,
     /// because the smallest uniform number is 2^-33.
     pub fn fill_normal(&mut self, out: &mut [f32]) {
         for pair in out.chunks_mut(2) {
@@ -142,7 +142,7 @@ impl Stream {
         }
     }
 
-    /// A random order of `0..n` (Fisher and Yates).
+    /// Draws a random order of `0..n` (Fisher and Yates).
     ///
     /// # Errors
     /// Returns an error if there is not enough memory.
@@ -191,7 +191,7 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    /// The masks of training step `step`, counted from 0, with this seed. For a training loop of your own.
+    /// Returns the masks of training step `step`, counted from 0, with this seed. For use in a custom training loop.
     pub fn new(seed: u64, step: u64) -> Self {
         Self { noise: Noise::new(seed), step, first_sample: 0 }
     }
@@ -224,7 +224,7 @@ impl Dropout {
     }
 }
 
-/// Ten rounds of Philox4x32: four random words for each counter.
+/// Computes ten rounds of Philox4x32: four random integers for each counter.
 fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     let ([mut c0, mut c1, mut c2, mut c3], [mut k0, mut k1]) = (counter, key);
     for _ in 0..10 {
@@ -262,7 +262,7 @@ mod tests {
         let mut stream = Noise::new(7).stream(Purpose::Training, 3, 5);
         let mut normals = [0f32; 3];
         stream.fill_normal(&mut normals);
-        // As the same counters give in Python, with its own logarithm, sine and cosine.
+        // The values that Python computes from the same counters, with its own logarithm, sine and cosine.
         assert_eq!(normals.map(f32::to_bits), [3201282730, 1054440160, 1047156660]);
         assert_eq!(
             Noise::new(7).stream(Purpose::Shuffle, 0, 0).permutation(6).unwrap(),
@@ -327,7 +327,7 @@ mod tests {
 
     #[test]
     fn a_mask_without_memory_is_an_error() {
-        // More than memory, then more than its addresses, then more than there are numbers.
+        // More than the memory, more than the address space, and more than there are random numbers.
         for (batch, channels) in [(1 << 30, 1 << 20), (1 << 40, 1 << 23), (usize::MAX, 3)] {
             let mask = Dropout::new(0, 0).mask(0, batch, channels, 0.5, DType::F32, &Device::Cpu);
             let message = mask.unwrap_err().to_string();

@@ -1,7 +1,7 @@
-//! candle-datasets' readers, as a second opinion on ours.
+//! The readers of candle-datasets, compared with those of this crate.
 //!
-//! With `DDPM_DATA` naming the directory that `scripts/fetch-data all` filled, the real sets are
-//! compared too.
+//! If `DDPM_DATA` names the directory that `scripts/fetch-data all` filled, the published sets are
+//! compared, too.
 
 use std::env;
 use std::fs;
@@ -28,7 +28,7 @@ fn assert_agree(theirs: Dataset, train: Images, test: Images) -> Result<()> {
     Ok(())
 }
 
-/// Theirs are bytes divided by 255, which rounding recovers exactly.
+/// candle-datasets divides bytes by 255. Rounding recovers them exactly.
 fn bytes(image: &Tensor) -> Result<Vec<u8>> {
     Ok(image.to_vec1::<f32>()?.into_iter().map(|x| (x * 255.0).round() as u8).collect())
 }
@@ -67,7 +67,7 @@ fn mnist_agrees() -> Result<()> {
 #[test]
 fn cifar10_agrees() -> Result<()> {
     let dir = TempDir::new()?;
-    // Theirs reads batches of exactly 10,000 images.
+    // candle-datasets reads batches of exactly 10,000 images.
     let names = (1..=5).map(|n| format!("data_batch_{n}.bin")).chain(["test_batch.bin".to_owned()]);
     for (seed, name) in names.enumerate() {
         let mut batch = noise(10_000 * 3073, seed as u32);

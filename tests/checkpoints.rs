@@ -1,4 +1,4 @@
-//! Checkpoints: exact to resume, whole at any moment, and clear about what is wrong with one.
+//! Checkpoints: they resume exactly, are complete at any moment, and errors state the problem.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Lines};
@@ -65,7 +65,7 @@ fn resume(dir: &Path, config: TrainConfig) -> Result<Trainer<UNetConfig>> {
     Trainer::resume(dir, network(), config, Diffusion::ddpm(), &Device::Cpu)
 }
 
-/// A directory with a checkpoint after two steps.
+/// Creates a directory with a checkpoint after two steps.
 fn saved() -> (TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = dir.path().join("checkpoint");
@@ -110,7 +110,7 @@ fn a_resumed_run_equals_the_unbroken_one() {
     assert_eq!(Checkpoint::open(&broken).unwrap().step(), 7);
 }
 
-/// The trainer's network, taking no gradients: so it is computed as a loaded one is.
+/// Returns the trainer's network without gradients, so that it is computed like a loaded one.
 fn frozen(trainer: &Trainer<UNetConfig>) -> Model<UNet> {
     let weights = trainer.vars().iter().map(|(k, v)| (k.clone(), v.as_detached_tensor())).collect();
     let vb = VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu);
@@ -126,7 +126,7 @@ fn sampling_needs_the_directory_alone() {
     assert_eq!(checkpoint.train_config(), &config(2));
     let sampler = Sampler::new(checkpoint.diffusion(), Solver::ddim(), 3).unwrap();
     let sample = |model: &dyn Denoiser| {
-        // Not `sample`, which clamps: few steps of this training leave hardly anything else.
+        // `sample` would clamp: after so few steps of training, nearly all values are out of range.
         let steps = sampler.steps(&model, (2, 1, 8, 8), 5, &Device::Cpu).unwrap();
         let images = steps.map(|step| step.unwrap().x).last().unwrap();
         images.flatten_all().unwrap().to_vec1::<f32>().unwrap()
@@ -188,7 +188,7 @@ fn the_last_k_are_kept_and_nothing_else_is_touched() {
     let batch = trainer.next_batch(&Waves(11)).unwrap();
     trainer.step(&batch).unwrap();
     trainer.save(&path).unwrap();
-    // Now step 7 would have to go where somebody's directory is.
+    // Step 7 would now be moved to a path where a foreign directory is.
     let error = trainer.save(&path).unwrap_err();
     let expected = dir.path().join("checkpoint-000000007");
     assert!(matches!(&error, Error::Occupied { path, .. } if *path == expected), "{error}");
@@ -202,7 +202,7 @@ fn the_last_k_are_kept_and_nothing_else_is_touched() {
 fn a_new_run_beside_an_old_one_keeps_both() {
     let (dir, path) = saved();
     let mut trainer = new(TrainConfig { seed: 1, ..config(100) });
-    // The old run's, moved aside, and a copy that a user made: another step than its name says.
+    // The checkpoint of the old run that was moved aside, and a copy by a user, whose name has another step.
     let old = dir.path().join("checkpoint-000000002");
     fs::rename(&path, &old).unwrap();
     let copy = dir.path().join("checkpoint-20251123153000");
@@ -220,7 +220,7 @@ fn a_new_run_beside_an_old_one_keeps_both() {
         ["checkpoint", "checkpoint-000000001", "checkpoint-000000002", "checkpoint-20251123153000"];
     assert_eq!(names(dir.path()), kept);
 
-    // Its own step 2 has no place to go to: an error, and nothing is lost.
+    // The new run cannot move its own step 2 to this path: the save fails, and nothing is lost.
     let batch = trainer.next_batch(&Waves(11)).unwrap();
     trainer.step(&batch).unwrap();
     let before = snapshot(dir.path());
@@ -260,19 +260,19 @@ fn between_the_two_renames_the_new_one_is_found_and_not_lost() {
     let found = Checkpoint::open(&path).unwrap();
     assert_eq!((found.step(), found.dir()), (3, &*saving));
 
-    // Whoever may not replace it leaves it as it is.
+    // A run that may not replace the checkpoint leaves it unchanged.
     let before = snapshot(dir.path());
     new(TrainConfig { seed: 1, ..config(1) }).save(&path).unwrap_err();
     assert_eq!(snapshot(dir.path()), before);
 
-    // The next save first puts it in its place, and then aside.
+    // The next save first moves it to its place, and then aside.
     let mut trainer = resume(&path, config(4)).unwrap();
     trainer.fit(&Waves(11), &mut ()).unwrap();
     trainer.save(&path).unwrap();
     assert_eq!(names(dir.path()), ["checkpoint", "checkpoint-000000003", "other"]);
     assert_eq!(Checkpoint::open(&path).unwrap().step(), 4);
 
-    // One that was not written to its end counts for nothing.
+    // An incomplete new checkpoint is ignored.
     fs::rename(&path, &saving).unwrap();
     truncate(&saving.join("checkpoint.json"), |n| n - 1);
     assert_eq!(Checkpoint::open(&path).unwrap().step(), 3);
@@ -302,7 +302,7 @@ fn another_runs_checkpoint_is_not_replaced() {
     let cosine = Diffusion::new(NoiseSchedule::cosine(1000).unwrap(), Prediction::Epsilon);
     refused(network(), config(2), cosine);
 
-    // The same run, begun anew, would push the old one out with a few saves.
+    // A second run with the same configuration would remove the old one after a few saves.
     let error = new(TrainConfig { log_every: 5, ..config(9) }).save(&path).unwrap_err();
     assert!(error.to_string().contains("step is 0; it must be at least 2"), "{error}");
     assert_eq!(snapshot(dir.path()), before);
@@ -325,7 +325,7 @@ fn a_failed_save_leaves_the_last_checkpoint_and_no_rubbish() {
     let (dir, path) = saved();
     let before = fs::read(path.join(FILES[0])).unwrap();
     let trainer = resume(&path, config(3)).unwrap();
-    // A file where the directory for new files belongs is somebody's.
+    // A file at the path of the directory for new files belongs to the user.
     fs::write(dir.path().join("checkpoint.saving"), "in the way").unwrap();
     let error = trainer.save(&path).unwrap_err();
     assert!(matches!(error, Error::Occupied { .. }), "{error}");
@@ -359,7 +359,7 @@ fn edit(path: &Path, edit: impl FnOnce(&mut serde_json::Value)) {
     fs::write(file, serde_json::to_vec(&json).unwrap()).unwrap();
 }
 
-/// Makes of a checkpoint one of 0.1.0's format, which had no checksums.
+/// Converts a checkpoint to the format of 0.1.0, which had no checksums.
 fn as_format_1(path: &Path) {
     edit(path, |json| {
         json["format_version"] = 1.into();
@@ -367,7 +367,7 @@ fn as_format_1(path: &Path) {
     });
 }
 
-/// Rewrites a file of tensors of a checkpoint, which is one without checksums then.
+/// Rewrites a file of tensors of a checkpoint, and removes the checksums.
 fn edit_tensors(file: &Path, edit: impl FnOnce(&mut std::collections::HashMap<String, Tensor>)) {
     let mut tensors = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
     edit(&mut tensors);
@@ -647,7 +647,7 @@ fn a_network_that_cannot_be_built_names_the_file() {
     assert!(message.contains(expected), "{message}");
 }
 
-/// Files of weights may come from elsewhere, in another precision.
+/// Files of weights may have another precision, because they may come from elsewhere.
 #[test]
 fn averages_of_another_precision_go_on_in_the_weights() {
     let (_dir, path) = saved();
@@ -726,7 +726,7 @@ fn snapshot(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
         if path.is_dir() {
             files.extend(snapshot(&path));
         } else {
-            // A link may lead nowhere.
+            // A link may be dangling.
             files.push((path.clone(), fs::read(path).unwrap_or_default()));
         }
     }
@@ -787,7 +787,7 @@ fn step_and_save(trainer: &mut Trainer<UNetConfig>, path: &Path) -> Saved {
 
 #[test]
 fn a_checkpoint_of_format_1_is_read_and_goes_on() {
-    // What 0.1.0's format had in it, as the example `mnist` wrote it.
+    // The content of a checkpoint in the format of 0.1.0, as the example `mnist` wrote it.
     let json = include_str!("data/checkpoint-format-1.json");
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("checkpoint");
@@ -818,7 +818,7 @@ fn what_trained_in_half_precision_is_read_by_every_build() {
         let (_dir, path) = saved();
         edit(&path, |json| {
             json["train"]["precision"] = precision.into();
-            // Such a run has it in f16; of settings that a later version might refuse, too.
+            // A run in f16 has a scaler. Its settings may be ones that a later version rejects.
             json["train"]["grad_scaler"]["growth_factor"] = 0.5.into();
         });
         let checkpoint = Checkpoint::open(&path).unwrap();
@@ -863,7 +863,7 @@ fn every_flipped_bit_is_seen_and_the_file_named() {
         fs::write(&file, whole).unwrap();
         Checkpoint::open(&path).unwrap();
     }
-    // Weights of another step, under a name with this one.
+    // The weights of another step, under the name of this one.
     fs::copy(dir.path().join("checkpoint-000000002").join(FILES[0]), path.join(FILES[0])).unwrap();
     let message = Checkpoint::open(&path).map(drop).unwrap_err().to_string();
     assert!(message.contains("its CRC-32 is "), "{message}");
@@ -893,7 +893,7 @@ fn a_checkpoint_that_was_replaced_while_open_says_so() {
     assert_eq!(Checkpoint::open(&path).unwrap().step(), 3);
 }
 
-/// Only as a child process, by the test below.
+/// Runs only as a child process, started by the test below.
 #[cfg(target_os = "linux")]
 #[test]
 fn opens_a_huge_state() {
@@ -944,7 +944,7 @@ fn a_state_takes_little_more_memory_than_its_file() {
         let huge = json.replacen(from, &to, 1);
         assert!((58 << 20..64 << 20).contains(&huge.len()), "{what}: {}", huge.len());
         fs::write(path.join("checkpoint.json"), huge).unwrap();
-        // The file, a copy of its largest part, and what the program itself takes.
+        // The limit allows for the file, a copy of its largest part, and the program itself.
         let output = Command::new("sh")
             .args(["-c", "ulimit -v 400000; exec \"$0\" --exact opens_a_huge_state --nocapture"])
             .arg(&program)
@@ -966,7 +966,7 @@ fn within_a_run_the_step_is_the_age_whatever_the_times_are() {
     for _ in 0..3 {
         step_and_save(&mut trainer, &path);
     }
-    // As a copy may leave them: the later the step, the older the file.
+    // File times as a copy may set them: later steps have older files.
     let now = std::time::SystemTime::now();
     for (hours, name) in
         ["checkpoint-000000001", "checkpoint-000000002", "checkpoint"].iter().enumerate()
@@ -982,8 +982,8 @@ fn within_a_run_the_step_is_the_age_whatever_the_times_are() {
     assert_eq!(Checkpoint::open(&path).unwrap().step(), 3);
 }
 
-/// Runs a test of this file as a process of its own, without the rights of root if we have them: a test
-/// of what may not be removed.
+/// Runs a test of this file in a separate process, without root's permissions if it has them, to test failing
+/// removals.
 #[cfg(unix)]
 fn as_ordinary_user(test: &str, dir: &Path) {
     use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -991,8 +991,8 @@ fn as_ordinary_user(test: &str, dir: &Path) {
 
     const NOBODY: u32 = 65534;
     let program = dir.join("tests");
-    // Where another user finds it, and by a process of its own: a program that another test's child still has
-    // open for writing is busy.
+    // The program is copied to a place that the other user can read. A separate process copies it: a program
+    // that another test's child still has open for writing is busy.
     let copied = Command::new("cp").arg(std::env::current_exe().unwrap()).arg(&program).status();
     assert!(copied.unwrap().success());
     let mut command = Command::new(&program);
@@ -1011,7 +1011,7 @@ fn as_ordinary_user(test: &str, dir: &Path) {
 #[cfg(unix)]
 const PROTECTED: &str = "DDPM_TEST_PROTECTS_IN";
 
-/// Only as a child process, by the test below.
+/// Runs only as a child process, started by the test below.
 #[cfg(unix)]
 #[test]
 fn saves_beside_protected_checkpoints() {
@@ -1031,7 +1031,7 @@ fn saves_beside_protected_checkpoints() {
     let mut trainer = new(config(100));
     assert!(step_and_save(&mut trainer, &path).warnings.is_empty());
     assert!(step_and_save(&mut trainer, &path).warnings.is_empty());
-    // "I want to keep this one."
+    // A checkpoint that a user protects from changes.
     let kept = dir.join("checkpoint-000000001");
     allow(&kept, 0o555);
     for step in 3..6 {
@@ -1044,7 +1044,7 @@ fn saves_beside_protected_checkpoints() {
     allow(&kept, 0o755);
     assert!(step_and_save(&mut trainer, &path).warnings.is_empty());
 
-    // What a removal that was cut off left, and what a copy left where a step is saved again.
+    // The remains of an interrupted removal, and of a copy at the path of a step that is saved again.
     let rest = dir.join("checkpoint.removing");
     fs::create_dir(&rest).unwrap();
     fs::write(rest.join("model.safetensors"), "half of it").unwrap();
@@ -1071,7 +1071,7 @@ fn saves_beside_protected_checkpoints() {
     assert_eq!(names(&dir), ["checkpoint", "checkpoint-000000008", "tests"]);
 }
 
-/// Only as a child process, by the test below.
+/// Runs only as a child process, started by the test below.
 #[cfg(unix)]
 #[test]
 fn claims_in_a_directory_of_others() {
@@ -1116,7 +1116,7 @@ fn what_no_save_wrote_is_not_removed() {
     };
     assert_eq!(*told, noted);
     assert!(source.to_string().starts_with("it holds notes.txt, which is not"), "{source}");
-    // Files that a system adds are in nobody's way.
+    // Files that a system adds do not prevent a save.
     fs::remove_file(noted.join("notes.txt")).unwrap();
     fs::write(noted.join(".DS_Store"), "").unwrap();
     assert!(step_and_save(&mut trainer, &path).warnings.is_empty());
@@ -1242,7 +1242,7 @@ fn a_claim_finds_what_is_in_the_way_before_the_first_step() {
             (Err(message), Some(expected)) => {
                 assert!(message.contains(expected), "{what}: {message}");
                 assert_eq!(snapshot(dir.path()), before, "{what}");
-                // What was found is what would have ended the run.
+                // The claim returns the error that would have ended the run.
                 assert_eq!(
                     trainer.save(&path).is_err(),
                     !what.contains("old one is moved"),
@@ -1299,7 +1299,7 @@ fn one_run_has_one_writer() {
         assert!(error.to_string().ends_with(expected), "{error}");
         assert_eq!(snapshot(dir.path()), before);
     }
-    // By another way to the same place, and again.
+    // By another path to the same place, and again.
     step_and_save(
         &mut trainer,
         &dir.path().join("../").join(dir.path().file_name().unwrap()).join("checkpoint"),
@@ -1312,7 +1312,7 @@ fn one_run_has_one_writer() {
     resume(&path, config(9)).unwrap().claim(&path).unwrap();
 }
 
-/// Only as a child process, by the test below.
+/// Runs only as a child process, started by the test below.
 #[test]
 fn claims_and_waits_to_be_killed() {
     let Some(path) = std::env::var_os(CLAIMED).map(PathBuf::from) else { return };
@@ -1365,7 +1365,7 @@ fn a_run_whose_directory_is_removed_saves_all_the_same_and_says_so() {
     assert_eq!(*told, out);
     assert_eq!(Checkpoint::open(&path).unwrap().step(), 2);
     assert!(step_and_save(&mut trainer, &path).warnings.is_empty());
-    // The claim holds again.
+    // The claim is effective again.
     assert!(matches!(new(config(9)).claim(&path), Err(Error::Locked { .. })));
 }
 
@@ -1423,10 +1423,10 @@ fn a_checkpoint_of_no_name_is_refused_by_name() {
     assert_eq!(message, r#"checkpoint directory is ""; it must be a path"#);
 }
 
-/// Set for the process that the test below kills.
+/// The environment variable of the process that the test below kills.
 const VICTIM: &str = "DDPM_TEST_SAVES_UNTIL_KILLED";
 
-/// Saves as fast as it can, and tells when it begins to and what it saved. Only as a child process.
+/// Saves as fast as possible, and prints when a save begins and what it saved. Runs only as a child process.
 #[test]
 fn saves_until_killed() {
     let Some(path) = std::env::var_os(VICTIM).map(PathBuf::from) else { return };
@@ -1459,7 +1459,8 @@ fn killed_at_any_moment_a_run_resumes() {
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let step_of = |line: &str| line.split_once("saved ")?.1.parse::<u64>().ok();
         let begins = |lines: &mut Lines<_>| lines.any(|line| line.unwrap().ends_with("saving"));
-        // The first save tells how long one takes; then a random moment, most likely within one.
+        // The first save shows how long a save takes. Then the child is killed at a random moment, most
+        // likely within a save.
         assert!(begins(&mut lines), "round {round}: a first save");
         let start = Instant::now();
         let first = lines.by_ref().find_map(|line| step_of(&line.unwrap())).expect("a first save");
@@ -1480,7 +1481,7 @@ fn killed_at_any_moment_a_run_resumes() {
         assert!(first > last, "round {round}: {first} after {last}");
         assert!(trainer.steps() >= told, "round {round}: {} after {told}", trainer.steps());
         last = told;
-        // What was left is for the next child to remove, or for us.
+        // Leftovers are removed by the next child, or by the test.
         if round % 2 == 1 {
             trainer.save(&path).unwrap();
             let aside = format!("checkpoint-{:09}", trainer.steps());

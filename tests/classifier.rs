@@ -1,4 +1,5 @@
-//! The classifier of the example `mnist-fd`: its convolutions, against candle's, and its figures.
+//! The classifier of the example `mnist-fd`: its convolutions, compared with candle's, and its
+//! figures.
 #![allow(dead_code, reason = "a part of the example is tested")]
 
 #[path = "../examples/mnist-fd/classifier.rs"]
@@ -18,7 +19,7 @@ fn assert_near(found: f64, expected: f64) {
     assert!((found - expected).abs() <= 1e-9 * (1.0 + expected.abs()), "{found}, not {expected}");
 }
 
-/// Points of uniform numbers, the further ones in wider ranges.
+/// Points of uniform numbers, with a wider range for each further point.
 fn points(count: usize, size: usize, seed: u32) -> Vec<f32> {
     let uniform = |i: u32| {
         let x = (i + seed).wrapping_mul(2_654_435_761);
@@ -28,7 +29,7 @@ fn points(count: usize, size: usize, seed: u32) -> Vec<f32> {
     (0..count * size).map(|i| (uniform(i as u32) * (1 + i % size) as f64) as f32).collect()
 }
 
-/// `values` from -1 to 1 that have no pattern.
+/// Values from -1 to 1 without a pattern.
 fn tensor(shape: &[usize], seed: u32) -> candle_core::Result<Tensor> {
     let values = points(shape.iter().product(), 1, seed);
     Tensor::from_vec(values, shape, &Device::Cpu)?.affine(2.0, -1.0)
@@ -41,7 +42,7 @@ fn assert_same(found: &Tensor, expected: &Tensor) -> candle_core::Result<()> {
     Ok(())
 }
 
-/// 7 pixels as well, whose last patches are half outside.
+/// Includes maps of 7 pixels, whose last patches are half outside.
 #[test]
 fn a_convolution_of_patches_is_candles() -> candle_core::Result<()> {
     let (batch, channels, outputs) = (2, 3, 5);
@@ -80,7 +81,8 @@ fn patches_of_a_moved_image_are_those_of_candles_convolution() -> Result<()> {
         let patches = Tensor::from_vec(patches, (SIZE / 2 * SIZE / 2, PATCH), &Device::Cpu)?;
         let found = Linear::new(weights.clone(), None).forward(&patches)?;
 
-        // In the middle of a larger black image, from which the convolution takes its part.
+        // The image lies in the middle of a larger black one, from which the convolution takes its
+        // part.
         let mut large = vec![-1.0f32; 40 * 40];
         for (y, row) in pixels.chunks_exact(SIZE).enumerate() {
             let start = (6 + down + y as isize) * 40 + 6 + right;
@@ -94,7 +96,7 @@ fn patches_of_a_moved_image_are_those_of_candles_convolution() -> Result<()> {
     Ok(())
 }
 
-/// Labels that are what the classifier says, but for three.
+/// The labels are the classifier's answers, except for three.
 #[test]
 fn accuracy_is_the_share_of_labels_that_are_told_right() -> Result<()> {
     let (count, temp) = (10, tempfile::tempdir()?);

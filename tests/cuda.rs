@@ -1,6 +1,6 @@
-//! A CUDA device against the CPU: the same networks, the same numbers within what rounding does.
+//! A CUDA device compared with the CPU: the same networks give the same numbers, up to rounding.
 //!
-//! Without a GPU, `tests/stand-in-cuda` is one.
+//! On a machine without a GPU, the libraries of `tests/stand-in-cuda` replace it.
 #![cfg(feature = "cuda")]
 
 use std::collections::BTreeMap;
@@ -31,7 +31,7 @@ fn off(found: &Tensor, expected: &Tensor) -> f64 {
     off_of(found, expected, 0.0)
 }
 
-/// The same, where `expected` may be next to nothing beside what has this norm.
+/// The norm of the difference, relative to `beside`, for an `expected` that may be close to zero.
 fn off_of(found: &Tensor, expected: &Tensor, beside: f64) -> f64 {
     assert_eq!(found.dims(), expected.dims());
     let difference: Vec<f32> =
@@ -43,7 +43,7 @@ fn norm(values: &[f32]) -> f64 {
     values.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt()
 }
 
-/// Networks with every kind of layer, and sizes that are no multiples of anything.
+/// Networks with every kind of layer, and with sizes that are not multiples of block sizes.
 fn networks() -> [UNetConfig; 2] {
     [
         UNetConfig {
@@ -107,7 +107,7 @@ fn networks_and_their_gradients_are_the_cpus() -> Result<()> {
     for config in networks() {
         let (expected, expected_gradients) =
             gradients(&config, inputs(&config)?, Precision::Highest, &Device::Cpu)?;
-        // Of the output, of each weight's gradient, and of all of them together.
+        // Limits for the output, for the gradient of each weight, and for all gradients together.
         let mut limits =
             vec![(Precision::Highest, 3e-6, 2e-5, 5e-6), (Precision::High, 2e-3, 1e-2, 5e-3)];
         if cfg!(feature = "f16") {
@@ -119,7 +119,7 @@ fn networks_and_their_gradients_are_the_cpus() -> Result<()> {
             let error = off(&output, &expected);
             println!("{precision}: output off by {error:.1e}");
             assert!(error < output_limit, "{precision}: output off by {error}");
-            // A bias before a normalisation of single channels has none.
+            // A bias before a normalisation of single channels has no gradient.
             let all =
                 expected_gradients.values().map(|d| norm(&values(d)).powi(2)).sum::<f64>().sqrt();
             let (mut most, mut sum) = (0f64, 0f64);
@@ -163,7 +163,7 @@ fn the_process_is_the_cpus() -> Result<()> {
         assert!(off(&diffusion.q_sample(gx, gt, ge)?, &diffusion.q_sample(&x, &t, &eps)?) < 1e-6);
         assert!(off(&diffusion.target(gx, gt, ge)?, &diffusion.target(&x, &t, &eps)?) < 1e-6);
     }
-    // Beyond the schedule there is nothing to read.
+    // A timestep beyond the schedule must not be read from the table.
     let diffusion = Diffusion::new(NoiseSchedule::cosine(100)?, Prediction::Epsilon);
     let beyond = Tensor::new(&[5u32, 100, 6], &Device::Cpu)?.to_device(&gpu)?;
     let found = values(&diffusion.q_sample(&on_gpu[0], &beyond, &on_gpu[2])?);
@@ -196,7 +196,7 @@ fn samples_are_the_cpus() -> Result<()> {
     Ok(())
 }
 
-/// No step waits for the device to be asked; the last one does.
+/// Only the last step waits for the device.
 #[test]
 fn a_prediction_that_is_not_finite_is_told_with_the_last_step() -> Result<()> {
     for (bad, value) in [(999, f32::NAN), (333, f32::INFINITY), (0, f32::NEG_INFINITY)] {
@@ -218,7 +218,7 @@ fn a_prediction_that_is_not_finite_is_told_with_the_last_step() -> Result<()> {
     Ok(())
 }
 
-/// Training with everything that there is.
+/// A training configuration with all features.
 fn training(precision: Precision) -> TrainConfig {
     TrainConfig {
         optimizer: AdamConfig::adamw(1e-3, 0.1),
@@ -242,7 +242,7 @@ fn batch(k: u64, device: &Device) -> Result<Tensor> {
     Ok(values.clamp(-1f32, 1f32)?.to_device(device)?)
 }
 
-/// All weights, or their averages, one after the other.
+/// All weights, or their averages, concatenated.
 fn all(tensors: impl Iterator<Item = Tensor>) -> Result<Tensor> {
     let tensors = tensors.map(|t| Ok(t.to_device(&Device::Cpu)?.flatten_all()?));
     Ok(Tensor::cat(&tensors.collect::<Result<Vec<_>>>()?, 0)?)
@@ -258,7 +258,7 @@ fn averages(trainer: &Trainer<UNetConfig>) -> Result<Tensor> {
 
 #[test]
 fn training_is_the_cpus() -> Result<()> {
-    // Updates of one part are captured after some, and launched as a graph from then on.
+    // Undivided updates are captured after some steps, and launched as a graph from then on.
     for (optimizer, accumulation) in [
         (AdamConfig::adamw(1e-3, 0.1), 2),
         (AdamConfig::adamw(1e-3, 0.1), 1),
@@ -280,7 +280,7 @@ fn training_is_the_cpus() -> Result<()> {
         }
         let captured = runs[1].is_captured();
         assert_eq!(captured, accumulation == 1, "{:?}", runs[1]);
-        // Adam's first updates hang on the signs of gradients near 0.
+        // Adam's first updates depend on the signs of gradients near 0.
         let [expected, found] = [weights(&runs[0])?, weights(&runs[1])?];
         let way = off(&before, &expected);
         let error = off(&found, &expected);
@@ -291,7 +291,8 @@ fn training_is_the_cpus() -> Result<()> {
     Ok(())
 }
 
-/// As on the CPU, but bit for bit only as far as the device's own sums are: here they have one order.
+/// Bit for bit, as on the CPU. This requires that the sums of the device have a fixed order, which
+/// they have here.
 #[test]
 fn a_resumed_run_is_the_unbroken_one() -> Result<()> {
     let mut precisions = vec![Precision::Highest];
@@ -300,7 +301,7 @@ fn a_resumed_run_is_the_unbroken_one() -> Result<()> {
     }
     for precision in precisions {
         let scaler = GradScalerConfig { growth_interval: 2, ..GradScalerConfig::default() };
-        // Unbroken, it is captured; broken after each step, it never is.
+        // The uninterrupted run is captured. The run that is resumed after each step never is.
         let config = TrainConfig { grad_scaler: scaler, accumulation: 1, ..training(precision) };
         let (gpu, dir) = (gpu(), tempfile::tempdir().unwrap());
         let path = dir.path().join("checkpoint");
@@ -322,7 +323,7 @@ fn a_resumed_run_is_the_unbroken_one() -> Result<()> {
     Ok(())
 }
 
-/// From a scale at which everything overflows down to one at which nothing does.
+/// The scale falls from a value at which everything overflows to one at which nothing does.
 #[test]
 fn overflows_are_skipped_on_the_device() -> Result<()> {
     if !cfg!(feature = "f16") {
@@ -364,7 +365,7 @@ fn overflows_are_skipped_on_the_device() -> Result<()> {
     Ok(())
 }
 
-/// More batches than may be on their way at once, each kept.
+/// Uploads more batches than may be in progress at once, and keeps each.
 #[test]
 fn batches_are_the_cpus() -> Result<()> {
     let images =
@@ -407,7 +408,7 @@ fn a_network_of_ones_own_is_computed_by_the_same_kernels_and_captured() -> Resul
     Ok(())
 }
 
-/// A step within another network's pass, whose maps lie where a captured step's would.
+/// The step runs within a pass of another network, whose maps share memory with a captured step.
 #[test]
 fn steps_within_a_pass_are_not_captured_ones() -> Result<()> {
     let config = TrainConfig { accumulation: 1, ..training(Precision::Highest) };
@@ -444,7 +445,7 @@ fn steps_within_a_pass_are_not_captured_ones() -> Result<()> {
     Ok(())
 }
 
-/// Steps of one's own between captured ones: the graph must not outlive what it reads.
+/// Custom steps between captured ones: the graph must not outlive the memory that it reads.
 #[test]
 fn captured_steps_and_others_take_turns() -> Result<()> {
     let config = TrainConfig { accumulation: 1, ..training(Precision::Highest) };

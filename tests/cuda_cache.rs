@@ -1,7 +1,7 @@
-//! Compiled kernels are kept on disk: only the first program that uses them compiles them.
+//! The cache of compiled kernels on disk: only the first program that uses them compiles them.
 //!
 //! The libraries of `tests/stand-in-cuda` count compilations in the file that `STAND_IN_COMPILES` names. On a GPU
-//! there is no count, and the results alone are compared.
+//! there is no count, and only the results are compared.
 #![cfg(feature = "cuda")]
 
 use std::fs;
@@ -13,7 +13,7 @@ use candle_core::{Device, Tensor};
 use ddpm::train::AdamConfig;
 use ddpm::{Diffusion, Result, Sampler, TrainConfig, Trainer, UNetConfig};
 
-/// What the test runs itself for once more, and where it writes the numbers.
+/// The environment variable of the child process: the work, and the file for its results.
 const CHILD: &str = "DDPM_TEST_CUDA_CACHE";
 
 fn noise(device: &Device) -> Result<Tensor> {
@@ -39,7 +39,8 @@ fn training(device: &Device) -> Result<Tensor> {
     Ok(Tensor::cat(&weights.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
 }
 
-/// What a process of its own computes with a cache, and how many modules it compiled, if that is known.
+/// Computes `what` in a separate process with a cache. Returns the result and the number of compiled modules, if
+/// it is known.
 fn run(what: &str, cache: &Path) -> (Vec<u8>, Option<u64>) {
     let temporary = tempfile::tempdir().unwrap();
     let [output, compiles] = ["output", "compiles"].map(|name| temporary.path().join(name));
@@ -84,11 +85,11 @@ fn kernels_are_compiled_once() -> Result<()> {
         }
     };
 
-    // Only the modules whose kernels are used.
+    // Only modules whose kernels are used are compiled.
     check(run("noise", &cache).1, 1);
     assert_eq!(files(&cache).len(), 1);
 
-    // Without a cache; with one that grows; with one that has everything.
+    // Without a cache, with an incomplete one, and with a complete one.
     let (expected, all) = run("training", Path::new("0"));
     assert!(!Path::new("0").exists());
     let (found, more) = run("training", &cache);
@@ -100,7 +101,7 @@ fn kernels_are_compiled_once() -> Result<()> {
     assert_eq!(found, expected);
     check(none, 0);
 
-    // What is damaged is compiled again, and replaced.
+    // A damaged file is compiled again, and replaced.
     let file = &files(&cache)[0];
     let whole = fs::read(file).unwrap();
     fs::write(file, &whole[..whole.len() / 2]).unwrap();
@@ -109,7 +110,7 @@ fn kernels_are_compiled_once() -> Result<()> {
     check(one, 1);
     assert_eq!(fs::read(file).unwrap(), whole);
 
-    // As is what the driver does not load: here a library that is gone.
+    // So is a file that the driver does not load, here because a library is missing.
     if all.is_some() {
         let at = whole.windows(9).rposition(|bytes| bytes == b"stand-in:").unwrap() + 9;
         let library = std::str::from_utf8(&whole[at..whole.len() - 1]).unwrap();
@@ -119,7 +120,7 @@ fn kernels_are_compiled_once() -> Result<()> {
         check(one, 1);
     }
 
-    // Nothing is read where others may write, nor written.
+    // In a directory where others may write, nothing is read or written.
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;

@@ -1,7 +1,7 @@
-//! Training does not wait for a CUDA device: told by the libraries of `tests/stand-in-cuda`, which note each
-//! wait in the file that `STAND_IN_WAITS` names. Without it there is nothing to tell.
+//! Training does not wait for a CUDA device. The libraries of `tests/stand-in-cuda` record each wait in the
+//! file that `STAND_IN_WAITS` names. Without this variable, the test checks nothing.
 //!
-//! Alone in its program, since other tests wait.
+//! This is the only test of its program, because other tests wait.
 #![cfg(feature = "cuda")]
 
 use candle_core::Device;
@@ -35,7 +35,7 @@ fn steps_do_not_wait() -> Result<()> {
             batch_size: 4,
             accumulation,
             clip_norm: Some(1.0),
-            // The rate changes from step to step, too.
+            // The learning rate also changes from step to step.
             warmup_steps: 1000,
             precision,
             ..TrainConfig::mnist()
@@ -52,7 +52,7 @@ fn steps_do_not_wait() -> Result<()> {
         let before = waits();
         steps(&mut run, 10)?;
         assert_eq!(waits(), before, "{precision}, accumulation {accumulation}");
-        // That it would be seen:
+        // Checks that a wait is recorded.
         device.synchronize()?;
         assert_ne!(waits(), before);
     }

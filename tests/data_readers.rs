@@ -1,4 +1,4 @@
-//! The readers of data files: what they read, what they refuse, and how much memory they take.
+//! The readers of data files: their results, their errors, and their use of memory.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -23,8 +23,8 @@ use random_inputs::inputs;
 
 /// The system's allocator, which counts what the current thread allocates.
 ///
-/// Growing a block counts as a second block beside the first (the trait's own `realloc`), which
-/// is the worst that the system may do.
+/// Growing a block counts as a second block beside the first (the default `realloc` of the trait).
+/// This is the worst case.
 struct Counting;
 
 thread_local! {
@@ -33,15 +33,15 @@ thread_local! {
     static LARGEST: Cell<usize> = const { Cell::new(0) };
 }
 
-// SAFETY: every block comes from `System` and goes back to it with the same layout; the counters
-// are thread-local cells without destructors, which allocate nothing.
+// SAFETY: every block comes from `System` and returns to it with the same layout. The counters are
+// thread-local cells without destructors, which allocate nothing.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let held = HELD.get() + layout.size() as isize;
         HELD.set(held);
         PEAK.set(PEAK.get().max(held));
         LARGEST.set(LARGEST.get().max(layout.size()));
-        // SAFETY: the caller's promise about `layout` is passed on.
+        // SAFETY: the caller guarantees the requirements on `layout`.
         unsafe { System.alloc(layout) }
     }
 
@@ -56,7 +56,7 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 struct Usage {
-    /// The most bytes held at once, beyond those held before.
+    /// Maximum number of bytes held at once, in addition to those held before.
     peak: usize,
     /// The largest single block.
     largest: usize,
@@ -100,7 +100,7 @@ fn flip(mut bytes: Vec<u8>, from_end: usize) -> Vec<u8> {
     bytes
 }
 
-/// Bytes without a pattern that a misplaced pixel could hide in.
+/// Bytes without a pattern, so that a misplaced pixel is detected.
 fn noise(len: usize) -> Vec<u8> {
     let mut state = 1u32;
     let mut next = || {
@@ -118,7 +118,8 @@ fn record(label: u8) -> Vec<u8> {
     [vec![label], noise(3072)].concat()
 }
 
-/// Asserts that `read` fails on `path`, says `says`, and allocates next to nothing.
+/// Asserts that `read` fails on `path` with a message that contains `says`, and allocates little
+/// memory.
 fn refused<T: Debug>(case: &str, path: &Path, says: &str, read: impl FnOnce() -> ddpm::Result<T>) {
     let (result, usage) = measured(read);
     let error = result.expect_err(case);
@@ -154,7 +155,8 @@ fn bad_image_files_are_refused() {
         ("truncated", cut(&good, 1), "39 bytes; its header says 16 + 2 x 3 x 4 = 40"),
         ("trailing", longer.clone(), "more bytes; its header says 16 + 2 x 3 x 4 = 40"),
         ("huge claim", idx(&[I, 4_000_000_000, 1, 1], &[]), "says 16 + 4000000000 x 1 x 1 ="),
-        // 2^64 and the header: in 64 bits just the header, so that 16 bytes would do.
+        // 2^64 plus the header. In 64 bits this wraps to the header alone, so that 16 bytes would
+        // suffice.
         ("wraps", idx(&[I, 1 << 31, 1 << 31, 4], &[]), "16 bytes; its header says 16 + 2147483648"),
         ("overflow", idx(&[I, MAX, MAX, MAX], &[0; 9]), "= 79228162458924105385300197391 bytes"),
         ("gzip magic only", vec![0x1f, 0x8b], "damaged gzip data"),
@@ -171,7 +173,7 @@ fn bad_image_files_are_refused() {
         ("gzip of gzip", gzip(&gzip(&good)), "0x1f8b0800 (neither"),
         ("gzip of a huge claim", gzip(&idx(&[I, MAX, 28, 28], &[1])), "17 bytes; its header says"),
         ("bomb", gzip(&[&good[..], &zeros].concat()), "more bytes; its header says 16 + 2 x 3 x 4"),
-        // Reading on from the first byte too many would meet the rubbish.
+        // Reading beyond the first surplus byte would reach the invalid data.
         ("bomb not set off", [gzip(&longer), vec![7; 20]].concat(), "more bytes; its header says"),
         (
             "bomb that claims more",
@@ -250,7 +252,7 @@ fn bad_mnist_directories_are_refused() {
     }
 }
 
-/// Training does not use them.
+/// Training does not use the labels.
 #[test]
 fn mnist_without_a_file_of_labels_has_images_without_labels() {
     let dir = TempDir::new().unwrap();
@@ -283,8 +285,8 @@ fn bad_cifar10_directories_are_refused() {
         fs::write(&batch, bytes).unwrap();
         refused(case, &batch, says, read);
     }
-    // 300 MB in a few: after the 100,000th record nothing is decompressed, or an end without one
-    // would be found.
+    // 300 MB in a small file. Nothing is decompressed after the 100,000th record: the reader would
+    // otherwise report the truncated stream.
     let says = "more than 307300000 bytes; a CIFAR-10 batch has at most 100000 records of 3073";
     let endless = [gzip(&vec![0; 1000 * 3073]).repeat(101), vec![0x1f, 0x8b]].concat();
     fs::write(&batch, endless).unwrap();
@@ -309,7 +311,8 @@ fn mnist_is_read_raw_and_gzipped() {
     let train = noise(5 * 28 * 28);
     fs::write(at("train-images-idx3-ubyte"), idx(&[I, 5, 28, 28], &train)).unwrap();
     fs::write(at("train-labels-idx1-ubyte.gz"), gzip(&idx(&[L, 5], &[5, 0, 4, 1, 9]))).unwrap();
-    // The name does not decide what is compressed; nor need it be in one stream.
+    // The content, not the name, determines whether a file is compressed. It may consist of several
+    // streams.
     let test = noise(2 * 28 * 28);
     let (head, tail) = test.split_at(1000);
     let streams = [gzip(&idx(&[I, 2, 28, 28], head)), gzip(tail)].concat();
@@ -352,7 +355,7 @@ fn cifar10_is_read_in_the_order_of_its_batches() {
         let images = cifar10(dir.path(), Split::Test).unwrap();
         assert_eq!(images.pixels(), &pixels[3 * 3072..4 * 3072]);
         assert_eq!(images.labels(), Some(&[4][..]));
-        // Also where the last classes have no image.
+        // The number of classes is 10, although the last classes have no images.
         assert_eq!(images.classes(), 10);
     }
 }
@@ -365,7 +368,7 @@ fn the_bundled_digits_are_read() {
     let images = images.with_labels(labels).unwrap();
     assert_eq!((images.len(), images.shape()), (10_000, shape(1, 28, 28)));
     assert_eq!(images.labels().unwrap()[..5], [5, 0, 4, 1, 9]);
-    // Ink is the high value: most of a digit's picture is 0.
+    // Ink has the high value, so most pixels of a digit are 0.
     let blank = images.pixels().iter().filter(|&&p| p == 0).count();
     assert!((0.78..0.83).contains(&(blank as f64 / 7_840_000.0)), "{blank}");
 }
@@ -445,7 +448,7 @@ fn images_check_what_they_are_given() {
     assert_eq!((images.classes(), images.read(1, &mut [0; 6]).unwrap()), (6, Some(5)));
     assert_eq!(images.get(1), Some(&[6, 7, 8, 9, 10, 11][..]));
     assert_eq!(images.get(2), None);
-    // Times 6, this wraps to 0.
+    // Times 6, this index wraps to 0.
     assert_eq!(images.get(1 << (usize::BITS - 1)), None);
     let error = images.read(2, &mut [0; 6]).unwrap_err().to_string();
     assert_eq!(error, "index is 2; it must be less than 2, the number of images");

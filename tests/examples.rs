@@ -1,7 +1,8 @@
-//! The examples as programs: what they write, how they go on, and what they say of wrong arguments.
+//! The examples as programs: the files they write, how they resume, and their messages for wrong
+//! arguments.
 //!
-//! `cargo test` builds them before this runs; after `cargo test --test examples` alone they may be
-//! missing or old: `cargo build --examples` first.
+//! `cargo test` builds them before these tests run. With `cargo test --test examples` alone they may be
+//! missing or outdated: run `cargo build --examples` first.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -19,7 +20,7 @@ use tempfile::TempDir;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Small enough for a test; the network is the real one.
+/// Options small enough for a test. The network has its full size.
 const SMALL: [&str; 6] = ["--batch-size", "2", "--sample-count", "3", "--sampling-steps", "2"];
 
 fn example(name: &str) -> Command {
@@ -37,7 +38,7 @@ fn example(name: &str) -> Command {
     command
 }
 
-/// Trains on MNIST, which must succeed.
+/// Trains on MNIST, and asserts success.
 fn mnist(out: &Path, args: &[&str]) -> Result<String> {
     succeed(example("mnist").args(args).arg("--out").arg(out))
 }
@@ -49,13 +50,13 @@ fn succeed(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// An example's `--help`, as one line however it is wrapped.
+/// Returns the `--help` of an example as one line, independently of its wrapping.
 fn help(name: &str) -> Result<String> {
     let help = succeed(example(name).arg("--help"))?;
     Ok(help.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
-/// Fails with one line on standard error that says all of `expected`.
+/// Asserts that a command fails with one line on standard error that contains all of `expected`.
 fn assert_fails(command: &mut Command, expected: &[&str]) -> Result<()> {
     let Output { status, stderr, .. } = command.output()?;
     let text = String::from_utf8(stderr)?;
@@ -69,10 +70,10 @@ fn assert_fails(command: &mut Command, expected: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// What is looked for in a folder of MNIST.
+/// The message if a folder does not contain MNIST's images.
 const IMAGES: &str = "neither train-images-idx3-ubyte nor train-images-idx3-ubyte.gz is here";
 
-/// A tiny set in MNIST's files: `count` images of 28 x 28, a bright field in each.
+/// Writes a small set in MNIST's format: `count` images of 28 x 28 with a bright field in each.
 fn write_idx(dir: &Path, count: u8) -> Result<()> {
     fs::create_dir_all(dir)?;
     let mut images = [[0, 0, 8, 3], [0, 0, 0, count], [0, 0, 0, 28], [0, 0, 0, 28]].concat();
@@ -109,7 +110,7 @@ fn a_resumed_run_is_the_uninterrupted_one() -> Result<()> {
     mnist(&whole, &[&args[..], &["--steps", "6"]].concat())?;
     mnist(&halves, &[&args[..], &["--steps", "3"]].concat())?;
 
-    // As if the run had gone on without saving, and was cut off within a line.
+    // The log of a run that continued without saving, and was killed while it wrote a line.
     let log = halves.join("metrics.jsonl");
     let mut lines = fs::read_to_string(&log)?;
     lines += "{\"step\":4,\"loss\":9.0,\"lr\":0.1,\"grad_norm\":1.0,\"images_per_second\":1.0}\n";
@@ -118,7 +119,7 @@ fn a_resumed_run_is_the_uninterrupted_one() -> Result<()> {
     let said =
         mnist(&halves, &["--data", data, "--steps", "6", "--sample-count", "3", "--resume"])?;
     assert!(said.contains("steps    4 to 6, batches of 2, seed 7"), "{said}");
-    // Its grids are drawn as before, too.
+    // The grids use the same sampler settings as before.
     let sampling = Checkpoint::open(halves.join("checkpoint"))?.sampling().copied();
     assert_eq!(sampling.map(|sampling| sampling.steps), Some(2));
 
@@ -233,7 +234,7 @@ fn the_folder_of_another_set_is_not_trained_on() -> Result<()> {
     Ok(())
 }
 
-/// As many images, but others: the trainer could not tell.
+/// The set has the same number of images, so the trainer alone could not detect the difference.
 #[test]
 fn a_run_goes_on_with_its_own_images_only() -> Result<()> {
     let temp = TempDir::new()?;
@@ -244,7 +245,7 @@ fn a_run_goes_on_with_its_own_images_only() -> Result<()> {
     write_idx(&clothes, 5)?;
     let images = clothes.join("train-images-idx3-ubyte");
     let mut bytes = fs::read(&images)?;
-    // The last pixel.
+    // Changes the last pixel.
     *bytes.last_mut().ok_or("pixels")? ^= 1;
     fs::write(&images, bytes)?;
 
@@ -259,13 +260,13 @@ fn a_run_goes_on_with_its_own_images_only() -> Result<()> {
     assert_eq!(saved_step(&out)?, 1);
     mnist(&out, &resume)?;
 
-    // The same images in another place.
+    // The same images in another directory.
     fs::rename(temp.path().join("mnist"), temp.path().join("elsewhere"))?;
     let elsewhere = temp.path().join("elsewhere");
     let elsewhere = [&small[..], &[elsewhere.to_str().ok_or("a path in UTF-8")?]].concat();
     mnist(&out, &[&elsewhere[..], &["--steps", "3"]].concat())?;
 
-    // A run that does not say takes what it is given, and says so from then on.
+    // A run without a file of its images accepts the given ones, and records them.
     fs::remove_file(out.join("data.json"))?;
     for (steps, warned) in [("4", true), ("5", false)] {
         let args = [&elsewhere[..], &["--steps", steps]].concat();
@@ -286,7 +287,7 @@ fn a_run_goes_on_with_its_own_images_only() -> Result<()> {
     )
 }
 
-/// What a run without a checkpoint, or none of ours, may have left.
+/// Files that a run without a checkpoint, or a foreign program, may have left.
 #[test]
 fn a_new_run_among_an_old_ones_files_loses_none_and_draws_its_own() -> Result<()> {
     let temp = TempDir::new()?;
@@ -326,7 +327,7 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
         command
     };
     assert!(help("sample")?.contains("any U-Net with images of 1 or 3 channels"));
-    // As the run's own grids, unless told otherwise.
+    // The defaults are the settings of the run's grids.
     let grid = checkpoint.with_file_name("samples").join("step-000003.png");
     let said = succeed(&mut sample(&["--count", "3"], "a.png"))?;
     assert!(fs::read(temp.join("a.png"))? == fs::read(&grid)?, "not the run's grid");
@@ -358,7 +359,7 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
     assert_eq!(frames[2].delay().numer_denom_ms(), (2000, 1));
     assert!(frames[2].buffer() == &picture.to_rgba8(), "the last frame is not the picture");
 
-    // The same seed gives the same picture; the first image is not another one for being alone.
+    // The same seed gives the same picture. The first image does not depend on the number of images.
     let read = |png: &str| fs::read(temp.join(png));
     for threads in ["1 thread", "3 threads"] {
         let mut again = sample(&["--count", "2", "--sampling-steps", "3"], "b.png");
@@ -366,7 +367,8 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
         assert!(said.contains(&format!("device      CPU, {threads}\n")), "{said}");
         assert!(read("a.png")? == read("b.png")?, "{threads}");
     }
-    // Each hundred has its own seed: with one image more the first are the same, and the last is another.
+    // Each hundred has its own seed: with one image more, the first hundred are the same, and the last is
+    // different.
     for (count, png) in [("100", "g.png"), ("101", "h.png")] {
         let mut command = sample(&["--count", count, "--sampling-steps", "1"], png);
         succeed(command.arg("--gif").arg(&gif))?;
@@ -423,7 +425,7 @@ fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
     };
     let json = read("a")?;
     assert_eq!((&json["step"], &json["test_images"]), (&3.into(), &10.into()));
-    // The run's solver, and the steps that were asked for.
+    // The solver of the run, with the given number of steps.
     assert_eq!(json["solver"]["ddim"]["eta"], 1.0);
     assert_eq!((&json["sampling_steps"], &json["clip_denoised"]), (&2.into(), &true.into()));
     for set in ["samples", "train_images", "uniform_noise"] {
@@ -432,7 +434,7 @@ fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
         assert_eq!(classes.iter().filter_map(Value::as_u64).sum::<u64>(), 10);
         assert_eq!((&figures["images"], classes.len()), (&10.into(), 10));
     }
-    // The files to train on and to test with are the same.
+    // The training set and the test set have the same files.
     let distance = |set: &str| json[set]["mnist_fd"].as_f64().ok_or("a number");
     let [same, noise] = [distance("train_images")?, distance("uniform_noise")?];
     assert!((0.0..1e-6).contains(&same) && noise > 1.0, "{same}, {noise}");
@@ -443,7 +445,7 @@ fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
     ] {
         assert_eq!(row(&said, name)?, printed(&json[set])?);
     }
-    // Of each digit there is one: at most as many are right as are told apart.
+    // There is one image of each digit, so at most as many are right as there are classes found.
     let right = 100.0 * json["test_accuracy"].as_f64().ok_or("a number")?;
     assert!(said.contains(&format!("right on {right:.2}% of 10 test images\n")), "{said}");
     let classes = json["train_images"]["classes"].as_array().ok_or("an array")?;
@@ -454,7 +456,8 @@ fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
     let crc32 = of("classifier_crc32").ok_or("a string")?.to_owned();
     assert!(said.contains(&format!("a.safetensors, crc32 {crc32}, right on ")), "{said}");
 
-    // Used again, it is only read; trained again, it is the same; trained less, another.
+    // An existing classifier is only read. Training it again gives the same one, and shorter training a
+    // different one.
     let before = fs::metadata(&dir)?.modified()?;
     let said = succeed(&mut number("a", &[]))?;
     assert!(!said.contains("training"), "{said}");
@@ -465,7 +468,7 @@ fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
     assert_eq!(read("b")?["classifier_crc32"], crc32);
     #[cfg(unix)]
     {
-        // Nobody reads what is said.
+        // The reader of the output is closed.
         let (reader, writer) = std::io::pipe()?;
         drop(reader);
         let mut deaf = number("c", &["--classifier-steps", "1"]);
@@ -515,13 +518,13 @@ fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
     assert_fails(&mut number("a", &[]), &["t10k-labels-idx1-ubyte", "fetch-data mnist"])
 }
 
-/// What stands after a name in the table of mnist-fd.
+/// Returns the cells after a name in the table of mnist-fd.
 fn row<'a>(said: &'a str, name: &str) -> Result<Vec<&'a str>> {
     let row = said.lines().find_map(|line| line.strip_prefix(name)).ok_or("a row")?;
     Ok(row.split_whitespace().collect())
 }
 
-/// The same of the figures.
+/// Formats figures like these cells.
 fn printed(figures: &Value) -> Result<Vec<String>> {
     let number = |value: &Value| value.as_f64().ok_or("a number");
     let (count, fd) = (number(&figures["images"])?, number(&figures["mnist_fd"])?);
@@ -533,7 +536,7 @@ fn printed(figures: &Value) -> Result<Vec<String>> {
     Ok(row)
 }
 
-/// Ctrl-C after a line that begins so: nothing is left behind.
+/// Stops a command with Ctrl-C after a line that begins with `line`, and asserts that no files are left.
 #[cfg(unix)]
 fn stopped(command: &mut Command, line: &str, dir: &Path) -> Result<()> {
     let names = || -> std::io::Result<BTreeSet<_>> {
@@ -626,7 +629,7 @@ fn errors_about_a_run(out: &Path, temp: &Path) -> Result<()> {
     assert_fails(example("sample").arg("--checkpoint").arg(checkpoint), &damaged)
 }
 
-/// Batches of one image, the last one not whole.
+/// Writes batches of one image, of which the last is incomplete.
 fn cifar(temp: &Path) -> Result<PathBuf> {
     let dir = temp.join("cifar-10-batches-bin");
     fs::create_dir_all(&dir)?;
@@ -676,7 +679,7 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
         ("mnist", &["--out", &nothing, "--data", &file], &["file", "scripts/fetch-data mnist"]),
         ("mnist", &["--out", &nothing, "--data", "my own"], &["scripts/fetch-data mnist 'my own'"]),
         ("mnist", &["--out", &nothing, "--data", &cut], &["99 bytes", "16 + 2 x 28 x 28"]),
-        // Not into a folder that holds something else.
+        // A download is not suggested into a folder that holds other files.
         ("mnist", &["--out", &nothing, "--data", &mine], &[IMAGES, "fetch-data mnist data`"]),
         ("mnist", &["--out", &nothing, "--data", &empty], &[IMAGES, "fetch-data mnist ", &empty]),
         ("mnist", &["--out", &nothing, "--data", &cut], &["fetch-data mnist data`", "--data data"]),
@@ -718,7 +721,7 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
     Ok(())
 }
 
-/// Labels are not trained on.
+/// Training does not use labels.
 #[test]
 fn a_folder_without_labels_is_trained_on_and_not_measured_by() -> Result<()> {
     let temp = TempDir::new()?;
@@ -738,7 +741,7 @@ fn a_folder_without_labels_is_trained_on_and_not_measured_by() -> Result<()> {
     assert_fails(wrong.args(["--data", dir, "--out", "x"]), &["train-labels-idx1-ubyte: starts"])
 }
 
-/// Found before the first step, and before anything in the directory is changed.
+/// The obstacle is found before the first step, and before the directory is changed.
 #[cfg(unix)]
 #[test]
 fn what_is_in_the_way_of_checkpoints_is_found_before_the_first_step() -> Result<()> {
@@ -798,7 +801,7 @@ fn a_second_process_on_the_same_directory_changes_nothing_of_the_first() -> Resu
     let last = saved_step(&out)?;
     assert_eq!(steps(&out)?, (1..=last).collect::<Vec<_>>());
 
-    // Of two that go on, as well.
+    // This also applies to two runs that resume.
     let mut second = train(&["--resume"]);
     let mut second = second.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
     wait_for_steps(&mut second, &out, last as usize + 1)?;
@@ -819,12 +822,13 @@ fn an_old_checkpoint_that_cannot_be_removed_is_a_warning() -> Result<()> {
     const NOBODY: u32 = 65534;
     let temp = TempDir::new()?;
     let (program, out) = (temp.path().join("mnist"), temp.path().join("run"));
-    // By a process of its own: a program that another test's child still has open for writing is busy.
+    // Copied by a separate process: a program that another test's child still has open for writing is
+    // busy.
     succeed(Command::new("cp").arg(example("mnist").get_program()).arg(&program))?;
     write_idx(&temp.path().join("data"), 5)?;
     let is_root = temp.path().metadata()?.uid() == 0;
     if is_root {
-        // Whom no permission binds.
+        // Root is not restricted by permissions.
         fs::set_permissions(&temp, fs::Permissions::from_mode(0o755))?;
         chown(&temp, Some(NOBODY), Some(NOBODY))?;
     }
@@ -844,7 +848,7 @@ fn an_old_checkpoint_that_cannot_be_removed_is_a_warning() -> Result<()> {
     fs::set_permissions(&kept, fs::Permissions::from_mode(0o755))?;
     let said = String::from_utf8(stderr)?;
     assert!(status.success(), "{said}");
-    // At each of two saves.
+    // One warning for each of two saves.
     let warnings: Vec<&str> = said.lines().collect();
     let told = |line: &&str| line.starts_with("warning: ") && line.contains("cannot be removed");
     assert!(warnings.len() == 2 && warnings.iter().all(told), "{said}");
@@ -852,7 +856,7 @@ fn an_old_checkpoint_that_cannot_be_removed_is_a_warning() -> Result<()> {
     Ok(())
 }
 
-/// Where the latest checkpoint is gone, the one before it is the run's.
+/// If the latest checkpoint is missing, the previous one is that of the run.
 #[test]
 fn the_checkpoint_that_holds_a_run_is_named() -> Result<()> {
     let temp = TempDir::new()?;
@@ -867,7 +871,7 @@ fn the_checkpoint_that_holds_a_run_is_named() -> Result<()> {
     Ok(())
 }
 
-/// Programs that were killed leave what they had not yet renamed.
+/// Killed programs leave files that they had not yet renamed.
 #[test]
 fn leftovers_of_killed_programs_are_cleared_and_nothing_else_is() -> Result<()> {
     let temp = TempDir::new()?;
@@ -879,7 +883,7 @@ fn leftovers_of_killed_programs_are_cleared_and_nothing_else_is() -> Result<()> 
     for name in dead.iter().chain(&others).chain([&alive]) {
         fs::write(out.join(name), "half of it")?;
     }
-    // As a living process has it.
+    // Held open like a file of a living process.
     let written = File::open(out.join(alive))?;
     written.lock()?;
     mnist(&out, &[&SMALL[..], &["--steps", "1"]].concat())?;
@@ -907,7 +911,7 @@ fn a_run_whose_directory_is_removed_says_so_and_makes_it_again() -> Result<()> {
     command.args(SMALL).args(["--sample-every", "1"]).arg("--out").arg(&out);
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
     wait_for_steps(&mut child, &out, 2)?;
-    // At once: the run would make it again while its files are removed one by one.
+    // Renamed in one step: the run would recreate the directory while its files are removed one by one.
     let removed = temp.path().join("removed");
     fs::rename(&out, &removed)?;
     fs::remove_dir_all(removed)?;
@@ -929,7 +933,7 @@ fn a_run_whose_directory_is_removed_says_so_and_makes_it_again() -> Result<()> {
     Ok(())
 }
 
-/// Few are drawn at a time: many images take no more memory than those.
+/// Only a few images are drawn at a time, so that many images need no more memory.
 #[cfg(target_os = "linux")]
 #[test]
 fn memory_that_ends_is_an_error_and_a_large_grid_does_not_take_it() -> Result<()> {
@@ -941,7 +945,7 @@ fn memory_that_ends_is_an_error_and_a_large_grid_does_not_take_it() -> Result<()
         command
             .args(["--steps", "1", "--sampling-steps", "1", "--out"])
             .arg(temp.path().join(name));
-        // Each thread reserves some of it for its own.
+        // Each thread reserves some memory of its own.
         command.current_dir(env!("CARGO_MANIFEST_DIR")).env("RAYON_NUM_THREADS", "2");
         command
     };
@@ -952,7 +956,7 @@ fn memory_that_ends_is_an_error_and_a_large_grid_does_not_take_it() -> Result<()
     )
 }
 
-/// Said when the run begins, and only where it is so.
+/// The warning appears at the beginning of the run, and only if it applies.
 #[cfg(all(feature = "f16", target_arch = "x86_64"))]
 #[test]
 fn bf16_without_instructions_for_it_is_told() -> Result<()> {
@@ -975,13 +979,13 @@ fn bf16_without_instructions_for_it_is_told() -> Result<()> {
     Ok(())
 }
 
-/// Where the output goes to a file or a pipe, there is a line about every ten seconds.
+/// If the output is a file or a pipe, the program prints a line about every ten seconds.
 #[cfg(unix)]
 #[test]
 fn a_redirected_run_says_that_it_samples() -> Result<()> {
     let temp = TempDir::new()?;
     let mut command = example("mnist");
-    // Longer than ten seconds on any machine.
+    // This takes longer than ten seconds on any machine.
     command.args(["--steps", "1", "--batch-size", "1", "--sample-count", "1024"]);
     command.args(["--sampling-steps", "1000", "--out"]);
     let mut child =
@@ -995,7 +999,7 @@ fn a_redirected_run_says_that_it_samples() -> Result<()> {
     Ok(())
 }
 
-/// The rows of a terminal of so many columns after a program wrote this to it, in ASCII.
+/// Returns the rows of a terminal with `columns` columns after a program wrote `written` to it, in ASCII.
 #[cfg(target_os = "linux")]
 fn screen(written: &[u8], columns: usize) -> Vec<String> {
     let (mut rows, mut row, mut column) = (vec![vec![]], 0usize, 0);
@@ -1005,7 +1009,7 @@ fn screen(written: &[u8], columns: usize) -> Vec<String> {
             b'\r' => column = 0,
             b'\n' => row += 1,
             0x1b => {
-                // A bracket, a number, and a letter.
+                // An escape sequence: a bracket, a number, and a letter.
                 let (mut number, mut letter) = (vec![], b'[');
                 while !letter.is_ascii_alphabetic() {
                     number.extend(Some(letter).filter(u8::is_ascii_digit));
@@ -1033,7 +1037,7 @@ fn screen(written: &[u8], columns: usize) -> Vec<String> {
     rows.iter().map(|row| String::from_utf8_lossy(row).trim_end().to_owned()).collect()
 }
 
-/// Each step is drawn over the last one, which needs a line that does not wrap.
+/// Each step is drawn over the previous one, which requires a line that does not wrap.
 #[cfg(target_os = "linux")]
 #[test]
 fn the_progress_is_one_line_of_a_terminal_of_any_width() -> Result<()> {
@@ -1053,7 +1057,7 @@ fn the_progress_is_one_line_of_a_terminal_of_any_width() -> Result<()> {
         terminal.args(["-q", "-e", "-c", &run, "/dev/null"]).env("TERM", "xterm");
         terminal.current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null());
         let Output { status, stdout, .. } = match terminal.output() {
-            // A system without the program that makes terminals.
+            // The system lacks the program that creates terminals.
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
             output => output?,
         };
@@ -1069,7 +1073,7 @@ fn the_progress_is_one_line_of_a_terminal_of_any_width() -> Result<()> {
     Ok(())
 }
 
-/// Nobody reads to the end of it.
+/// The reader closes the pipe before the end.
 #[cfg(unix)]
 #[test]
 fn the_help_of_fetch_data_may_be_cut_off() -> Result<()> {
@@ -1082,7 +1086,7 @@ fn the_help_of_fetch_data_may_be_cut_off() -> Result<()> {
     Ok(())
 }
 
-/// Waits until a run has logged so many steps.
+/// Waits until a run has logged `count` steps.
 fn wait_for_steps(child: &mut Child, out: &Path, count: usize) -> Result<()> {
     let start = Instant::now();
     while steps(out).map_or(0, |steps| steps.len()) < count {
@@ -1128,7 +1132,7 @@ fn ctrl_c_saves_and_tells_how_to_resume() -> Result<()> {
         assert!(warned.contains("stopping after this step"), "{warned}");
         Ok(said)
     };
-    // The first step is saved, and the loss drawn, before the second one.
+    // The second step begins after the first is saved and the loss drawn.
     let said = stopped(example("mnist").args(SMALL).args(["--save-every", "1"]), &out, 2)?;
     assert!(out.join("loss.png").is_file());
 
@@ -1140,7 +1144,8 @@ fn ctrl_c_saves_and_tells_how_to_resume() -> Result<()> {
     assert!(said.contains("done: "), "{said}");
     assert_eq!(steps(&out)?, (1..=done + 1).collect::<Vec<_>>());
 
-    // As `cargo run` starts it: the path of what it built is not to be typed.
+    // Started as `cargo run` does it: the suggested command must not contain the path of the built
+    // program.
     let other = temp.path().join("another's");
     let said = stopped(example("mnist").env("CARGO", "cargo").args(SMALL), &other, 1)?;
     let (_, command) = said.split_once("resume with: ").ok_or("a command")?;
@@ -1172,7 +1177,7 @@ fn a_curve_that_cannot_be_drawn_on_the_way_is_a_warning() -> Result<()> {
     Ok(())
 }
 
-/// What is left of a terminal that was closed: nobody reads what is said, and the signal comes twice.
+/// The state after a terminal was closed: the output has no reader, and the signal arrives twice.
 #[cfg(unix)]
 #[test]
 fn a_closed_terminal_ends_a_run_that_saves() -> Result<()> {
@@ -1203,7 +1208,7 @@ fn an_error_ends_a_run_that_saves_and_a_missing_picture_does_not() -> Result<()>
     let (out, log) = (temp.path().join("run"), temp.path().join("run/metrics.jsonl"));
     fs::create_dir(&out)?;
     assert!(Command::new("mkfifo").arg(&log).status()?.success());
-    // The log is read to its end before the run, and takes no line after the second.
+    // The log is a pipe, which is read to its end before the run, and accepts no line after the second.
     let (samples, fifo) = (out.join("samples"), log.clone());
     let reader = std::thread::spawn(move || -> std::io::Result<()> {
         File::options().write(true).open(&fifo)?;
@@ -1233,7 +1238,7 @@ fn an_error_ends_a_run_that_saves_and_a_missing_picture_does_not() -> Result<()>
     Ok(())
 }
 
-/// What cannot be saved is told beside what went wrong first: no file may have more than a block.
+/// The message of the failed save appears beside the first error. No file may be larger than one block.
 #[cfg(unix)]
 #[test]
 fn both_errors_are_told_where_saving_fails() -> Result<()> {

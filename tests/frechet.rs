@@ -1,4 +1,4 @@
-//! The Fréchet distance, against closed forms and against numpy.
+//! The Fréchet distance, compared with closed forms and with numpy.
 
 use ddpm::eval::{Gaussian, Statistics};
 
@@ -13,7 +13,7 @@ fn assert_near(found: f64, expected: f64) {
     assert!((found - expected).abs() <= 1e-9 * (1.0 + expected.abs()), "{found}, not {expected}");
 }
 
-/// Points of uniform numbers, the further ones in wider ranges.
+/// Points of uniform numbers, with a wider range for each further point.
 fn points(count: usize, size: usize, seed: u32) -> Vec<f32> {
     let uniform = |i: u32| {
         let x = (i + seed).wrapping_mul(2_654_435_761);
@@ -37,7 +37,7 @@ fn distance(a: &Gaussian, b: &Gaussian) -> f64 {
 fn equal_gaussians_are_at_no_distance() {
     for (count, size) in [(50, 5), (200, 64), (3, 8)] {
         let gaussian = fit(&points(count, size, 1), size);
-        // Of a root of rounding errors; without full rank as well.
+        // The distance is the root of rounding errors, also for a covariance without full rank.
         let distance = distance(&gaussian, &gaussian);
         assert!((0.0..1e-6).contains(&distance), "{distance}: {count} points of {size}");
     }
@@ -55,13 +55,13 @@ fn a_shifted_mean_is_at_its_squared_distance() {
 fn diagonal_covariances_have_the_distance_of_their_deviations() {
     let a = diagonal(&[1.0, 2.0, 3.0, 0.0], &[4.0, 1.0, 0.0, 9.0]);
     let b = diagonal(&[1.0, 0.0, 3.0, 1.0], &[1.0, 1.0, 4.0, 0.25]);
-    // 4 + 1 of the means; (2 - 1)^2, 0, 2^2 and 2.5^2 of the deviations.
+    // Means: 4 + 1. Deviations: (2 - 1)^2, 0, 2^2 and 2.5^2.
     assert_near(distance(&a, &b), 16.25);
     assert_near(distance(&b, &a), 16.25);
 }
 
-/// The numbers are numpy 2's, with the eigenvalues of the product that is not symmetric: of `a` and
-/// `b`, the points as float64, A = np.cov(a, rowvar=False), B likewise,
+/// The expected values are computed by numpy 2, with the eigenvalues of the product, which is not
+/// symmetric. With the points `a` and `b` as float64, A = np.cov(a, rowvar=False), and B likewise:
 /// ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B) - 2 * np.sqrt(np.linalg.eigvals(A @ B)).sum()
 #[test]
 fn full_covariances_have_the_distance_that_numpy_computes() {
@@ -80,7 +80,7 @@ fn mean_and_covariance_are_those_of_the_points() {
     assert_eq!(gaussian.covariance(), [4.0, -2.0, -2.0, 4.0]);
 }
 
-/// The statistics of a whole are those of its parts, in whatever portions they are added.
+/// The statistics of parts merge to those of the whole, for any division into parts.
 #[test]
 fn statistics_of_parts_merge_to_those_of_the_whole() {
     let (count, size) = (90, 7);

@@ -1,5 +1,5 @@
-//! Scaled gradients, with a network whose gradients overflow on purpose: what is unscaled, checked,
-//! clipped and skipped, and in what order.
+//! Gradient scaling, with a network whose gradients overflow on purpose: the order of unscaling,
+//! checking, clipping and skipping.
 #![cfg(feature = "f16")]
 
 use std::collections::BTreeMap;
@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 mod passes;
 
-/// A weight for each of four channels, multiplied in f16: gradients beyond 65504 are infinite.
+/// One weight for each of four channels, multiplied in f16. Gradients beyond 65504 are infinite.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Half;
 
@@ -67,15 +67,15 @@ fn batch(k: u64, size: f64) -> Result<[Tensor; 3]> {
     Ok([x_0, Tensor::zeros(SHAPE.0, DType::U32, &Device::Cpu)?, eps])
 }
 
-/// Sizes of ten batches: the gradients of 3 overflow at scales above 16384.
+/// Sizes of ten batches. The gradients of size 3 overflow at scales above 16384.
 const SIZES: [f64; 10] = [1.0, 1.0, 3.0, 3.0, 3.0, 1.0, 3.0, 1.0, 1.0, 3.0];
 
 fn values(tensor: &Tensor) -> Vec<f32> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// Powers of two change no bit of a product but its exponent, so what is scaled and unscaled equals what
-/// never was; and the update is that of gradients unscaled before they are clipped.
+/// Powers of two change only the exponent of a product. Scaled and unscaled gradients therefore equal
+/// those that were never scaled. The update uses gradients that are unscaled before they are clipped.
 #[test]
 fn updates_are_those_of_unscaled_gradients_and_overflows_are_skipped() -> Result<()> {
     let config = config();
@@ -115,7 +115,7 @@ fn updates_are_those_of_unscaled_gradients_and_overflows_are_skipped() -> Result
     assert_eq!(adam.steps(), 7);
     assert_eq!(trainer.ema().unwrap().updates(), 7);
 
-    // The kernel rounds in another order than the formulae do.
+    // The kernel rounds in a different order than the formulae.
     let near = |a: &Tensor, b: &Tensor| {
         let pairs = values(a).into_iter().zip(values(b));
         pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) < 1e-6
@@ -136,7 +136,7 @@ fn a_skipped_update_changes_nothing_but_the_scale() -> Result<()> {
     assert_eq!(values(&trainer.vars()["w"]), before);
     assert_eq!(values(&trainer.ema().unwrap().averages()["w"]), before);
     assert_eq!((trainer.ema().unwrap().updates(), trainer.steps()), (0, 1));
-    // Nor is it an error: the next update has another scale.
+    // An overflow is not an error: the next update has another scale.
     let dir = tempfile::tempdir().unwrap();
     trainer.save(dir.path().join("checkpoint")).map(drop)
 }
@@ -147,7 +147,7 @@ fn overflow_at_the_least_scale_is_an_error() -> Result<()> {
     let mut trainer = trainer(TrainConfig { grad_scaler: scaler, ..config() });
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("checkpoint");
-    // 1e4 squared, but not 1e4, is beyond f16.
+    // 1e4 squared is beyond f16, but 1e4 is not.
     for step in 1..=2 {
         trainer.save(&path)?;
         let [x_0, t, eps] = batch(step, 1e4)?;

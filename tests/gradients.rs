@@ -1,5 +1,5 @@
-//! Every weight learns: gradients exist, and agree with finite differences; and the CPU's own way to
-//! them agrees with candle's.
+//! Every weight learns: gradients exist and agree with finite differences. The gradients of the CPU kernels
+//! agree with candle's.
 
 use std::collections::{BTreeMap, HashMap};
 use std::process::Command;
@@ -22,11 +22,11 @@ use random_inputs::inputs;
 /// Half of the distance from 1 to the next number of f32.
 const ROUNDING: f64 = 1.0 / (1u64 << 24) as f64;
 
-/// A network's sums of products round each of their terms more often than once: the longest have 720, and
-/// the roundings of one go up and down at random.
+/// A network's sums of products round each of their terms more than once. The longest sums have 720 terms,
+/// and the roundings of a term are random in sign.
 const SUMS: f64 = 32.0;
 
-/// A network, and the loss of a batch under it as training sees it, dropout included.
+/// A network, and the training loss of a batch, including dropout.
 struct Problem {
     parameters: Parameters,
     unet: Model<UNet>,
@@ -60,8 +60,8 @@ impl Problem {
         Ok((output - &self.eps)?.sqr()?.mean_all()?)
     }
 
-    /// The output, and the gradients of the loss by name, with each weight and pixel moved by a rounding of
-    /// f32, more or less: what rounding can do to this very problem.
+    /// Computes the output, and the gradients of the loss by name, with each weight and pixel moved by about
+    /// one rounding of f32. The change shows the effect of rounding on this problem.
     fn moved(&self) -> Result<(Tensor, BTreeMap<String, Tensor>)> {
         let move_by = |t: &Tensor, seed: u64| -> Result<Tensor> {
             let noise = Sampler::prior(t.dims(), seed, &Device::Cpu)?.to_dtype(DType::F64)?;
@@ -108,7 +108,7 @@ impl Problem {
             }
             var.set(&weight)?;
             let found = (moved[0] - moved[1]) / (2.0 * h);
-            // The loss's own rounding over 2 h, and the third derivative's term.
+            // The rounding of the loss divided by 2 h, and the term of the third derivative.
             let limit = 1e-9 + 1e-5 * expected.abs();
             assert!(
                 (found - expected).abs() < limit,
@@ -135,7 +135,7 @@ impl Problem {
 
 #[test]
 fn every_weight_of_mnist_learns() -> Result<()> {
-    // The number of weights is the reference implementation's.
+    // The number of weights of the reference implementation.
     Problem::new(&UNetConfig::mnist(), 2, DType::F32)?.every_weight_has_a_gradient(2_268_929)
 }
 
@@ -151,7 +151,7 @@ fn gradients_of_mnist_agree_with_finite_differences() -> Result<()> {
 
 #[test]
 fn gradients_of_cifar10_agree_with_finite_differences() -> Result<()> {
-    // Its layers, attention and dropout, at fewer channels: the full one takes minutes in f64.
+    // The same kinds of layers with fewer channels: the full network takes minutes in f64.
     let config = UNetConfig {
         hidden_dims: vec![16, 24, 32],
         image_size: 8,
@@ -164,14 +164,16 @@ fn gradients_of_cifar10_agree_with_finite_differences() -> Result<()> {
 
 /// A small network, and a batch for it.
 fn small() -> impl Strategy<Value = (UNetConfig, usize)> {
-    // Where all have 8 channels, a network does not hear the timestep, and is refused.
+    // If all maps have 8 channels, the output of a network does not depend on the timestep, which is an
+    // error.
     let dims = prop::collection::vec(1usize..6, 2..=4)
         .prop_filter("all of 8 channels", |dims| dims.iter().any(|&d| d > 1));
     let rest = (3usize..6, 1usize..4, prop::bits::u8::masked(7), 1usize..4, 0f64..0.6);
     (dims, rest, 2usize..8).prop_map(|(dims, (pixels, channels, attend, batch, dropout), time)| {
         let levels = dims.len() - 1;
         let config = UNetConfig {
-            // Few values in a group may vary so little that normalising magnifies all rounding.
+            // A few values in a group may vary so little that the normalisation magnifies all rounding
+            // errors.
             image_size: pixels << levels,
             channels,
             hidden_dims: dims.iter().map(|d| 8 * d).collect(),
@@ -191,27 +193,27 @@ fn bits(t: &Tensor) -> Result<Vec<u32>> {
     Ok(t.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
 }
 
-/// The gradients of a problem's loss by its network's own way.
+/// Computes the gradients of the loss with the network's own backward passes.
 fn by_tape(problem: &Problem) -> Result<GradStore> {
     let Problem { unet, x_t, t, eps, .. } = problem;
     let scale = 2.0 / eps.elem_count() as f64;
     gradients(unet, x_t, t, &Dropout::new(9, 0), &mut |y| Ok(((y - eps)? * scale)?))
 }
 
-/// The same weights, values and all, that take no gradient.
+/// Builds the network with the same weights, which take no gradients.
 fn frozen(config: &UNetConfig, vars: &BTreeMap<String, Var>) -> Result<Model<UNet>> {
     let weights: HashMap<String, Tensor> =
         vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
     config.build(VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu))
 }
 
-/// In f32, against candle's gradients of the same weights in f64.
+/// Compares gradients in f32 with candle's gradients of the same weights in f64.
 fn the_tape_agrees(config: &UNetConfig, batch: usize) -> Result<()> {
     let ours = Problem::new(config, batch, DType::F32)?;
     let exact = Problem::new(config, batch, DType::F64)?;
     let (vars, exact_vars) = (ours.parameters.vars(), exact.parameters.vars());
     for (name, var) in &vars {
-        // Norms' weights are 1 and 0 at first, which would hide whether they are used.
+        // The initial weights of norms, 1 and 0, would hide whether they are used.
         if var.rank() == 1 {
             let wave = Tensor::arange(0f32, var.elem_count() as f32, &Device::Cpu)?;
             let wave = ((wave * 1.3)?.sin()? * 0.3)?;
@@ -233,7 +235,7 @@ fn the_tape_agrees(config: &UNetConfig, batch: usize) -> Result<()> {
         let expected = expected.get(&exact_vars[name]).expect("a gradient");
         let error = norm(&(gradient.to_dtype(DType::F64)? - expected)?)?;
         let moved = norm(&(&moved[name] - expected)?)?;
-        // A bias before a normalisation of single channels has none, moved or not: what is left is rounding.
+        // A bias before a normalisation of single channels has no gradient, so only rounding errors remain.
         let limit = SUMS * moved + 16.0 * ROUNDING * most;
         assert!(error <= limit, "{name}: off by {error:e}, more than {limit:e}");
     }
@@ -261,7 +263,7 @@ proptest! {
     }
 }
 
-/// The kernels choose once a process: each lesser choice in one of its own.
+/// A process selects its kernels once, so each smaller instruction set is tested in a separate process.
 #[test]
 fn so_they_are_in_every_instruction_set() {
     for isa in ["avx2", "baseline"] {

@@ -1,4 +1,5 @@
-//! A network of the crate's layers that is not the U-Net: its `run` is all that it says about how it is computed.
+//! A network of the crate's layers other than the U-Net. It consists of its `run`, and has no code for its
+//! computation.
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
@@ -21,7 +22,7 @@ fn inputs(dtype: DType) -> Result<[Tensor; 3]> {
     Ok([normal(1)?, normal(2)?, Tensor::new(&[5u32, 900], &Device::Cpu)?])
 }
 
-/// Relative to the largest value.
+/// Returns the largest difference, relative to the largest value.
 fn difference(found: &Tensor, expected: &Tensor) -> Result<f64> {
     let expected = expected.to_dtype(DType::F64)?;
     let largest = |t: &Tensor| t.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>();
@@ -93,7 +94,7 @@ fn it_trains_is_saved_and_goes_on_bit_for_bit() -> Result<()> {
     Ok(())
 }
 
-/// A graph of one operation on maps that do not fit it.
+/// A graph of one operation, with operands that do not fit.
 struct Wrong {
     conv: Conv2d,
     wide: Conv2d,

@@ -1,5 +1,5 @@
-//! That steps work in memory that earlier ones left. In a process of its own, since faults are counted
-//! for all of its threads.
+//! Steps reuse the memory of earlier ones. This test has its own process, because faults are counted
+//! for all threads of a process.
 #![cfg(target_os = "linux")]
 
 use std::fs;
@@ -7,10 +7,10 @@ use std::fs;
 use candle_core::Device;
 use ddpm::{Diffusion, Sampler, TrainConfig, Trainer, UNetConfig};
 
-/// Pages that the process was given so far without reading a file.
+/// Returns the number of page faults of the process that required no file to be read.
 fn minor_faults() -> u64 {
     let stat = fs::read_to_string("/proc/self/stat").unwrap();
-    // The name before may hold spaces.
+    // The name before the fields may contain spaces.
     let (_, fields) = stat.rsplit_once(')').unwrap();
     fields.split_whitespace().nth(7).unwrap().parse().unwrap()
 }

@@ -1,4 +1,4 @@
-//! The network's parts: shapes, the names of the weights, and what is refused.
+//! The parts of the network: shapes, names of weights, and errors.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ fn ones(shape: &[usize]) -> Tensor {
     Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap()
 }
 
-/// Names and shapes are a contract with every file of weights: these lists are PyTorch's.
+/// Names and shapes must stay compatible with every file of weights. These lists are PyTorch's.
 #[test]
 fn weights_are_named_and_shaped_as_in_pytorch() {
     for (config, expected) in [
@@ -51,7 +51,7 @@ fn initial_weights_are_pytorchs_distribution_and_follow_from_seed_and_name() {
     };
     let vars = build(0);
     let values = |name: &str| vars[name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    // Uniform between -1 / sqrt(fan_in) and 1 / sqrt(fan_in): of variance bound^2 / 3.
+    // Uniform between -1 / sqrt(fan_in) and 1 / sqrt(fan_in): the variance is bound^2 / 3.
     for (name, fan_in) in [
         ("bottleneck.res1.block1.2.weight", 128 * 9),
         ("bottleneck.res1.block1.2.bias", 128 * 9),
@@ -69,7 +69,7 @@ fn initial_weights_are_pytorchs_distribution_and_follow_from_seed_and_name() {
     let other = build(1);
     let name = "init_conv.weight";
     assert_ne!(values(name), other[name].flatten_all().unwrap().to_vec1::<f32>().unwrap());
-    // The same weight in another network is the same.
+    // The same weight has the same value in another network.
     let parameters = parameters();
     let small = UNetConfig { hidden_dims: vec![32, 64], ..UNetConfig::mnist() };
     let _ = parameters.build(&small).unwrap();
@@ -90,7 +90,7 @@ fn parts_keep_their_shapes() {
     assert_eq!(embedding.forward(&t).unwrap().dims(), [2, 6]);
 }
 
-/// Bit for bit: each image goes through the network as if it were alone.
+/// Bit for bit: each image is computed as if it were alone.
 #[test]
 fn an_image_does_not_depend_on_its_batch() {
     let config = UNetConfig { attention_levels: vec![1], ..UNetConfig::mnist() };
@@ -121,7 +121,7 @@ fn dropout_drops_whole_maps_while_training_only() {
     assert_ne!(first, run(None));
 }
 
-/// What is behind the pointer is asked both ways, dropout included.
+/// The pointer forwards both inference and training calls, including dropout.
 #[test]
 fn boxed_and_shared_networks_are_denoisers() {
     let config = UNetConfig { hidden_dims: vec![8, 16], dropout: 0.5, ..UNetConfig::mnist() };
@@ -180,7 +180,7 @@ fn wrong_dtypes_are_refused() {
         let message = result.unwrap_err().to_string();
         assert!(message.contains(expected), "{message}");
     }
-    // Another floating dtype is the sampler's: the network computes in its own.
+    // A sampler may use another floating-point dtype. The network computes in its own.
     let y = unet.forward(&to(&image, DType::F64), &t).unwrap();
     assert_eq!(y.dtype(), DType::F64);
 }
@@ -213,13 +213,14 @@ fn what_is_no_timestep_is_refused() {
     }
 }
 
-/// The largest change of a network's output where the timestep is 999 in place of 0.
+/// Returns the largest change of a network's output between the timesteps 0 and 999.
 fn hearing(network: impl Fn(u32) -> Result<Tensor>) -> f32 {
     let change = (network(0).unwrap() - network(999).unwrap()).unwrap().abs().unwrap();
     change.max_all().unwrap().to_scalar().unwrap()
 }
 
-/// GroupNorm has 8 groups: of 8 channels, each is normalised alone, whatever was added to it.
+/// GroupNorm has 8 groups. With 8 channels, each channel is normalised separately, so that an added
+/// constant is removed.
 #[test]
 fn a_block_of_8_output_channels_does_not_hear_the_timestep() {
     for (input, output) in [(8, 8), (16, 8), (8, 16), (16, 16)] {
@@ -232,7 +233,7 @@ fn a_block_of_8_output_channels_does_not_hear_the_timestep() {
             let t = Tensor::new(&[t], &Device::Cpu)?;
             block.forward(&x, &embedding.forward(&t)?, None)
         });
-        // f32's rounding, or a thousand times as much.
+        // The change is within the rounding of f32, or a thousand times as large.
         assert!(
             if output == 8 { change < 1e-5 } else { change > 1e-2 },
             "{input} {output}: {change}"
@@ -267,7 +268,8 @@ fn a_network_that_cannot_hear_the_timestep_is_refused() {
     }
 }
 
-/// As the documentation of `hidden_dims` says: which blocks of a network that is accepted hear nothing.
+/// Checks the documentation of `hidden_dims`: these blocks of a valid network do not depend on the
+/// timestep.
 #[test]
 fn of_8_and_16_channels_the_way_up_does_not_hear_the_timestep() {
     let parameters = parameters();
@@ -288,7 +290,7 @@ fn of_8_and_16_channels_the_way_up_does_not_hear_the_timestep() {
     }
 }
 
-/// A file with these bytes.
+/// Creates a file with these bytes.
 fn file(bytes: &[u8]) -> (tempfile::TempDir, std::path::PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("weights.safetensors");
@@ -312,13 +314,13 @@ fn weights_that_are_not_finite_are_refused_by_name() {
         (DType::F32, DType::F64, -INFINITY, "infinite"),
         (DType::F16, DType::F32, NAN, "NaN"),
         (DType::F16, DType::F32, -INFINITY, "infinite"),
-        // What a file in half precision has of a number that was too large for it.
+        // A file in half precision holds infinity in place of a number that was too large.
         (DType::F16, DType::F32, 1e5, "infinite"),
         (DType::BF16, DType::F32, NAN, "NaN"),
         (DType::BF16, DType::F32, INFINITY, "infinite"),
         (DType::F64, DType::F64, NAN, "NaN"),
         (DType::F64, DType::F64, -INFINITY, "infinite"),
-        // Finite in the file, and not as the network has it.
+        // Finite in the file, but not in the dtype of the network.
         (DType::F64, DType::F32, 1e39, "too large for f32"),
         (DType::F64, DType::F32, -3.4028235677973366e38, "too large for f32"),
         (DType::F64, DType::F16, 65520.0, "too large for f16"),
@@ -347,7 +349,7 @@ fn weights_that_are_not_finite_are_refused_by_name() {
     }
 }
 
-/// The largest numbers that do not become infinite: the limits above are exact.
+/// The largest numbers that do not become infinite, to show that the limits above are exact.
 #[test]
 fn weights_that_round_to_finite_numbers_are_taken() {
     for (stored, wanted, value, as_loaded) in [
@@ -434,7 +436,7 @@ fn weights_of_no_floating_dtype_are_refused() {
     );
 }
 
-/// Names and lists from a file are quoted in short.
+/// Names and lists from a file are shortened in messages.
 #[test]
 fn messages_do_not_grow_with_what_they_are_about() {
     let long = UNetConfig { hidden_dims: vec![8; 1_000_000], ..UNetConfig::mnist() };
@@ -481,7 +483,7 @@ fn a_weight_without_memory_is_an_error() {
     }
 }
 
-/// Values that differ, in the shape of another tensor.
+/// Different values in the shape of another tensor.
 trait ArangeLike {
     fn arange_like(&self) -> Tensor;
 }
@@ -542,7 +544,7 @@ fn wrong_shapes_are_refused() {
     }
 }
 
-/// A small network of these weights, of which those whose names begin so are trainable.
+/// Builds a small network in which the weights whose names begin with `trainable` are trainable.
 fn partly_trainable(trainable: &str) -> Result<(Model<UNet>, BTreeMap<String, Var>)> {
     let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
     let parameters = Parameters::new(0, DType::F32, &Device::Cpu);
@@ -571,7 +573,7 @@ fn a_partly_trainable_network_has_the_gradients_of_that_part() -> Result<()> {
     let largest = norms.into_iter().fold(0.0, f32::max);
     for (name, var) in &vars {
         let (a, b) = (&by_candle[name], by_tape.get(var).expect("a gradient"));
-        // A bias before groups of one channel has no gradient but rounding's.
+        // A bias before groups of one channel has no gradient except rounding errors.
         assert!(norm(&(a - b)?)? <= 1e-4 * norm(a)? + 1e-6 * largest, "{name}");
     }
     Ok(())
@@ -593,7 +595,7 @@ fn weights_that_are_computed_pass_their_gradients_on() -> Result<()> {
 
 #[test]
 fn many_jobs_share_a_frozen_network() -> Result<()> {
-    // Jobs of one pool: while one of them waits for the others' help, it may begin another.
+    // Jobs of one pool: while one of them waits, its thread may start another.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
     for _ in 0..20 {
         let (unet, _) = partly_trainable("none")?;

@@ -1,4 +1,4 @@
-//! Observers: how they compose, and what each one of the library leaves.
+//! Observers: how they compose, and the results of each observer of the library.
 
 use std::fs;
 use std::ops::ControlFlow;
@@ -21,7 +21,7 @@ use ddpm::{
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
-/// One weight, which scales its input: nothing is cheaper.
+/// One weight, which scales its input: the cheapest network.
 #[derive(Serialize, Deserialize)]
 struct Scale;
 
@@ -58,7 +58,7 @@ fn images() -> Images {
 
 type Log = Arc<Mutex<Vec<String>>>;
 
-/// Writes down its calls. Its front end writes down what it is told, and stops the run when asked to.
+/// Records its calls. Its front end records its messages, and stops the run on request.
 #[derive(Clone, Default)]
 struct Recorder {
     name: &'static str,
@@ -148,7 +148,7 @@ fn the_parts_of_a_tuple_are_called_in_their_order() {
     assert_eq!(*log.lock().unwrap(), expected);
 }
 
-/// Whatever holds the observers, they are called alike.
+/// Observers are called in the same way in every container.
 #[test]
 fn boxes_vectors_options_and_nested_tuples_are_observers() {
     let calls = |observe: &dyn Fn(Recorder) -> Box<dyn Observer>| {
@@ -195,7 +195,7 @@ fn after_an_error_every_observer_hears_the_end() {
     ];
     assert_eq!(*log.lock().unwrap(), ends);
 
-    // The first error of an end is the one returned, and the others still hear of it.
+    // The first error of `on_end` is returned, and the other observers are still called.
     let log = Log::default();
     let failing = |name| Recorder { fail_at_end: true, ..Recorder::new(name, &log) };
     let error = trainer(1).fit(&images(), (failing("a"), failing("b"))).unwrap_err();
@@ -216,7 +216,7 @@ fn a_front_end_stops_the_run_and_sees_what_the_others_do() {
     let save = SaveEvery::steps(2, temp.path().join("checkpoint"));
     let mut trainer = trainer(9);
     trainer.fit(&images(), (save, a, stop_at_four)).unwrap();
-    // Due at step 4 as well, but the end of the run saves it.
+    // Step 4 is also due, but the end of the run saves it.
     assert_eq!(trainer.steps(), 4);
     let told = ["working: saving", "working: ", "working: saving", "working: ", "finished"];
     assert_eq!(*screen.log.lock().unwrap(), told);
@@ -239,12 +239,12 @@ fn a_run_is_saved_whatever_ends_it() {
     trainer(3).fit(&images(), (SaveEvery::steps(0, dir("stopped")), stop)).unwrap();
     assert_eq!(saved(&temp, "stopped"), Some(2));
 
-    // Between two saves.
+    // The run fails between two saves.
     let fail = Recorder { fail_at: Some(3), ..Recorder::default() };
     trainer(5).fit(&images(), (SaveEvery::steps(2, dir("failed")), fail)).unwrap_err();
     assert_eq!(saved(&temp, "failed"), Some(3));
 
-    // Nothing to save.
+    // There is nothing to save.
     let fail =
         on_metrics(|_| Err(Error::NonFinite { what: "loss".into(), value: f32::NAN, step: 2 }));
     trainer(5).fit(&images(), (SaveEvery::steps(0, dir("useless")), fail)).unwrap_err();
@@ -254,7 +254,7 @@ fn a_run_is_saved_whatever_ends_it() {
     complete.fit(&images(), SaveEvery::steps(1, dir("nothing"))).unwrap();
     assert_eq!(saved(&temp, "nothing"), None);
 
-    // A file comes in the way during the run.
+    // A file blocks the path during the run.
     let file = dir("file");
     let blocking = on_metrics(move |_| fs::write(&file, "").map_err(Error::external));
     let fail = Recorder { name: "a", fail_at: Some(2), ..Recorder::default() };
@@ -279,7 +279,7 @@ fn the_file_of_metrics_continues_with_a_run_and_not_with_another_one() {
     let stop = Recorder { break_at: Some(4), ..Recorder::default() };
     run.fit(&images(), (MetricsFile::new(&path), stop)).unwrap();
     assert_eq!(steps(), [2, 4]);
-    // A later step, which the run will repeat, and half a line.
+    // The line of a later step, which the run will repeat, and an incomplete line.
     let later = fs::read_to_string(&path).unwrap() + "{\"step\":6,\"loss\":9.0}\n{\"step\":";
     fs::write(&path, later).unwrap();
     run.fit(&images(), MetricsFile::new(&path)).unwrap();
@@ -330,7 +330,7 @@ fn grids_are_drawn_at_intervals_and_at_the_end_of_a_complete_run() {
     let stop = Recorder { break_at: Some(3), ..Recorder::default() };
     run.fit(&images(), (grid(), stop)).unwrap();
     assert_eq!(names(), ["step-000002.png"]);
-    // From another run.
+    // A grid of another run.
     fs::write(dir.join("step-000005.png"), "an old grid").unwrap();
     run.fit(&images(), grid()).unwrap();
     assert_eq!(names(), ["step-000002.png", "step-000004.png", "step-000005.png"]);

@@ -1,4 +1,4 @@
-//! In a process of its own, whose threads are counted.
+//! This test has its own process, because it counts the threads of the process.
 #![cfg(target_os = "linux")]
 
 use std::time::{Duration, Instant};
@@ -12,12 +12,12 @@ fn threads() -> usize {
     std::fs::read_dir("/proc/self/task").unwrap().count()
 }
 
-/// candle would start a second pool for elementwise operations of so many values.
+/// candle would start a second pool for elementwise operations on so many values.
 #[test]
 fn large_batches_start_no_second_pool_of_threads() -> Result<()> {
     const BATCH: usize = 32;
     let network = UNetConfig { hidden_dims: vec![8, 16, 16], ..UNetConfig::cifar10() };
-    // The pool is there from now on, and has more than one thread on any machine.
+    // Starts the pool, with more than one thread on any machine.
     rayon::ThreadPoolBuilder::new().num_threads(3).build_global().unwrap();
     let before = threads();
     assert!(before > 3);

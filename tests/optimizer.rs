@@ -1,4 +1,4 @@
-//! The optimiser, clipping and averaging against PyTorch, step by step.
+//! The optimiser, clipping and averaging, compared with PyTorch step by step.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -7,7 +7,7 @@ use ddpm::TrainConfig;
 use ddpm::train::{AdamConfig, AdamW, Ema, EmaConfig, WeightDecay, clip_grad_norm};
 use serde::Deserialize;
 
-/// What `tests/data/README.md` says of a case.
+/// A case, as described in `tests/data/README.md`.
 #[derive(Deserialize)]
 struct Case {
     optimizer: String,
@@ -32,7 +32,7 @@ fn every_case_agrees_with_pytorch() {
     assert!(cases.len() >= 6, "{cases:?}");
     for name in cases {
         let case: Case = serde_json::from_str(&metadata[&name]).unwrap();
-        // In f64 ours must be the same formula; in f32 the rounding may differ.
+        // In f64 the formula must be the same. In f32 the rounding may differ.
         compare(&name, &case, &tensors, DType::F64, "64", 1e-12);
         compare(&name, &case, &tensors, DType::F32, "", 3e-6);
     }
@@ -160,7 +160,7 @@ fn a_learning_rate_that_makes_no_step_is_refused() {
         }
         let values = || var.to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap();
         assert_eq!((values(), adam.steps()), (vec![1.0; 2], 0));
-        // At the end of a cool-down.
+        // A learning rate of 0, as at the end of a cool-down.
         adam.step(&gradients, 0.0).unwrap();
         assert_eq!((values(), adam.steps()), (vec![1.0; 2], 1));
     }
@@ -196,7 +196,7 @@ fn a_warm_average_forgets_where_it_began() {
     let mut warm = Ema::new(EmaConfig { decay: 0.999, warmup: true }, &vars).unwrap();
     let mut cold = Ema::new(EmaConfig { decay: 0.999, warmup: false }, &vars).unwrap();
     var.set(&Tensor::new(&[0f32], &Device::Cpu).unwrap()).unwrap();
-    // What is left of the beginning: the product of min(decay, (1 + n) / (10 + n)).
+    // The remaining fraction of the initial average: the product of min(decay, (1 + n) / (10 + n)).
     let (mut left, mut all) = (1.0, 1.0);
     for n in 0..50 {
         warm.update(&vars).unwrap();

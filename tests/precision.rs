@@ -1,7 +1,6 @@
-//! What each precision costs in accuracy, against the same network in f64.
+//! The accuracy of each precision, compared with the same network in f64.
 //!
-//! ```sh
-//! cargo test --release --features f16 --test precision -- --nocapture
+//! ```sh cargo test --release --features f16 --test precision -- --nocapture
 //! ```
 
 use std::collections::HashMap;
@@ -17,8 +16,8 @@ use ddpm::{
 mod passes;
 use passes::gradients;
 
-/// The smaller network of the presets, and one that attends at full size, at a batch that is cheap in
-/// f64.
+/// The smaller network of the presets, and one with attention at full size. The batch is small,
+/// because f64 is slow.
 fn networks() -> [(&'static str, UNetConfig); 2] {
     let attentive = UNetConfig {
         hidden_dims: vec![24, 40, 64],
@@ -30,9 +29,9 @@ fn networks() -> [(&'static str, UNetConfig); 2] {
     [("mnist", UNetConfig::mnist()), ("attentive", attentive)]
 }
 
-/// The network with weights of this seed in this dtype, trainable and not.
+/// Builds the network with weights of this seed in this dtype, once trainable and once not.
 fn build(config: &UNetConfig, dtype: DType) -> Result<(Parameters, Model<UNet>, Model<UNet>)> {
-    // Drawn in f32 in either case, so the same.
+    // The values are drawn in f32 for every dtype, so they are the same.
     let parameters = Parameters::new(3, dtype, &Device::Cpu);
     let trainable = parameters.build(config)?;
     let weights: HashMap<String, Tensor> =
@@ -66,8 +65,8 @@ fn errors_against_f64() -> Result<()> {
             .map(|(name, var)| (name.clone(), exact.get(var).expect("a gradient").clone()))
             .collect();
 
-        // Rounding to 8 bits is off by up to 2^-9 of a value, and errors of a few dozen layers add
-        // up; three products of such are good to about 2^-16.
+        // Rounding to 8 bits has an error of up to 2^-9 of a value, and the errors of a few dozen
+        // layers add up. Three such products are accurate to about 2^-16.
         let mut limits = vec![(Precision::Highest, 3e-6, 1e-5), (Precision::High, 1e-4, 3e-4)];
         if cfg!(feature = "f16") {
             limits.push((Precision::BF16, 2e-2, 6e-2));
@@ -79,7 +78,7 @@ fn errors_against_f64() -> Result<()> {
             let trainable = trainable.with_precision(precision)?;
             let mut d_output = |y: &Tensor| Ok((y - &target)?);
             let found = gradients(&trainable, &x, &t, &dropout, &mut d_output)?;
-            // Of all gradients together: one alone may nearly cancel out.
+            // Of all gradients together, because the terms of a single one may nearly cancel.
             let (mut off, mut all) = (0.0, 0.0);
             for (name, var) in &parameters.vars() {
                 let exact = &exact[name];
@@ -95,7 +94,7 @@ fn errors_against_f64() -> Result<()> {
                 "{name}, {precision}: gradients off by {gradients}"
             );
             if precision == Precision::BF16 {
-                // An option that changes nothing would be none.
+                // The precision must change the output.
                 assert!(output > 1e-4, "{name}, {precision}: output off by {output} only");
             }
         }

@@ -1,9 +1,9 @@
-//! The crate against PyTorch: outputs, gradients, a training run and a sampling run.
+//! The crate compared with PyTorch: outputs, gradients, a training run and a sampling run.
 //!
 //! Runs over every `*.safetensors` in `tests/data/pytorch/`, or in the folder that the environment
-//! variable `DDPM_FIXTURES` names. `tests/data/README.md` says what such a file holds and how to
-//! make one; nothing here depends on a configuration or a size. With `DDPM_DEVICE=cuda`, the device that
-//! computes is a GPU.
+//! variable `DDPM_FIXTURES` names. `tests/data/README.md` describes the content of these files and how
+//! to create them. The test does not depend on a configuration or a size. `DDPM_DEVICE=cuda` selects a
+//! GPU.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -18,20 +18,20 @@ use serde::Deserialize;
 
 mod passes;
 
-/// How far from PyTorch a result may be.
+/// The allowed difference from PyTorch.
 const OUT: f64 = 1e-5;
 const GRADIENT: f64 = 1e-4;
 const WEIGHT: f64 = 5e-6;
 const LOSS: f64 = 1e-5;
 const SAMPLE: f64 = 1e-4;
 
-/// Root mean square below which a gradient is rounding around an exact zero: the others are a
-/// hundred times larger, these a hundred times smaller.
+/// Root mean square below which a gradient is an exact zero with rounding errors. Other gradients are a
+/// hundred times larger than this limit, and these a hundred times smaller.
 const NO_GRADIENT: f64 = 1e-6;
 
 #[test]
 fn every_fixture_agrees() {
-    // Cargo runs tests where the manifest is; so does whoever carries them elsewhere.
+    // Cargo runs tests in the directory of the manifest. Run them in the same place without Cargo.
     let dir = std::env::var_os("DDPM_FIXTURES").unwrap_or("tests/data/pytorch".into());
     let dir = PathBuf::from(dir);
     let mut paths: Vec<PathBuf> = std::fs::read_dir(&dir)
@@ -133,7 +133,7 @@ fn sampling(fixture: &Fixture) {
     let steps = diffusion.schedule().steps();
     let trainer = fixture.trainer();
     let sampler = Sampler::new(&diffusion, Solver::ddpm(), steps).unwrap();
-    // There have been no updates: its weights are the fixture's.
+    // There have been no updates, so the average has the weights of the fixture.
     let model = trainer.ema_model().unwrap();
     let z = fixture.get("sample.z");
     let x_0 = sampler
@@ -197,9 +197,9 @@ impl Fixture {
             .collect()
     }
 
-    /// Whether a weight has no gradient in exact arithmetic, by PyTorch's own figures. Where a norm's
-    /// groups are single channels, it takes away whatever is added to a whole feature map; Adam
-    /// makes steps of full length out of the rounding that is left.
+    /// Returns whether a weight has no gradient in exact arithmetic, according to PyTorch's figures. A
+    /// norm whose groups are single channels removes any constant that is added to a feature map. Adam
+    /// turns the remaining rounding errors into steps of full length.
     fn has_no_gradient(&self, name: &str) -> bool {
         rms(&without_key(name, self.get(&format!("grad.{name}")))) < NO_GRADIENT
     }
@@ -214,7 +214,7 @@ impl Fixture {
         Diffusion::new(schedule, Prediction::Epsilon)
     }
 
-    /// A trainer with the fixture's recipe and weights.
+    /// Creates a trainer with the recipe and weights of the fixture.
     fn trainer(&self) -> Trainer<UNetConfig> {
         let Train { lr, weight_decay, betas: [beta1, beta2], eps, clip_norm, ema_decay } =
             self.train;
@@ -227,7 +227,7 @@ impl Fixture {
         };
         let mut trainer =
             Trainer::new(self.config.clone(), config, self.diffusion(), &device()).unwrap();
-        // Through a file, as a user's weights from PyTorch would come.
+        // Through a file, like a user's weights from PyTorch.
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("weights.safetensors");
         let weights: HashMap<String, Tensor> = self.group("weights.").into_iter().collect();
@@ -237,7 +237,7 @@ impl Fixture {
     }
 }
 
-/// What computes: one and the same, since candle knows devices by their handles.
+/// The device of all tests. It is a single value, because candle compares devices by their handles.
 fn device() -> Device {
     static DEVICE: OnceLock<Device> = OnceLock::new();
     let find = || match std::env::var("DDPM_DEVICE").as_deref() {
@@ -248,7 +248,7 @@ fn device() -> Device {
 }
 
 fn there(tensor: &Tensor) -> Tensor {
-    // Timesteps as the kernels take them.
+    // The kernels take timesteps in u32.
     let dtype = if tensor.dtype() == DType::I64 { DType::U32 } else { tensor.dtype() };
     tensor.to_dtype(dtype).unwrap().to_device(&device()).unwrap()
 }
@@ -257,8 +257,8 @@ fn here(tensor: &Tensor) -> Tensor {
     tensor.to_device(&Device::Cpu).unwrap()
 }
 
-/// Without the bias of attention's keys, which has no gradient in exact arithmetic: softmax does not
-/// see what is added to all scores of a row alike. Rounding alone moves it.
+/// Removes the bias of attention's keys, which has no gradient in exact arithmetic: softmax ignores a
+/// constant that is added to all scores of a row. Only rounding errors change this bias.
 fn without_key(name: &str, tensor: &Tensor) -> Tensor {
     if !name.ends_with("qkv.bias") {
         return tensor.clone();
@@ -276,7 +276,7 @@ fn max_abs(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.dims(), b.dims());
     let [a, b] = [a, b].map(|t| t.to_dtype(DType::F64).unwrap().flatten_all().unwrap());
     let difference = (a - b).unwrap().abs().unwrap().to_vec1::<f64>().unwrap();
-    // Not `max`, which would lose a NaN.
+    // `max` would lose a NaN.
     difference.into_iter().fold(0.0, |most, d| if d > most || d.is_nan() { d } else { most })
 }
 

@@ -1,8 +1,8 @@
-//! Samplers against closed forms and against diffusers.
+//! Samplers, compared with closed forms and with diffusers.
 //!
-//! For data that is normal with mean `m` and standard deviation `s` in every pixel, the best
-//! denoiser is known: `E[x_0 | x_t]` is linear in `x_t`. Then every step of a solver is linear, and
-//! the mean and variance of what it ends with follow exactly from its coefficients.
+//! For data that is normal with mean `m` and standard deviation `s` in every pixel, the best denoiser is known: `E[x_0
+//! | x_t]` is linear in `x_t`. Every step of a solver is then linear, and the mean and variance of its result follow
+//! exactly from its coefficients.
 
 use std::collections::HashMap;
 
@@ -21,7 +21,7 @@ struct Normal {
 
 const DATA: Normal = Normal { mean: 0.3, std: 0.5 };
 
-/// What the best denoiser answers, for data like that.
+/// Returns the best denoiser for such data.
 fn gaussian(diffusion: &Diffusion, Normal { mean, std }: Normal) -> impl Denoiser + use<> {
     let (bars, prediction) = (diffusion.schedule().alpha_bars().to_vec(), diffusion.prediction());
     from_fn(move |x_t: &Tensor, t: &Tensor| {
@@ -39,7 +39,7 @@ fn gaussian(diffusion: &Diffusion, Normal { mean, std }: Normal) -> impl Denoise
     })
 }
 
-/// Mean and variance of the result, by the published formulae, in f64 and one pixel.
+/// Computes the mean and variance of the result with the published formulae, in f64 for one pixel.
 fn expected(
     data: Normal,
     schedule: &NoiseSchedule,
@@ -130,7 +130,7 @@ fn gaussian_data_is_reproduced() {
     }
 }
 
-/// Samples of the best denoiser have the mean and variance of the closed form, which it gives.
+/// Asserts that samples of the best denoiser have the mean and variance of the closed form. Returns them.
 fn agrees(data: Normal, diffusion: &Diffusion, solver: Solver, steps: usize) -> (f64, f64) {
     let sampler = Sampler::new(diffusion, solver, steps).unwrap();
     let timesteps: Vec<usize> = sampler.timesteps().collect();
@@ -153,7 +153,7 @@ fn agrees(data: Normal, diffusion: &Diffusion, solver: Solver, steps: usize) -> 
     (mean, variance)
 }
 
-/// The best denoiser cannot mend a schedule whose end still holds signal; the scaled one has none.
+/// Even the best denoiser cannot correct a schedule that ends with signal. The scaled schedule ends without.
 #[test]
 fn what_a_schedule_leaves_of_the_image_is_missing_from_samples() {
     let data = Normal { mean: 0.8, std: 0.1 };
@@ -176,8 +176,8 @@ fn what_a_schedule_leaves_of_the_image_is_missing_from_samples() {
     }
 }
 
-/// The closed form itself ends at the data's own mean and variance as steps become many, so that
-/// agreeing with it means something; with few, its error is the solver's.
+/// With many steps, the closed form itself converges to the mean and variance of the data, so that agreement with it is
+/// meaningful. With few steps, its error is that of the solver.
 #[test]
 fn closed_form_converges_to_the_data() {
     let error = |solver, steps: usize| {
@@ -224,7 +224,7 @@ fn heun_is_of_second_order_and_ddim_of_first() {
     }
 }
 
-/// The table of the chapter on sampling.
+/// Checks the table in the chapter on sampling.
 #[test]
 fn heun_needs_a_start_that_is_not_too_noisy() {
     let std = |schedule: &NoiseSchedule, from: usize, solver, steps: usize| {
@@ -246,7 +246,7 @@ fn heun_needs_a_start_that_is_not_too_noisy() {
     }
 }
 
-/// A step with two evaluations is one item of the loop.
+/// A step with two evaluations is one item of the iterator.
 #[test]
 fn a_step_of_heun_is_one_step_with_two_evaluations() {
     let diffusion = Diffusion::ddpm();
@@ -271,7 +271,7 @@ fn a_step_of_heun_is_one_step_with_two_evaluations() {
         before = step.x;
     }
     assert_eq!(*evaluated.borrow(), [999, 666, 666, 333, 333, 0, 0]);
-    // As the file of a checkpoint holds it.
+    // The format in the file of a checkpoint.
     assert_eq!(serde_json::to_string(&Solver::Heun).unwrap(), r#""heun""#);
     assert_eq!(serde_json::from_str::<Solver>(r#""heun""#).unwrap(), Solver::Heun);
 }
@@ -298,7 +298,7 @@ fn a_sample_does_not_depend_on_the_batch() {
 #[test]
 fn samples_are_clamped_and_steps_are_counted() {
     let diffusion = Diffusion::ddpm();
-    // An image that is far too bright everywhere.
+    // Predicts an image that is far too bright everywhere.
     let bright = Diffusion::new(diffusion.schedule().clone(), Prediction::Sample);
     let denoiser = from_fn(|x_t: &Tensor, _: &Tensor| Ok((x_t.zeros_like()? + 3.0)?));
     let sampler = Sampler::new(&bright, Solver::ddim(), 5).unwrap();
@@ -326,7 +326,7 @@ fn a_failing_denoiser_ends_the_loop() {
     assert!(steps.next().is_none());
 }
 
-/// A network whose answer has a number that is not finite at one timestep.
+/// A network whose output contains a number that is not finite at one timestep.
 fn failing_at(timestep: u32, value: f64) -> impl Denoiser {
     from_fn(move |x_t: &Tensor, t: &Tensor| {
         let mut output = (x_t * 0.5)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
@@ -353,7 +353,7 @@ fn a_prediction_that_is_not_finite_is_an_error_at_its_timestep() {
                     let start = start.to_dtype(dtype).unwrap();
                     let z = |t| Sampler::noise(t, shape, 0, &Device::Cpu);
                     let mut steps = sampler.steps_from(&denoiser, start, z).unwrap();
-                    // Steps before it are not blamed.
+                    // Earlier steps return no error.
                     for step in steps.by_ref().take(index) {
                         let largest = max_abs(&step.unwrap().x.to_dtype(DType::F64).unwrap());
                         assert!(largest.is_finite());
@@ -387,7 +387,7 @@ fn a_network_that_overflows_half_precision_is_an_error() {
     }
 }
 
-/// What becomes of finite predictions, too: here `x_0` is beyond f32.
+/// Finite predictions can also lead to this: here `x_0` is beyond f32.
 #[test]
 fn a_sample_that_is_not_finite_is_an_error() {
     let denoiser = from_fn(|x_t: &Tensor, _: &Tensor| Ok((x_t.ones_like()? * 3e38)?));
@@ -472,7 +472,7 @@ fn wrong_settings_are_refused() {
     }
 }
 
-/// Respaced timesteps are those of the code of Nichol and Dhariwal.
+/// Respaced timesteps are those of Nichol and Dhariwal's code.
 #[test]
 fn respacing_agrees_with_its_source() {
     let oracle = Diffusers::read("diffusers");
@@ -481,7 +481,7 @@ fn respacing_agrees_with_its_source() {
         let mut ours: Vec<i64> = sampler.timesteps().map(|t| t as i64).collect();
         ours.reverse();
         let theirs: Vec<i64> = oracle.get(&format!("spacing.1000.{steps}")).to_vec1().unwrap();
-        // Of one step, theirs is the cleanest timestep; ours the noisiest, where x_T belongs.
+        // For one step, their code takes the cleanest timestep. This crate takes the noisiest, to which x_T belongs.
         if steps > 1 {
             assert_eq!(ours, theirs, "{steps} steps");
         }
@@ -506,7 +506,7 @@ fn schedules_agree_with_diffusers() {
     }
 }
 
-/// Every step of every trajectory that diffusers made with a known network and known noise.
+/// Compares every step of every trajectory that diffusers computed with a known network and known noise.
 #[test]
 fn trajectories_agree_with_diffusers() {
     let schedules = Diffusers::read("diffusers");
@@ -514,7 +514,7 @@ fn trajectories_agree_with_diffusers() {
     assert_eq!(compare_trajectories(&Diffusers::read("heun"), &schedules), 5);
 }
 
-/// The number of compared trajectories.
+/// Compares the trajectories of a file. Returns their number.
 fn compare_trajectories(oracle: &Diffusers, schedules: &Diffusers) -> usize {
     let cases: Vec<String> = serde_json::from_str(&oracle.metadata["cases"]).unwrap();
     let mut compared = 0;
@@ -575,7 +575,7 @@ fn compare_trajectories(oracle: &Diffusers, schedules: &Diffusers) -> usize {
     compared
 }
 
-/// A file of `tests/data` with results of diffusers; `tests/data/README.md` says what it holds.
+/// A file of `tests/data` with results of diffusers; see `tests/data/README.md`.
 struct Diffusers {
     metadata: HashMap<String, String>,
     tensors: HashMap<String, Tensor>,

@@ -1,5 +1,5 @@
-//! The structure of `src`, by its `use` lines and paths: no circles among files, and dependencies in the order that
-//! docs/architecture.md draws. Code of tests is not part of it.
+//! The structure of `src`, derived from its `use` lines and paths: files have no circular dependencies, and
+//! dependencies follow the order in docs/architecture.md. Code of tests is not included.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -12,11 +12,11 @@ struct Source {
     code: String,
     /// The whole file.
     text: String,
-    /// Lines without those of tests.
+    /// Number of lines, without those of tests.
     lines: usize,
 }
 
-/// Files that gather others for users, and those of tests: no module depends on them.
+/// Files that re-export others for users, and files of tests. No module depends on them.
 const FRONT: [&str; 4] = ["lib.rs", "nn.rs", "docs.rs", "random_inputs.rs"];
 
 fn sources() -> Vec<Source> {
@@ -56,7 +56,8 @@ fn sources() -> Vec<Source> {
     sources
 }
 
-/// The code without comments, and without items under `#[cfg(test)]`; and the number of lines without the latter.
+/// Returns the code without comments and without items under `#[cfg(test)]`, and the number of lines without these
+/// items.
 fn code_of(text: &str) -> (String, usize) {
     let (mut code, mut count, mut inline) = (String::new(), 0, false);
     let mut lines = text.lines();
@@ -88,7 +89,7 @@ fn code_of(text: &str) -> (String, usize) {
     (code, count)
 }
 
-/// The paths that `use` declarations of the code name, with braces expanded, and other paths that begin with `crate::`.
+/// Returns the paths of `use` declarations, with braces expanded, and other paths that begin with `crate::`.
 fn paths(code: &str) -> Vec<Vec<String>> {
     fn expand(prefix: &[String], tree: &str, found: &mut Vec<Vec<String>>) {
         let tree = tree.trim();
@@ -135,7 +136,7 @@ fn paths(code: &str) -> Vec<Vec<String>> {
     found
 }
 
-/// The files on which each file depends, as indices.
+/// Returns the files on which each file depends, as indices.
 fn dependencies(sources: &[Source]) -> Vec<BTreeSet<usize>> {
     let index: BTreeMap<&[String], usize> =
         sources.iter().enumerate().map(|(i, source)| (&source.module[..], i)).collect();
@@ -184,7 +185,7 @@ fn no_file_depends_on_itself_through_others() {
     let sources = sources();
     let edges = dependencies(&sources);
     assert!(edges.iter().map(BTreeSet::len).sum::<usize>() > 100, "{edges:?}");
-    // The files that a file reaches by its dependencies.
+    // Returns the files that a file reaches through its dependencies.
     let reached = |from: usize| {
         let (mut reached, mut open) = (BTreeSet::new(), vec![from]);
         while let Some(file) = open.pop() {

@@ -1,4 +1,4 @@
-//! The trainer: what must not change the result, what must, and what is refused.
+//! The trainer: settings that must not change the result, settings that must, and errors.
 
 use std::ops::ControlFlow;
 use std::process::{Command, Stdio};
@@ -15,7 +15,7 @@ use ddpm::train::{AdamConfig, EmaConfig, Metrics, Noised, Objective, Observer, R
 use ddpm::{Denoiser, Diffusion, Error, Result, TrainConfig, Trainer, UNetConfig};
 use serde::{Deserialize, Serialize};
 
-/// A small network, and images that differ.
+/// A small network. The images of the data sets differ.
 fn network() -> UNetConfig {
     UNetConfig { image_size: 8, hidden_dims: vec![16, 16], time_dim: 16, ..UNetConfig::mnist() }
 }
@@ -53,7 +53,7 @@ fn fitted(config: TrainConfig) -> Trainer<UNetConfig> {
     trainer
 }
 
-/// Every weight, one after the other.
+/// Returns all weights, concatenated.
 fn weights<N: Architecture>(trainer: &Trainer<N>) -> Vec<f32> {
     let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     trainer.vars().values().flat_map(|var| values(var)).collect()
@@ -75,13 +75,13 @@ fn same_seed_same_bits_and_another_seed_others() {
     assert_ne!(weights(&a), weights(&fitted(TrainConfig { seed: 1, ..config() })));
 }
 
-/// Set for the processes of the test below.
+/// The environment variable of the child processes of the test below.
 const SAVE_TO: &str = "DDPM_TEST_TRAINS_AND_SAVES_TO";
 #[cfg(feature = "f16")]
 const IN_HALF: &str = "DDPM_TEST_TRAINS_IN_HALF";
 
-/// A short run of a network with every kind of layer, large enough to be cut among threads. Only as
-/// a child process, since the number of threads is a process's.
+/// Runs a short training of a network with every kind of layer, large enough to be divided among threads.
+/// Runs only as a child process, because the number of threads is a property of the process.
 #[test]
 fn trains_and_saves() {
     let Some(path) = std::env::var_os(SAVE_TO) else { return };
@@ -129,7 +129,7 @@ fn any_number_of_threads(environment: &[(&str, &str)]) {
     };
     let one = run("1");
     for threads in ["2", "3"] {
-        // Not `assert_eq`, which would print megabytes.
+        // `assert_eq` would print megabytes.
         assert!(run(threads) == one, "{threads} threads give other bits than one");
     }
 }
@@ -147,7 +147,7 @@ fn every_option_changes_the_result() {
         ("eps", TrainConfig { optimizer: AdamConfig { eps: 1e-3, ..adam }, ..config() }),
         ("warmup_steps", TrainConfig { warmup_steps: 10, ..config() }),
         ("cooldown", TrainConfig { cooldown: 0.5, ..config() }),
-        // Adam does not see the gradient's scale, but for eps.
+        // Adam is independent of the scale of the gradient, except for eps.
         ("clip_norm", TrainConfig { clip_norm: Some(1e-6), ..config() }),
         ("horizontal_flip", TrainConfig { horizontal_flip: true, ..config() }),
     ] {
@@ -170,7 +170,7 @@ fn accumulation_gives_what_the_whole_batch_gives() {
         let config = TrainConfig {
             accumulation,
             clip_norm: Some(0.5),
-            // Plain Adam would blow rounding up to full steps where a gradient is nearly 0.
+            // With a small eps, Adam would magnify the rounding of a gradient near 0 to full steps.
             optimizer: AdamConfig { eps: 1e-3, ..AdamConfig::adam(1e-3) },
             ..config()
         };
@@ -219,7 +219,7 @@ fn an_epoch_shows_every_image_once_and_flips_half() {
         orders.push(order);
     }
     assert!(orders.windows(2).all(|w| w[0] != w[1]));
-    // 200 throws of a coin: five standard deviations.
+    // 200 coin tosses: five standard deviations.
     assert!((65..=135).contains(&flips), "{flips} of 200 flipped");
 }
 
@@ -296,7 +296,7 @@ fn a_closure_observes_every_report_and_its_error_ends_training() {
     assert_eq!((error.to_string().as_str(), trainer.steps()), ("the disk is full", 3));
 }
 
-/// Up over the first updates, down over the last, and never below zero.
+/// The rate rises during the first updates, falls during the last, and is never negative.
 #[test]
 fn the_learning_rate_rises_and_falls_linearly() {
     let optimizer = AdamConfig::adam(1.0);
@@ -314,7 +314,7 @@ fn the_learning_rate_rises_and_falls_linearly() {
     }
 }
 
-/// As `Ramps(10)`, but never faster than 200 images a second.
+/// The images of `Ramps(10)`, read at no more than 200 per second.
 struct Slow;
 
 impl Dataset for Slow {
@@ -341,7 +341,7 @@ fn a_report_is_of_the_updates_of_its_own_fit() {
         let batch = trainer.next_batch(&Ramps(10)).unwrap();
         trainer.step(&batch).unwrap();
     }
-    // Stopped between two reports, too.
+    // Includes a stop between two reports.
     for (stop_at, reports) in [(Some(6), vec![]), (None, vec![(8, 6..8), (11, 8..11)])] {
         let mut recorder = Recorder { stop_at, ..Recorder::default() };
         trainer.fit(&Ramps(10), &mut recorder).unwrap();
@@ -371,7 +371,7 @@ fn images_per_second_counts_what_was_timed() {
     assert!(rates[0] <= 200.0 && rates[1] <= 400.0, "{rates:?}");
 }
 
-/// One weight, which scales its input: nothing is cheaper.
+/// One weight, which scales its input: the cheapest network.
 #[derive(Serialize, Deserialize)]
 struct Scale;
 
@@ -421,7 +421,7 @@ fn an_observer_can_stop_and_training_goes_on_later() {
     assert_eq!(weights(&trainer), weights(&fitted(config())));
 }
 
-/// `Ramps(10)` with classes, which counts reads, and fails at one of them.
+/// The images of `Ramps(10)` with classes. Counts reads, and fails at one of them.
 #[derive(Default)]
 struct Watched {
     reads: AtomicUsize,
@@ -479,7 +479,7 @@ fn the_next_batch_is_read_while_a_step_is_made_and_none_after_the_last() {
 
 #[test]
 fn an_error_of_the_source_ends_training_at_its_step_and_the_trainer_goes_on() {
-    // In the third batch, which is read during the second step.
+    // The failure is in the third batch, which is read during the second step.
     let source = Watched { fails_at: Some(9), ..Watched::default() };
     let mut trainer = trainer(config());
     let message = trainer.fit(&source, &mut ()).unwrap_err().to_string();
@@ -517,7 +517,8 @@ fn a_batch_read_ahead_of_a_stop_is_read_again() {
     assert_eq!(found, expected);
 }
 
-/// The mean squared error, composed; with a weight for each image's signal-to-noise ratio, Hang et al. 2023.
+/// The mean squared error as a composition, optionally weighted by each image's signal-to-noise ratio (Hang
+/// et al. 2023).
 #[derive(Debug)]
 struct Composed {
     most: f64,
@@ -577,7 +578,7 @@ fn classes_come_with_their_images() {
     trainer.step(&batch).unwrap();
 }
 
-/// A learning rate at which the weights are of size 1e25 after one update: the second loss is not finite.
+/// With this learning rate, weights have size 1e25 after one update, so the second loss is not finite.
 fn diverging() -> TrainConfig {
     let optimizer = AdamConfig::adam(1e25);
     TrainConfig { steps: 5, log_every: 1000, optimizer, ..config() }
@@ -587,7 +588,7 @@ fn diverging() -> TrainConfig {
 fn a_loss_that_is_not_finite_names_its_step_and_is_not_saved() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = dir.path().join("checkpoint");
-    // Read only at the end, the error still names the step where it began.
+    // The loss is read only at the end, but the error names the first step with a wrong value.
     let error = trainer(diverging()).fit(&Ramps(10), &mut ()).unwrap_err();
     assert!(matches!(error, Error::NonFinite { step: 2, .. }), "{error}");
     assert!(error.to_string().starts_with("loss is "), "{error}");
@@ -657,7 +658,7 @@ fn images_that_do_not_fit_are_refused() {
     assert!(message.contains("eps has shape [1, 3, 8, 8]"), "{message}");
 }
 
-/// A network with an operation of candle's that has no gradient, and a weight of which it makes no use.
+/// A network with a candle operation that has no gradient, and a weight that it does not use.
 #[derive(Clone, Serialize, Deserialize)]
 struct Normed {
     frozen: bool,
@@ -733,7 +734,7 @@ fn a_batch_that_does_not_fit_is_told_as_the_caller_gave_it() {
     }
 }
 
-/// A network whose output has not the shape of its input.
+/// A network whose output does not have the shape of its input.
 #[derive(Serialize, Deserialize)]
 struct Flattening;
 

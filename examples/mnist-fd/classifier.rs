@@ -19,11 +19,11 @@ pub const CLASSES: usize = 10;
 /// Number of features of an image.
 pub const FEATURES: usize = 64;
 
-/// Of the image, and of maps 14, 7 and 4 pixels high.
+/// Channels of the image, and of maps 14, 7 and 4 pixels high.
 const CHANNELS: [usize; 4] = [1, 16, 64, 64];
 /// Height and width of the first convolution's map.
 const FIRST: usize = SIZE / 2;
-/// Pixels of the image from which the first convolution computes each of its own.
+/// Number of image pixels from which the first convolution computes each pixel of its output.
 pub const PATCH: usize = 4 * 4;
 
 /// The default number of updates.
@@ -31,7 +31,7 @@ const STEPS: u64 = 3_000;
 const SEED: u64 = 0;
 const BATCH: usize = 100;
 const LEARNING_RATE: f64 = 2e-3;
-/// Training images are shifted by up to so many pixels.
+/// Maximum shift of training images in pixels.
 const SHIFT: usize = 2;
 
 pub struct Classifier {
@@ -55,8 +55,8 @@ impl Classifier {
         })
     }
 
-    /// Returns an error if the classifier cannot be written to `path`. An existing one is only read, so `steps` must
-    /// not be given for it.
+    /// Returns an error if the classifier cannot be written to `path`, or if `steps` is given for an existing one,
+    /// which is only read.
     pub fn check(path: &Path, steps: Option<u64>) -> Result<()> {
         match steps {
             _ if !path.exists() => check_output("--classifier", path, "safetensors"),
@@ -87,7 +87,7 @@ impl Classifier {
             .map_err(|e| format!("{}: not a classifier of mnist-fd: {e}", path.display()).into())
     }
 
-    /// Trains a classifier on images with labels, by Adam with a learning rate that falls to 0, and writes its weights
+    /// Trains a classifier on images with labels, using Adam with a learning rate that falls to 0. Writes the weights
     /// to `path`.
     pub fn train(
         images: &Images,
@@ -132,7 +132,7 @@ impl Classifier {
         Ok(classifier)
     }
 
-    /// The statistics of the features of all images, and the probabilities of their classes.
+    /// Computes the statistics of the features of all images, and the class probabilities of each image.
     pub fn look(
         &self,
         images: &Images,
@@ -154,7 +154,7 @@ impl Classifier {
         Ok((statistics, probabilities))
     }
 
-    /// The features of a batch, from the images' patches.
+    /// Computes the features of a batch from the patches of its images.
     fn see(&self, patches: Vec<f32>) -> candle_core::Result<Tensor> {
         let [first, others @ ..] = &self.convolutions;
         let pixels = patches.len() / PATCH;
@@ -167,7 +167,7 @@ impl Classifier {
     }
 }
 
-/// The digits' labels, which must be digits.
+/// Returns the labels of the digits. Returns an error if they are not digits.
 pub fn labels(images: &Images) -> Result<&[u8]> {
     let labels = images.labels().ok_or("the digits have no labels")?;
     match labels.iter().position(|&label| usize::from(label) >= CLASSES) {
@@ -178,7 +178,7 @@ pub fn labels(images: &Images) -> Result<&[u8]> {
     }
 }
 
-/// Adds the patches of the first convolution, of an image moved by so many pixels down and right.
+/// Adds the patches of the first convolution for an image that is moved down and right by some pixels.
 pub fn lay_out(
     images: &Images,
     index: usize,
@@ -191,7 +191,7 @@ pub fn lay_out(
     let pixel = |y: isize, x: isize| {
         let within = 0..SIZE as isize;
         let inside = within.contains(&y) && within.contains(&x);
-        // Around an image it is black.
+        // The surroundings of an image are black.
         if inside { image[y as usize * SIZE + x as usize] } else { -1.0 }
     };
     for i in 0..(FIRST * FIRST) as isize {
@@ -201,8 +201,8 @@ pub fn lay_out(
     Ok(())
 }
 
-/// A convolution of 4 x 4 at stride 2, of maps (batch, height, width, channels). It is one product of all patches,
-/// because the gradient of candle's `conv2d` is slow. A patch is 2 x 2 blocks of 2 x 2 pixels.
+/// Computes a convolution of 4 x 4 at stride 2 of maps (batch, height, width, channels). It is one product of all
+/// patches, because the gradient of candle's `conv2d` is slow. A patch consists of 2 x 2 blocks of 2 x 2 pixels.
 pub fn convolve(maps: &Tensor, weights: &Linear) -> candle_core::Result<Tensor> {
     let (batch, h, w, channels) = maps.dims4()?;
     let (h_out, w_out) = (h.div_ceil(2), w.div_ceil(2));

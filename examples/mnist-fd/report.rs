@@ -1,4 +1,4 @@
-//! The figures of sets of images: their distance from the test images, and the classes that they show.
+//! The figures of sets of images: their distance from the test images, and the distribution of their classes.
 
 use std::fs;
 use std::path::Path;
@@ -17,18 +17,18 @@ use super::classifier::{CLASSES, Classifier, Random, SIZE, labels};
 /// The number of images in MNIST's test set.
 const ENOUGH: usize = 10_000;
 
-/// The accuracy above which a classifier is good enough.
+/// The minimum accuracy of a good classifier.
 const GOOD: f64 = 0.99;
 
-/// Above this probability of a class, an image is clearly of it.
+/// The probability of a class above which an image clearly belongs to it.
 pub const CONFIDENT: f32 = 0.9;
 
-/// Images that others are compared with, as the classifier sees them.
+/// The statistics of the images with which others are compared.
 pub struct Reference {
     classifier: Classifier,
     statistics: Statistics,
     images: usize,
-    /// The share of them that the classifier assigns to their class.
+    /// The fraction of these images that the classifier assigns to their class.
     pub accuracy: f64,
 }
 
@@ -38,7 +38,7 @@ pub struct Figures {
     images: usize,
     /// The distance from the reference.
     mnist_fd: f64,
-    /// The share of images that are clearly of a class.
+    /// The fraction of images that clearly belong to a class.
     confident: f64,
     /// The number of images that are most like each digit.
     classes: [usize; CLASSES],
@@ -70,7 +70,7 @@ impl Figures {
     }
 }
 
-/// The share of images that are clearly of a class, and how many are most like each.
+/// Returns the fraction of images that clearly belong to a class, and the number of images most similar to each class.
 pub fn tally(probabilities: &[Vec<f32>]) -> (f64, [usize; CLASSES]) {
     let mut classes = [0; CLASSES];
     probabilities.iter().for_each(|p| classes[best(p)] += 1);
@@ -84,8 +84,8 @@ fn best(probabilities: &[f32]) -> usize {
         .unwrap_or_default()
 }
 
-/// Returns an error if the run is of other images than digits. A run has a file with its images beside its checkpoint.
-/// Checkpoints without such a file are accepted.
+/// Returns an error if the run was trained on images other than digits. A file beside the checkpoint names the images
+/// of the run. Checkpoints without such a file are accepted.
 pub fn check_digits(checkpoint: &Checkpoint) -> Result<()> {
     let dir = checkpoint.dir();
     let file = match dir.file_name() {
@@ -109,7 +109,7 @@ pub fn check_digits(checkpoint: &Checkpoint) -> Result<()> {
     Ok(())
 }
 
-/// Reads the training set and the test set. Returns an error if they cannot be measured by.
+/// Reads the training set and the test set. Returns an error if they are not suitable for the measure.
 pub fn data_sets(dir: &Path) -> Result<(DataSet, DataSet)> {
     let (train, test) = datasets::mnist_with_labels(dir)?;
     for set in [&train, &test] {
@@ -122,7 +122,7 @@ pub fn data_sets(dir: &Path) -> Result<(DataSet, DataSet)> {
     Ok((train, test))
 }
 
-/// The results, as they are printed and written.
+/// The results, in the order of their output.
 pub struct Report {
     json: Value,
     rows: Vec<(&'static str, String)>,
@@ -143,7 +143,7 @@ impl Report {
         Self { json, rows: vec![] }
     }
 
-    /// Prints what the user must know about the measure before its results.
+    /// Prints the information that the user needs before the results.
     pub fn introduce(&mut self, file: &Path, reference: &Reference, count: usize) -> Result<()> {
         let weights = fs::read(file).map_err(|e| format!("{}: {e}", file.display()))?;
         let crc32 = Identity::crc32(&weights);
@@ -167,7 +167,7 @@ impl Report {
         Ok(())
     }
 
-    /// Compares samples, as many training images, and as much noise with the reference.
+    /// Compares samples, and the same numbers of training images and of noise images, with the reference.
     pub fn compare(
         &mut self,
         reference: &Reference,
@@ -175,7 +175,7 @@ impl Report {
         mut digits: Images,
         stop: impl Fn() -> bool,
     ) -> Result<()> {
-        // The same number as of samples, because the distance depends on it.
+        // As many digits as samples, because the distance depends on the number.
         digits.truncate(samples.len());
         let noise = noise(samples.len())?;
         let sets = [("samples", "samples", samples), ("train images", "train_images", digits)];
@@ -190,7 +190,7 @@ impl Report {
         Ok(())
     }
 
-    /// Writes the file, if there is to be one, and prints the table.
+    /// Writes the file if a path is given, and prints the table.
     pub fn print(&self, path: Option<&Path>) -> Result<ExitCode> {
         if let Some(path) = path {
             files::write(path, format!("{:#}\n", self.json).as_bytes())?;

@@ -1,5 +1,5 @@
-//! The operations in f32 on the CPU, by kernels on slices. Candle's own operations run on a second pool of threads from
-//! 65,536 values on, which competes with the pool of this crate.
+//! The operations in f32 on the CPU, computed by kernels on slices. Candle's own operations use a second thread pool
+//! for 65,536 values or more, which competes with the pool of this crate.
 
 use candle_core::{DType, Device, Tensor};
 
@@ -17,13 +17,13 @@ use crate::random::{Address, zeros};
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Cpu;
 
-/// Returns whether the kernels take these tensors.
+/// Returns whether the kernels accept these tensors.
 fn are_plain(tensors: &[&Tensor]) -> bool {
     let suits = |t: &&Tensor| on_cpu_in_f32(t) && t.is_contiguous() && !t.track_op();
     tensors.iter().all(|t| suits(t) && t.dims() == tensors[0].dims() && t.elem_count() > 0)
 }
 
-/// A tensor of the shape of the first of `tensors`, whose values `f` writes.
+/// Creates a tensor of the shape of the first of `tensors`, with values written by `f`.
 fn written<const N: usize>(
     tensors: [&Tensor; N],
     f: impl FnOnce([&[f32]; N], &mut [f32]),
@@ -144,7 +144,7 @@ impl Updater for Cpu {
         }
         let unscale = rule.unscale(counters);
         let norm = squares.sqrt() * unscale;
-        // Above, the square of a gradient may be beyond f32, and Adam's mean of it infinite for ever.
+        // For larger norms, the square of a gradient may overflow f32, and Adam's mean of squares would stay infinite.
         let norm = if norm < 1e18 { norm } else { norm * f64::INFINITY };
         let result = Tensor::new(norm as f32, &Device::Cpu)?;
         if let Some(scale) = &rule.scale {

@@ -1,4 +1,4 @@
-//! The operations in f32 on a CUDA device, by the crate's kernels. None of them waits for the device.
+//! The operations in f32 on a CUDA device, computed by the crate's kernels. None of them waits for the device.
 #![cfg(feature = "cuda")]
 
 use std::fmt;
@@ -64,7 +64,7 @@ impl Backend for Cuda {
     }
 
     fn finiteness(&self, x: &Tensor) -> Result<Tensor> {
-        // A value that is not finite gives NaN when it is subtracted from itself.
+        // Subtracting a value that is not finite from itself gives NaN.
         Ok(self.squared_error(x, x, 1.0, None)?.0)
     }
 
@@ -92,10 +92,10 @@ impl Backend for Cuda {
     }
 }
 
-/// Updates that the device counts, because it decides which ones are skipped.
+/// The updates of a run, counted by the device, because it decides which ones are skipped.
 struct CudaUpdater {
     device: Device,
-    /// The device's part, and the counters that it has unless it skipped an update.
+    /// The updater on the device, and the device's counters if it has not skipped an update.
     current: Option<(cuda::Updater, Counters)>,
 }
 
@@ -106,7 +106,7 @@ impl fmt::Debug for CudaUpdater {
 }
 
 impl CudaUpdater {
-    /// The device's part, with these counters.
+    /// Returns the updater on the device, with these counters.
     fn with(&mut self, counters: &Counters) -> Result<&mut cuda::Updater> {
         let current = match self.current.take().filter(|(_, known)| known == counters) {
             Some(current) => current,

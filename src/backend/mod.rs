@@ -1,8 +1,9 @@
-//! The only place that asks which device computes. Everything above it states what is computed.
+//! The only place that distinguishes devices. The modules above it state what is computed.
 //!
-//! [`reference`] is the specification: each formula of the process, the loss and the update stands there once, composed
-//! of candle's operations. It runs on every device and in every floating-point dtype, and takes gradients. The other
-//! backends compute the same with fewer passes over memory, for tensors that are [plain](ops::Backend), and leave all
+//! [`reference`] is the specification. It contains each formula of the process, the loss and the update once, composed
+//! of candle operations. It runs on every device and in every floating-point dtype, and supports gradients. The other
+//! backends compute the same with fewer passes over memory, for tensors that are [plain](ops::Backend). They delegate
+//! all other tensors to the reference. One table of tests compares them with the reference.
 //! others to the reference. One table of tests holds them to it.
 
 #[cfg(feature = "cli")]
@@ -22,7 +23,7 @@ pub(crate) use self::ops::{Backend, Capture, Computed, Rates, Recorded};
 pub(crate) use self::reference::clip_norm;
 pub(crate) use self::update::{AverageRule, Counters, ScaleRule, UpdateRule, Updater, WeightState};
 
-/// The backend for tensors of this dtype on this device.
+/// Returns the backend for tensors of this dtype on this device.
 pub(crate) fn on(device: &Device, dtype: DType) -> &'static dyn Backend {
     match (device, dtype) {
         (Device::Cpu, DType::F32) => &cpu::Cpu,
@@ -32,12 +33,12 @@ pub(crate) fn on(device: &Device, dtype: DType) -> &'static dyn Backend {
     }
 }
 
-/// Returns whether reading a value from the device waits for all work that it was given before.
+/// Returns whether reading a value from the device waits for all work that was submitted before.
 pub(crate) fn reading_waits(device: &Device) -> bool {
     !device.is_cpu()
 }
 
-/// The backend for tensors like this one.
+/// Returns the backend for the dtype and the device of `x`.
 pub(crate) fn of(x: &Tensor) -> &'static dyn Backend {
     on(x.device(), x.dtype())
 }

@@ -6,11 +6,11 @@ use super::update::{Factors, Updater, WeightState};
 use crate::error::Result;
 use crate::random::Address;
 
-/// The factors of two tensors at each timestep of a schedule, from its `alpha_bar`.
+/// The factors of two tensors at each timestep of a schedule, computed from its `alpha_bar`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rates<'a> {
     pub alpha_bars: &'a [f64],
-    /// From `alpha_bar` to the two factors.
+    /// Maps `alpha_bar` to the two factors.
     pub factors: fn(f64) -> [f64; 2],
 }
 
@@ -23,17 +23,17 @@ impl Rates<'_> {
 
 /// The operations of training and sampling outside of networks, on tensors.
 ///
-/// A backend with kernels uses them for plain tensors: f32 on its device, contiguous, of one shape, not empty, without a
-/// gradient to pass on. Two tensors of one operation have the same shape.
+/// A backend with kernels uses them for plain tensors: f32 on its device, contiguous, of one shape, not empty, and not
+/// tracked for gradients. Two tensors of one operation have the same shape.
 pub(crate) trait Backend: fmt::Debug + Send + Sync {
     /// Copies values to the device, in the shape `dims`. Does not wait for the device.
     fn upload(&self, values: Vec<f32>, dims: &[usize], device: &Device) -> Result<Tensor>;
 
-    /// As [`upload`](Self::upload), for one integer per image.
+    /// Copies one integer per image to the device, as [`upload`](Self::upload) does.
     fn upload_integers(&self, values: Vec<u32>, device: &Device) -> Result<Tensor>;
 
-    /// Draws standard normals of shape `dims` = (batch, ...). Each image has its own numbers, and the batch begins with
-    /// image number `first`.
+    /// Draws standard normals of shape `dims` = (batch, ...). The numbers of an image depend on its index but not on
+    /// the batch. The first image has index `first`.
     fn normal(&self, at: Address, first: u32, dims: &[usize], device: &Device) -> Result<Tensor>;
 
     /// Computes `a x + b y`, with the two factors of each image's timestep `t` (batch), which has been checked.
@@ -61,19 +61,19 @@ pub(crate) trait Backend: fmt::Debug + Send + Sync {
     /// Adds `more` to `sum`. Plain tensors are changed in place, with all tensors that share their values.
     fn add_to(&self, sum: &mut Tensor, more: &Tensor) -> Result<()>;
 
-    /// Makes an update of Adam, and of the averages, with these factors.
+    /// Makes an update of Adam and of the averages with these factors.
     fn adam(&self, weights: Vec<WeightState<'_>>, factors: &Factors) -> Result<()>;
 
-    /// The updates of a run.
+    /// Creates the updater of a run.
     fn updater(&self, device: &Device) -> Box<dyn Updater>;
 
-    /// The device's means to record an update and repeat it, if it has one.
+    /// Returns the interface to record and repeat updates, if the device supports it.
     fn capture(&self, device: &Device) -> Option<Box<dyn Capture>> {
         let _ = device;
         None
     }
 
-    /// Waits for the work that all threads have given to the device.
+    /// Waits for the work that all threads have submitted to the device.
     fn synchronize(&self, device: &Device) -> Result<()> {
         let _ = device;
         Ok(())
@@ -86,15 +86,15 @@ pub(crate) type Computed = (Tensor, Tensor, Vec<Tensor>);
 /// The update that [`Capture::record`] records, as a function of `x_0` and `t`.
 pub(crate) type Recordable<'a> = dyn FnMut(&Tensor, &Tensor) -> Result<Computed> + 'a;
 
-/// Records the work of an update, which is then repeated by one launch.
+/// Records the work of an update, which can then be repeated by one launch.
 pub(crate) trait Capture {
-    /// Returns whether an update of this batch can be recorded or repeated at this moment.
+    /// Returns whether an update of this batch can be recorded or repeated now.
     fn is_possible(&self, x_0: &Tensor) -> Result<bool>;
 
     /// Sets the step for which a repeated update draws its random numbers.
     fn set_step(&self, step: u64) -> Result<()>;
 
-    /// Records the work that `update` launches for a batch like `x_0` and `t`. None of it is run.
+    /// Records the work that `update` launches for a batch like `x_0` and `t`, without running it.
     fn record(
         &self,
         x_0: &Tensor,
@@ -103,11 +103,11 @@ pub(crate) trait Capture {
     ) -> Result<Box<dyn Recorded>>;
 }
 
-/// An update that was recorded.
+/// A recorded update.
 pub(crate) trait Recorded: fmt::Debug + Send + Sync {
-    /// Returns whether it can be repeated for this batch, by this thread.
+    /// Returns whether this thread can repeat the update for this batch.
     fn fits(&self, x_0: &Tensor) -> bool;
 
-    /// Repeats it for another batch of the same shape. Returns the loss and the norm of the gradient.
+    /// Repeats the update for another batch of the same shape. Returns the loss and the norm of the gradient.
     fn repeat(&self, x_0: &Tensor, t: &Tensor) -> Result<(Tensor, Tensor)>;
 }

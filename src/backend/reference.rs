@@ -1,4 +1,4 @@
-//! The specification: each formula once, as a composition of candle's operations.
+//! The specification: each formula once, composed of candle operations.
 
 use candle_core::{DType, Device, Tensor};
 
@@ -7,7 +7,7 @@ use super::update::{Counters, Factors, UpdateRule, Updater, WeightState};
 use crate::error::{Error, Result};
 use crate::random::{Address, zeros};
 
-/// Candle's operations, for every device and floating-point dtype. They take gradients.
+/// Candle's operations, for every device and floating-point dtype. They support gradients.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Reference;
 
@@ -68,7 +68,7 @@ impl Backend for Reference {
     }
 
     fn finiteness(&self, x: &Tensor) -> Result<Tensor> {
-        // A value that is not finite gives NaN when it is subtracted from itself.
+        // Subtracting a value that is not finite from itself gives NaN.
         Ok(self.squared_error(x, x, 1.0, None)?.0)
     }
 
@@ -77,7 +77,8 @@ impl Backend for Reference {
         Ok(())
     }
 
-    /// As PyTorch's `Adam` and `AdamW`. Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2.
+    /// The update of PyTorch's `Adam` and `AdamW`. Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019,
+    /// algorithm 2.
     fn adam(&self, weights: Vec<WeightState<'_>>, factors: &Factors) -> Result<()> {
         let Factors { beta1, beta2, eps, step_size, root_scale, .. } = *factors;
         for own in weights {
@@ -144,8 +145,9 @@ impl Updater for Reference {
     }
 }
 
-/// Scales all gradients so that their global L2 norm is at most `max_norm`, and returns the norm before, which stays on
-/// the device. An infinite `max_norm` does not clip. As PyTorch's `clip_grad_norm_`; Pascanu et al. 2013.
+/// Scales all gradients so that their global L2 norm is at most `max_norm`. Returns the norm before clipping, which
+/// stays on the device. An infinite `max_norm` does not clip. The method is that of PyTorch's `clip_grad_norm_`;
+/// Pascanu et al. 2013.
 ///
 /// # Errors
 /// Returns an error if there are no gradients.
@@ -166,7 +168,7 @@ pub(crate) fn clip_norm(gradients: Vec<&mut Tensor>, max_norm: f64) -> Result<Te
     Ok(norm)
 }
 
-/// The value of a scalar of f32, or 1.
+/// Returns the value of a scalar of f32, or 1 if there is none.
 pub(super) fn value_of(scale: Option<&Tensor>) -> Result<f64> {
     Ok(match scale {
         Some(scale) => f64::from(scale.to_scalar::<f32>()?),

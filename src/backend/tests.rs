@@ -1,4 +1,4 @@
-//! One table for all backends: each operation against the reference in f64, on the CPU.
+//! One table for all backends: compares each operation with the reference in f64 on the CPU.
 
 use candle_core::{DType, Device, Tensor, Var};
 use proptest::prelude::*;
@@ -10,7 +10,7 @@ use crate::kernels::tests::{F32, Normals, check};
 use crate::random::{Noise, Purpose};
 use crate::random_inputs::inputs;
 
-/// Each device that this build has kernels for.
+/// Returns each device for which this build has kernels.
 fn devices() -> Vec<Device> {
     vec![
         Device::Cpu,
@@ -27,12 +27,12 @@ fn values(t: &Tensor) -> Vec<f64> {
     exact(t).flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// The error of `count` roundings of terms of these magnitudes.
+/// The error of `count` roundings of terms with these magnitudes.
 fn roundings(count: f64, size: &Tensor) -> Tensor {
     (size.abs().unwrap() * (count * F32)).unwrap()
 }
 
-/// The bound of a sum of two products: each term's factor, product and sum.
+/// The error bound of `a x + b y`: three roundings, of each term's factor, product and sum.
 fn of_combined(x: &Tensor, a: f64, y: &Tensor, b: f64) -> Tensor {
     let (x, y) = (x.abs().unwrap(), y.abs().unwrap());
     roundings(3.001, &Reference.combine(&x, a.abs(), &y, b.abs()).unwrap())
@@ -131,7 +131,7 @@ fn uploads_and_normals_are_those_of_the_reference() -> Result<()> {
         let [four, last] =
             [(0, 4), (3, 1)].map(|(first, n)| backend.normal(at, first, &[n, 3, 5], &device));
         let (four, last) = (values(&four?), values(&last?));
-        // An image does not depend on its batch.
+        // The numbers of an image do not depend on its batch.
         assert_eq!(four[45..], last);
         assert_ne!(four[..15], four[15..30]);
         let expected = values(&Reference.normal(at, 0, &[4, 3, 5], &Device::Cpu)?);
@@ -152,7 +152,7 @@ const RULE: UpdateRule = UpdateRule {
     scale: None,
 };
 
-/// Every setting of an update, alone and with others.
+/// Every setting of an update, alone and in combination.
 fn rules() -> Vec<UpdateRule> {
     let average = |warmup| Some(AverageRule { decay: 0.75, warmup });
     let scale = Some(ScaleRule {
@@ -172,7 +172,7 @@ fn rules() -> Vec<UpdateRule> {
     ]
 }
 
-/// Weights, moments and averages, one of them without a gradient.
+/// Weights, moments and averages. One of the weights has no gradient.
 struct Run {
     weights: Vec<Var>,
     means: Vec<Tensor>,
@@ -182,7 +182,7 @@ struct Run {
     updater: Box<dyn Updater>,
 }
 
-/// More than one thread updates at a time, and than a block does.
+/// One weight is larger than the share of a thread, and than a block of the device.
 const SIZES: [usize; 3] = [3, 40_000, 5];
 
 impl Run {
@@ -204,7 +204,7 @@ impl Run {
         })
     }
 
-    /// An update with gradients of this scale, and a learning rate of 0.01. Returns the norm.
+    /// Makes an update with gradients of this scale and a learning rate of 0.01. Returns the norm.
     fn update(&mut self, rule: &UpdateRule, step: u32, size: f64) -> Result<f64> {
         let like = |var: &Var, t: Tensor| -> Result<Tensor> {
             Ok(t.to_dtype(var.dtype())?.to_device(var.device())?)
@@ -231,7 +231,7 @@ impl Run {
 #[test]
 fn updates_are_those_of_the_reference() -> Result<()> {
     for (case, rule) in rules().into_iter().enumerate() {
-        // The last two overflow; only a scaler can skip them.
+        // The two infinite ones overflow. Only a run with a scaler can skip them.
         let sizes = [0.1, 3.0, 0.1, 1e-3, f64::INFINITY, f64::INFINITY, 0.2, 0.1];
         let sizes = if rule.scale.is_some() { &sizes[..] } else { &sizes[..4] };
         for device in devices() {

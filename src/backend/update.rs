@@ -1,5 +1,4 @@
-//! The arithmetic of an update that concerns numbers, not tensors. `kernels/cuda/source/adam.cu` has the same in
-//! `begin_update`.
+//! The scalar arithmetic of an update. `begin_update` in `kernels/cuda/adam/adam.cu` is its counterpart on the device.
 
 use std::fmt;
 
@@ -7,18 +6,19 @@ use candle_core::{Device, Tensor, Var};
 
 use crate::error::Result;
 
-/// The counts that updates change. They are kept here, or on the device if the device decides which updates are skipped.
+/// The counts that updates change. The device keeps them if it decides which updates are skipped; otherwise the host
+/// does.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Counters {
-    /// Updates of the weights.
+    /// Number of updates of the weights.
     pub updates: u64,
-    /// Updates of the average.
+    /// Number of updates of the average.
     pub average_updates: u64,
     /// The factor of the loss's gradient in the next update.
     pub scale: f64,
-    /// Updates since the last overflow or growth of the scale.
+    /// Number of updates since the last overflow or growth of the scale.
     pub good_updates: u64,
-    /// Updates that were skipped because the gradient was not finite.
+    /// Number of updates that were skipped because the gradient was not finite.
     pub skipped: u64,
     /// Whether the gradient was not finite at the smallest scale.
     pub exhausted: bool,
@@ -43,9 +43,9 @@ pub(crate) struct UpdateRule {
     pub beta1: f64,
     pub beta2: f64,
     pub eps: f64,
-    /// The decay in the gradient.
+    /// The L2 decay, which is added to the gradient.
     pub l2: f64,
-    /// The decay of the weight.
+    /// The decoupled decay, which is applied to the weight.
     pub decoupled: f64,
     /// The largest norm of the gradient; infinite for no clipping.
     pub max_norm: f64,
@@ -61,14 +61,14 @@ pub(crate) struct AverageRule {
 }
 
 impl AverageRule {
-    /// The decay of the update after `updates` others.
+    /// Returns the decay of the average in the update that follows `updates` others.
     pub fn decay_after(&self, updates: u64) -> f64 {
         let n = updates as f64;
         if self.warmup { self.decay.min((1.0 + n) / (10.0 + n)) } else { self.decay }
     }
 }
 
-/// The settings of the factor of the loss's gradient.
+/// The settings of the scale, by which the loss's gradient is multiplied.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ScaleRule {
     pub growth_factor: f64,
@@ -78,12 +78,12 @@ pub(crate) struct ScaleRule {
 }
 
 impl ScaleRule {
-    /// Changes the scale after a backward pass, and counts a skipped update. Micikevicius et al. 2018, section 3.2.
+    /// Adjusts the scale after a backward pass, and counts a skipped update. Micikevicius et al. 2018, section 3.2.
     pub fn adapt(&self, counters: &mut Counters, finite: bool) {
         if !finite {
             counters.exhausted = counters.scale <= self.min_scale;
             let lower = (counters.scale * self.backoff_factor).max(self.min_scale);
-            // The scale is one of f32, as on a device.
+            // Rounded to f32, as on a device.
             counters.scale = f64::from(lower as f32);
             counters.good_updates = 0;
             counters.skipped += 1;
@@ -100,15 +100,15 @@ impl ScaleRule {
     }
 }
 
-/// The numbers by which one update multiplies. Kingma and Ba 2015, algorithm 1.
+/// The factors of one update. Kingma and Ba 2015, algorithm 1.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Factors {
     pub beta1: f64,
     pub beta2: f64,
     pub eps: f64,
-    /// The learning rate, divided by the correction of the mean's bias.
+    /// The learning rate divided by the bias correction of the mean.
     pub step_size: f64,
-    /// One over the root of the correction of the mean square's bias.
+    /// 1 / √(bias correction of the mean square).
     pub root_scale: f64,
     /// The factor of the weight: decoupled decay.
     pub keep: f64,
@@ -131,7 +131,7 @@ impl UpdateRule {
         let Self { beta1, beta2, eps, l2, .. } = *self;
         let average = self.average.map_or(0.0, |rule| rule.decay_after(counters.average_updates));
         self.count(counters);
-        // Both means begin at 0.
+        // The correction of the bias of both means, which begin at 0.
         let n = counters.updates as f64;
         let (bias1, bias2) = (1.0 - beta1.powf(n), 1.0 - beta2.powf(n));
         Factors {
@@ -153,13 +153,13 @@ impl UpdateRule {
         counters.average_updates += u64::from(self.average.is_some());
     }
 
-    /// The inverse of the scale that the gradients have.
+    /// Returns the inverse of the gradient scale, or 1 without a scale.
     pub fn unscale(&self, counters: &Counters) -> f64 {
         if self.scale.is_some() { 1.0 / counters.scale } else { 1.0 }
     }
 }
 
-/// A weight with everything that its update reads or changes.
+/// A weight with the state that its update reads or changes.
 #[derive(Debug)]
 pub(crate) struct WeightState<'a> {
     pub weight: &'a Var,
@@ -167,18 +167,19 @@ pub(crate) struct WeightState<'a> {
     pub mean: &'a mut Tensor,
     /// The mean of squared gradients.
     pub square: &'a mut Tensor,
-    /// The gradient, which a backend may replace by one that is scaled, clipped or contiguous.
+    /// The gradient. A backend may replace it by a scaled, clipped or contiguous one.
     pub gradient: Option<&'a mut Tensor>,
     /// The average of the weight.
     pub average: Option<&'a mut Tensor>,
 }
 
-/// The updates of a run. The defaults are those of a backend whose counts are kept here.
+/// The updates of a run. The default methods are those of a backend whose counts are kept on the host.
 pub(crate) trait Updater: fmt::Debug + Send + Sync {
     /// Unscales the gradients, clips them to a global norm, updates the weights and then their averages. Returns the
-    /// norm before clipping, a scalar. If the gradients are scaled and their norm is not finite, changes only the scale.
+    /// norm before clipping, a scalar. If the gradients are scaled and their norm is not finite, changes only the
+    /// scale.
     ///
-    /// `counters` become those after the update, as far as they are known without waiting for the device.
+    /// Sets `counters` to those after the update, as far as they are known without waiting for the device.
     fn update(
         &mut self,
         weights: Vec<WeightState<'_>>,
@@ -192,18 +193,18 @@ pub(crate) trait Updater: fmt::Debug + Send + Sync {
         Ok(Tensor::new(counters.scale as f32, &Device::Cpu)?)
     }
 
-    /// Returns the counters as the device has them. Waits for the device.
+    /// Returns the counters of the device. Waits for the device.
     fn read(&self, counters: &Counters) -> Result<Counters> {
         Ok(*counters)
     }
 
-    /// Gives the device what a recorded update reads of the next one.
+    /// Uploads the factors that a recorded update reads when it is repeated.
     fn stage(&mut self, learning_rate: f64, counters: &Counters) -> Result<()> {
         let _ = (learning_rate, counters);
         Ok(())
     }
 
-    /// Takes note that the device has these counters, after an update that was recorded or repeated.
+    /// Sets the counters that the device is known to have, after an update was recorded or repeated.
     fn assume(&mut self, counters: &Counters) {
         let _ = counters;
     }

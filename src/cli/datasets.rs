@@ -12,7 +12,7 @@ use crate::data::{self, Dataset, Images, Split};
 /// The value of `--data` that requests a download instead of a directory.
 const HUB: &str = "hub";
 
-/// The images to train on, and what the user reads about them.
+/// A data set, and the texts about it for the user.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct DataSet {
@@ -38,10 +38,10 @@ impl DataSet {
         Self { name, images, about: format!("{} {source}", kind.name), options }
     }
 
-    /// Returns an error if the images do not have the shape (channels, height, width) of the network's.
+    /// Checks that the images have the shape (channels, height, width) that the network expects.
     ///
     /// # Errors
-    /// Returns an error that states both shapes.
+    /// Returns an error that states both shapes if they differ.
     pub fn check_shape(&self, expected: (usize, usize, usize)) -> Result<()> {
         let (about, found): (_, (usize, usize, usize)) = (&self.about, self.images.shape().into());
         if found != expected {
@@ -147,7 +147,7 @@ fn digits(repository: &str, embedded: &str) -> Result<DataSet> {
     Ok(DataSet::of(&DIGITS, source, data::read_idx_images(path)?))
 }
 
-/// The directory of a set's files: `dir` itself, or the one that fetch-data made in it.
+/// Returns the directory of a set's files: `dir` itself, or the one that fetch-data created in it.
 fn place(kind: &Kind, dir: &Path) -> PathBuf {
     let nested = dir.join(kind.folder);
     if nested.is_dir() { nested } else { dir.into() }
@@ -174,8 +174,8 @@ fn of_another(kind: &Kind, place: &Path) -> Option<&'static Kind> {
     [&MNIST, &FASHION_MNIST].into_iter().find(is_named)
 }
 
-/// Adds to an error how to download the set. Only an empty directory is suggested as the target, because fetch-data
-/// replaces files with the names of the set, which may be the user's own.
+/// Adds to an error the command that downloads the set. Only an empty directory is suggested as the target, because
+/// fetch-data replaces files with the names of the set, which may belong to the user.
 fn fetch(error: impl Display, kind: &Kind, dir: &Path) -> String {
     let Kind { name, folder, .. } = kind;
     let is_empty = || fs::read_dir(dir).is_ok_and(|mut content| content.next().is_none());

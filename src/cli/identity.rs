@@ -59,7 +59,8 @@ impl Identity {
         Ok(Some(run))
     }
 
-    /// Returns an error if the run with this file is trained on other images. Returns false if there is no such file.
+    /// Returns an error if the run with this file was trained on other images. Returns false if there is no such
+    /// file.
     pub(super) fn check(&self, path: &Path) -> Result<bool> {
         let Some(run) = Self::read(path)? else { return Ok(false) };
         if (run.images, &run.crc32) != (self.images, &self.crc32) {

@@ -27,8 +27,8 @@
 //! }
 //! ```
 //!
-//! The program needs clap of the same version, 4. The rest of the library prints nothing; these programs write to
-//! standard output and standard error. If nobody reads what they write, they continue.
+//! The program needs clap of the same version, 4. The rest of the library prints nothing. These programs write to
+//! standard output and standard error, and continue if the output is closed.
 
 mod arguments;
 pub mod datasets;

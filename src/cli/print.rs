@@ -1,8 +1,8 @@
 use std::fmt::Display;
 use std::io::{self, Write};
 
-/// Prints a line on standard output. If the terminal or the pipe is closed, the line is lost, where `println!` would
-/// panic.
+/// Prints a line on standard output. If the terminal or the pipe is closed, the line is lost. `println!` would panic
+/// instead.
 pub fn out(line: impl Display) {
     let _ = writeln!(io::stdout(), "{line}");
 }

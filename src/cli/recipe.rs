@@ -15,7 +15,7 @@ use crate::train::{AdamConfig, TrainConfig};
 pub struct Recipe {
     /// The network.
     pub network: UNetConfig,
-    /// The process that it learns to reverse.
+    /// The process that the network learns to reverse.
     pub diffusion: Diffusion,
     /// The training configuration.
     pub train: TrainConfig,
@@ -24,11 +24,11 @@ pub struct Recipe {
     /// The arguments by which `cargo run` selects the program, such as `--example mnist`. The program states them in
     /// the command that continues a run.
     pub cargo_target: &'static str,
-    /// Updates from one checkpoint to the next.
+    /// Number of updates between two checkpoints.
     pub save_every: u64,
-    /// Updates from one grid of samples to the next.
+    /// Number of updates between two grids of samples.
     pub sample_every: u64,
-    /// Samples in a grid.
+    /// Number of samples in a grid.
     pub sample_count: usize,
     /// Sampler settings of the grids.
     pub sampling: SamplerConfig,

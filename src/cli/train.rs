@@ -74,12 +74,12 @@ pub fn train(
     }
     sampling.steps = args.sampling_steps.unwrap_or(sampling.steps);
     trainer.set_sampling(sampling)?;
-    // From here on no other process changes the directory. Nothing in it has been changed yet.
+    // From here on, no other process changes the directory. This process has not changed it yet.
     trainer.claim(&files.checkpoint).map_err(with_options)?;
     prepare(&files, saved.is_none())?;
     if !known {
         if saved.is_some() {
-            // Images in another number are not those of the run, and must not be recorded as such.
+            // A different number of images means that they are not those of the run. They must not be recorded as such.
             trainer.next_batch(&set.images)?;
             let unknown = "the images with which the run began are unknown";
             let file = files.identity.display();
@@ -155,7 +155,7 @@ fn fit(
     Ok(ExitCode::SUCCESS)
 }
 
-/// Creates the directories of a run again, and its file `data.json`, if they were removed while it trained.
+/// Recreates the directories of a run and its file `data.json` if they were removed during training.
 struct Restore<'a> {
     files: &'a Files,
     identity: Identity,
@@ -234,13 +234,13 @@ fn prepare(files: &Files, new: bool) -> Result<()> {
     Ok(fs::create_dir_all(&files.samples).map_err(Error::io(&files.samples))?)
 }
 
-/// Puts a file of an earlier run aside.
+/// Renames a file of an earlier run.
 fn keep(path: &Path) -> Result<()> {
     out(format_args!("kept     {}, of an earlier run", files::put_aside(path)?.display()));
     Ok(())
 }
 
-/// Adds to an error of beginning or resuming the options by which the user can solve it.
+/// Adds to an error the options with which the user can solve it.
 fn with_options(error: Error) -> Box<dyn StdError + Send + Sync> {
     let remedy = match &error {
         Error::ConfigMismatch { field, found, expected, .. } => {

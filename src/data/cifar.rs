@@ -9,11 +9,12 @@ use crate::error::{Error, Result};
 
 const SHAPE: (usize, usize, usize) = (3, 32, 32);
 const PIXELS: u64 = 3 * 32 * 32;
-/// A label and an image, its channels one after the other.
+/// A label, and an image channel by channel.
 const RECORD: u64 = 1 + PIXELS;
 const MAX_LABEL: u8 = 9;
 
-/// Ten times what a batch is distributed with. A small gzipped file may hold any number.
+/// Ten times the size of a published batch. A limit is needed because a small gzipped file may decompress to any
+/// number.
 const MAX_RECORDS: u64 = 100_000;
 
 /// Reads the binary version of CIFAR-10, with its labels (0 to 9).

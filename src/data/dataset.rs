@@ -19,23 +19,23 @@ impl ImageShape {
 }
 
 impl From<(usize, usize, usize)> for ImageShape {
-    /// From (channels, height, width).
+    /// Converts from (channels, height, width).
     fn from((channels, height, width): (usize, usize, usize)) -> Self {
         Self { channels, height, width }
     }
 }
 
 impl From<ImageShape> for (usize, usize, usize) {
-    /// To (channels, height, width).
+    /// Converts to (channels, height, width).
     fn from(ImageShape { channels, height, width }: ImageShape) -> Self {
         (channels, height, width)
     }
 }
 
-/// Images to train on, all of the same shape, accessed by index, perhaps with classes.
+/// Images to train on, all of the same shape and accessed by index. They may have classes.
 ///
-/// A data set only reads one image at a time. The [`Trainer`](crate::Trainer) shuffles, batches and flips the images. It
-/// maps a byte `p` to `p / 127.5 - 1` by [`normalized`], so 0 to -1 and 255 to 1.
+/// A data set only reads one image at a time. The [`Trainer`](crate::Trainer) shuffles, batches and flips the images.
+/// It maps a byte `p` to `p / 127.5 - 1` by [`normalized`], so 0 to -1 and 255 to 1.
 ///
 /// ```
 /// use ddpm::data::{Dataset, ImageShape};
@@ -68,9 +68,9 @@ impl From<ImageShape> for (usize, usize, usize) {
 /// # Ok::<(), ddpm::Error>(())
 /// ```
 ///
-/// [`Trainer::fit`](crate::Trainer::fit) calls [`read`](Self::read) on a thread of its own, for one image after the
-/// other. It reads the next batch while the network is trained with the present one. If reading a batch takes longer than
-/// that, decode all images once, into [`Images`](crate::data::Images):
+/// [`Trainer::fit`](crate::Trainer::fit) calls [`read`](Self::read) on a separate thread, for one image after the
+/// other. It reads the next batch while the network is trained with the present one. If reading a batch takes longer
+/// than an update, decode all images once, into [`Images`](crate::data::Images):
 ///
 /// ```
 /// use ddpm::data::Images;
@@ -108,9 +108,9 @@ pub trait Dataset: Send + Sync {
     /// Writes image `index` into `pixels`, channel by channel, row by row. Returns its class, which is less than
     /// [`classes`](Self::classes), or `None` if the images have no classes.
     ///
-    /// The length of `pixels` is `channels * height * width`, and `index` is less than [`len`](Self::len). Values that are
-    /// not written are those of another image. The same index must always give the same image. Otherwise a run cannot be
-    /// resumed exactly.
+    /// The length of `pixels` is `channels * height * width`, and `index` is less than [`len`](Self::len). `pixels`
+    /// initially holds another image, so every value must be written. The same index must always give the same image.
+    /// Otherwise a run cannot be resumed exactly.
     ///
     /// # Errors
     ///

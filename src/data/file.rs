@@ -1,4 +1,4 @@
-//! Files whose content is not trusted: nothing is allocated because a header says so.
+//! Data files whose content is not trusted: no memory is allocated on the word of a header.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Seek};
@@ -10,18 +10,18 @@ use crate::error::{Error, Result};
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 
-/// An open data file, perhaps gzipped.
+/// An open data file, which may be gzipped.
 pub(super) struct DataFile {
     path: PathBuf,
     file: File,
-    /// Bytes on disk.
+    /// Number of bytes on disk.
     len: u64,
     gzipped: bool,
 }
 
 impl DataFile {
     pub fn open(path: &Path) -> Result<Self> {
-        // Asked before opening: opening a pipe would wait for its writer.
+        // Checked before opening, because opening a pipe would wait for its writer.
         if !path.metadata().map_err(Error::io(path))?.is_file() {
             return Err(Error::data(path, "not a regular file"));
         }
@@ -32,17 +32,17 @@ impl DataFile {
         Ok(Self { path: path.to_owned(), file, len, gzipped: start == GZIP_MAGIC })
     }
 
-    /// The content from its start, decompressed.
+    /// Returns the content from its start, decompressed.
     pub fn content(&self) -> Result<Box<dyn Read + '_>> {
         let mut file = &self.file;
         file.rewind().map_err(|e| self.failed(e))?;
         Ok(if self.gzipped { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) })
     }
 
-    /// The content's length; more than `enough` is told as `enough + 1`.
+    /// Returns the length of the content. Returns `enough + 1` if it is more than `enough`.
     ///
-    /// Gzipped content is decompressed for this and thrown away. That is the time of one more
-    /// decompression, for which memory is only ever reserved for content that is really there.
+    /// Gzipped content is decompressed for this and discarded. This takes as long as a second
+    /// decompression, but memory is then only allocated for content that exists.
     pub fn content_len(&self, enough: u64) -> Result<u64> {
         if !self.gzipped {
             return Ok(self.len.min(enough.saturating_add(1)));
@@ -68,7 +68,7 @@ impl DataFile {
     }
 }
 
-/// A zeroed buffer of exactly `len` bytes, which the caller knows to be there to fill it.
+/// Allocates a zeroed buffer of `len` bytes. The caller has checked that the file holds as many.
 pub(super) fn buffer(path: &Path, len: u64) -> Result<Vec<u8>> {
     let mut buffer = Vec::new();
     usize::try_from(len)

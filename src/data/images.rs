@@ -50,12 +50,11 @@ impl Images {
         Ok(Self { pixels, labels: None, classes: 0, shape, size })
     }
 
-    /// The same images, with one label each. There are as many [classes](Dataset::classes) as the greatest label says:
-    /// one more than it.
+    /// Adds one label per image. The number of [classes](Dataset::classes) is the greatest label plus one.
     ///
     /// # Errors
     ///
-    /// Returns [`Error::Config`] if there are not as many labels as images.
+    /// Returns [`Error::Config`] if the numbers of labels and images differ.
     pub fn with_labels(mut self, labels: Vec<u8>) -> Result<Self> {
         if labels.len() != self.len() {
             let expected = format!("{}, one for each image", self.len());
@@ -66,7 +65,7 @@ impl Images {
         Ok(self)
     }
 
-    /// Sets the number of classes, for labels that lack the last ones.
+    /// Sets the number of classes, for sets in which the last classes have no images.
     pub(super) fn with_classes(self, classes: usize) -> Self {
         Self { classes, ..self }
     }
@@ -79,7 +78,7 @@ impl Images {
         }
     }
 
-    /// The pixels of image `index`, channel by channel, row by row, or `None` past the last image.
+    /// Returns the pixels of image `index`, channel by channel, row by row. Returns `None` past the last image.
     pub fn get(&self, index: usize) -> Option<&[u8]> {
         let start = index.checked_mul(self.size)?;
         self.pixels.get(start..start.checked_add(self.size)?)

@@ -17,8 +17,8 @@ pub struct Batch {
     pub images: Tensor,
     /// The class of each image, in u32 (batch), if the images have classes.
     pub classes: Option<Tensor>,
-    /// The position of the first image in the whole batch of the update, from 0. The random numbers of an image follow
-    /// from its position, so that a batch gives the same result in parts.
+    /// The position of the first image in the whole batch of the update, from 0. It determines the random numbers of
+    /// each image, so that a batch gives the same result if it is divided.
     pub first: u64,
 }
 
@@ -55,16 +55,16 @@ impl From<&Batch> for Batch {
     }
 }
 
-/// The place of an update in a run, from which its batch follows.
+/// The position of an update in a run, which determines its batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Position {
-    /// Updates before this one.
+    /// Number of updates before this one.
     pub step: u64,
-    /// Images that they used.
+    /// Number of images in these updates.
     pub images_seen: u64,
 }
 
-/// A batch in memory, before it is on the device.
+/// A batch in host memory.
 #[derive(Debug)]
 pub(crate) struct HostBatch {
     pixels: Vec<f32>,
@@ -74,9 +74,8 @@ pub(crate) struct HostBatch {
 }
 
 impl HostBatch {
-    /// Copies the batch to the device. Does not wait for the device: the copy is made after the work that this thread gave
-    /// to it before, while the thread goes on. The thread that trains calls this, because on a GPU each thread has its own
-    /// queue of work.
+    /// Copies the batch to the device without waiting for the device. The copy is queued after the work that this
+    /// thread submitted before. On a GPU each thread has its own queue, so the training thread calls this.
     pub fn upload(self, device: &Device) -> Result<Batch> {
         let backend = backend::on(device, DType::F32);
         let upload = |classes| backend.upload_integers(classes, device);
@@ -93,9 +92,9 @@ impl HostBatch {
 #[derive(Debug, Clone)]
 pub(crate) struct Loader {
     noise: Noise,
-    /// Images of an update.
+    /// Number of images of an update.
     batch: u64,
-    /// The part of them that this loader reads.
+    /// The part of the batch that this loader reads.
     part: Range<u64>,
     horizontal_flip: bool,
     /// The order of the images in the current epoch: epoch, number of images, order.
@@ -103,18 +102,18 @@ pub(crate) struct Loader {
 }
 
 impl Loader {
-    /// A loader of whole batches.
+    /// Creates a loader of whole batches.
     pub fn new(seed: u64, batch: usize, horizontal_flip: bool) -> Self {
         let batch = batch as u64;
         Self { noise: Noise::new(seed), batch, part: 0..batch, horizontal_flip, order: None }
     }
 
-    /// The position after another update with a whole batch.
+    /// Returns the position after another update with a whole batch.
     pub fn after(&self, at: Position) -> Position {
         Position { step: at.step + 1, images_seen: at.images_seen.wrapping_add(self.batch) }
     }
 
-    /// Reads and flips the images of an update. Returns `None` if `stop` is set meanwhile.
+    /// Reads and flips the images of an update. Returns `None` if `stop` is set in the meantime.
     ///
     /// # Errors
     /// Returns an error if the data set cannot be trained on, or fails to read, or if a class is not one of its classes.
@@ -157,7 +156,7 @@ impl Loader {
         }))
     }
 
-    /// The index of the `position`-th image of the run.
+    /// Returns the index of the `position`-th image of the run.
     fn shuffled(&mut self, position: u64, len: usize) -> Result<usize> {
         let (epoch, place) = (position / len as u64, (position % len as u64) as usize);
         match &self.order {
@@ -208,7 +207,7 @@ mod tests {
     use super::*;
     use crate::data::Images;
 
-    /// Each part of a batch has the images and flips of its place in the whole.
+    /// A part of a batch has the images and flips of its position in the whole batch.
     #[test]
     fn parts_of_a_batch_are_parts_of_the_whole() -> Result<()> {
         let images = Images::new((0..=251).collect(), (1, 3, 4))?.with_labels((0..21).collect())?;
@@ -228,7 +227,7 @@ mod tests {
             assert_eq!(joined.to_vec1::<f32>()?, expected.images.flatten_all()?.to_vec1::<f32>()?);
             let classes = |batch: &Batch| batch.classes.as_ref().unwrap().to_vec1::<u32>();
             assert_eq!([classes(&a)?, classes(&b)?].concat(), classes(&expected)?);
-            // The class goes with its image, whose first value is 12 times it, unless it is flipped.
+            // Each image keeps its class: its smallest value is 12 times the class, flipped or not.
             for (k, class) in classes(&expected)?.into_iter().enumerate() {
                 let row = expected.images.get(k)?.flatten_all()?.to_vec1::<f32>()?;
                 let first = row.into_iter().fold(f32::INFINITY, f32::min);

@@ -1,4 +1,4 @@
-//! Training images, and the batches that are made of them.
+//! Training images, and the batches that are formed from them.
 //!
 //! [`Images`] holds a data set in memory, with one byte per value. [`mnist`] and [`cifar10`] read the files in which
 //! those data sets are distributed. For other data, implement [`Dataset`].

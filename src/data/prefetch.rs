@@ -8,12 +8,12 @@ use super::dataset::Dataset;
 use super::loader::{HostBatch, Loader, Position};
 use crate::error::{Error, Result};
 
-/// Calls `f` with a function that returns the next of `batches` batches, the first one at `at`. A thread reads each batch
-/// while the previous one is used. It ends before this function returns; no read goes on, and no batch is read ahead of
-/// an error.
+/// Calls `f` with a function that returns the next of `batches` batches, the first one at `at`. A thread reads each
+/// batch while the previous one is used. The thread ends before this function returns. After an error no further batch
+/// is read.
 ///
-/// The thread is not one of the pool, because a source may wait for a disk or a network, and a waiting thread of the pool
-/// computes nothing. It takes no part in what is computed, so that results do not depend on it.
+/// The thread does not belong to the pool: a data set may wait for a disk or a network, and a waiting thread of the
+/// pool computes nothing. The thread takes no part in the computation, so results do not depend on it.
 ///
 /// # Errors
 /// Returns the errors of `f`, and an error if no thread can be started.
@@ -25,7 +25,7 @@ pub(crate) fn prefetch<R>(
     f: impl FnOnce(&mut dyn FnMut() -> Result<HostBatch>) -> Result<R>,
 ) -> Result<R> {
     let stop = &AtomicBool::new(false);
-    // Without room for a batch: the thread hands one over before it reads the next.
+    // The capacity is 0: the thread hands over a batch before it reads the next.
     let (sender, receiver) = sync_channel::<Result<HostBatch>>(0);
     let read = move || {
         for _ in 0..batches {
@@ -40,11 +40,11 @@ pub(crate) fn prefetch<R>(
     thread::scope(|scope| {
         let thread = thread::Builder::new().name("ddpm-loader".into());
         let thread = thread.spawn_scoped(scope, read).map_err(Error::external)?;
-        // Also after a panic of `f`, for which the scope would wait.
+        // Stops the thread even after a panic of `f`. The scope would wait for it otherwise.
         let stopping = Stopping(stop);
         let result = f(&mut || match receive(&receiver) {
             Ok(batch) => batch,
-            // It panicked, which is passed on below, or every batch was taken.
+            // The thread panicked, which the scope passes on, or all batches were taken.
             Err(_) => Err(Error::config("batches", "all taken", format!("at most {batches}"))),
         });
         drop((stopping, receiver));
@@ -74,7 +74,7 @@ fn receive<T>(receiver: &Receiver<T>) -> std::result::Result<T, RecvError> {
     }
 }
 
-/// Tells the thread to stop when this is dropped.
+/// Stops the thread when this value is dropped.
 struct Stopping<'a>(&'a AtomicBool);
 
 impl Drop for Stopping<'_> {

@@ -10,7 +10,7 @@ use crate::kernels::op::conv::Add;
 use crate::kernels::op::norm::NormConfig;
 use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
 
-/// The engine of candle's tensors. It runs on every device and in f64, and candle can differentiate it.
+/// The engine on candle tensors. It runs on every device and in f64, and candle can differentiate it.
 pub(crate) struct Autograd<'a> {
     pass: Pass<'a>,
     /// The dtype of the weights.

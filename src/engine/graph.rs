@@ -5,9 +5,9 @@ use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
 
 /// A network, written once for every [`Engine`].
 ///
-/// A graph is built of the layers and blocks of [`nn`](crate::nn). [`Model`](crate::nn::Model) makes a
-/// [`Denoiser`](crate::Denoiser) of it, which has inference, training with the crate's kernels, every
-/// [`Precision`](crate::Precision), CUDA graphs and checkpoints. A graph has no such code of its own:
+/// A graph is composed of the layers and blocks of [`nn`](crate::nn). [`Model`](crate::nn::Model) turns it into a
+/// [`Denoiser`](crate::Denoiser) with inference, training by the crate's kernels, every
+/// [`Precision`](crate::Precision), CUDA graphs and checkpoints. The graph itself needs no code for these:
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -63,26 +63,26 @@ use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
 pub trait Graph: Send + Sync {
     /// Computes the output from a feature map of the images `x_t`.
     ///
-    /// Timesteps and dropout masks belong to the pass, which the engine knows. The same layers must run in every pass:
-    /// neither the values of maps nor the batch may decide which.
+    /// The engine holds the timesteps and dropout masks of the pass. The same layers must run in every pass: the choice
+    /// must not depend on the values of maps or on the batch.
     ///
     /// # Errors
     /// Returns the errors of the engine.
     fn run<'n, E: Engine<'n>>(&'n self, engine: &E, x_t: &E::Map) -> Result<E::Map>;
 
-    /// Checks whether the network can compute images of this many channels, this height and this width.
+    /// Checks whether the network accepts images with this number of channels, height and width.
     ///
     /// # Errors
-    /// Returns an error that states the allowed shape. The default accepts every shape; convolutions return an error
-    /// if the channels do not fit.
+    /// Returns an error that states the allowed shape. The default accepts every shape; convolutions return an error if
+    /// the channels do not fit.
     fn check_images(&self, channels: usize, height: usize, width: usize) -> Result<()> {
         let _ = (channels, height, width);
         Ok(())
     }
 }
 
-/// The operations of networks on feature maps. The crate has two engines: one of candle's tensors, which runs on every
-/// device and can be differentiated by candle, and one of the crate's kernels, with their own backward passes.
+/// The operations of networks on feature maps. The crate has two engines. One uses candle tensors: it runs on every
+/// device, and candle can differentiate it. The other uses the crate's kernels, with their own backward passes.
 ///
 /// Maps are channels-last, (batch, height, width, channels); a batch of vectors is (batch, 1, 1, length). Every
 /// operation returns an error if the shapes of its operands do not fit. `'n` is the lifetime of the network. The trait
@@ -102,8 +102,8 @@ pub trait Engine<'n>: Sealed {
         add: Add<'_, Self::Map>,
     ) -> Result<Self::Map>;
 
-    /// Normalises and activates a map, computes a convolution of it, and adds `add`. The normalised map is not kept for
-    /// the backward pass.
+    /// Normalises and activates a map, computes its convolution, and adds `add`. The normalised map is not kept for the
+    /// backward pass.
     ///
     /// # Errors
     /// Returns an error if a shape does not fit.
@@ -121,8 +121,8 @@ pub trait Engine<'n>: Sealed {
     /// Returns an error if a shape does not fit.
     fn linear(&self, f: VectorActivation, linear: &'n Linear, x: &Self::Map) -> Result<Self::Map>;
 
-    /// Drops whole channels of each image with probability `p` in training passes, and returns the map as it is in all
-    /// others. `layer` is the number of this dropout within the network.
+    /// Drops whole channels of each image with probability `p` in training passes. In all other passes, returns the map
+    /// unchanged. `layer` is the number of this dropout within the network.
     ///
     /// # Errors
     /// Returns an error if `p` is not at least 0 and less than 1.
@@ -134,19 +134,18 @@ pub trait Engine<'n>: Sealed {
     /// Returns an error if batch, height or width differ.
     fn concatenate(&self, a: &Self::Map, b: &Self::Map) -> Result<Self::Map>;
 
-    /// Computes softmax attention of all pixels to all, with one head, from queries, keys and values side by side in the
-    /// channels of `qkv`.
+    /// Computes the softmax attention of all pixels to all, with one head. The channels of `qkv` hold queries, keys and
+    /// values side by side.
     ///
     /// # Errors
     /// Returns an error if the number of channels is not a multiple of 3.
     fn attention(&self, qkv: &Self::Map) -> Result<Self::Map>;
 
-    /// Computes the sinusoids of the timesteps of the pass, a batch of vectors, for
-    /// [`TimeEmbedding`](crate::TimeEmbedding).
+    /// Computes the sinusoids of the pass's timesteps, a batch of vectors, for [`TimeEmbedding`](crate::TimeEmbedding).
     #[doc(hidden)]
     fn sinusoids(&self, sinusoids: &Sinusoids) -> Result<Self::Map>;
 
-    /// Computes a [convolution](Self::conv_add) to which nothing is added.
+    /// Computes a [convolution](Self::conv_add) without an addend.
     ///
     /// # Errors
     /// Returns an error if a shape does not fit.
@@ -154,7 +153,7 @@ pub trait Engine<'n>: Sealed {
         self.conv_add(conv, x, Add::NOTHING)
     }
 
-    /// Computes a [convolution of a normalised map](Self::norm_conv_add) to which nothing is added.
+    /// Computes a [convolution of a normalised map](Self::norm_conv_add) without an addend.
     ///
     /// # Errors
     /// Returns an error if a shape does not fit.

@@ -1,6 +1,6 @@
-//! How a network is computed: the graph of its operations, the engines that run it, and its runtime.
+//! The computation of networks: the graph of operations, the engines that run it, and its runtime.
 //!
-//! Feature maps are channels-last, as [`kernels`](crate::kernels) takes them.
+//! Feature maps are channels-last, as in [`kernels`](crate::kernels).
 
 mod autograd;
 mod graph;

@@ -21,11 +21,11 @@ use crate::precision::Precision;
 use crate::process::check_timesteps;
 use crate::random::Dropout;
 
-/// A [`Graph`] with its runtime: a [`Denoiser`] that computes it with the crate's kernels where there are any, and with
-/// candle's tensors elsewhere.
+/// A [`Graph`] with its runtime. This [`Denoiser`] computes the graph with the crate's kernels if they support it, and
+/// with candle tensors otherwise.
 ///
-/// The kernels are used without gradients, and by [`gradients`](Trainable::gradients), with f32 weights on the CPU or on
-/// a CUDA device. Clones share weights and memory.
+/// The kernels support f32 weights on the CPU or on a CUDA device. They are used for passes without gradients, and by
+/// [`gradients`](Trainable::gradients). Clones share weights and memory.
 pub struct Model<G> {
     graph: Arc<G>,
     weights: Weights,
@@ -114,7 +114,7 @@ impl<G: Graph> Model<G> {
         Ok(kernels::to_channels_first(&y)?.to_dtype(x_t.dtype())?)
     }
 
-    /// The place of a pass, if the crate's kernels can compute it.
+    /// Returns the device, size and kind of a pass, if the crate's kernels can compute it.
     fn place(&self, x_t: &Tensor, recording: bool) -> Result<Option<Place<'_>>> {
         let suits = |(dtype, device): &&(DType, Device)| {
             has_kernels(*dtype, device) && x_t.device().same_device(device)
@@ -215,7 +215,7 @@ impl<G: Graph> Trainable for Model<G> {
         d_output: &mut OutputGradient<'_>,
     ) -> Result<GradStore> {
         self.check(x_t, t)?;
-        // Candle continues the backward pass through weights that are computed from others.
+        // Candle continues the backward pass to the weights from which others are computed.
         let Some(place) = self.place(x_t, true)?.filter(|_| !self.weights.derived) else {
             return gradients_by_autograd(self, x_t, t, condition, dropout, d_output);
         };

@@ -6,7 +6,7 @@ use crate::random::Dropout;
 /// The inputs of a pass through a network, other than its images.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Pass<'a> {
-    /// The timesteps (batch), if the network may ask for them.
+    /// The timesteps (batch). `None` if the network does not need them.
     pub t: Option<&'a Tensor>,
     /// The dropout masks of a training pass.
     pub dropout: Option<&'a Dropout>,

@@ -1,5 +1,5 @@
-//! The shapes that operations of an engine accept. Networks outside the crate call these operations, so each checks its
-//! operands before a kernel relies on them.
+//! The shapes that operations of an engine accept. Networks outside the crate call these operations, so each operation
+//! checks its operands before a kernel relies on them.
 
 use crate::error::{Error, Result};
 use crate::layers::{Conv2d, GroupNorm, Linear};

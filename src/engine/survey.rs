@@ -13,14 +13,14 @@ use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
 pub(crate) struct Weights {
     /// Whether a weight takes gradients.
     pub trainable: bool,
-    /// Whether a weight is computed from others that take gradients.
+    /// Whether a weight is computed from other weights that take gradients.
     pub derived: bool,
-    /// The dtype and the device of all weights, if they share them and there are any.
+    /// The dtype and the device of all weights. `None` if they differ, or if there are no weights.
     pub home: Option<(DType, Device)>,
 }
 
 impl Weights {
-    /// Visits every weight of a network.
+    /// Determines the properties by a pass that computes nothing.
     ///
     /// # Errors
     /// Returns the errors of the network.

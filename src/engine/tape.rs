@@ -1,4 +1,4 @@
-//! The engine of the crate's kernels: each operation runs a kernel on plain memory and records its backward pass. The
+//! The engine of the crate's kernels. Each operation runs a kernel on plain memory and records its backward pass. The
 //! memory of maps that are no longer needed is reused.
 
 use std::cell::RefCell;
@@ -16,7 +16,7 @@ use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::conv::{Add, Addends};
 use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
 
-/// A feature map (batch, height, width, channels), and its gradient on the way back.
+/// A feature map (batch, height, width, channels), and its gradient in the backward pass.
 pub(crate) struct Map<B: Maps> {
     dims: [usize; 4],
     values: Rc<B::Buffer>,
@@ -40,10 +40,10 @@ impl<B: Maps> Map<B> {
     }
 }
 
-/// The gradient of a map, as far as it has been summed up. Operations that need no more of a map than
-/// this keep no more of it.
+/// The gradient of a map, accumulated during the backward pass. Operations that need only the gradient of a map hold
+/// this value instead of the map, whose memory can then be reused.
 struct Gradient<B: Maps> {
-    /// None where no gradient is wanted.
+    /// The accumulated gradient. `None` if no gradient is needed.
     sum: Option<Rc<RefCell<Option<B::Buffer>>>>,
     len: usize,
 }
@@ -57,12 +57,12 @@ impl<B: Maps> Clone for Gradient<B> {
 impl<B: Maps> Gradient<B> {
     const UNWANTED: Self = Self { sum: None, len: 0 };
 
-    /// Of a map of `len` values.
+    /// The gradient of a map of `len` values, initially empty.
     fn wanted(len: usize) -> Self {
         Self { sum: Some(Rc::default()), len }
     }
 
-    /// What there is, which is then no longer there.
+    /// Takes the accumulated gradient, and leaves nothing in its place.
     fn take(&self) -> Option<B::Buffer> {
         self.sum.as_ref()?.borrow_mut().take()
     }
@@ -77,7 +77,7 @@ impl<B: Maps> Gradient<B> {
         Ok(())
     }
 
-    /// Lets `f` write the gradient, or add to it where it is told so.
+    /// Calls `f` to write the gradient, or to add to it if the second argument of `f` is true.
     fn write(&self, backend: &B, f: impl FnOnce(&mut B::Buffer, bool) -> Result<()>) -> Result<()> {
         let Some(sum) = &self.sum else { return Ok(()) };
         let there = sum.borrow_mut().take();
@@ -89,22 +89,22 @@ impl<B: Maps> Gradient<B> {
     }
 }
 
-/// The gradients of what is added to a convolution's output.
+/// Returns the gradients of the values that are added to a convolution's output.
 fn gradients<B: Maps>(add: &Add<'_, Map<B>>) -> Addends<Gradient<B>> {
     add.map(|map| map.map_or(Gradient::UNWANTED, |map| map.gradient.clone()))
 }
 
-/// How to go back through an operation, from its output's gradient.
+/// The backward pass of an operation, as a function of its output's gradient.
 type Backward<'n, B> = Box<dyn FnOnce(&Tape<'n, '_, B>, <B as Maps>::Buffer) -> Result<()> + 'n>;
 
-/// An operation's output, and how to go back through it.
+/// The gradient of an operation's output, and the operation's backward pass.
 type Node<'n, B> = (Gradient<B>, Backward<'n, B>);
 
-/// The operations of a network by the kernels of a backend.
+/// Runs the operations of a network with the kernels of a backend, and records their backward passes.
 pub(crate) struct Tape<'n, 'p, B: Maps> {
     backend: B,
     pass: Pass<'p>,
-    /// The operations of a pass that will be followed by a backward pass.
+    /// The recorded operations. `None` if no backward pass follows.
     nodes: Option<RefCell<Vec<Node<'n, B>>>>,
     /// The gradients of weights that the backward pass has computed so far.
     weights: RefCell<Vec<(&'n Tensor, Tensor)>>,
@@ -121,14 +121,14 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
         Self { backend, pass, nodes: None, weights: RefCell::default() }
     }
 
-    /// A map of images (batch, channels, height, width), which needs no gradient.
+    /// Copies images (batch, channels, height, width) to a map that needs no gradient.
     pub fn images(&self, x: &Tensor) -> Result<Map<B>> {
         let (batch, channels, height, width) = x.dims4()?;
         let (dims, values) = ([batch, height, width, channels], self.backend.images(x)?);
         Ok(Map { dims, values: Rc::new(values), gradient: Gradient::UNWANTED })
     }
 
-    /// The images of a map.
+    /// Copies a map to images (batch, channels, height, width).
     pub fn to_images(&self, map: &Map<B>) -> Result<Tensor> {
         self.backend.to_images(map.dims, &map.values)
     }
@@ -138,14 +138,14 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
         y.gradient.add(&self.backend, self.backend.images(dy)?)?;
         drop(y);
         if let Some(nodes) = &self.nodes {
-            // A node is dropped when it is done with, and with it the maps that only it needed.
+            // A node is dropped after its backward pass, together with the maps that only this node needed.
             while let Some((gradient, backward)) = { nodes.borrow_mut().pop() } {
                 if let Some(dy) = gradient.take() {
                     backward(self, dy)?;
                 }
             }
         }
-        // The one way to an empty `GradStore`.
+        // Candle offers no other way to create an empty `GradStore`.
         let mut gradients = Tensor::zeros((), DType::F32, &Device::Cpu)?.backward()?;
         for (weight, mut gradient) in self.weights.take() {
             if let Some(other) = gradients.remove(weight) {
@@ -156,7 +156,7 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
         Ok(gradients)
     }
 
-    /// Returns the output of an operation, and keeps `backward` in a recording pass.
+    /// Creates the output map of an operation. Records `backward` if a backward pass follows.
     fn output(
         &self,
         dims: [usize; 4],
@@ -175,7 +175,7 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
         self.weights.borrow_mut().extend(weights.into_iter().zip(gradients));
     }
 
-    /// From a convolution's `dy` to the gradients of its weights, and of what was added to each image.
+    /// Computes a convolution's weight gradients, and the gradient of its addend per image, from `dy`.
     fn convolve_weight_gradients(
         &self,
         conv: &'n Conv2d,
@@ -198,7 +198,7 @@ fn check<B: Maps>(conv: &Conv2d, x: &Map<B>, add: &Add<'_, Map<B>>) -> Result<()
     shapes::conv(conv, x.dims.into(), dims(add.per_image), dims(add.residual))
 }
 
-/// The values that are added to a convolution, as the backend takes them.
+/// Returns the values that are added to a convolution, in the type of the backend.
 fn plain<'a, B: Maps>(add: &Add<'a, Map<B>>) -> Add<'a, B::Buffer> {
     add.map(|map| map.map(|map| &*map.values))
 }
@@ -236,10 +236,10 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         let (x, added) = (x.clone(), gradients(&add));
         Ok(self.output(dims, y, move |tape, dy| {
             let backend = &tape.backend;
-            // Not kept, but computed again: it is as large as the map, and soon there.
+            // Recomputed instead of kept: it is as large as the map, and takes little time.
             let n = backend.normalize_again(norm, x.dims, &x.values, &statistics)?;
             tape.convolve_weight_gradients(conv, x.dims, &n, &dy, &added.per_image)?;
-            // Nor is it needed any longer when its gradient takes its place.
+            // The normalised map is no longer needed, so its gradient overwrites it.
             let mut dn = n;
             backend.convolve_input_gradient(conv, x.dims, &dy, &mut dn, false)?;
             added.residual.add(backend, dy)?;
@@ -274,7 +274,7 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         let Some(dropout) = self.pass.dropout else { return Ok(x.clone()) };
         let mask = self.backend.mask(dropout, layer, x.dims, p)?;
         let y = self.backend.scale_maps(x.dims, &x.values, &mask)?;
-        // Of `x` no more than its gradient is needed.
+        // The backward pass needs only the gradient of `x`, so the map is not kept.
         let (dims, gradient) = (x.dims, x.gradient.clone());
         Ok(self.output(dims, y, move |tape, dy| {
             gradient.add(&tape.backend, tape.backend.scale_maps(dims, &dy, &mask)?)

@@ -9,7 +9,7 @@ pub struct Gaussian {
 }
 
 impl Gaussian {
-    /// Creates the distribution of this mean and covariance, a symmetric matrix row by row.
+    /// Creates the distribution with this mean and covariance. The covariance is a symmetric matrix, row by row.
     ///
     /// # Errors
     /// Returns an error if the covariance is not a symmetric matrix of the size of the mean.
@@ -34,7 +34,7 @@ impl Gaussian {
         &self.covariance
     }
 
-    /// The squared Fréchet distance `|m - m'|^2 + Tr(C + C' - 2 (C C')^1/2)`. Dowson and Landau 1982.
+    /// Computes the squared Fréchet distance `|m - m'|^2 + Tr(C + C' - 2 (C C')^1/2)`. Dowson and Landau 1982.
     ///
     /// # Errors
     /// Returns an error if the numbers of features differ.
@@ -45,14 +45,15 @@ impl Gaussian {
             return Err(Error::config("features per image", other.mean.len(), expected));
         }
         let apart: f64 = self.mean.iter().zip(&other.mean).map(|(a, b)| (a - b).powi(2)).sum();
-        // C C' is not symmetric, but has the eigenvalues of C^1/2 C' C^1/2, which is.
+        // C C' is not symmetric, but has the same eigenvalues as the symmetric matrix C^1/2 C' C^1/2.
         let root = square_root(&self.covariance, n);
         let product = multiply(&multiply(&root, &other.covariance, n), &root, n);
         let (values, _) = eigen(product, n);
         let shared: f64 = values.iter().map(|v| v.max(0.0).sqrt()).sum();
         let sum = trace(&self.covariance, n) + trace(&other.covariance, n);
         let distance = apart + sum - 2.0 * shared;
-        // Rounding must not make the distance negative. A larger negative value would be a fault, and stays visible.
+        // Rounding must not make the distance negative. A larger negative value would be an error, and remains
+        // visible.
         Ok(if distance.abs() <= 1e-6 * sum { distance.max(0.0) } else { distance })
     }
 }

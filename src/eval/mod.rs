@@ -1,7 +1,8 @@
 //! Evaluation: many images from a sampler, and the Fréchet distance between the features of two sets of images.
 //!
-//! The distance compares sets of images by the [`Statistics`] of their features. The features are the caller's: numbers
-//! per image that a classifier or another network computes. With those of Inception it is FID (Heusel et al. 2017).
+//! The distance compares sets of images by the [`Statistics`] of their features. The caller supplies the features:
+//! numbers per image that a classifier or another network computes. With the features of Inception, the distance is the
+//! FID (Heusel et al. 2017).
 //!
 //! ```
 //! use ddpm::eval::Statistics;

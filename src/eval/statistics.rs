@@ -1,9 +1,9 @@
 use super::frechet::Gaussian;
 use crate::error::{Error, Result};
 
-/// The mean and the covariance of feature vectors, in f64, which are added as they come.
+/// The mean and the covariance of feature vectors, in f64, computed incrementally.
 ///
-/// Statistics of parts, for example from several processes, are merged into those of the whole. Chan et al. 1979.
+/// Statistics of parts, for example from several processes, can be merged. Chan et al. 1979.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Statistics {
     count: u64,
@@ -13,7 +13,7 @@ pub struct Statistics {
 }
 
 impl Statistics {
-    /// Creates the statistics of no vectors of `size` features each.
+    /// Creates empty statistics of vectors of `size` features each.
     pub fn new(size: usize) -> Self {
         Self { count: 0, mean: vec![0.0; size], scatter: vec![0.0; size * size] }
     }
@@ -28,11 +28,11 @@ impl Statistics {
         self.count
     }
 
-    /// Adds vectors, one after the other in `features`.
+    /// Adds vectors. `features` contains them one after the other.
     ///
     /// # Errors
     /// Returns an error if the length of `features` is not a multiple of [`size`](Self::size), or if a feature is not
-    /// finite. Nothing is added then.
+    /// finite. Nothing is added in these cases.
     pub fn add(&mut self, features: &[f32]) -> Result<()> {
         let size = self.size();
         if size == 0 || !features.len().is_multiple_of(size) {
@@ -52,7 +52,7 @@ impl Statistics {
     /// Adds all vectors of `other`.
     ///
     /// # Errors
-    /// Returns an error if the vectors of `other` have another number of features.
+    /// Returns an error if the vectors of `other` have a different number of features.
     pub fn merge(&mut self, other: &Self) -> Result<()> {
         if other.size() != self.size() {
             let expected = format!("{}, as in the statistics that they are added to", self.size());
@@ -64,7 +64,7 @@ impl Statistics {
         Ok(())
     }
 
-    /// Adds `count` vectors with this mean and scatter; `None` is a scatter of zero.
+    /// Adds `count` vectors with this mean and scatter. `None` is a scatter of zero.
     fn combine(&mut self, count: u64, mean: &[f64], scatter: Option<&[f64]>) {
         let (before, added) = (self.count as f64, count as f64);
         let total = before + added;
@@ -80,7 +80,7 @@ impl Statistics {
         self.count += count;
     }
 
-    /// The normal distribution with this mean and the unbiased covariance.
+    /// Returns the normal distribution with the mean and the unbiased covariance of the vectors.
     ///
     /// # Errors
     /// Returns an error if there are fewer than 2 vectors.
@@ -92,10 +92,10 @@ impl Statistics {
         Gaussian::new(self.mean.clone(), covariance)
     }
 
-    /// The [Fréchet distance](Gaussian::frechet_distance) of the two normal distributions.
+    /// Computes the [Fréchet distance](Gaussian::frechet_distance) of the two normal distributions.
     ///
     /// # Errors
-    /// Returns an error if there are fewer than 2 vectors in either, or if their numbers of features differ.
+    /// Returns an error if either has fewer than 2 vectors, or if their numbers of features differ.
     pub fn frechet_distance(&self, other: &Self) -> Result<f64> {
         self.gaussian()?.frechet_distance(&other.gaussian()?)
     }

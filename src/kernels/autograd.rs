@@ -1,5 +1,5 @@
-//! The operations on candle's tensors, with gradients by candle: by a kernel if there is one for the device
-//! and the type, otherwise by the [reference](mod@super::reference) composition.
+//! The operations on candle tensors, differentiable by candle. They use a kernel if there is one for the
+//! device and the dtype, and the [reference](mod@super::reference) composition otherwise.
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
@@ -18,7 +18,8 @@ use super::slices::{contiguous, on_cpu_in_f32, with_values, zeros};
 
 pub(crate) use super::reference::attention::attention;
 
-/// A convolution with zero padding of half the kernel. See [`ConvShape`] for the dimensions. `bias` is (out).
+/// Computes a convolution with zero padding of half the kernel. See [`ConvShape`] for the dimensions. `bias`
+/// is (out).
 pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, scale: Scale) -> Result<Tensor> {
     if on_cpu_in_f32(x) {
         apply([x, weight, bias], Conv2d { isa: Isa::detect(), scale })
@@ -27,7 +28,7 @@ pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, scale: Scale) -
     }
 }
 
-/// GroupNorm of `x` (batch, height, width, channels), with `weight` and `bias` (channels).
+/// Computes the GroupNorm of `x` (batch, height, width, channels), with `weight` and `bias` (channels).
 pub(crate) fn group_norm(
     x: &Tensor,
     weight: &Tensor,
@@ -41,7 +42,7 @@ pub(crate) fn group_norm(
     }
 }
 
-/// `x W^T + b`: `x` (batch, in), `weight` (out, in), `bias` (out).
+/// Computes `x W^T + b`: `x` (batch, in), `weight` (out, in), `bias` (out).
 pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     if on_cpu_in_f32(x) {
         apply([x, weight, bias], Linear { isa: Isa::detect() })
@@ -64,8 +65,8 @@ pub(super) trait Kernel: Send + Sync {
     /// Returns the output and its dimensions.
     fn forward(&self, inputs: [Values<'_>; 3]) -> Result<(Vec<f32>, Vec<usize>)>;
 
-    /// Returns the gradients of the inputs from that of the output. That of the first input may be absent
-    /// unless it is `wanted`.
+    /// Returns the gradients of the inputs from the gradient of the output. The gradient of the first input
+    /// may be absent if it is not `wanted`.
     fn backward(&self, inputs: [Values<'_>; 3], dy: &[f32], wanted: bool) -> Result<Gradients>;
 }
 
@@ -113,7 +114,7 @@ impl<K: Kernel> CustomOp3 for Differentiable<K> {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (dims, dy) = ([x, weight, bias].map(Tensor::dims), dy.contiguous()?);
-        // An image at the input of a network needs no gradient.
+        // The images at the input of a network need no gradient.
         let wanted = x.track_op();
         let values = [x, weight, bias, &dy];
         let (dx, dweight, dbias) = with_values(values, |[x, weight, bias, dy]| {
@@ -264,10 +265,10 @@ pub(super) mod tests {
             .collect()
     }
 
-    /// The operations on candle's tensors, with gradients by candle, in an instruction set.
+    /// The operations on candle tensors in an instruction set, differentiated by candle.
     struct Autograd(Isa);
 
-    /// The results of an operation on an input, a weight and a bias.
+    /// Computes the results of an operation on an input, a weight and a bias.
     fn found(
         inputs: [&Tensor; 3],
         dy: &Tensor,

@@ -1,11 +1,12 @@
-//! Compiled kernels on disk, in a directory of the user's, so that only the first program that uses a
-//! kernel waits for its compiler.
+//! A cache of compiled kernels on disk, in a directory of the user. Only the first program that uses a
+//! kernel waits for its compilation.
 //!
-//! A file is found by a hash of what it was compiled from, and holds that text as well: another text with
-//! the same hash is not mistaken for it. A checksum reveals damage. Files are written under another name
-//! and then renamed, so that a reader sees all of a file or none of it. On Unix neither the directory nor a
-//! file is used unless it belongs to the process's user and nobody else may write to it, because what
-//! it holds runs on the device. No failure here is an error: the caller compiles instead.
+//! The name of a file is a hash of its key, which is the compiler's input. The file also contains the key,
+//! so that another key with the same hash is not mistaken for it. A checksum detects damage. Files are
+//! written under another name and then renamed, so that a reader sees a complete file or none. Because the
+//! content runs on the device, Unix systems check ownership: the directory and the files must belong to the
+//! user of the process, and nobody else may write to them. No failure here is an error: the caller compiles
+//! instead.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
@@ -16,19 +17,19 @@ use std::time::{Duration, SystemTime};
 
 use flate2::Crc;
 
-/// The bytes that all files take together, at most: some twenty times those of one device and precision.
+/// Maximum total size of all files in bytes: about twenty times the size for one device and precision.
 pub(crate) const LIMIT: u64 = 64 << 20;
 
-/// The first bytes of a file, which change with its format.
+/// The first bytes of a file. They change with the format.
 const MAGIC: &[u8; 8] = b"ddpm-cu1";
 
-/// Magic, CRC-32 of what follows it, and the lengths of key and image; then these two.
+/// Magic number, CRC-32 of the remaining bytes, and the lengths of key and image. Key and image follow.
 const HEADER: usize = 8 + 4 + 8 + 8;
 
 const EXTENSION: &str = "kernels";
 const UNFINISHED: &str = "unfinished";
 
-/// After this time, a file that was not renamed is one of a process that was killed.
+/// Age after which an unrenamed file is assumed to belong to a killed process.
 const ABANDONED: Duration = Duration::from_secs(3600);
 
 #[derive(Debug)]
@@ -39,13 +40,14 @@ pub(crate) struct Cache {
 }
 
 impl Cache {
-    /// The cache in this directory, which is made if there is none; none if others may write there.
+    /// Opens the cache in this directory, and creates the directory if necessary. Returns `None` if others
+    /// may write there.
     pub fn open(directory: PathBuf, limit: u64) -> Option<Self> {
         let owner = Owner::of_directory(&directory).ok()??;
         Some(Self { directory, owner, limit })
     }
 
-    /// What was put there under this key.
+    /// Returns the image that was stored under this key.
     pub fn get(&self, key: &str) -> Option<Vec<u8>> {
         let path = self.path(key);
         let there = fs::symlink_metadata(&path).ok()?;
@@ -53,19 +55,19 @@ impl Cache {
             return None;
         }
         let file = File::open(&path).ok()?;
-        // Not what a link leads to that took its place in between.
+        // Detects a link that replaced the file between the two calls.
         if !is_the_same(&there, &file.metadata().ok()?) {
             return None;
         }
         let mut bytes = Vec::with_capacity(there.len() as usize);
         (&file).take(self.limit + 1).read_to_end(&mut bytes).ok()?;
         let image = decoded(&bytes, key)?.to_vec();
-        // The order in which files are removed. Without it, that in which they were written.
+        // Files are removed in the order of these times. If setting one fails, the time of writing counts.
         let _ = file.set_modified(SystemTime::now());
         Some(image)
     }
 
-    /// Keeps `image` for this key, if it can be kept.
+    /// Stores `image` under this key, if possible.
     pub fn put(&self, key: &str, image: &[u8]) {
         let bytes = encoded(key, image);
         if bytes.len() as u64 > self.limit {
@@ -86,7 +88,7 @@ impl Cache {
         self.directory.join(format!("{:016x}.{EXTENSION}", hash(key.as_bytes())))
     }
 
-    /// Removes what was not used for the longest time until the rest is within the limit.
+    /// Removes the least recently used files until the rest is within the limit.
     fn prune(&self) {
         let Ok(entries) = fs::read_dir(&self.directory) else { return };
         let mut files = Vec::new();
@@ -114,7 +116,7 @@ impl Cache {
     }
 }
 
-/// Where compiled kernels are kept, by the environment's variables.
+/// Returns the directory for compiled kernels that the environment variables select.
 pub(crate) fn directory(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
     if let Some(directory) = variable("DDPM_CUDA_CACHE") {
         let off = directory.is_empty() || directory == "0";
@@ -129,14 +131,14 @@ pub(crate) fn directory(variable: impl Fn(&str) -> Option<OsString>) -> Option<P
     Some(caches?.join("ddpm").join("cuda"))
 }
 
-/// The name of a file that only this process writes to. The number of a process is not enough: containers that share
-/// a directory have the same ones.
+/// Returns the path of a temporary file that only this process writes. The number of a process is not enough: containers
+/// that share a directory have the same ones.
 fn unfinished(directory: &Path) -> PathBuf {
     let random = RandomState::new().build_hasher().finish();
     directory.join(format!("{}-{random:016x}.{UNFINISHED}", std::process::id()))
 }
 
-/// A file that was not there before.
+/// Creates a file that must not exist yet.
 fn create(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.write(true).create_new(true);
@@ -145,14 +147,15 @@ fn create(path: &Path) -> io::Result<File> {
     options.open(path)
 }
 
-/// The user that files must belong to.
+/// The user to whom files must belong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg(unix)]
 struct Owner(u32);
 
 #[cfg(unix)]
 impl Owner {
-    /// The process's user, if the directory belongs to it and nobody else may write there.
+    /// Returns the user of the process, if the directory belongs to this user and nobody else may write
+    /// there.
     fn of_directory(directory: &Path) -> io::Result<Option<Self>> {
         use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 
@@ -161,7 +164,7 @@ impl Owner {
         if !there.is_dir() || !Self(there.uid()).alone_may_write(&there) {
             return Ok(None);
         }
-        // What this process makes belongs to its effective user, which std does not tell otherwise.
+        // New files belong to the effective user, whose id std does not offer otherwise.
         let probe = unfinished(directory);
         let made = create(&probe)?.metadata();
         fs::remove_file(&probe)?;
@@ -183,7 +186,7 @@ fn is_the_same(a: &Metadata, b: &Metadata) -> bool {
     (a.dev(), a.ino()) == (b.dev(), b.ino())
 }
 
-/// On other systems the directories of users are closed to others already.
+/// On other systems, directories of users are not writable by others.
 #[derive(Debug, Clone, Copy)]
 #[cfg(not(unix))]
 struct Owner;
@@ -219,7 +222,7 @@ fn encoded(key: &str, image: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// The image, if the bytes are a whole file of this key.
+/// Returns the image if the bytes are a complete file of this key.
 fn decoded<'a>(bytes: &'a [u8], key: &str) -> Option<&'a [u8]> {
     let bytes = bytes.strip_prefix(MAGIC)?;
     let (sum, summed) = bytes.split_at_checked(4)?;
@@ -238,7 +241,7 @@ fn checksum(bytes: &[u8]) -> [u8; 4] {
     crc.sum().to_le_bytes()
 }
 
-/// FNV-1a of 64 bits: the same in every program, unlike the hashes of std.
+/// FNV-1a of 64 bits, which is the same in every program, unlike the hashes of std.
 fn hash(bytes: &[u8]) -> u64 {
     let step = |hash: u64, &byte: &u8| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, step)
@@ -268,7 +271,7 @@ mod tests {
         files
     }
 
-    /// A cache with one image in it, and its file.
+    /// Creates a cache with one image, and returns its file.
     fn filled() -> (tempfile::TempDir, Cache, PathBuf) {
         let temporary = tempfile::tempdir().unwrap();
         let directory = temporary.path().join("a/b");
@@ -283,7 +286,7 @@ mod tests {
         let (temporary, cache, _) = filled();
         assert_eq!(cache.get(KEY), Some(image(1, 1000)));
         assert_eq!(open(&temporary.path().join("a/b")).get(KEY), Some(image(1, 1000)));
-        // Another source, other options.
+        // A different source, and different options.
         for other in [KEY.replace("cast", "cost"), KEY.replace("90", "80"), String::new()] {
             assert_eq!(cache.get(&other), None);
         }
@@ -303,7 +306,7 @@ mod tests {
         let (_temporary, cache, file) = filled();
         fs::copy(file, cache.path("another")).unwrap();
         assert_eq!(cache.get("another"), None);
-        // Nor one that begins alike.
+        // A key with the same beginning.
         let longer = format!("{KEY}\u{1}");
         fs::write(cache.path(&longer), encoded(KEY, b"\x01image")).unwrap();
         assert_eq!(cache.get(&longer), None);
@@ -353,7 +356,7 @@ mod tests {
         cache.put("3", &image(0, 1000));
         let found = ["0", "1", "2", "3"].map(|key| cache.get(key).is_some());
         assert_eq!(found, [true, false, true, true]);
-        // More than the limit is not kept, and takes no place.
+        // An image larger than the limit is not stored, and removes nothing.
         cache.put("4", &image(0, 4000));
         assert_eq!(cache.get("4"), None);
         assert_eq!(files(&cache.directory).len(), 3);
@@ -376,7 +379,7 @@ mod tests {
         fs::write(&file, "").unwrap();
         assert!(Cache::open(file.join("cache"), LIMIT).is_none());
         assert!(Cache::open(file, LIMIT).is_none());
-        // Nor is it an error if it ends meanwhile.
+        // A cache that disappears in the meantime is not an error either.
         let (temporary, cache, _) = filled();
         drop(temporary);
         cache.put(KEY, b"image");
@@ -407,7 +410,7 @@ mod tests {
                 set_mode(&file, mode);
                 assert_eq!(cache.get(KEY), None, "{mode:o}");
             }
-            // What others can read is.
+            // Files that others can only read are used.
             set_mode(&file, 0o644);
             assert!(cache.get(KEY).is_some());
             for mode in [0o720, 0o702, 0o777, 0o1777] {
@@ -421,12 +424,12 @@ mod tests {
         #[test]
         fn what_belongs_to_others_is_not_used() {
             let (_temporary, cache, file) = filled();
-            // Only root can give files away.
+            // Only root can change the owner of a file.
             if chown(&file, Some(12345), None).is_err() {
                 return;
             }
             assert_eq!(cache.get(KEY), None);
-            // It is replaced, not written to.
+            // The file is replaced instead of overwritten.
             cache.put(KEY, b"image");
             assert_eq!(cache.get(KEY).as_deref(), Some(&b"image"[..]));
             chown(&cache.directory, Some(12345), None).unwrap();
@@ -473,7 +476,7 @@ mod tests {
         assert_eq!(of(&[]), None);
     }
 
-    /// The directory in which [`two_processes_share_a_cache`] runs itself once more.
+    /// The directory for the child processes of [`two_processes_share_a_cache`].
     const CHILD: &str = "DDPM_TEST_CACHE_CHILD";
 
     #[test]

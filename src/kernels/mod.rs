@@ -1,16 +1,16 @@
-//! The operations of networks, of the optimiser and of the process. Networks call them and do not know how
+//! The operations of networks, of the optimiser and of the process. Networks call them independently of how
 //! they are computed.
 //!
 //! - [`op`] defines each operation for every device: its sizes, its settings, and what is added to its output.
-//! - [`mod@reference`] composes each operation of candle's own: the oracle of the kernels' tests, and the
-//!   computation where there is no kernel.
+//! - [`mod@reference`] composes each operation of candle operations. It is the oracle of the kernels' tests,
+//!   and the fallback if there is no kernel.
 //! - [`cpu`] and `cuda` contain the kernels.
-//! - [`autograd`] applies the operations to candle's tensors, with gradients by candle.
-//! - `suite` tests every operation in every computation against [`mod@reference`].
+//! - [`autograd`] applies the operations to candle tensors, differentiable by candle.
+//! - `suite` tests every implementation of every operation against [`mod@reference`].
 //!
-//! Feature maps are channels-last, contiguous (batch, height, width, channels): a convolution is then a
-//! matrix product over pixels, and a normalisation reads memory in order. Weights have PyTorch's layouts,
-//! which are those of the files.
+//! Feature maps are channels-last, contiguous (batch, height, width, channels): a convolution is then a matrix
+//! product over pixels, and a normalisation reads memory in order. Weights have PyTorch's layouts, in memory
+//! as in files.
 
 mod autograd;
 pub(crate) mod cpu;

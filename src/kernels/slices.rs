@@ -1,4 +1,4 @@
-//! The values of candle's tensors as slices, which the kernels for CPUs take.
+//! Access to the values of candle tensors as slices, on which the CPU kernels compute.
 
 use std::cell::Cell;
 
@@ -33,7 +33,7 @@ pub(super) fn zeros(len: usize) -> Result<Vec<f32>> {
     }
 }
 
-/// The values of a contiguous f32 tensor's storage.
+/// Returns the values of a contiguous f32 tensor's storage.
 pub(super) fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let Some((start, end)) = layout.contiguous_offsets() else {
         candle_core::bail!("a CPU kernel was given a tensor that is not contiguous")
@@ -41,14 +41,14 @@ pub(super) fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result
     Ok(&storage.as_slice::<f32>()?[start..end])
 }
 
-/// Returns whether the CPU kernels compute with this type and device. The reference compositions
-/// compute with all others.
+/// Returns whether the CPU kernels support the dtype and the device of `x`. The reference
+/// compositions support all others.
 pub(crate) fn on_cpu_in_f32(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }
 
-/// Calls `f` with the values of a contiguous f32 tensor on the CPU, to change them in place, in every
-/// tensor that shares them.
+/// Calls `f` with the values of a contiguous f32 tensor on the CPU, to change them in place. The
+/// change affects every tensor that shares the values.
 pub(crate) fn with_values_mut<T>(
     tensor: &Tensor,
     f: impl FnOnce(&mut [f32]) -> Result<T>,

@@ -1,8 +1,9 @@
-//! One suite for every operation in every computation: each kernel, in each instruction set and type, has the
-//! values and gradients of the [reference](mod@super::reference) composition, on the same random inputs.
+//! One suite for every implementation of every operation. Each kernel, in each instruction set and dtype, must
+//! give the values and gradients of the [reference](mod@super::reference) composition on the same random
+//! inputs.
 //!
-//! A [`Subject`] is a way to compute the operations. [`subjects`] lists all of them: a new device is one line
-//! there. The bounds of errors follow from the inputs, as derived in [`tests`](super::tests).
+//! A [`Subject`] is an implementation of the operations. [`subjects`] lists all of them, so a new device needs
+//! one more line there. The error bounds follow from the inputs, as derived in [`tests`](super::tests).
 
 use candle_core::{DType, Device, Result, Tensor};
 use proptest::prelude::*;
@@ -16,7 +17,7 @@ use super::tests::{
 };
 use crate::random_inputs::inputs;
 
-/// All ways to compute the operations.
+/// Returns all implementations of the operations.
 fn subjects() -> Vec<Box<dyn Subject>> {
     let mut all = Vec::new();
     all.extend(super::cpu::tests::subjects());
@@ -24,8 +25,8 @@ fn subjects() -> Vec<Box<dyn Subject>> {
     all
 }
 
-/// A way to compute the operations. Tensors are f32 on the CPU, and feature maps channels-last. Results that a
-/// subject does not compute are absent.
+/// An implementation of the operations. Tensors are f32 on the CPU, and feature maps channels-last. Results
+/// that a subject does not compute are absent.
 pub(crate) trait Subject {
     fn name(&self) -> String;
 
@@ -44,7 +45,8 @@ pub(crate) trait Subject {
         ConvArithmetic { products: self.products(), operands: self.maps(), winograd: false }
     }
 
-    /// The most values in a sum of f32 of a normalisation, and the relative error of storing its results.
+    /// Maximum number of values in an f32 sum of a normalisation, and the relative error of storing its
+    /// results.
     fn norm_arithmetic(&self) -> (usize, f64) {
         (usize::MAX, 0.0)
     }
@@ -78,7 +80,7 @@ pub(crate) trait Subject {
 /// The results of an operation, by name.
 pub(crate) type Found = Vec<(&'static str, Tensor)>;
 
-/// The exact results, by name, and the bounds of their errors.
+/// The exact results by name, and their error bounds.
 type Expected = Vec<(&'static str, Tensor, Tensor)>;
 
 /// The arithmetic of a convolution.
@@ -100,7 +102,7 @@ fn compare(subject: &dyn Subject, case: &str, found: Found, expected: &Expected)
     }
 }
 
-/// The values as a map, or a product, of this type takes them.
+/// Rounds values to this dtype, as a map or a product does.
 fn rounded(x: &Tensor, dtype: DType) -> Tensor {
     x.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap()
 }
@@ -113,7 +115,7 @@ fn size_of(x: &Tensor) -> Result<Tensor> {
     x.to_dtype(DType::F64)?.abs()
 }
 
-/// A convolution, and what is added to its output and its gradient.
+/// A convolution, and the values that are added to its output and its gradient.
 #[derive(Debug)]
 pub(crate) struct ConvCase {
     pub shape: ConvShape,
@@ -161,7 +163,7 @@ impl ConvCase {
         }
     }
 
-    /// The sums of products. `dtype` is that of the operands.
+    /// Computes the sums of products. `dtype` is the type of the operands.
     fn sums(&self, dtype: DType, winograd: bool) -> Result<ConvSums> {
         let [x, weight, dy] = [&self.x, &self.weight, &self.dy].map(|t| rounded(t, dtype));
         let scale = self.shape.scale;
@@ -204,7 +206,7 @@ impl ConvCase {
             (y, dx) = (y.plus(&map(y_before))?, dx.plus(&map(dx_before))?);
         }
         let stored = products.storing(&((y.exact.abs()? * 2.0)? + added)?);
-        // Sums of `dy`, whose terms are no products.
+        // Sums of `dy`, whose terms are not products.
         let plain = Products { operands: 0.0, ..arithmetic.products };
         let (dy, [batch, _, _, c_out]) = (map(&self.dy), self.shape.output());
         let sum = |dims: &[usize], over: &dyn Fn(&Tensor) -> Result<Tensor>| -> Result<Sums> {
@@ -315,7 +317,7 @@ impl NormCase {
         for ((bound, exact), stored) in bounds.iter_mut().zip(&exact).zip(store) {
             if stored > 0.0 {
                 let stored = Products { stored, ..subject.products() };
-                // The hundredth is for products of errors.
+                // One percent covers products of errors.
                 *bound = ((bound.clone() + stored.storing(exact))? * 1.01)?;
             }
         }
@@ -382,7 +384,7 @@ impl LinearCase {
             |_| dy.clone(),
             |v| linear(&[self.activated(&v[0])?, v[1].clone(), v[2].clone()]),
         )?;
-        // The activated vectors are stored.
+        // The activated vectors are rounded to the maps' type.
         let x = x.to_dtype(DType::F64)?;
         let activated = self.activated(&x)?;
         let none = self.activation == VectorActivation::None;
@@ -392,11 +394,11 @@ impl LinearCase {
         let sums = Sums::of(&inputs, |_| dy.clone(), linear, linear)?;
         let (weight, d) = (size_of(&weight)?, size_of(&dy)?);
         let stored = (sums[0].exact.abs()? * 2.0)?.broadcast_add(&inputs[2].abs()?)?;
-        // The derivatives of SiLU and GELU are 1.13 at most.
+        // The derivatives of SiLU and GELU are at most 1.13.
         let slope = if none { 1.0 } else { 1.13 };
         let dx = sum_of([products.of(&sums[1]), products.storing(&sums[1].magnitude)]);
         let through = (&sums[1].magnitude * ((x.abs()? + 1.0)? * function)?)?;
-        // For products of errors.
+        // Covers products of errors.
         let both = if none && products.stored == 0.0 { 1.0 } else { 1.05 };
         let bounds = [
             sum_of([products.of(&sums[0]), x_off.matmul(&weight.t()?)?, products.storing(&stored)]),
@@ -482,10 +484,11 @@ fn scales() -> impl Strategy<Value = Scale> {
     prop_oneof![(1usize..4).prop_map(Scale::Stride), Just(Scale::Stride(1)), Just(Scale::Upsample)]
 }
 
-/// Maps (batch, height, width) before they are upsampled, channels, and kernels of a convolution.
+/// Size (batch, height, width) of maps before they are upsampled, channels, and kernel and scale of a
+/// convolution.
 type ConvSizes = ([usize; 3], [usize; 2], (usize, Scale));
 
-/// The map that the kernel moves over is no larger for being upsampled.
+/// Halves maps that are upsampled, so that the kernel moves over maps of the same size as without upsampling.
 fn small_if_upsampled((mut map, channels, (kernel, scale)): ConvSizes) -> ConvSizes {
     if scale == Scale::Upsample {
         map = [map[0], map[1].div_ceil(2), map[2].div_ceil(2)];
@@ -502,14 +505,14 @@ fn convolutions() -> impl Strategy<Value = ConvSizes> {
         .prop_map(small_if_upsampled)
 }
 
-/// Images of which several are in a chunk.
+/// Convolutions of images so small that a chunk holds several.
 fn convolutions_of_small_images() -> impl Strategy<Value = ConvSizes> {
     ([6usize..24, 1usize..4, 1usize..4], [1usize..40, 1usize..40], kernels())
 }
 
 fn convolutions_at_edges() -> impl Strategy<Value = ConvSizes> {
     let maps = prop_oneof![
-        // Tiles and patches that are mostly beyond the edge.
+        // Tiles and patches that lie mostly beyond the edge.
         [1usize..2, 1usize..4, 1usize..4],
         [1usize..4, 1usize..12, 1usize..12],
         // Enough tiles for sums in several parts.
@@ -539,7 +542,7 @@ fn a_convolution_whose_gradient_nearly_cancels_agrees() {
     }
 }
 
-/// Such groups have a deviation of 0, and gradients that are nothing but rounding.
+/// Such groups have a deviation of 0, and gradients that consist of rounding errors.
 #[test]
 fn normalisations_of_one_value_agree() {
     for activation in [Activation::None, Activation::Silu] {

@@ -24,18 +24,18 @@ pub(super) const TF32: f64 = 1.0 / 1024.0;
 pub(super) const SMALL: f64 = 1.0 / (1u64 << 14) as f64;
 
 /// The largest error of a value after up to `n` roundings, in units of rounding. More than 64 roundings are
-/// assumed to be random in sign: the probability that their sum exceeds 8 sqrt(n) is at most 2 exp(-32)
-/// (Higham and Mary 2019). The thousandth is for products of errors.
+/// assumed to be random in sign: the probability that their sum exceeds 8 sqrt(n) is at most 2 exp(-32) (Higham
+/// and Mary 2019). The factor of 1.001 covers products of errors.
 pub(crate) fn roundings(n: f64) -> f64 {
     1.001 * n.min(8.0 * n.sqrt())
 }
 
-/// As [`roundings`], for each value of a tensor.
+/// Computes [`roundings`] for each value of a tensor.
 fn roundings_each(n: &Tensor) -> Result<Tensor> {
     n.minimum(&(n.sqrt()? * 8.0)?)? * 1.001
 }
 
-/// Asserts that the error of each value is within its bound. That of NaN is not.
+/// Asserts that the error of each value is within its bound. A NaN never is.
 pub(crate) fn check(what: &str, found: &Tensor, expected: &Tensor, bound: &Tensor) {
     let values = |t: &Tensor| -> Vec<f64> {
         let t = t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
@@ -71,14 +71,15 @@ impl Normals {
         Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
     }
 
-    /// The gradient of an output of this shape. Its values differ, so that none can be taken for another.
+    /// Returns the gradient of an output of this shape. Its values differ, so that mixed-up values are
+    /// detected.
     pub fn gradient(self, y: &[usize]) -> Tensor {
         self.tensor(99, y)
     }
 }
 
-/// The value of `f` in this type, and its gradients with respect to the inputs if the gradient of its value
-/// is `dy`.
+/// Computes the value of `f` in this dtype, and its gradients with respect to the inputs if the gradient of the
+/// value is `dy`.
 pub(super) fn value_and_gradients(
     dtype: DType,
     inputs: &[Tensor],
@@ -109,9 +110,9 @@ pub(crate) struct Sums {
 }
 
 impl Sums {
-    /// The value and the gradients of `f`, a sum of products of one value of each input. `magnitudes` computes
-    /// the magnitudes of the terms from those of the inputs: it is `f` itself, unless the kernel computes
-    /// products of sums. On ones, `f` counts the terms.
+    /// Computes the value and the gradients of `f`, a sum of products of one value of each input. `magnitudes`
+    /// computes the magnitudes of the terms from those of the inputs. It is `f` itself, unless the kernel
+    /// computes products of sums. Applied to ones, `f` counts the terms.
     pub fn of(
         inputs: &[Tensor],
         dy: impl Fn(&[usize]) -> Tensor,
@@ -134,7 +135,7 @@ impl Sums {
         Ok(all.map(|((exact, magnitude), terms)| Self { exact, magnitude, terms }).collect())
     }
 
-    /// The sums with an additional term.
+    /// Adds a term to the sums.
     pub fn plus(self, term: &Tensor) -> Result<Self> {
         let term = term.to_dtype(DType::F64)?;
         Ok(Self {
@@ -144,8 +145,8 @@ impl Sums {
         })
     }
 
-    /// The bounds of sums in arithmetic of this unit. Terms have the relative error `operands` first, and
-    /// `more` roundings besides those of the sum.
+    /// Computes the bounds of the sums in arithmetic of this unit of rounding. Terms first have the relative
+    /// error `operands`, and `more` roundings in addition to those of the sum.
     pub fn bound(&self, unit: f64, more: f64, operands: f64) -> Result<Tensor> {
         let relative = roundings_each(&(&self.terms + more)?)?;
         self.magnitude.clone() * ((relative * unit)? + operands)?
@@ -159,7 +160,7 @@ pub(super) const FUNCTION: f64 = 12.0;
 /// The size below which f32 loses its last bits.
 const LEAST: f64 = 1e-30;
 
-/// A normalisation of groups, whose sums over pixels are taken in f32 in runs of `run` at most.
+/// A normalisation of groups. Its sums over pixels are taken in f32, in runs of at most `run`.
 pub(super) struct Normalization<'a> {
     pub groups: usize,
     pub weight: &'a Tensor,
@@ -169,8 +170,8 @@ pub(super) struct Normalization<'a> {
 }
 
 impl Normalization<'_> {
-    /// The bounds of the value, and of the gradients of `x` (batch, height, width, channels), weight and
-    /// bias, in f32.
+    /// Computes the error bounds of the value, and of the gradients of `x` (batch, height, width, channels),
+    /// weight and bias, in f32.
     pub fn bounds(&self, x: &Tensor, dy: &Tensor) -> Result<[Tensor; 4]> {
         let (batch, h, w, channels) = x.dims4()?;
         let (groups, pixels) = (self.groups, h * w);
@@ -186,7 +187,7 @@ impl Normalization<'_> {
         let run = |terms: usize| roundings(terms.min(self.run) as f64);
         let (in_group, in_channel) = (run(pixels * group) + 10.0, run(pixels) + 10.0);
 
-        // The error of the mean is relative to the magnitudes, even if the mean is nearly 0. All distances
+        // The error of the mean is relative to the magnitudes, even if the mean is nearly 0. All differences
         // from it have the same error.
         let mean_off = (mean(&x.abs()?)? * ((in_group + 1.0) * F32))?;
         let distance = x.broadcast_sub(&mean(&x)?)?;
@@ -200,7 +201,7 @@ impl Normalization<'_> {
         // (1 - part)^-1/2
         let rstd_part = (((&part * 0.5)? / (1.0 - &part)?)? + 4.0 * F32)?;
         let rstd = variance.sqrt()?.recip()?;
-        // The error of a distance, with so many roundings, and that of the deviation.
+        // The error of a difference with this many roundings, and that of the deviation.
         let off = |units: f64| {
             let part = (&rstd_part + units * F32)?;
             distance.broadcast_mul(&part)?.broadcast_add(&mean_off)
@@ -210,7 +211,7 @@ impl Normalization<'_> {
         let size = scaled(distance.clone())?.broadcast_mul(&weight)?.broadcast_add(&bias)?;
         let mut z_off = scaled(off(4.0)?)?.broadcast_mul(&weight)?;
         z_off = (z_off + (&size * (1.01 * F32))?)?;
-        // The derivatives of SiLU are 1.1 and 0.5 at most.
+        // The derivatives of SiLU are at most 1.1 and 0.5.
         let (y, d, d_off) = if silu {
             let y = ((&z_off * 1.1)? + (&size * (FUNCTION * F32))?)?;
             let slope_off = ((&z_off * 0.5)? + ((size + 1.0)? * (FUNCTION * F32))?)?;
@@ -236,7 +237,7 @@ impl Normalization<'_> {
         let dx =
             ((dx + scaled(off(2.0)?)?.broadcast_mul(&of_n)?)? + sizes.broadcast_mul(&parts)?)?;
         let dx = scaled(dx)?;
-        // The hundredth is for products of errors.
+        // One percent covers products of errors.
         let whole = |t: Tensor| (t.reshape((batch, h, w, channels))? * 1.01)? + LEAST;
         let columns = |t: Tensor| (t * 1.01)? + LEAST;
         Ok([whole(y)?, whole(dx)?, columns(d_weight)?, columns(d_bias)?])
@@ -250,7 +251,7 @@ pub(crate) struct Products {
     pub operands: f64,
     /// The unit of rounding of sums.
     pub sums: f64,
-    /// Roundings of a term besides those of the sum.
+    /// Roundings of a term in addition to those of the sum.
     pub more: f64,
     /// The relative error of storing a value.
     pub stored: f64,
@@ -260,23 +261,24 @@ impl Products {
     /// The arithmetic of f32.
     pub const PLAIN: Self = Self { operands: 0.0, sums: F32, more: 0.0, stored: 0.0 };
 
-    /// The bounds of sums of products, before they are stored.
+    /// Computes the error bounds of sums of products before they are stored.
     pub fn of(self, sums: &Sums) -> Tensor {
         sums.bound(self.sums, self.more, self.operands).unwrap()
     }
 
-    /// The errors of storing values of this size. Up to 64 of them, in patches or doubled pixels, may be so
-    /// small that f16 stores them only as multiples of 2^-24.
+    /// Computes the errors of storing values of this size. Up to 64 of them, in patches or doubled pixels, may
+    /// be so small that f16 stores them only as multiples of 2^-24.
     pub fn storing(self, size: &Tensor) -> Tensor {
         ((size.abs().unwrap() + 64.0 * SMALL).unwrap() * self.stored).unwrap()
     }
 
-    /// The relative error of sums of so many terms.
+    /// Returns the relative error of sums of this many terms.
     fn off(self, terms: usize) -> f64 {
         self.operands + roundings(terms as f64) * self.sums + self.stored
     }
 
-    /// The bounds of attention's value, and of the gradient of `qkv` (batch, positions, 3 channels).
+    /// Computes the error bounds of the attention's value, and of the gradient of `qkv` (batch, positions, 3
+    /// channels).
     pub fn attention_bounds(self, qkv: &Tensor, dy: &Tensor) -> Result<[Tensor; 2]> {
         let (_, positions, channels) = qkv.dims3()?;
         let channels = channels / 3;
@@ -308,7 +310,7 @@ impl Products {
         let d_scores = (d_scores + ((either + 3.0)? * small)?)?;
         let dq = (d_scores.matmul(&k)? * scale)?;
         let dk = (turned(&d_scores)?.matmul(&q)? * scale)?;
-        // The tenth is for products of errors.
+        // Ten percent covers products of errors.
         let whole = |t: Tensor| ((t * 1.1)? + small)? + LEAST;
         Ok([whole(y)?, whole(Tensor::cat(&[dq, dk, dv], 2)?)?])
     }

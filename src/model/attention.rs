@@ -32,7 +32,7 @@ impl Attention {
     /// Computes a map of the shape of `x`.
     ///
     /// # Errors
-    /// Returns an error if `x` has another number of channels.
+    /// Returns an error if `x` has a different number of channels.
     pub fn run<'n, E: Engine<'n>>(&'n self, engine: &E, x: &E::Map) -> Result<E::Map> {
         let qkv = engine.norm_conv(&self.norm, &self.qkv, x)?;
         let y = engine.attention(&qkv)?;

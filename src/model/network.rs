@@ -63,13 +63,13 @@ use crate::error::Result;
 /// # }
 /// ```
 pub trait Architecture: Serialize + DeserializeOwned {
-    /// The name of this kind of network in a checkpoint. A checkpoint with another name is refused.
+    /// The name of this kind of network in a checkpoint. Reading a checkpoint with another name is an error.
     const KIND: &'static str;
 
     /// The type of the network.
     type Model: Trainable;
 
-    /// Builds the network. It takes each weight from `vb`, under its own name.
+    /// Builds the network. Each weight is requested from `vb` under its own name.
     ///
     /// This is called once for training, and again for other weights in the same network, such as the averaged
     /// weights. The same configuration must therefore always request the same names and shapes.

@@ -21,12 +21,12 @@ pub struct ResBlock {
     time: Linear,
     norm2: GroupNorm,
     conv2: Conv2d,
-    /// Where the number of channels changes.
+    /// Present if the number of channels changes.
     shortcut: Option<Conv2d>,
     channels: usize,
     time_dim: usize,
     dtype: DType,
-    /// Probability, and which of the network's dropouts this is.
+    /// The probability, and the number of this dropout within the network.
     dropout: Option<(f64, u16)>,
 }
 
@@ -59,9 +59,9 @@ impl ResBlock {
         })
     }
 
-    /// Sets the dropout of whole feature maps between the two halves, during training, with probability `p`. Masks are
-    /// those of the network's `layer`-th dropout; each block of a network needs its own number. A `p` of 0 drops
-    /// nothing. Srivastava et al. 2014; whole feature maps, as in PyTorch's `Dropout2d`.
+    /// Sets the dropout of whole feature maps between the two halves, during training, with probability `p`. `layer`
+    /// is the number of the dropout that determines the masks; each block of a network needs its own. A `p` of 0 drops
+    /// nothing. Srivastava et al. 2014; dropping whole feature maps follows PyTorch's `Dropout2d`.
     ///
     /// # Errors
     /// Returns an error if `p` is not at least 0 and less than 1.

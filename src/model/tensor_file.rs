@@ -80,7 +80,7 @@ pub(crate) fn missing(path: &Path, name: &str, tensors: &BTreeMap<String, Tensor
 
 /// The reason given for a file that is not a safetensors file.
 fn not_safetensors(path: &Path, bytes: &[u8], error: SafeTensorError) -> Error {
-    // A zip archive, or a pickle of protocol 2 to 5.
+    // A zip archive, or a pickle of protocol 2 to 5 (both are PyTorch's own formats).
     if bytes.starts_with(b"PK\x03\x04") || matches!(bytes, [0x80, 2..=5, ..]) {
         let reason = "a file of PyTorch's own format (a pickle), not of safetensors; convert it in Python: \
                       `safetensors.torch.save_file(model.state_dict(), \"weights.safetensors\")`";

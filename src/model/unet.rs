@@ -240,8 +240,8 @@ mod tests {
     use crate::random::Dropout;
     use crate::sample::Sampler;
 
-    /// What [`Precision::High`] is on a CPU with AMX, on whatever this one has; beside `Highest`, whose
-    /// own error `tests/precision.rs` holds ten times lower.
+    /// Runs the arithmetic of [`Precision::High`] on a CPU with AMX, also on machines without it. The reference is
+    /// `Highest`, whose own error is ten times smaller, as `tests/precision.rs` checks.
     #[test]
     fn three_bf16_products_are_good_to_16_bits() -> Result<()> {
         let attentive = UNetConfig {
@@ -255,7 +255,7 @@ mod tests {
             let shape = (2, config.channels, config.image_size, config.image_size);
             let [x, target] = [5, 6].map(|seed| Sampler::prior(shape, seed, &Device::Cpu));
             let (x, target, t) = (x?, target?, Tensor::new(&[40u32, 700], &Device::Cpu)?);
-            // The output, and all gradients.
+            // Computes the output and all gradients.
             let pass = |precision| -> Result<[Vec<f32>; 2]> {
                 let parameters = Parameters::new(3, DType::F32, &Device::Cpu);
                 let unet = parameters.build(&config)?.with_precision(precision)?;
@@ -281,7 +281,7 @@ mod tests {
             });
             // About 2.2e-5 and 3.2e-5.
             for (off, most) in errors.into_iter().zip([4e-5, 6e-5]) {
-                // Less than the least would be f32's own products.
+                // An error below the lower limit would mean that the products were computed in f32.
                 assert!((5e-6..most).contains(&off), "{name}: {errors:?}");
             }
         }

@@ -26,14 +26,14 @@ pub struct UNetConfig {
     ///
     /// The output of a residual block with 8 output channels does not depend on the timestep. The block adds one
     /// number to each channel, but the GroupNorm after it has one channel per group, and subtracts the mean of the
-    /// channel. In `[8, 16]` this applies to the two blocks on the up path. A network with only such blocks is
-    /// refused.
+    /// channel. In `[8, 16]` this applies to the two blocks on the up path. A network with only such blocks is an
+    /// error.
     pub hidden_dims: Vec<usize>,
     /// Length of the time embedding: even, at least 4.
     pub time_dim: usize,
     /// The levels with attention, each at most once. Level `i`, from 0 to `hidden_dims.len() - 2`, works at
     /// `image_size / 2^i` pixels; the entries are not sizes in pixels. The bottleneck always has attention.
-    // Checkpoints have the name of an earlier version.
+    // Checkpoints store this field under the name of an earlier version.
     #[serde(rename = "attention_resolutions", alias = "attention_levels")]
     pub attention_levels: Vec<usize>,
     /// Probability that a whole feature map inside a residual block is dropped during training; at least 0 and less
@@ -42,7 +42,7 @@ pub struct UNetConfig {
 }
 
 impl UNetConfig {
-    /// For 28x28 grey digits: 2.3 million weights, attention at the bottleneck.
+    /// The configuration for 28x28 grey digits: 2.3 million weights, attention at the bottleneck.
     pub fn mnist() -> Self {
         Self {
             image_size: 28,
@@ -54,7 +54,7 @@ impl UNetConfig {
         }
     }
 
-    /// For 32x32 colour images: 21.4 million weights, attention at 16x16 and at the bottleneck,
+    /// The configuration for 32x32 colour images: 21.4 million weights, attention at 16x16 and at the bottleneck,
     /// dropout 0.02.
     pub fn cifar10() -> Self {
         Self {

@@ -15,9 +15,8 @@ use crate::{files, pictures};
 
 /// Draws the loss over the steps, as logged and smoothed, at intervals and at the end.
 ///
-/// The losses are read from the file of a [`MetricsFile`](super::MetricsFile), so that the curve of a resumed run is
-/// that of the whole run. A curve that cannot be drawn or written during the run is a warning. At the end it is an
-/// error.
+/// The losses are read from the file of a [`MetricsFile`](super::MetricsFile), so that the curve of a resumed run
+/// covers the whole run. A failure to draw or write a curve is a warning during the run, and an error at the end.
 #[derive(Debug, Clone)]
 pub struct LossCurve {
     every: u64,
@@ -69,7 +68,7 @@ impl Observer for LossCurve {
 }
 
 const SIZE: (u32, u32) = (960, 540);
-/// The curve is drawn this much larger and then reduced, because plotters' thick lines have hard edges.
+/// The curve is drawn larger by this factor and then reduced, because plotters' thick lines have hard edges.
 const FINE: u32 = 2;
 const RAW: RGBColor = RGBColor(166, 197, 227);
 const SMOOTH: RGBColor = RGBColor(20, 78, 140);
@@ -145,7 +144,7 @@ fn draw(
     Ok(Some(resize(&picture, SIZE.0, SIZE.1, FilterType::Triangle).into()))
 }
 
-/// A line without joints, because plotters draws a sharp bend of a thick line as a long spike.
+/// Draws a line as separate segments, because plotters draws a sharp bend of a thick line as a long spike.
 fn segments(
     line: &[(f64, f64)],
     style: ShapeStyle,
@@ -153,7 +152,7 @@ fn segments(
     line.windows(2).map(move |ends| PathElement::new(ends.to_vec(), style))
 }
 
-/// The mean around each point. Near the start, where the loss falls, it includes fewer points.
+/// Computes the mean around each point. Near the start, where the loss falls, it includes fewer points.
 fn smoothed(raw: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let mean = |i: usize| {
         let reach = i.min(raw.len() / 40);
@@ -163,7 +162,7 @@ fn smoothed(raw: &[(f64, f64)]) -> Vec<(f64, f64)> {
     raw.iter().enumerate().map(|(i, &(step, _))| (step, mean(i))).collect()
 }
 
-/// The values 1, 2 and 5 times the powers of ten within a range, or more values if those are few.
+/// Returns the values 1, 2 and 5 times the powers of ten within a range, or more values if those are few.
 fn ticks(low: f64, high: f64) -> Vec<f64> {
     let within = |digits: &[u32]| -> Vec<f64> {
         let powers = low.log10().floor() as i32 - 1..=high.log10().ceil() as i32;

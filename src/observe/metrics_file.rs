@@ -10,8 +10,8 @@ use crate::train::{Metrics, Observer, Outcome, Run};
 
 /// Writes each report as a line of a file: a JSON object of the fields of [`Metrics`].
 ///
-/// A new run puts an existing file [aside](files::put_aside). A resumed run appends to it, after it removed the lines
-/// of the steps that the run repeats, and a line that was not finished. If the file is removed during the run, it is
+/// A new run puts an existing file [aside](files::put_aside). A resumed run first removes the lines of steps that it
+/// repeats, and an incomplete last line. It then appends to the file. If the file is removed during the run, it is
 /// created again, with a warning.
 #[derive(Debug)]
 pub struct MetricsFile {
@@ -28,12 +28,13 @@ struct Logged {
 }
 
 impl MetricsFile {
-    /// Writes to `path`, whose directory must exist.
+    /// Creates an observer that writes to `path`, whose directory must exist.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into(), file: None }
     }
 
-    /// Reads the steps and the losses of all reports in such a file. There are none if it does not exist.
+    /// Reads the steps and the losses of all reports in such a file. Returns an empty list if the file does not
+    /// exist.
     ///
     /// # Errors
     /// Returns an error if the file cannot be read.
@@ -55,8 +56,8 @@ impl MetricsFile {
         create(&self.path)
     }
 
-    /// Creates the file again, and its directory, if it was removed after its lines up to `step` were written.
-    /// Otherwise further lines would go to a file without a name.
+    /// Recreates the file and its directory if they were removed. The file then holds the lines up to `step`. Without
+    /// this, further lines would go to a file without a name.
     fn restore(&mut self, run: &Run<'_>, step: u64) -> Result<()> {
         if !is_removed(&self.path) {
             return Ok(());
@@ -100,7 +101,7 @@ impl Observer for MetricsFile {
     }
 }
 
-/// Returns whether nothing has this path.
+/// Returns whether nothing exists at this path.
 pub(crate) fn is_removed(path: &Path) -> bool {
     fs::metadata(path).is_err_and(|e| e.kind() == ErrorKind::NotFound)
 }
@@ -116,7 +117,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     }
 }
 
-/// The complete lines, with their content.
+/// Returns the complete lines with their parsed content.
 fn lines(text: &[u8]) -> impl Iterator<Item = (&[u8], Logged)> {
     text.split_inclusive(|&byte| byte == b'\n')
         .filter(|line| line.ends_with(b"\n"))

@@ -27,10 +27,10 @@ const LOSS_DECAY: f64 = 0.98;
 /// Shows the progress on standard error: in one line that is redrawn on a terminal of any width, and elsewhere as a
 /// line about every ten seconds.
 ///
-/// The rest of the library prints nothing. This observer writes to standard error, through `console::Term`, because a
-/// program that chose it asked for that. It also shows what the other observers of the run do, and their warnings.
+/// The rest of the library prints nothing. This observer writes to standard error, through `console::Term`, because
+/// the program chose it for that purpose. It also shows the work and the warnings of the run's other observers.
 ///
-/// Clones share one line. Besides training, it shows any work in steps:
+/// Clones share one line. The observer can also show other work in steps:
 ///
 /// ```
 /// let progress = ddpm::observe::Progress::started(3);
@@ -95,7 +95,8 @@ impl Progress {
         progress
     }
 
-    /// Starts at step `at` of `total`, and shows the line. All output that must be above comes before.
+    /// Starts at step `at` of `total`, and shows the line. Output that should appear above the line must be written
+    /// before.
     pub fn start(&self, at: u64, total: u64) {
         let mut state = self.lock();
         state.line = state.is_terminal.then(Line::new);
@@ -118,7 +119,7 @@ impl Progress {
         state.show();
     }
 
-    /// Takes the mean loss of the steps since the last report.
+    /// Reports the mean loss of the steps since the last report.
     pub fn loss(&self, step: u64, loss: f64) {
         let mut state = self.lock();
         let keep = LOSS_DECAY.powf(step.saturating_sub(state.loss_step) as f64);
@@ -142,12 +143,12 @@ impl Progress {
         self.lock().say(text);
     }
 
-    /// Leaves the line as it is and stops drawing.
+    /// Stops drawing, and leaves the line as it is.
     pub fn finish(&self) {
         self.lock().finish();
     }
 
-    /// Locks the state, even if a thread that held it panicked, because it is only shown.
+    /// Locks the state. It stays usable after a panic of another thread, because it is only displayed.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -158,7 +159,7 @@ impl Frontend for Progress {
         let mut state = self.lock();
         let other = state.work.is_empty() != on.is_empty();
         state.work = on.to_owned();
-        // The time of other work is not that of a step.
+        // The duration of other work does not count as that of a step.
         state.last_step = Instant::now();
         if other && state.line.is_some() { state.draw() } else { state.show() }
     }
@@ -221,7 +222,7 @@ impl State {
         }
     }
 
-    /// A program whose terminal or pipe is closed continues, so errors of writing are ignored.
+    /// Prints a line. Write errors are ignored, so that a program continues if its terminal or pipe is closed.
     fn say(&mut self, text: &str) {
         match &mut self.line {
             Some(line) => line.say(text),
@@ -243,7 +244,8 @@ impl State {
         format!("[{:width$}]", "=".repeat(filled) + head, width = BAR as usize)
     }
 
-    /// The texts of the line, the longest first. Each is for terminals too narrow for the previous one.
+    /// Returns the texts of the line, the longest first. Each is for terminals that are too narrow for the previous
+    /// one.
     fn texts(&self) -> Vec<String> {
         let Self { at, total, work, .. } = self;
         let count = format!("{at}/{total}");

@@ -10,10 +10,10 @@ use crate::{files, pictures};
 
 /// Draws grids of samples at intervals, and one when the run is complete.
 ///
-/// The samples come from the averaged weights, by the sampler settings that the run
-/// [records](crate::Trainer::set_sampling), and always from the same seed, so that grids show the effect of training. A
-/// grid that cannot be drawn or written during the run is a warning. The last one is an error. A run that stops draws
-/// none.
+/// The samples are drawn from the averaged weights, with the sampler settings that the run
+/// [records](crate::Trainer::set_sampling). The seed is always the same, so that grids show the effect of training. A
+/// failure to draw or write a grid is a warning during the run, and an error at the end. A run that stops draws no last
+/// grid.
 #[derive(Debug, Clone)]
 pub struct SampleGrid {
     every: u64,
@@ -46,7 +46,7 @@ impl SampleGrid {
         self.dir.join(format!("step-{step:06}.png"))
     }
 
-    /// Draws a grid, unless the run is to stop meanwhile.
+    /// Draws a grid, unless the run is asked to stop in the meantime.
     fn draw(&self, run: &Run<'_>) -> Result<()> {
         let sampler = run.sampling().sampler(run.diffusion())?;
         let generator = Generator::new(&sampler, run.image_shape(), self.seed, run.device());
@@ -72,7 +72,7 @@ impl Observer for SampleGrid {
 
     fn on_step(&mut self, run: &Run<'_>) -> Result<ControlFlow<()>> {
         if run.is_complete() {
-            // A grid from before the run was resumed must not remain if the run is stopped before the last one is drawn.
+            // A grid from before the run was resumed must not remain if the run stops before the last one is drawn.
             let path = self.path(run.step());
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != ErrorKind::NotFound => {

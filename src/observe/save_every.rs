@@ -52,7 +52,7 @@ impl Observer for SaveEvery {
     }
 
     fn on_step(&mut self, run: &Run<'_>) -> Result<ControlFlow<()>> {
-        // At its end the run is saved in any case.
+        // The end of the run saves in any case.
         if run.step().is_multiple_of(self.every) && !run.is_complete() && !run.is_stopping() {
             self.save(run)?;
         }

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::train::{Frontend, Observer};
 
-/// A terminal that is closed may send SIGHUP twice: itself, and by its shell. Within this time they are one signal.
+/// When a terminal is closed, SIGHUP may arrive twice: from the terminal and from its shell. Signals within this time
+/// count as one.
 const SAME: Duration = Duration::from_secs(1);
 
 /// Stops the run after the present update at the first Ctrl-C, or at the first signal to terminate. The second one ends
@@ -44,7 +45,7 @@ impl StopOnSignal {
         Ok(Self { stopped })
     }
 
-    /// Returns whether a signal came.
+    /// Returns whether a signal was received.
     pub fn is_stopped(&self) -> bool {
         self.stopped.load(Ordering::SeqCst)
     }

@@ -1,11 +1,11 @@
-//! The last line of a terminal, which is drawn again and again.
+//! The last line of a terminal, which is redrawn repeatedly.
 
 use console::Term;
 
-/// The line. If the terminal is closed, what is written to it is lost, and the program continues.
+/// A redrawn line. If the terminal is closed, output is lost, and the program continues.
 ///
-/// The line is never longer than the terminal is wide, and does not end with spaces. A terminal that becomes narrower
-/// would wrap a longer line, and copies of it would remain above.
+/// The line is never longer than the width of the terminal, and does not end with spaces. Otherwise a terminal that
+/// becomes narrower would wrap it, and copies of it would remain above.
 #[derive(Debug)]
 pub(super) struct Line {
     terminal: Term,

@@ -81,8 +81,8 @@ impl Diffusion {
         }
     }
 
-    /// Computes the `x_0` that follows from a network's `output` for `x_t`, if the whole batch is at the timestep with
-    /// this `alpha_bar`.
+    /// Computes the `x_0` that a network's `output` for `x_t` implies. The whole batch is at the timestep with this
+    /// `alpha_bar`.
     pub(crate) fn x_0(&self, x_t: &Tensor, output: &Tensor, alpha_bar: f64) -> Result<Tensor> {
         // x_0 = p x_t + q output
         let (signal, noise) = (alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt());
@@ -162,7 +162,7 @@ mod tests {
         let x_0 = Tensor::new(&[[0.5f64, -1.0], [0.25, 0.5]], &Device::Cpu).unwrap();
         let eps = Tensor::new(&[[1.5f64, 0.1], [-0.7, 0.3]], &Device::Cpu).unwrap();
         let values = |t: &Tensor| t.to_vec2::<f64>().unwrap();
-        // 255 is a timestep like any other, though it is u8's greatest.
+        // 255 is a valid timestep, although it is the greatest u8.
         let t = Tensor::new(&[255i64, 10], &Device::Cpu).unwrap();
         let diffusion = Diffusion::new(Diffusion::ddpm().schedule, Prediction::Velocity);
         let bars = diffusion.schedule.alpha_bars();

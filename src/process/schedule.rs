@@ -173,7 +173,7 @@ impl NoiseSchedule {
     ///
     /// # Errors
     /// Returns an error if there are not 1 to `MAX_STEPS` betas, if one does not lie strictly between 0 and 1, or if
-    /// `alpha_bar` falls below 1e-30. A beta of 1 (zero terminal signal-to-noise ratio) is refused, because `x_0`
+    /// `alpha_bar` falls below 1e-30. A beta of 1 (zero terminal signal-to-noise ratio) is an error, because `x_0`
     /// could not be computed from the predicted noise.
     pub fn from_betas(betas: Vec<f64>) -> Result<Self> {
         Self::custom(betas.into())
@@ -321,7 +321,7 @@ impl NoiseSchedule {
         if t.fract() == 0.0 {
             return Ok(before);
         }
-        // The inverse of `ln(a / (1 - a))`. The bounds are those of the neighbours, against rounding.
+        // The inverse of `ln(a / (1 - a))`. The bounds of the neighbouring timesteps limit the effect of rounding.
         let bar = 1.0 / (1.0 + libm::exp(-log_snr));
         Ok(bar.max(self.alpha_bars[t as usize + 1]).min(before))
     }
@@ -331,15 +331,15 @@ impl NoiseSchedule {
         snr_at(self.alpha_bars[self.steps() - 1])
     }
 
-    /// Returns whether the last timestep is nearly pure noise: whether [`terminal_snr`](Self::terminal_snr) is at most
-    /// [`NOISE_SNR`](Self::NOISE_SNR).
+    /// Returns whether the last timestep is nearly pure noise, that is, [`terminal_snr`](Self::terminal_snr) is at
+    /// most [`NOISE_SNR`](Self::NOISE_SNR).
     ///
-    /// A sampler begins at standard normal noise, but the network was trained on
-    /// `sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps`. If the first term is not small, samples are wrong even with
-    /// the best possible network. An example is `linear(10, 1e-4, 0.02)` with data of mean 0.8 and standard
-    /// deviation 0.1: [`Solver::ddim`](crate::Solver::ddim) then gives a mean of 0.594 and a standard deviation of
-    /// 0.271. Neither training nor sampling refuses such a schedule, because sampling may also begin at a tensor
-    /// other than noise.
+    /// A sampler begins at standard normal noise, but the network was trained on `sqrt(alpha_bar) x_0 + sqrt(1 -
+    /// alpha_bar) eps`. If the first term is not small, samples are wrong even with the best possible network. An
+    /// example is `linear(10, 1e-4, 0.02)` with data of mean 0.8 and standard deviation 0.1:
+    /// [`Solver::ddim`](crate::Solver::ddim) then gives a mean of 0.594 and a standard deviation of 0.271. Neither
+    /// training nor sampling returns an error for such a schedule, because sampling may also begin at a tensor other
+    /// than noise.
     pub fn reaches_noise(&self) -> bool {
         self.terminal_snr() <= Self::NOISE_SNR
     }
@@ -527,7 +527,7 @@ mod tests {
             (NoiseSchedule::from_betas(vec![]), "schedule steps is 0"),
             (NoiseSchedule::from_betas(vec![0.5, 1.0]), "betas is 1 at t = 1"),
             (NoiseSchedule::from_betas(vec![0.999; 100]), "100 whose alpha_bar ends at 1.0e-300;"),
-            // There alpha_bar has come to 0, and falls no further.
+            // At that point alpha_bar is 0 and falls no further.
             (
                 NoiseSchedule::from_betas(vec![0.999; 110]),
                 "110 whose alpha_bar ends at 0.0e0; it must",
@@ -559,7 +559,8 @@ mod tests {
         assert_eq!(NoiseSchedule::linear_scaled(1000).unwrap(), ho);
         for steps in [21, 50, 100, 683, 4000, NoiseSchedule::MAX_STEPS] {
             let scaled = NoiseSchedule::linear_scaled(steps).unwrap();
-            // The sum of the betas is Ho's; their squares, which count with few steps, add to the noise.
+            // The sum of the betas is that of Ho's schedule. Their squares, which matter with few steps, add to the
+            // noise.
             let sum = scaled.betas().iter().sum::<f64>();
             assert!((sum / 10.05 - 1.0).abs() < 1e-12, "{steps} steps: {sum}");
             assert!(scaled.reaches_noise() && scaled.terminal_snr() < 5e-5, "{steps} steps");
@@ -571,11 +572,11 @@ mod tests {
 
     #[test]
     fn a_schedule_that_still_holds_signal_at_its_end_is_told() {
-        // Table 1 of Lin et al. 2024: the square roots of what is left.
+        // Table 1 of Lin et al. 2024: the square root of the last alpha_bar.
         for (schedule, share, reaches) in [
             (NoiseSchedule::linear(1000, 1e-4, 0.02), 0.006353, true),
             (NoiseSchedule::cosine(1000), 4.928220e-5, true),
-            // The square of evenly spaced roots, as Stable Diffusion's.
+            // The squares of evenly spaced roots, as in Stable Diffusion.
             (
                 NoiseSchedule::from_betas(
                     (0..1000)
@@ -616,7 +617,7 @@ mod tests {
 
     #[test]
     fn a_list_that_is_too_long_is_refused_while_it_is_read() {
-        // The rest is no JSON: who gets there has read too much.
+        // The rest is not JSON, so a reader that gets there has read too much.
         let mut json = r#"{"custom": {"betas": [0.5"#.to_owned();
         json += &",0.5".repeat(NoiseSchedule::MAX_STEPS + 3);
         json += "!";

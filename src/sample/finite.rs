@@ -3,8 +3,8 @@ use candle_core::{DType, Tensor};
 use crate::backend;
 use crate::error::{Error, Result};
 
-/// Detects values that are not finite: at once on the CPU, and on other devices by results that stay on the device
-/// until they are read once.
+/// Detects values that are not finite. On the CPU they are detected immediately. On other devices the results of
+/// the checks stay on the device, and are read once.
 #[derive(Default)]
 pub(super) struct FiniteCheck {
     /// The name of the tensor, its timestep, and the result of the check.

@@ -30,7 +30,7 @@ pub struct Sampler {
     pub(super) diffusion: Diffusion,
     pub(super) plan: Plan,
     clip: bool,
-    /// The number of a batch's first image.
+    /// The number of the first image of a batch, among those of a seed.
     first: u32,
     condition: Condition,
 }
@@ -373,7 +373,7 @@ impl<D: Denoiser + ?Sized> Iterator for Steps<'_, D> {
                 self.x = step.x.clone();
                 self.next += 1;
             }
-            // An error ends the loop: the next x is unknown.
+            // An error ends the loop, because the next x is unknown.
             Err(_) => self.next = all,
         }
         Some(step)

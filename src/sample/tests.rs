@@ -14,7 +14,7 @@ fn network(x: f64, t: f64) -> f64 {
     (1.3 * x + 0.001 * t).tanh() + 0.2 * x.sin()
 }
 
-/// One level of a trajectory, as the papers see it: `x_t = scale (x_0 + sigma noise)`.
+/// One level of a trajectory in the notation of the papers: `x_t = scale (x_0 + sigma noise)`.
 #[derive(Clone, Copy)]
 struct Sigma {
     t: f64,
@@ -80,7 +80,7 @@ fn assert_close(found: &[f64], expected: impl Iterator<Item = f64>) {
 const STARTS: [f64; 6] = [-2.1, -0.9, -0.1, 0.4, 1.0, 1.8];
 const NOISE: [f64; 6] = [0.3, -1.2, 0.8, 0.1, -0.5, 1.6];
 
-/// DPM-Solver++(2M), Lu et al. 2022, algorithm 2, as `sample_dpmpp_2m` of k-diffusion computes it.
+/// DPM-Solver++(2M), Lu et al. 2022, algorithm 2, in the form of k-diffusion's `sample_dpmpp_2m`.
 fn dpm_solver_2m(sigmas: &[Sigma], start: f64) -> f64 {
     let (mut x, mut old) = (start, None);
     for (i, pair) in sigmas.windows(2).enumerate() {

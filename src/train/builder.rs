@@ -21,7 +21,7 @@ use crate::model::{Architecture, Parameters};
 use crate::precision::Precision;
 use crate::process::diffusion::Diffusion;
 
-/// The settings of a [`Trainer`], by [`Trainer::builder`].
+/// The settings of a [`Trainer`], created by [`Trainer::builder`].
 ///
 /// ```
 /// use ddpm::process::Prediction;
@@ -58,12 +58,13 @@ impl<N: Architecture> TrainerBuilder<N> {
         Self { diffusion, ..self }
     }
 
-    /// The device that computes. The default is the CPU.
+    /// The device on which the network is trained. The default is the CPU.
     pub fn device(self, device: &Device) -> Self {
         Self { device: device.clone(), ..self }
     }
 
-    /// The loss. The default is [`Mse`]. Checkpoints do not record it: a run that is resumed needs the same one.
+    /// The loss. The default is [`Mse`]. Checkpoints do not record the loss: set the same one when you resume a
+    /// run.
     pub fn objective(self, objective: impl Objective + 'static) -> Self {
         Self { objective: Box::new(objective), ..self }
     }
@@ -78,15 +79,16 @@ impl<N: Architecture> TrainerBuilder<N> {
         self.with_weights(&parameters)
     }
 
-    /// Continues the run that was [saved](Trainer::save) in `dir`. On the CPU the results are identical in each bit
-    /// to those of an uninterrupted run.
+    /// Continues the run that was [saved](Trainer::save) in `dir`. On the CPU the results are bit-identical to
+    /// those of an uninterrupted run.
+    ///
+    /// A run continues with the network, the process and the training configuration with which it began, except for
+    /// [`steps`](TrainConfig::steps), [`log_every`](TrainConfig::log_every) and
+    /// [`keep_checkpoints`](TrainConfig::keep_checkpoints). To train its weights with another configuration, begin
+    /// a new run with [`set_weights`](Trainer::set_weights).
     ///
     /// # Errors
-    /// Returns an error if `dir` holds no complete checkpoint, or a checkpoint of another run. A run continues
-    /// with the network, the process and the training configuration with which it began, except for
-    /// [`steps`](TrainConfig::steps), [`log_every`](TrainConfig::log_every) and
-    /// [`keep_checkpoints`](TrainConfig::keep_checkpoints). To train its weights with another configuration,
-    /// begin a new run with [`set_weights`](Trainer::set_weights).
+    /// Returns an error if `dir` holds no complete checkpoint, or a checkpoint of another run.
     pub fn resume(self, dir: impl AsRef<Path>) -> Result<Trainer<N>> {
         self.config.validate()?;
         let checkpoint = Checkpoint::open(dir)?;
@@ -100,7 +102,7 @@ impl<N: Architecture> TrainerBuilder<N> {
         Ok(trainer)
     }
 
-    /// Creates a trainer of a run that begins at these weights.
+    /// Creates a trainer of a run that begins with the weights `parameters`.
     fn with_weights(self, parameters: &Parameters) -> Result<Trainer<N>> {
         let Self { network, config, diffusion, device, objective } = self;
         let mut model = parameters.build(&network)?;
@@ -132,7 +134,7 @@ impl<N: Architecture> TrainerBuilder<N> {
 }
 
 impl<N: Architecture> Trainer<N> {
-    /// The settings of a trainer of this network, with defaults.
+    /// Returns a builder of a trainer for this network, with default settings.
     pub fn builder(network: N) -> TrainerBuilder<N> {
         TrainerBuilder {
             network,
@@ -143,7 +145,7 @@ impl<N: Architecture> Trainer<N> {
         }
     }
 
-    /// As [`TrainerBuilder::build`], with all settings but the objective.
+    /// Creates a trainer like [`TrainerBuilder::build`], with the default objective.
     ///
     /// # Errors
     /// Returns an error that names the field if a configuration is not valid.
@@ -156,7 +158,7 @@ impl<N: Architecture> Trainer<N> {
         Self::builder(network).config(config).diffusion(diffusion).device(device).build()
     }
 
-    /// As [`TrainerBuilder::resume`], with all settings but the objective.
+    /// Continues a run like [`TrainerBuilder::resume`], with the default objective.
     ///
     /// # Errors
     /// Returns the errors of [`TrainerBuilder::resume`].

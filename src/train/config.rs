@@ -25,12 +25,12 @@ pub struct TrainConfig {
     pub steps: u64,
     /// Images per update; at least 1 and less than 2^32.
     pub batch_size: usize,
-    /// Number of parts into which a batch is divided to save memory; `batch_size` is a multiple of it. The result is
-    /// that of the whole batch, except for rounding.
+    /// Number of parts into which a batch is divided to save memory; `batch_size` is a multiple of it. The result
+    /// equals that of the whole batch up to rounding.
     pub accumulation: usize,
     /// Settings of the optimiser.
     pub optimizer: AdamConfig,
-    /// Updates over which the learning rate rises linearly to its full value; 0 for none.
+    /// Number of updates over which the learning rate rises linearly to its full value; 0 for none.
     pub warmup_steps: u64,
     /// Fraction of [`steps`](Self::steps), at the end, over which the learning rate falls linearly to zero; from 0 (no
     /// cool-down) to 1. With a cool-down, an update beyond `steps` changes nothing. Hägele et al. 2024.
@@ -48,7 +48,7 @@ pub struct TrainConfig {
     pub grad_scaler: GradScalerConfig,
     /// Whether images are flipped horizontally at random.
     pub horizontal_flip: bool,
-    /// Updates from one report of the loss to the next; at least 1. Reading the loss waits for the GPU.
+    /// Number of updates between two reports of the loss; at least 1. Reading the loss waits for the GPU.
     pub log_every: u64,
     /// Number of checkpoints that are kept, including the latest; at least 1.
     pub keep_checkpoints: usize,

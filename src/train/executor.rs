@@ -8,14 +8,15 @@ use crate::data::loader::Batch;
 use crate::denoiser::Trainable;
 use crate::error::{Error, Result};
 
-/// Number of batches of one shape before the update is recorded. The first ones compile kernels, choose algorithms, and
-/// leave the memory that it takes.
+/// Number of batches of one shape before the update is recorded. These first batches compile kernels, select
+/// algorithms, and allocate the memory that the recorded update reuses.
 const STEPS_BEFORE: usize = 4;
 
-/// Number of times in a row that recording may fail. Some more steps may leave what was missing, or nothing will.
+/// Maximum number of consecutive failures to record. A cause that some more steps do not remove is taken to be
+/// permanent.
 const ATTEMPTS: usize = 3;
 
-/// Makes updates: one operation after the other, or by repeating an update that the device recorded.
+/// Makes updates: one operation after the other, or by repeating a recorded update.
 #[derive(Debug)]
 pub(super) struct Executor {
     device: Device,
@@ -89,7 +90,7 @@ impl Executor {
         let whole = batch.images.dims();
         let result = context.update(batch, t, eps, !self.gradients_checked);
         let (loss, grad_norm, gradients) = result.map_err(|error| match error {
-            // The caller passed x_0, of which x_t is a part.
+            // The caller passed x_0; x_t belongs to a part of it.
             Error::Shape { what: "x_t", expected, .. } => {
                 Error::Shape { what: "x_0", found: whole.to_vec(), expected }
             }
@@ -100,7 +101,7 @@ impl Executor {
         Ok((loss, grad_norm))
     }
 
-    /// Makes an update by a recorded one, if there is one or if it can be recorded.
+    /// Makes an update by repeating a recorded one, if there is one or if it can be recorded.
     fn repeat<D: Trainable>(
         &mut self,
         context: &mut UpdateContext<'_, D>,
@@ -147,13 +148,13 @@ impl Executor {
         Ok(Some(results))
     }
 
-    /// Drops the recorded update, before an update that is not recorded: its gradients may lie elsewhere, and the tables
-    /// that a recorded one reads may be written again.
+    /// Drops the recorded update before an update that is not recorded. The latter may move the gradients, and may
+    /// overwrite the tables that a recorded update reads.
     fn forget(&mut self) {
         (self.recorded, self.steps) = (None, 0);
     }
 
-    /// Returns whether to record now, for a batch of this shape.
+    /// Returns whether an update of this batch shape should be recorded now.
     fn is_due(&mut self, shape: &[usize]) -> bool {
         if self.shape != shape {
             (self.shape, self.steps) = (shape.to_vec(), 0);
@@ -195,7 +196,7 @@ fn record<D: Trainable>(
     recorded
 }
 
-/// Gives the device what a recorded update reads of the next one.
+/// Uploads the values that a recorded update reads when it is repeated: factors of the optimiser, and the step.
 fn prepare<D: Trainable>(context: &mut UpdateContext<'_, D>, capture: &dyn Capture) -> Result<()> {
     let learning_rate = context.learning_rate();
     context.state.optimizer.stage(learning_rate)?;

@@ -3,10 +3,11 @@ use candle_core::{DType, Tensor};
 use super::observer::Metrics;
 use crate::error::{Error, Result};
 
-/// Number of updates after which a loop of the user's own has its losses read and checked.
+/// Maximum number of unread updates. A loop that calls neither `fit` nor `save` has its losses read and checked after
+/// this many.
 const MAX_UNREAD: usize = 10_000;
 
-/// The results of an update. The numbers are still on the device: reading one waits for the device.
+/// The results of an update. The numbers are still on the device: reading them waits for the device.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Update {
@@ -23,7 +24,8 @@ impl Update {
     /// Reads the loss and the norm. Waits for the device.
     ///
     /// # Errors
-    /// Returns an error if one is not finite, except for the norm if `may_skip`: a smaller scale can fix it.
+    /// Returns an error if the loss or the norm is not finite. With `may_skip` the norm may be infinite or NaN,
+    /// because a smaller scale can fix it.
     fn read(&self, may_skip: bool) -> Result<(f32, f32)> {
         let scalar = |t: &Tensor| -> Result<f32> { Ok(t.to_dtype(DType::F32)?.to_scalar()?) };
         let (loss, grad_norm) = (scalar(&self.loss)?, scalar(&self.grad_norm)?);
@@ -37,7 +39,7 @@ impl Update {
     }
 }
 
-/// The losses since the last report, as far as they were read from the device.
+/// The losses since the last report.
 #[derive(Debug, Default)]
 pub(super) struct Meter {
     unread: Vec<Update>,
@@ -49,7 +51,7 @@ pub(super) struct Meter {
 }
 
 impl Meter {
-    /// Returns whether as many updates wait as may.
+    /// Returns whether the number of unread updates has reached its maximum.
     pub fn is_full(&self) -> bool {
         self.unread.len() >= MAX_UNREAD
     }
@@ -61,7 +63,8 @@ impl Meter {
     /// Checks the updates that have not been read.
     ///
     /// # Errors
-    /// Returns an error that names the first update whose loss or norm is not finite. A norm may be if `may_skip`.
+    /// Returns an error that names the first update whose loss or norm is not finite. With `may_skip`, norms are not
+    /// checked.
     pub fn check(&self, may_skip: bool) -> Result<()> {
         self.unread.iter().try_for_each(|update| update.read(may_skip).map(drop))
     }
@@ -82,7 +85,7 @@ impl Meter {
         Ok(())
     }
 
-    /// The report on the updates that were read since the last one, and begins the next.
+    /// Returns the report on the updates that were read since the last report, and starts the next one.
     pub fn report(&mut self, step: u64, lr: f64, loss_scale: Option<f64>) -> Metrics {
         let loss = (self.sum / self.count.max(1) as f64) as f32;
         (self.sum, self.count) = (0.0, 0);

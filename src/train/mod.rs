@@ -1,4 +1,4 @@
-//! Training: the loop, the optimiser, the average of the weights, and what is kept on disk.
+//! Training: the loop, the optimiser, the average of the weights, and checkpoints.
 
 mod builder;
 mod checkpoint;

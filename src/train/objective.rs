@@ -7,19 +7,19 @@ use crate::denoiser::Output;
 use crate::error::Result;
 use crate::process::diffusion::Diffusion;
 
-/// The aim of training: a loss of the output of the network.
+/// The training objective: a loss function of the network's output.
 pub trait Objective: fmt::Debug + Send + Sync {
     /// Computes the loss of the network's `output` for `batch`, a scalar, and its gradient with respect to each part of
     /// `output`.
     ///
-    /// The loss is a mean over the images. Both results must have been weighted for the batch, by
-    /// [`Noised::mean_square`] or by [`Noised::weighted`].
+    /// The loss is a mean over the images. Both results must be weighted for the batch, with [`Noised::mean_square`] or
+    /// [`Noised::weighted`].
     ///
-    /// The call may run on any of the threads that share the work, so it must not wait for other threads, or hold a lock
-    /// across tensor operations.
+    /// The call may run on any of the threads that share the work, so it must not wait for other threads, or hold a
+    /// lock across tensor operations.
     ///
     /// # Errors
-    /// Returns the errors of its operations. An error ends the update.
+    /// Returns an error if an operation fails. An error ends the update.
     fn loss(&self, batch: &Noised<'_>, output: &Output) -> Result<(Tensor, Output)>;
 
     /// Returns whether an update with this objective may be captured as a CUDA graph.
@@ -31,8 +31,8 @@ pub trait Objective: fmt::Debug + Send + Sync {
     }
 }
 
-/// Noised images of an update, or of a part of it. All tensors have the shape (batch, ...) of `x_0`, except for `t` and
-/// `classes` (batch).
+/// The noised images of an update, or of a part of it. All tensors have the shape (batch, ...) of `x_0`, except for `t`
+/// and `classes`, which have the shape (batch).
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Noised<'a> {
@@ -44,19 +44,19 @@ pub struct Noised<'a> {
     pub eps: Tensor,
     /// The timesteps.
     pub t: Tensor,
-    /// The noised images, which the network is given.
+    /// The noised images, which are the input of the network.
     pub x_t: Tensor,
     /// The classes of the images, if they have any.
     pub classes: Option<Tensor>,
-    /// The share of these images in the whole batch.
+    /// The fraction of these images in the whole batch, from 0 to 1.
     pub(super) share: f64,
-    /// The factor of the loss's gradient, a scalar, if the gradients are scaled.
+    /// The factor of the loss's gradient, a scalar. `None` if gradients are not scaled.
     pub(super) gradient_scale: Option<Tensor>,
     pub(super) backend: &'static dyn Backend,
 }
 
 impl Noised<'_> {
-    /// The output that the network should have, as the process defines it.
+    /// Computes the output that the network should have, as the process defines it.
     ///
     /// # Errors
     /// Returns the errors of [`Diffusion::target`].
@@ -73,8 +73,8 @@ impl Noised<'_> {
         self.backend.squared_error(output, target, scale, self.gradient_scale.as_ref())
     }
 
-    /// Weights a loss for the batch, and its gradient: both by the share of these images in the whole batch, and the
-    /// gradient by the scale of gradients, if there is one.
+    /// Weights a loss and its gradient for the batch. Both are multiplied by the fraction of these images in the whole
+    /// batch. The gradient is also multiplied by the gradient scale, if there is one.
     ///
     /// # Errors
     /// Returns an error if an operation fails.

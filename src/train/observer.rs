@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::run::{Frontend, Outcome, Run};
 use crate::error::Result;
 
-/// The report on training every [`log_every`](crate::TrainConfig::log_every) updates.
+/// A report on training, made every [`log_every`](crate::TrainConfig::log_every) updates.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Metrics {
@@ -23,7 +23,7 @@ pub struct Metrics {
     /// Scale of the gradients in the next update, with [`Precision::F16`](crate::Precision::F16).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<f64>,
-    /// Images per second in the same updates. The time includes that of the source, but not that of the observer.
+    /// Images per second in the same updates. The time includes reading the data set, but not the observers.
     pub images_per_second: f64,
 }
 
@@ -80,7 +80,7 @@ impl fmt::Display for Metrics {
 /// # }
 /// ```
 pub trait Observer {
-    /// Called before the first update of a [`fit`](crate::Trainer::fit). An error ends `fit` at once.
+    /// Called before the first update of a [`fit`](crate::Trainer::fit). An error ends `fit` immediately.
     fn on_start(&mut self, run: &Run<'_>) -> Result<()> {
         let _ = run;
         Ok(())
@@ -98,15 +98,15 @@ pub trait Observer {
         Ok(ControlFlow::Continue(()))
     }
 
-    /// Called after the last update, and also if an error ended training. Every observer is called, even if another
-    /// one returns an error; the first error is returned. After [`Outcome::Failed`] it replaces the error that `fit`
-    /// would have returned, so it should contain that one.
+    /// Called after the last update, and also if an error ended training. Every observer is called, even if another one
+    /// returns an error; the first error is returned. After [`Outcome::Failed`] it replaces the error that `fit` would
+    /// have returned, so it should contain the original error.
     fn on_end(&mut self, run: &Run<'_>, outcome: Outcome<'_>) -> Result<()> {
         let _ = (run, outcome);
         Ok(())
     }
 
-    /// The [`Frontend`]s that this observer gives to the run. Called once, before `on_start`.
+    /// Returns the [`Frontend`]s that this observer adds to the run. Called once, before `on_start`.
     fn frontends(&self) -> Vec<Arc<dyn Frontend>> {
         Vec::new()
     }
@@ -142,7 +142,8 @@ macro_rules! by_pointer {
 
 by_pointer!(&mut O, Box<O>);
 
-/// Implements `Observer` for a type that consists of observers: their names, the type, and the iterator over them.
+/// Implements `Observer` for a type that consists of observers. Takes the generic parameters, the type, and the
+/// iterator over the observers.
 macro_rules! composed {
     ([$($part:ident),+] $whole:ty, $self:ident => $parts:expr, $shared:expr) => {
         impl<$($part: Observer),+> Observer for $whole {

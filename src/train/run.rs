@@ -11,10 +11,10 @@ use crate::error::{Error, Result};
 use crate::process::Diffusion;
 use crate::sample::SamplerConfig;
 
-/// A training run as its observers see it: its state, its network, and the means to save it.
+/// An observer's view of a training run: its state, its network, and methods to save it.
 ///
-/// A `Run` borrows the [`Trainer`](crate::Trainer), whatever its network is, so an [`Observer`](crate::train::Observer) has no
-/// type parameter.
+/// A `Run` hides the network type of the [`Trainer`](crate::Trainer) that it borrows. An
+/// [`Observer`](crate::train::Observer) therefore needs no type parameter.
 pub struct Run<'a> {
     trainer: &'a dyn View,
     scene: &'a Scene,
@@ -75,13 +75,13 @@ impl<'a> Run<'a> {
         self.trainer.diffusion()
     }
 
-    /// The device that computes.
+    /// The device on which the network is trained.
     pub fn device(&self) -> &'a Device {
         self.trainer.device()
     }
 
-    /// The sampler settings that [`Trainer::set_sampling`](crate::Trainer::set_sampling) recorded, or else
-    /// [`SamplerConfig::usual`].
+    /// Returns the sampler settings recorded with [`Trainer::set_sampling`](crate::Trainer::set_sampling), or
+    /// [`SamplerConfig::usual`] if there are none.
     pub fn sampling(&self) -> SamplerConfig {
         self.trainer.sampling().copied().unwrap_or_else(|| SamplerConfig::usual(self.diffusion()))
     }
@@ -99,7 +99,7 @@ impl<'a> Run<'a> {
         self.trainer.averaged_model()
     }
 
-    /// Writes a checkpoint to `dir`. See [`Trainer::save`](crate::Trainer::save), which also states the errors.
+    /// Writes a checkpoint to `dir`, as [`Trainer::save`](crate::Trainer::save) does.
     ///
     /// # Errors
     /// Returns the errors of [`Trainer::save`](crate::Trainer::save).
@@ -115,18 +115,19 @@ impl<'a> Run<'a> {
         self.trainer.check_save(dir.as_ref())
     }
 
-    /// Tells the run's [`Frontend`]s what an observer does at the moment, such as `saving`. An empty text ends it.
+    /// Reports to the run's [`Frontend`]s the present work of an observer, such as `saving`. An empty text ends the
+    /// report.
     pub fn working(&self, on: &str) {
         self.scene.frontends.iter().for_each(|frontend| frontend.working(on));
     }
 
-    /// Gives the run's [`Frontend`]s a warning. Without a front end it is lost.
+    /// Passes a warning to the run's [`Frontend`]s. Without a front end, the warning is lost.
     pub fn warn(&self, warning: &str) {
         self.scene.frontends.iter().for_each(|frontend| frontend.warn(warning));
     }
 
-    /// Returns whether a [`Frontend`] wants the run to stop. Training ends after the present update. An observer that
-    /// works for long, for example to draw samples, should return soon.
+    /// Returns whether a [`Frontend`] asks the run to stop. Training ends after the present update. A long-running
+    /// observer, such as one that draws samples, should then return early.
     pub fn is_stopping(&self) -> bool {
         self.scene.frontends.iter().any(|frontend| frontend.wants_stop())
     }
@@ -143,18 +144,18 @@ impl fmt::Debug for Run<'_> {
     }
 }
 
-/// The user's side of a run: it shows what observers report, and knows whether the user wants the run to stop.
+/// The user interface of a run: it shows the reports of observers, and knows whether the user asked the run to stop.
 ///
-/// An [`Observer`](crate::train::Observer) names its front ends, and the other observers of the run reach them through
-/// [`Run`]. Observers thus need not know each other: whichever shows the progress also shows the warnings of the one
-/// that saves.
+/// An [`Observer`](crate::train::Observer) provides front ends. The other observers of the run reach them through
+/// [`Run`], so observers need not know each other. The observer that shows the progress, for example, also shows the
+/// warnings of the one that saves.
 pub trait Frontend: Send + Sync {
-    /// Shows what an observer does between updates; an empty text ends it.
+    /// Shows the present work of an observer between updates. An empty text ends the display.
     fn working(&self, on: &str) {
         let _ = on;
     }
 
-    /// Shows a warning, which is one line.
+    /// Shows a warning of one line.
     fn warn(&self, warning: &str) {
         let _ = warning;
     }

@@ -1,4 +1,4 @@
-//! What a checkpoint holds of a run.
+//! The state of a run, which checkpoints hold.
 
 use std::collections::BTreeMap;
 
@@ -22,7 +22,7 @@ pub(super) type Fields = Map<String, Value>;
 
 /// A part of a run that has state. A checkpoint is a list of such parts.
 pub(super) trait Stateful {
-    /// The name of the file of its tensors, without `.safetensors`.
+    /// The name of the file for the part's tensors, without `.safetensors`.
     fn name(&self) -> &'static str;
 
     /// The tensors to save, without copies. A part without tensors has no file.
@@ -39,7 +39,8 @@ pub(super) trait Stateful {
         Ok(Fields::new())
     }
 
-    /// Continues from tensors of the present names and shapes, and from the fields of all parts.
+    /// Replaces the state by saved tensors, whose names and shapes are those of the present ones,
+    /// and by the fields of all parts.
     ///
     /// # Errors
     /// Returns an error if a field is missing or not valid, or if an operation fails.
@@ -55,7 +56,7 @@ pub(super) struct TrainState {
 }
 
 impl TrainState {
-    /// Everything that a checkpoint holds.
+    /// Returns all parts, which together are the content of a checkpoint.
     pub fn parts(&self) -> Vec<&dyn Stateful> {
         let Optimizer { adam, ema, scaler, .. } = &self.optimizer;
         let mut parts: Vec<&dyn Stateful> = vec![&self.progress, &self.weights, adam];
@@ -64,7 +65,8 @@ impl TrainState {
         parts
     }
 
-    /// The parts that continue from a checkpoint once the network has its weights.
+    /// Returns the parts that are restored from a checkpoint after the network was built with its
+    /// weights.
     pub fn parts_beside_weights(&mut self) -> Vec<&mut dyn Stateful> {
         let Optimizer { adam, ema, scaler, .. } = &mut self.optimizer;
         let mut parts: Vec<&mut dyn Stateful> = vec![&mut self.progress, adam];
@@ -74,20 +76,20 @@ impl TrainState {
     }
 }
 
-/// How far a run is.
+/// The progress of a run.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Progress {
-    /// Updates so far.
+    /// Number of updates so far.
     pub step: u64,
     pub images_seen: u64,
-    /// Number of images in the data set, once one was used: the order of the images depends on it.
+    /// Number of images in the data set, once one was used. The order of the images depends on it.
     pub dataset_len: Option<u64>,
-    /// How the run draws its samples, if it was set.
+    /// The sampler settings of the run, if they were set.
     pub sampling: Option<SamplerConfig>,
 }
 
 impl Progress {
-    /// The place of the next update.
+    /// The position of the next update in the order of the images.
     pub fn position(&self) -> Position {
         Position { step: self.step, images_seen: self.images_seen }
     }
@@ -95,7 +97,7 @@ impl Progress {
     /// Records the number of images, on which the order of images depends.
     ///
     /// # Errors
-    /// Returns an error if earlier updates of the run used another number.
+    /// Returns an error if earlier updates of the run used a different number.
     pub fn use_images(&mut self, len: u64) -> Result<()> {
         match self.dataset_len {
             Some(before) if before != len && self.step > 0 => {
@@ -226,7 +228,7 @@ impl Stateful for GradScaler {
     }
 }
 
-/// The field of this name, or the value for `null` if it is missing.
+/// Reads the field of this name. A missing field is read as `null`.
 fn field<T: serde::de::DeserializeOwned>(fields: &Fields, name: &'static str) -> Result<T> {
     let value = fields.get(name).cloned().unwrap_or(Value::Null);
     serde_json::from_value(value).map_err(|e| Error::config(name, e.to_string(), "valid"))

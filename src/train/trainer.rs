@@ -28,7 +28,7 @@ use crate::model::{Architecture, Parameters};
 use crate::process::diffusion::Diffusion;
 use crate::sample::SamplerConfig;
 
-/// Trains a network. Ho et al. 2020, algorithm 1.
+/// The training loop of a network. Ho et al. 2020, algorithm 1.
 ///
 /// ```no_run
 /// use candle_core::Device;
@@ -56,7 +56,7 @@ pub struct Trainer<N: Architecture> {
     pub(super) loader: Loader,
     pub(super) executor: Executor,
     pub(super) meter: Meter,
-    /// The right to save at the directory of the run, if it was claimed.
+    /// The right to save at the directory of the run, if the run claimed it.
     pub(super) claim: Option<Claim>,
 }
 
@@ -74,13 +74,12 @@ impl<N: Architecture> fmt::Debug for Trainer<N> {
 }
 
 impl<N: Architecture> Trainer<N> {
-    /// Updates the weights until the run has made [`steps`](TrainConfig::steps) updates in total, or the observer
-    /// stops it. The observer `()` does nothing. A thread reads the next batch while the network is trained with the
-    /// present one.
+    /// Updates the weights until the run has made [`steps`](TrainConfig::steps) updates in total, or until the observer
+    /// stops it. The observer `()` does nothing. A second thread reads the next batch during an update.
     ///
     /// # Errors
-    /// Returns an error if the data set is empty, if its images do not have the shape that the network takes, or if
-    /// a loss or a gradient is not finite. Also returns the errors of the data set and of the observer.
+    /// Returns an error if the data set is empty, if its images do not have the shape that the network takes, or if a
+    /// loss or a gradient is not finite. Also returns the errors of the data set and of the observer.
     pub fn fit(&mut self, dataset: &dyn Dataset, mut observer: impl Observer) -> Result<()> {
         let scene = Scene { image_shape: dataset.shape().into(), frontends: observer.frontends() };
         let fitted = self.observed(dataset, &mut observer, &scene);
@@ -88,7 +87,7 @@ impl<N: Architecture> Trainer<N> {
         fitted
     }
 
-    /// Tells the observer the beginning and the end of the [loop](Self::train).
+    /// Runs the [loop](Self::train), and reports its beginning and end to the observer.
     fn observed(
         &mut self,
         dataset: &dyn Dataset,
@@ -148,15 +147,14 @@ impl<N: Architecture> Trainer<N> {
         })
     }
 
-    /// Reads the next `batch_size` images in the order of the run, with random flips if they are configured:
-    /// (batch, channels, height, width) on the trainer's device. A second call before the next update returns the
-    /// same images.
+    /// Reads the next `batch_size` images in the order of the run, with random flips if they are configured: (batch,
+    /// channels, height, width) on the trainer's device. A second call before the next update returns the same images.
     ///
     /// Each epoch has a new order of all images. A batch may span the end of an epoch.
     ///
     /// # Errors
-    /// Returns an error if the data set is empty, fails to read, or has another number of images than at an earlier
-    /// update of the run. Returns an error if a class is not one of the data set's.
+    /// Returns an error if the data set is empty, fails to read, if its number of images has changed since an earlier
+    /// update, or if a class is out of the data set's range.
     pub fn next_batch(&mut self, dataset: &dyn Dataset) -> Result<Batch> {
         self.use_images(dataset)?;
         let at = self.state.progress.position();
@@ -221,7 +219,7 @@ impl<N: Architecture> Trainer<N> {
         Ok(())
     }
 
-    /// The run as an update sees it, and what makes the update.
+    /// Borrows the executor, and the parts of the run that an update uses.
     fn context(&mut self) -> (&mut Executor, UpdateContext<'_, N::Model>) {
         let Self { model, config, diffusion, objective, state, executor, .. } = self;
         (executor, UpdateContext { model, config, diffusion, objective: &**objective, state })
@@ -249,7 +247,7 @@ impl<N: Architecture> Trainer<N> {
         self.state.optimizer.sync()
     }
 
-    /// The report on the updates since the last report, except for `images_per_second`.
+    /// Returns the report on the updates since the last report. `images_per_second` is not set.
     fn report(&mut self) -> Result<Metrics> {
         self.read_losses()?;
         let lr = self.config.learning_rate(self.steps().saturating_sub(1));
@@ -257,17 +255,16 @@ impl<N: Architecture> Trainer<N> {
         Ok(self.meter.report(self.steps(), lr, loss_scale))
     }
 
-    /// Claims the exclusive right to save at `dir` until this trainer is dropped. Does everything that
-    /// [`save`](Self::save) does there, except for writing weights. A reason for which saving would fail later is
-    /// therefore an error now, before there is anything to lose.
+    /// Claims the exclusive right to save at `dir` until this trainer is dropped. Also performs every check of
+    /// [`save`](Self::save). Problems that would make a save fail are thus reported before training.
     ///
-    /// The right is an advisory lock on the file `checkpoint.lock`, beside the directory `checkpoint`. It ends with
-    /// the process, even if the process is killed. On a file system without locks there is no lock.
+    /// The right is an advisory lock on the file `checkpoint.lock`, beside the directory `checkpoint`. It ends with the
+    /// process, even if the process is killed. On a file system without locks there is no lock.
     ///
     /// # Errors
     /// - [`Error::Locked`] if another process or trainer saves there.
-    /// - [`Error::Occupied`] if there is anything other than a checkpoint of this run at `dir`, or at a path to
-    ///   which one of its checkpoints would be moved.
+    /// - [`Error::Occupied`] if there is anything other than a checkpoint of this run at `dir`, or at a path to which
+    ///   one of its checkpoints would be moved.
     /// - [`Error::ConfigMismatch`] if the checkpoint at `dir` belongs to another run.
     /// - Another error if that checkpoint is of a later step, or if nothing can be written there.
     pub fn claim(&mut self, dir: impl AsRef<Path>) -> Result<()> {
@@ -327,8 +324,8 @@ impl<N: Architecture> Trainer<N> {
         Ok(Snapshot { identity, step: self.steps(), parts: self.state.parts(), counters })
     }
 
-    /// Records in the checkpoints how the run draws its samples; see [`Checkpoint::sampling`](crate::Checkpoint::sampling). Training does not
-    /// depend on it.
+    /// Records the run's sampler settings in its checkpoints; see
+    /// [`Checkpoint::sampling`](crate::Checkpoint::sampling). Training does not depend on them.
     ///
     /// # Errors
     /// Returns the errors of [`Sampler::new`](crate::Sampler::new) for the process of this run.
@@ -338,13 +335,13 @@ impl<N: Architecture> Trainer<N> {
         Ok(())
     }
 
-    /// Replaces the weights by those of a safetensors file, from a checkpoint or from PyTorch. The average begins
-    /// at them, too.
+    /// Replaces the weights by those of a safetensors file, from a checkpoint or from PyTorch. The average begins as a
+    /// copy of them.
     ///
     /// # Errors
-    /// Returns an error if the trainer has already made an update, because the state of the optimiser would belong
-    /// to other weights. Returns an error if the file cannot be read, or if a weight is missing, unknown or of
-    /// another shape. Nothing is changed in these cases.
+    /// Returns an error if the trainer has already made an update, because the state of the optimiser would belong to
+    /// other weights. Returns an error if the file cannot be read, or if a weight is missing, unknown or of another
+    /// shape. Nothing is changed in these cases.
     pub fn set_weights(&mut self, path: impl AsRef<Path>) -> Result<()> {
         if self.steps() > 0 {
             return Err(Error::config("step", self.steps(), "0 when weights are set"));
@@ -367,8 +364,8 @@ impl<N: Architecture> Trainer<N> {
     /// separate network.
     ///
     /// # Deadlocks
-    /// Do not use this network, or a clone of it, in another rayon job while an update runs in the same pool. A
-    /// thread that holds the lock of a weight could be given that job, and would wait for itself.
+    /// Do not use this network, or a clone of it, in another rayon job while an update runs in the same pool. A thread
+    /// that holds the lock of a weight could be given that job, which would then wait for itself.
     pub fn model(&self) -> &N::Model {
         &self.model
     }
@@ -404,7 +401,7 @@ impl<N: Architecture> Trainer<N> {
         self.state.optimizer.exact_scaler()
     }
 
-    /// The average of the weights, unless the run has none.
+    /// The average of the weights. `None` if the run has no average.
     pub fn ema(&self) -> Option<&Ema> {
         self.state.optimizer.ema.as_ref()
     }
@@ -414,7 +411,7 @@ impl<N: Architecture> Trainer<N> {
         self.state.progress.step
     }
 
-    /// The number of images that updates used so far.
+    /// The number of images in all updates so far.
     pub fn images_seen(&self) -> u64 {
         self.state.progress.images_seen
     }
@@ -438,7 +435,7 @@ impl<N: Architecture> Trainer<N> {
         &self.diffusion
     }
 
-    /// The device that computes.
+    /// The device on which the network is trained.
     pub fn device(&self) -> &Device {
         &self.device
     }

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::process::diffusion::Diffusion;
 use crate::random::{Dropout, Noise, Purpose};
 
-/// A run, as an update sees it.
+/// The parts of a run that an update uses.
 #[derive(Debug)]
 pub(super) struct UpdateContext<'a, D> {
     pub model: &'a D,
@@ -106,12 +106,12 @@ impl<D: Trainable> UpdateContext<'_, D> {
         };
         let learning_rate = self.learning_rate();
         let grad_norm = self.state.optimizer.update(&mut sums, learning_rate)?;
-        // With several parts, the sums are not buffers of the network.
+        // If the batch is divided, the sums are not buffers of the network.
         let gradients = if parts == 1 { sums.into_values().collect() } else { Vec::new() };
         Ok((loss, grad_norm, gradients))
     }
 
-    /// Computes the loss of a part of the batch that begins at image `first`, and the gradients of the weights.
+    /// Computes the loss, and the gradients of the weights, for the part of the batch that begins at image `first`.
     fn gradients(
         &self,
         noised: &Noised<'_>,
@@ -169,7 +169,7 @@ impl<D: Trainable> UpdateContext<'_, D> {
         for (name, gradient) in &gradients {
             match sums.get_mut(name) {
                 Some(sum) => backend.add_to(sum, gradient)?,
-                // The gradient may use memory of the network, so it is copied.
+                // Copied, because the gradient may use memory of the network.
                 None => {
                     sums.insert(name.clone(), gradient.copy()?);
                 }

@@ -1,4 +1,4 @@
-//! Passes of networks without conditions, on tensors alone.
+//! Passes of networks without conditions, on plain tensors.
 #![allow(dead_code)]
 
 use candle_core::Tensor;
@@ -7,7 +7,7 @@ use ddpm::Result;
 use ddpm::nn::Dropout;
 use ddpm::nn::{Condition, Output, Trainable};
 
-/// The prediction of a training pass.
+/// Computes the prediction of a training pass.
 pub fn train(
     network: &impl Trainable,
     x_t: &Tensor,
@@ -17,7 +17,7 @@ pub fn train(
     Ok(network.denoise_train(x_t, t, &Condition::None, dropout)?.prediction)
 }
 
-/// The gradients of all weights.
+/// Computes the gradients of all weights.
 pub fn gradients(
     network: &impl Trainable,
     x_t: &Tensor,

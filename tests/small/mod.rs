@@ -1,4 +1,5 @@
-//! A network of the crate's layers that is not the U-Net: its `run` is all that it says about how it is computed.
+//! A network of the crate's layers other than the U-Net. It consists of its `run`, and has no code for its
+//! computation.
 #![allow(dead_code)]
 
 use candle_nn::VarBuilder;

@@ -27,7 +27,7 @@ use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
 use crate::precision::Precision;
 use crate::random::Dropout;
 
-/// Computes in f32 with the crate's kernels for the CPU.
+/// The f32 kernels of the CPU as a backend of networks.
 pub(crate) struct Cpu<'p> {
     isa: Isa,
     math: Math,
@@ -42,20 +42,20 @@ impl Drop for Cpu<'_> {
 }
 
 impl<'p> Cpu<'p> {
-    /// For a pass of this batch, which is to be followed by one back where it is recording.
+    /// Prepares a pass with this batch size. `recording` states whether a backward pass follows.
     pub fn new(pool: &'p Arc<Pool>, precision: Precision, batch: usize, recording: bool) -> Self {
         pool.begin(batch, recording);
         let workspace = RefCell::new(pool.workspace());
         let math = match precision {
             Precision::Highest => Math::F32,
             Precision::High => Math::Bf16x3,
-            // Networks refuse F16 on the CPU.
+            // Networks return an error for F16 on the CPU.
             Precision::BF16 | Precision::F16 => Math::Bf16,
         };
         Self { isa: Isa::detect(), math, pool, workspace }
     }
 
-    /// The values of a tensor.
+    /// Copies the values of a tensor to a buffer.
     fn copied(&self, x: &Tensor) -> Result<Buffer> {
         let mut values = self.take(x.elem_count())?;
         with_values([&x.contiguous()?], |[x]| {
@@ -65,7 +65,7 @@ impl<'p> Cpu<'p> {
         Ok(values)
     }
 
-    /// The gradient of a weight, which `write` writes.
+    /// Creates the gradient of a weight, with values written by `write`.
     fn weight_gradient(&self, weight: &Tensor, write: impl FnOnce(&mut [f32])) -> Result<Tensor> {
         let gradient = self.pool.gradient(weight)?;
         with_values_mut(&gradient, |values| {

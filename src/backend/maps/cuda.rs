@@ -17,13 +17,13 @@ use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
 use crate::precision::Precision;
 use crate::random::{Dropout, Purpose};
 
-/// Computes with the crate's kernels for CUDA devices.
+/// The kernels of CUDA devices as a backend of networks.
 pub(crate) struct Cuda<'p> {
     gpu: Rc<Gpu>,
     precision: Precision,
-    /// Of gradients alone.
+    /// The pool from which only gradients are taken.
     pool: &'p Pool,
-    /// The weights as products take them, for this pass.
+    /// The weights packed for matrix products, during this pass.
     packed: RefCell<HashMap<TensorId, Rc<Memory>>>,
 }
 
@@ -65,7 +65,7 @@ impl<'p> Cuda<'p> {
         LinearLayer { precision: self.precision, batch, weight, bias, activation }
     }
 
-    /// Memory for the gradients of weights.
+    /// Allocates memory for the gradients of weights.
     fn gradients(&self, weights: [&Tensor; 2]) -> Result<[Tensor; 2]> {
         let gradients = [self.pool.gradient(weights[0])?, self.pool.gradient(weights[1])?];
         gradients.iter().for_each(|gradient| self.gpu.keep(gradient));

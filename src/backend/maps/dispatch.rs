@@ -12,15 +12,15 @@ use crate::error::Result;
 use crate::kernels::cuda::Gpu;
 use crate::precision::Precision;
 
-/// Work that any device can do.
+/// A computation that is generic over the backend.
 pub(crate) trait Pass {
     type Output;
 
-    /// Does the work with the kernels of a device.
+    /// Computes with the kernels of a device.
     fn run<B: Maps>(self, backend: B) -> Result<Self::Output>;
 }
 
-/// The place and the kind of a pass.
+/// The device, the size and the kind of a pass.
 pub(crate) struct Place<'a> {
     pub device: &'a Device,
     pub precision: Precision,
@@ -30,7 +30,7 @@ pub(crate) struct Place<'a> {
     pub recording: bool,
 }
 
-/// Does a pass with the kernels of its device, with memory from `pool`.
+/// Runs a pass with the kernels of its device, and with memory from `pool`.
 pub(crate) fn dispatch<P>(place: &Place<'_>, pool: &Arc<Pool>, pass: P) -> Result<P::Output>
 where
     P: Pass + Send,

@@ -1,4 +1,4 @@
-//! The operations of networks on feature maps, by the kernels of a device.
+//! The operations of networks on feature maps, computed by the kernels of a device.
 
 mod cpu;
 #[cfg(feature = "cuda")]

@@ -6,34 +6,35 @@ use crate::kernels::op::conv::Add;
 use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
 use crate::random::Dropout;
 
-/// The operations of networks on the maps of a device, forward and backward, for a [tape](crate::engine::tape).
+/// The operations of networks on the feature maps of a device, forward and backward, for a
+/// [tape](crate::engine::tape).
 ///
-/// Maps are channels-last, of dimensions (batch, height, width, channels). Weights, and their
-/// gradients, are candle's tensors of f32.
+/// Maps are channels-last: (batch, height, width, channels). Weights and their gradients are candle tensors in
+/// f32.
 pub(crate) trait Maps {
-    /// The values of a map, on loan from a pool. They go back to it when this is dropped.
+    /// The values of a map, borrowed from a pool. Dropping the buffer returns its memory to the pool.
     type Buffer;
 
-    /// What a normalisation's way back needs besides its input.
+    /// The statistics of a normalisation, which its backward pass reads in addition to the input.
     type Statistics;
 
-    /// A map of images (batch, channels, height, width) of f32.
+    /// Copies images (batch, channels, height, width) in f32 to a map.
     fn images(&self, x: &Tensor) -> Result<Self::Buffer>;
 
-    /// The images of a map, in f32.
+    /// Copies a map to images in f32.
     fn to_images(&self, dims: [usize; 4], map: &Self::Buffer) -> Result<Tensor>;
 
-    /// The sinusoids of timesteps (batch): vectors.
+    /// Computes the sinusoids of the timesteps `t` (batch), a batch of vectors.
     fn sinusoids(&self, sinusoids: &Sinusoids, t: &Tensor) -> Result<Self::Buffer>;
 
-    /// Memory for a map of `len` values, its content whatever was there before.
+    /// Takes memory for a map of `len` values, with arbitrary content.
     fn take(&self, len: usize) -> Result<Self::Buffer>;
 
-    /// Adds `more` to `sum`, maps of `len` values.
+    /// Adds `more` to `sum`, both maps of `len` values.
     fn add(&self, sum: &mut Self::Buffer, more: &Self::Buffer, len: usize) -> Result<()>;
 
-    /// The convolution of a map `x` of these dimensions, and what is added to it: its dimensions and
-    /// values.
+    /// Computes the convolution of a map `x` of dimensions `dims`, and adds `add` to it. Returns the dimensions
+    /// and the values of the output.
     fn convolve(
         &self,
         conv: &Conv2d,
@@ -42,8 +43,8 @@ pub(crate) trait Maps {
         add: Add<'_, Self::Buffer>,
     ) -> Result<([usize; 4], Self::Buffer)>;
 
-    /// From the gradient `dy` of a convolution's output to those of its weight and bias, and, where it
-    /// is wanted, of what was added to each image.
+    /// Computes the gradients of a convolution's weight and bias from the gradient `dy` of its output. With
+    /// `per_image`, also returns the gradient of the values that were added to each image.
     fn convolve_weight_gradients(
         &self,
         conv: &Conv2d,
@@ -53,8 +54,8 @@ pub(crate) trait Maps {
         per_image: bool,
     ) -> Result<([Tensor; 2], Option<Self::Buffer>)>;
 
-    /// From the gradient `dy` of a convolution's output to that of its input, of these dimensions;
-    /// which is added to what is in `dx`, or takes its place.
+    /// Computes the gradient of a convolution's input, of dimensions `dims`, from the gradient `dy` of its
+    /// output. With `accumulate` the result is added to `dx`, otherwise it replaces `dx`.
     fn convolve_input_gradient(
         &self,
         conv: &Conv2d,
@@ -64,7 +65,7 @@ pub(crate) trait Maps {
         accumulate: bool,
     ) -> Result<()>;
 
-    /// The normalised map, activated.
+    /// Normalises a map and applies the activation.
     fn normalize(
         &self,
         norm: &GroupNorm,
@@ -72,7 +73,7 @@ pub(crate) trait Maps {
         x: &Self::Buffer,
     ) -> Result<(Self::Buffer, Self::Statistics)>;
 
-    /// The same once more.
+    /// Repeats [`normalize`](Self::normalize) with the statistics that it returned.
     fn normalize_again(
         &self,
         norm: &GroupNorm,
@@ -81,8 +82,8 @@ pub(crate) trait Maps {
         statistics: &Self::Statistics,
     ) -> Result<Self::Buffer>;
 
-    /// Makes the gradient `d` of a normalisation's output that of its input, and adds `more` to it;
-    /// gives the gradients of weight and bias.
+    /// Replaces the gradient `d` of a normalisation's output by that of its input plus `more`. Returns the
+    /// gradients of weight and bias.
     fn normalize_backward(
         &self,
         norm: &GroupNorm,
@@ -93,7 +94,7 @@ pub(crate) trait Maps {
         more: Option<&Self::Buffer>,
     ) -> Result<[Tensor; 2]>;
 
-    /// The linear layer of a batch of activated vectors.
+    /// Applies an activation to a batch of vectors, then a linear layer.
     fn linear(
         &self,
         f: VectorActivation,
@@ -102,7 +103,7 @@ pub(crate) trait Maps {
         x: &Self::Buffer,
     ) -> Result<Self::Buffer>;
 
-    /// From the gradient of a linear layer's output to that of its input, and those of weight and bias.
+    /// Computes the gradients of a linear layer's input, weight and bias from the gradient of its output.
     fn linear_backward(
         &self,
         f: VectorActivation,
@@ -112,11 +113,11 @@ pub(crate) trait Maps {
         dy: &Self::Buffer,
     ) -> Result<(Self::Buffer, [Tensor; 2])>;
 
-    /// What the maps (batch, channels) are multiplied by in the network's `layer`-th dropout.
+    /// Draws the mask (batch, channels) of the network's dropout number `layer`: the factors of the channels.
     fn mask(&self, dropout: &Dropout, layer: u16, dims: [usize; 4], p: f64)
     -> Result<Self::Buffer>;
 
-    /// Each channel of each image times its factor in `mask`.
+    /// Multiplies each channel of each image by its factor in `mask`.
     fn scale_maps(
         &self,
         dims: [usize; 4],
@@ -124,7 +125,7 @@ pub(crate) trait Maps {
         mask: &Self::Buffer,
     ) -> Result<Self::Buffer>;
 
-    /// The channels of both, of so many pixels in all, one after the other.
+    /// Concatenates the channels of two maps. `pixels` is the number of pixels in the batch.
     fn concatenate(
         &self,
         pixels: usize,
@@ -132,7 +133,7 @@ pub(crate) trait Maps {
         maps: [&Self::Buffer; 2],
     ) -> Result<Self::Buffer>;
 
-    /// The opposite of [`concatenate`](Self::concatenate).
+    /// The inverse of [`concatenate`](Self::concatenate).
     fn split(
         &self,
         pixels: usize,
@@ -140,11 +141,11 @@ pub(crate) trait Maps {
         map: &Self::Buffer,
     ) -> Result<[Self::Buffer; 2]>;
 
-    /// Attention of all pixels to all, from their q, k and v, side by side in `qkv`, of these
-    /// dimensions.
+    /// Computes the attention of all pixels to all. `qkv` has dimensions `dims` and holds q, k and v side by
+    /// side in its channels.
     fn attention(&self, dims: [usize; 4], qkv: &Self::Buffer) -> Result<Self::Buffer>;
 
-    /// From the gradient of attention's output to that of `qkv`.
+    /// Computes the gradient of `qkv` from the gradient `dy` of the attention's output.
     fn attention_backward(
         &self,
         dims: [usize; 4],

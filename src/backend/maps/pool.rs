@@ -1,5 +1,4 @@
-//! Memory that a network's passes use again, since fresh memory costs the system more than most
-//! operations cost us.
+//! Memory that passes of a network reuse. New memory costs the system more time than most operations take.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -13,25 +12,24 @@ use crate::error::{Error, Result};
 use crate::kernels::cpu::conv::algorithm::Workspace;
 use crate::kernels::cpu::memory::try_zeros;
 
-/// Gradients that may come back, at most: several times as many as a network has weights.
+/// Maximum number of issued gradients that are tracked: several times the number of weights of a network.
 const MAX_ISSUED: usize = 1 << 13;
 
-/// Memory that is not in use at the moment.
+/// Memory that is currently not in use.
 #[derive(Default)]
 pub(crate) struct Pool {
     free: Mutex<Free>,
 }
 
-/// Whether a pass is [among the threads](Pool::among_threads), of whatever network: they share the
-/// threads.
+/// Whether a pass of any network is running [in the thread pool](Pool::among_threads), which all networks share.
 static BUSY: AtomicBool = AtomicBool::new(false);
 
 #[derive(Default)]
 struct Free {
     by_size: BTreeMap<usize, Vec<Vec<f32>>>,
-    /// What the memory was used for last: the batch, and whether there is a way back.
+    /// The last use of the memory: the batch size, and whether a backward pass followed.
     last: (usize, bool),
-    /// Of each gradient that was given away, whose it is; and those that came back, by their weights.
+    /// The weight of each issued gradient. `gradients` holds the returned ones, by the ids of their weights.
     issued: HashMap<TensorId, TensorId>,
     gradients: HashMap<TensorId, Tensor>,
     workspace: Workspace,
@@ -44,8 +42,8 @@ impl fmt::Debug for Pool {
 }
 
 impl Pool {
-    /// Before a pass: another one than the last gets memory of its own sizes, so that what each kind
-    /// of pass ever needed does not add up.
+    /// Prepares for a pass. If its kind differs from that of the last pass, frees the memory: otherwise the needs of
+    /// all kinds of passes would add up.
     pub fn begin(&self, batch: usize, recording: bool) {
         let mut free = self.lock();
         if free.last != (batch, recording) {
@@ -54,7 +52,7 @@ impl Pool {
         }
     }
 
-    /// Takes back gradients that nobody needs any longer, if they came from here.
+    /// Takes back gradients that are no longer needed. Ignores tensors that were not issued by this pool.
     pub fn recycle(&self, gradients: Vec<Tensor>) {
         let mut free = self.lock();
         for gradient in gradients {
@@ -79,7 +77,7 @@ impl Pool {
         Ok(gradient)
     }
 
-    /// What convolutions work in; [`give_back`](Self::give_back) takes it again.
+    /// Takes the workspace of convolutions; [`give_back`](Self::give_back) returns it.
     pub fn workspace(&self) -> Workspace {
         std::mem::take(&mut self.lock().workspace)
     }
@@ -92,9 +90,9 @@ impl Pool {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs a pass on one of the threads that share its work: to hand over each operation from without,
-    /// and wait for it, takes longer than some of them do. But one at a time: threads that wait within
-    /// one pass would begin others, each on top of the last one's stack.
+    /// Runs a pass on a thread of the pool that shares its work. From outside the pool, submitting each operation and
+    /// waiting for it would take longer than some operations do. Only one pass is moved into the pool at a time: a
+    /// thread that waits within one pass could otherwise start others, each on top of the stack of the last one.
     pub fn among_threads<R: Send>(pass: impl FnOnce() -> R + Send) -> R {
         struct Leave;
 
@@ -114,12 +112,11 @@ impl Pool {
     /// Takes memory of this length, with arbitrary content.
     ///
     /// # Errors
-    ///
-    /// Returns [`Error::OutOfMemory`] if the system has not enough. The memory of a pass depends on the batch, which the
-    /// caller chose.
+    /// Returns [`Error::OutOfMemory`] if the system does not have enough memory. The amount depends on the batch size,
+    /// which the caller chose.
     pub fn take(self: &Arc<Self>, len: usize) -> Result<Buffer> {
         let mut free = self.lock();
-        // The smallest that is large enough, unless most of it would be wasted.
+        // The smallest block that is large enough, unless most of it would be wasted.
         let found =
             free.by_size.range(len..=len.saturating_mul(2)).find(|(_, free)| !free.is_empty());
         let values = match found.map(|(&size, _)| size) {
@@ -134,9 +131,9 @@ impl Pool {
     }
 }
 
-/// Values on loan from a pool.
+/// Values borrowed from a pool.
 pub(crate) struct Buffer {
-    /// At least as many as `len`.
+    /// At least `len` values.
     values: Vec<f32>,
     len: usize,
     pool: Arc<Pool>,
@@ -178,9 +175,9 @@ mod tests {
     #[test]
     fn memory_that_there_is_not_is_an_error_that_tells_how_much_was_asked_for() -> Result<()> {
         let pool = Arc::new(Pool::default());
-        // A search among what is free must not overflow.
+        // Leaves free memory, so that the next call searches it. The search must not overflow.
         drop(pool.take(7)?);
-        // More than any address space; more values than a length can count in bytes.
+        // More than any address space, and more values than their size in bytes can be counted.
         let absurd = usize::MAX >> 4;
         for (len, bytes) in [(absurd, 4 * absurd), (usize::MAX, usize::MAX)] {
             let Err(error) = pool.take(len) else { panic!("there is memory for {len} values") };
@@ -188,7 +185,7 @@ mod tests {
             let text = error.to_string();
             assert!(text.contains(&format!("a feature map of {bytes} bytes")), "{text}");
         }
-        // Memory that was returned before the error can still be taken.
+        // Memory that was returned before the error is still available.
         assert_eq!(pool.take(7)?.len(), 7);
         Ok(())
     }
@@ -213,7 +210,7 @@ mod tests {
         let build =
             || Parameters::frozen(path, weights.clone(), DType::F32, &Device::Cpu).build(&config);
         let (one, many): (Model<UNet>, Model<UNet>) = (build()?, build()?);
-        // A few passes until each size has a memory that fits it well enough.
+        // After a few passes, the memory of each size fits closely.
         let settled = |unet: &Model<UNet>| -> Result<usize> {
             (0..3).try_for_each(|_| forward(unet, 6).map(drop))?;
             forward(unet, 6)
@@ -227,7 +224,7 @@ mod tests {
         Ok(())
     }
 
-    /// Only gradients that came back are written over, and those wholly.
+    /// Only recycled gradients are overwritten, and all of their values are.
     #[test]
     fn gradients_take_the_memory_of_those_that_came_back() -> Result<()> {
         let config = UNetConfig {
@@ -263,7 +260,7 @@ mod tests {
             })?;
         }
         unet.recycle(returned);
-        // Not one of the network's, and nothing that it may write to.
+        // A tensor that the network did not issue, and must not overwrite.
         let other = x.copy()?;
         unet.recycle(vec![other.clone()]);
 

@@ -20,7 +20,7 @@ impl Precision {
 /// Checks whether a network of weights of this dtype on this device can compute with a precision.
 ///
 /// # Errors
-/// Returns an error that states the precisions that it can compute with.
+/// Returns an error that states the supported precisions.
 pub(crate) fn check_precision(precision: Precision, dtype: DType, device: &Device) -> Result<()> {
     precision.validate()?;
     if precision.is_half() && !has_kernels(dtype, device) {
@@ -44,7 +44,7 @@ pub(crate) fn check_precision(precision: Precision, dtype: DType, device: &Devic
 mod tests {
     use super::*;
 
-    /// This test detects the instructions from the list of the system, unlike the kernels.
+    /// Unlike the kernels, this test finds the instructions in the list of the operating system.
     #[cfg(target_os = "linux")]
     #[test]
     fn bf16_is_accelerated_where_the_cpu_lists_its_instructions() {

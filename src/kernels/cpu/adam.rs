@@ -3,8 +3,8 @@ use rayon::prelude::*;
 use super::isa::Isa;
 use super::simd::simd_fn;
 
-/// The factors of one update of Adam. `backend/reference.rs` has the update as a composition, and `backend/update.rs` its
-/// factors.
+/// The factors of one update of Adam. `backend/reference.rs` specifies the update as a composition, and
+/// `backend/update.rs` computes its factors.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct AdamStep {
     /// Factors of the mean, and of the gradient in it. Both are rounded from f64, because 1 - 0.999 in f32 has a relative
@@ -13,9 +13,9 @@ pub(crate) struct AdamStep {
     /// Factors of the mean square, and of the gradient's square in it.
     pub square: [f32; 2],
     pub eps: f32,
-    /// The learning rate, divided by the correction of the mean's bias.
+    /// The learning rate divided by the bias correction of the mean.
     pub step_size: f32,
-    /// One over the root of the correction of the mean square's bias.
+    /// 1 / √(bias correction of the mean square).
     pub root_scale: f32,
     /// Factor of the weight before it is updated: decoupled decay.
     pub keep: f32,
@@ -56,7 +56,7 @@ impl AdamStep {
         }
     }
 
-    /// Moves the average of a weight that was not updated.
+    /// Updates the average of a weight that was not updated.
     pub fn follow(&self, isa: Isa, average: &mut [f32], weight: &[f32]) {
         follow(isa, self.average, average, weight);
     }
@@ -93,7 +93,7 @@ simd_fn! {
     }
 }
 
-/// Returns the sum of squares, in f64. It is the same for any number of threads.
+/// Returns the sum of squares, in f64. The result does not depend on the number of threads.
 pub(crate) fn sum_of_squares(isa: Isa, values: &[f32]) -> f64 {
     // Collected, because the order of a parallel sum would depend on the threads.
     let sums: Vec<f64> = values.par_chunks(CHUNK).map(|chunk| squares(isa, chunk)).collect();
@@ -122,13 +122,13 @@ mod tests {
 
     use crate::random_inputs::inputs;
 
-    /// Within so many roundings, one after the other, of terms whose magnitudes have this sum.
+    /// Returns whether the error is within `count` successive roundings of terms whose magnitudes sum to `size`.
     fn close(found: f32, expected: f64, size: f64, count: u8) -> bool {
         let bound = roundings(f64::from(count)) * F32 * size.max(1e-30);
         (f64::from(found) - expected).abs() <= bound
     }
 
-    /// Beside whole vectors, and on both sides of what one thread updates at a time.
+    /// Counts that do not fill whole vectors, below and above the chunk of one thread.
     fn counts() -> impl Strategy<Value = usize> {
         prop_oneof![1usize..100, CHUNK - 3..CHUNK + 40, Just(2 * CHUNK + 1)]
     }
@@ -169,7 +169,7 @@ mod tests {
                     let expected_square = of(&square) * beta2 + g * g * gain2;
                     let square_size = of(&square) * beta2 + size * size * gain2;
                     prop_assert!(close(s[i], expected_square, square_size, 7), "{isa:?}: square {i}");
-                    // The rest from the moments that were found: their own errors are seen to.
+                    // Computed from the moments that were found: their errors are checked separately.
                     let root = of(&s).sqrt() * f64::from(root_scale) + f64::from(step.eps);
                     let (kept, moved) =
                         (of(&weight) * f64::from(keep), of(&m) * f64::from(step_size) / root);
@@ -197,7 +197,7 @@ mod tests {
             let expected: f64 = values.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
             for isa in Isa::available() {
                 let found = sum_of_squares(isa, &values);
-                // Both sums' roundings.
+                // The roundings of both sums.
                 let bound = 2.0 * roundings(count as f64) * f64::EPSILON / 2.0 * expected;
                 prop_assert!((found - expected).abs() <= bound, "{isa:?}: {found}, {expected}");
             }

@@ -1,4 +1,5 @@
-//! Attention, one image at a time, whose scores stay in the cache. The backward pass computes them again.
+//! Attention, one image at a time, so that the scores stay in the cache. The backward pass recomputes
+//! them.
 
 use std::cell::RefCell;
 
@@ -70,7 +71,8 @@ impl Attention {
         [0, 1, 2].map(|i| Mat::with_stride(&qkv[i * c..], n, c, 3 * c))
     }
 
-    /// The shares of the attention of each position to each, rows of sum 1, in `memory`.
+    /// Writes the softmax of the scores to `memory`: the weight of each position in the output of each.
+    /// Rows sum to 1.
     fn shares<'a>(&self, q: Mat, k: Mat, memory: &'a mut Vec<f32>) -> &'a [f32] {
         let n = self.shape.positions;
         let scores = sized(memory, n * n);
@@ -110,7 +112,7 @@ fn maximum<S: Simd>(row: &[f32]) -> f32 {
     let (vectors, rest) = row.split_at(row.len() / S::WIDTH * S::WIDTH);
     let mut most = S::splat(f32::NEG_INFINITY);
     for x in vectors.chunks_exact(S::WIDTH) {
-        // SAFETY: a vector's values.
+        // SAFETY: the chunk has the values of a vector.
         most = unsafe { S::load(x.as_ptr()) }.at_least(most);
     }
     let lanes = lanes(most);
@@ -123,7 +125,7 @@ fn exponentials<S: Simd>(row: &mut [f32], maximum: f32, scale: f32) -> f32 {
     let (vectors, rest) = row.split_at_mut(row.len() / S::WIDTH * S::WIDTH);
     let mut total = S::splat(0.0);
     for x in vectors.chunks_exact_mut(S::WIDTH) {
-        // SAFETY: a vector's values.
+        // SAFETY: the chunk has the values of a vector.
         unsafe {
             let value = exp(S::load(x.as_ptr()).sub(S::splat(maximum)).mul(S::splat(scale)));
             value.store(x.as_mut_ptr());
@@ -142,7 +144,7 @@ fn exponentials<S: Simd>(row: &mut [f32], maximum: f32, scale: f32) -> f32 {
 mod tests {
     use super::*;
 
-    /// Scores that would overflow without the maximum, whose share is then 1.
+    /// The scores would overflow if the maximum were not subtracted. The weight of the maximum is then 1.
     #[test]
     fn large_scores_leave_one_share() {
         for isa in Isa::available() {

@@ -13,7 +13,7 @@ pub(crate) enum Limit {
     Baseline,
     Avx2,
     Avx512,
-    /// AVX-512 and the tiles of AMX.
+    /// AVX-512, and the tiles of AMX.
     Amx,
 }
 
@@ -28,8 +28,8 @@ impl Limit {
         }
     }
 
-    /// The value of the environment variable `DDPM_MAX_CPU_ISA`, read once per process. No limit if it
-    /// is not set, or if it is [not valid](check_limit).
+    /// Returns the value of the environment variable `DDPM_MAX_CPU_ISA`, which is read once per
+    /// process. There is no limit if the variable is not set or [not valid](check_limit).
     pub(crate) fn of_process() -> Self {
         static LIMITED: OnceLock<Limit> = OnceLock::new();
         *LIMITED.get_or_init(|| Self::named(&asked()).unwrap_or(Self::Amx))
@@ -49,8 +49,8 @@ pub(crate) fn check_limit() -> Result<()> {
     }
 }
 
-/// An instruction set that this machine has. A value is only made after the machine was asked, so it is
-/// safe to run a kernel that is compiled for it.
+/// An instruction set that this machine has. A value is created only after the machine's support was
+/// checked, so it is safe to run a kernel that is compiled for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Isa(Kind);
 
@@ -60,12 +60,12 @@ pub(crate) enum Kind {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// The instructions of every machine of the architecture: SSE2, NEON.
+    /// The instructions that every machine of the architecture has: SSE2, NEON.
     Baseline,
 }
 
 impl Isa {
-    /// The best of this machine, within the [`Limit`] of the process.
+    /// Returns the best instruction set of this machine within the [`Limit`] of the process.
     pub(crate) fn detect() -> Self {
         static DETECTED: OnceLock<Isa> = OnceLock::new();
         *DETECTED.get_or_init(|| {
@@ -76,7 +76,7 @@ impl Isa {
         })
     }
 
-    /// All of this machine, the best first. Never empty.
+    /// Returns all instruction sets of this machine, the best first. The result is never empty.
     pub(crate) fn available() -> Vec<Self> {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]

@@ -7,8 +7,8 @@ use super::math::dot;
 use super::simd::simd_fn;
 
 simd_fn! {
-    /// Writes `y = x W^T + b`. The batch of time embeddings is small, so packing the weights would not pay:
-    /// they are read as they are in memory.
+    /// Writes `y = x W^T + b`. The weights are not packed: the batch of time embeddings is too small for
+    /// that to pay.
     pub(crate) fn linear_forward<S>(x: &[f32], weight: &[f32], bias: &[f32], y: &mut [f32]) {
         let output = bias.len();
         let input = weight.len() / output;

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-/// Pixels that one thread copies at a time.
+/// Number of pixels that one thread copies at a time.
 const ROW: usize = 32;
 
 /// Writes `y` with the channels of `a`, then those of `b`, in each pixel.

@@ -1,14 +1,14 @@
-//! Functions of vectors of values.
+//! Elementary functions of vectors.
 
 use super::simd::{Simd, lanes};
 
-/// `e^x`, within two units in the last place. Results beyond the range of f32 are its largest or least value.
-/// The reduction is by Cody and Waite, the polynomial from the Cephes library.
+/// `e^x`, within two units in the last place. Results beyond the range of f32 are its largest or smallest
+/// value. The range reduction is that of Cody and Waite, and the polynomial is from the Cephes library.
 ///
-/// The operations are the same in vectors of any width, and so are the bits of the result.
+/// The operations, and therefore the bits of the result, are the same in vectors of any width.
 #[inline(always)]
 pub(crate) fn exp<S: Simd>(x: S) -> S {
-    // Adding this rounds to an integer, which is then in the last bits.
+    // Adding this number rounds to an integer, which is then in the lowest bits.
     let round = S::splat(12_582_912.0);
     let x = x.at_least(S::splat(-87.0)).at_most(S::splat(88.0));
     let shifted = x.mul(S::splat(std::f32::consts::LOG2_E)).add(round);
@@ -64,7 +64,7 @@ mod tests {
     simd_fn! {
         fn each<S>(values: &mut [f32]) {
             let (values, len) = (values.as_mut_ptr(), values.len());
-            // SAFETY: vectors begin where as many values are left.
+            // SAFETY: vectors begin where at least one vector of values is left.
             unsafe {
                 for_channels!(i in len, one::<S>(values.add(i)));
             }
@@ -73,7 +73,7 @@ mod tests {
 
     #[inline(always)]
     unsafe fn one<S: Simd>(x: *mut f32) {
-        // SAFETY: the test's own memory.
+        // SAFETY: the pointer is to the test's own memory.
         unsafe { exp(S::load(x)).store(x) }
     }
 

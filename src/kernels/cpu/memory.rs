@@ -3,8 +3,8 @@
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// Allocates values that are all 0. Returns `None` if there is not enough memory, where `vec!` would end
-/// the process.
+/// Allocates values that are all 0. Returns `None` if there is not enough memory. `vec!` would end the
+/// process instead.
 pub(crate) fn try_zeros(len: usize) -> Option<Vec<f32>> {
     let mut values = Vec::new();
     values.try_reserve_exact(len).ok()?;
@@ -12,7 +12,7 @@ pub(crate) fn try_zeros(len: usize) -> Option<Vec<f32>> {
     Some(values)
 }
 
-/// The first `len` values of a vector, which grows if necessary. Their content is arbitrary.
+/// Returns the first `len` values of a vector, which grows if necessary. Their content is arbitrary.
 pub(crate) fn sized<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> &mut [T] {
     if memory.len() < len {
         memory.resize(len, T::default());
@@ -20,15 +20,15 @@ pub(crate) fn sized<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> &mut 
     &mut memory[..len]
 }
 
-/// As [`sized`], from the beginning of a cache line. Large allocations begin 16 bytes after one, so that
-/// a vector of the size of a cache line would lie in two.
+/// Returns values like [`sized`], aligned to a cache line. Large allocations begin 16 bytes after a
+/// cache line, so that a vector of the size of a cache line would lie in two of them.
 pub(crate) fn sized_by_lines<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> &mut [T] {
     let values = sized(memory, len + LINE / size_of::<T>());
     let first = values.as_ptr().align_offset(LINE);
     &mut values[first..first + len]
 }
 
-/// The values that [`sized_by_lines`] returned, to the end of the memory.
+/// Returns the values that [`sized_by_lines`] returned, to the end of the memory.
 pub(crate) fn from_line<T>(memory: &[T]) -> &[T] {
     memory.get(memory.as_ptr().align_offset(LINE)..).unwrap_or(&[])
 }

@@ -1,4 +1,4 @@
-//! The kernels for CPUs. They compute on slices in memory, and do not know the tensors of candle.
+//! The kernels for CPUs. They compute on slices, independently of candle's tensors.
 
 pub(crate) mod adam;
 pub(crate) mod attention;

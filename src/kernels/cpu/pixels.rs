@@ -1,8 +1,8 @@
-//! Arithmetic on images and gradients, value by value.
+//! Elementwise arithmetic on images and gradients.
 
 use rayon::prelude::*;
 
-/// Values that one thread takes at a time.
+/// Number of values that one thread handles at a time.
 const CHUNK: usize = 1 << 12;
 
 /// Writes `a x + b y` for images of one size, with a pair of factors for each image or one pair for all.
@@ -18,7 +18,7 @@ pub(crate) fn weighted_sum(x: &[f32], y: &[f32], factors: &[[f64; 2]], sum: &mut
     });
 }
 
-/// Writes the values of `x`, those outside of [`low`, `high`] replaced by the nearer limit.
+/// Writes the values of `x`, clamped to [`low`, `high`].
 pub(crate) fn clamp_values(x: &[f32], low: f32, high: f32, y: &mut [f32]) {
     y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| {
         y.iter_mut().zip(x).for_each(|(y, x)| *y = x.clamp(low, high));
@@ -34,7 +34,7 @@ pub(crate) fn squared_errors(
 ) -> f64 {
     let parts = output.par_chunks(CHUNK).zip(target.par_chunks(CHUNK));
     let parts = gradient.par_chunks_mut(CHUNK).zip(parts);
-    // Collected, so that they are added in one order.
+    // Collected, so that the order of the sum is fixed.
     let squares: Vec<f64> = parts
         .map(|(gradient, (output, target))| {
             let mut square = 0.0;

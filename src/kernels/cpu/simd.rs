@@ -36,14 +36,14 @@ pub(crate) trait Simd: Copy {
     fn at_most(self, high: Self) -> Self;
     /// 2 to the power of the integer in the last 8 bits.
     fn power_of_two(self) -> Self;
-    /// `self * other + sum`, rounded once if the machine has an instruction for that.
+    /// `self * other + sum`, rounded once if the machine has a fused instruction.
     fn mul_add(self, other: Self, sum: Self) -> Self;
 }
 
 /// The bits of 1.
 const ONE: u32 = 1f32.to_bits();
 
-/// Implements [`Simd`] by the instructions of a machine.
+/// Implements [`Simd`] with the instructions of a machine.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! vector {
     ($(#[$meta:meta])* $name:ident($register:ty), width $width:literal, rows $rows:literal,
@@ -156,7 +156,7 @@ mod machine {
     );
 
     vector!(
-        /// SSE2, which has no fused multiplication and addition.
+        /// SSE2, which has no fused multiply-add.
         Baseline(__m128), width 4, rows 5,
         _mm_loadu_ps _mm_storeu_ps _mm_set1_ps _mm_add_ps _mm_sub_ps _mm_mul_ps _mm_div_ps
         _mm_max_ps _mm_min_ps |a, b, sum| _mm_add_ps(_mm_mul_ps(a, b), sum),
@@ -185,20 +185,20 @@ mod machine {
 
 pub(crate) use machine::*;
 
-/// One value: for the values that do not fill a vector, and for machines without vectors here.
+/// A single value: for values that do not fill a vector, and for architectures without vectors here.
 impl Simd for f32 {
     const WIDTH: usize = 1;
     const ROWS: usize = 4;
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: readable, as the caller promises.
+        // SAFETY: readable, as the caller guarantees.
         unsafe { *from }
     }
 
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
-        // SAFETY: writable, as the caller promises.
+        // SAFETY: writable, as the caller guarantees.
         unsafe { *to = self }
     }
 
@@ -248,7 +248,7 @@ impl Simd for f32 {
     }
 }
 
-/// The values of a vector, followed by zeros.
+/// Returns the values of a vector, followed by zeros.
 #[inline(always)]
 pub(crate) fn lanes<S: Simd>(vector: S) -> [f32; 16] {
     let mut lanes = [0f32; 16];
@@ -299,7 +299,7 @@ macro_rules! simd_fn {
             }
 
             match isa.kind() {
-                // SAFETY: an `Isa` of this kind exists only where the instruction set does.
+                // SAFETY: an `Isa` of this kind exists only if the machine has the instruction set.
                 #[cfg(target_arch = "x86_64")]
                 Kind::Avx512 => unsafe { avx512($($arg),*) },
                 // SAFETY: as above.

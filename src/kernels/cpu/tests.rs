@@ -1,5 +1,4 @@
-//! The kernels for CPUs as subjects of the [`suite`](crate::kernels::suite), in each instruction set, with each
-//! unit for bf16.
+//! The kernels for CPUs in the [`suite`](crate::kernels::suite), for each instruction set and each bf16 unit.
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -41,12 +40,12 @@ fn tensor(values: Vec<f32>, dims: &[usize]) -> Tensor {
     Tensor::from_vec(values, dims, &Device::Cpu).unwrap()
 }
 
-/// Memory for a result. Not zeros, which a kernel that adds would leave right.
+/// Memory for a result. Its values are not zero, so that a kernel that wrongly adds to them fails.
 fn room(len: usize) -> Vec<f32> {
     vec![f32::NAN; len]
 }
 
-/// A convolution by this plan.
+/// Computes a convolution and its gradients with this plan.
 fn convolve(plan: Plan, case: &ConvCase) -> Found {
     let ConvCase { x, weight, dy, .. } = case;
     let [xs, weights, dys] = [x, weight, dy].map(values);
@@ -62,7 +61,7 @@ fn convolve(plan: Plan, case: &ConvCase) -> Found {
         Some(before) => values(&before[i]),
         None => room([dys.len(), xs.len()][i]),
     });
-    // Memory of which more is needed than it has, and less.
+    // The convolutions need more of some memory than it has, and less of other.
     let mut workspace = Workspace::dirty(case.shape.c_in * case.shape.c_out * 20);
     let packed = plan.pack(&weights, &mut workspace);
     plan.forward(&xs, &packed, epilogue, &mut y);
@@ -84,7 +83,7 @@ fn convolve(plan: Plan, case: &ConvCase) -> Found {
     ]
 }
 
-/// All operations in f32.
+/// The kernels of all operations, in f32.
 struct Kernels(Isa);
 
 impl Subject for Kernels {
@@ -169,7 +168,7 @@ impl Subject for Kernels {
     }
 }
 
-/// Convolutions with bf16 products, by one unit.
+/// Convolutions with bf16 products on one unit.
 struct Bf16Convolutions {
     unit: Unit,
     math: Math,
@@ -180,8 +179,8 @@ impl Subject for Bf16Convolutions {
         format!("{:?} by {:?}", self.math, self.unit)
     }
 
-    /// One product is exact of rounded operands. Three leave out the product of the errors, and the rounding
-    /// of the errors of either: three times 2^-16 of the product of the exact operands.
+    /// One product is exact for rounded operands. Three products omit the product of the errors, and the
+    /// rounding errors of either error: in all, three times 2^-16 of the product of the exact operands.
     fn convolution_arithmetic(&self, _: &ConvShape) -> ConvArithmetic {
         let (operands, products) = match self.math {
             Math::Bf16x3 => (

@@ -1,4 +1,4 @@
-//! Matrix products by cuBLASLt.
+//! Matrix products with cuBLASLt.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -15,10 +15,10 @@ use super::element::{Element, Pointer};
 use super::owned::Owned;
 use crate::precision::Precision;
 
-/// The bytes that cuBLASLt may work in.
+/// Bytes of workspace for cuBLASLt.
 const WORKSPACE: usize = 32 << 20;
 
-/// cuBLASLt, and the algorithm that it chose for each product.
+/// A cuBLASLt handle, and the algorithm selected for each product.
 pub(super) struct Blas {
     handle: sys::cublasLtHandle_t,
     workspace: CudaSlice<u8>,
@@ -26,8 +26,8 @@ pub(super) struct Blas {
     plans: RefCell<HashMap<Product, Plan>>,
 }
 
-/// A matrix as it lies in memory: rows of `columns` values, `stride` values apart; one for each of a
-/// batch, `batch_stride` values apart.
+/// A matrix in memory, or a batch of matrices. A matrix has rows of `columns` values, `stride` values
+/// apart. The matrices of a batch are `batch_stride` values apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Matrix {
     pub pointer: Pointer,
@@ -39,45 +39,46 @@ pub(super) struct Matrix {
 }
 
 impl Matrix {
-    /// Rows one after the other, and one matrix alone.
+    /// Creates a single contiguous matrix.
     pub fn new(pointer: Pointer, rows: usize, columns: usize, element: Element) -> Self {
         Self { pointer, rows, columns, stride: columns, batch_stride: 0, element }
     }
 
-    /// Of each of a batch, rows that are `stride` apart.
+    /// Creates a batch of matrices, with rows `stride` values apart.
     pub fn batched(self, stride: usize, batch_stride: usize) -> Self {
         Self { stride, batch_stride, ..self }
     }
 
-    /// Bytes that its address is a multiple of, as far as cuBLASLt asks.
+    /// Returns the alignment of the address in bytes, up to the largest that matters to cuBLASLt.
     fn alignment(&self) -> u32 {
         1 << self.pointer.0.trailing_zeros().min(8)
     }
 
-    /// The same for every matrix of this shape and alignment.
+    /// Replaces the address by its alignment, so that all matrices of one shape and alignment are
+    /// equal.
     fn kind(self) -> Self {
         Self { pointer: Pointer(self.alignment().into()), ..self }
     }
 }
 
-/// How a factor is taken.
+/// The orientation of a factor: as stored, or transposed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum As {
     Stored,
     Transposed,
 }
 
-/// How a product is computed.
+/// The options of a product.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct How {
     pub batch: usize,
     pub alpha: f32,
-    /// Whether it is added to what is there.
+    /// Whether the product is added to the values of `d`.
     pub accumulate: bool,
 }
 
 impl How {
-    /// One matrix, the product as it is.
+    /// One matrix, without a factor or accumulation.
     pub const PLAIN: Self = Self { batch: 1, alpha: 1.0, accumulate: false };
 
     pub const fn accumulating(accumulate: bool) -> Self {
@@ -85,7 +86,8 @@ impl How {
     }
 }
 
-/// What a plan is made for: the operands' shapes, with their alignments in place of their addresses.
+/// The properties of a product that select its plan: the shapes of the operands, with alignments in
+/// place of addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Product {
     a: (Matrix, As),
@@ -95,8 +97,8 @@ struct Product {
     tf32: bool,
 }
 
-/// A product's descriptors, in cuBLASLt's order of columns: there `d` is its own transpose, and so the
-/// product that of `b` and `a`.
+/// The cuBLASLt descriptors of a product. cuBLASLt is column-major, where `d` is its own transpose. The
+/// product is therefore that of `b` and `a`.
 struct Plan {
     description: Description,
     a: Layout,
@@ -111,7 +113,7 @@ type Layout = Owned<sys::cublasLtMatrixLayout_t, CublasError>;
 impl Drop for Blas {
     fn drop(&mut self) {
         self.plans.borrow_mut().clear();
-        // SAFETY: made by `new`, and not destroyed before.
+        // SAFETY: the handle was created by `new` and has not been destroyed.
         let _ = unsafe { result::destroy_handle(self.handle) };
     }
 }
@@ -125,10 +127,10 @@ impl Blas {
         Ok(Self { handle: result::create_handle().map_err(Error::wrap)?, workspace, stream, plans })
     }
 
-    /// `d = alpha a b`, or with what is in `d` added; for each of a batch.
+    /// Computes `d = alpha a b`, or `d += alpha a b` with `accumulate`, for each matrix of the batch.
     ///
     /// # Errors
-    /// Returns an error if the shapes do not fit each other, or if cuBLASLt has no algorithm for them.
+    /// Returns an error if the shapes do not match, or if cuBLASLt has no algorithm for them.
     pub fn multiply(
         &self,
         precision: Precision,
@@ -157,8 +159,8 @@ impl Blas {
         };
         let beta = if accumulate { 1f32 } else { 0.0 };
         let workspace = Pointer::to(&self.workspace, &self.stream);
-        // SAFETY: the descriptors are alive, and describe the memory of `a`, `b` and `d`, which whoever
-        // calls this holds; alpha and beta are read before this returns.
+        // SAFETY: the descriptors are alive. They describe the memory of `a`, `b` and `d`, which the
+        // caller keeps alive. Alpha and beta are read before the call returns.
         unsafe {
             result::matmul(
                 self.handle,
@@ -209,7 +211,7 @@ impl Plan {
         {
             // CUBLAS_OP_N and CUBLAS_OP_T.
             let operation = i32::from(how == As::Transposed);
-            // SAFETY: the attribute is of this size.
+            // SAFETY: the attribute has this size.
             unsafe {
                 result::set_matmul_desc_attribute(
                     description.value,
@@ -223,11 +225,11 @@ impl Plan {
         let (of_a, of_b, of_d) = (layout(&a.0)?, layout(&b.0)?, layout(&product.d)?);
         let preference =
             Owned::new(result::create_matmul_pref()?, result::destroy_matmul_pref as _);
-        // Parts of a sum are never added up in the type of `d`, which may be of half precision.
+        // Partial sums must not be added in the type of `d`, which may be half precision.
         let reduction =
             sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
         let workspace = WORKSPACE;
-        // SAFETY: each attribute is of the size given; the descriptors were made above.
+        // SAFETY: each attribute has the given size. The descriptors were created above.
         let found = unsafe {
             result::set_matmul_pref_attribute(
                 preference.value,
@@ -265,12 +267,12 @@ impl Plan {
                 preference.value,
             )?
         };
-        // The plan's `a` is the product's, which is cuBLASLt's second factor.
+        // The plan's `a` is that of the product, which is the second factor for cuBLASLt.
         Ok(Self { description, a: of_b, b: of_a, d: of_d, algorithm: found.algo })
     }
 }
 
-/// A matrix of rows, as cuBLASLt sees it: of as many columns.
+/// Creates the layout of a row-major matrix, which is column-major for cuBLASLt.
 fn layout(matrix: &Matrix, batch: usize) -> std::result::Result<Layout, CublasError> {
     use sys::cublasLtMatrixLayoutAttribute_t::{
         CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
@@ -284,7 +286,7 @@ fn layout(matrix: &Matrix, batch: usize) -> std::result::Result<Layout, CublasEr
     let layout = result::create_matrix_layout(element, rows, columns, matrix.stride as i64)?;
     let layout = Owned::new(layout, result::destroy_matrix_layout as _);
     let (count, offset) = (batch as i32, matrix.batch_stride as i64);
-    // SAFETY: the attributes are of these sizes, and the layout was made above.
+    // SAFETY: the attributes have these sizes, and the layout was created above.
     unsafe {
         result::set_matrix_layout_attribute(
             layout.value,

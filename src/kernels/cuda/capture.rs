@@ -1,4 +1,4 @@
-//! Capturing: what is launched becomes a CUDA graph and is not run.
+//! Capture of launches: they become a CUDA graph instead of running.
 
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
@@ -9,14 +9,14 @@ use candle_core::cuda_backend::{CudaDevice, WrapErr};
 
 use crate::error::Result;
 
-/// CUDA's handle of the stream that each thread has by itself.
+/// The CUDA handle of the per-thread default stream.
 const PER_THREAD: sys::CUstream = std::ptr::without_provenance_mut(2);
 
-/// Whether a thread's launches are captured.
+/// The capture state of a thread.
 #[derive(Default)]
 pub(super) struct Capture {
     is_active: Cell<bool>,
-    /// Tensors that must not be freed before launches are run again.
+    /// Tensors that must stay allocated as long as the graph can be launched.
     kept: RefCell<Vec<Tensor>>,
 }
 
@@ -25,36 +25,38 @@ impl Capture {
         self.is_active.get()
     }
 
-    /// Keeps a tensor while launches are captured: what was there before must not be freed among them.
+    /// Keeps a tensor alive while launches are captured: memory allocated before the capture must not be
+    /// freed during it.
     pub fn keep(&self, tensor: &Tensor) {
         if self.is_active() {
             self.kept.borrow_mut().push(tensor.clone());
         }
     }
 
-    /// The graph of what `work` launches on the stream of the device.
+    /// Captures the work that `work` launches on the stream of the device as a graph.
     ///
     /// # Errors
-    /// Returns an error if `work` does, or if it does what cannot be captured.
+    /// Returns the error of `work`, or an error if an operation of `work` cannot be captured.
     pub fn of<R>(
         &self,
         device: &CudaDevice,
         work: impl FnOnce() -> Result<R>,
     ) -> Result<(CudaGraph, R)> {
         let stream = device.cuda_stream();
-        // What other threads launch must not be captured, nor slices wait for events from outside.
+        // The launches of other threads must not be captured, and slices must not wait for events outside
+        // the capture.
         let manages_events = stream.context().is_managing_stream_synchronization();
         if stream.cu_stream() != PER_THREAD || manages_events {
             let reason =
                 "only the stream of `Device::new_cuda` is captured, the only one of its device";
             return Err(candle_core::Error::Msg(reason.into()).into());
         }
-        // With it candle refuses to upload and to read back while launches are captured.
+        // Makes candle return an error for uploads and reads during the capture.
         let _no_copies = device.enable_cuda_graph_htod_cache();
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_RELAXED;
         stream.begin_capture(mode).w()?;
         self.is_active.set(true);
-        // Ended even after an error, which is reported first.
+        // The capture must end even after an error. The error of `work` is reported first.
         let active = Active { capture: self, stream: &stream };
         let result = work();
         let graph = active.end();
@@ -66,7 +68,7 @@ impl Capture {
     }
 }
 
-/// A capture under way, which ends when this is dropped.
+/// A capture in progress, which ends when this value is dropped.
 struct Active<'a> {
     capture: &'a Capture,
     stream: &'a Arc<CudaStream>,
@@ -77,8 +79,8 @@ impl Active<'_> {
         self.capture.is_active.set(false);
         let flags =
             sys::CUgraphInstantiate_flags_enum::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-        // An error recorded by a drop would keep the capture from ending. It shows in the graph, or in the
-        // error that led to it.
+        // An error recorded during a drop would prevent the end of the capture. It shows up in the graph,
+        // or in the error that led to it.
         let _ = self.stream.context().check_err();
         let graph = self.stream.end_capture(flags);
         let _ = self.stream.context().check_err();

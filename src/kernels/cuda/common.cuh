@@ -1,8 +1,8 @@
-// What all kernels share. Compiled at run time, once for each type T of a map's values: DDPM_F32,
-// DDPM_BF16 or DDPM_F16 says which. All arithmetic is in f32 or f64; T is how values are kept.
+// Code that all kernels share. It is compiled at run time, once for each type T of a map's values, which
+// DDPM_F32, DDPM_BF16 or DDPM_F16 selects. T is only the storage type: all arithmetic is in f32 or f64.
 //
-// Feature maps are (batch, height, width, channels), contiguous. No kernel adds floating-point numbers
-// by atomics: sums have one order.
+// Feature maps are (batch, height, width, channels), contiguous. Sums have a fixed order: no kernel adds
+// floating-point numbers with atomics.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -22,7 +22,7 @@ __device__ inline float get(T value) { return __uint_as_float((u32)value.bits <<
 __device__ inline T put(float value) {
     T result;
     u32 bits = __float_as_uint(value);
-    // To the nearest, ties to even; NaN stays NaN.
+    // Rounds to nearest, ties to even. NaN stays NaN.
     bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
     result.bits = nan ? (unsigned short)0x7fff
                       : (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
@@ -55,22 +55,22 @@ __device__ inline T put(float value) {
 
 #endif
 
-// Without headers there are no names for these.
+// The standard names for these need headers, which are not available here.
 __device__ inline float infinite() { return __uint_as_float(0x7f800000u); }
 __device__ inline float not_a_number() { return __uint_as_float(0x7fffffffu); }
 __device__ inline bool is_finite(double x) { return x - x == 0.0; }
 
-// Threads of a block that sums up.
+// Threads of a block that computes a sum.
 #define THREADS 256
 
 __device__ inline u64 global_index() { return (u64)blockIdx.x * blockDim.x + threadIdx.x; }
 
-// A map has less than 2^32 values, so indices are of 32 bits where divisions are made of them. A thread
-// takes some that lie side by side: as a launch says by `width` 16 or 8 bytes of them, of channels that
-// divide into so many, or one value. The first of a thread is `width` times its global index.
+// A map has less than 2^32 values, so divided indices have 32 bits. A thread handles `width` adjacent
+// values, beginning at `width` times its global index. `width` is a parameter of the launch: 16 or 8 bytes
+// of values if it divides the number of channels, or else one value.
 #define WIDTH (16 / (u32)sizeof(T))
 
-// What a thread takes, with zeros for what is beyond `width`.
+// The values of a thread. Entries from `width` on are zero.
 struct Values {
     float at[WIDTH];
 };
@@ -124,7 +124,7 @@ struct alignas(16) Four {
     float at[4];
 };
 
-// What channels have each: of a bias, say.
+// Loads values per channel, for example of a bias.
 __device__ inline Values load_channels(const float *x, u32 width) {
     Values values = zeros();
     if (width >= 4) {
@@ -138,7 +138,7 @@ __device__ inline Values load_channels(const float *x, u32 width) {
     return values;
 }
 
-// The sum over a block of THREADS threads, in each of them. `shared`: THREADS / 32 values.
+// Returns the sum over a block of THREADS threads to each of them. `shared`: THREADS / 32 values.
 __device__ inline float block_sum(float value, float *shared) {
     for (int other = 16; other > 0; other /= 2) value += __shfl_xor_sync(0xffffffffu, value, other);
     __syncthreads();
@@ -149,7 +149,7 @@ __device__ inline float block_sum(float value, float *shared) {
     return value;
 }
 
-// The same in f64. `shared`: THREADS values.
+// The same sum in f64. `shared`: THREADS values.
 __device__ inline double block_sum(double value, double *shared) {
     shared[threadIdx.x] = value;
     __syncthreads();
@@ -172,8 +172,8 @@ __device__ inline float block_max(float value, float *shared) {
     return value;
 }
 
-// Sums up what each thread of a block has, `packs` of them a row, over the rows: calls `take` in some thread
-// for each of `packs * width` channels, with the sum. `shared`: THREADS of them.
+// Sums the values of a block's threads over rows of `packs` threads. Calls `take(channel, sum)` in one
+// thread for each of `packs * width` channels. `shared`: THREADS elements.
 template <class F>
 __device__ inline void sum_rows(const Values &own, Values *shared, u32 packs, u32 width, F take) {
     u32 rows = THREADS / packs, channels = packs * width;
@@ -188,7 +188,7 @@ __device__ inline void sum_rows(const Values &own, Values *shared, u32 packs, u3
         }
         return;
     }
-    // As many threads for each channel as there are, and one for their sums.
+    // All available threads add up parts of a channel, then one thread adds the parts.
     u32 parts = THREADS / channels, channel = threadIdx.x % channels, part = threadIdx.x / channels;
     float sum = 0.0f;
     for (u32 row = part; part < parts && row < rows; row += parts) {

@@ -1,4 +1,4 @@
-//! NVRTC, the compiler of the kernels' sources.
+//! NVRTC, which compiles the sources of the kernels.
 
 use std::ffi::{CStr, CString};
 
@@ -10,17 +10,17 @@ use super::element::Element;
 use super::kernel::Module;
 use super::owned::Owned;
 
-/// What a source is compiled to.
+/// The target of a compilation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Target {
-    /// Machine code of one architecture: 90 for compute capability 9.0. The driver only loads it, even if it
-    /// is older than the compiler.
+    /// Machine code of one architecture: 90 for compute capability 9.0. The driver loads it without
+    /// compiling, even if the driver is older than the compiler.
     Machine(i32),
     /// PTX of an older architecture, which the driver compiles for the device.
     Ptx(i32),
 }
 
-/// A source, and how it is compiled.
+/// A source, and the settings of its compilation.
 pub(super) struct Compilation {
     source: &'static str,
     target: Target,
@@ -28,16 +28,16 @@ pub(super) struct Compilation {
 }
 
 impl Target {
-    /// For a device of this compute capability.
+    /// Selects the target for a device of this compute capability.
     ///
     /// # Errors
-    /// Returns an error if NVRTC knows only newer ones.
+    /// Returns an error if NVRTC supports only newer capabilities.
     pub fn of(capability: (i32, i32)) -> Result<Self> {
         let mut count = 0;
-        // SAFETY: it writes one number.
+        // SAFETY: the function writes one number.
         let counted = unsafe { sys::nvrtcGetNumSupportedArchs(&mut count) };
         let mut known = vec![0; usize::try_from(count).unwrap_or(0)];
-        // SAFETY: it writes as many numbers as it said.
+        // SAFETY: the function writes as many numbers as it reported.
         let listed = unsafe { sys::nvrtcGetSupportedArchs(known.as_mut_ptr()) };
         if [counted, listed] != [sys::nvrtcResult::NVRTC_SUCCESS; 2] {
             known.clear();
@@ -67,10 +67,10 @@ impl Target {
 }
 
 impl Compilation {
-    /// Of a module, for maps of this type on devices of this compute capability.
+    /// Creates the compilation of a module, for maps of this type on devices of this compute capability.
     ///
     /// # Errors
-    /// Returns an error if NVRTC does not know the device.
+    /// Returns an error if NVRTC does not support the device.
     pub fn new(module: &Module, element: Element, capability: (i32, i32)) -> Result<Self> {
         let target = Target::of(capability)?;
         let options =
@@ -78,24 +78,24 @@ impl Compilation {
         Ok(Self { source: module.source, target, options })
     }
 
-    /// A text that is another if anything is that the result depends on.
+    /// Returns a text that identifies everything on which the result depends.
     pub fn key(&self) -> String {
         let (mut major, mut minor) = (0, 0);
-        // SAFETY: it writes two numbers; zeros stand for a version that is not known.
+        // SAFETY: the function writes two numbers. Zeros stand for an unknown version.
         let _ = unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
         let (version, options) = (env!("CARGO_PKG_VERSION"), self.options.join(" "));
         format!("ddpm {version}\nNVRTC {major}.{minor}\n{options}\n{}", self.source)
     }
 
-    /// The compiled module, as the driver takes it.
+    /// Compiles the module to the form that the driver loads.
     ///
     /// # Errors
-    /// Returns an error if NVRTC does not compile the source: its first error.
+    /// Returns NVRTC's first error if the source does not compile.
     pub fn run(&self) -> Result<Vec<u8>> {
         let source = CString::new(self.source).map_err(Error::wrap)?;
         let program = result::create_program(&source, None).map_err(Error::wrap)?;
         let program = Owned::new(program, result::destroy_program as _);
-        // SAFETY: the program was made above.
+        // SAFETY: the program was created above.
         if let Err(error) = unsafe { result::compile_program(program.value, &self.options) } {
             return Err(failure(&program, error));
         }
@@ -106,7 +106,7 @@ impl Compilation {
                 .map(|text| text.into_iter().map(|c| c as u8).collect()),
         };
         let mut image = image.map_err(Error::wrap)?;
-        // The driver reads PTX to its end.
+        // The driver reads PTX up to a terminating zero.
         if image.last() != Some(&0) {
             image.push(0);
         }
@@ -118,16 +118,16 @@ type Program = Owned<sys::nvrtcProgram, NvrtcError>;
 
 fn machine_code(program: &Program) -> std::result::Result<Vec<u8>, NvrtcError> {
     let mut len = 0;
-    // SAFETY: the program was compiled, and this writes one number.
+    // SAFETY: the program was compiled, and the function writes one number.
     unsafe { sys::nvrtcGetCUBINSize(program.value, &mut len) }.result()?;
     let mut image = vec![0u8; len];
-    // SAFETY: there is room for as many bytes as it said.
+    // SAFETY: the buffer has as many bytes as the function above reported.
     unsafe { sys::nvrtcGetCUBIN(program.value, image.as_mut_ptr().cast()) }.result()?;
     Ok(image)
 }
 
 fn failure(program: &Program, error: NvrtcError) -> Error {
-    // SAFETY: the program was made, and not destroyed yet.
+    // SAFETY: the program was created and has not been destroyed.
     let Ok(log) = (unsafe { result::get_program_log(program.value) }) else {
         return Error::wrap(error);
     };
@@ -151,7 +151,7 @@ mod tests {
         let of = |capability| Target::among(&known, capability);
         assert_eq!(of((9, 0)).unwrap(), Target::Machine(90));
         assert_eq!(of((7, 5)).unwrap(), Target::Machine(75));
-        // Newer than the compiler, or one that it leaves out.
+        // A device that is newer than the compiler, and one that the compiler does not list.
         assert_eq!(of((12, 0)).unwrap(), Target::Ptx(100));
         assert_eq!(of((8, 9)).unwrap(), Target::Ptx(86));
         let message = of((7, 0)).unwrap_err().to_string();

@@ -1,4 +1,4 @@
-//! A device as a thread sees it: its libraries, kernels and memory together.
+//! A thread's view of a device: its libraries, kernels and memory.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -22,8 +22,8 @@ use super::staging::{DeviceValue, Staging};
 use crate::error::Error;
 use crate::precision::Precision;
 
-/// A device with its kernels and memory, for one thread: with `Device::new_cuda`, candle's stream is the
-/// thread's.
+/// A device with its kernels and memory, for one thread. With `Device::new_cuda`, each thread has its own
+/// stream.
 pub(crate) struct Gpu {
     pub(super) device: CudaDevice,
     pub(super) stream: Arc<CudaStream>,
@@ -33,9 +33,9 @@ pub(crate) struct Gpu {
     modules: Modules,
     staging: RefCell<Staging>,
     pub(super) capture: Capture,
-    /// The step that random numbers are drawn for.
+    /// The step for which random numbers are drawn.
     step: RefCell<DeviceValue<u64>>,
-    /// The tables of factors that were sent to the device, by their values; see [`Gpu::table`].
+    /// The tables of factors on the device, with their values; see [`Gpu::table`].
     tables: RefCell<Vec<(Vec<[f64; 2]>, Tensor)>>,
     pub(super) blas: Blas,
     #[cfg(feature = "cudnn")]
@@ -47,11 +47,11 @@ thread_local! {
 }
 
 impl Gpu {
-    /// The device's kernels and memory, for this thread.
+    /// Returns the kernels and memory of the device for this thread.
     ///
     /// # Errors
-    /// Returns an error if it is not a CUDA device of compute capability 7.0 or later, or if cuBLASLt cannot be
-    /// used.
+    /// Returns an error if `device` is not a CUDA device of compute capability 7.0 or later, or if cuBLASLt
+    /// cannot be used.
     pub fn of(device: &Device) -> Result<Rc<Self>> {
         let Device::Cuda(device) = device else {
             candle_core::bail!("a CUDA kernel was given a tensor of another device")
@@ -91,40 +91,41 @@ impl Gpu {
         })
     }
 
-    /// Checks that the device computes in this precision.
+    /// Checks that the device supports this precision.
     ///
     /// # Errors
-    /// Returns an error that names the precisions which the device has.
+    /// Returns an error that names the supported precisions.
     pub fn check(&self, precision: Precision) -> crate::error::Result<()> {
         check_precision(precision, self.capability)
     }
 
-    /// Waits until the device has done all that any thread gave it to do.
+    /// Waits for all work that any thread has submitted to the device.
     pub fn wait_for_all(&self) -> Result<()> {
         self.stream.context().synchronize().w()
     }
 
-    /// Whether this thread computes something with maps in memory that a captured step may use, too.
+    /// Returns whether this thread is in a pass, whose maps may share memory with a captured step.
     pub fn in_a_pass(&self) -> bool {
         self.pool.is_in_use()
     }
 
-    /// Keeps a tensor while launches are captured: what was there before must not be freed among them.
+    /// Keeps a tensor alive while launches are captured: memory allocated before the capture must not be freed
+    /// during it.
     pub fn keep(&self, tensor: &Tensor) {
         self.capture.keep(tensor);
     }
 
-    /// Memory for so many bytes, its content whatever was there before.
+    /// Takes memory of this many bytes, with arbitrary content.
     pub(super) fn take(&self, bytes: usize) -> Result<Memory> {
         self.pool.take(bytes, !self.capture.is_active())
     }
 
-    /// Memory for a map of `len` values.
+    /// Takes memory for a map of `len` values.
     pub fn take_for(&self, len: usize, element: Element) -> Result<Memory> {
         self.take(len * element.bytes())
     }
 
-    /// A tensor of f32 whose values are still to be written.
+    /// Creates a tensor of f32 with arbitrary values, and returns its address.
     pub(super) fn tensor(&self, dims: &[usize]) -> Result<(Tensor, Pointer)> {
         self.tensor_of::<f32>(dims)
     }
@@ -140,7 +141,7 @@ impl Gpu {
         Ok((Tensor::from_storage(storage, dims, BackpropOp::none(), false), pointer))
     }
 
-    /// The address of the values of a contiguous tensor.
+    /// Returns the address of the values of a contiguous tensor.
     pub(super) fn pointer(&self, tensor: &Tensor) -> Result<Pointer> {
         let (storage, layout) = tensor.storage_and_layout();
         let (Storage::Cuda(storage), true) = (&*storage, layout.is_contiguous()) else {
@@ -158,11 +159,11 @@ impl Gpu {
 
     /// Launches a kernel for maps of this type.
     ///
-    /// Pointers among the arguments must be of as much memory as the kernel reads and writes: the functions of
-    /// these modules that launch see to that.
+    /// The memory behind each pointer among the arguments must be as large as the kernel reads or writes. The
+    /// launching functions of these modules guarantee this.
     ///
     /// # Errors
-    /// Returns an error if the kernel's module cannot be compiled or loaded, or if CUDA does not launch it.
+    /// Returns an error if the kernel's module cannot be compiled or loaded, or if the launch fails.
     pub(super) fn launch<L: Launch>(
         &self,
         element: Element,
@@ -173,12 +174,12 @@ impl Gpu {
         let function = self.modules.function(L::KERNEL, element, may_load)?;
         let mut launch = self.stream.launch_builder(&function);
         arguments.push(&mut launch);
-        // SAFETY: the arguments are those of the source, as their declaration checks, and live as long as this
-        // lasts; the memory is seen to as said above.
+        // SAFETY: the declaration of the kernel checks the arguments against the source. They live until this
+        // returns. The memory behind pointers is guaranteed as described above.
         unsafe { launch.launch(config) }.w().map(drop)
     }
 
-    /// Copies values to the device's memory, where there must be room for them, without waiting for it.
+    /// Copies values to `to` without waiting for the device. The memory there must be large enough.
     pub(super) fn send<T: Argument>(&self, values: &[T], to: Pointer) -> Result<()> {
         if self.capture.is_active() {
             candle_core::bail!("an upload within what is captured")
@@ -194,21 +195,21 @@ impl Gpu {
         }
         let bytes = from.elem_count() * 4;
         let (from, to) = (self.pointer(from)?, self.pointer(to)?);
-        // SAFETY: both are of this length.
+        // SAFETY: both tensors have this length.
         unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, self.stream.cu_stream()) }.w()
     }
 
-    /// The address at which kernels read the step that they draw random numbers for, after it was set to this.
+    /// Sets the step for which kernels draw random numbers. Returns the address at which they read it.
     ///
     /// # Errors
-    /// Returns an error if the step is another one while launches are captured.
+    /// Returns an error if the step would change while launches are captured.
     pub fn step(&self, step: u64) -> Result<Pointer> {
         let mut current = self.step.borrow_mut();
         current.set(&self.stream, step, |step, to| self.send(step, to))?;
         Ok(current.pointer(&self.stream))
     }
 
-    /// A table (rows, 2) on the device, where it stays.
+    /// Returns a table (rows, 2) on the device. It is uploaded once and kept.
     pub(super) fn table(&self, table: &[[f64; 2]]) -> Result<Tensor> {
         let mut tables = self.tables.borrow_mut();
         if let Some((_, found)) = tables.iter().find(|(own, _)| own == table) {
@@ -228,7 +229,7 @@ impl std::fmt::Debug for Gpu {
     }
 }
 
-/// Values as a tensor on the device, without waiting for it.
+/// Uploads values to a tensor without waiting for the device.
 pub(crate) fn upload<T: CudaDType + Argument>(
     device: &Device,
     values: &[T],

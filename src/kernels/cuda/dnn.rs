@@ -1,4 +1,4 @@
-//! Convolutions by cuDNN.
+//! Convolutions with cuDNN.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -14,16 +14,16 @@ use candle_core::{Error, Result};
 use super::element::{Element, Pointer};
 use super::owned::Owned;
 
-/// What an algorithm may work in, at most.
+/// Maximum bytes of workspace of an algorithm.
 const WORKSPACE: usize = 1 << 30;
 
-/// Algorithms that cuDNN is asked for.
+/// Number of algorithms requested from cuDNN.
 const CHOICES: usize = 8;
 
-/// A thread's cuDNN, and what was found for each convolution.
+/// A thread's cuDNN handle, and the plan of each convolution.
 pub(super) struct Dnn {
     handle: sys::cudnnHandle_t,
-    /// Whose context outlives the handle.
+    /// Keeps the context alive longer than the handle.
     _stream: Arc<CudaStream>,
     plans: RefCell<HashMap<Shape, Option<Rc<Plan>>>>,
 }
@@ -32,7 +32,7 @@ pub(super) struct Dnn {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Shape {
     pub element: Element,
-    /// Whether f32 may be multiplied as TF32.
+    /// Whether f32 values may be multiplied as TF32.
     pub tf32: bool,
     /// (batch, height, width, channels)
     pub x: [usize; 4],
@@ -41,7 +41,7 @@ pub(super) struct Shape {
     pub stride: usize,
 }
 
-/// A result that a convolution's plan computes from the two others of input, weight and output.
+/// The result of a computation: a plan computes one of input, weight and output from the two others.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Direction {
     /// The output.
@@ -52,14 +52,14 @@ pub(super) enum Direction {
     Weight,
 }
 
-/// A convolution's descriptors and algorithms. cuDNN chooses these by its rules, not by timing, and only among
-/// those that give the same bits each time.
+/// The descriptors and algorithms of a convolution. cuDNN selects the algorithms by heuristics, not by timing.
+/// Only deterministic algorithms are used.
 pub(super) struct Plan {
     handle: sys::cudnnHandle_t,
     x: Owned<sys::cudnnTensorDescriptor_t, CudnnError>,
     y: Owned<sys::cudnnTensorDescriptor_t, CudnnError>,
     w: Owned<sys::cudnnFilterDescriptor_t, CudnnError>,
-    /// One for each direction, since a kind of arithmetic is part of an algorithm.
+    /// One per direction, because the kind of arithmetic depends on the algorithm.
     convolutions: [Owned<sys::cudnnConvolutionDescriptor_t, CudnnError>; 3],
     forward: (sys::cudnnConvolutionFwdAlgo_t, usize),
     of_input: (sys::cudnnConvolutionBwdDataAlgo_t, usize),
@@ -69,13 +69,14 @@ pub(super) struct Plan {
 impl Drop for Dnn {
     fn drop(&mut self) {
         self.plans.borrow_mut().clear();
-        // SAFETY: made by `new`, and not destroyed before. That destroying fails is no harm.
+        // SAFETY: the handle was created by `new` and has not been destroyed. A failure to destroy it does no
+        // harm.
         let _ = unsafe { result::destroy_handle(self.handle) };
     }
 }
 
 impl Dnn {
-    /// None with `DDPM_CUDNN=0`, nor on a machine whose cuDNN cannot be used.
+    /// Creates a handle. Returns `None` if `DDPM_CUDNN=0` is set, or if this machine's cuDNN cannot be used.
     pub fn of_environment(stream: &Arc<CudaStream>) -> Option<Self> {
         match std::env::var("DDPM_CUDNN").as_deref() {
             Ok("0") => None,
@@ -86,12 +87,12 @@ impl Dnn {
     fn new(stream: &Arc<CudaStream>) -> Result<Self> {
         stream.context().bind_to_thread().w()?;
         let handle = result::create_handle().map_err(Error::wrap)?;
-        // SAFETY: the stream is candle's, which lives as long as the device.
+        // SAFETY: the stream belongs to candle, and lives as long as the device.
         unsafe { result::set_stream(handle, stream.cu_stream().cast()) }.map_err(Error::wrap)?;
         Ok(Self { handle, _stream: stream.clone(), plans: RefCell::default() })
     }
 
-    /// How cuDNN computes it, if it can.
+    /// Returns the plan of a convolution, if cuDNN can compute it.
     pub fn plan(&self, shape: &Shape) -> Option<Rc<Plan>> {
         if let Some(plan) = self.plans.borrow().get(shape) {
             return plan.clone();
@@ -101,23 +102,23 @@ impl Dnn {
         plan
     }
 
-    /// After it failed: there is another way.
+    /// Marks a convolution as failed, so that another algorithm computes it from now on.
     pub fn forget(&self, shape: &Shape) {
         self.plans.borrow_mut().insert(*shape, None);
     }
 }
 
-/// The first of cuDNN's answers that is possible, deterministic and within the workspace.
+/// Selects the first of cuDNN's answers that is possible, deterministic and within the workspace.
 macro_rules! choose {
     ($function:ident, $performance:ty, $exact:expr; $($argument:expr),*) => {{
         let mut count = 0;
         let mut found = [const { std::mem::MaybeUninit::<$performance>::zeroed() }; CHOICES];
-        // SAFETY: the descriptors are alive, and there is room for as many answers as are asked for.
+        // SAFETY: the descriptors are alive, and the array has room for the requested number of answers.
         unsafe {
             result::$function($($argument,)* CHOICES as i32, &mut count, found.as_mut_ptr().cast())?;
         }
         let count = usize::try_from(count).unwrap_or(0).min(CHOICES);
-        // SAFETY: cuDNN wrote so many.
+        // SAFETY: cuDNN wrote `count` answers.
         let found = found[..count].iter().map(|found| unsafe { found.assume_init_ref() });
         found
             .filter(|found| found.status == sys::cudnnStatus_t::CUDNN_STATUS_SUCCESS)
@@ -125,7 +126,7 @@ macro_rules! choose {
             .filter(|found| {
                 !$exact || found.mathType != sys::cudnnMathType_t::CUDNN_TENSOR_OP_MATH
             })
-            // Exact f32 has no other arithmetic, even where cuDNN leaves it open.
+            // Exact f32 requires FMA arithmetic, even if cuDNN leaves it open.
             .map(|found| {
                 let fma = sys::cudnnMathType_t::CUDNN_FMA_MATH;
                 (found.algo, found.memory, if $exact { fma } else { found.mathType })
@@ -134,7 +135,7 @@ macro_rules! choose {
     }};
 }
 
-/// With this kind of arithmetic for the algorithm.
+/// Sets the kind of arithmetic that the algorithm needs.
 fn settled<A>(
     found: Option<(A, usize, sys::cudnnMathType_t)>,
     convolution: sys::cudnnConvolutionDescriptor_t,
@@ -154,7 +155,7 @@ impl Plan {
         use sys::cudnnTensorFormat_t::CUDNN_TENSOR_NHWC;
 
         let (element, math) = match shape.element {
-            // The default is TF32 where the device has it.
+            // The default arithmetic is TF32 if the device has it.
             Element::F32 if shape.tf32 => {
                 (sys::cudnnDataType_t::CUDNN_DATA_FLOAT, CUDNN_DEFAULT_MATH)
             }
@@ -178,14 +179,14 @@ impl Plan {
             Owned::new(result::create_filter_descriptor()?, result::destroy_filter_descriptor as _);
         let convolutions = [convolution()?, convolution()?, convolution()?];
         let weight = [shape.y[3] as i32, shape.x[3] as i32, kernel, kernel];
-        // SAFETY: the descriptors were made above.
+        // SAFETY: the descriptors were created above.
         unsafe {
             let format = CUDNN_TENSOR_NHWC;
             result::set_tensor4d_descriptor(x.value, format, element, channels_first(shape.x))?;
             result::set_tensor4d_descriptor(y.value, format, element, channels_first(shape.y))?;
             result::set_filter4d_descriptor(w.value, element, format, weight)?;
             for convolution in convolutions.each_ref().map(|own| own.value) {
-                // Sums in f32, whatever the element.
+                // Sums are in f32 for every element type.
                 result::set_convolution2d_descriptor(
                     convolution,
                     pad,
@@ -217,7 +218,7 @@ impl Plan {
         Ok(Some(Self { handle, x, y, w, convolutions, forward, of_input, of_weight }))
     }
 
-    /// The bytes that [`run`](Self::run) works in.
+    /// The workspace of [`run`](Self::run) in bytes.
     pub fn workspace(&self, direction: Direction) -> usize {
         match direction {
             Direction::Forward => self.forward.1,
@@ -226,8 +227,7 @@ impl Plan {
         }
     }
 
-    /// Writes the result in its place among input, weight and output, or adds it to what is there; false if
-    /// cuDNN does not.
+    /// Computes one of input, weight and output from the others, or adds to it. Returns false if cuDNN fails.
     pub fn run(
         &self,
         direction: Direction,
@@ -241,8 +241,8 @@ impl Plan {
         let (of_x, of_w, of_y) = (self.x.value, self.w.value, self.y.value);
         let convolution = self.convolutions[direction as usize].value;
         let (handle, bytes) = (self.handle, self.workspace(direction));
-        // SAFETY: the descriptors are alive, and describe the memory at the pointers, which whoever calls this
-        // holds; so is the workspace of the length that it asked for.
+        // SAFETY: the descriptors are alive. They describe the memory at the pointers, which the caller keeps
+        // alive, as it does the workspace. The workspace has the length that cuDNN requested.
         let done = unsafe {
             match direction {
                 Direction::Forward => result::convolution_forward(

@@ -1,4 +1,4 @@
-//! Values in a device's memory: their types, and where they lie.
+//! Values in a device's memory: their types and addresses.
 
 use std::ffi::c_void;
 
@@ -6,7 +6,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr
 
 use crate::precision::Precision;
 
-/// An address in the device's memory, or none.
+/// An address in the device's memory, or null.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(transparent)]
 pub(crate) struct Pointer(pub(super) u64);
@@ -27,7 +27,7 @@ impl Pointer {
     }
 }
 
-/// The type in which the values of a map are kept.
+/// The type of a map's values in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Element {
     F32,
@@ -51,7 +51,7 @@ impl Element {
         }
     }
 
-    /// The compiler's option that makes this the type `T` of the source.
+    /// Returns the compiler option that selects the type `T` of the source.
     pub(super) fn definition(self) -> &'static str {
         match self {
             Self::F32 => "-DDDPM_F32",
@@ -60,8 +60,9 @@ impl Element {
         }
     }
 
-    /// The number of values of a map that a thread takes at once, `width` in the source: 16 or 8 bytes, if
-    /// each of these numbers of channels is a multiple of it and the memory begins at a multiple of 16.
+    /// Returns the number of values that a thread handles at once, `width` in the source. It fills 16 or 8
+    /// bytes if it divides each of these numbers of channels and the addresses are multiples of 16.
+    /// Otherwise it is 1.
     pub(super) fn width(self, channels: &[usize], pointers: &[Pointer]) -> u32 {
         let aligned = pointers.iter().all(|pointer| pointer.0.is_multiple_of(16));
         let fits = |width: &usize| aligned && channels.iter().all(|n| n.is_multiple_of(*width));

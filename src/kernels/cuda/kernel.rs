@@ -1,25 +1,25 @@
-//! Declarations of kernels: [`kernel!`] gives a kernel's parameters as a struct, which is compared with the
+//! Declarations of kernels. [`kernel!`] declares a kernel's parameters as a struct, and compares them with the
 //! source when the crate is compiled.
 
 use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchArgs};
 
 use super::element::Pointer;
 
-/// A source of kernels, compiled by itself.
+/// A source of kernels, which is compiled separately from the others.
 pub(super) struct Module {
     pub name: &'static str,
-    /// With its headers.
+    /// The source, including its headers.
     pub source: &'static str,
 }
 
-/// A kernel by its name in the source.
+/// A kernel, identified by its name in the source.
 #[derive(Clone, Copy)]
 pub(super) struct Kernel {
     pub module: &'static Module,
     pub name: &'static str,
 }
 
-/// A kernel's arguments; [`kernel!`] implements it.
+/// The arguments of a kernel. [`kernel!`] implements this trait.
 pub(super) trait Launch {
     const KERNEL: Kernel;
 
@@ -27,9 +27,9 @@ pub(super) trait Launch {
     fn push<'a>(&'a self, launch: &mut LaunchArgs<'a>);
 }
 
-/// A type that kernels take by value: plain numbers.
+/// A type that kernels take by value. It consists of plain numbers.
 pub(crate) trait Argument: DeviceRepr {
-    /// Its name in the source; `*` for a pointer.
+    /// Name of the type in the source; `*` for a pointer.
     const TYPE: &'static str;
 }
 
@@ -53,15 +53,15 @@ impl Argument for f64 {
     const TYPE: &'static str = "double";
 }
 
-// SAFETY: a `u64` within.
+// SAFETY: the only field is a `u64`.
 unsafe impl DeviceRepr for Pointer {}
 
 impl Argument for Pointer {
     const TYPE: &'static str = "*";
 }
 
-/// Declares a kernel of a module by its name in the source, and a struct of its parameters. Their names,
-/// types and order are those of the source: anything else does not compile.
+/// Declares a kernel of a module by its name in the source, and a struct of its parameters. It compiles only if
+/// the names, types and order of the parameters match the source.
 macro_rules! kernel {
     ($module:expr, $name:literal, $(#[$attribute:meta])* $struct:ident {
         $($parameter:ident: $type:ty),+ $(,)?
@@ -101,8 +101,8 @@ macro_rules! kernel {
 }
 pub(super) use kernel;
 
-/// Declares a struct that kernels of a module take by value. Its fields' names, types and order are those of the
-/// source's struct of the same name.
+/// Declares a struct that kernels of a module take by value. It compiles only if the names, types and order of
+/// its fields match the struct of the same name in the source.
 macro_rules! argument {
     ($module:expr, $(#[$attribute:meta])* $visible:vis struct $struct:ident {
         $($(#[$field_attribute:meta])* $field_visible:vis $field:ident: $type:ty),+ $(,)?
@@ -114,7 +114,7 @@ macro_rules! argument {
             $($(#[$field_attribute])* $field_visible $field: $type),+
         }
 
-        // SAFETY: plain numbers, laid out as in the source.
+        // SAFETY: the struct consists of plain numbers, with the layout of the source.
         unsafe impl candle_core::cuda_backend::cudarc::driver::DeviceRepr for $struct {}
 
         impl $crate::kernels::cuda::kernel::Argument for $struct {
@@ -136,7 +136,8 @@ macro_rules! argument {
 }
 pub(super) use argument;
 
-/// Whether a source has a kernel of this name with these parameters: types, `*` for any pointer, and names.
+/// Returns whether a source has a kernel of this name with these parameters: pairs of type (`*` for any pointer)
+/// and name.
 pub(super) const fn declares(source: &str, kernel: &str, parameters: &[(&str, &str)]) -> bool {
     let source = source.as_bytes();
     let Some(mut at) = after(source, "__global__ void ", kernel, "(") else { return false };
@@ -177,8 +178,8 @@ pub(super) const fn declares(source: &str, kernel: &str, parameters: &[(&str, &s
     true
 }
 
-/// Whether a source has a struct of this name with these fields: types and names. A field's line is its type and
-/// one or more names.
+/// Returns whether a source has a struct of this name with these fields: pairs of type and name. A line of
+/// fields is a type and one or more names.
 pub(super) const fn has_struct(source: &str, name: &str, fields: &[(&str, &str)]) -> bool {
     let source = source.as_bytes();
     let Some(mut at) = after(source, "struct ", name, " {") else { return false };
@@ -211,7 +212,7 @@ pub(super) const fn has_struct(source: &str, name: &str, fields: &[(&str, &str)]
     at < source.len() && i == fields.len()
 }
 
-/// Where the source goes on after these three, one after the other.
+/// Returns the position after the first sequence of `before`, `name` and `behind` in the source.
 const fn after(source: &[u8], before: &str, name: &str, behind: &str) -> Option<usize> {
     let mut at = 0;
     while at < source.len() {
@@ -225,12 +226,12 @@ const fn after(source: &[u8], before: &str, name: &str, behind: &str) -> Option<
     None
 }
 
-/// Whether this part of a source is a text.
+/// Returns whether this range of a source equals a text.
 const fn is(source: &[u8], (start, end): (usize, usize), text: &str) -> bool {
     end - start == text.len() && is_at(source, start, text)
 }
 
-/// Whether the source has this text from here on.
+/// Returns whether the source continues with this text at a position.
 const fn is_at(source: &[u8], at: usize, text: &str) -> bool {
     let text = text.as_bytes();
     if source.len() < at + text.len() {
@@ -246,7 +247,7 @@ const fn is_at(source: &[u8], at: usize, text: &str) -> bool {
     true
 }
 
-/// Whether a source holds this text.
+/// Returns whether a source contains this text.
 pub(super) const fn holds(source: &str, text: &str) -> bool {
     let mut at = 0;
     while at < source.len() {
@@ -278,11 +279,11 @@ extern \"C\" __global__ void add(
         let add = [&add[..], &[("double", "p")]].concat();
         assert!(declares(SOURCE, "add", &add));
         assert!(declares(SOURCE, "add_to", &[("*", "x"), ("u32", "n")]));
-        // Fewer, more, in another order.
+        // Fewer parameters, more, and a different order.
         assert!(!declares(SOURCE, "add", &add[..4]));
         assert!(!declares(SOURCE, "add", &[&add[..], &add[..1]].concat()));
         assert!(!declares(SOURCE, "add_to", &[("u32", "n"), ("*", "x")]));
-        // Each with one name or type that is another.
+        // Each parameter with a different name or type.
         for i in 0..add.len() {
             for other in [("*", "other"), ("u32", add[i].1), (add[i].0, "other"), ("S", add[i].1)] {
                 let mut others = add.clone();

@@ -1,4 +1,4 @@
-//! Memory that passes use again.
+//! Memory that passes reuse.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -11,34 +11,34 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DeviceRep
 
 use super::element::Pointer;
 
-/// A thread's memory on a device, of which pieces are taken and come back.
+/// A thread's memory on a device. Blocks are taken from it and return to it.
 pub(super) struct Pool {
     device: CudaDevice,
     stream: Arc<CudaStream>,
-    /// By size in bytes.
+    /// Free blocks by size in bytes.
     free: RefCell<BTreeMap<usize, Vec<CudaSlice<u8>>>>,
-    /// The number of pieces that are taken and not free again.
+    /// Number of blocks in use.
     on_loan: Cell<usize>,
-    /// The number of captured steps, which use memory that is free otherwise.
+    /// Number of captured steps. They use free blocks.
     captured: Cell<usize>,
 }
 
-/// Memory on loan from a [`Pool`].
+/// Memory borrowed from a [`Pool`].
 pub(crate) struct Memory {
-    /// There until this is dropped.
+    /// `None` only during the drop.
     slice: Option<CudaSlice<u8>>,
     pub(super) pointer: Pointer,
     pool: Rc<Pool>,
 }
 
 impl Memory {
-    /// The address of memory that may be missing.
+    /// Returns the address of optional memory, or null.
     pub(super) fn pointer_or_none(memory: Option<&Self>) -> Pointer {
         memory.map_or(Pointer::NONE, |memory| memory.pointer)
     }
 }
 
-/// Keeps a pool from giving memory back to the device.
+/// Prevents a pool from returning memory to the device.
 pub(super) struct Held(Rc<Pool>);
 
 impl Pool {
@@ -48,16 +48,17 @@ impl Pool {
         Rc::new(Self { device, stream, free, on_loan, captured })
     }
 
-    /// Memory for so many bytes, its content whatever was there before.
+    /// Takes memory of this many bytes, with arbitrary content.
     ///
     /// # Errors
-    /// Returns an error if none is free, and none `may_be_allocated` or can be.
+    /// Returns an error if no free block fits and no new one `may_be_allocated`, or if the allocation
+    /// fails.
     pub fn take(self: &Rc<Self>, bytes: usize, may_be_allocated: bool) -> Result<Memory> {
-        // Nothing is allocated as nothing, and is found again as what it is.
+        // An empty allocation would have no address, so it gets one byte.
         let bytes = bytes.max(1);
         let found = {
             let mut free = self.free.borrow_mut();
-            // The smallest that is large enough, unless most of it would be wasted.
+            // The smallest block that is large enough, unless most of it would be wasted.
             let found = free.range(bytes..=2 * bytes).find(|(_, free)| !free.is_empty());
             let size = found.map(|(&size, _)| size);
             size.and_then(|size| free.get_mut(&size)?.pop())
@@ -65,7 +66,7 @@ impl Pool {
         let slice = match found {
             Some(slice) => slice,
             None if may_be_allocated => self.allocate::<u8>(bytes)?,
-            // A graph would own it.
+            // Memory allocated during a capture would belong to the graph.
             None => candle_core::bail!("no memory is free to be captured"),
         };
         let pointer = Pointer::to(&slice, &self.stream);
@@ -73,12 +74,12 @@ impl Pool {
         Ok(Memory { slice: Some(slice), pointer, pool: self.clone() })
     }
 
-    /// Memory of its own, which does not come back to the pool.
+    /// Allocates memory that does not return to the pool.
     pub fn allocate<T: DeviceRepr>(&self, len: usize) -> Result<CudaSlice<T>> {
-        // SAFETY: who takes memory writes it before it is read.
+        // SAFETY: users of this memory write it before they read it.
         let allocate = || unsafe { self.device.alloc::<T>(len) };
         allocate().or_else(|error| {
-            // Pieces that are free in other sizes may be enough; but captured steps use them.
+            // Freeing blocks of other sizes may make room, but captured steps use these.
             let mut free = self.free.borrow_mut();
             if free.is_empty() || self.captured.get() > 0 {
                 return Err(error);
@@ -88,12 +89,12 @@ impl Pool {
         })
     }
 
-    /// Whether any piece is on loan.
+    /// Returns whether any block is in use.
     pub fn is_in_use(&self) -> bool {
         self.on_loan.get() > 0
     }
 
-    /// From now on, what is free stays with the pool, until all that this returned are dropped.
+    /// Prevents the pool from freeing memory until every returned value has been dropped.
     pub fn hold(self: &Rc<Self>) -> Held {
         self.captured.set(self.captured.get() + 1);
         Held(self.clone())
@@ -108,7 +109,8 @@ impl Drop for Held {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // What was launched before still uses it; who takes it next launches after.
+        // Earlier launches may still use the memory. Its next user launches after them, on the same
+        // stream.
         if let Some(slice) = self.slice.take() {
             self.pool.free.borrow_mut().entry(slice.len()).or_default().push(slice);
             self.pool.on_loan.set(self.pool.on_loan.get() - 1);
@@ -116,11 +118,12 @@ impl Drop for Memory {
     }
 }
 
-/// Memory that is freed stays the process's: to ask the system for it again takes longer than a small
-/// network's step, which frees some. Each wait for the device would give it back otherwise.
+/// Makes the process keep freed memory. By default each wait for the device returns it to the system,
+/// and requesting it again takes longer than a step of a small network.
 fn keep_freed_memory(stream: &CudaStream) {
     let (mut pool, mut all) = (std::ptr::null_mut(), u64::MAX);
-    // SAFETY: the pool is the device's own, and its attribute a `u64`. Without it everything works, too.
+    // SAFETY: the pool is the device's default pool, and the attribute is a `u64`. A failure only
+    // affects speed.
     unsafe {
         let found = sys::cuDeviceGetDefaultMemPool(&mut pool, stream.context().cu_device());
         if found == sys::CUresult::CUDA_SUCCESS {

@@ -1,11 +1,13 @@
-//! The kernels for CUDA devices: compiled when the program first uses them, from the sources beside these
-//! files, and kept on disk. Matrix products are cuBLASLt's, and convolutions cuDNN's with the feature `cudnn`.
+//! The kernels for CUDA devices. They are compiled when the program first uses them, from the sources beside
+//! these files, and cached on disk. Matrix products use cuBLASLt. With the feature `cudnn`, convolutions use
+//! cuDNN.
 //!
-//! Maps are kept in f32, bf16 or f16 ([`Element`]). The kernels' arithmetic is in f32 or f64, and each sum has
-//! one order. Everything is launched on candle's stream. Only functions that read from the device wait for it.
+//! The values of maps are f32, bf16 or f16 ([`Element`]). The kernels compute in f32 or f64, and each sum has
+//! a fixed order. Everything is launched on candle's stream. Only functions that read from the device wait for
+//! it.
 //!
-//! One directory holds one operation: its `.cu`, and the functions that launch its kernels. The files here
-//! are what operations share.
+//! Each directory holds one operation: its `.cu` source, and the functions that launch its kernels. The files
+//! in this directory are shared by the operations.
 
 #![cfg(feature = "cuda")]
 

@@ -1,4 +1,5 @@
-//! Modules of kernels: each is compiled when the first of its kernels is needed, or found on disk.
+//! Modules of kernels. A module is compiled, or loaded from disk, when the first of its kernels is
+//! needed.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -14,7 +15,7 @@ use super::element::Element;
 use super::kernel::{Kernel, Module};
 use crate::kernels::disk_cache::{self, Cache};
 
-/// A device's modules, and the kernels of them that were used.
+/// A device's modules, and the kernels that were used.
 pub(super) struct Modules {
     context: Arc<CudaContext>,
     capability: (i32, i32),
@@ -27,10 +28,11 @@ impl Modules {
         Self { context, capability, loaded: RefCell::default(), functions: RefCell::default() }
     }
 
-    /// The kernel for maps of this type; its module is loaded if it is not yet and `may_load` says so.
+    /// Returns the kernel for maps of this type. Loads its module if necessary and if `may_load` is
+    /// true.
     ///
     /// # Errors
-    /// Returns an error if the module would have to be loaded and may not be, or cannot be.
+    /// Returns an error if the module is not loaded and `may_load` is false, or if loading fails.
     pub fn function(
         &self,
         kernel: Kernel,
@@ -61,19 +63,20 @@ impl Modules {
         Ok(loaded)
     }
 
-    /// From this process's memory, from disk, or by the compiler.
+    /// Loads a module from this process's memory, or from disk, or compiles it.
     fn load(&self, compilation: &Compilation) -> Result<Arc<CudaModule>> {
         static IMAGES: Mutex<Vec<(String, Vec<u8>)>> = Mutex::new(Vec::new());
 
         let key = compilation.key();
-        // Held while it compiles: another thread that needs the same module waits for it.
+        // Locked during the compilation, so that another thread that needs the same module waits for
+        // it.
         let mut images = IMAGES.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, image)) = images.iter().find(|(own, _)| *own == key) {
             return self.load_image(image);
         }
         let cache = cache_of_process();
         if let Some(image) = cache.and_then(|cache| cache.get(&key))
-            // What the driver refuses is compiled once more.
+            // If the driver cannot load a cached image, the module is compiled again.
             && let Ok(loaded) = self.load_image(&image)
         {
             images.push((key, image));
@@ -93,7 +96,7 @@ impl Modules {
     }
 }
 
-/// The cache on disk, if this process may have one.
+/// The cache on disk, if it is enabled for this process.
 fn cache_of_process() -> Option<&'static Cache> {
     static CACHE: OnceLock<Option<Cache>> = OnceLock::new();
     let open = || {

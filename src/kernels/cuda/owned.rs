@@ -1,11 +1,11 @@
-/// A library's object, which is destroyed with this.
+/// An object of a C library, which is destroyed when this value is dropped.
 pub(super) struct Owned<T: Copy, E> {
     pub value: T,
     destroy: unsafe fn(T) -> Result<(), E>,
 }
 
 impl<T: Copy, E> Owned<T, E> {
-    /// An object that was just made, and the function that destroys it.
+    /// Takes ownership of a newly created object, with the function that destroys it.
     pub fn new(value: T, destroy: unsafe fn(T) -> Result<(), E>) -> Self {
         Self { value, destroy }
     }
@@ -13,7 +13,7 @@ impl<T: Copy, E> Owned<T, E> {
 
 impl<T: Copy, E> Drop for Owned<T, E> {
     fn drop(&mut self) {
-        // SAFETY: it was made for this, and is destroyed once. If that fails, nothing depends on it.
+        // SAFETY: `destroy` fits the object and is called once. Nothing depends on its success.
         let _ = unsafe { (self.destroy)(self.value) };
     }
 }

@@ -1,4 +1,4 @@
-//! Copies from the host to the device that the host does not wait for.
+//! Copies from the host to the device for which the host does not wait.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -12,24 +12,25 @@ use candle_core::cuda_backend::cudarc::driver::{
 use super::element::Pointer;
 use super::kernel::Argument;
 
-/// The number of copies of one length that may be under way at once; the next one waits for the first of them.
+/// Maximum number of concurrent copies of one length. The next copy waits for the first of them.
 const AHEAD: usize = 3;
 
-/// The number of lengths that memory is kept for.
+/// Maximum number of lengths for which memory is kept.
 const MAX_LENGTHS: usize = 8;
 
-/// Memory of the host from which the device copies by itself, and the events by which it has; by length.
+/// Pinned host memory by length, from which the device copies asynchronously. The events mark the end of the
+/// copies.
 #[derive(Default)]
 pub(super) struct Staging(BTreeMap<usize, VecDeque<(PinnedHostSlice<u8>, CudaEvent)>>);
 
-/// One value in the device's memory, and the value that is known to be there.
+/// A value in the device's memory, and the value that was last written there, if known.
 pub(crate) struct DeviceValue<T> {
     memory: CudaSlice<T>,
     known: Option<T>,
 }
 
 impl Staging {
-    /// Copies values to the device's memory, where there must be room for them.
+    /// Copies values to `to`. The memory there must be large enough.
     pub fn send<T: Argument>(
         &mut self,
         stream: &Arc<CudaStream>,
@@ -40,7 +41,7 @@ impl Staging {
         if len == 0 {
             return Ok(());
         }
-        // SAFETY: arguments of kernels are plain numbers, of which any byte can be read.
+        // SAFETY: arguments of kernels are plain numbers, so every byte is readable.
         let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), len) };
         if self.0.len() >= MAX_LENGTHS && !self.0.contains_key(&len) {
             self.clear()?;
@@ -51,7 +52,7 @@ impl Staging {
             first => {
                 queue.extend(first);
                 let context = stream.context();
-                // SAFETY: it is written below, before anything reads it.
+                // SAFETY: the memory is written below, before anything reads it.
                 let memory = unsafe { context.alloc_pinned::<u8>(len) }.w()?;
                 (memory, context.new_event(None).w()?)
             }
@@ -59,15 +60,15 @@ impl Staging {
         copied.synchronize().w()?;
         let staged = memory.as_mut_slice().w()?;
         staged.copy_from_slice(bytes);
-        // SAFETY: there is room for as many; the memory is not touched again before the event below, and
-        // stays in the queue until then.
+        // SAFETY: both sides have this length. The memory stays in the queue, and is not accessed before the
+        // event below.
         unsafe { result::memcpy_htod_async(to.0, staged, stream.cu_stream()) }.w()?;
         copied.record(stream).w()?;
         queue.push_back((memory, copied));
         Ok(())
     }
 
-    /// Frees all of it, after it was copied.
+    /// Frees all memory after its copies have ended.
     fn clear(&mut self) -> Result<()> {
         for (_, copied) in self.0.values().flatten() {
             copied.synchronize().w()?;
@@ -79,13 +80,13 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        // If that fails there is no device left to copy.
+        // If this fails, no device is left that could read the memory.
         let _ = self.clear();
     }
 }
 
 impl<T: Argument + PartialEq> DeviceValue<T> {
-    /// Memory for a value that is not known yet.
+    /// Takes memory whose value is not yet known.
     pub fn new(memory: CudaSlice<T>) -> Self {
         Self { memory, known: None }
     }
@@ -94,7 +95,7 @@ impl<T: Argument + PartialEq> DeviceValue<T> {
         Pointer::to(&self.memory, stream)
     }
 
-    /// Makes it this value: by `send`, unless it is this already.
+    /// Sets the value with `send`, if it has changed.
     pub fn set(
         &mut self,
         stream: &CudaStream,

@@ -13,19 +13,19 @@ use super::device::Gpu;
 use super::memory::Held;
 use crate::error::{Error, Result};
 
-/// A training step that was captured as a CUDA graph, to be launched again for other batches of its
-/// shape: one launch in place of a thousand.
+/// A training step that was captured as a CUDA graph. It can be launched for other batches of the same shape: one
+/// launch replaces about a thousand.
 ///
-/// The graph itself belongs to the thread that captured it, whose stream it is for; on any other there
-/// is none.
+/// The graph belongs to the thread that captured it, and to that thread's stream. It cannot be launched from
+/// other threads.
 #[derive(Debug)]
 pub(crate) struct StepGraph {
     id: u64,
     shape: Vec<usize>,
 }
 
-/// What a graph reads and writes of its own. The weights, what follows them, and the optimiser's part are
-/// the trainer's, which lets go of the graph before it lets go of them.
+/// The memory that a graph owns. The trainer owns the weights and the optimiser's state, and drops the graph
+/// before them.
 struct Captured {
     graph: CudaGraph,
     gpu: Rc<Gpu>,
@@ -41,23 +41,23 @@ thread_local! {
     static GRAPHS: RefCell<HashMap<u64, Captured>> = RefCell::default();
 }
 
-/// What a step computes: the loss, the gradient's norm, and the gradients.
+/// The results of a step: the loss, the norm of the gradient, and the gradients.
 pub(crate) type Computed = (Tensor, Tensor, Vec<Tensor>);
 
 impl Drop for StepGraph {
     fn drop(&mut self) {
-        // Another thread's graph ends with that thread.
+        // The graph of another thread is dropped when that thread ends.
         let _ = GRAPHS.try_with(|graphs| graphs.borrow_mut().remove(&self.id));
     }
 }
 
 impl StepGraph {
-    /// Captures what `step` launches for batches like `x_0` and `t`: nothing of it is run. It must not
-    /// wait for the device, nor upload anything.
+    /// Captures the work that `step` launches for batches like `x_0` and `t`, without running it. `step` must not
+    /// wait for the device or upload data.
     ///
     /// # Errors
-    /// Returns an error if it does, if memory or a kernel that it uses is not there already, or if `step` returns
-    /// one.
+    /// Returns the error of `step`. Returns an error if `step` waits or uploads, or if it uses memory or a kernel
+    /// that is not yet available.
     pub fn capture(
         x_0: &Tensor,
         t: &Tensor,
@@ -81,15 +81,15 @@ impl StepGraph {
         Ok(Self { id, shape })
     }
 
-    /// Whether it can be launched for such a batch, from this thread.
+    /// Returns whether this thread can launch the graph for a batch like `x_0`.
     pub fn fits(&self, x_0: &Tensor) -> bool {
         x_0.dims() == self.shape && GRAPHS.with_borrow(|graphs| graphs.contains_key(&self.id))
     }
 
-    /// Launches the step for this batch: the loss, and the gradient's norm.
+    /// Launches the step for this batch. Returns the loss and the norm of the gradient.
     ///
     /// # Errors
-    /// Returns an error if the batch does not [fit](Self::fits), or if a [pass](Gpu::in_a_pass) is under way.
+    /// Returns an error if the batch does not [fit](Self::fits), or if a [pass](Gpu::in_a_pass) is in progress.
     pub fn launch(&self, x_0: &Tensor, t: &Tensor) -> Result<(Tensor, Tensor)> {
         GRAPHS
             .with_borrow(|graphs| {
@@ -102,7 +102,7 @@ impl StepGraph {
                 own.gpu.copy(x_0, &own.x_0)?;
                 own.gpu.copy(t, &own.t)?;
                 own.graph.launch().w()?;
-                // The next launch writes over them.
+                // Copied, because the next launch overwrites them.
                 Ok((own.loss.copy()?, own.norm.copy()?))
             })
             .map_err(Error::from)

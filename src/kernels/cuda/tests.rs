@@ -1,4 +1,4 @@
-//! Each kernel, in each type of map, against its reference composition in f64, on random shapes.
+//! Compares each kernel, in each type of map, with its reference composition in f64, on random shapes.
 
 use std::rc::Rc;
 
@@ -16,10 +16,10 @@ use crate::kernels::tests::{
 use crate::precision::Precision;
 use crate::random_inputs::inputs;
 
-/// The arithmetic of each precision. A GPU cuts off what an addition leaves of f32, where it multiplies
-/// by tensor cores: up to two units.
+/// The arithmetic of each precision. The tensor cores of a GPU truncate f32 sums instead of rounding them:
+/// an error of up to two units.
 fn precisions() -> Vec<(Precision, Products)> {
-    // A sum of 1 term, or of none, is written by the same operations.
+    // The same operations write sums of one term or of none.
     let plain = Products { sums: 2.0 * rounding::F32, more: 4.0, ..Products::PLAIN };
     let mut all = vec![
         (Precision::Highest, plain),
@@ -47,7 +47,7 @@ fn device(gpu: &Gpu) -> Device {
     Device::Cuda(gpu.device.clone())
 }
 
-/// Normals that a map of this precision holds exactly, so that only what is computed is off.
+/// Normals that a map of this precision holds exactly, so that only the computation has errors.
 fn normal(normals: Normals, k: u32, shape: &[usize], precision: Precision) -> Tensor {
     let dtype = match precision {
         Precision::BF16 => DType::BF16,
@@ -57,7 +57,7 @@ fn normal(normals: Normals, k: u32, shape: &[usize], precision: Precision) -> Te
     normals.tensor(k, shape).to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap()
 }
 
-/// A map (batch, height, width, channels) on the device.
+/// Copies a map (batch, height, width, channels) to the device.
 fn map(gpu: &Rc<Gpu>, x: &Tensor, precision: Precision) -> Result<Memory> {
     let images = x.permute((0, 3, 1, 2))?.contiguous()?.to_device(&device(gpu))?;
     images_to_map(gpu, &images, Element::of(precision))
@@ -68,7 +68,7 @@ fn unmap(gpu: &Gpu, x: &Memory, dims: [usize; 4], precision: Precision) -> Resul
     images.to_device(&Device::Cpu)?.permute((0, 2, 3, 1))?.contiguous()
 }
 
-/// To compile or to load them then would not be captured, and might wait.
+/// Compiling or loading a kernel during a capture would not be captured, and might wait.
 #[test]
 fn kernels_are_there_before_they_are_captured() {
     let test = || -> Result<()> {
@@ -85,22 +85,22 @@ fn kernels_are_there_before_they_are_captured() {
         };
         let message = capture().err().expect("an error").to_string();
         assert!(message.contains("kernel clamp is used for the first time"), "{message}");
-        // Nor another of a module that is loaded.
+        // A loaded module is not enough: the kernel itself must have been used.
         combine(&x, 1.0, &x, 1.0)?;
         assert!(capture().is_err());
-        // After an error everything goes on as before.
+        // The device works as before after the error.
         assert_eq!(clamp(&x, 0.0, 0.25)?.to_vec1::<f32>()?, [0.25; 6]);
         let graph = capture().unwrap();
         graph.launch().unwrap();
         assert_eq!(clamped.expect("a tensor").to_vec1::<f32>()?, [0.5; 6]);
         Ok(())
     };
-    // A thread sees the device for itself: here, one on which no kernel was used before.
+    // Each thread has its own view of the device. On this thread, no kernel has been used.
     std::thread::spawn(test).join().expect("no panic").unwrap();
 }
 
-/// Of the networks' convolutions only the first and the last may go without cuDNN, whose channels are few:
-/// to refuse others would be slow, and silent.
+/// Only the first and the last convolution of a network, which have few channels, may run without cuDNN.
+/// For the others, a silent failure would be slow.
 #[cfg(feature = "cudnn")]
 #[test]
 fn cudnn_has_a_plan_for_each_convolution() {
@@ -127,7 +127,7 @@ fn cudnn_has_a_plan_for_each_convolution() {
     }
 }
 
-/// A convolution of (batch, height, width), and what is added to its output and its gradient.
+/// Tests a convolution of (batch, height, width), with values added to its output and its gradient.
 fn convolution_agrees(
     (batch, h, w): (usize, usize, usize),
     (c_in, c_out): (usize, usize),
@@ -171,7 +171,7 @@ fn convolution_agrees(
             residual: more.as_ref(),
         };
         let found = convolution.forward(&gpu, &gx, &packed, &added_there)?;
-        // The products are stored before anything is added.
+        // The products are rounded to the maps' type before anything is added.
         let stored = products.storing(&((y.exact.abs()? * 2.0)? + added)?);
         let bound = plus([products.of(&y), stored]);
         check(&name("y"), &unmap(&gpu, &found, out, precision)?, &y.exact, &bound);
@@ -196,7 +196,8 @@ fn convolution_agrees(
         let there = normal(6, &dims);
         let found = map(&gpu, &there, precision)?;
         convolution.input_gradient(&gpu, &gdy, &packed, &found, accumulate)?;
-        // The gradients of patches are stored, or those of doubled pixels, and then their sums.
+        // The gradients of patches, or of doubled pixels, are rounded to the maps' type, and so are their
+        // sums.
         let stored = products.storing(&(&dx.magnitude * 2.0)?);
         if accumulate {
             dx = dx.plus(&there)?;
@@ -287,7 +288,7 @@ fn linear_layer_agrees(
             |_| dy.clone(),
             |v| linear(&[activated(&v[0])?, v[1].clone(), v[2].clone()]),
         )?;
-        // Of the activated vectors, which are stored.
+        // The activated vectors are rounded to the maps' type.
         let x_64 = x.to_dtype(DType::F64)?;
         let activated = activated(&x_64)?;
         let function = if activation == 0 { 0.0 } else { FUNCTION * rounding::F32 };
@@ -296,7 +297,7 @@ fn linear_layer_agrees(
         let sums = Sums::of(&inputs, |_| dy.clone(), linear, linear)?;
         let [weights, d] = [&weight, &dy].map(|t| t.to_dtype(DType::F64).unwrap().abs().unwrap());
         let stored = (sums[0].exact.abs()? * 2.0)?.broadcast_add(&inputs[2].abs()?)?;
-        // The derivatives of SiLU and GELU are 1.13 at most.
+        // The derivatives of SiLU and GELU are at most 1.13.
         let slope = if activation == 0 { 1.0 } else { 1.13 };
         let dx = plus([products.of(&sums[1]), products.storing(&sums[1].magnitude)]);
         let through = (&sums[1].magnitude * ((x_64.abs()? + 1.0)? * function)?)?;
@@ -358,7 +359,7 @@ fn attention_agrees(
     Ok(())
 }
 
-/// They have a deviation of 0, and gradients that are nothing but rounding.
+/// Such groups have a deviation of 0, and gradients that consist of rounding errors.
 #[test]
 fn normalisations_of_one_value_are_their_compositions() {
     for how in [(false, false), (true, true)] {
@@ -389,7 +390,7 @@ proptest! {
     #[test]
     fn normalisations_are_their_compositions(
         maps in (1usize..4, 1usize..7, 1usize..7),
-        // Of values a thread one, four or eight; of threads less than a block, or more than one has.
+        // One, four or eight values per thread; fewer values than the threads of a block, and more.
         groups in prop_oneof![
             5 => (1usize..9, prop_oneof![1usize..5, Just(8), Just(16), Just(37), Just(300)]),
             1 => Just((1, 259)),

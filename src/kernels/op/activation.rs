@@ -1,4 +1,4 @@
-//! Functions of single values that other operations include.
+//! Elementwise functions that are part of other operations.
 
 /// The activation that follows a normalisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,12 +18,13 @@ pub enum VectorActivation {
     None,
     /// `x / (1 + exp(-x))`.
     Silu,
-    /// `x` times the probability that a standard normal value is less than `x`; not the approximation by tanh.
+    /// `x` times the probability that a standard normal value is less than `x`. The exact form, not the
+    /// approximation by tanh.
     Gelu,
 }
 
 impl VectorActivation {
-    /// The activation of `x`, computed in f64.
+    /// Computes the activation of `x`, in f64.
     pub(crate) fn value(self, x: f32) -> f32 {
         let x = f64::from(x);
         let y = match self {
@@ -34,7 +35,7 @@ impl VectorActivation {
         y as f32
     }
 
-    /// The derivative of the activation at `x`, computed in f64.
+    /// Computes the derivative of the activation at `x`, in f64.
     pub(crate) fn derivative(self, x: f32) -> f32 {
         let x = f64::from(x);
         let dy = match self {

@@ -17,7 +17,7 @@ impl AttentionShape {
         Self { positions: height * width, channels: channels / 3 }
     }
 
-    /// The factor of scores.
+    /// The factor of the scores, `1 / sqrt(channels)`.
     pub(crate) fn scale(&self) -> f32 {
         1.0 / (self.channels as f32).sqrt()
     }

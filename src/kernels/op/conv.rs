@@ -69,12 +69,12 @@ impl ConvShape {
         }
     }
 
-    /// Returns whether each pixel of the input is doubled in both directions first.
+    /// Returns whether each pixel of the input is first doubled in both directions.
     pub(crate) fn upsamples(&self) -> bool {
         self.scale == Scale::Upsample
     }
 
-    /// Height and width of the map that the kernel moves over: of the input, after upsampling.
+    /// Height and width of the map over which the kernel moves: the input after upsampling.
     pub(crate) fn map(&self) -> [usize; 2] {
         match self.scale {
             Scale::Stride(_) => [self.h, self.w],
@@ -87,27 +87,27 @@ impl ConvShape {
         self.kernel / 2
     }
 
-    /// Weights for each pair of an input and an output channel.
+    /// Number of weights for each pair of an input and an output channel.
     pub(crate) fn taps(&self) -> usize {
         self.kernel * self.kernel
     }
 
-    /// Values from which an output pixel is computed.
+    /// Number of values from which an output pixel is computed.
     pub(crate) fn patch(&self) -> usize {
         self.taps() * self.c_in
     }
 
-    /// Returns whether the patch of an output pixel is an input pixel.
+    /// Returns whether each output pixel depends on one input pixel only.
     pub(crate) fn is_pointwise(&self) -> bool {
         self.kernel == 1 && self.scale == Scale::Stride(1)
     }
 
-    /// Values of an image of the input.
+    /// Number of values of an input image.
     pub(crate) fn input_len(&self) -> usize {
         self.h * self.w * self.c_in
     }
 
-    /// Values of an image of the output.
+    /// Number of values of an output image.
     pub(crate) fn output_len(&self) -> usize {
         self.h_out * self.w_out * self.c_out
     }
@@ -117,8 +117,8 @@ impl ConvShape {
         [self.batch, self.h_out, self.w_out, self.c_out]
     }
 
-    /// The convolution of the output's gradient that gives the gradient of the map, if the stride is 1:
-    /// with the kernel rotated by 180 degrees, and the channels exchanged.
+    /// Returns the convolution that computes the gradient of the map from the gradient of the output, if the
+    /// stride is 1. Its kernel is rotated by 180 degrees, and its channels are exchanged.
     pub(crate) fn transposed(&self) -> Self {
         let [h, w] = self.map();
         let Self { batch, c_in, c_out, kernel, .. } = *self;
@@ -145,7 +145,7 @@ pub struct Addends<T> {
     pub residual: T,
 }
 
-/// The values that are added to the output of a convolution, besides its bias.
+/// The values that are added to the output of a convolution, in addition to its bias.
 pub type Add<'a, M> = Addends<Option<&'a M>>;
 
 impl<T> Addends<Option<T>> {
@@ -164,7 +164,7 @@ impl<T> Addends<Option<T>> {
 }
 
 impl<T> Addends<T> {
-    /// `f` of each.
+    /// Applies `f` to both addends.
     pub(crate) fn map<U>(self, mut f: impl FnMut(T) -> U) -> Addends<U> {
         Addends { per_image: f(self.per_image), residual: f(self.residual) }
     }

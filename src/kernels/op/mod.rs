@@ -1,6 +1,6 @@
 //! The definitions of the operations for every device: sizes, settings, and addends of the output.
 //!
-//! Nothing here knows how an operation is computed.
+//! The definitions do not depend on how an operation is computed.
 
 pub(crate) mod activation;
 pub(crate) mod attention;

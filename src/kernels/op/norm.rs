@@ -12,11 +12,11 @@ pub(crate) const EPS: f64 = 1e-5;
 /// The settings of a normalisation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct NormConfig {
-    /// Divides the number of channels.
+    /// Number of groups. It divides the number of channels.
     pub groups: usize,
-    /// Added to the variance.
+    /// Number added to the variance.
     pub eps: f64,
-    /// Applied to the normalised value.
+    /// Activation applied to the normalised value.
     pub activation: Activation,
 }
 

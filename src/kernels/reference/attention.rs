@@ -1,6 +1,7 @@
 use candle_core::{D, Result, Tensor};
 
-/// `softmax(q k^T / sqrt(channels)) v` over all positions. Each is (batch, positions, channels).
+/// Computes `softmax(q k^T / sqrt(channels)) v` over all positions. Each is (batch, positions,
+/// channels).
 pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
     let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
     // The scores grow with the number of channels: scaling q first keeps them small.

@@ -2,11 +2,11 @@ use candle_core::{Result, Tensor};
 
 use crate::kernels::op::conv::Scale;
 
-/// A convolution of `x` (batch, height, width, in) with `weight` (out, in, k, k) and `bias` (out), as one
-/// product of all patches.
+/// Computes the convolution of `x` (batch, height, width, in) with `weight` (out, in, k, k) and `bias` (out),
+/// as one product of all patches.
 ///
-/// Not candle's own `conv2d`, whose gradient is a naive loop, and has a wrong shape at stride 2 for maps that
-/// are not square.
+/// This replaces candle's `conv2d`, whose gradient is a naive loop, and has a wrong shape at stride 2 for
+/// maps that are not square.
 pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, scale: Scale) -> Result<Tensor> {
     let (x, stride) = match scale {
         Scale::Stride(stride) => (x, stride),
@@ -37,9 +37,9 @@ pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, scale: Scale) -
     patches.matmul(&weight)?.broadcast_add(bias)?.reshape((b, h_out, w_out, c_out))
 }
 
-/// Each pixel doubled in both directions: (batch, h, w, channels) to (batch, 2 h, 2 w, channels).
+/// Doubles each pixel in both directions: (batch, h, w, channels) to (batch, 2 h, 2 w, channels).
 fn upsample_nearest_2x(x: &Tensor) -> Result<Tensor> {
     let (b, h, w, c) = x.dims4()?;
-    // Not candle's `upsample_nearest2d`, whose backward pass overwrites existing gradients.
+    // This replaces candle's `upsample_nearest2d`, whose backward pass overwrites existing gradients.
     x.reshape((b, h, 1, w, 1, c))?.broadcast_as((b, h, 2, w, 2, c))?.reshape((b, 2 * h, 2 * w, c))
 }

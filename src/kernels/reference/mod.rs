@@ -1,5 +1,5 @@
-//! The operations composed of candle's own, differentiable on every device and in every type: the oracle of
-//! the kernels' tests, and the computation where there is no kernel.
+//! The operations as compositions of candle operations, differentiable on every device and in every dtype.
+//! They are the oracle of the kernels' tests, and the fallback if there is no kernel.
 
 pub(crate) mod attention;
 pub(crate) mod conv;

@@ -3,7 +3,8 @@ use candle_core::{Result, Tensor};
 use crate::kernels::op::activation::Activation;
 use crate::kernels::op::norm::NormConfig;
 
-/// GroupNorm of `x` (batch, height, width, channels), with `weight` and `bias` (channels).
+/// Computes the GroupNorm of `x` (batch, height, width, channels), with `weight` and `bias`
+/// (channels).
 pub(crate) fn group_norm(
     x: &Tensor,
     weight: &Tensor,

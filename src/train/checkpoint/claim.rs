@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 /// The exclusive right to save at a directory, held until this value is dropped.
 #[derive(Debug)]
 pub(in crate::train) struct Claim {
-    /// Absolute.
+    /// The absolute path of the directory.
     pub(super) dir: PathBuf,
     /// `None` only within [`hold`](Self::hold).
     lock: Mutex<Option<Lock>>,
@@ -36,7 +36,7 @@ impl Claim {
         Lock::take(sibling(dir, LOCK), dir)
     }
 
-    /// Returns whether this is the right to save at `dir`, even if another path leads there.
+    /// Returns whether this is the right to save at `dir`. Different paths to one directory are recognised.
     pub fn is_for(&self, dir: &Path) -> bool {
         let real = |dir: &Path| {
             let dir = absolute(dir).ok()?;
@@ -46,8 +46,8 @@ impl Claim {
             || real(&self.dir).is_some_and(|ours| real(dir) == Some(ours))
     }
 
-    /// Makes sure that this still holds the lock. Returns a warning if the parent directory was removed in the
-    /// meantime.
+    /// Checks that the lock is still held, and takes it again if its file was removed. Returns a warning if
+    /// the parent directory was removed in the meantime.
     ///
     /// # Errors
     /// Returns an error if another trainer took the lock after its file was removed.

@@ -12,8 +12,8 @@ use crate::error::{Error, Result};
 use crate::kernels::with_values;
 use crate::model::tensor_file::{open_regular, read_regular, tensors_of};
 
-/// The length and CRC-32 of a file as it was written. They detect any flipped bit, and all but one in four
-/// thousand million cases of other damage.
+/// The length and CRC-32 of a file when it was written. They detect every single flipped bit. They miss one in
+/// about four billion cases of other damage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Checksum {
@@ -47,7 +47,7 @@ impl Checksum {
     /// Compares a file with this checksum.
     ///
     /// # Errors
-    /// Returns an error if the file cannot be read, or if its content is not what was written.
+    /// Returns an error if the file cannot be read, or if its content has changed since it was written.
     pub fn verify(&self, path: &Path) -> Result<()> {
         self.compare(path, Self::of_file(path)?)
     }
@@ -79,7 +79,7 @@ impl Checksum {
     }
 }
 
-/// Reads the tensors of a file, and compares it with the checksum `written`, if there is one.
+/// Reads the tensors of a file. Compares the file with the checksum `written`, if there is one.
 pub(super) fn read_tensors(
     path: &Path,
     written: Option<&Checksum>,

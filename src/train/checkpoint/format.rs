@@ -16,7 +16,7 @@ use crate::train::config::TrainConfig;
 use crate::train::optim::scaler::ScalerState;
 use crate::train::state::Fields;
 
-/// The names of the files: of everything except the tensors, and of the tensors of each part.
+/// File names: `STATE` holds everything except tensors. Each of the others holds the tensors of one part.
 pub(super) const STATE: &str = "checkpoint.json";
 pub(super) const MODEL: &str = "model.safetensors";
 pub(super) const EMA: &str = "ema.safetensors";
@@ -46,7 +46,7 @@ pub(super) struct State<C = Box<RawValue>> {
     pub format_version: u32,
     pub step: u64,
     pub images_seen: u64,
-    /// Number of images in the source, once a source was used.
+    /// Number of images in the data set, once one was used.
     pub dataset_len: Option<u64>,
     pub ema_updates: u64,
     /// Present with [`Precision::F16`](crate::Precision::F16).
@@ -98,7 +98,7 @@ pub(super) fn read_state(dir: &Path) -> Result<State> {
         _ => {}
     }
     let (file, length) = match open_regular(&path) {
-        // It was moved since it was looked at.
+        // A save moved the directory between the two accesses.
         Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
             return Err(missing(format!("there is no {STATE}")));
         }
@@ -154,7 +154,7 @@ struct PartFields {
 }
 
 impl State<Value> {
-    /// The state to write, from the fields of the parts and the checksums of their files.
+    /// Builds the state to write from the fields of the parts and the checksums of their files.
     ///
     /// # Errors
     /// Returns an error if there is a field or a file that the format does not have.
@@ -183,8 +183,8 @@ fn from_fields<T: serde::de::DeserializeOwned>(fields: Fields) -> Result<T> {
 }
 
 impl State {
-    /// Checks the numbers. Whether this build supports the training configuration is checked only when a run
-    /// is resumed, because the weights can be read in any case.
+    /// Checks the numbers. Whether this build supports the training configuration is checked only when a run is
+    /// resumed: the weights can be read in any case.
     ///
     /// # Errors
     /// Returns an error that names the first number that no run can reach.
@@ -196,7 +196,7 @@ impl State {
             Ok(())
         };
         within("step", self.step, MAX_STEP)?;
-        // The same number can be added without an overflow.
+        // Leaves room to add as many images again without an overflow.
         within("images_seen", self.images_seen, u64::MAX / 2)?;
         // At most one per update.
         within("ema_updates", self.ema_updates, self.step)?;
@@ -255,7 +255,7 @@ impl State {
         compare("train", &to_value(&saved)?, &to_value(train)?, remedy)
     }
 
-    /// Returns whether this may be of the same run as `other`, because the configurations agree.
+    /// Returns whether the configurations of both states agree, so that they may belong to one run.
     pub fn is_of_the_run_of(&self, other: &Self) -> bool {
         let (kind, train, diffusion) = (&other.network.kind, &other.train, &other.diffusion);
         other.network_value().is_ok_and(|network| {
@@ -264,7 +264,7 @@ impl State {
     }
 }
 
-/// The configurations of a run, which stay the same as long as it goes on.
+/// The configurations that identify a run. They do not change during the run.
 #[derive(Debug)]
 pub(in crate::train) struct Identity<'a> {
     /// The kind of the network, and its configuration.

@@ -5,14 +5,15 @@ use super::format::{STATE, State, read_state};
 use super::paths::{absolute, archive_names, new_beside};
 use crate::error::{Error, Result};
 
-/// A checkpoint of which only `checkpoint.json` was read.
+/// A checkpoint on disk of which only `checkpoint.json` has been read.
 pub(super) struct Found {
     pub dir: PathBuf,
     pub state: State,
 }
 
 impl Found {
-    /// Opens the checkpoint at `dir`, or the new one that `save` was about to move there.
+    /// Opens the checkpoint at `dir`. If there is none, opens the new one that an interrupted `save` did not
+    /// move there.
     pub fn newest(dir: &Path) -> Result<Self> {
         let missing = match read_state(dir) {
             Ok(state) => return Ok(Self { dir: dir.to_owned(), state }),
@@ -29,8 +30,8 @@ impl Found {
     }
 }
 
-/// The checkpoints moved aside from `dir`, oldest first. Within a run they are ordered by step, because a copied
-/// file has another time. Runs are ordered by the time of their newest checkpoint.
+/// Returns the checkpoints that were moved aside from `dir`, oldest first. Within a run they are ordered by
+/// step, because copying a file changes its time. Runs are ordered by the time of their newest checkpoint.
 pub(super) fn archived(dir: &Path) -> Result<Vec<Found>> {
     let mut runs: Vec<Vec<Found>> = Vec::new();
     for (step, path) in archive_names(&absolute(dir)?)? {

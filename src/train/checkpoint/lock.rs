@@ -7,10 +7,10 @@ use crate::error::{Error, Result};
 /// Number of attempts if the lock file disappears while it is being locked.
 const ATTEMPTS: usize = 16;
 
-/// An advisory lock on saving at one place: a lock on a file that holds the process id. The system releases
-/// the lock when the process ends, for any reason. The file may remain.
+/// An advisory lock on saving at one place: a lock on a file that holds the process id. The system releases the
+/// lock when the process ends, for any reason. The file may remain.
 ///
-/// On a file system without locks there is none, and saving works without it.
+/// On a file system without locks, saving works without a lock.
 #[derive(Debug)]
 pub(super) struct Lock {
     path: PathBuf,
@@ -61,7 +61,7 @@ impl Lock {
         Ok(Self { path, file })
     }
 
-    /// Returns whether the path no longer leads to the locked file, so that others can take the lock.
+    /// Returns whether the path no longer leads to the locked file. Another process could then take the lock.
     #[cfg(unix)]
     pub fn is_lost(&self) -> bool {
         use std::os::unix::fs::MetadataExt;

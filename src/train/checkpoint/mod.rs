@@ -1,5 +1,5 @@
-//! Checkpoints, the form of a training run on disk: [`format`](self::format) defines it, [`store`] writes it, and
-//! [`open`] reads it.
+//! Checkpoints: training runs on disk. [`format`](self::format) defines the files, [`store`] writes them, and
+//! [`open`] reads them.
 
 pub(super) mod claim;
 mod files;

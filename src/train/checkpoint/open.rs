@@ -15,9 +15,10 @@ use crate::sample::{Sampler, SamplerConfig};
 use crate::train::config::TrainConfig;
 use crate::train::state::Stateful;
 
-/// A training run on disk: a directory of safetensors and JSON files, enough to sample or to resume.
+/// A training run on disk: a directory of safetensors and JSON files from which a network can sample, or a run
+/// resume.
 ///
-/// [`Trainer::save`](crate::Trainer::save) writes it. All tensors are f32, and have the names of the weights.
+/// [`Trainer::save`](crate::Trainer::save) writes it. All tensors are f32 and are named after the weights.
 ///
 /// | file | content |
 /// | --- | --- |
@@ -47,19 +48,20 @@ use crate::train::state::Stateful;
 pub struct Checkpoint(Found);
 
 impl Checkpoint {
-    /// Opens the checkpoint at `dir`. If a save was interrupted at the one moment when there is none, opens the
-    /// new checkpoint beside it, or else the newest of the previous ones.
+    /// Opens the checkpoint at `dir`. A save can be interrupted at the one moment when there is no checkpoint
+    /// at `dir`. In that case, opens the new checkpoint beside `dir`, or else the newest of the previous ones.
     ///
     /// Each file is read once and compared with its checksum. A missing file is an error only when its tensors
     /// are read. Checkpoints of format 1 have no checksums.
     ///
-    /// Weights can be read by any build and on any device, however they were trained.
+    /// Weights can be read by any build and on any device, regardless of how they were trained.
     ///
     /// # Errors
     /// Returns an error if there is no complete checkpoint, if the checkpoint is damaged, or if its format is
     /// newer than this version reads.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
-        /// More than the number of saves that can take place while a checkpoint is read.
+        /// Maximum number of attempts. It exceeds the number of saves that can take place while a checkpoint is
+        /// read.
         const ATTEMPTS: usize = 8;
 
         let dir = dir.as_ref();
@@ -69,7 +71,7 @@ impl Checkpoint {
         }
         let mut attempts = 1..ATTEMPTS;
         loop {
-            // A save can move every checkpoint away from where it is looked for next. It does so once.
+            // A save can move every checkpoint between two look-ups, but it does so only once.
             let found = Self::find(dir).or_else(|_| Self::find(dir))?;
             match found.verify() {
                 Ok(()) => return Ok(found),
@@ -93,7 +95,7 @@ impl Checkpoint {
     /// Compares all existing files with their checksums.
     ///
     /// # Errors
-    /// Returns an error if an existing file is not as it was written.
+    /// Returns an error if an existing file has changed since it was written.
     fn verify(&self) -> Result<()> {
         for file in [MODEL, EMA, OPTIMIZER] {
             let path = self.0.dir.join(file);
@@ -122,7 +124,8 @@ impl Checkpoint {
             && read_state(&self.0.dir).map_or(true, |now| now.files != self.0.state.files)
     }
 
-    /// Adds the newest undamaged checkpoint among the previous ones to the error of a damaged one.
+    /// Extends the error of a damaged checkpoint by the path of the newest undamaged one among the previous
+    /// checkpoints.
     fn with_older(&self, dir: &Path, error: Error) -> Error {
         let Error::Damaged { path, reason } = error else { return error };
         let older = archived(dir).unwrap_or_default();
@@ -146,7 +149,7 @@ impl Checkpoint {
         })
     }
 
-    /// The directory: the one passed to [`open`](Self::open), or the one found beside it.
+    /// The directory of this checkpoint: the one passed to [`open`](Self::open), or the one found beside it.
     pub fn dir(&self) -> &Path {
         &self.0.dir
     }
@@ -171,8 +174,8 @@ impl Checkpoint {
         self.0.state.sampling.as_ref()
     }
 
-    /// A sampler with the settings of the run. If it recorded none, this is deterministic DDIM in 50 sampling
-    /// steps (fewer if the schedule has fewer timesteps), with clipping.
+    /// Creates a sampler with the settings of the run. If the run recorded none, the sampler is deterministic
+    /// DDIM with 50 sampling steps (fewer if the schedule has fewer timesteps) and clipping.
     ///
     /// # Errors
     /// Returns the errors of [`Sampler::new`].
@@ -200,7 +203,7 @@ impl Checkpoint {
         Error::damaged(self.0.dir.join(STATE), reason)
     }
 
-    /// The network with its weights, which take no gradients.
+    /// Builds the network with the weights of the checkpoint. They take no gradients.
     ///
     /// # Errors
     /// Returns an error if the file is damaged, or does not hold exactly the weights of the network.
@@ -208,8 +211,8 @@ impl Checkpoint {
         self.frozen::<N>(MODEL, device)
     }
 
-    /// The network with its averaged weights, which give better samples. If the run has no average, this is the
-    /// same as [`model`](Self::model).
+    /// Builds the network with the averaged weights, which give better samples. If the run has no average,
+    /// returns the same as [`model`](Self::model).
     ///
     /// # Errors
     /// Returns an error if the file is damaged, or does not hold exactly the weights of the network.

@@ -64,7 +64,8 @@ fn target(link: &Path) -> String {
     link.read_link().map_or_else(|_| "somewhere".into(), |target| target.display().to_string())
 }
 
-/// Describes anything at `new` that no save writes there. Hidden files, which systems add to directories, do not count.
+/// Describes the first thing at `new` that a save would not have written. Hidden files, which systems add to
+/// directories, do not count.
 pub(super) fn foreign(new: &Path) -> Option<String> {
     let metadata = new.symlink_metadata().ok()?;
     if !metadata.is_dir() {
@@ -85,8 +86,8 @@ pub(super) fn entries(dir: &Path) -> Vec<String> {
     names
 }
 
-/// The paths with the name of a checkpoint moved aside from `dir`, and their steps: `checkpoint-000000100` beside
-/// `checkpoint`. Other paths are ignored, such as a copy whose name has a date.
+/// Returns the paths that are named like checkpoints moved aside from `dir`, and their steps: `checkpoint-000000100`
+/// beside `checkpoint`. Ignores other paths, such as a copy whose name contains a date.
 pub(super) fn archive_names(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let parent = parent(dir);
     let prefix = format!("{}-", dir.file_name().unwrap_or_default().to_string_lossy());

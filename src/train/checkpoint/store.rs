@@ -1,4 +1,4 @@
-//! Writes checkpoints, so that at any moment a complete one can be opened: see [`save`].
+//! Writes checkpoints so that a complete one can be opened at any moment: see [`save`].
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -41,7 +41,7 @@ impl Snapshot<'_> {
     }
 }
 
-/// Writes a checkpoint so that at any moment a complete one can be opened.
+/// Writes a checkpoint so that a complete one can be opened at any moment.
 ///
 /// 1. Write all files into a directory beside it, and flush them to disk.
 /// 2. Move the current checkpoint aside, to a name with its step.
@@ -57,7 +57,7 @@ pub(in crate::train) fn save(claim: &Claim, keep: usize, snapshot: &Snapshot<'_>
     make_way(dir, snapshot)?;
     let new = sibling(dir, SAVING);
     fs::create_dir(&new).map_err(Error::io(&new))?;
-    // Clearing frees the space on a full disk. The error to report is the first one.
+    // Removing the incomplete files frees space on a full disk. The first error is the one to report.
     if let Err(error) = write_files(&new, snapshot) {
         let _ = clear(&new);
         return Err(error);
@@ -70,15 +70,15 @@ pub(in crate::train) fn save(claim: &Claim, keep: usize, snapshot: &Snapshot<'_>
         return Err(error);
     }
     let mut warnings: Vec<Error> = vanished.into_iter().collect();
-    // The checkpoint can be opened, even if a power cut could still take it back.
+    // The checkpoint can be opened, although a power failure could still undo the rename.
     warnings.extend(sync_dir(parent(dir)).err());
     warnings.extend(sweep(dir));
     warnings.extend(prune(dir, keep, snapshot));
     Ok(Saved { warnings })
 }
 
-/// Does everything that [`save`] does, except for writing files, so that obstacles are found before there is
-/// anything to lose.
+/// Performs all steps of [`save`] except for writing files. Problems are thus found before any training result
+/// could be lost.
 ///
 /// # Errors
 /// Returns the errors of [`save`].
@@ -111,7 +111,7 @@ pub(in crate::train) fn rehearse(claim: &Claim, snapshot: &Snapshot<'_>) -> Resu
     fs::remove_dir(dir).map_err(busy)
 }
 
-/// Checks `dir` and the paths beside it, finishes an interrupted save, and removes what it left.
+/// Checks `dir` and the paths beside it, completes an interrupted save, and removes its leftovers.
 ///
 /// # Errors
 /// Returns the errors of [`save`].
@@ -218,8 +218,8 @@ fn prune(dir: &Path, keep: usize, snapshot: &Snapshot<'_>) -> Vec<Error> {
 /// Removes the checkpoint `old`, which was moved aside from `dir`.
 ///
 /// # Errors
-/// Returns an error if it cannot be removed, or if it holds a file that no save wrote. If nothing of it is lost,
-/// it keeps its name.
+/// Returns an error if it cannot be removed, or if it holds a file that no save wrote. It keeps its name if none
+/// of its files has been removed.
 fn remove(dir: &Path, old: PathBuf) -> Result<()> {
     if !old.is_symlink()
         && let Some(found) = foreign(&old)
@@ -236,7 +236,7 @@ fn remove(dir: &Path, old: PathBuf) -> Result<()> {
     })
 }
 
-/// Renames `old`, one of the directories of the checkpoint `dir`, so that it is not found as a checkpoint even
+/// Renames `old`, one of the directories of the checkpoint `dir`, so that it is not taken for a checkpoint even
 /// when it is partly removed. Returns the new path.
 fn discard(dir: &Path, old: &Path) -> io::Result<PathBuf> {
     let names = (1..).map(|n| if n == 1 { REMOVING.into() } else { format!("{REMOVING}-{n}") });
@@ -256,14 +256,14 @@ fn sweep(dir: &Path) -> Vec<Error> {
     });
     doomed
         .map(|name| parent(dir).join(name))
-        // A link was a checkpoint's. Anything else that no save wrote belongs to the user.
+        // Links belong to checkpoints. Anything else that a save would not have written belongs to the user.
         .filter(|path| path.is_symlink() || foreign(path).is_none())
         .filter_map(|path| clear(&path).err().map(|source| Error::NotRemoved { path, source }))
         .collect()
 }
 
-/// Removes a link, or a directory. Of a directory, `checkpoint.json` is removed first: without it the rest is not
-/// a checkpoint.
+/// Removes a link or a directory. In a directory, `checkpoint.json` is removed first: without it, the remaining
+/// files are not a checkpoint.
 fn clear(path: &Path) -> io::Result<()> {
     let gone = |result: io::Result<()>| match result {
         Err(e) if e.kind() != ErrorKind::NotFound => Err(e),

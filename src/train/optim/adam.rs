@@ -29,10 +29,10 @@ pub struct AdamConfig {
 pub enum WeightDecay {
     /// No weight decay.
     None,
-    /// The weight times this is added to the gradient, as in PyTorch's `Adam`.
+    /// This number times the weight is added to the gradient, as in PyTorch's `Adam`.
     L2(f64),
-    /// Each update subtracts the weight times the learning rate times this, independently of the gradient, as in
-    /// PyTorch's `AdamW`. Loshchilov and Hutter 2019.
+    /// Each update subtracts this number times the learning rate times the weight, independently of the gradient. This
+    /// is the decay of PyTorch's `AdamW`. Loshchilov and Hutter 2019.
     Decoupled(f64),
 }
 
@@ -82,7 +82,7 @@ impl AdamConfig {
         }
     }
 
-    /// The rule of updates without clipping, average or scale.
+    /// The update rule without clipping, average or gradient scale.
     pub(super) fn rule(&self) -> UpdateRule {
         let Self { beta1, beta2, eps, .. } = *self;
         let (l2, decoupled) = match self.weight_decay {
@@ -95,10 +95,10 @@ impl AdamConfig {
     }
 }
 
-/// The optimiser: Adam, with either kind of weight decay or none, and a state that can be saved.
+/// The Adam optimiser, with either kind of weight decay or none. Its state can be saved.
 ///
 /// The update is that of PyTorch's `Adam` and `AdamW`, with bias correction. Kingma and Ba 2015, algorithm 1;
-/// Loshchilov and Hutter 2019, algorithm 2. With `g` the gradient, after L2 decay, and `n` the number of updates:
+/// Loshchilov and Hutter 2019, algorithm 2. Let `g` be the gradient after L2 decay, and `n` the number of updates:
 ///
 /// ```text
 /// mean   = beta1 mean + (1 - beta1) g
@@ -115,12 +115,12 @@ pub struct AdamW {
 #[derive(Debug)]
 struct Slot {
     var: Var,
-    /// Mean of gradients, and of their squares.
+    /// Mean of gradients, and mean of squared gradients.
     mean: Tensor,
     square: Tensor,
 }
 
-/// PyTorch's names for the two, which begin the names in a checkpoint's file.
+/// PyTorch's names for both means: prefixes of the tensor names in a checkpoint.
 const MEAN: &str = "exp_avg";
 const SQUARE: &str = "exp_avg_sq";
 
@@ -141,8 +141,8 @@ impl AdamW {
         Ok(Self { config, updates: 0, slots })
     }
 
-    /// Makes one update with these gradients, by the names of the weights. The learning rate replaces that of the
-    /// configuration, and may be 0. A weight without a gradient does not change.
+    /// Makes one update. `gradients` are keyed by the names of the weights. `learning_rate` replaces the configured
+    /// one, and may be 0. A weight without a gradient does not change.
     ///
     /// # Errors
     /// Returns an error if the learning rate is negative, infinite or NaN, or if the shape, dtype or device of a
@@ -161,7 +161,7 @@ impl AdamW {
         backend.adam(self.states(&mut gradients.clone(), None), &factors)
     }
 
-    /// The weights with everything that an update of them reads or changes.
+    /// Returns the weights, each with the state that an update of it reads or changes.
     pub(super) fn states<'a>(
         &'a mut self,
         gradients: &'a mut BTreeMap<String, Tensor>,
@@ -214,8 +214,9 @@ impl AdamW {
         self.updates = updates;
     }
 
-    /// Copies of the means of gradients (`exp_avg.<name>`) and of their squares (`exp_avg_sq.<name>`), in the shapes of
-    /// the weights. [`restore`](Self::restore) also needs [`steps`](Self::steps), which they do not contain.
+    /// Returns copies of the means of gradients (`exp_avg.<name>`) and of their squares (`exp_avg_sq.<name>`), in the
+    /// shapes of the weights. [`restore`](Self::restore) also needs [`steps`](Self::steps), which is not part of the
+    /// state.
     ///
     /// # Errors
     /// Returns an error if the device has not enough memory for them.
@@ -223,7 +224,7 @@ impl AdamW {
         self.shared_state().into_iter().map(|(name, tensor)| Ok((name, tensor.copy()?))).collect()
     }
 
-    /// The same as [`state`](Self::state), without copies: the next update changes the tensors.
+    /// Returns the [`state`](Self::state) without copies: the next update changes the tensors.
     pub(in crate::train) fn shared_state(&self) -> BTreeMap<String, Tensor> {
         let mut state = BTreeMap::new();
         for (name, slot) in &self.slots {
@@ -249,7 +250,7 @@ impl AdamW {
                         expected: format!("one {:?} of shape {:?}", key, value.dims()),
                     });
                 };
-                // A copy: updates change it in place.
+                // Copied, because updates change it in place.
                 let stored = stored.to_dtype(value.dtype())?.to_device(value.device())?;
                 *value = stored.contiguous()?.copy()?;
             }

@@ -6,8 +6,8 @@ use super::adam::check_floating;
 use crate::backend::clip_norm;
 use crate::error::{Error, Result};
 
-/// Scales all gradients so that their global L2 norm is at most `max_norm`, and returns the norm before. An infinite
-/// `max_norm` does not clip. The method is that of PyTorch's `clip_grad_norm_`. Pascanu et al. 2013.
+/// Scales all gradients so that their global L2 norm is at most `max_norm`, and returns the norm before clipping. An
+/// infinite `max_norm` does not clip. The method is that of PyTorch's `clip_grad_norm_`. Pascanu et al. 2013.
 ///
 /// The norm stays on the device, and nothing is read back.
 ///

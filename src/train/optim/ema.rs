@@ -38,10 +38,10 @@ impl EmaConfig {
     }
 }
 
-/// An exponential moving average of weights, from which samples are drawn. Its samples are better than those of the
-/// weights being trained. Ho et al. 2020, appendix B.
+/// An exponential moving average of weights, used for sampling. Its samples are better than those of the weights being
+/// trained. Ho et al. 2020, appendix B.
 ///
-/// The average begins as a copy of the weights, and never changes them.
+/// The average begins as a copy of the weights. The weights themselves do not depend on it.
 #[derive(Debug)]
 pub struct Ema {
     config: EmaConfig,

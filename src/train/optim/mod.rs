@@ -1,5 +1,5 @@
-//! The optimiser and what belongs to it, each in a file: Adam, clipping, the average of the weights, the scale of
-//! gradients in half precision, and the learning rate.
+//! Optimisation, one concept per file: Adam, gradient clipping, the average of the weights, the gradient scaler
+//! for half precision, and the learning-rate schedule.
 
 pub(super) mod adam;
 pub(super) mod clip;

@@ -8,11 +8,11 @@ use super::scaler::GradScaler;
 use crate::backend::{self, Counters, UpdateRule, Updater};
 use crate::error::Result;
 
-/// The optimiser of a run: clipping, Adam, the average of the weights, and the scale of the gradients, which are updated
-/// together.
+/// The optimiser of a run. It updates four things together: clipping, Adam, the average of the weights, and the scale
+/// of the gradients.
 ///
-/// On a CUDA device the device decides whether an update is skipped. Until [`sync`](Self::sync) the counts here are those
-/// of a run without skipped updates.
+/// On a CUDA device, the device decides whether an update is skipped. Until [`sync`](Self::sync), the counts on the
+/// host assume that no update was skipped.
 #[derive(Debug)]
 pub(in crate::train) struct Optimizer {
     pub adam: AdamW,
@@ -35,8 +35,8 @@ impl Optimizer {
         Self { adam, ema, scaler, max_norm: max_norm.unwrap_or(f64::INFINITY), updater }
     }
 
-    /// Clips the gradients, updates the weights, and then their average. Returns the norm before clipping. The result is
-    /// that of [`clip_grad_norm`](super::clip::clip_grad_norm), [`AdamW::step`] and [`Ema::update`].
+    /// Clips the gradients, updates the weights, and then their average. Returns the norm before clipping. The result
+    /// equals that of [`clip_grad_norm`](super::clip::clip_grad_norm), [`AdamW::step`] and [`Ema::update`].
     ///
     /// With a scaler, divides the gradients by its scale first. If the norm is not finite, changes only the scale.
     ///
@@ -55,7 +55,7 @@ impl Optimizer {
         norm
     }
 
-    /// The factor of the loss's gradient, a scalar, if there is a scaler.
+    /// The factor of the loss's gradient, a scalar. `None` without a scaler.
     pub fn loss_scale(&mut self) -> Result<Option<Tensor>> {
         let counters = self.counters();
         self.scaler.as_ref().map(|_| self.updater.loss_scale(&counters)).transpose()
@@ -70,7 +70,7 @@ impl Optimizer {
         }
     }
 
-    /// The counts, in one value.
+    /// The counts as known on the host, combined into one value.
     fn counters(&self) -> Counters {
         Counters {
             updates: self.adam.steps(),
@@ -89,13 +89,13 @@ impl Optimizer {
         }
     }
 
-    /// The exact counts. Waits for the device if it can skip updates.
+    /// Returns the exact counts. Waits for the device if it can skip updates.
     pub fn exact_counters(&self) -> Result<Counters> {
         let counters = self.counters();
         if self.scaler.is_some() { self.updater.read(&counters) } else { Ok(counters) }
     }
 
-    /// The scaler with the exact counts. Waits for the device.
+    /// Returns the scaler with the exact counts. Waits for the device.
     pub fn exact_scaler(&self) -> Result<Option<GradScaler>> {
         let Some(scaler) = &self.scaler else { return Ok(None) };
         let mut scaler = scaler.clone();
@@ -111,24 +111,24 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Prepares the next update to be recorded, or a recorded one to be repeated.
+    /// Prepares for recording the next update, or for repeating a recorded one.
     pub fn stage(&mut self, learning_rate: f64) -> Result<()> {
         let counters = self.counters();
         self.updater.stage(learning_rate, &counters)
     }
 
-    /// The counts before an update that is recorded and not run, for [`rewind`](Self::rewind).
+    /// Returns the counts before an update is recorded without running, for [`rewind`](Self::rewind).
     pub fn mark(&self) -> Counters {
         self.counters()
     }
 
-    /// Restores the counts.
+    /// Restores the counts of [`mark`](Self::mark).
     pub fn rewind(&mut self, mark: Counters) {
         self.set_counters(&mark);
         self.updater.assume(&mark);
     }
 
-    /// Counts a recorded update that was repeated.
+    /// Counts one repetition of a recorded update.
     pub fn count_repeated(&mut self) {
         let mut counters = self.counters();
         self.rule().count(&mut counters);

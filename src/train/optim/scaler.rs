@@ -57,11 +57,12 @@ impl GradScalerConfig {
     }
 }
 
-/// Keeps gradients in half precision from vanishing. The gradient of the loss is multiplied by a scale, which is divided
-/// out again in f32. If a gradient is infinite or NaN nevertheless, the update is skipped and the scale falls. After many
-/// good updates the scale rises. Micikevicius et al. 2018, section 3.2; the method is that of PyTorch's `GradScaler`.
+/// A dynamic loss scale, which keeps gradients in half precision from vanishing. The gradient of the loss is multiplied
+/// by a scale, which is divided out again in f32. If a gradient becomes infinite or NaN, the update is skipped and the
+/// scale falls. After many good updates the scale rises. Micikevicius et al. 2018, section 3.2; the method is that of
+/// PyTorch's `GradScaler`.
 ///
-/// [`Trainer`](crate::Trainer) has a scaler with [`Precision::F16`](crate::Precision::F16). In a loop of your own:
+/// [`Trainer`](crate::Trainer) has a scaler with [`Precision::F16`](crate::Precision::F16). In a custom training loop:
 /// multiply the gradient of the loss by [`scale`](Self::scale), divide the gradients of the weights by it, and check
 /// whether their norm is finite. If it is, clip and update. Then call [`update`](Self::update).
 #[derive(Debug, Clone)]
@@ -96,7 +97,7 @@ impl GradScaler {
     /// Returns an error if a setting is out of range.
     pub fn new(config: GradScalerConfig) -> Result<Self> {
         config.validate()?;
-        // The numbers are those of f32, as on a device.
+        // Rounded to f32, as on a device.
         let min_scale = f64::from(config.min_scale as f32);
         let state = ScalerState { scale: config.initial_scale, good_updates: 0, skipped: 0 };
         let mut scaler =
@@ -125,7 +126,7 @@ impl GradScaler {
         ScaleRule { growth_factor, growth_interval, backoff_factor, min_scale }
     }
 
-    /// The counts of this scaler, with no others.
+    /// The counts of this scaler. The counts of the optimiser and the average are 0.
     pub(super) fn counters(&self) -> Counters {
         let ScalerState { scale, good_updates, skipped } = self.state;
         let exhausted = self.exhausted;
@@ -146,12 +147,12 @@ impl GradScaler {
         self.state.skipped
     }
 
-    /// Returns whether gradients overflowed at the smallest scale, so that scaling cannot fix them.
+    /// Returns whether gradients overflowed at the smallest scale. Scaling cannot fix such an overflow.
     pub fn is_exhausted(&self) -> bool {
         self.exhausted
     }
 
-    /// Changes the scale after a backward pass. `finite` tells whether all gradients were finite.
+    /// Adjusts the scale after a backward pass. `finite` states whether all gradients were finite.
     pub fn update(&mut self, finite: bool) {
         let mut counters = self.counters();
         self.rule().adapt(&mut counters, finite);
@@ -163,7 +164,7 @@ impl GradScaler {
 mod tests {
     use super::*;
 
-    /// The scales of PyTorch 2.13's `GradScaler(growth_interval=3)` after each of these.
+    /// The expected scales are those of PyTorch 2.13's `GradScaler(growth_interval=3)`.
     #[test]
     fn the_scale_is_pytorchs_after_each_update() -> Result<()> {
         let mut scaler =

@@ -1,4 +1,4 @@
-/// The learning rate of each update of a run: it rises linearly to `peak`, stays there, and falls linearly to zero.
+/// The learning-rate schedule of a run: a linear rise to `peak`, a constant part, and a linear fall to zero.
 ///
 /// ```
 /// use ddpm::train::LearningRate;
@@ -9,11 +9,11 @@
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LearningRate {
-    /// The learning rate between rise and fall.
+    /// The learning rate between the rise and the fall.
     pub peak: f64,
-    /// Updates of the rise; 0 for none.
+    /// Number of updates of the rise; 0 for none.
     pub warmup_steps: u64,
-    /// Fraction of `steps`, at the end, of the fall; from 0 (no fall) to 1. Hägele et al. 2024.
+    /// Fraction of `steps` that the fall takes, at the end of the run; from 0 (no fall) to 1. Hägele et al. 2024.
     pub cooldown: f64,
     /// Number of updates of the run.
     pub steps: u64,

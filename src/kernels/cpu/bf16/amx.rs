@@ -1,4 +1,4 @@
-//! Products of bf16 values by the tiles of Intel's Advanced Matrix Extensions (AMX). Their intrinsics are
+//! Products of bf16 values with the tiles of Intel's Advanced Matrix Extensions (AMX). Their intrinsics are
 //! not stable in Rust, so the instructions are written in assembly.
 
 use std::arch::asm;
@@ -20,7 +20,7 @@ struct Config {
     rows: [u8; 16],
 }
 
-/// Returns whether this process may use the tiles, and they compute correct products. Asked once.
+/// Returns whether this process may use the tiles and their products are correct. The check runs once.
 pub(super) fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| cfg!(target_os = "linux") && has_tiles() && permitted() && works())
@@ -33,7 +33,7 @@ fn has_tiles() -> bool {
     leaf.edx & (1 << 22) != 0 && leaf.edx & (1 << 24) != 0
 }
 
-/// Asks the system for the tile registers. Without its permission, their use is a fault.
+/// Requests permission from the system to use the tile registers. Without permission, using them is a fault.
 fn permitted() -> bool {
     const ARCH_PRCTL: i64 = 158;
     const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
@@ -53,8 +53,8 @@ fn permitted() -> bool {
     result == 0
 }
 
-/// Returns whether products of small integers, which are exact, are correct. Tiles of a machine, or of an
-/// emulator, that computes something else are not used.
+/// Returns whether products of small integers, which are exact, are correct. If a machine or an emulator
+/// computes something else, its tiles are not used.
 fn works() -> bool {
     multiplies(false) && multiplies(true)
 }
@@ -67,7 +67,7 @@ fn multiplies(accumulate: bool) -> bool {
     let b: Vec<u16> = (0..depth * PANEL).map(|i| round(integer(i, 7))).collect();
     let steps: Vec<_> = (0..count).map(|i| Step { a: i * DEPTH, b: i * DEPTH * PANEL }).collect();
     let mut c = vec![1f32; rows * PANEL];
-    // SAFETY: the machine has tiles, and the process may use them. The slices have the sizes that are named.
+    // SAFETY: the machine has tiles, and the process may use them. The slices have the given sizes.
     unsafe {
         product(Product {
             c: c.as_mut_ptr(),
@@ -89,10 +89,10 @@ fn multiplies(accumulate: bool) -> bool {
     })
 }
 
-/// Configures the tiles of this thread: each has 16 rows of 64 bytes.
+/// Configures the tiles of this thread: 16 rows of 64 bytes each.
 ///
 /// # Safety
-/// The process must be permitted to use them.
+/// The process must be permitted to use the tiles.
 unsafe fn configure() {
     let (mut row_bytes, mut rows) = ([0; 16], [0; 16]);
     row_bytes[..8].fill(64);
@@ -111,7 +111,7 @@ pub(super) unsafe fn product(operands: RawProduct) {
     unsafe { configure() };
     for first in (0..operands.rows).step_by(2 * ROWS) {
         let some = operands.some(first, (operands.rows - first).min(2 * ROWS));
-        // SAFETY: rows from `first` on, no more than there are.
+        // SAFETY: the rows from `first` on are rows of the product.
         unsafe {
             if some.rows > ROWS {
                 two_by_two(some);
@@ -125,11 +125,12 @@ pub(super) unsafe fn product(operands: RawProduct) {
     unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }
 
-/// 32 rows by 32 columns, as two by two tiles. One block of assembly from the first load to the last store,
-/// because the compiler does not know that tiles keep their content between two blocks.
+/// Computes 32 rows by 32 columns, as two by two tiles. The code is one block of assembly from the first
+/// load to the last store, because the compiler does not know that tiles keep their content between two
+/// blocks.
 ///
 /// # Safety
-/// As [`product`], with the tiles configured.
+/// The requirements of [`product`] apply, and the tiles must be configured.
 unsafe fn two_by_two(operands: RawProduct) {
     let RawProduct { c, c_row, a, a_row, b, b_row, steps, accumulate, .. } = operands;
     // SAFETY: each tile is 16 rows of 64 bytes within memory that the caller guarantees. A step holds two
@@ -192,10 +193,10 @@ unsafe fn two_by_two(operands: RawProduct) {
     }
 }
 
-/// 16 rows by 32 columns: as [`two_by_two`], without the lower half.
+/// Computes 16 rows by 32 columns: [`two_by_two`] without the lower half.
 ///
 /// # Safety
-/// As [`product`], with the tiles configured.
+/// The requirements of [`product`] apply, and the tiles must be configured.
 unsafe fn one_by_two(operands: RawProduct) {
     let RawProduct { c, c_row, a, a_row, b, b_row, steps, accumulate, .. } = operands;
     // SAFETY: as in `two_by_two`.
@@ -244,7 +245,7 @@ unsafe fn one_by_two(operands: RawProduct) {
     }
 }
 
-/// Returns whether tests may use tiles, of the machine or emulated ones.
+/// Returns whether tests can use tiles, either of the machine or emulated ones.
 #[cfg(test)]
 pub(super) fn testable() -> bool {
     #[cfg(target_os = "linux")]

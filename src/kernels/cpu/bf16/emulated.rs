@@ -1,4 +1,4 @@
-//! Products of bf16 values by f32 arithmetic, for machines without instructions for them.
+//! Products of bf16 values in f32 arithmetic, for machines without instructions for them.
 
 use super::operands::{DEPTH, SliceProduct};
 use crate::kernels::cpu::gemm::micro::PANEL;

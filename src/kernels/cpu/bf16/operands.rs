@@ -1,37 +1,37 @@
-//! Operands of products of bf16 values: how they are rounded, and how they are laid out.
+//! Operands of products of bf16 values: their rounding and their layout.
 
 use crate::kernels::cpu::gemm::micro::PANEL;
 
-/// The depth of a product is a multiple of this, padded with zeros: the depth of an AMX tile.
+/// The depth of a product is a multiple of this number, padded with zeros. It is the depth of an AMX tile.
 pub(crate) const DEPTH: usize = 32;
 
-/// Rows of an AMX tile. A product may compute so many rows if fewer are wanted.
+/// Rows of an AMX tile. A product may compute this many rows even if fewer are needed.
 pub(crate) const ROWS: usize = 16;
 
-/// The nearest bf16, ties to even, as its bits: the upper half of an f32's.
+/// Rounds to the nearest bf16, ties to even. Returns its bits, the upper half of an f32.
 #[inline(always)]
 pub(crate) fn round(x: f32) -> u16 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-    // Rounding could carry the bits of a NaN over to those of an infinity.
+    // Rounding could turn the bits of a NaN into those of an infinity.
     (if x.is_nan() { (bits >> 16) | 0x40 } else { rounded }) as u16
 }
 
-/// The error of a rounding, which is exact in f32.
+/// Returns the error of a rounding, which is exact in f32.
 #[inline(always)]
 pub(crate) fn rest(x: f32, rounded: u16) -> f32 {
     x - f32::from_bits(u32::from(rounded) << 16)
 }
 
-/// The place of entry (k, column) in a panel. Pairs of rows are interleaved, so that the two values that
-/// one instruction multiplies for a column are adjacent.
+/// Returns the position of entry (k, column) in a panel. Pairs of rows are interleaved, so that the two
+/// values that one instruction multiplies for a column are adjacent.
 #[inline(always)]
 pub(crate) fn place(k: usize, column: usize) -> usize {
     (k / 2 * PANEL + column) * 2 + k % 2
 }
 
-/// One step of a product: the beginning of [`DEPTH`] columns of the left-hand side, and of the rows of the
-/// right-hand side that they are multiplied with.
+/// One step of a product: the first of [`DEPTH`] columns of the left-hand side, and the first of the rows
+/// of the right-hand side by which they are multiplied.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Step {
@@ -41,15 +41,15 @@ pub(crate) struct Step {
 
 /// A product with one panel of columns: `c = a b`, or `c += a b` if `accumulate`.
 ///
-/// `C`, `A` and `B` are slices or pointers: the units of a machine take pointers, whose bounds were
-/// checked.
+/// `C`, `A` and `B` are slices or pointers. The units of a machine take pointers, after the bounds have
+/// been checked.
 ///
-/// Row i of `c` begins at `i * c_row`, and that of the `a` of a step `i * a_row` after the place that the
-/// step names. Pairs of rows of the `b` of a step are `b_row` apart; each holds the two values of [`PANEL`]
-/// columns, adjacent. A sum adds the steps in order, for any number of rows.
+/// Row i of `c` begins at `i * c_row`. In a step, row i of `a` begins `i * a_row` after the step's position
+/// in `a`. Pairs of rows of the step's `b` are `b_row` apart. Each pair holds the two adjacent values of
+/// [`PANEL`] columns. A sum adds the steps in order, for any number of rows.
 ///
-/// `c` and `a` have room for rows up to the next multiple of [`ROWS`]. Such rows of `c` may be
-/// overwritten with any values.
+/// `c` and `a` have room for rows up to the next multiple of [`ROWS`]. The additional rows of `c` may be
+/// overwritten with arbitrary values.
 #[derive(Clone, Copy)]
 pub(crate) struct Product<'a, C, A, B> {
     pub c: C,
@@ -66,7 +66,7 @@ pub(crate) struct Product<'a, C, A, B> {
 /// A product of slices.
 pub(crate) type SliceProduct<'a> = Product<'a, &'a mut [f32], &'a [u16], &'a [u16]>;
 
-/// A product of memory that is known to be large enough.
+/// A product of memory whose size has been checked.
 #[cfg(target_arch = "x86_64")]
 pub(crate) type RawProduct<'a> = Product<'a, *mut f32, *const u16, *const u16>;
 
@@ -92,7 +92,7 @@ impl<'a> SliceProduct<'a> {
 
 #[cfg(target_arch = "x86_64")]
 impl RawProduct<'_> {
-    /// The product of some of the rows.
+    /// Returns the product restricted to some of the rows.
     pub(super) fn some(self, first: usize, rows: usize) -> Self {
         let c = self.c.wrapping_add(first * self.c_row);
         let a = self.a.wrapping_add(first * self.a_row);

@@ -1,11 +1,11 @@
-//! Products of bf16 values by AVX-512's dot products of pairs.
+//! Products of bf16 values with the pairwise dot products of AVX-512.
 
 use std::arch::x86_64::*;
 
 use super::operands::{DEPTH, RawProduct};
 use crate::kernels::cpu::gemm::micro::PANEL;
 
-/// Rows that, with two vectors per row, leave registers for the operands.
+/// Rows of a tile. With two vectors per row, enough registers are left for the operands.
 const ROWS: usize = 14;
 
 /// # Safety
@@ -16,7 +16,7 @@ pub(super) unsafe fn product(operands: RawProduct) {
     macro_rules! of_height {
         ($tile:ident, $($height:literal)*) => {
             match $tile.rows {
-                // SAFETY: passed on.
+                // SAFETY: the caller guarantees the requirements.
                 $($height => unsafe { tile::<$height>($tile) },)*
                 rows => assert!(rows == 0, "a tile of {rows} rows"),
             }
@@ -31,7 +31,7 @@ pub(super) unsafe fn product(operands: RawProduct) {
 }
 
 /// # Safety
-/// As [`product`].
+/// The requirements of [`product`] apply.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn tile<const M: usize>(operands: RawProduct) {
     let RawProduct { c, c_row, a, a_row, b, b_row, steps, accumulate, .. } = operands;

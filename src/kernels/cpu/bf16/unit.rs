@@ -1,5 +1,5 @@
-//! The units that multiply bf16 values: AMX tiles, AVX-512's dot products of pairs, or f32 arithmetic on
-//! the same values. All of them sum in f32.
+//! The units that multiply bf16 values: AMX tiles, the pairwise dot products of AVX-512, or f32
+//! arithmetic on the same values. All of them sum in f32.
 
 use super::emulated;
 use super::operands::SliceProduct;
@@ -15,8 +15,8 @@ pub(crate) fn has_bf16_products() -> bool {
     Unit::detect(Isa::detect()).is_native()
 }
 
-/// A way of this machine to multiply bf16 values. A value is only made after the machine was asked, so it
-/// is safe to use.
+/// A unit of this machine that multiplies bf16 values. A value is created only after the machine's
+/// support was checked, so it is safe to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Unit(Kind);
 
@@ -30,12 +30,13 @@ enum Kind {
 }
 
 impl Unit {
-    /// The fastest unit of this machine, within this instruction set.
+    /// Returns the fastest unit of this machine within this instruction set.
     pub(crate) fn detect(isa: Isa) -> Self {
         Self::of(isa).next().unwrap_or(Self(Kind::Emulated(isa)))
     }
 
-    /// The units of this machine, within this instruction set, the fastest first. Never empty.
+    /// Returns the units of this machine within this instruction set, the fastest first. The iterator is
+    /// never empty.
     fn of(isa: Isa) -> impl Iterator<Item = Self> {
         let native: [Option<Kind>; 2];
         #[cfg(target_arch = "x86_64")]
@@ -59,7 +60,7 @@ impl Unit {
         !matches!(self.0, Kind::Emulated(_))
     }
 
-    /// Returns whether the unit multiplies by tiles.
+    /// Returns whether the unit multiplies with tiles.
     pub(crate) fn has_tiles(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         if self.0 == Kind::Amx {
@@ -74,7 +75,7 @@ impl Unit {
         if let Kind::Emulated(isa) = self.0 { Some(isa) } else { None }
     }
 
-    /// All units of this machine, and AMX even if it must be emulated.
+    /// Returns all units of this machine, and AMX even if it must be emulated.
     #[cfg(test)]
     pub(crate) fn available() -> Vec<Self> {
         let mut found: Vec<_> = Isa::available().into_iter().flat_map(Self::of).collect();
@@ -129,7 +130,7 @@ mod tests {
         ) {
             let (a_row, b_row) = (DEPTH + more_a, 2 * (PANEL + more_b));
             let c_row = PANEL + more_c;
-            // Steps that lie on each other, out of order, at any distance.
+            // Overlapping steps, out of order, at any distance.
             let step = |i: usize| Step { a: (5 * i + 3) % 7, b: 2 * ((3 * i + 1) % 4) };
             let steps: Vec<Step> = (0..count).map(step).collect();
             let room = rows.next_multiple_of(ROWS);

@@ -1,4 +1,4 @@
-//! The interface of the ways to compute a convolution, and the memory that they use.
+//! The interface of convolution algorithms, and the memory that they use.
 
 use std::fmt;
 
@@ -9,8 +9,8 @@ use super::epilogue::Epilogue;
 pub(crate) enum Math {
     /// Products of f32 operands.
     F32,
-    /// Three products of bf16 operands in place of one, accurate to about 16 bits, where that is faster.
-    /// Otherwise the same as [`F32`](Self::F32).
+    /// Three products of bf16 operands in place of one product, accurate to about 16 bits, if that is
+    /// faster. Otherwise the same as [`F32`](Self::F32).
     Bf16x3,
     /// Products of operands rounded to bf16.
     Bf16,
@@ -20,15 +20,15 @@ impl Math {
     pub(crate) const COUNT: usize = Self::Bf16 as usize + 1;
 }
 
-/// A way to compute convolutions of one shape, in one instruction set.
+/// An algorithm for convolutions of one shape, in one instruction set.
 pub(super) trait Algorithm {
-    /// The weights (out, in, k, k), as [`forward`](Self::forward) reads them, in memory of `workspace`.
+    /// Packs the weights (out, in, k, k) for [`forward`](Self::forward), in memory of `workspace`.
     fn pack(&self, weight: &[f32], workspace: &mut Workspace) -> Packed;
 
     /// Writes `y` from `x`.
     fn forward(&self, x: &[f32], weight: &Packed, epilogue: Epilogue<'_>, y: &mut [f32]);
 
-    /// Writes the gradient of `x` to `dx`, or adds it to the values that are there.
+    /// Writes the gradient of `x` to `dx`, or adds it to the values of `dx`.
     fn input_gradient(
         &self,
         dy: &[f32],
@@ -55,12 +55,12 @@ pub(crate) struct Workspace {
     pub(super) packed: Vec<f32>,
     /// Packed weights of bf16 products.
     pub(super) packed_bf16: Vec<u16>,
-    /// Sums, and other values, that are needed only within a call.
+    /// Sums and other values that are needed only within a call.
     pub(super) sums: Vec<f32>,
 }
 
 impl Workspace {
-    /// Memory that was used before.
+    /// Creates a workspace with nonzero content, as if it had been used before.
     #[cfg(test)]
     pub(crate) fn dirty(len: usize) -> Self {
         let values = || vec![f32::NAN; len];
@@ -76,7 +76,7 @@ impl Workspace {
     }
 }
 
-/// The packed weights of a convolution. Their layout is known to the algorithm that packed them.
+/// The packed weights of a convolution. Only the algorithm that packed them knows their layout.
 pub(crate) enum Packed {
     F32(Vec<f32>),
     Bf16(Vec<u16>),
@@ -95,7 +95,7 @@ impl Packed {
 }
 
 impl fmt::Debug for Packed {
-    /// Without the values, of which there may be millions.
+    /// Omits the values, of which there may be millions.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Packed").finish_non_exhaustive()
     }

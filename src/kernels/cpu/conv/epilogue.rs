@@ -5,11 +5,11 @@ use crate::kernels::op::conv::Addends;
 /// The values that are added to the products.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Epilogue<'a> {
-    /// Added to each pixel: (channels).
+    /// Values added to each pixel: (channels).
     pub bias: Option<&'a [f32]>,
-    /// Added to the output.
+    /// Maps or vectors added to the output.
     pub add: Addends<Option<&'a [f32]>>,
-    /// Whether the output is added to the values that are there.
+    /// Whether the output is added to the present values.
     pub accumulate: bool,
 }
 

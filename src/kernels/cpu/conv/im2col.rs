@@ -1,7 +1,7 @@
 //! Convolutions of any kernel and stride as products of patches (im2col).
 //!
-//! The patches of a few rows of an image at a time, which fit in the cache, are multiplied with the
-//! weights. The backward pass makes the patches again.
+//! The patches of a few rows of an image, which fit in the cache, are multiplied by the weights at a time.
+//! The backward pass lays out the patches again.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -17,7 +17,7 @@ use crate::kernels::cpu::memory::sized;
 use crate::kernels::cpu::reduce::PARTS;
 use crate::kernels::op::conv::{ConvShape, Scale};
 
-/// The number of pixels, approximately, whose patches are laid out at a time.
+/// Approximate number of pixels whose patches are laid out at a time.
 const CHUNK_PIXELS: usize = 192;
 
 thread_local! {
@@ -38,33 +38,34 @@ impl Im2col {
         CHUNK_PIXELS.div_ceil(self.shape.w_out).min(self.shape.h_out)
     }
 
-    /// The output rows of an image in chunks.
+    /// Divides the output rows of an image into chunks.
     fn chunks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let (rows, end) = (self.chunk_rows(), self.shape.h_out);
         (0..end).step_by(rows).map(move |first| first..(first + rows).min(end))
     }
 
-    /// Packs the weights (out, in, k, k) as patches are multiplied with them: a row for each value of a
-    /// patch, a column for each output channel.
+    /// Packs the weights (out, in, k, k) for products with patches: one row per value of a patch, one
+    /// column per output channel.
     fn pack_patches(&self, weight: &[f32], memory: &mut Vec<f32>) {
         let (patch, c_out) = (self.shape.patch(), self.shape.c_out);
         pack(weight, (patch, c_out), |k| self.tap(k), |o| o * patch, memory);
     }
 
-    /// As [`pack_patches`](Self::pack_patches), with rows and columns exchanged.
+    /// Packs the transpose of [`pack_patches`](Self::pack_patches).
     fn pack_transposed(&self, weight: &[f32], memory: &mut Vec<f32>) {
         let (patch, c_out) = (self.shape.patch(), self.shape.c_out);
         pack(weight, (c_out, patch), |o| o * patch, |k| self.tap(k), memory);
     }
 
-    /// The place of the weight of a value of a patch in the weights (in, k, k) of an output channel.
+    /// Returns the position, in the weights (in, k, k) of an output channel, of the weight of a value of a
+    /// patch.
     fn tap(&self, value: usize) -> usize {
         let (tap, channel) = (value / self.shape.c_in, value % self.shape.c_in);
         channel * self.shape.taps() + tap
     }
 
-    /// The parts of the patches of output row `oy` that are within the image. For each: its place in the
-    /// patches of the row, its place in the image, and its length.
+    /// Returns the spans of the patches of output row `oy` that lie within the image. Each has a position
+    /// in the patches of the row, a position in the image, and a length.
     fn spans(&self, oy: usize) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
         let g = self.shape;
         let ([h, w], pad, patch) = (g.map(), g.padding(), g.patch());
@@ -92,7 +93,7 @@ impl Im2col {
         })
     }
 
-    /// Calls `f` with the patches of these output rows of an image: a row for each pixel.
+    /// Calls `f` with the patches of these output rows of an image, one row per pixel.
     fn with_patches(&self, x: &[f32], rows: Range<usize>, f: impl FnOnce(Mat)) {
         let ConvShape { w, c_in, w_out, .. } = self.shape;
         let (pixels, patch) = (rows.len() * w_out, self.shape.patch());
@@ -112,8 +113,8 @@ impl Im2col {
         });
     }
 
-    /// Adds the gradient from these output rows of `dy` to that of an image, with the weights transposed:
-    /// a row for each output channel.
+    /// Adds the contribution of these output rows of `dy` to the gradient of an image. The weights are
+    /// transposed: one row per output channel.
     fn add_input_gradient(&self, dx: &mut [f32], dy: Mat, weight: Panels, rows: Range<usize>) {
         let ConvShape { w, c_in, w_out, .. } = self.shape;
         let (pixels, patch) = (rows.len() * w_out, self.shape.patch());
@@ -133,7 +134,7 @@ impl Im2col {
         });
     }
 
-    /// These output rows of the gradient of an image of the output.
+    /// Returns these output rows of the output gradient of an image.
     fn gradient_rows<'a>(&self, dy: &'a [f32], rows: &Range<usize>) -> Mat<'a> {
         let line = self.shape.w_out * self.shape.c_out;
         let dy = &dy[rows.start * line..rows.end * line];
@@ -202,7 +203,7 @@ impl Algorithm for Im2col {
         });
     }
 
-    /// Sums parts of the batch, then the parts in order.
+    /// Sums over each part of the batch, then adds the parts in order.
     fn weight_gradient(
         &self,
         x: &[f32],

@@ -1,4 +1,4 @@
-//! Convolutions: the ways to compute them, and the plan that selects one.
+//! Convolutions: the algorithms, and the plan that selects one.
 
 pub(crate) mod algorithm;
 mod bf16;

@@ -1,4 +1,4 @@
-//! The plan of a convolution: its shape, and the way to compute it, which is selected here alone.
+//! The plan of a convolution: its shape and its algorithm. The algorithm is selected only here.
 
 use std::sync::OnceLock;
 
@@ -10,7 +10,7 @@ use super::winograd::Winograd;
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::op::conv::ConvShape;
 
-/// A convolution on the CPU, ready to be computed. A small value: making one costs a few comparisons.
+/// A convolution on the CPU with its algorithm. Creating this small value costs a few comparisons.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Plan {
     shape: ConvShape,
@@ -25,18 +25,18 @@ enum Way {
     Im2col(Im2col),
 }
 
-/// Returns a way to compute the convolution, if it suits the shape and the arithmetic.
+/// Returns an algorithm for the convolution, if it supports the shape and the arithmetic.
 type Suits = fn(Isa, &ConvShape, Math) -> Option<Way>;
 
-/// The ways to compute a convolution, the fastest first. [`Im2col`] suits everything else. Whether a way
-/// suits does not depend on the batch or the size of the map, so packed weights serve all of them.
+/// The algorithms, the fastest first. [`Im2col`] handles all other cases. The choice does not depend on
+/// the batch or the size of the map, so all of these share packed weights.
 const WAYS: [Suits; 2] = [
     |isa, shape, math| Bf16::suits(isa, shape, math).map(Way::Bf16),
     |isa, shape, math| Winograd::suits(isa, shape, math).map(Way::Winograd),
 ];
 
 impl Plan {
-    /// The first way that suits.
+    /// Selects the first algorithm that supports the shape and the arithmetic.
     pub(crate) fn new(isa: Isa, shape: ConvShape, math: Math) -> Self {
         let way = WAYS.iter().find_map(|suits| suits(isa, &shape, math));
         Self { shape, math, way: way.unwrap_or(Way::Im2col(Im2col { isa, shape })) }
@@ -50,13 +50,13 @@ impl Plan {
         }
     }
 
-    /// Returns whether the products are those of Winograd's method.
+    /// Returns whether the algorithm is Winograd's.
     #[cfg(test)]
     pub(crate) fn is_winograd(&self) -> bool {
         matches!(self.way, Way::Winograd(_))
     }
 
-    /// The same, with bf16 products by another unit.
+    /// Returns the same plan, with bf16 products on another unit.
     #[cfg(test)]
     pub(crate) fn with_unit(self, unit: crate::kernels::cpu::bf16::unit::Unit) -> Self {
         match self.way {
@@ -70,13 +70,13 @@ impl Plan {
         self.shape.output()
     }
 
-    /// The weights (out, in, k, k), as [`forward`](Self::forward) reads them, in memory of `workspace`:
-    /// [`Workspace::unpack`] takes it back.
+    /// Packs the weights (out, in, k, k) for [`forward`](Self::forward), in memory of `workspace`.
+    /// [`Workspace::unpack`] takes the memory back.
     pub(crate) fn pack(&self, weight: &[f32], workspace: &mut Workspace) -> Packed {
         self.algorithm().pack(weight, workspace)
     }
 
-    /// Writes `y` from `x`. The weights may be those that a plan of another batch or size of map packed.
+    /// Writes `y` from `x`. A plan of another batch or size of map may have packed the weights.
     pub(crate) fn forward(
         &self,
         x: &[f32],
@@ -87,7 +87,7 @@ impl Plan {
         self.algorithm().forward(x, weight, epilogue, y);
     }
 
-    /// Writes the gradient of `x` to `dx`, or adds it to the values that are there.
+    /// Writes the gradient of `x` to `dx`, or adds it to the values of `dx`.
     pub(crate) fn input_gradient(
         &self,
         dy: &[f32],
@@ -111,16 +111,17 @@ impl Plan {
     }
 }
 
-/// The packed weights of a layer whose weights do not change, for each kind of arithmetic, once used.
+/// The packed weights of a layer whose weights do not change. They are packed at the first use of each
+/// kind of arithmetic.
 #[derive(Debug, Default)]
 pub(crate) struct PackedOnce([OnceLock<Packed>; Math::COUNT]);
 
 impl PackedOnce {
-    /// The packed weights for a plan, which are packed in the first call.
+    /// Returns the packed weights for a plan. The first call packs them.
     pub(crate) fn get(&self, plan: &Plan, weight: &[f32]) -> &Packed {
         let packed = &self.0[plan.math as usize];
-        // Not packed within `get_or_init`: threads of the pool that wait there for the first one would
-        // keep it from ending. At worst the weights are packed twice.
+        // Not packed within `get_or_init`: packing uses the thread pool, and threads that wait there
+        // would keep it from ending. In the worst case the weights are packed twice.
         match packed.get() {
             Some(weights) => weights,
             None => {

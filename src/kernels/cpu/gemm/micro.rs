@@ -1,6 +1,7 @@
 //! The microkernel: the product of a left-hand side and one packed panel of a right-hand side.
 //!
-//! A tile of the result, up to 14 rows by two vectors, stays in registers while the depth passes by.
+//! A tile of the result, up to 14 rows by two vectors, stays in registers during the loop over the
+//! depth.
 
 use crate::kernels::cpu::simd::{Simd, simd_fn};
 
@@ -17,20 +18,20 @@ pub(crate) struct Left<'a> {
 
 /// A product with one panel of columns: `c = a b`, or `c += a b` if `accumulate`.
 pub(crate) struct PanelProduct<'a> {
-    /// Row i begins at `i * c_row`.
+    /// Row i of the result begins at `i * c_row`.
     pub c: &'a mut [f32],
     pub c_row: usize,
     pub rows: usize,
-    /// `rows` by `depth`.
+    /// The left-hand side, `rows` by `depth`.
     pub a: Left<'a>,
-    /// `depth` by [`PANEL`], row by row.
+    /// The right-hand side, `depth` by [`PANEL`], row by row.
     pub b: &'a [f32],
     pub depth: usize,
     pub accumulate: bool,
 }
 
 simd_fn! {
-    /// Computes a product with one panel. The sum for an element adds in the order of the depth, for any
+    /// Computes a product with one panel. Each sum adds its terms in the order of the depth, for any
     /// number of rows.
     pub(crate) fn panel_product<S>(product: PanelProduct<'_>) {
         let PanelProduct { c, c_row, rows, a, b, depth, accumulate } = product;
@@ -40,7 +41,7 @@ simd_fn! {
         assert!((rows - 1) * c_row + PANEL <= c.len());
         assert!(depth == 0 || (rows - 1) * a.row + (depth - 1) * a.col < a.data.len());
         assert!(depth * PANEL <= b.len());
-        // Tiles of nearly equal height: a last tile of a row or two would waste most of its loads.
+        // Tiles have nearly equal heights: a last tile of one or two rows would waste most of its loads.
         let tiles = rows.div_ceil(S::ROWS);
         for j in (0..PANEL).step_by(2 * S::WIDTH) {
             for tile in 0..tiles {
@@ -87,7 +88,7 @@ unsafe fn tile_product<S: Simd>(rows: usize, tile: Tile) {
         ($($height:literal)*) => {
             match rows {
                 $($height if $height <= S::ROWS => {
-                    // SAFETY: passed on.
+                    // SAFETY: the caller guarantees the requirements.
                     unsafe { fixed_tile::<S, $height>(tile) }
                 })*
                 _ => assert!(rows == 0, "a tile of {rows} rows"),
@@ -97,10 +98,10 @@ unsafe fn tile_product<S: Simd>(rows: usize, tile: Tile) {
     of_height!(1 2 3 4 5 6 7 8 9 10 11 12 13 14)
 }
 
-/// `M` rows and two vectors of columns, all in registers.
+/// Computes `M` rows by two vectors of columns, all in registers.
 ///
 /// # Safety
-/// As [`tile_product`].
+/// The requirements of [`tile_product`] apply.
 #[inline(always)]
 unsafe fn fixed_tile<S: Simd, const M: usize>(tile: Tile) {
     let Tile { c, c_row, mut a, a_row, a_col, mut b, depth, accumulate } = tile;

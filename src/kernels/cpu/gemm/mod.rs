@@ -18,7 +18,7 @@ thread_local! {
     static PANELS: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
 }
 
-/// `c = a b`, or `c += a b` if `accumulate`. Rows of `c` begin `c_row` values apart.
+/// Computes `c = a b`, or `c += a b` if `accumulate`. Rows of `c` begin `c_row` values apart.
 pub(crate) fn gemm(isa: Isa, (c, c_row): (&mut [f32], usize), a: Mat, b: Mat, accumulate: bool) {
     PANELS.with_borrow_mut(|(packed, rest)| {
         let packed = sized(packed, b.rows * PANEL);
@@ -29,7 +29,7 @@ pub(crate) fn gemm(isa: Isa, (c, c_row): (&mut [f32], usize), a: Mat, b: Mat, ac
     });
 }
 
-/// As [`gemm`], with a packed right-hand side.
+/// Computes [`gemm`] with a packed right-hand side.
 pub(crate) fn gemm_packed(
     isa: Isa,
     (c, c_row): (&mut [f32], usize),
@@ -45,7 +45,8 @@ pub(crate) fn gemm_packed(
     });
 }
 
-/// The columns of one panel, from `first` on, of a product with `cols` columns and sums of `depth` terms.
+/// Computes the columns of one panel, from `first` on, of a product with `cols` columns and sums of
+/// `depth` terms.
 fn multiply(
     isa: Isa,
     (c, c_row): (&mut [f32], usize),

@@ -16,13 +16,13 @@ pub(crate) struct Mat<'a> {
 }
 
 impl<'a> Mat<'a> {
-    /// `rows` rows, one after the other.
+    /// Creates a matrix of `rows` contiguous rows.
     pub(crate) fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
         assert_eq!(data.len(), rows * cols);
         Self { data, rows, cols, row_stride: cols, col_stride: 1 }
     }
 
-    /// `rows` rows that begin `row_stride` values apart.
+    /// Creates a matrix of `rows` rows that begin `row_stride` values apart.
     pub(crate) fn with_stride(
         data: &'a [f32],
         rows: usize,
@@ -68,12 +68,12 @@ pub(crate) struct Panels<'a> {
 }
 
 impl<'a> Panels<'a> {
-    /// The panels that [`pack`] wrote to `values`.
+    /// Returns the panels that [`pack`] wrote to `values`.
     pub(crate) fn new(values: &'a [f32], rows: usize, cols: usize) -> Self {
         Self { values, rows, cols }
     }
 
-    /// The panel whose first column this is.
+    /// Returns the panel that begins with column `first`.
     pub(super) fn panel(&self, first: usize) -> &'a [f32] {
         &self.values[first * self.rows..][..self.rows * PANEL]
     }

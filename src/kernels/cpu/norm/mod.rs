@@ -12,15 +12,15 @@ use crate::kernels::cpu::isa::Isa;
 use crate::kernels::op::activation::Activation;
 use crate::kernels::op::norm::NormConfig;
 
-/// Pixels that one thread takes at a time, if the pixels of an image are shared.
+/// Pixels per task, if the pixels of an image are divided among threads.
 const SPAN: usize = 64;
 
-/// The fewest spans that a thread takes.
+/// Returns the minimum number of spans per task.
 fn least(shared: bool) -> usize {
     if shared { 1 } else { usize::MAX }
 }
 
-/// A normalisation of channels-last maps. It works on one image at a time, which then stays in the cache.
+/// A normalisation of channels-last maps. It processes one image at a time, which then stays in the cache.
 /// The backward pass reads the statistics of the forward pass.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Normalization<'a> {
@@ -37,7 +37,7 @@ impl Normalization<'_> {
 
     /// Writes `y` from `x`, both `batch` images, and returns the statistics of each image.
     pub(crate) fn forward(&self, batch: usize, x: &[f32], y: &mut [f32]) -> Vec<Stats> {
-        // If there are fewer images than threads, the pixels of an image are shared.
+        // If there are fewer images than threads, the threads divide the pixels of each image.
         let shared = batch < rayon::current_num_threads();
         let image = x.len() / batch;
         let images = y.par_chunks_mut(image).zip(x.par_chunks(image));
@@ -95,11 +95,11 @@ impl Normalization<'_> {
         (rounded(dweight), rounded(dbias))
     }
 
-    /// The factors of dz, x - mean and 1 in the gradient of x, for each channel, from the gradients of weight
-    /// and bias.
+    /// Computes the factors of dz, x - mean and 1 in the gradient of x, for each channel, from the gradients
+    /// of weight and bias.
     ///
-    /// dx = rstd (weight dz - mean(weight dz) - n mean(weight dz n)), with means over the group and
-    /// n = (x - mean) rstd.
+    /// dx = rstd (weight dz - mean(weight dz) - n mean(weight dz n)), with means over the group and n = (x -
+    /// mean) rstd.
     fn factors(&self, stats: &Stats, sums: &[[f64; 2]], pixels: usize) -> [Vec<f32>; 3] {
         let c = self.weight.len();
         let group = c / self.config.groups;
@@ -122,7 +122,7 @@ impl Normalization<'_> {
         factors
     }
 
-    /// The statistics of each image.
+    /// Computes the statistics of each image.
     pub(crate) fn stats(&self, batch: usize, x: &[f32]) -> Vec<Stats> {
         x.par_chunks(x.len() / batch).map(|x| self.image_stats(x, false)).collect()
     }
@@ -137,8 +137,8 @@ impl Normalization<'_> {
         });
     }
 
-    /// The statistics of an image. Its sums are shared by the threads if `shared`. Their order is the same
-    /// in either case.
+    /// Computes the statistics of an image. If `shared`, the threads divide its sums. The order of the sums
+    /// is the same in either case.
     fn image_stats(&self, x: &[f32], shared: bool) -> Stats {
         let c = self.weight.len();
         let group = c / self.config.groups;

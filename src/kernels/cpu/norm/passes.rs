@@ -3,10 +3,10 @@
 use crate::kernels::cpu::math::sigmoid;
 use crate::kernels::cpu::simd::{Simd, for_channels, simd_fn};
 
-/// Pixels whose sums are taken in f32.
+/// Number of pixels whose sums are taken in f32.
 pub(crate) const RUN: usize = 32;
 
-/// The statistics of an image: mean and 1 / standard deviation of the group of each channel.
+/// The statistics of an image: for each channel, mean and 1 / standard deviation of its group.
 #[derive(Debug)]
 pub(crate) struct Stats {
     pub(super) mean: Vec<f32>,
@@ -14,7 +14,7 @@ pub(crate) struct Stats {
 }
 
 simd_fn! {
-    /// Writes the sums over the pixels of a span, for each channel, of the distances from its mean, or of
+    /// Writes the sums over the pixels of a span, for each channel, of the differences from its mean, or of
     /// their squares.
     pub(super) fn span_sums<S>(sums: &mut [f64], x: &[f32], mean: &[f32], squares: bool) {
         let c = mean.len();
@@ -25,7 +25,7 @@ simd_fn! {
             run.fill(0.0);
             for x in x.chunks_exact(c) {
                 let (run, x, mean) = (run.as_mut_ptr(), x.as_ptr(), mean.as_ptr());
-                // SAFETY: all have a pixel's channels.
+                // SAFETY: all slices have one value per channel.
                 unsafe {
                     for_channels!(i in c, add_distances::<S>(run.add(i), x.add(i), mean.add(i), squares));
                 }
@@ -36,10 +36,10 @@ simd_fn! {
 }
 
 /// # Safety
-/// Each must be good for a vector.
+/// Each pointer must be valid for a vector.
 #[inline(always)]
 unsafe fn add_distances<S: Simd>(sums: *mut f32, x: *const f32, mean: *const f32, squares: bool) {
-    // SAFETY: passed on.
+    // SAFETY: the caller guarantees the requirements.
     unsafe {
         let (sum, n) = (S::load(sums), S::load(x).sub(S::load(mean)));
         let sum = if squares { n.mul_add(n, sum) } else { sum.add(n) };
@@ -66,13 +66,13 @@ impl<'a> Affine<'a> {
         self.scale.len()
     }
 
-    /// The distances of the channels from `first` on from the mean, and the normalised values.
+    /// Returns the differences of the channels from `first` on from the mean, and the normalised values.
     ///
     /// # Safety
-    /// There must be a vector of channels from `first` on.
+    /// A vector of channels must be left from `first` on.
     #[inline(always)]
     unsafe fn apply<S: Simd>(&self, x: S, first: usize) -> (S, S) {
-        // SAFETY: all three have as many channels.
+        // SAFETY: all three slices have the same number of channels.
         unsafe {
             let n = x.sub(S::load(self.mean.as_ptr().add(first)));
             let scale = S::load(self.scale.as_ptr().add(first));
@@ -82,12 +82,12 @@ impl<'a> Affine<'a> {
 }
 
 simd_fn! {
-    /// Writes `y = silu(z)`, or `z` itself, of the normalised `z`.
+    /// Writes `y = silu(z)`, or `y = z`, from the normalised `z`.
     pub(super) fn normalize<S>(y: &mut [f32], x: &[f32], affine: &Affine<'_>, silu: bool) {
         let c = affine.channels();
         for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
             let (y, x) = (y.as_mut_ptr(), x.as_ptr());
-            // SAFETY: `y` and `x` are a pixel's channels.
+            // SAFETY: `y` and `x` have the channels of a pixel.
             unsafe {
                 for_channels!(i in c, normalize_channels::<S>(y, x, affine, i, silu));
             }
@@ -96,7 +96,7 @@ simd_fn! {
 }
 
 /// # Safety
-/// There must be a vector of channels from `first` on.
+/// A vector of channels must be left from `first` on.
 #[inline(always)]
 unsafe fn normalize_channels<S: Simd>(
     y: *mut f32,
@@ -105,7 +105,7 @@ unsafe fn normalize_channels<S: Simd>(
     first: usize,
     silu: bool,
 ) {
-    // SAFETY: passed on.
+    // SAFETY: the caller guarantees the requirements.
     unsafe {
         let (_, z) = affine.apply(S::load(x.add(first)), first);
         let value = if silu { z.mul(sigmoid(z)) } else { z };
@@ -114,8 +114,8 @@ unsafe fn normalize_channels<S: Simd>(
 }
 
 simd_fn! {
-    /// Replaces the gradient of `silu(z)`, if there is an activation, by that of `z`. Writes its sums over the
-    /// pixels of an image: times the distance from the mean, and plain.
+    /// Replaces the gradient of `silu(z)`, if there is an activation, by that of `z`. Writes two sums over the
+    /// pixels of an image: of the gradient times the difference from the mean, and of the gradient.
     pub(super) fn gradient_sums<S>(
         dz: &mut [f32], x: &[f32], affine: &Affine<'_>, silu: bool, sums: &mut [[f64; 2]],
     ) {
@@ -127,7 +127,7 @@ simd_fn! {
             run.fill(0.0);
             for (dz, x) in dz.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
                 let (dz, x, run) = (dz.as_mut_ptr(), x.as_ptr(), run.as_mut_ptr());
-                // SAFETY: `dz` and `x` are a pixel's channels, `run` twice as many values.
+                // SAFETY: `dz` and `x` have the channels of a pixel, and `run` has twice as many values.
                 unsafe {
                     for_channels!(i in c, add_gradient::<S>(dz, x, affine, i, silu, run));
                 }
@@ -141,7 +141,7 @@ simd_fn! {
 }
 
 /// # Safety
-/// There must be a vector of channels from `first` on.
+/// A vector of channels must be left from `first` on.
 #[inline(always)]
 unsafe fn add_gradient<S: Simd>(
     dz: *mut f32,
@@ -151,7 +151,7 @@ unsafe fn add_gradient<S: Simd>(
     silu: bool,
     run: *mut f32,
 ) {
-    // SAFETY: passed on.
+    // SAFETY: the caller guarantees the requirements.
     unsafe {
         let (n, z) = affine.apply(S::load(x.add(first)), first);
         let mut d = S::load(dz.add(first));
@@ -168,8 +168,8 @@ unsafe fn add_gradient<S: Simd>(
 }
 
 simd_fn! {
-    /// Replaces `dz` by `dx` plus `more`: the sum of `dz`, the distance of `x` from the mean, and 1, each
-    /// times a factor of the channel.
+    /// Replaces `dz` by `dx` plus `more`. `dx` is the sum of `dz`, the difference of `x` from the mean, and 1,
+    /// each times a factor of the channel.
     pub(super) fn input_gradient<S>(
         dz: &mut [f32], x: &[f32], mean: &[f32], factors: &[Vec<f32>; 3], more: Option<&[f32]>,
     ) {
@@ -180,7 +180,7 @@ simd_fn! {
         for (pixel, (dz, x)) in dz.chunks_exact_mut(c).zip(x.chunks_exact(c)).enumerate() {
             let more = more.map(|more| more[pixel * c..].as_ptr());
             let (dz, x, mean) = (dz.as_mut_ptr(), x.as_ptr(), mean.as_ptr());
-            // SAFETY: all have a pixel's channels.
+            // SAFETY: all slices have the channels of a pixel.
             unsafe {
                 for_channels!(i in c, input_channels::<S>(dz, x, mean, factors, more, i));
             }
@@ -189,7 +189,7 @@ simd_fn! {
 }
 
 /// # Safety
-/// There must be a vector of channels from `first` on.
+/// A vector of channels must be left from `first` on.
 #[inline(always)]
 unsafe fn input_channels<S: Simd>(
     dz: *mut f32,
@@ -199,7 +199,7 @@ unsafe fn input_channels<S: Simd>(
     more: Option<*const f32>,
     first: usize,
 ) {
-    // SAFETY: passed on.
+    // SAFETY: the caller guarantees the requirements.
     unsafe {
         let [by_dz, by_n, constant] = [
             S::load(factors[0].add(first)),

@@ -1,14 +1,14 @@
-// AdamW, clipping, scaled gradients and the average of the weights, for all weights in three launches, none
-// of which the host waits for.
+// AdamW, gradient clipping, loss scaling and the average of the weights. Three launches update all weights,
+// and the host waits for none of them.
 
-// A weight: addresses of f32, of which the gradient's and the average's may be missing.
+// The tensors of a weight, in f32. The addresses of the gradient and the average may be null.
 struct Weight {
     float *weight, *mean, *square, *average;
     const float *gradient;
     u64 count;
 };
 
-// What a block works on: values of a weight from `first` on, at most CHUNK.
+// The part of a weight that one block updates: at most CHUNK values.
 struct Part {
     u32 weight;
     u32 chunk;
@@ -20,11 +20,11 @@ struct UpdateSettings {
     double beta1, beta2, eps, l2, decoupled;
     double max_norm;
     double ema_decay, ema_warmup;
-    // 0 where gradients are not scaled.
+    // 0 if gradients are not scaled.
     double scaled, growth_factor, growth_interval, backoff_factor, min_scale;
 };
 
-// The state that updates change, and what the present one multiplies with.
+// The state that updates change, and the factors of the present update.
 struct Control {
     double steps, ema_updates;
     double good_updates, skipped, exhausted;
@@ -33,7 +33,7 @@ struct Control {
     float eps, step_size, root_scale, keep, l2, gradient_scale;
 };
 
-// For each block, the sum of squares of its part of the gradient.
+// Computes the sum of squares of each block's part of the gradient.
 extern "C" __global__ void gradient_squares(const Weight *weights, const Part *parts, double *squares) {
     __shared__ double sums[THREADS];
     Weight own = weights[parts[blockIdx.x].weight];
@@ -46,8 +46,9 @@ extern "C" __global__ void gradient_squares(const Weight *weights, const Part *p
     if (threadIdx.x == 0) squares[blockIdx.x] = sum;
 }
 
-// From the squares to what this update does; one block. `scale` is what gradients were multiplied by, and
-// then what the next ones will be; `norm` becomes the gradient's, before it is clipped.
+// Computes the factors of this update from the sums of squares, in one block. `scale` holds the factor by
+// which gradients were multiplied, and is set to the next one. `norm` is set to the norm of the gradient
+// before clipping.
 extern "C" __global__ void begin_update(
     const double *squares, u32 count, UpdateSettings s, const double *learning_rate, Control *control, float *scale,
     float *norm
@@ -60,7 +61,8 @@ extern "C" __global__ void begin_update(
 
     double unscale = s.scaled != 0.0 ? 1.0 / *scale : 1.0;
     double total = sqrt(sum) * unscale;
-    // Above, a gradient's square may be beyond f32, and Adam's mean of it infinite for ever.
+    // For larger norms, the square of a gradient may overflow f32, and Adam's mean of squares would stay
+    // infinite.
     if (!(total < 1e18)) total *= infinite();
     *norm = (float)total;
     bool finite = is_finite(total);
@@ -85,7 +87,7 @@ extern "C" __global__ void begin_update(
         }
     }
     double clip = is_finite(s.max_norm) ? fmin(s.max_norm / (total + 1e-6), 1.0) : 1.0;
-    // A NaN is nobody's least.
+    // `fmin` ignores a NaN, which must not be lost.
     if (total != total) clip = is_finite(s.max_norm) ? not_a_number() : 1.0;
     double decay = s.ema_decay;
     if (s.ema_warmup != 0.0) decay = fmin(decay, (1.0 + c.ema_updates) / (10.0 + c.ema_updates));

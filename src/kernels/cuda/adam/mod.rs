@@ -1,4 +1,4 @@
-//! AdamW, clipping, scaled gradients and averages of weights, decided on the device.
+//! AdamW, gradient clipping, loss scaling and the average of the weights, computed on the device.
 
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{Device, Result, Tensor};
@@ -25,27 +25,27 @@ kernel! { MODULE, "update_weights", UpdateWeights {
     weights: Pointer, parts: Pointer, control: Pointer,
 } }
 
-/// The number of values that a block works on.
+/// Number of values that a block updates.
 const CHUNK: usize = 4096;
 
 const _: () = assert!(holds(MODULE.source, "#define CHUNK 4096\n"));
 
 argument! { MODULE,
-/// What the device is to know of an update.
+/// The settings of updates, as the device reads them.
 #[derive(PartialEq, Default)]
 pub(crate) struct UpdateSettings {
     pub beta1: f64,
     pub beta2: f64,
     pub eps: f64,
-    /// Decay in the gradient, and apart from it.
+    /// L2 decay, which is added to the gradient, and decoupled decay.
     pub l2: f64,
     pub decoupled: f64,
-    /// Infinite not to clip.
+    /// Maximum norm of the gradient; infinite for no clipping.
     pub max_norm: f64,
     pub ema_decay: f64,
-    /// Not 0 for the warm-up of the average.
+    /// Nonzero if the average has a warm-up.
     pub ema_warmup: f64,
-    /// Not 0 where gradients are scaled; the others are the scaler's settings.
+    /// Nonzero if gradients are scaled. The fields after this one are the scaler's settings.
     pub scaled: f64,
     pub growth_factor: f64,
     pub growth_interval: f64,
@@ -53,7 +53,7 @@ pub(crate) struct UpdateSettings {
     pub min_scale: f64,
 } }
 
-/// What updates count: on the device, since there it is decided which ones are skipped.
+/// The counts of updates. The device keeps them, because it decides which updates are skipped.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub(crate) struct Counts {
     pub steps: u64,
@@ -64,11 +64,11 @@ pub(crate) struct Counts {
     pub exhausted: bool,
 }
 
-/// `Control` in `adam.cu`: five counts in f64, then 13 f32 and what fills them up.
+/// The size of `Control` in `adam.cu`: five counts in f64, then 13 f32 and padding.
 const CONTROL_COUNTS: usize = 5;
 const CONTROL_BYTES: usize = (CONTROL_COUNTS + 7) * 8;
 
-/// A weight, and what follows it; all of f32, contiguous, on one device.
+/// A weight with the tensors of its update. All are f32, contiguous and on one device.
 pub(crate) struct WeightUpdate<'a> {
     pub weight: &'a Tensor,
     pub mean: &'a Tensor,
@@ -77,14 +77,14 @@ pub(crate) struct WeightUpdate<'a> {
     pub average: Option<&'a Tensor>,
 }
 
-/// The optimiser's part on a device.
+/// The optimiser's state on a device.
 pub(crate) struct Updater {
     device: Device,
     control: CudaSlice<u8>,
-    /// What gradients are multiplied by, a scalar.
+    /// The factor of the gradients, a scalar.
     scale: Tensor,
     learning_rate: DeviceValue<f64>,
-    /// The addresses that the tables on the device hold, and the tables.
+    /// The addresses in the tables on the device. The tables follow.
     addresses: Vec<u64>,
     weights: CudaSlice<u64>,
     parts: CudaSlice<u32>,
@@ -118,12 +118,12 @@ impl Updater {
         })
     }
 
-    /// What the gradients of the next update are multiplied by, a scalar that updates change.
+    /// The factor of the gradients in the next update, a scalar that updates change.
     pub fn scale(&self) -> &Tensor {
         &self.scale
     }
 
-    /// Waits for the device.
+    /// Reads the counts. Waits for the device.
     pub fn counts(&self) -> Result<Counts> {
         let bytes = Gpu::of(&self.device)?.device.clone_dtoh(&self.control)?;
         let mut counts = [0f64; CONTROL_COUNTS];
@@ -138,13 +138,13 @@ impl Updater {
         Ok(Counts { steps, ema_updates, scale, good_updates, skipped, exhausted })
     }
 
-    /// Writes the learning rate of the next update to the device, unless it is known there.
+    /// Uploads the learning rate of the next update if it has changed.
     pub fn set_learning_rate(&mut self, learning_rate: f64) -> Result<()> {
         let gpu = Gpu::of(&self.device)?;
         self.learning_rate.set(&gpu.stream, learning_rate, |rate, to| gpu.send(rate, to))
     }
 
-    /// One update; gives the gradient's norm, a scalar.
+    /// Makes one update. Returns the norm of the gradient before clipping, a scalar.
     pub fn update(
         &mut self,
         weights: &[WeightUpdate<'_>],
@@ -176,8 +176,8 @@ impl Updater {
         Ok(norm_tensor)
     }
 
-    /// Writes where the weights are to the device, unless it is known there. They are the same ones each
-    /// time, but gradients may lie elsewhere.
+    /// Uploads the addresses of the tensors if they have changed. The weights stay the same, but
+    /// gradients may move.
     fn tabulate(&mut self, gpu: &Gpu, weights: &[WeightUpdate<'_>]) -> Result<()> {
         let optional = |tensor: Option<&Tensor>| {
             tensor.map_or(Ok(Pointer::NONE), |tensor| gpu.pointer(tensor))

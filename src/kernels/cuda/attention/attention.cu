@@ -1,6 +1,6 @@
-// The softmax of attention, and its gradient.
+// The softmax of attention, and its backward pass.
 
-// Softmax of each row, in place. A block for each row.
+// Computes the softmax of each row in place. One block per row.
 extern "C" __global__ void softmax(T *x, u32 columns) {
     __shared__ float shared[THREADS / 32];
     T *row = x + (u64)blockIdx.x * columns;
@@ -13,7 +13,7 @@ extern "C" __global__ void softmax(T *x, u32 columns) {
     for (u32 i = threadIdx.x; i < columns; i += THREADS) row[i] = put(expf(get(row[i]) - most) / sum);
 }
 
-// From the gradient `d` of softmax's output `y` to that of its input, in place.
+// Replaces the gradient `d` of the softmax's output `y` by that of its input.
 extern "C" __global__ void softmax_backward(const T *y, T *d, u32 columns) {
     __shared__ float shared[THREADS / 32];
     y += (u64)blockIdx.x * columns;

@@ -18,7 +18,8 @@ const MODULE: &Module = &Module {
 kernel! { MODULE, "softmax", Softmax { x: Pointer, columns: u32 } }
 kernel! { MODULE, "softmax_backward", SoftmaxBackward { y: Pointer, d: Pointer, columns: u32 } }
 
-/// Attention of all positions to all, of each of a batch; q, k and v lie side by side.
+/// Attention of all positions to all, separately for each image of a batch. q, k and v lie side by
+/// side.
 pub(crate) struct Attention {
     pub precision: Precision,
     pub batch: usize,
@@ -31,7 +32,7 @@ impl Attention {
         Element::of(self.precision)
     }
 
-    /// q, k or v (0, 1 or 2) in memory that holds all three.
+    /// Returns q, k or v (0, 1 or 2) as a part of the memory that holds all three.
     fn part(&self, qkv: &Memory, i: usize) -> Matrix {
         let pointer = qkv.pointer.offset(i * self.channels * self.element().bytes());
         let stride = 3 * self.channels;
@@ -70,7 +71,7 @@ impl Attention {
         )
     }
 
-    /// The share of each position in the output of each.
+    /// Computes the softmax of the scores: the weight of each position in the output of each.
     fn probabilities(&self, gpu: &Gpu, qkv: &Memory) -> Result<Memory> {
         let rows = self.batch * self.positions;
         let scores = gpu.take_for(rows * self.positions, self.element())?;

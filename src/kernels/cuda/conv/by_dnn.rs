@@ -18,7 +18,7 @@ kernel! { MODULE, "upsample_backward", UpsampleBackward {
     dy: Pointer, dx: Pointer, w: u32, channels: u32, accumulate: i32, width: u32, count: u32,
 } }
 
-/// By cuDNN, on maps that are doubled before or after where the convolution doubles them.
+/// Convolutions with cuDNN. If the convolution doubles its input, the maps are doubled in a separate kernel.
 impl Convolution {
     pub(in super::super) fn shape(&self) -> Shape {
         let [h, w] = self.shape.map();
@@ -32,13 +32,13 @@ impl Convolution {
         }
     }
 
-    /// None for products of pixels as they are, which cuBLASLt computes at once.
+    /// Returns `None` for pointwise convolutions, which cuBLASLt computes as one product.
     fn plan(&self, gpu: &Gpu) -> Option<Rc<Plan>> {
         gpu.dnn.as_ref().filter(|_| !self.shape.is_pointwise())?.plan(&self.shape())
     }
 
-    /// Writes one of input, weight and output, or adds to it; false if cuDNN does not. What it refuses once is
-    /// not asked of it again.
+    /// Computes one of input, weight and output from the others, or adds to it. Returns false if cuDNN fails.
+    /// A convolution that fails once is not tried again.
     fn run(
         &self,
         gpu: &Gpu,
@@ -55,14 +55,14 @@ impl Convolution {
         Ok(done)
     }
 
-    /// Memory for the doubled input, if the convolution doubles it.
+    /// Takes memory for the doubled input, if the convolution doubles it.
     fn take_doubled(&self, gpu: &Gpu) -> Result<Option<Memory>> {
         let count = 4 * self.shape.batch * self.shape.input_len();
         let upsamples = self.shape.upsamples();
         upsamples.then(|| gpu.take_for(count, self.element)).transpose()
     }
 
-    /// The doubled input, if the convolution doubles it.
+    /// Computes the doubled input, if the convolution doubles it.
     fn doubled(&self, gpu: &Gpu, x: &Memory) -> Result<Option<Memory>> {
         let Some(doubled) = self.take_doubled(gpu)? else { return Ok(None) };
         let (count, x, y) =
@@ -74,7 +74,7 @@ impl Convolution {
         Ok(Some(doubled))
     }
 
-    /// Writes the output to `y`; false if cuDNN does not.
+    /// Writes the output to `y`. Returns false if cuDNN fails.
     pub(super) fn forward_by_dnn(
         &self,
         gpu: &Gpu,
@@ -88,7 +88,7 @@ impl Convolution {
         self.run(gpu, &plan, Direction::Forward, operands, false)
     }
 
-    /// The gradient of the weights (out, k, k, in), of the maps' type; none if cuDNN does not compute it.
+    /// Computes the gradient of the weights (out, k, k, in), in the maps' type. Returns `None` if cuDNN fails.
     pub(super) fn weight_gradient_by_dnn(
         &self,
         gpu: &Gpu,
@@ -103,7 +103,8 @@ impl Convolution {
         Ok(done.then_some(packed))
     }
 
-    /// Writes the gradient of the input to `dx`, or adds it to what is there; false if cuDNN does not.
+    /// Writes the gradient of the input to `dx`, or adds it to the values of `dx`. Returns false if cuDNN
+    /// fails.
     pub(super) fn input_gradient_by_dnn(
         &self,
         gpu: &Gpu,

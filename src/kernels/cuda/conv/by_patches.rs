@@ -15,10 +15,11 @@ kernel! { MODULE, "scatter_patches", ScatterPatches {
     patches: Pointer, dx: Pointer, s: Sizes, accumulate: i32, width: u32, count: u32,
 } }
 
-/// The bytes of patches that are laid out at a time, at most, unless those of one image are more.
+/// Maximum bytes of patches that are laid out at a time. The patches of one image may exceed it.
 const PATCHES: usize = if cfg!(test) { 4 << 10 } else { 256 << 20 };
 
-/// As products of patches: rows of (kernel, kernel, in) values, one for each output pixel.
+/// Convolutions as products of patches. A patch is a row of (kernel, kernel, in) values for an output
+/// pixel.
 impl Convolution {
     /// The number of images whose patches are laid out at a time.
     fn images_at_a_time(&self) -> usize {
@@ -26,7 +27,7 @@ impl Convolution {
         (PATCHES / image.max(1)).clamp(1, self.shape.batch)
     }
 
-    /// Memory for the patches of so many images.
+    /// Takes memory for the patches of `images` images.
     fn take_patches(&self, gpu: &Gpu, images: usize) -> Result<Memory> {
         gpu.take_for(images * self.pixels() * self.shape.patch(), self.element)
     }
@@ -35,18 +36,19 @@ impl Convolution {
         Matrix::new(packed.pointer, self.shape.c_out, self.shape.patch(), self.element)
     }
 
-    /// The images from `first` on in a map of the input's dimensions.
+    /// Returns the address of image `first` in a map of the input's dimensions.
     fn images_from(&self, map: &Memory, first: usize) -> Pointer {
         map.pointer.offset(first * self.shape.input_len() * self.element.bytes())
     }
 
-    /// The output rows that belong to the patches of images from `first` on.
+    /// Returns the output rows of the patches of images from `first` on.
     fn rows_of(&self, y: &Memory, first: usize, patches: &Matrix) -> Matrix {
         let offset = first * self.pixels() * self.shape.c_out * self.element.bytes();
         Matrix::new(y.pointer.offset(offset), patches.rows, self.shape.c_out, self.element)
     }
 
-    /// Calls `f` with the patches of some images of `x` after the other, and the number of the first image.
+    /// Calls `f` for successive groups of images of `x`, with their patches and the number of the first
+    /// image.
     fn for_patches(
         &self,
         gpu: &Gpu,
@@ -87,7 +89,7 @@ impl Convolution {
         })
     }
 
-    /// The gradient of the weights (out, k, k, in), of f32.
+    /// Computes the gradient of the weights (out, k, k, in), in f32.
     pub(super) fn weight_gradient_by_patches(
         &self,
         gpu: &Gpu,
@@ -104,7 +106,7 @@ impl Convolution {
         Ok(packed)
     }
 
-    /// Writes the gradient of the input to `dx`, or adds it to what is there.
+    /// Writes the gradient of the input to `dx`, or adds it to the values of `dx`.
     pub(super) fn input_gradient_by_patches(
         &self,
         gpu: &Gpu,

@@ -1,18 +1,18 @@
-// Convolutions as products of patches: rows of kernel x kernel x channels values, one for each output
-// pixel. Where `upsample` is set the map is doubled in both directions before.
+// Convolutions as products of patches. A patch is a row of kernel x kernel x channels values for an
+// output pixel. If `upsample` is set, the map is first doubled in both directions.
 
-// Each pixel doubled in both directions; `w` is the width before.
+// Doubles each pixel in both directions. `w` is the width before doubling.
 extern "C" __global__ void upsample(const T *x, T *y, u32 w, u32 channels, u32 width, u32 count) {
     u32 i = global_index() * width;
     if (i >= count) return;
     u32 channel = i % channels;
     u32 pixel = i / channels;
     u32 row = pixel / (2 * w), column = pixel % (2 * w);
-    // Rows of all images are one below the other, and there is an even number of them in each.
+    // The rows of all images are stacked. Each image has an even number of output rows.
     store(y + i, load(x + ((u64)(row / 2) * w + column / 2) * channels + channel, width), width);
 }
 
-// The gradient of that: the sum of the four.
+// The backward pass of `upsample`: sums the gradients of the four copies of each pixel.
 extern "C" __global__ void upsample_backward(
     const T *dy, T *dx, u32 w, u32 channels, int accumulate, u32 width, u32 count
 ) {
@@ -30,7 +30,7 @@ extern "C" __global__ void upsample_backward(
 }
 
 struct Sizes {
-    // Of the input, not doubled.
+    // Of the input before doubling.
     int h, w, channels;
     int h_out, w_out;
     int kernel, stride, upsample;
@@ -50,7 +50,8 @@ extern "C" __global__ void gather_patches(const T *x, T *patches, Sizes s, u32 w
     store(patches + i, inside ? load(x + from, width) : zeros(), width);
 }
 
-// From the gradients of patches to that of the map: what each value went into, added up.
+// Computes the gradient of the map from the gradients of patches: for each value, sums over the
+// patches that contain it.
 extern "C" __global__ void scatter_patches(
     const T *patches, T *dx, Sizes s, int accumulate, u32 width, u32 count
 ) {

@@ -1,4 +1,4 @@
-//! Convolutions: by cuDNN where it has an algorithm, and otherwise by products of patches.
+//! Convolutions: with cuDNN if it has an algorithm, and otherwise as products of patches.
 
 #[cfg(feature = "cudnn")]
 mod by_dnn;
@@ -36,7 +36,7 @@ impl Convolution {
         Self { precision, element: Element::of(precision), shape }
     }
 
-    /// (batch, height, width, out)
+    /// The dimensions of the output: (batch, height, width, out).
     pub fn output(&self) -> [usize; 4] {
         self.shape.output()
     }
@@ -61,13 +61,13 @@ impl Convolution {
         self.shape.h_out * self.shape.w_out
     }
 
-    /// The order of weights (out, in, k, k), which maps have as (out, k, k, in).
+    /// The reordering of weights from (out, in, k, k) to (out, k, k, in).
     fn weights(&self) -> Channels {
         let (channels, pixels) = (self.shape.c_in, self.shape.taps());
         Channels { channels, pixels, count: self.shape.c_out * channels * pixels }
     }
 
-    /// The weights as maps have them.
+    /// Packs the weights as (out, k, k, in) in the maps' type.
     pub fn pack(&self, gpu: &Gpu, weight: &Tensor) -> Result<Memory> {
         let own = self.weights();
         let packed = gpu.take_for(own.count, self.element)?;
@@ -75,7 +75,7 @@ impl Convolution {
         Ok(packed)
     }
 
-    /// The output, with what is added to it.
+    /// Computes the output and adds `added` to it.
     pub fn forward(
         &self,
         gpu: &Gpu,
@@ -107,7 +107,8 @@ impl Convolution {
         own.first(gpu, packed.pointer, gpu.pointer(gradient)?, element)
     }
 
-    /// Writes the gradient of the bias, and returns that of what was added to each image, if it is asked for.
+    /// Writes the gradient of the bias. If requested, also returns the gradient of the values that were added
+    /// to each image.
     pub fn bias_gradient(
         &self,
         gpu: &Gpu,
@@ -124,7 +125,7 @@ impl Convolution {
         Ok(of_images)
     }
 
-    /// Writes the gradient of the input to `dx`, or adds it to what is there.
+    /// Writes the gradient of the input to `dx`, or adds it to the values of `dx`.
     pub fn input_gradient(
         &self,
         gpu: &Gpu,
@@ -140,7 +141,7 @@ impl Convolution {
     }
 }
 
-/// Without cuDNN, none of these.
+/// Stand-ins for a build without cuDNN.
 #[cfg(not(feature = "cudnn"))]
 impl Convolution {
     fn forward_by_dnn(&self, _: &Gpu, _: &Memory, _: &Memory, _: &Memory) -> Result<bool> {

@@ -1,11 +1,11 @@
-// Vectors, their activations and the weights that they are multiplied with.
+// Activations of vectors, sinusoids of timesteps, and casts of weights.
 
 extern "C" __global__ void cast(const float *x, T *y, u32 count) {
     u32 i = global_index();
     if (i < count) y[i] = put(x[i]);
 }
 
-// [sin | cos] of each timestep times `half` geometrically falling frequencies.
+// Computes [sin | cos] of each timestep times `half` geometrically falling frequencies.
 extern "C" __global__ void sinusoids(const u32 *t, T *y, u32 half, double decay, u32 count) {
     u32 i = global_index();
     if (i >= count) return;

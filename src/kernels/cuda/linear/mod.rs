@@ -29,7 +29,7 @@ kernel! { MODULE, "activate_backward", ActivateBackward {
     x: Pointer, d: Pointer, f: i32, count: u32,
 } }
 
-/// The sines and cosines of timesteps (batch) of u32: (batch, 2 half).
+/// Computes the sines and cosines of timesteps (batch) in u32: (batch, 2 half).
 pub(crate) fn sinusoids(
     gpu: &Gpu,
     t: &Tensor,
@@ -44,14 +44,14 @@ pub(crate) fn sinusoids(
     Ok(y)
 }
 
-/// A linear layer of activated vectors (batch, in).
+/// A linear layer, applied to activated vectors (batch, in).
 pub(crate) struct LinearLayer<'a> {
     pub precision: Precision,
     pub batch: usize,
     /// (out, in)
     pub weight: &'a Tensor,
     pub bias: &'a Tensor,
-    /// Of the vectors before the layer: 0 for none, 1 for SiLU, 2 for GELU.
+    /// The activation of the input vectors: 0 for none, 1 for SiLU, 2 for GELU.
     pub activation: i32,
 }
 
@@ -64,7 +64,7 @@ impl LinearLayer<'_> {
         self.weight.dims2()
     }
 
-    /// The weights as values of maps.
+    /// Converts the weights to the maps' type.
     fn weights(&self, gpu: &Gpu) -> Result<(Memory, Matrix)> {
         let (element, (output, input)) = (self.element(), self.sizes()?);
         let count = output * input;
@@ -100,7 +100,7 @@ impl LinearLayer<'_> {
         Ok(y)
     }
 
-    /// The gradient of the input; writes those of weight and bias.
+    /// Returns the gradient of the input, and writes those of weight and bias.
     pub fn backward(
         &self,
         gpu: &Gpu,
@@ -115,7 +115,7 @@ impl LinearLayer<'_> {
         let (transposed, activated) = ((d, As::Transposed), (activated, As::Stored));
         gpu.blas.multiply(self.precision, transposed, activated, gradient, How::PLAIN)?;
 
-        // The batch as pixels of one image.
+        // The batch is summed like the pixels of one image.
         let sums = (gpu.pointer(d_bias)?, None);
         sums_by_image(gpu, dy, [1, self.batch, output], sums, element)?;
 

@@ -1,7 +1,8 @@
-// Maps and vectors, value by value.
+// Elementwise operations on maps and vectors.
 
-// (batch, channels, pixels) of f32 to (batch, pixels, channels): images to maps, and weights (out, in,
-// kernel, kernel) to the rows (out, kernel, kernel, in) that patches are multiplied with.
+// Moves the channels of f32 (batch, channels, pixels) to (batch, pixels, channels). Converts images to maps,
+// and weights (out, in, kernel, kernel) to the rows (out, kernel, kernel, in) by which patches are
+// multiplied.
 extern "C" __global__ void images_to_map(const float *x, T *y, u32 channels, u32 pixels, u32 count) {
     u32 i = global_index();
     if (i >= count) return;
@@ -10,7 +11,7 @@ extern "C" __global__ void images_to_map(const float *x, T *y, u32 channels, u32
     y[i] = put(x[(image * channels + channel) * pixels + pixel]);
 }
 
-// And back: maps, and gradients of weights.
+// The inverse, for maps and for gradients of weights.
 extern "C" __global__ void map_to_images(const T *x, float *y, u32 channels, u32 pixels, u32 count) {
     u32 i = global_index();
     if (i >= count) return;
@@ -27,7 +28,7 @@ extern "C" __global__ void add(T *sum, const T *more, u32 width, u32 count) {
     store(sum + i, values, width);
 }
 
-// Adds to a map what there is of a bias, values for each image and channel, and another map.
+// Adds to a map any of: a bias, values per image and channel, and another map.
 extern "C" __global__ void add_to_map(
     T *y, const float *bias, const T *per_image, const T *residual, u32 channels, u32 pixels, u32 width,
     u32 count
@@ -79,8 +80,8 @@ extern "C" __global__ void split(
     store(to, load(y + i, width), width);
 }
 
-// Of each image, the sums over its pixels: (batch, channels). A block for each image (in x) and 32 widths of
-// channels (in y), its threads in as many rows of pixels as there are.
+// Computes the sums over the pixels of each image: (batch, channels). One block per image (in x) and per 32
+// widths of channels (in y). Its threads are divided over rows of pixels.
 extern "C" __global__ void sums_by_image(
     const T *x, float *sums, T *also, u32 channels, u32 pixels, u32 width
 ) {
@@ -100,7 +101,7 @@ extern "C" __global__ void sums_by_image(
     });
 }
 
-// The sums over `count` rows of `columns` values. Blocks of 32 columns by 8 rows.
+// Computes the sums over `count` rows of `columns` values. Blocks have 32 columns by 8 rows.
 extern "C" __global__ void column_sums(const float *x, float *sums, u32 columns, u32 count) {
     __shared__ double rows[8][33];
     u32 column = blockIdx.x * 32 + threadIdx.x;

@@ -1,4 +1,4 @@
-//! Feature maps value by value: to images and back, sums, concatenation, the factors of dropout.
+//! Elementwise operations on feature maps: conversion to and from images, sums, concatenation, dropout.
 
 use candle_core::{Result, Tensor};
 
@@ -40,7 +40,7 @@ kernel! { MODULE, "column_sums", ColumnSums {
     x: Pointer, sums: Pointer, columns: u32, count: u32,
 } }
 
-/// Images, or weights, whose channels are moved: each of `count / (channels pixels)` from (channels, pixels) of
+/// A move of the channels of images or weights: `count / (channels pixels)` items, from (channels, pixels) in
 /// f32 to (pixels, channels) of a map, or back.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Channels {
@@ -65,7 +65,7 @@ impl Channels {
     }
 }
 
-/// The map of images (batch, channels, height, width) of f32.
+/// Converts images (batch, channels, height, width) in f32 to a map.
 pub(crate) fn images_to_map(gpu: &Gpu, x: &Tensor, element: Element) -> Result<Memory> {
     let (x, (_, channels, h, w)) = (x.contiguous()?, x.dims4()?);
     let count = x.elem_count();
@@ -75,7 +75,7 @@ pub(crate) fn images_to_map(gpu: &Gpu, x: &Tensor, element: Element) -> Result<M
     Ok(y)
 }
 
-/// The images (batch, channels, height, width) of a map, in f32.
+/// Converts a map to images (batch, channels, height, width) in f32.
 pub(crate) fn map_to_images(
     gpu: &Gpu,
     x: &Memory,
@@ -88,7 +88,7 @@ pub(crate) fn map_to_images(
     Ok(images)
 }
 
-/// Adds `more` to `sum`, maps of `count` values.
+/// Adds `more` to `sum`, both maps of `count` values.
 pub(crate) fn add(
     gpu: &Gpu,
     sum: &Memory,
@@ -112,7 +112,7 @@ pub(super) fn add_at(
     gpu.launch(element, each_of(count, width)?, add)
 }
 
-/// Each channel of each image times its factor in `mask` (batch, channels).
+/// Multiplies each channel of each image by its factor in `mask` (batch, channels).
 pub(crate) fn scale_maps(
     gpu: &Gpu,
     x: &Memory,
@@ -137,7 +137,7 @@ pub(crate) fn scale_maps(
     Ok(y)
 }
 
-/// The channels of both maps, of so many pixels in all, one after the other.
+/// Concatenates the channels of two maps. `pixels` is the number of pixels in the batch.
 pub(crate) fn concatenate(
     gpu: &Gpu,
     [a, b]: [&Memory; 2],
@@ -155,7 +155,7 @@ pub(crate) fn concatenate(
     Ok(y)
 }
 
-/// The opposite of [`concatenate`].
+/// The inverse of [`concatenate`].
 pub(crate) fn split(
     gpu: &Gpu,
     y: &Memory,
@@ -176,7 +176,7 @@ pub(crate) fn split(
     Ok(parts)
 }
 
-/// What is added to the output of a convolution or a linear layer.
+/// The values that are added to the output of a convolution or a linear layer.
 pub(crate) struct Added<'a> {
     pub bias: &'a Tensor,
     /// Vectors (batch, channels).
@@ -185,7 +185,7 @@ pub(crate) struct Added<'a> {
 }
 
 impl Added<'_> {
-    /// Adds it to a map (batch, pixels, channels).
+    /// Adds the values to a map (batch, pixels, channels).
     pub(super) fn add_to(
         &self,
         gpu: &Gpu,
@@ -210,8 +210,8 @@ impl Added<'_> {
     }
 }
 
-/// Writes the sums over the pixels of each image, (batch, channels) of f32, and the same as values of maps where
-/// that is asked for.
+/// Writes the sums over the pixels of each image, (batch, channels) in f32. If requested, also writes them in
+/// the maps' type.
 pub(super) fn sums_by_image(
     gpu: &Gpu,
     x: &Memory,

@@ -1,4 +1,4 @@
-//! GroupNorm with the activation that follows it.
+//! GroupNorm, with the activation that follows it.
 
 use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
 use candle_core::{Result, Tensor};
@@ -36,7 +36,7 @@ argument! { MODULE, struct Sizes {
     f: i32, channels: u32, pixels: u32, groups: u32, width: u32, count: u32,
 } }
 
-/// The mean and the reciprocal deviation of each group.
+/// The mean and the reciprocal standard deviation of each group.
 pub(crate) struct NormStatistics(Memory);
 
 /// A normalisation of maps (batch, height, width, channels).
@@ -63,7 +63,7 @@ impl Norm<'_> {
         Sizes { f, channels: channels as u32, pixels, groups, width, count: self.count() as u32 }
     }
 
-    /// The addresses of weight and bias, and the sizes of a launch for these maps.
+    /// Returns the addresses of weight and bias, and the sizes of a launch for these maps.
     fn layer(&self, gpu: &Gpu, maps: [Pointer; 3]) -> Result<([Pointer; 2], Sizes)> {
         let vectors = [gpu.pointer(self.weight)?, gpu.pointer(self.bias)?];
         let width = self
@@ -72,12 +72,12 @@ impl Norm<'_> {
         Ok((vectors, self.sizes(width)))
     }
 
-    /// One block for each image and group.
+    /// Launches one block for each image and group.
     fn blocks(&self) -> LaunchConfig {
         blocks_of((self.dims[0] as u32, self.config.groups as u32), (THREADS, 1))
     }
 
-    /// The normalised and activated map.
+    /// Computes the normalised and activated map.
     pub fn forward(&self, gpu: &Gpu, x: &Memory) -> Result<(Memory, NormStatistics)> {
         let y = gpu.take_for(self.count(), self.element)?;
         let own = gpu.take_for(self.dims[0] * self.config.groups * 2, Element::F32)?;
@@ -88,7 +88,7 @@ impl Norm<'_> {
         Ok((y, NormStatistics(own)))
     }
 
-    /// The same map once more, from its statistics.
+    /// Computes the same map again from its statistics.
     pub fn again(&self, gpu: &Gpu, x: &Memory, statistics: &NormStatistics) -> Result<Memory> {
         let y = gpu.take_for(self.count(), self.element)?;
         let (x, y_at, statistics) = (x.pointer, y.pointer, statistics.0.pointer);
@@ -98,7 +98,7 @@ impl Norm<'_> {
         Ok(y)
     }
 
-    /// Makes the gradient `d` of the output that of the input, adds `more` to it, and writes the gradients of
+    /// Replaces the gradient `d` of the output by that of the input plus `more`. Writes the gradients of
     /// weight and bias.
     pub fn backward(
         &self,

@@ -1,20 +1,20 @@
-// GroupNorm and what follows it. A block for each image (in x) and group (in y).
+// GroupNorm, with the activation that follows it. One block per image (in x) and group (in y).
 
 #define EPS 1e-5f
 
-// The activation, the sizes of the maps, and the number of values that a thread takes at once.
+// The activation, the sizes of the maps, and the number of values that a thread handles at once.
 struct Sizes {
     int f;
     u32 channels, pixels, groups, width, count;
 };
 
-// Where a block's group lies.
+// The position of a block's group.
 struct Group {
     u32 first, size, channels, pixels, width;
     u64 image;
-    // Calls `body` for `width` values a thread, with where they begin, and the first one's channel.
+    // Calls `body` for `width` values per thread, with their position and the first channel.
     template <class F> __device__ void each(F body) const {
-        // Not by a division each: they would take longer than memory does.
+        // A division per iteration would take longer than the memory accesses.
         u32 packs = size / width, own = threadIdx.x % packs, pixel = threadIdx.x / packs;
         while (pixel < pixels) {
             u32 channel = first + own * width;
@@ -34,7 +34,7 @@ __device__ inline Group group_of_block(Sizes s) {
     return {blockIdx.y * size, size, s.channels, s.pixels, s.width, (u64)blockIdx.x * s.pixels * s.channels};
 }
 
-// Normalised and activated.
+// Normalises and activates values.
 __device__ inline Values normalized(
     Values x, float mean, float rstd, const float *weight, const float *bias, Sizes s
 ) {
@@ -43,7 +43,8 @@ __device__ inline Values normalized(
     return x;
 }
 
-// The normalised and activated map, and each group's mean and reciprocal deviation: (batch, groups, 2).
+// Computes the normalised and activated map, and each group's mean and reciprocal standard deviation:
+// (batch, groups, 2).
 extern "C" __global__ void normalize(
     const T *x, T *y, const float *weight, const float *bias, float *statistics, Sizes s
 ) {
@@ -56,7 +57,7 @@ extern "C" __global__ void normalize(
         EACH(k) sum += values.at[k];
     });
     float mean = block_sum(sum, shared) / count;
-    // In a second pass: the difference of two large sums would cancel.
+    // Squares about the mean need a second pass: the difference of two large sums would cancel.
     sum = 0.0f;
     group.each([&](u64 at, u32) {
         Values values = load(x + at, width);
@@ -74,7 +75,7 @@ extern "C" __global__ void normalize(
     });
 }
 
-// The same map once more.
+// Computes the same map again from its statistics.
 extern "C" __global__ void normalize_again(
     const T *x, T *y, const float *weight, const float *bias, const float *statistics, Sizes s
 ) {
@@ -87,8 +88,8 @@ extern "C" __global__ void normalize_again(
     store(y + i, normalized(values, own[0], own[1], weight + channel, bias + channel, s), width);
 }
 
-// Makes the gradient `d` of the output that of the input, adding `more` where it is given; and sums up,
-// for each image and channel, what the gradients of weight and bias are the sums of over images.
+// Replaces the gradient `d` of the output by that of the input, plus `more` if it is given. Also
+// computes the gradients of weight and bias per image and channel, which are then summed over images.
 extern "C" __global__ void normalize_backward(
     const T *x, T *d, const T *more, const float *weight, const float *bias, const float *statistics,
     float *for_weight, float *for_bias, Sizes s
@@ -101,7 +102,7 @@ extern "C" __global__ void normalize_backward(
     const float *own = statistics + 2 * ((u64)blockIdx.x * gridDim.y + blockIdx.y);
     float mean = own[0], rstd = own[1];
 
-    // As many channels at a time as fit, each with as many threads as fit.
+    // Handles as many channels at a time as fit, and divides the threads among them.
     float of_x = 0.0f, of_d = 0.0f;
     for (u32 begin = 0; begin < group.size; begin += THREADS * width) {
         u32 left = (group.size - begin) / width, packs = left < THREADS ? left : THREADS;

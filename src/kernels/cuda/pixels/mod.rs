@@ -1,4 +1,4 @@
-//! The arithmetic of the diffusion process on images of f32.
+//! The arithmetic of the diffusion process on images in f32.
 
 use candle_core::{DType, Result, Tensor};
 
@@ -27,8 +27,8 @@ kernel! { MODULE, "squared_error", SquaredError {
 } }
 kernel! { MODULE, "total", Total { x: Pointer, scale: f64, y: Pointer, count: u64 } }
 
-/// Whether the functions here take these: f32 on one CUDA device, contiguous, of one shape, not empty,
-/// with no gradient to pass on.
+/// Returns whether the functions of this module accept these tensors: f32 on one CUDA device,
+/// contiguous, of one shape, not empty, and not tracked for gradients.
 pub(crate) fn are_plain(tensors: &[&Tensor]) -> bool {
     let Some(first) = tensors.first() else { return false };
     first.device().is_cuda()
@@ -42,8 +42,8 @@ pub(crate) fn are_plain(tensors: &[&Tensor]) -> bool {
         })
 }
 
-/// `a x + b y` with the factors of each image's timestep `t` (batch), from `table`; with the second
-/// negated where that is asked for. NaN where there is no such timestep.
+/// Computes `a x + b y`, with the factors of each image's timestep `t` (batch) from `table`. The
+/// second factor can be negated. A timestep out of range gives NaN.
 pub(crate) fn mix(
     x: &Tensor,
     y: &Tensor,
@@ -71,7 +71,7 @@ pub(crate) fn mix(
     Ok(tensor)
 }
 
-/// `a x + b y`.
+/// Computes `a x + b y`.
 pub(crate) fn combine(x: &Tensor, a: f64, y: &Tensor, b: f64) -> Result<Tensor> {
     let gpu = Gpu::of(x.device())?;
     let (tensor, sum) = gpu.tensor(x.dims())?;
@@ -81,14 +81,14 @@ pub(crate) fn combine(x: &Tensor, a: f64, y: &Tensor, b: f64) -> Result<Tensor> 
     Ok(tensor)
 }
 
-/// Adds `more` to `sum`, in place.
+/// Adds `more` to `sum` in place.
 pub(crate) fn add_to(sum: &Tensor, more: &Tensor) -> Result<()> {
     let gpu = Gpu::of(sum.device())?;
     let count = sum.elem_count();
     add_at(&gpu, gpu.pointer(sum)?, gpu.pointer(more)?, count, Element::F32)
 }
 
-/// Each value that is below `low` or above `high` becomes that limit.
+/// Replaces values below `low` by `low`, and values above `high` by `high`.
 pub(crate) fn clamp(x: &Tensor, low: f32, high: f32) -> Result<Tensor> {
     let gpu = Gpu::of(x.device())?;
     let (tensor, y) = gpu.tensor(x.dims())?;
@@ -97,8 +97,8 @@ pub(crate) fn clamp(x: &Tensor, low: f32, high: f32) -> Result<Tensor> {
     Ok(tensor)
 }
 
-/// `scale` times the sum of the squares of `output - target`, and its gradient with respect to
-/// `output`, times the scalar `gradient_scale`, where it is given.
+/// Computes `scale` times the sum of the squares of `output - target`, and its gradient with respect
+/// to `output`. The gradient is multiplied by the scalar `gradient_scale`, if it is given.
 pub(crate) fn squared_error(
     output: &Tensor,
     target: &Tensor,

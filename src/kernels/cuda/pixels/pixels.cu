@@ -1,7 +1,8 @@
-// The arithmetic of the diffusion process on images of f32.
+// The arithmetic of the diffusion process on images in f32.
 
-// a x + b y, with the factors of each image's timestep: `table` (timesteps, 2), the second negated where
-// `negate` is set. NaN for a timestep that there is none of: to refuse it would wait for the device.
+// Computes a x + b y with the factors of each image's timestep from `table` (timesteps, 2). `negate`
+// negates the second factor. A timestep out of range gives NaN, because returning an error would wait
+// for the device.
 extern "C" __global__ void mix(
     const float *x, const float *y, const u32 *t, const float *table, u32 timesteps, float *sum, int negate,
     u64 image, u64 count
@@ -26,12 +27,12 @@ extern "C" __global__ void combine(
 
 extern "C" __global__ void clamp(const float *x, float low, float high, float *y, u64 count) {
     u64 i = global_index();
-    // A NaN stays one.
+    // NaN stays NaN.
     if (i < count) y[i] = x[i] < low ? low : x[i] > high ? high : x[i];
 }
 
-// The gradient of a squared error, times `scale` where that is given, and the sums of squares of THREADS
-// values each.
+// Computes the gradient of a squared error, times `scale` if it is given, and the sums of squares of
+// THREADS values each.
 extern "C" __global__ void squared_error(
     const float *output, const float *target, float factor, const float *scale, float *gradient, float *squares,
     u64 count
@@ -44,7 +45,7 @@ extern "C" __global__ void squared_error(
     if (threadIdx.x == 0) squares[blockIdx.x] = sum;
 }
 
-// `scale` times the sum of all. One block.
+// Computes `scale` times the sum of all values, in one block.
 extern "C" __global__ void total(const float *x, double scale, float *y, u64 count) {
     __shared__ double sums[THREADS];
     double sum = 0.0;

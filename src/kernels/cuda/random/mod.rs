@@ -1,4 +1,4 @@
-//! Random numbers, from the counters that the CPU uses.
+//! Random numbers, from the same counters as on the CPU.
 
 use candle_core::{Result, Tensor};
 
@@ -25,8 +25,8 @@ kernel! { MODULE, "integers", #[cfg(test)] Integers {
     y: Pointer, seed: u64, place: u64, step: Pointer, sample: u32, count: u32,
 } }
 
-/// Standard normals of shape (batch, ...), from the counters at this address: each sample has its own, and
-/// the batch begins at number `first`.
+/// Draws standard normals of shape (batch, ...) from the counters at this address. Each sample has its own
+/// counters. The batch begins with sample number `first`.
 pub(crate) fn normals(gpu: &Gpu, address: Address, first: u32, shape: &[usize]) -> Result<Tensor> {
     let (tensor, y) = gpu.tensor(shape)?;
     let batch = shape.first().copied().unwrap_or(0);
@@ -40,7 +40,8 @@ pub(crate) fn normals(gpu: &Gpu, address: Address, first: u32, shape: &[usize]) 
     Ok(tensor)
 }
 
-/// The mask (batch, channels) of a dropout at this address, from the sample `first` on.
+/// Draws the mask (batch, channels) of the dropout at this address. The batch begins with sample number
+/// `first`.
 pub(crate) fn dropout_mask(
     gpu: &Gpu,
     address: Address,
@@ -74,7 +75,7 @@ mod tests {
     use super::*;
     use crate::random::{Noise, Purpose};
 
-    /// The integers that random numbers are made of, from `count` counters of a sample.
+    /// Draws the integers from which random numbers are made, from `count` counters of a sample.
     fn integers(gpu: &Gpu, address: Address, sample: u32, count: usize) -> Result<Vec<u32>> {
         let (tensor, y) = gpu.tensor_of::<u32>(&[4 * count])?;
         let Address { seed, place, step } = address;

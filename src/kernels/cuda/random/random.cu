@@ -1,4 +1,4 @@
-// Random numbers: Philox4x32-10 (Salmon et al. 2011), from the counters that the CPU uses.
+// Random numbers: Philox4x32-10 (Salmon et al. 2011), from the same counters as on the CPU.
 
 __device__ inline void philox(u32 c[4], u32 k0, u32 k1) {
     for (int round = 0; round < 10; ++round) {
@@ -13,13 +13,13 @@ __device__ inline void philox(u32 c[4], u32 k0, u32 k1) {
     }
 }
 
-// The upper half of a counter: a purpose and an index, and the step, which is read from the device so that
-// a captured launch draws other numbers each time.
+// The upper half of a counter: purpose, index and step. The step is read from the device, so that a captured launch
+// draws new numbers each time.
 __device__ inline u64 placed(u64 place, const u64 *step) { return place | (*step & 0xffffffffffull); }
 
 __device__ inline double uniform(u32 word) { return (word + 0.5) / 4294967296.0; }
 
-// Four integers for each of `count` counters of a stream.
+// Draws four integers from each of `count` counters of a stream.
 extern "C" __global__ void integers(u32 *y, u64 seed, u64 place, const u64 *step, u32 sample, u32 count) {
     u32 i = global_index();
     if (i >= count) return;
@@ -29,8 +29,9 @@ extern "C" __global__ void integers(u32 *y, u64 seed, u64 place, const u64 *step
     for (int k = 0; k < 4; ++k) y[4 * (u64)i + k] = c[k];
 }
 
-// Standard normals (batch, size), four from each counter (Box and Muller 1958): each sample from `first` on has its own
-// stream. A block's threads for counters, blocks in x for samples, and in y for what is more than a block.
+// Draws standard normals (batch, size), four from each counter (Box and Muller 1958). Each sample from `first` on has
+// its own stream. Threads correspond to counters, blocks in x to samples, and blocks in y to further counters of a
+// sample.
 extern "C" __global__ void normals(float *y, u64 seed, u64 place, const u64 *step, u32 first, u32 size) {
     u32 i = blockIdx.y * blockDim.x + threadIdx.x;
     if (4 * (u64)i >= size) return;
@@ -47,7 +48,7 @@ extern "C" __global__ void normals(float *y, u64 seed, u64 place, const u64 *ste
     }
 }
 
-// A dropout mask (batch, channels): 0 with probability p, and `keep` otherwise.
+// Draws a dropout mask (batch, channels): 0 with probability p, and `keep` otherwise.
 extern "C" __global__ void dropout_mask(
     T *y, u64 seed, u64 place, const u64 *step, u32 first_sample, double p, float keep, u32 channels, u32 count
 ) {

@@ -1,10 +1,10 @@
-//! Tile registers for tests on a machine that has none. There, each tile instruction raises a fault. This
-//! handler of the fault emulates the instruction (Intel's "Architectures Software Developer's Manual", volume
-//! 2), then continues after it.
+//! Emulated tile registers, for tests on machines without them. There, each tile instruction raises a fault.
+//! The handler in this module decodes and emulates the instruction (Intel's "Architectures Software
+//! Developer's Manual", volume 2), and continues after it.
 //!
-//! An instruction that a machine would refuse ends the process: operands of other shapes than the configured
-//! ones, tiles named twice, a configuration with reserved bits. A library decodes the instructions, so that a
-//! mistake in an encoding is not made twice.
+//! Instructions that a machine would reject end the process: operands whose shapes differ from the configured
+//! ones, repeated tiles, or a configuration with reserved bits. A library decodes the instructions, so that
+//! an encoding error in the kernels is not repeated here.
 
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
@@ -16,7 +16,7 @@ use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Register};
 
 use super::Config;
 
-/// The most bytes of a row of a tile, and the most rows.
+/// Maximum bytes per row of a tile, and maximum number of rows.
 const ROW: usize = 64;
 const ROWS: usize = 16;
 const LONGEST_INSTRUCTION: usize = 15;
@@ -34,16 +34,16 @@ thread_local! {
     /// The registers of this thread, once they are configured.
     static TILES: Cell<Option<[Tile; 8]>> = const { Cell::new(None) };
 
-    /// Makes `tdpbf16ps` of this thread add columns that do not belong together, as no machine should.
+    /// Makes `tdpbf16ps` of this thread add the wrong columns, to test that such tiles are rejected.
     pub static WRONG: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Returns whether tile instructions are emulated from now on. They are not if the process may not handle
-/// faults.
+/// Installs the handler. Returns whether tile instructions are emulated from now on. They are not if the
+/// process may not handle faults.
 pub fn install() -> bool {
     static INSTALLED: OnceLock<bool> = OnceLock::new();
     *INSTALLED.get_or_init(|| {
-        // The tables of the decoder are made at its first use, which should not be in the handler.
+        // The first use of the decoder builds its tables, which should not happen in the handler.
         _ = Decoder::new(64, &[0x90], DecoderOptions::NONE).decode();
         // SAFETY: a zeroed `sigaction` has no flags and no blocked signals. The handler has the type that
         // `SA_SIGINFO` requires.
@@ -100,7 +100,7 @@ extern "C" fn on_fault(_: c_int, _: *mut libc::siginfo_t, context: *mut c_void) 
 
 /// Ends the process, because a handler cannot unwind.
 fn fail(instruction: &Instruction, why: &str) -> ! {
-    // If the message cannot be written, the process still ends.
+    // If the message cannot be written, the process ends without it.
     _ = writeln!(std::io::stderr(), "{:?}: {why}", instruction.code());
     std::process::abort()
 }
@@ -114,7 +114,7 @@ unsafe fn execute(
     let code = instruction.code();
     let base = general(instruction.memory_base()).unwrap_or(0);
     let start = base.wrapping_add(instruction.memory_displacement64() as usize);
-    // The index is the distance of rows.
+    // The index register holds the distance between rows.
     let step = general(instruction.memory_index()).unwrap_or(0)
         * instruction.memory_index_scale() as usize;
     let row = |i: usize| start.wrapping_add(i * step) as *mut u8;
@@ -193,7 +193,8 @@ fn configured(config: &Config) -> Result<Option<[Tile; 8]>, &'static str> {
     Ok(Some(tiles))
 }
 
-/// `tdpbf16ps`: pairs of bf16, the even and the odd ones summed apart, both sums added at last.
+/// Emulates `tdpbf16ps` on pairs of bf16 values. The even and the odd products are summed separately, and
+/// both sums are added at the end.
 fn multiplied(mut to: Tile, a: &Tile, b: &Tile) -> Result<Tile, &'static str> {
     let whole = [to, *a, *b].iter().all(|tile| tile.rows > 0 && tile.row_bytes.is_multiple_of(4));
     if !whole || to.rows != a.rows || to.row_bytes != b.row_bytes || a.row_bytes / 4 != b.rows {
@@ -211,7 +212,8 @@ fn multiplied(mut to: Tile, a: &Tile, b: &Tile) -> Result<Tile, &'static str> {
         for (k, b) in b.bytes[..b.rows].iter().enumerate() {
             for (n, sums) in sums[..columns].iter_mut().enumerate() {
                 for (odd, sum) in sums.iter_mut().enumerate() {
-                    // One rounding, as the machine's fused operation: two bf16 have an exact product in f32.
+                    // Rounded once, like the machine's fused operation: the product of two bf16 values is
+                    // exact in f32.
                     *sum = flushed(half(a, 2 * k + odd) * half(b, 2 * n + odd) + *sum);
                 }
             }

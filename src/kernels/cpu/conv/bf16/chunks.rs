@@ -1,4 +1,4 @@
-//! How a bf16 convolution is cut into chunks that fit in a cache.
+//! The division of a bf16 convolution into chunks that fit in a cache.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -9,8 +9,8 @@ use crate::kernels::cpu::bf16::unit::Unit;
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::op::conv::ConvShape;
 
-/// Bytes of the operands and sums of a chunk, approximately: within a usual second-level cache. In tests it
-/// is small, so that small maps are cut, too.
+/// Bytes of the operands and sums of a chunk, approximately: they fit in a usual second-level cache. In
+/// tests it is small, so that small maps are divided, too.
 const CHUNK_BYTES: usize = if cfg!(test) { 12 << 10 } else { 640 << 10 };
 
 /// Steps of a product of tiles at a time. The part of a panel that they read stays in a first-level cache
@@ -50,7 +50,7 @@ impl Bf16 {
         if self.unit.has_tiles() { RUN } else { usize::MAX }
     }
 
-    /// The number of images, and of their output rows, of a chunk, if a pixel takes so many bytes.
+    /// Returns the number of images of a chunk, and of their output rows, if a pixel takes `bytes` bytes.
     pub(super) fn chunk_size(&self, bytes: usize, images: usize) -> (usize, usize) {
         let ConvShape { h_out, w_out, .. } = self.shape;
         let pixels = CHUNK_BYTES / bytes;
@@ -58,7 +58,7 @@ impl Bf16 {
         if count > 0 { (count, h_out) } else { (1, (pixels / w_out).clamp(1, h_out)) }
     }
 
-    /// The chunks of these images.
+    /// Divides these images into chunks.
     pub(super) fn chunks(
         &self,
         images: Range<usize>,

@@ -1,9 +1,9 @@
-//! Convolutions by products of bf16 operands, summed in f32. Maps and weights are f32 in memory, and are
-//! rounded when they are laid out for the products.
+//! Convolutions by products of bf16 operands, summed in f32. Maps and weights are f32 in memory. They
+//! are rounded when they are laid out for the products.
 //!
-//! With three terms, a value is the sum of two bf16 parts: its rounded value, and the rounded error of
-//! that. A product is the sum of the products of the parts, except the product of the errors: about 16
-//! bits.
+//! With three terms, a value is the sum of two bf16 parts: its rounded value, and the rounded error. A
+//! product is the sum of the products of the parts, except the product of the errors. It is accurate to
+//! about 16 bits.
 
 mod chunks;
 mod pack;
@@ -30,21 +30,23 @@ use crate::kernels::cpu::simd::simd_fn;
 use crate::kernels::op::conv::ConvShape;
 
 impl Bf16 {
-    /// For arithmetic in bf16. Three products in place of one are faster than f32 only with tiles.
+    /// Returns the algorithm if `math` uses bf16 products. Three products in place of one are faster
+    /// than f32 only with tiles.
     pub(super) fn suits(isa: Isa, shape: &ConvShape, math: Math) -> Option<Self> {
         let terms = match math {
-            // The units of the machine are not asked: AMX is not requested unless it is used.
+            // Returned before the units are detected: AMX is not requested from the system if it is not
+            // used.
             Math::F32 => return None,
             Math::Bf16x3 => Terms::Three,
             Math::Bf16 => Terms::One,
         };
         let unit = Unit::detect(isa);
-        // Tests must not depend on the machine's tiles.
+        // Tests must not depend on whether the machine has tiles.
         let pays = terms == Terms::One || unit.has_tiles() || cfg!(test);
         pays.then_some(Self { isa, unit, terms, shape: *shape })
     }
 
-    /// The same on another unit.
+    /// Returns the same algorithm on another unit.
     #[cfg(test)]
     pub(super) fn with_unit(self, unit: Unit) -> Self {
         Self { unit, ..self }
@@ -129,8 +131,8 @@ impl Bf16 {
         }
     }
 
-    /// The gradient of `x` if the stride is greater than 1: by f32 products of the rounded values. Few
-    /// convolutions of a network halve a map.
+    /// Computes the gradient of `x` for strides greater than 1, by f32 products of the rounded values.
+    /// Few convolutions of a network have such a stride.
     fn strided_input_gradient(
         &self,
         dy: &[f32],

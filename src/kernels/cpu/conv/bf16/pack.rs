@@ -11,8 +11,8 @@ use crate::kernels::cpu::memory::sized_by_lines;
 use crate::kernels::cpu::simd::simd_fn;
 use crate::kernels::op::conv::ConvShape;
 
-/// Packs the kernels of a convolution to `memory`, which grows if necessary: `kernels(o, i)` is that of an
-/// output and an input channel. If `rotated`, kernels are rotated by 180 degrees.
+/// Packs the kernels of a convolution to `memory`, which grows if necessary: `kernels(o, i)` is the kernel
+/// of an output and an input channel. If `rotated`, kernels are rotated by 180 degrees.
 pub(super) fn pack_kernels<'a>(
     isa: Isa,
     shape: &ConvShape,
@@ -51,8 +51,8 @@ pub(super) fn pack_kernels<'a>(
 }
 
 simd_fn! {
-    /// Rounds rows of [`PANEL`] columns to every other value from their places on, and the errors to
-    /// `second`, unless it is empty.
+    /// Rounds rows of [`PANEL`] columns. Writes them to every other value from their places on, and the
+    /// errors to `second`, unless it is empty.
     fn pack_taps<S>(rows: &[f32], places: &[usize], first: &mut [u16], second: &mut [u16]) {
         for (row, &at) in rows.chunks_exact(PANEL).zip(places) {
             let (mut rounded, mut left) = ([0u16; PANEL], [0u16; PANEL]);

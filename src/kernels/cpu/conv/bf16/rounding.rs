@@ -38,7 +38,7 @@ pub(super) fn parts_of(values: &mut [u16], len: usize) -> [&mut [u16]; 2] {
     [first, second]
 }
 
-/// Rounds some channels of pixels, and the errors to `left`, unless it is empty.
+/// Rounds some channels of pixels. Writes the errors to `left`, unless it is empty.
 pub(super) fn round_pixels(
     isa: Isa,
     x: &[f32],

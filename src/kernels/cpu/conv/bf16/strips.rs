@@ -1,10 +1,10 @@
-//! The layout of maps for bf16 products: im2col in the direction of rows alone.
+//! The layout of maps for bf16 products: im2col along rows only.
 //!
-//! For each output pixel of a row, and each input row, the strip of values under the width of the kernel
-//! is copied. The values for the rows of the kernel are then whole rows apart, so a convolution is one
-//! product, whose steps hold the beginning of each row. Nothing is copied for the height of the kernel.
+//! For each output pixel of a row, and each input row, the strip of values under the width of the kernel is
+//! copied. The values for the rows of the kernel are then whole rows apart. A convolution is thus one
+//! product, whose steps begin at these rows. Nothing is copied for the height of the kernel.
 //!
-//! Several small images are side by side, as if they were one wide image.
+//! Several small images lie side by side, as if they were one wide image.
 
 use std::ops::Range;
 
@@ -15,14 +15,14 @@ use crate::kernels::cpu::memory::sized;
 use crate::kernels::cpu::simd::simd_fn;
 use crate::kernels::op::conv::ConvShape;
 
-/// Some output rows of some images.
+/// A chunk: some output rows of some images.
 #[derive(Debug, Clone)]
 pub(super) struct Chunk {
     pub images: Range<usize>,
     pub rows: Range<usize>,
 }
 
-/// The side of a product on which strips are.
+/// The side of a product to which the strips belong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Side {
     /// A row for each pixel: the values of its strip.
@@ -64,8 +64,8 @@ impl Strips {
         self.chunk.rows.len() * self.pitch()
     }
 
-    /// The input rows for one row of the kernel are a stride apart. Each of the rows between them belongs
-    /// to another phase.
+    /// The input rows for one row of the kernel are `stride` rows apart. Each of the rows between them
+    /// belongs to another phase.
     fn phases(&self) -> usize {
         self.shape.stride().min(self.shape.kernel)
     }
@@ -85,7 +85,7 @@ impl Strips {
         self.phases() * self.phase_rows() * self.pitch() * self.width()
     }
 
-    /// The beginning of the strips for row `ky` of the kernel.
+    /// Returns the beginning of the strips for row `ky` of the kernel.
     pub(super) fn origin(&self, ky: usize) -> usize {
         let stride = self.shape.stride();
         let row = ky % stride * self.phase_rows() + ky / stride;
@@ -136,7 +136,7 @@ impl Strips {
         }
     }
 
-    /// The strips of one row of one image, from the row with its margins.
+    /// Copies the strips of one row of one image, from `line`, the row with its margins.
     fn cut(&self, isa: Isa, line: &[u16], to: &mut [u16]) {
         let g = &self.shape;
         let (step, len) = (g.stride() * self.channels.len(), g.kernel * self.channels.len());
@@ -170,7 +170,7 @@ pub(super) fn strip_width(shape: &ConvShape, channels: usize) -> usize {
     (shape.kernel * channels).next_multiple_of(DEPTH)
 }
 
-/// Rounds row `y` of the map that the kernel moves over, and the errors to `rest`, unless it is empty.
+/// Rounds row `y` of the map over which the kernel moves. Writes the errors to `rest`, unless it is empty.
 fn round_row(
     isa: Isa,
     g: &ConvShape,
@@ -184,7 +184,8 @@ fn round_row(
         let x = &x[y * g.w * g.c_in..][..g.w * g.c_in];
         return round_pixels(isa, x, g.c_in, channels, to, rest);
     }
-    // Each pixel is doubled: the row is rounded to its beginning, then spread from its end.
+    // Each pixel is doubled: the row is rounded to the beginning of the memory, then spread, beginning with
+    // the last pixel.
     let (w, c) = (g.w, channels.len());
     let x = &x[y / 2 * w * g.c_in..][..w * g.c_in];
     let half = if rest.is_empty() { 0 } else { w * c };

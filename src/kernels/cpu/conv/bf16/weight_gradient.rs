@@ -1,7 +1,7 @@
 //! The gradient of the weights.
 //!
-//! The batch is cut into parts, and the channels into groups, by their numbers alone, so the order of sums
-//! does not depend on the number of threads.
+//! The division of the batch into parts and of the channels into groups depends only on their numbers. The order
+//! of sums is therefore the same for any number of threads.
 
 use std::ops::Range;
 
@@ -15,24 +15,24 @@ use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::memory::{sized, sized_by_lines};
 use crate::kernels::cpu::reduce::PARTS;
 
-/// The most memory for the sums of parts, unless one part alone needs more.
+/// Maximum memory for the sums of parts. One part alone may need more.
 const SUMS_BYTES: usize = if cfg!(test) { 64 << 10 } else { 8 << 20 };
 
-/// Channels of the input, and of the output, of a task.
+/// Channels of the input and of the output per task.
 const GROUP: (usize, usize) = if cfg!(test) { (16, 24) } else { (64, 128) };
 
 /// Rows of channels, for both parts of the values.
 struct Rows<'a> {
     values: &'a mut [u16],
-    /// The distance of two rows.
+    /// Distance between two rows.
     pitch: usize,
     /// Pixels in a row, up to the next multiple of [`DEPTH`].
     depth: usize,
 }
 
 impl Bf16 {
-    /// Writes the gradient of the weights, (out, in, k, k). If a value of `x` is not finite, more of the
-    /// gradient may be NaN than its terms imply, because only one side is padded with zeros.
+    /// Writes the gradient of the weights, (out, in, k, k). If a value of `x` is not finite, additional values of
+    /// the gradient may be NaN, because only one side is padded with zeros.
     pub(super) fn sum_weight_gradient(
         &self,
         x: &[f32],
@@ -85,8 +85,9 @@ impl Bf16 {
         });
     }
 
-    /// The part of these images in the gradient of the weights from some input channels to some output
-    /// channels, (out, kernel, strip): the product over their pixels of `dy`, transposed, and the strips.
+    /// Computes the contribution of some images to the gradient of the weights from some input channels to some
+    /// output channels, (out, kernel, strip). It is the product of the transposed `dy` and the strips, summed
+    /// over pixels.
     fn sum_group(
         &self,
         x: &[f32],
@@ -143,8 +144,8 @@ impl Bf16 {
         }
     }
 
-    /// Rounds some channels of `dy`, and transposes them: a row for each channel, with the pixels of the
-    /// chunk in the order of its strips, then zeros.
+    /// Rounds and transposes some channels of `dy`: one row per channel, with the pixels of the chunk in the
+    /// order of its strips, followed by zeros.
     fn transpose_gradient(
         &self,
         dy: &[f32],

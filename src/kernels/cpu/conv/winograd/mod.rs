@@ -42,7 +42,7 @@ pub(super) struct Winograd {
 }
 
 impl Winograd {
-    /// For 3x3 kernels at stride 1, with enough channels.
+    /// Returns the algorithm for 3x3 kernels at stride 1, if there are enough channels.
     pub(super) fn suits(isa: Isa, shape: &ConvShape, _: Math) -> Option<Self> {
         let suits =
             shape.kernel == 3 && shape.stride() == 1 && shape.c_in.min(shape.c_out) >= MIN_CHANNELS;
@@ -60,7 +60,8 @@ impl Winograd {
         self.pack_kernels((c_in, c_out), |i, o| &weight[(o * c_in + i) * 9..][..9], None, memory);
     }
 
-    /// Packs them for the gradient of the input, which is a convolution of the gradient of the output.
+    /// Packs the weights for the gradient of the input, which is a convolution of the gradient of the
+    /// output.
     fn pack_backward(&self, weight: &[f32], memory: &mut Vec<f32>) {
         let ConvShape { c_in, c_out, .. } = self.shape;
         // The gradient of a doubled pixel is the sum of the four of a tile, `[1 1] A^T m A [1 1]^T`, and
@@ -98,8 +99,8 @@ impl Winograd {
         });
     }
 
-    /// The convolution of `x` (batch, h, w, c_in), or half that size if it is doubled, to `y` (batch, h, w,
-    /// c_out).
+    /// Computes the convolution of `x` (batch, h, w, c_in), or half that size if it is doubled, to `y`
+    /// (batch, h, w, c_out).
     fn convolve(
         &self,
         x: &[f32],
@@ -168,8 +169,8 @@ impl Winograd {
         });
     }
 
-    /// The gradient of the pixels that are doubled, written or added to `dx`. Such a pixel lies under one
-    /// tile, so the sum over the places of the tile is its gradient.
+    /// Computes the gradient of the pixels that are doubled. Writes it to `dx`, or adds it to the values of
+    /// `dx`. Such a pixel lies under one tile, so its gradient is the sum over the places of the tile.
     fn doubled_input_gradient(&self, dy: &[f32], weight: &[f32], dx: &mut [f32], accumulate: bool) {
         let (isa, maps) = (self.isa, self.tiles());
         let ConvShape { c_in, c_out, .. } = self.shape;

@@ -5,7 +5,7 @@
 pub(super) enum Places {
     /// All 4 by 4.
     All,
-    /// Without the third of each direction: the places of doubled pixels.
+    /// All except the third place of each direction: the places of doubled pixels.
     Outer,
 }
 
@@ -31,8 +31,8 @@ macro_rules! each {
 
 pub(super) use each;
 
-/// The number of place (y, x) among those that can differ from zero, or `None` if it is not one of them.
-/// `INNER` is true for [`Places::All`].
+/// Returns the index of place (y, x) among those that can differ from zero, or `None` if it is not one of
+/// them. `INNER` is true for [`Places::All`].
 #[inline(always)]
 pub(super) fn place<const INNER: bool>(y: usize, x: usize) -> Option<usize> {
     match INNER {
@@ -42,7 +42,7 @@ pub(super) fn place<const INNER: bool>(y: usize, x: usize) -> Option<usize> {
     }
 }
 
-/// Calls a function of a tile, whose last generic argument says whether the tile has all places.
+/// Calls a function of a tile. Its last generic argument states whether the tile has all places.
 macro_rules! with_places {
     ($places:expr, $f:ident::<$s:ident>($($argument:expr),* $(,)?)) => {
         match $places {

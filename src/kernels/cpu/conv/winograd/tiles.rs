@@ -1,4 +1,4 @@
-//! How maps are cut into tiles of 4x4 pixels that overlap by 2, and into blocks of tiles.
+//! The division of maps into tiles of 4x4 pixels that overlap by 2, and into blocks of tiles.
 
 use std::cell::RefCell;
 
@@ -9,7 +9,7 @@ use crate::kernels::op::conv::ConvShape;
 /// Bytes of the transforms of a block of tiles: half of a usual second-level cache.
 pub(super) const BLOCK_BYTES: usize = 512 << 10;
 
-/// The fewest tiles in a block. With fewer, reading the weights would take most of the time.
+/// Minimum number of tiles in a block. With fewer, reading the weights would take most of the time.
 pub(super) const MIN_BLOCK_TILES: usize = 28;
 
 thread_local! {
@@ -18,12 +18,12 @@ thread_local! {
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Calls `f` with memory for so many values.
+/// Calls `f` with memory for `len` values.
 pub(super) fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     SCRATCH.with_borrow_mut(|scratch| f(sized(scratch, len)))
 }
 
-/// An image that is cut into tiles.
+/// An image to be divided into tiles.
 #[derive(Clone, Copy)]
 pub(super) struct Source<'a> {
     pub image: &'a [f32],
@@ -39,10 +39,10 @@ pub(super) struct Source<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Tiles {
     pub batch: usize,
-    /// Height of the map that the kernel moves over.
+    /// Height of the map over which the kernel moves.
     pub h: usize,
     pub w: usize,
-    /// Whether each pixel of the input is doubled in both directions. The input is given without that.
+    /// Whether each pixel of the input is doubled in both directions. The input is passed before doubling.
     pub doubled: bool,
 }
 
@@ -101,7 +101,8 @@ impl Tiles {
         image * self.h + y
     }
 
-    /// Cuts maps of `channels` into blocks of `rows` rows of tiles. Each comes with its first row.
+    /// Divides maps of `channels` channels into blocks of `rows` rows of tiles. Returns each block with
+    /// its first row.
     pub(super) fn blocks_mut(
         self,
         mut maps: &mut [f32],
@@ -120,13 +121,13 @@ impl Tiles {
     }
 }
 
-/// The distance of the values of two places of a tile. An odd number of cache lines, so that the 16 places
-/// that a transform writes at once do not fall into the same few sets of the cache.
+/// Returns the distance between the values of two places of a tile. It is an odd number of cache lines, so
+/// that the 16 places that a transform writes at once do not fall into the same few sets of the cache.
 pub(super) fn place_stride(values: usize) -> usize {
     (values.div_ceil(16) | 1) * 16
 }
 
-/// The place of a row of tiles among the transforms of a block: place p of tile k begins at `p * stride +
+/// The position of a row of tiles in the transforms of a block: place p of tile k begins at `p * stride +
 /// (first + k) * channels`.
 #[derive(Clone, Copy)]
 pub(super) struct TileRow {
@@ -135,7 +136,7 @@ pub(super) struct TileRow {
     pub places: Places,
 }
 
-/// Rows of tiles in a block, if each place of a tile has so many values.
+/// Returns the rows of tiles in a block, if each place of a tile has `values` values.
 pub(super) fn block_rows(tiles: Tiles, values: usize, threads: usize) -> usize {
     let bytes = tiles.places().count() * values * size_of::<f32>();
     let count = (BLOCK_BYTES / bytes).max(MIN_BLOCK_TILES);

@@ -1,11 +1,11 @@
-//! The transforms of kernels, and of their gradients.
+//! The transforms of kernels, and of the gradients of kernels.
 
 use super::places::{Places, each, place, with_places};
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::simd::{Simd, simd_fn};
 
 simd_fn! {
-    /// `G w G^T` of a panel's kernels for one input channel; place (y, x) is multiplied with the
+    /// Computes `G w G^T` of a panel's kernels for one input channel. Place (y, x) is multiplied by the
     /// factors of y and of x.
     pub(super) fn transform_kernels<S>(
         values: &mut [f32],
@@ -37,7 +37,7 @@ unsafe fn kernel_tile<S: Simd, const INNER: bool>(
     j: usize,
     factors: [f32; 4],
 ) {
-    // SAFETY: passed on.
+    // SAFETY: the caller guarantees the requirements.
     unsafe {
         let columns = each!(X in 0 1 2 => {
             kernel_line(each!(Y in 0 1 2 => S::load(taps[3 * Y + X].as_ptr().add(j))))
@@ -61,8 +61,8 @@ fn kernel_line<S: Simd>(w: [S; 3]) -> [S; 4] {
 }
 
 simd_fn! {
-    /// `G^T u G` for a panel of output channels: `u` (places, in, PANEL), the sum of `parts` such
-    /// that are `part_len` apart, to `dweight` (out, in, 9).
+    /// Computes `G^T u G` for a panel of output channels. `u` (places, in, PANEL) is the sum of `parts`
+    /// arrays that are `part_len` apart. Writes to `dweight` (out, in, 9).
     pub(super) fn kernel_gradient<S>(
         dweight: &mut [f32],
         u: &[f32],
@@ -104,7 +104,7 @@ unsafe fn kernel_gradient_tile<S: Simd, const INNER: bool>(
     stride: usize,
     (parts, part_len): (usize, usize),
 ) {
-    // SAFETY: passed on.
+    // SAFETY: the caller guarantees the requirements.
     unsafe {
         let columns = each!(X in 0 1 2 3 => {
             kernel_gradient_line(each!(Y in 0 1 2 3 => match place::<INNER>(Y, X) {

@@ -8,8 +8,8 @@ use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::simd::{Simd, simd_fn};
 
 simd_fn! {
-    /// `B^T d B` of each tile in a row of tiles whose first pixel row is `top`. Pixels beyond the edges
-    /// of the map are 0.
+    /// Computes `B^T d B` of each tile in a row of tiles whose first pixel row is `top`. Pixels beyond the
+    /// edges of the map are 0.
     pub(super) fn transform_input<S>(
         v: &mut [f32],
         row: TileRow,
@@ -62,7 +62,7 @@ unsafe fn input_tile<S: Simd, const INNER: bool>(
     pixels: &[[Option<*const f32>; 4]; 4],
     c: usize,
 ) {
-    // SAFETY: passed on.
+    // SAFETY: the caller guarantees the requirements.
     unsafe {
         let columns = each!(X in 0 1 2 3 => {
             input_line(each!(Y in 0 1 2 3 => match pixels[Y][X] {
@@ -87,20 +87,21 @@ fn input_line<S: Simd>(d: [S; 4]) -> [S; 4] {
     [d[0].sub(d[2]), d[1].add(d[2]), d[2].sub(d[1]), d[1].sub(d[3])]
 }
 
-/// The pixel rows of a row of tiles of the output, one or two, and what is added to them.
+/// The one or two pixel rows of a row of tiles of the output, and the values that are added to them.
 pub(super) struct PixelRows<'a> {
     pub y: &'a mut [f32],
     pub w: usize,
-    /// Added to each pixel: (channels).
+    /// Values added to each pixel: (channels).
     pub shift: &'a [f32],
-    /// Added: of the size of `y`.
+    /// A map added to the output, of the size of `y`.
     pub residual: Option<&'a [f32]>,
-    /// Whether the output is added to the values that are there.
+    /// Whether the output is added to the present values.
     pub accumulate: bool,
 }
 
 simd_fn! {
-    /// Writes the pixel rows of a row of tiles: `A^T m A` of each tile, and what is added to it.
+    /// Writes the pixel rows of a row of tiles: `A^T m A` of each tile, plus the values that are added to
+    /// it.
     pub(super) fn transform_output<S>(pixels: PixelRows<'_>, m: &[f32], row: TileRow) {
         let PixelRows { y, w, shift, residual, accumulate } = pixels;
         let TileRow { first, stride, places } = row;
@@ -149,7 +150,7 @@ struct OutputTile {
     y: *mut f32,
     residual: Option<*const f32>,
     shift: *const f32,
-    /// The distance to the pixels below and to the right, if the map has them.
+    /// Distances to the pixels below and to the right, if the map has them.
     down: Option<usize>,
     right: Option<usize>,
     accumulate: bool,
@@ -159,7 +160,7 @@ struct OutputTile {
 /// All of the tile must be readable, and its pixels writable, for a vector at `c`.
 #[inline(always)]
 unsafe fn output_tile<S: Simd, const INNER: bool>(tile: &OutputTile, c: usize) {
-    // SAFETY: passed on.
+    // SAFETY: the caller guarantees the requirements.
     unsafe {
         let shift = S::load(tile.shift.add(c));
         let columns = each!(X in 0 1 2 3 => {
@@ -194,9 +195,9 @@ fn output_line<S: Simd>(m: [S; 4]) -> [S; 2] {
 }
 
 simd_fn! {
-    /// `A dy A^T` of some channels of each tile in a row of tiles, in panels: place p of tile k in panel q
-    /// begins at `d[(q * places + p) * stride + (first + k) * PANEL]`. `dy` holds the pixel rows of the row
-    /// of tiles, of this width and number of channels.
+    /// Computes `A dy A^T` of some channels of each tile in a row of tiles, in panels. Place p of tile k in
+    /// panel q begins at `d[(q * places + p) * stride + (first + k) * PANEL]`. `dy` holds the pixel rows of
+    /// the row of tiles, of this width and number of channels.
     pub(super) fn transform_gradient<S>(
         d: &mut [f32],
         row: TileRow,
@@ -249,7 +250,7 @@ unsafe fn gradient_tile<S: Simd, const INNER: bool>(
     pixels: &[[Option<*const f32>; 2]; 2],
     c: usize,
 ) {
-    // SAFETY: passed on.
+    // SAFETY: the caller guarantees the requirements.
     unsafe {
         let columns = each!(X in 0 1 => {
             gradient_line(each!(Y in 0 1 => match pixels[Y][X] {

@@ -1,7 +1,7 @@
 //! The gradient of the weights: `G^T [sum over tiles (A dy A^T) (B^T d B)] G`.
 //!
-//! The batch is cut into parts, and the output channels into groups, by their numbers alone, so the order
-//! of sums does not depend on the number of threads.
+//! The division of the batch into parts and of the output channels into groups depends only on their
+//! numbers. The order of sums is therefore the same for any number of threads.
 
 use std::ops::Range;
 
@@ -14,14 +14,14 @@ use crate::kernels::cpu::gemm::micro::{Left, PANEL, PanelProduct, panel_product}
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::memory::sized;
 
-/// Panels of output channels that one thread takes at a time. With more, the sums would not fit in the
-/// cache. With fewer, the input would be transformed more often.
+/// Panels of output channels per task. With more, the sums would not fit in the cache. With fewer, the
+/// input would be transformed more often.
 const GROUP: usize = 2;
 
-/// The most memory for the sums of parts, unless one part alone needs more.
+/// Maximum memory for the sums of parts. One part alone may need more.
 const SUMS_BYTES: usize = 8 << 20;
 
-/// The fewest tiles in a part. With fewer, a part would cost more time than it saves.
+/// Minimum number of tiles in a part. With fewer, a part would cost more time than it saves.
 const MIN_PART_TILES: usize = 256;
 
 /// Writes the gradient of the weights, (out, in, 3, 3), from `x` (batch, h, w, in), or half that size if it
