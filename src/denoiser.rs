@@ -7,8 +7,8 @@ use crate::error::{Error, Result};
 use crate::precision::Precision;
 use crate::random::Dropout;
 
-/// A network that predicts the noise added to an image, or another [`Prediction`](crate::process::Prediction) of the process.
-/// This trait is the interface of a network to sampling; [`Trainable`] is its interface to training.
+/// A network that predicts the noise added to an image, or another [`Prediction`](crate::process::Prediction) of the
+/// process. This trait is the interface of a network to sampling; [`Trainable`] is its interface to training.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -11,7 +11,7 @@
 /// [`Prediction`](crate::process::Prediction). Next: [network].
 pub mod process {}
 
-/// The U-Net, the names of its weights, PyTorch, a network of your own.
+/// The U-Net, the names of its weights, PyTorch, custom networks.
 ///
 #[doc = include_str!("../docs/network.md")]
 ///

@@ -73,8 +73,8 @@ pub fn clear_leftovers(dir: impl AsRef<Path>, is_target: impl Fn(&str) -> bool) 
     }
 }
 
-/// Tries to create and remove the temporary file with which [`write()`] begins, so that a program can report a path that
-/// cannot be written before it works for hours. Creates the directory of `path` if necessary.
+/// Tries to create and remove the temporary file with which [`write()`] begins, so that a program can report a path
+/// that cannot be written before it works for hours. Creates the directory of `path` if necessary.
 ///
 /// # Errors
 /// Returns an error if the temporary file cannot be created.

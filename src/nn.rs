@@ -1,6 +1,6 @@
 //! Networks: layers and blocks, the [`Graph`] of a network, and the [`Model`] that runs it.
 //!
-//! The chapter [the network](crate::docs::network) describes the crate's U-Net and how to write a network of your own.
+//! The chapter [the network](crate::docs::network) describes the crate's U-Net and how to write a custom network.
 
 pub use crate::denoiser::{Condition, Denoiser, Output, OutputGradient, Trainable, from_fn};
 pub use crate::engine::{Engine, Graph, Model};

@@ -196,8 +196,8 @@ impl Dropout {
         Self { noise: Noise::new(seed), step, first_sample: 0 }
     }
 
-    /// Draws a mask of shape (batch, channels) for the network's `layer`-th dropout: 0 with probability `p`, and
-    /// `1 / (1 - p)` otherwise. `p` is at least 0 and less than 1. The mask depends only on seed, step, layer and sample.
+    /// Draws a mask of shape (batch, channels) for the network's `layer`-th dropout: 0 with probability `p`, and `1 /
+    /// (1 - p)` otherwise. `p` is at least 0 and less than 1. The mask depends only on seed, step, layer and sample.
     ///
     /// # Errors
     /// Returns an error if `p` is out of its range, or if there is not enough memory for the mask.

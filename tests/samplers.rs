@@ -88,8 +88,8 @@ fn expected(
     (mean, variance)
 }
 
-/// Karras et al. 2022, algorithm 1, in its own variable, x / sqrt(abar), from the level `bar` to the level `prev`. Every
-/// quantity is linear in x: a slope and an offset.
+/// Karras et al. 2022, algorithm 1, in its own variable, x / sqrt(abar), from the level `bar` to the level `prev`.
+/// Every quantity is linear in x: a slope and an offset.
 fn heun(data: Normal, bar: f64, prev: f64) -> (f64, f64) {
     let sigma = |bar: f64| ((1.0 - bar) / bar).sqrt();
     // The slope of the ODE, (y - E[x_0 | y]) / sigma, for y = slope x + offset.

@@ -1,8 +1,8 @@
 //! Command-line programs that train and sample. Requires the feature `cli`.
 //!
 //! A program declares its [`Recipe`]: a network, a process, a training configuration. [`TrainArgs`] are its options,
-//! and [`train()`] runs it. The program begins or resumes the run in a directory, trains, saves, draws grids and the loss
-//! curve, and stops at Ctrl-C without loss. It continues a run only with the images it began with.
+//! and [`train()`] runs it. The program begins or resumes the run in a directory, trains, saves, draws grids and the
+//! loss curve, and stops at Ctrl-C without loss. It continues a run only with the images it began with.
 //!
 //! ```no_run
 //! use std::process::ExitCode;

@@ -24,8 +24,8 @@ const MAX_RECORDS: u64 = 100_000;
 ///
 /// # Errors
 ///
-/// Returns [`Error::Io`] if the directory or a file does not exist or cannot be read. Returns [`Error::Data`] if a file is
-/// empty, does not consist of whole records of 3,073 bytes, has too many of them, or has a label above 9.
+/// Returns [`Error::Io`] if the directory or a file does not exist or cannot be read. Returns [`Error::Data`] if a file
+/// is empty, does not consist of whole records of 3,073 bytes, has too many of them, or has a label above 9.
 pub fn cifar10(dir: impl AsRef<Path>, split: Split) -> Result<Images> {
     let dir = dir.as_ref();
     dir.metadata().map_err(Error::io(dir))?;

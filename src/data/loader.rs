@@ -116,7 +116,8 @@ impl Loader {
     /// Reads and flips the images of an update. Returns `None` if `stop` is set in the meantime.
     ///
     /// # Errors
-    /// Returns an error if the data set cannot be trained on, or fails to read, or if a class is not one of its classes.
+    /// Returns an error if the data set cannot be trained on, or fails to read, or if a class is not one of its
+    /// classes.
     pub fn read(
         &mut self,
         dataset: &dyn Dataset,

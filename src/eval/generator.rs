@@ -13,7 +13,7 @@ const SEEDED: usize = 100;
 /// Draws many images as bytes, with the memory of a few at a time.
 ///
 /// An image depends only on the seed and its position, not on the number of images. The first hundred images are those
-/// that the sampler draws from `seed`. Each further hundred has a seed of its own, which follows from `seed`.
+/// that the sampler draws from `seed`. Each further hundred has its own seed, which is derived from `seed`.
 ///
 /// ```
 /// use std::ops::ControlFlow;

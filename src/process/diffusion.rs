@@ -95,8 +95,8 @@ impl Diffusion {
     }
 
     /// # Errors
-    /// Returns an error if `x_0` and `eps` do not have the same shape (batch, ...) and the same floating-point dtype, or
-    /// if `t` does not hold one timestep of the schedule per image.
+    /// Returns an error if `x_0` and `eps` do not have the same shape (batch, ...) and the same floating-point dtype,
+    /// or if `t` does not hold one timestep of the schedule per image.
     pub(crate) fn check(&self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<()> {
         let Some(&batch) = x_0.dims().first() else {
             let expected = "(batch, ...)".to_string();
@@ -127,9 +127,9 @@ impl Diffusion {
 }
 
 /// # Errors
-/// Returns an error if `t` does not hold one integer per image, or if one is negative or not less than `steps`. On a GPU
-/// the values are not checked here, because reading them would wait for all previous work. There the kernels of candle
-/// check them, and the kernels of this crate return NaN.
+/// Returns an error if `t` does not hold one integer per image, or if one is negative or not less than `steps`. On a
+/// GPU the values are not checked here, because reading them would wait for all previous work. There the kernels of
+/// candle check them, and the kernels of this crate return NaN.
 pub(crate) fn check_timesteps(t: &Tensor, batch: usize, steps: Option<usize>) -> Result<()> {
     if t.dims() != [batch] {
         let expected = format!("[{batch}], one timestep for each image");

@@ -55,9 +55,9 @@ pub struct TrainConfig {
 }
 
 impl Default for TrainConfig {
-    /// The settings of the paper for CIFAR-10: Adam with a learning rate of 2e-4 after 5,000 updates of warm-up, batches
-    /// of 128, gradients clipped to norm 1, horizontal flips, an average of decay 0.9999, 800,000 updates. Ho et al.
-    /// 2020, appendix B, and their code.
+    /// The settings of the paper for CIFAR-10: Adam with a learning rate of 2e-4 after 5,000 updates of warm-up,
+    /// batches of 128, gradients clipped to norm 1, horizontal flips, an average of decay 0.9999, 800,000 updates. Ho
+    /// et al. 2020, appendix B, and their code.
     fn default() -> Self {
         Self {
             steps: 800_000,

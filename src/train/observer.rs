@@ -13,8 +13,8 @@ use crate::error::Result;
 pub struct Metrics {
     /// Number of updates so far.
     pub step: u64,
-    /// Mean loss of the updates since the last report, or since [`fit`](crate::Trainer::fit) began. Updates made outside
-    /// of `fit` are not included.
+    /// Mean loss of the updates since the last report, or since [`fit`](crate::Trainer::fit) began. Updates made
+    /// outside of `fit` are not included.
     pub loss: f32,
     /// Learning rate of the last update.
     pub lr: f64,

@@ -177,7 +177,7 @@ mod tests {
         let pool = Arc::new(Pool::default());
         // Leaves free memory, so that the next call searches it. The search must not overflow.
         drop(pool.take(7)?);
-        // More than any address space, and more values than their size in bytes can be counted.
+        // More than any address space holds, and more than a `usize` can count in bytes.
         let absurd = usize::MAX >> 4;
         for (len, bytes) in [(absurd, 4 * absurd), (usize::MAX, usize::MAX)] {
             let Err(error) = pool.take(len) else { panic!("there is memory for {len} values") };

@@ -7,8 +7,8 @@ use super::simd::simd_fn;
 /// `backend/update.rs` computes its factors.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct AdamStep {
-    /// Factors of the mean, and of the gradient in it. Both are rounded from f64, because 1 - 0.999 in f32 has a relative
-    /// error of 5e-5.
+    /// Factors of the mean, and of the gradient in it. Both are rounded from f64, because 1 - 0.999 in f32 has a
+    /// relative error of 5e-5.
     pub mean: [f32; 2],
     /// Factors of the mean square, and of the gradient's square in it.
     pub square: [f32; 2],
@@ -31,8 +31,8 @@ pub(crate) struct AdamStep {
 const CHUNK: usize = 1 << 14;
 
 impl AdamStep {
-    /// Updates a weight, the means of its gradient and of the gradient's square, and its average. Each value is read and
-    /// written once.
+    /// Updates a weight, the means of its gradient and of the gradient's square, and its average. Each value is read
+    /// and written once.
     pub fn apply(
         &self,
         isa: Isa,

@@ -12,7 +12,8 @@ use crate::error::{Error, Result};
 /// The norm stays on the device, and nothing is read back.
 ///
 /// # Errors
-/// Returns an error if there are no gradients, if one is not of a floating-point dtype, or if `max_norm` is not positive.
+/// Returns an error if there are no gradients, if one is not of a floating-point dtype, or if `max_norm` is not
+/// positive.
 pub fn clip_grad_norm(gradients: &mut BTreeMap<String, Tensor>, max_norm: f64) -> Result<Tensor> {
     if max_norm.is_nan() || max_norm <= 0.0 {
         return Err(Error::config("max_norm", max_norm, "positive, or infinite not to clip"));

@@ -165,7 +165,7 @@ impl Strips {
     }
 }
 
-/// Values of a strip of so many channels, up to the next multiple of [`DEPTH`].
+/// Returns the number of values of a strip of `channels` channels, rounded up to a multiple of [`DEPTH`].
 pub(super) fn strip_width(shape: &ConvShape, channels: usize) -> usize {
     (shape.kernel * channels).next_multiple_of(DEPTH)
 }
