@@ -188,8 +188,8 @@ pub trait Trainable: Denoiser {
     /// Returns whether a training loop may capture [`gradients`](Self::gradients) as a CUDA graph.
     ///
     /// This is allowed if the method launches the same work for every batch of the shape of `x_t`. Its kernels must
-    /// read values that change from the device, and the method must not copy data to or from the device. The default
-    /// is `false`.
+    /// read values that change from the device, and the method must not copy data to or from the device. A captured
+    /// update passes no condition, so a network that reads the condition returns `false`. The default is `false`.
     fn is_repeatable(&self, x_t: &Tensor) -> bool {
         let _ = x_t;
         false
