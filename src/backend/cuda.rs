@@ -196,6 +196,8 @@ impl From<&UpdateRule> for UpdateSettings {
     fn from(rule: &UpdateRule) -> Self {
         let UpdateRule { beta1, beta2, eps, l2, decoupled, max_norm, average, scale } = *rule;
         let mut settings = Self { beta1, beta2, eps, l2, decoupled, max_norm, ..Self::default() };
+        // Without an average the device counts no updates of one.
+        settings.ema_decay = -1.0;
         if let Some(average) = average {
             settings.ema_decay = average.decay;
             settings.ema_warmup = f64::from(u8::from(average.warmup));

@@ -19,6 +19,11 @@ fn devices() -> Vec<Device> {
     ]
 }
 
+/// Returns whether candle's own kernels run on a device. The libraries that stand in for CUDA lack them.
+fn has_candle(device: &Device) -> bool {
+    device.is_cpu() || std::env::var_os("STAND_IN").is_none()
+}
+
 fn exact(t: &Tensor) -> Tensor {
     t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap()
 }
@@ -58,10 +63,14 @@ proptest! {
             let bound = of_combined(&x64, a, &y64, b);
             let expected = Reference.combine(&x64, a, &y64, b).unwrap();
             check("combined", &found, &expected, &bound);
-            let var = Var::from_tensor(&x).unwrap();
-            let differentiable = backend.combine(&var, a, &y, b).unwrap();
-            prop_assert!(differentiable.track_op());
-            check("differentiable", &differentiable, &expected, &bound);
+            if has_candle(&device) {
+                let var = Var::from_tensor(&x).unwrap();
+                let differentiable = backend.combine(&var, a, &y, b).unwrap();
+                prop_assert!(differentiable.track_op());
+                check("differentiable", &differentiable, &expected, &bound);
+                let finite = backend.finiteness(&differentiable).unwrap();
+                prop_assert_eq!(values(&finite), [0.0]);
+            }
 
             let bars: Vec<f64> = (0..batch).map(|k| 0.9 - 0.2 * k as f64).collect();
             let factors = |bar: f64| [bar.sqrt(), -(1.0 - bar).sqrt()];
@@ -90,14 +99,13 @@ proptest! {
             check("loss", &loss, &exact_loss, &roundings(3.001, &exact_loss));
             check("gradient", &gradient, &exact_gradient, &roundings(3.001, &exact_gradient));
 
-            for t in [&x, differentiable.as_ref()] {
-                prop_assert_eq!(values(&backend.finiteness(t).unwrap()), [0.0]);
-            }
+            prop_assert_eq!(values(&backend.finiteness(&x).unwrap()), [0.0]);
             for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
                 let mut row = values(&x64);
                 row[len / 2] = bad;
                 let bad = Tensor::from_vec(row, (batch, len), &Device::Cpu).unwrap();
-                for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
+                let all = [DType::F32, DType::F64, DType::BF16, DType::F16];
+                for &dtype in &all[..if has_candle(&device) { 4 } else { 1 }] {
                     let bad = bad.to_dtype(dtype).unwrap().to_device(&device).unwrap();
                     let flag = of(&bad).finiteness(&bad).unwrap();
                     prop_assert!(values(&flag)[0].is_nan(), "{bad:?}");

@@ -92,7 +92,7 @@ extern "C" __global__ void begin_update(
     double decay = s.ema_decay;
     if (s.ema_warmup != 0.0) decay = fmin(decay, (1.0 + c.ema_updates) / (10.0 + c.ema_updates));
     c.steps += 1.0;
-    c.ema_updates += 1.0;
+    if (s.ema_decay >= 0.0) c.ema_updates += 1.0;
     double bias1 = 1.0 - pow(s.beta1, c.steps), bias2 = 1.0 - pow(s.beta2, c.steps);
     c.mean[0] = (float)s.beta1;
     c.mean[1] = (float)(1.0 - s.beta1);
