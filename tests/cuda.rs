@@ -400,9 +400,10 @@ fn a_network_of_ones_own_is_computed_by_the_same_kernels_and_captured() -> Resul
     }
 
     let config = TrainConfig { batch_size: 2, ..TrainConfig::cifar10() };
-    let mut trainer = Trainer::new(small::CONFIG, config, Diffusion::ddpm(), &gpu())?;
+    let device = gpu();
+    let mut trainer = Trainer::new(small::CONFIG, config, Diffusion::ddpm(), &device)?;
     for k in 0..12 {
-        trainer.step(&Sampler::prior((2, 3, 6, 10), k, &gpu())?)?;
+        trainer.step(&Sampler::prior((2, 3, 6, 10), k, &device)?)?;
     }
     assert!(trainer.is_captured(), "{trainer:?}");
     Ok(())
