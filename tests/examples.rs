@@ -341,6 +341,10 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
             "DDIM with eta 1, 3 steps, clipped (different from the run's grids)",
         ),
         (&["--solver", "ddim"], "DDIM with eta 1, 2 steps, clipped (same as the run's grids)"),
+        (
+            &["--solver", "heun", "--sampling-steps", "2"],
+            "Heun, 2 steps, clipped (different from the run's grids)",
+        ),
     ] {
         let said = succeed(sample(args, "a.png").args(["--count", "1"]))?;
         assert!(said.contains(sampler), "{args:?}: {said}");
@@ -697,7 +701,7 @@ fn wrong_arguments_are_told_in_one_line() -> Result<()> {
         ("sample", &["--checkpoint", &nothing], &["nothing", "no checkpoint here"]),
         ("sample", &["--checkpoint", &file], &["file", "no checkpoint here"]),
         ("sample", &["--checkpoint", &spaced], &["--checkpoint '", "my run/checkpoint' is one"]),
-        ("sample", &["--solver", "euler"], &["'euler'", "[possible values: ddpm, ddim]"]),
+        ("sample", &["--solver", "euler"], &["'euler'", "[possible values: ddpm, ddim, heun]"]),
         ("sample", &["--eta", "2"], &["'2'", "a number from 0 to 1"]),
         ("sample", &["--eta", "nan"], &["'nan'", "a number from 0 to 1"]),
         ("sample", &["--count", "0"], &["'0'", "whole number from 1 to 1024"]),
