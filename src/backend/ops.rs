@@ -56,7 +56,10 @@ pub(crate) trait Backend: fmt::Debug + Send + Sync {
     ) -> Result<(Tensor, Tensor)>;
 
     /// Computes a scalar on the device: 0 if every value is finite, and NaN otherwise.
-    fn finiteness(&self, x: &Tensor) -> Result<Tensor>;
+    fn finiteness(&self, x: &Tensor) -> Result<Tensor> {
+        // Subtracting a value that is not finite from itself gives NaN.
+        Ok(self.squared_error(x, x, 1.0, None)?.0)
+    }
 
     /// Adds `more` to `sum`. Plain tensors are changed in place, with all tensors that share their values.
     fn add_to(&self, sum: &mut Tensor, more: &Tensor) -> Result<()>;

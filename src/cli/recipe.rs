@@ -3,7 +3,6 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::arguments::{positive_fraction, precision, whole};
-use super::sampling::describe_solver;
 use crate::model::UNetConfig;
 use crate::precision::Precision;
 use crate::process::Diffusion;
@@ -62,7 +61,7 @@ impl Recipe {
             0.0 => "no cool-down".into(),
             share => format!("cool-down over the last {:.0}%", 100.0 * share),
         };
-        let solver = describe_solver(self.sampling.solver);
+        let solver = self.sampling.solver;
         format!(
             "{when}: --out {} --save-every {} --sample-every {} --sample-count {}\n  \
              new runs only (--resume uses the checkpoint's values, and accepts others for the last three): \

@@ -119,7 +119,7 @@ impl SamplingArgs {
 
     /// Prints the checkpoint, the sampler settings, compared with those of the run, and the device.
     pub fn announce(&self, config: &SamplerConfig, checkpoint: &Checkpoint, device: &Device) {
-        let (solver, steps) = (describe_solver(config.solver), grouped(config.steps));
+        let (solver, steps) = (config.solver, grouped(config.steps));
         let clipped = if config.clip_denoised { "clipped" } else { "not clipped" };
         let whose = match checkpoint.sampling() {
             Some(run) if run == config => "same as the run's grids",
@@ -144,9 +144,4 @@ impl SamplingArgs {
         };
         Ok(model.with_precision(self.precision)?)
     }
-}
-
-/// Describes a solver for the user.
-pub(super) fn describe_solver(solver: Solver) -> String {
-    solver.to_string()
 }

@@ -1,6 +1,6 @@
 //! Sampling: a solver is a plan of stages, and one loop runs every plan.
 //!
-//! A new solver is one file with its stages, and one line in each of the two lists of `solver.rs`.
+//! A new solver is one file with its stages, and its variant of `Solver` with a line in `stages` and in `Display`.
 
 mod ancestral;
 mod config;
