@@ -104,7 +104,8 @@ fn run(args: &Args) -> Result<()> {
     };
     let mut trainer = Trainer::new(config.clone(), train, Diffusion::ddpm(), &device)?;
 
-    let shape = (args.batch, config.channels, config.image_size, config.image_size);
+    let (channels, height, width) = config.image_shape();
+    let shape = (args.batch, channels, height, width);
     // Random values: some units multiply zeros faster.
     let x = Sampler::prior(shape, 0, &device)?;
     let eps = Sampler::prior(shape, 1, &device)?;
@@ -189,7 +190,8 @@ fn ran_as(args: &Args) -> Result<Option<Precision>> {
         return Ok((args.device == Where::Cpu).then_some(args.precision));
     }
     let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
-    let x = Sampler::prior((1, 1, config.image_size, config.image_size), 0, &Device::Cpu)?;
+    let x =
+        Sampler::prior((1, 1, config.image_size.height, config.image_size.width), 0, &Device::Cpu)?;
     let t = Tensor::new(&[500u32], &Device::Cpu)?;
     let output = |precision| -> Result<Vec<f32>> {
         let unet = Parameters::new(0, DType::F32, &Device::Cpu).build(&config)?;

@@ -48,6 +48,12 @@ pub trait Denoiser {
     /// Returns the errors of the network. [`Error::external`](crate::Error::external) wraps errors of other libraries.
     fn denoise(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Result<Output>;
 
+    /// The number of classes, if the network can be conditioned on them. In [`Condition::Classes`], this number stands
+    /// for no class. The default is `None`: a network without classes.
+    fn classes(&self) -> Option<u32> {
+        None
+    }
+
     /// Computes the [prediction](Output::prediction) of [`denoise`](Self::denoise) without a condition.
     ///
     /// # Errors
@@ -88,7 +94,7 @@ pub enum Condition {
     /// No condition.
     #[default]
     None,
-    /// The class of each image: (batch), u32.
+    /// The class of each image: (batch), u32. The number of [classes](Denoiser::classes) stands for no class.
     Classes(Tensor),
 }
 
@@ -188,8 +194,8 @@ pub trait Trainable: Denoiser {
     /// Returns whether a training loop may capture [`gradients`](Self::gradients) as a CUDA graph.
     ///
     /// This is allowed if the method launches the same work for every batch of the shape of `x_t`. Its kernels must
-    /// read values that change from the device, and the method must not copy data to or from the device. A captured
-    /// update passes no condition, so a network that reads the condition returns `false`. The default is `false`.
+    /// read values that change from the device, and the method must not copy data to or from the device. The default
+    /// is `false`.
     fn is_repeatable(&self, x_t: &Tensor) -> bool {
         let _ = x_t;
         false
@@ -245,6 +251,10 @@ macro_rules! behind {
         impl<D: Denoiser + ?Sized> Denoiser for $pointer {
             fn denoise(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Result<Output> {
                 (**self).denoise(x_t, t, condition)
+            }
+
+            fn classes(&self) -> Option<u32> {
+                (**self).classes()
             }
         }
     )*};

@@ -146,6 +146,37 @@ impl Linear {
     }
 }
 
+/// A table of vectors, one for each class, and a last one for images without a class. The weight has PyTorch's layout
+/// (vectors, length) and name (`weight`).
+#[derive(Debug, Clone)]
+pub struct Embedding {
+    pub(crate) weight: Tensor,
+}
+
+impl Embedding {
+    /// Creates `classes + 1` vectors of `dim` elements. Initial values are standard normals, as in PyTorch.
+    ///
+    /// # Errors
+    /// Returns an error if `classes` or `dim` is not from 1 to 65,536, if the dtype of `vb` is neither f32 nor f64, or
+    /// if `vb` cannot supply the weight.
+    pub fn new(classes: usize, dim: usize, vb: VarBuilder) -> Result<Self> {
+        check_channels("classes", classes)?;
+        check_channels("length of a class's vector", dim)?;
+        let init = Init::Randn { mean: 0.0, stdev: 1.0 };
+        Ok(Self { weight: weight(&vb, &[classes + 1, dim], "weight", init)? })
+    }
+
+    /// The number of classes. It is also the number of the last vector, that of no class.
+    pub(crate) fn classes(&self) -> usize {
+        self.weight.dims()[0] - 1
+    }
+
+    /// The length of a vector.
+    pub(crate) fn dim(&self) -> usize {
+        self.weight.dims()[1]
+    }
+}
+
 /// GroupNorm (Wu and He 2018) of feature maps with 8 groups, followed by an activation. Names of weights are PyTorch's
 /// (`weight`, `bias`).
 #[derive(Debug, Clone)]

@@ -24,7 +24,7 @@ const FILES: [&str; 3] = ["model.safetensors", "ema.safetensors", "optimizer.saf
 
 fn network() -> UNetConfig {
     UNetConfig {
-        image_size: 8,
+        image_size: 8.into(),
         hidden_dims: vec![16, 24],
         time_dim: 16,
         dropout: 0.1,

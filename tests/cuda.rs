@@ -47,19 +47,25 @@ fn norm(values: &[f32]) -> f64 {
 fn networks() -> [UNetConfig; 2] {
     [
         UNetConfig {
-            image_size: 8,
+            image_size: 8.into(),
             hidden_dims: vec![8, 16, 24],
             time_dim: 12,
             attention_levels: vec![0, 1],
             dropout: 0.3,
             ..UNetConfig::mnist()
         },
-        UNetConfig { image_size: 12, channels: 3, hidden_dims: vec![16, 8], ..UNetConfig::mnist() },
+        UNetConfig {
+            image_size: 12.into(),
+            channels: 3,
+            hidden_dims: vec![16, 8],
+            ..UNetConfig::mnist()
+        },
     ]
 }
 
 fn inputs(config: &UNetConfig) -> Result<(Tensor, Tensor)> {
-    let shape = (3, config.channels, config.image_size, config.image_size);
+    let (channels, height, width) = config.image_shape();
+    let shape = (3, channels, height, width);
     let t = Tensor::new(&[3u32, 500, 999], &Device::Cpu)?;
     Ok((Sampler::prior(shape, 1, &Device::Cpu)?, t))
 }

@@ -244,7 +244,7 @@ fn a_block_of_8_output_channels_does_not_hear_the_timestep() {
 #[test]
 fn a_network_that_cannot_hear_the_timestep_is_refused() {
     let config = |dims: &[usize]| UNetConfig {
-        image_size: 16,
+        image_size: 16.into(),
         hidden_dims: dims.to_vec(),
         time_dim: 32,
         ..UNetConfig::mnist()
@@ -273,7 +273,8 @@ fn a_network_that_cannot_hear_the_timestep_is_refused() {
 #[test]
 fn of_8_and_16_channels_the_way_up_does_not_hear_the_timestep() {
     let parameters = parameters();
-    let config = UNetConfig { image_size: 16, hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
+    let config =
+        UNetConfig { image_size: 16.into(), hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
     let unet = config.build(parameters.builder()).unwrap();
     let (x, t) =
         (ones(&[1, 1, 16, 16]).arange_like(), Tensor::new(&[500u32], &Device::Cpu).unwrap());

@@ -17,7 +17,12 @@ use serde::{Deserialize, Serialize};
 
 /// A small network. The images of the data sets differ.
 fn network() -> UNetConfig {
-    UNetConfig { image_size: 8, hidden_dims: vec![16, 16], time_dim: 16, ..UNetConfig::mnist() }
+    UNetConfig {
+        image_size: 8.into(),
+        hidden_dims: vec![16, 16],
+        time_dim: 16,
+        ..UNetConfig::mnist()
+    }
 }
 
 fn config() -> TrainConfig {
@@ -814,9 +819,12 @@ fn wrong_configurations_are_refused() {
     let unet = UNetConfig::mnist;
     for (config, expected) in [
         (UNetConfig { channels: 0, ..unet() }, "channels is 0; it must be from 1"),
-        (UNetConfig { image_size: 30, ..unet() }, "image_size is 30; it must be a multiple of 4"),
-        (UNetConfig { image_size: 0, ..unet() }, "image_size is 0"),
-        (UNetConfig { image_size: 1 << 40, ..unet() }, "image_size is"),
+        (
+            UNetConfig { image_size: 30.into(), ..unet() },
+            "image_size is 30; it must be a multiple of 4",
+        ),
+        (UNetConfig { image_size: 0.into(), ..unet() }, "image_size is 0"),
+        (UNetConfig { image_size: (1 << 40).into(), ..unet() }, "image_size is"),
         (UNetConfig { hidden_dims: vec![], ..unet() }, "hidden_dims is []; it must be 2 to 16"),
         (UNetConfig { hidden_dims: vec![32], ..unet() }, "hidden_dims is [32]"),
         (

@@ -5,7 +5,7 @@ use std::fmt;
 
 use candle_core::{Device, Tensor};
 
-use super::ops::{Backend, Capture, Rates, Recordable, Recorded};
+use super::ops::{Backend, Capture, Inputs, Rates, Recordable, Recorded};
 use super::reference::Reference;
 use super::update::{Counters, Factors, UpdateRule, Updater, WeightState};
 use crate::error::Result;
@@ -222,22 +222,20 @@ impl Capture for Graphs {
         Ok(())
     }
 
-    fn record(
-        &self,
-        x_0: &Tensor,
-        t: &Tensor,
-        update: &mut Recordable<'_>,
-    ) -> Result<Box<dyn Recorded>> {
-        Ok(Box::new(StepGraph::capture(x_0, t, update)?))
+    fn record(&self, inputs: &Inputs, update: &mut Recordable<'_>) -> Result<Box<dyn Recorded>> {
+        let copy = |tensor: &Tensor| Ok(tensor.copy()?);
+        let classes = inputs.classes.as_ref().map(copy).transpose()?;
+        let own = Inputs { x_0: copy(&inputs.x_0)?, t: copy(&inputs.t)?, classes };
+        Ok(Box::new(StepGraph::capture(own.tensors(), || update(&own))?))
     }
 }
 
 impl Recorded for StepGraph {
-    fn fits(&self, x_0: &Tensor) -> bool {
-        self.fits(x_0)
+    fn fits(&self, inputs: &Inputs) -> bool {
+        self.fits(&inputs.tensors())
     }
 
-    fn repeat(&self, x_0: &Tensor, t: &Tensor) -> Result<(Tensor, Tensor)> {
-        self.launch(x_0, t)
+    fn repeat(&self, inputs: &Inputs) -> Result<(Tensor, Tensor)> {
+        self.launch(&inputs.tensors())
     }
 }

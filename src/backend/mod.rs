@@ -19,7 +19,7 @@ mod update;
 
 use candle_core::{DType, Device, Tensor};
 
-pub(crate) use self::ops::{Backend, Capture, Computed, Rates, Recorded};
+pub(crate) use self::ops::{Backend, Capture, Computed, Inputs, Rates, Recorded};
 pub(crate) use self::reference::clip_norm;
 pub(crate) use self::update::{AverageRule, Counters, ScaleRule, UpdateRule, Updater, WeightState};
 

@@ -86,8 +86,23 @@ pub(crate) trait Backend: fmt::Debug + Send + Sync {
 /// The results of an update: the loss, the norm of the gradient, and the gradients.
 pub(crate) type Computed = (Tensor, Tensor, Vec<Tensor>);
 
-/// The update that [`Capture::record`] records, as a function of `x_0` and `t`.
-pub(crate) type Recordable<'a> = dyn FnMut(&Tensor, &Tensor) -> Result<Computed> + 'a;
+/// The tensors that differ from one update to the next.
+#[derive(Debug, Clone)]
+pub(crate) struct Inputs {
+    pub x_0: Tensor,
+    pub t: Tensor,
+    pub classes: Option<Tensor>,
+}
+
+impl Inputs {
+    #[cfg(feature = "cuda")]
+    pub fn tensors(&self) -> Vec<Tensor> {
+        [&self.x_0, &self.t].into_iter().chain(&self.classes).cloned().collect()
+    }
+}
+
+/// The update that [`Capture::record`] records.
+pub(crate) type Recordable<'a> = dyn FnMut(&Inputs) -> Result<Computed> + 'a;
 
 /// Records the work of an update, which can then be repeated by one launch.
 pub(crate) trait Capture {
@@ -97,20 +112,15 @@ pub(crate) trait Capture {
     /// Sets the step for which a repeated update draws its random numbers.
     fn set_step(&self, step: u64) -> Result<()>;
 
-    /// Records the work that `update` launches for a batch like `x_0` and `t`, without running it.
-    fn record(
-        &self,
-        x_0: &Tensor,
-        t: &Tensor,
-        update: &mut Recordable<'_>,
-    ) -> Result<Box<dyn Recorded>>;
+    /// Records the work that `update` launches for inputs like these, without running it.
+    fn record(&self, inputs: &Inputs, update: &mut Recordable<'_>) -> Result<Box<dyn Recorded>>;
 }
 
 /// A recorded update.
 pub(crate) trait Recorded: fmt::Debug + Send + Sync {
-    /// Returns whether this thread can repeat the update for this batch.
-    fn fits(&self, x_0: &Tensor) -> bool;
+    /// Returns whether this thread can repeat the update for these inputs.
+    fn fits(&self, inputs: &Inputs) -> bool;
 
-    /// Repeats the update for another batch of the same shape. Returns the loss and the norm of the gradient.
-    fn repeat(&self, x_0: &Tensor, t: &Tensor) -> Result<(Tensor, Tensor)>;
+    /// Repeats the update for other inputs of the same shapes. Returns the loss and the norm of the gradient.
+    fn repeat(&self, inputs: &Inputs) -> Result<(Tensor, Tensor)>;
 }

@@ -63,7 +63,7 @@ pub fn train(
     config.validate()?;
 
     let set = load()?;
-    set.check_shape((network.channels, network.image_size, network.image_size))?;
+    set.check_shape(network.image_shape())?;
     let identity = Identity::of(&set);
     let known = saved.is_some() && identity.check(&files.identity)?;
     let device = pick(args.cpu)?;

@@ -15,7 +15,10 @@ use crate::random::{Noise, Purpose};
 pub struct Batch {
     /// The images (batch, channels, height, width), in f32 and in [-1, 1].
     pub images: Tensor,
-    /// The class of each image, in u32 (batch), if the images have classes.
+    /// The class of each image, in u32 (batch), if the images have classes. [`Trainer::next_batch`] returns them on the
+    /// CPU. To read classes from a GPU, an update waits for it.
+    ///
+    /// [`Trainer::next_batch`]: crate::Trainer::next_batch
     pub classes: Option<Tensor>,
     /// The position of the first image in the whole batch of the update, from 0. It determines the random numbers of
     /// each image, so that a batch gives the same result if it is divided.
@@ -78,10 +81,10 @@ impl HostBatch {
     /// thread submitted before. On a GPU each thread has its own queue, so the training thread calls this.
     pub fn upload(self, device: &Device) -> Result<Batch> {
         let backend = backend::on(device, DType::F32);
-        let upload = |classes| backend.upload_integers(classes, device);
+        let classes = |classes: Vec<u32>| Tensor::from_vec(classes, self.dims[0], &Device::Cpu);
         Ok(Batch {
             images: backend.upload(self.pixels, &self.dims, device)?,
-            classes: self.classes.map(upload).transpose()?,
+            classes: self.classes.map(classes).transpose()?,
             first: self.first,
         })
     }

@@ -8,7 +8,7 @@ use crate::kernels;
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::conv::Add;
 use crate::kernels::op::norm::NormConfig;
-use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
+use crate::layers::{Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
 
 /// The engine on candle tensors. It runs on every device and in f64, and candle can differentiate it.
 pub(crate) struct Autograd<'a> {
@@ -64,6 +64,12 @@ impl Engine<'_> for Autograd<'_> {
             VectorActivation::Gelu => x.gelu_erf()?,
         };
         Ok(kernels::linear(&x, &linear.weight, &linear.bias)?.unsqueeze(1)?.unsqueeze(1)?)
+    }
+
+    fn add_class(&self, embedding: &Embedding, x: &Tensor) -> Result<Tensor> {
+        shapes::embedding(embedding, x.dims4()?)?;
+        let rows = embedding.weight.index_select(self.pass.classes()?, 0)?;
+        Ok((x + rows.unsqueeze(1)?.unsqueeze(1)?)?)
     }
 
     fn drop_maps(&self, x: &Tensor, layer: u16, p: f64) -> Result<Tensor> {

@@ -107,6 +107,28 @@ impl<G: Graph> Model<G> {
         check_timesteps(t, batch, None)
     }
 
+    /// Returns the class of each image of the batch, on the device of `t`, if the network has classes.
+    ///
+    /// # Errors
+    /// Returns an error if the condition does not have one class per image. On the CPU, returns an error if the network
+    /// does not have a class. Elsewhere such a class gives NaN, because to read it would wait for the device.
+    fn classes_of(&self, condition: &Condition, t: &Tensor) -> Result<Option<Tensor>> {
+        let Some(count) = self.weights.classes else { return Ok(None) };
+        let batch = t.dim(0)?;
+        condition.check(batch)?;
+        let Condition::Classes(classes) = condition else {
+            return Ok(Some(Tensor::full(count as u32, batch, t.device())?));
+        };
+        if classes.device().is_cpu() {
+            let outside = |class: &u32| *class as usize > count;
+            if let Some(class) = classes.to_vec1::<u32>()?.into_iter().find(outside) {
+                let expected = format!("from 0 to {}, or {count} for no class", count - 1);
+                return Err(Error::config("class", class, expected));
+            }
+        }
+        Ok(Some(classes.clone()))
+    }
+
     fn denoise_by_autograd(&self, x_t: &Tensor, pass: Pass<'_>) -> Result<Tensor> {
         let dtype = self.weights.home.as_ref().map_or(x_t.dtype(), |(dtype, _)| *dtype);
         let x = kernels::to_channels_last(&x_t.to_dtype(dtype)?)?;
@@ -179,9 +201,14 @@ impl<G: Graph> maps::Pass for ForwardBackward<'_, '_, G> {
 }
 
 impl<G: Graph> Denoiser for Model<G> {
-    fn denoise(&self, x_t: &Tensor, t: &Tensor, _: &Condition) -> Result<Output> {
+    fn denoise(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Result<Output> {
         self.check(x_t, t)?;
-        let pass = Pass { t: Some(t), dropout: None };
+        if let (Condition::Classes(_), None) = (condition, self.weights.classes) {
+            let expected = "no condition, because the network has no classes";
+            return Err(Error::config("condition", "classes", expected));
+        }
+        let classes = self.classes_of(condition, t)?;
+        let pass = Pass { t: Some(t), classes: classes.as_ref(), dropout: None };
         let place = self.place(x_t, false)?.filter(|_| !self.weights.trainable);
         let prediction = match place {
             Some(place) => {
@@ -191,6 +218,10 @@ impl<G: Graph> Denoiser for Model<G> {
         };
         Ok(Output::new(prediction))
     }
+
+    fn classes(&self) -> Option<u32> {
+        self.weights.classes.map(|classes| classes as u32)
+    }
 }
 
 impl<G: Graph> Trainable for Model<G> {
@@ -198,11 +229,12 @@ impl<G: Graph> Trainable for Model<G> {
         &self,
         x_t: &Tensor,
         t: &Tensor,
-        _: &Condition,
+        condition: &Condition,
         dropout: &Dropout,
     ) -> Result<Output> {
         self.check(x_t, t)?;
-        let pass = Pass { t: Some(t), dropout: Some(dropout) };
+        let classes = self.classes_of(condition, t)?;
+        let pass = Pass { t: Some(t), classes: classes.as_ref(), dropout: Some(dropout) };
         Ok(Output::new(self.denoise_by_autograd(x_t, pass)?))
     }
 
@@ -219,7 +251,8 @@ impl<G: Graph> Trainable for Model<G> {
         let Some(place) = self.place(x_t, true)?.filter(|_| !self.weights.derived) else {
             return gradients_by_autograd(self, x_t, t, condition, dropout, d_output);
         };
-        let pass = Pass { t: Some(t), dropout: Some(dropout) };
+        let classes = self.classes_of(condition, t)?;
+        let pass = Pass { t: Some(t), classes: classes.as_ref(), dropout: Some(dropout) };
         let forward = Forward { graph: &*self.graph, x_t, pass };
         dispatch(&place, &self.pool, ForwardBackward { forward, d_output })
     }

@@ -2,7 +2,7 @@
 //! checks its operands before a kernel relies on them.
 
 use crate::error::{Error, Result};
-use crate::layers::{Conv2d, GroupNorm, Linear};
+use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
 
 /// (batch, height, width, channels)
 type Dims = (usize, usize, usize, usize);
@@ -50,6 +50,18 @@ pub(super) fn linear(linear: &Linear, x: Dims) -> Result<()> {
         return Ok(());
     }
     refuse("the input of a linear layer", x, format!("(batch, 1, 1, {})", linear.input()))
+}
+
+/// Checks the vectors to which those of classes are added.
+pub(super) fn embedding(embedding: &Embedding, x: Dims) -> Result<()> {
+    if (x.1, x.2, x.3) == (1, 1, embedding.dim()) {
+        return Ok(());
+    }
+    refuse(
+        "the vectors to which classes are added",
+        x,
+        format!("(batch, 1, 1, {})", embedding.dim()),
+    )
 }
 
 /// Checks the two maps of a concatenation.

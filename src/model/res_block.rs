@@ -94,7 +94,7 @@ impl ResBlock {
             }
         }
         let (x, time) = (kernels::to_channels_last(x)?, t_emb.unsqueeze(1)?.unsqueeze(1)?);
-        let engine = Autograd::new(Pass { t: None, dropout }, self.dtype);
+        let engine = Autograd::new(Pass { dropout, ..Pass::default() }, self.dtype);
         Ok(kernels::to_channels_first(&self.run(&engine, &x, &time)?)?)
     }
 

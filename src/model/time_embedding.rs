@@ -58,7 +58,7 @@ impl TimeEmbedding {
             return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });
         };
         check_timesteps(t, batch, None)?;
-        let engine = Autograd::new(Pass { t: Some(t), dropout: None }, self.dtype);
+        let engine = Autograd::new(Pass { t: Some(t), ..Pass::default() }, self.dtype);
         Ok(self.run(&engine)?.flatten_from(1)?)
     }
 

@@ -22,7 +22,7 @@ use super::update::UpdateContext;
 use crate::data::dataset::Dataset;
 use crate::data::loader::{self, Batch, Loader};
 use crate::data::prefetch::prefetch;
-use crate::denoiser::Trainable;
+use crate::denoiser::{Denoiser, Trainable};
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Parameters};
 use crate::process::diffusion::Diffusion;
@@ -166,6 +166,10 @@ impl<N: Architecture> Trainer<N> {
 
     fn use_images(&mut self, dataset: &dyn Dataset) -> Result<()> {
         loader::check(dataset)?;
+        if let Some(classes) = self.model.classes().filter(|&n| n as usize != dataset.classes()) {
+            let expected = format!("{classes}, the number of classes of the network");
+            return Err(Error::config("classes of the data set", dataset.classes(), expected));
+        }
         self.state.progress.use_images(dataset.len() as u64)
     }
 

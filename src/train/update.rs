@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::config::TrainConfig;
 use super::gradients::by_name;
@@ -43,6 +43,36 @@ impl<D: Trainable> UpdateContext<'_, D> {
         let t = (0..batch.images.dim(0)? as u32).map(draw).collect();
         let device = batch.images.device();
         backend::on(device, DType::F32).upload_integers(t, device)
+    }
+
+    /// Returns the batch with the classes that the network sees, on the device of the images. Some of the classes are
+    /// replaced at random by no class.
+    ///
+    /// # Errors
+    /// Returns an error if the network does not have a class.
+    pub fn conditioned(&self, batch: &Batch) -> Result<Batch> {
+        let (device, none) = (batch.images.device(), self.model.classes());
+        let mut classes = match (&batch.classes, none) {
+            (Some(classes), _) => classes.to_device(&Device::Cpu)?.to_vec1::<u32>()?,
+            (None, Some(none)) => vec![none; batch.images.dim(0)?],
+            (None, None) => return Ok(batch.clone()),
+        };
+        if let Some(none) = none {
+            if let Some(class) = classes.iter().find(|class| **class > none) {
+                let expected = format!("less than {none}, the network's number of classes");
+                return Err(Error::config("class", class, expected));
+            }
+            let (step, first) = (self.state.progress.step, batch.first as u32);
+            for (k, class) in (0..).zip(&mut classes) {
+                let sample = first.wrapping_add(k);
+                let mut stream = self.noise().stream(Purpose::ClassDropout, step, sample);
+                if stream.uniform() < self.config.class_dropout {
+                    *class = none;
+                }
+            }
+        }
+        let classes = backend::on(device, DType::F32).upload_integers(classes, device)?;
+        Ok(Batch { classes: Some(classes), ..batch.clone() })
     }
 
     /// Draws standard normals for a batch.

@@ -12,7 +12,7 @@ use crate::kernels::cpu::conv::epilogue::Epilogue;
 use crate::kernels::cpu::conv::plan::Plan;
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::linear::{linear_forward, linear_input_gradient, linear_weight_gradient};
-use crate::kernels::cpu::maps::{concatenate, scale_maps, split};
+use crate::kernels::cpu::maps::{add_rows, concatenate, scale_maps, split, sum_rows};
 use crate::kernels::cpu::norm::{Normalization, Stats};
 use crate::kernels::cpu::reduce::{sum_over_batch, sums_by_image};
 use crate::kernels::op::activation::VectorActivation;
@@ -23,7 +23,7 @@ use crate::kernels::op::norm::NormConfig;
 use crate::kernels::{
     add_values, to_channels_first, to_channels_last, with_values, with_values_mut,
 };
-use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
+use crate::layers::{Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
 use crate::precision::Precision;
 use crate::random::Dropout;
 
@@ -262,6 +262,26 @@ impl Maps for Cpu<'_> {
         })?;
         let bias = self.weight_gradient(&linear.bias, |d| sum_over_batch(dy, d))?;
         Ok((dx, [weight, bias]))
+    }
+
+    fn add_class(&self, embedding: &Embedding, classes: &Tensor, x: &Buffer) -> Result<Buffer> {
+        let (mut y, dim, classes) = (self.take(x.len())?, embedding.dim(), classes.to_vec1()?);
+        y.copy_from_slice(x);
+        with_values([&embedding.weight], |[table]| {
+            add_rows(table, dim, &classes, &mut y);
+            Ok(())
+        })?;
+        Ok(y)
+    }
+
+    fn add_class_backward(
+        &self,
+        embedding: &Embedding,
+        classes: &Tensor,
+        dy: &Buffer,
+    ) -> Result<Tensor> {
+        let classes = classes.to_vec1()?;
+        self.weight_gradient(&embedding.weight, |d| sum_rows(dy, embedding.dim(), &classes, d))
     }
 
     fn mask(&self, dropout: &Dropout, layer: u16, dims: [usize; 4], p: f64) -> Result<Buffer> {
