@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::precision::Precision;
@@ -54,6 +54,44 @@ pub trait Denoiser {
         None
     }
 
+    /// Computes two outputs: that of [`denoise`](Self::denoise), and the baseline from which
+    /// [`Guidance`](crate::sample::Guidance) moves away.
+    ///
+    /// In the default, the baseline is the output without a class. Both are computed in one pass over twice as many
+    /// images.
+    ///
+    /// # Errors
+    /// Returns the errors of [`denoise`](Self::denoise). The default also returns an error if there is no condition, or
+    /// if the network has no [classes](Self::classes).
+    fn denoise_with_baseline(
+        &self,
+        x_t: &Tensor,
+        t: &Tensor,
+        condition: &Condition,
+    ) -> Result<[Output; 2]> {
+        let Some(none) = self.classes() else {
+            return Err(Error::config(
+                "guidance",
+                "used",
+                "unused, because the network has no classes",
+            ));
+        };
+        let Condition::Classes(classes) = condition else {
+            return Err(Error::config("condition", "none", "a class per image, as guidance needs"));
+        };
+        let batch = x_t.dim(0)?;
+        let without = Tensor::full(none, batch, classes.device())?;
+        let twice = |x: &Tensor| Tensor::cat(&[x, x], 0);
+        let condition = Condition::Classes(Tensor::cat(&[classes, &without], 0)?);
+        let Output { prediction, variance } = self.denoise(&twice(x_t)?, &twice(t)?, &condition)?;
+        let half = |first| -> Result<Output> {
+            let part = |x: &Tensor| x.narrow(0, first, batch);
+            let variance = variance.as_ref().map(part).transpose()?;
+            Ok(Output { prediction: part(&prediction)?.contiguous()?, variance })
+        };
+        Ok([half(0)?, half(batch)?])
+    }
+
     /// Computes the [prediction](Output::prediction) of [`denoise`](Self::denoise) without a condition.
     ///
     /// # Errors
@@ -94,7 +132,8 @@ pub enum Condition {
     /// No condition.
     #[default]
     None,
-    /// The class of each image: (batch), u32. The number of [classes](Denoiser::classes) stands for no class.
+    /// The class of each image: (batch), u32, on any device. The number of [classes](Denoiser::classes) stands for no
+    /// class.
     Classes(Tensor),
 }
 
@@ -106,6 +145,15 @@ impl From<Option<Tensor>> for Condition {
 }
 
 impl Condition {
+    /// Creates the condition of one class for each image.
+    ///
+    /// # Errors
+    /// Returns an error if an operation fails.
+    pub fn classes(classes: Vec<u32>) -> Result<Self> {
+        let batch = classes.len();
+        Ok(Self::Classes(Tensor::from_vec(classes, batch, &Device::Cpu)?))
+    }
+
     /// # Errors
     /// Returns an error if there is not one class of dtype u32 for each image of the batch.
     pub(crate) fn check(&self, batch: usize) -> Result<()> {
@@ -255,6 +303,15 @@ macro_rules! behind {
 
             fn classes(&self) -> Option<u32> {
                 (**self).classes()
+            }
+
+            fn denoise_with_baseline(
+                &self,
+                x_t: &Tensor,
+                t: &Tensor,
+                condition: &Condition,
+            ) -> Result<[Output; 2]> {
+                (**self).denoise_with_baseline(x_t, t, condition)
             }
         }
     )*};

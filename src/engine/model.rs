@@ -110,8 +110,9 @@ impl<G: Graph> Model<G> {
     /// Returns the class of each image of the batch, on the device of `t`, if the network has classes.
     ///
     /// # Errors
-    /// Returns an error if the condition does not have one class per image. On the CPU, returns an error if the network
-    /// does not have a class. Elsewhere such a class gives NaN, because to read it would wait for the device.
+    /// Returns an error if the condition does not have one class per image. Returns an error if the network does not have
+    /// a class, and the classes are on the CPU. Elsewhere such a class gives NaN, because reading it would wait for the
+    /// device.
     fn classes_of(&self, condition: &Condition, t: &Tensor) -> Result<Option<Tensor>> {
         let Some(count) = self.weights.classes else { return Ok(None) };
         let batch = t.dim(0)?;
@@ -126,7 +127,7 @@ impl<G: Graph> Model<G> {
                 return Err(Error::config("class", class, expected));
             }
         }
-        Ok(Some(classes.clone()))
+        Ok(Some(classes.to_device(t.device())?))
     }
 
     fn denoise_by_autograd(&self, x_t: &Tensor, pass: Pass<'_>) -> Result<Tensor> {
