@@ -6,7 +6,8 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
-use ddpm::nn::{Architecture, Model, Trainable};
+use ddpm::data::Batch;
+use ddpm::nn::{Architecture, Condition, Model, Output, Trainable};
 use ddpm::nn::{Dropout, Parameters, from_fn};
 use ddpm::process::Prediction;
 use ddpm::train::{AdamConfig, GradScalerConfig};
@@ -52,6 +53,7 @@ fn networks() -> [UNetConfig; 2] {
             time_dim: 12,
             attention_levels: vec![0, 1],
             dropout: 0.3,
+            classes: Some(2),
             ..UNetConfig::mnist()
         },
         UNetConfig {
@@ -88,16 +90,14 @@ fn gradients<N: Architecture>(
     let target = Sampler::prior(x.dims(), 2, &Device::Cpu)?;
     let mut output = None;
     let mut pass = || -> Result<_> {
-        passes::gradients(
-            &model,
-            &x.to_device(device)?,
-            &t.to_device(device)?,
-            &Dropout::new(5, 11),
-            &mut |y| {
-                output = Some(y.clone());
-                Ok((y.to_device(&Device::Cpu)? - &target)?.to_device(device)?)
-            },
-        )
+        // A network without classes ignores them.
+        let condition = Condition::classes(vec![1, 2, 1])?;
+        let (x, t, dropout) = (x.to_device(device)?, t.to_device(device)?, Dropout::new(5, 11));
+        model.gradients(&x, &t, &condition, &dropout, &mut |y| {
+            output = Some(y.prediction.clone());
+            let d = (y.prediction.to_device(&Device::Cpu)? - &target)?;
+            Ok(Output::new(d.to_device(device)?))
+        })
     };
     let mut found = pass()?;
     let vars = parameters.vars();
@@ -243,9 +243,11 @@ fn trainer(config: TrainConfig, device: &Device) -> Result<Trainer<UNetConfig>> 
 }
 
 /// The `k`-th batch of 8x8 images.
-fn batch(k: u64, device: &Device) -> Result<Tensor> {
+fn batch(k: u64, device: &Device) -> Result<Batch> {
     let values = Sampler::prior((4, 1, 8, 8), 50 + k, &Device::Cpu)?;
-    Ok(values.clamp(-1f32, 1f32)?.to_device(device)?)
+    let mut batch = Batch::from(values.clamp(-1f32, 1f32)?.to_device(device)?);
+    batch.classes = Some(Tensor::new(&[0u32, 1, (k % 2) as u32, 1], &Device::Cpu)?);
+    Ok(batch)
 }
 
 /// All weights, or their averages, concatenated.

@@ -223,7 +223,7 @@ impl Capture for Graphs {
     }
 
     fn record(&self, inputs: &Inputs, update: &mut Recordable<'_>) -> Result<Box<dyn Recorded>> {
-        let copy = |tensor: &Tensor| Ok(tensor.copy()?);
+        let copy = Tensor::copy;
         let classes = inputs.classes.as_ref().map(copy).transpose()?;
         let own = Inputs { x_0: copy(&inputs.x_0)?, t: copy(&inputs.t)?, classes };
         Ok(Box::new(StepGraph::capture(own.tensors(), || update(&own))?))

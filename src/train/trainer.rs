@@ -201,16 +201,22 @@ impl<N: Architecture> Trainer<N> {
     }
 
     /// Makes one update with the given timesteps `t` (batch) and noise `eps`. `t` has an integer dtype and values
-    /// less than the number of timesteps in the schedule. `eps` has the shape of `x_0`.
+    /// less than the number of timesteps in the schedule. `eps` has the shape of the images.
     ///
     /// # Errors
     /// Returns the errors of [`step`](Self::step), and an error if the shapes or dtypes do not fit each other, or
     /// if a timestep is out of range. On a CUDA device, a timestep out of range makes the loss NaN instead.
-    pub fn step_with(&mut self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Update> {
+    pub fn step_with(
+        &mut self,
+        batch: impl Into<Batch>,
+        t: &Tensor,
+        eps: &Tensor,
+    ) -> Result<Update> {
+        let batch = batch.into();
         self.check_step()?;
         let (executor, mut context) = self.context();
-        let results = executor.update_with(&mut context, &x_0.into(), t, eps)?;
-        self.record(x_0.dim(0)?, results)
+        let results = executor.update_with(&mut context, &batch, t, eps)?;
+        self.record(batch.images.dim(0)?, results)
     }
 
     /// # Errors
