@@ -4,6 +4,7 @@ mod builder;
 mod checkpoint;
 mod config;
 mod executor;
+mod fit;
 mod gradients;
 mod meter;
 mod objective;
