@@ -5,8 +5,9 @@ use candle_core::{DType, Device, Tensor};
 
 use super::ops::{Backend, Rates};
 use super::reference::{Reference, value_of};
-use super::update::{Counters, Factors, UpdateRule, Updater, WeightState};
+use super::update::{Factors, UpdateRule, Updater, WeightState};
 use crate::error::Result;
+use crate::kernels::op::counters::Counters;
 use crate::kernels::{
     AdamStep, Isa, add_values, all_finite, clamp_values, on_cpu_in_f32, same_storage,
     squared_errors, sum_of_squares, weighted_sum, with_values, with_values_mut,

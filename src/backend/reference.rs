@@ -3,8 +3,9 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::ops::{Backend, Rates};
-use super::update::{Counters, Factors, UpdateRule, Updater, WeightState};
+use super::update::{Factors, UpdateRule, Updater, WeightState};
 use crate::error::{Error, Result};
+use crate::kernels::op::counters::Counters;
 use crate::random::{Address, zeros};
 
 /// Candle's operations, for every device and floating-point dtype. They support gradients.
