@@ -12,7 +12,7 @@ use crate::kernels::{
     AdamStep, Isa, add_values, all_finite, clamp_values, on_cpu_in_f32, same_storage,
     squared_errors, sum_of_squares, weighted_sum, with_values, with_values_mut,
 };
-use crate::random::{Address, zeros};
+use crate::random::zeros;
 
 /// The kernels of the CPU.
 #[derive(Debug, Clone, Copy)]
@@ -39,18 +39,6 @@ fn written<const N: usize>(
 }
 
 impl Backend for Cpu {
-    fn upload(&self, values: Vec<f32>, dims: &[usize], device: &Device) -> Result<Tensor> {
-        Reference.upload(values, dims, device)
-    }
-
-    fn upload_integers(&self, values: Vec<u32>, device: &Device) -> Result<Tensor> {
-        Reference.upload_integers(values, device)
-    }
-
-    fn normal(&self, at: Address, first: u32, dims: &[usize], device: &Device) -> Result<Tensor> {
-        Reference.normal(at, first, dims, device)
-    }
-
     fn mix(&self, x: &Tensor, y: &Tensor, t: &Tensor, rates: Rates<'_>) -> Result<Tensor> {
         if !are_plain(&[x, y]) || !t.device().is_cpu() {
             return Reference.mix(x, y, t, rates);

@@ -6,31 +6,12 @@ use super::ops::{Backend, Rates};
 use super::update::{Factors, UpdateRule, Updater, WeightState};
 use crate::error::{Error, Result};
 use crate::kernels::op::counters::Counters;
-use crate::random::{Address, zeros};
 
 /// Candle's operations, for every device and floating-point dtype. They support gradients.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Reference;
 
 impl Backend for Reference {
-    fn upload(&self, values: Vec<f32>, dims: &[usize], device: &Device) -> Result<Tensor> {
-        Ok(Tensor::from_vec(values, dims, device)?)
-    }
-
-    fn upload_integers(&self, values: Vec<u32>, device: &Device) -> Result<Tensor> {
-        let batch = values.len();
-        Ok(Tensor::from_vec(values, batch, device)?)
-    }
-
-    fn normal(&self, at: Address, first: u32, dims: &[usize], device: &Device) -> Result<Tensor> {
-        let mut values = zeros("noise", dims)?;
-        let count = values.len() / dims.first().copied().unwrap_or(1).max(1);
-        for (k, image) in values.chunks_mut(count.max(1)).enumerate() {
-            at.stream(first.wrapping_add(k as u32)).fill_normal(image);
-        }
-        Ok(Tensor::from_vec(values, dims, device)?)
-    }
-
     fn mix(&self, x: &Tensor, y: &Tensor, t: &Tensor, rates: Rates<'_>) -> Result<Tensor> {
         let mut shape = vec![1; x.rank()];
         shape[0] = t.dim(0)?;
