@@ -1,11 +1,14 @@
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use super::checkpoint::store::Saved;
 use super::observer::{Metrics, Observer};
 use super::optim::scaler::GradScaler;
-use super::run::{Outcome, Run, Scene};
+use super::run::{Outcome, Run, Scene, View};
 use super::trainer::Trainer;
 use crate::data::dataset::Dataset;
 use crate::data::prefetch::prefetch;
+use crate::denoiser::Denoiser;
 use crate::error::Result;
 use crate::model::Architecture;
 
@@ -30,9 +33,9 @@ impl<N: Architecture> Trainer<N> {
         observer: &mut dyn Observer,
         scene: &Scene,
     ) -> Result<()> {
-        observer.on_start(&Run::new(self, scene))?;
+        observer.on_start(&self.run(scene))?;
         let trained = self.train(dataset, observer, scene);
-        let run = Run::new(self, scene);
+        let run = self.run(scene);
         let outcome = match &trained {
             Err(error) => Outcome::Failed(error),
             Ok(()) if run.is_complete() => Outcome::Complete,
@@ -69,12 +72,12 @@ impl<N: Architecture> Trainer<N> {
                     elapsed += start.elapsed();
                     let images = self.images_seen() - images_before;
                     metrics.images_per_second = images as f64 / elapsed.as_secs_f64();
-                    observer.on_metrics(&Run::new(self, scene), &metrics)?;
+                    observer.on_metrics(&self.run(scene), &metrics)?;
                     (elapsed, images_before) = (Duration::ZERO, self.images_seen());
                 } else {
                     elapsed += start.elapsed();
                 }
-                let run = Run::new(self, scene);
+                let run = self.run(scene);
                 if observer.on_step(&run)?.is_break() || run.is_stopping() {
                     break;
                 }
@@ -89,5 +92,32 @@ impl<N: Architecture> Trainer<N> {
         let lr = self.config.learning_rate(self.steps().saturating_sub(1));
         let loss_scale = self.state.optimizer.scaler.as_ref().map(GradScaler::scale);
         Ok(self.meter.report(self.steps(), lr, loss_scale))
+    }
+
+    /// Returns the view that observers have of this trainer.
+    fn run<'a>(&'a self, scene: &'a Scene) -> Run<'a> {
+        Run {
+            progress: &self.state.progress,
+            config: &self.config,
+            diffusion: &self.diffusion,
+            device: &self.device,
+            model: &self.model,
+            trainer: self,
+            scene,
+        }
+    }
+}
+
+impl<N: Architecture> View for Trainer<N> {
+    fn averaged_model(&self) -> Result<Box<dyn Denoiser + '_>> {
+        Ok(Box::new(self.ema_model()?))
+    }
+
+    fn save(&self, dir: &Path) -> Result<Saved> {
+        Trainer::save(self, dir)
+    }
+
+    fn check_save(&self, dir: &Path) -> Result<()> {
+        self.rehearse(dir).map(drop)
     }
 }

@@ -14,7 +14,6 @@ mod run;
 mod state;
 mod trainer;
 mod update;
-mod view;
 
 pub use builder::TrainerBuilder;
 pub use checkpoint::open::Checkpoint;
