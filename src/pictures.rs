@@ -25,6 +25,7 @@ use image::{DynamicImage, GrayImage, ImageFormat, RgbImage};
 use crate::error::{Error, Result};
 pub use crate::eval::bytes;
 use crate::files;
+use crate::memory::filled;
 
 /// Width in pixels of the gaps between and around the images of a grid.
 const GAP: usize = 2;
@@ -135,15 +136,9 @@ pub fn check_channels(channels: usize) -> Result<()> {
 
 /// Creates the background of a picture.
 fn grey(height: usize, width: usize, channels: usize) -> Result<Vec<u8>> {
-    let mut picture = Vec::new();
-    [height, width]
-        .into_iter()
-        .try_fold(channels, usize::checked_mul)
-        .filter(|_| height.max(width) <= u32::MAX as usize)
-        .filter(|&len| picture.try_reserve_exact(len).is_ok())
-        .map(|len| picture.resize(len, GAP_GREY))
-        .ok_or_else(|| too_large(height, width))?;
-    Ok(picture)
+    let fits = height.max(width) <= u32::MAX as usize;
+    let picture = fits.then(|| filled(&[channels, height, width], GAP_GREY)).flatten();
+    picture.ok_or_else(|| too_large(height, width))
 }
 
 fn too_large(height: usize, width: usize) -> Error {

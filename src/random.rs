@@ -10,6 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use rand::RngCore;
 
 use crate::error::{Error, Result};
+use crate::memory::{reserved, zeros};
 
 /// A seed, which determines every random number of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,25 +85,6 @@ impl Address {
     }
 }
 
-/// Allocates the values of a tensor of this shape, all 0.
-///
-/// # Errors
-/// Returns an error that names `what` if there is not enough memory.
-pub(crate) fn zeros(what: &'static str, shape: &[usize]) -> Result<Vec<f32>> {
-    let count = shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size));
-    let mut values = Vec::new();
-    match count.filter(|&count| values.try_reserve_exact(count).is_ok()) {
-        Some(count) => {
-            values.resize(count, 0.0);
-            Ok(values)
-        }
-        None => {
-            let expected = "small enough for the available memory".into();
-            Err(Error::Shape { what, found: shape.to_vec(), expected })
-        }
-    }
-}
-
 /// The random numbers of one purpose, step and sample, in order.
 #[derive(Debug, Clone)]
 pub(crate) struct Stream {
@@ -147,10 +129,10 @@ impl Stream {
     /// # Errors
     /// Returns an error if there is not enough memory.
     pub fn permutation(&mut self, n: usize) -> Result<Vec<u32>> {
-        let mut order = Vec::new();
-        order.try_reserve_exact(n).map_err(|_| {
-            Error::config("number of images", n, "small enough for their order in memory")
-        })?;
+        let Some(mut order) = reserved(&[n]) else {
+            let expected = "small enough for their order in memory";
+            return Err(Error::config("number of images", n, expected));
+        };
         order.extend(0..n as u32);
         for i in (1..n).rev() {
             order.swap(i, self.below(i as u32 + 1) as usize);

@@ -12,7 +12,7 @@ use crate::kernels::{
     AdamStep, Isa, add_values, all_finite, clamp_values, on_cpu_in_f32, same_storage,
     squared_errors, sum_of_squares, weighted_sum, with_values, with_values_mut,
 };
-use crate::random::zeros;
+use crate::memory::zeros;
 
 /// The kernels of the CPU.
 #[derive(Debug, Clone, Copy)]

@@ -4,7 +4,8 @@ use candle_core::{Device, Tensor};
 
 use super::update::{Factors, Updater, WeightState};
 use crate::error::Result;
-use crate::random::{Address, zeros};
+use crate::memory::zeros;
+use crate::random::Address;
 
 /// The factors of two tensors at each timestep of a schedule, computed from its `alpha_bar`.
 #[derive(Debug, Clone, Copy)]

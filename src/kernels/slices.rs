@@ -4,7 +4,7 @@ use std::cell::Cell;
 
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor};
 
-use super::cpu::memory::try_zeros;
+use crate::memory::filled;
 
 /// Calls `f` with the values of contiguous f32 tensors on the CPU.
 pub(crate) fn with_values<const N: usize, T>(
@@ -27,7 +27,7 @@ pub(crate) fn with_values<const N: usize, T>(
 /// # Errors
 /// Returns an error if there is not enough memory.
 pub(super) fn zeros(len: usize) -> Result<Vec<f32>> {
-    match try_zeros(len) {
+    match filled(&[len], 0.0) {
         Some(values) => Ok(values),
         None => candle_core::bail!("not enough memory for {len} values"),
     }

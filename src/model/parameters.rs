@@ -10,7 +10,8 @@ use candle_nn::{Init, VarBuilder, init::NormalOrUniform};
 use super::network::Architecture;
 use super::tensor_file::{missing, read_tensors};
 use crate::error::{Error, Result};
-use crate::random::{Noise, Purpose, zeros};
+use crate::memory::zeros;
+use crate::random::{Noise, Purpose};
 
 /// The weights of a network by name, created when the network requests them.
 ///

@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::model::Architecture;
 
 impl<N: Architecture> Trainer<N> {
-    /// Updates the weights until the run has made [`steps`](TrainConfig::steps) updates in total, or until the observer
+    /// Updates the weights until the run has made [`steps`](crate::TrainConfig::steps) updates in total, or until the observer
     /// stops it. The observer `()` does nothing. A second thread reads the next batch during an update.
     ///
     /// # Errors

@@ -10,7 +10,7 @@ use candle_core::{DType, Tensor, TensorId};
 
 use crate::error::{Error, Result};
 use crate::kernels::cpu::conv::algorithm::Workspace;
-use crate::kernels::cpu::memory::try_zeros;
+use crate::memory::filled;
 
 /// Maximum number of issued gradients that are tracked: several times the number of weights of a network.
 const MAX_ISSUED: usize = 1 << 13;
@@ -124,7 +124,7 @@ impl Pool {
             None => None,
         };
         drop(free);
-        let values = values.or_else(|| try_zeros(len));
+        let values = values.or_else(|| filled(&[len], 0.0));
         let bytes = len.saturating_mul(size_of::<f32>());
         let values = values.ok_or(Error::OutOfMemory { bytes })?;
         Ok(Buffer { values, len, pool: self.clone() })
