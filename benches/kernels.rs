@@ -31,6 +31,9 @@ mod error;
 #[path = "../src/kernels/mod.rs"]
 mod kernels;
 #[allow(dead_code, unused_imports)]
+#[path = "../src/memory.rs"]
+mod memory;
+#[allow(dead_code, unused_imports)]
 #[path = "../src/precision.rs"]
 mod precision;
 #[allow(dead_code, unused_imports)]

@@ -3,7 +3,7 @@ use candle_core::{DType, Tensor};
 use super::graph::{Engine, Sealed};
 use super::pass::Pass;
 use super::shapes;
-use crate::error::Result;
+use crate::error::{Result, check_fraction};
 use crate::kernels;
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::conv::Add;
@@ -67,7 +67,7 @@ impl Engine<'_> for Autograd<'_> {
     }
 
     fn drop_maps(&self, x: &Tensor, layer: u16, p: f64) -> Result<Tensor> {
-        shapes::probability(p)?;
+        check_fraction("dropout", p)?;
         let Some(dropout) = self.pass.dropout else { return Ok(x.clone()) };
         let (batch, _, _, channels) = x.dims4()?;
         let mask = dropout.mask(layer, batch, channels, p, x.dtype(), x.device())?;

@@ -15,7 +15,7 @@ use crate::backend::maps::{
 use crate::denoiser::{
     Condition, Denoiser, Output, OutputGradient, Trainable, gradients_by_autograd,
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_float};
 use crate::kernels;
 use crate::precision::Precision;
 use crate::process::check_timesteps;
@@ -100,10 +100,7 @@ impl<G: Graph> Model<G> {
             let expected = "a batch of at least one image".to_string();
             return Err(Error::Shape { what: "x_t", found: x_t.dims().to_vec(), expected });
         }
-        if !x_t.dtype().is_float() {
-            let expected = "a floating-point dtype";
-            return Err(Error::config("dtype of x_t", x_t.dtype().as_str(), expected));
-        }
+        check_float("dtype of x_t", x_t.dtype())?;
         check_timesteps(t, batch, None)
     }
 

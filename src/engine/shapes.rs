@@ -69,11 +69,3 @@ pub(super) fn attention(qkv: Dims) -> Result<()> {
     let expected = "(batch, height, width, 3 channels)".into();
     refuse("the map of queries, keys and values", qkv, expected)
 }
-
-/// Checks the probability of dropout.
-pub(super) fn probability(p: f64) -> Result<()> {
-    if (0.0..1.0).contains(&p) {
-        return Ok(());
-    }
-    Err(Error::config("dropout", p, "at least 0 and less than 1"))
-}

@@ -9,9 +9,9 @@ use candle_nn::{Init, VarBuilder, init::NormalOrUniform};
 
 use super::network::Architecture;
 use super::tensor_file::{missing, read_tensors};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_float};
 use crate::memory::zeros;
-use crate::random::{Noise, Purpose};
+use crate::random::{Noise, Purpose, fnv1a};
 
 /// The weights of a network by name, created when the network requests them.
 ///
@@ -151,13 +151,7 @@ impl Backend {
         dtype: DType,
         device: &Device,
     ) -> Result<Var> {
-        if !dtype.is_float() {
-            return Err(Error::config(
-                "dtype of the weights",
-                dtype.as_str(),
-                "a floating-point dtype",
-            ));
-        }
+        check_float("dtype of the weights", dtype)?;
         let tensor = match &self.0.source {
             Source::Random(noise) => initial(*noise, name, shape, init)?,
             Source::Given(path, tensors) => {
@@ -230,7 +224,7 @@ impl SimpleBackend for Backend {
 /// # Errors
 /// Returns an error if there is not enough memory for a weight of this shape.
 fn initial(noise: Noise, name: &str, shape: &Shape, init: Init) -> Result<Tensor> {
-    let hash = fnv1a(name);
+    let hash = fnv1a(name.as_bytes());
     let mut stream = noise.stream(Purpose::Weights, hash, (hash >> 40) as u32);
     let mut values = zeros("weight", shape.dims()).map_err(|_| {
         let value = format!("{name} of shape {:?}", shape.dims());
@@ -261,10 +255,4 @@ fn initial(noise: Noise, name: &str, shape: &Shape, init: Init) -> Result<Tensor
         }
     }
     Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
-}
-
-/// A hash that is the same in every version and on every machine, unlike that of the standard library.
-fn fnv1a(name: &str) -> u64 {
-    name.bytes()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
 }

@@ -2,7 +2,7 @@ use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::engine::{Autograd, Engine, Pass};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_fraction};
 use crate::kernels;
 use crate::kernels::op::activation::{Activation, VectorActivation};
 use crate::kernels::op::conv::Add;
@@ -66,9 +66,7 @@ impl ResBlock {
     /// # Errors
     /// Returns an error if `p` is not at least 0 and less than 1.
     pub fn with_dropout(self, p: f64, layer: u16) -> Result<Self> {
-        if !(0.0..1.0).contains(&p) {
-            return Err(Error::config("dropout", p, "at least 0 and less than 1"));
-        }
+        check_fraction("dropout", p)?;
         Ok(Self { dropout: (p > 0.0).then_some((p, layer)), ..self })
     }
 

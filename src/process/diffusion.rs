@@ -3,7 +3,7 @@ use serde::{Deserialize, Serialize};
 
 use super::schedule::NoiseSchedule;
 use crate::backend::{self, Rates};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_float};
 
 /// The meaning of the network's output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -102,13 +102,7 @@ impl Diffusion {
             let expected = "(batch, ...)".to_string();
             return Err(Error::Shape { what: "x_0", found: vec![], expected });
         };
-        if !x_0.dtype().is_float() {
-            return Err(Error::config(
-                "dtype of x_0",
-                x_0.dtype().as_str(),
-                "a floating-point dtype",
-            ));
-        }
+        check_float("dtype of x_0", x_0.dtype())?;
         // Elementwise operations would broadcast a smaller tensor.
         if eps.dims() != x_0.dims() {
             let expected = format!("{:?}, that of x_0", x_0.dims());
