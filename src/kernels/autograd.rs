@@ -11,7 +11,6 @@ use super::cpu::linear::{linear_forward, linear_input_gradient, linear_weight_gr
 use super::cpu::norm::Normalization;
 use super::cpu::reduce::{sum_over_batch, sums_by_image};
 use super::op::conv::{ConvShape, Scale};
-use super::op::linear::LinearShape;
 use super::op::norm::NormConfig;
 use super::reference;
 use super::slices::{contiguous, on_cpu_in_f32, with_values, zeros};
@@ -227,10 +226,14 @@ impl Kernel for Linear {
     const NAME: &'static str = "linear";
 
     fn forward(&self, [x, weight, bias]: [Values<'_>; 3]) -> Result<(Vec<f32>, Vec<usize>)> {
-        let shape = LinearShape::new(x.dims, weight.dims).map_err(candle_core::Error::wrap)?;
-        let mut y = zeros(shape.batch * shape.output)?;
+        let (batch, input) = Shape::from(x.dims).dims2()?;
+        let (output, columns) = Shape::from(weight.dims).dims2()?;
+        if input != columns {
+            candle_core::bail!("{input} inputs for a linear layer of {columns}")
+        }
+        let mut y = zeros(batch * output)?;
         linear_forward(self.isa, x.values, weight.values, bias.values, &mut y);
-        Ok((y, vec![shape.batch, shape.output]))
+        Ok((y, vec![batch, output]))
     }
 
     fn backward(

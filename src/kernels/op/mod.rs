@@ -6,5 +6,4 @@ pub(crate) mod activation;
 pub(crate) mod attention;
 pub(crate) mod conv;
 pub(crate) mod counters;
-pub(crate) mod linear;
 pub(crate) mod norm;
