@@ -6,11 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use candle_core::{Device, Tensor};
-use candle_nn::{Init, VarBuilder};
 use ddpm::data::Images;
 use ddpm::eval::Generator;
-use ddpm::nn::Architecture;
-use ddpm::nn::{Condition, Output, Trainable};
+use ddpm::nn::{Condition, Output};
 use ddpm::observe::{LossCurve, MetricsFile, SampleGrid, SaveEvery};
 use ddpm::process::Prediction;
 use ddpm::train::{Frontend, Metrics, Observer, Outcome, Run, on_metrics};
@@ -18,31 +16,10 @@ use ddpm::{
     Checkpoint, Denoiser, Diffusion, Error, NoiseSchedule, Result, Sampler, Solver, TrainConfig,
     Trainer,
 };
-use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
-/// One weight, which scales its input: the cheapest network.
-#[derive(Serialize, Deserialize)]
-struct Scale;
-
-struct Scaled(Tensor);
-
-impl Architecture for Scale {
-    const KIND: &'static str = "scale";
-    type Model = Scaled;
-
-    fn build(&self, vb: VarBuilder) -> Result<Scaled> {
-        Ok(Scaled(vb.get_with_hints(1, "scale", Init::Const(0.5))?))
-    }
-}
-
-impl Denoiser for Scaled {
-    fn denoise(&self, x_t: &Tensor, _: &Tensor, _: &Condition) -> Result<Output> {
-        Ok(Output::new(x_t.broadcast_mul(&self.0)?))
-    }
-}
-
-impl Trainable for Scaled {}
+mod small;
+use small::Scale;
 
 fn config(steps: u64) -> TrainConfig {
     TrainConfig { steps, batch_size: 2, log_every: 2, ..TrainConfig::mnist() }

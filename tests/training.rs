@@ -15,6 +15,9 @@ use ddpm::train::{AdamConfig, EmaConfig, Metrics, Noised, Objective, Observer, R
 use ddpm::{Denoiser, Diffusion, Error, Result, TrainConfig, Trainer, UNetConfig};
 use serde::{Deserialize, Serialize};
 
+mod small;
+use small::Scale;
+
 /// A small network. The images of the data sets differ.
 fn network() -> UNetConfig {
     UNetConfig { image_size: 8, hidden_dims: vec![16, 16], time_dim: 16, ..UNetConfig::mnist() }
@@ -370,29 +373,6 @@ fn images_per_second_counts_what_was_timed() {
     // The first of the two batches of the second report is read ahead, while the first report is made.
     assert!(rates[0] <= 200.0 && rates[1] <= 400.0, "{rates:?}");
 }
-
-/// One weight, which scales its input: the cheapest network.
-#[derive(Serialize, Deserialize)]
-struct Scale;
-
-struct Scaled(Tensor);
-
-impl Architecture for Scale {
-    const KIND: &'static str = "scale";
-    type Model = Scaled;
-
-    fn build(&self, vb: VarBuilder) -> Result<Scaled> {
-        Ok(Scaled(vb.get_with_hints(1, "scale", Init::Const(0.5))?))
-    }
-}
-
-impl Denoiser for Scaled {
-    fn denoise(&self, x_t: &Tensor, _: &Tensor, _: &Condition) -> Result<Output> {
-        Ok(Output::new(x_t.broadcast_mul(&self.0)?))
-    }
-}
-
-impl Trainable for Scaled {}
 
 #[test]
 fn a_report_holds_more_updates_than_may_go_unread() {
