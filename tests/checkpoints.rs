@@ -205,7 +205,7 @@ fn what_a_killed_save_left_is_removed_by_the_next() {
 }
 
 #[test]
-fn a_failed_save_leaves_the_last_checkpoint_and_no_rubbish() {
+fn a_failed_save_leaves_the_last_checkpoint_and_no_other_files() {
     let (dir, path) = saved();
     let before = fs::read(path.join(FILES[0])).unwrap();
     let trainer = resume(&path, config(3)).unwrap();
@@ -292,9 +292,14 @@ fn as_ordinary_user(test: &str, dir: &Path) {
         command.uid(NOBODY).gid(NOBODY);
     }
     let output = command.output().unwrap();
-    let told =
-        [output.stdout, output.stderr].map(|told| String::from_utf8_lossy(&told).into_owned());
-    assert!(output.status.success() && told[0].contains("1 passed"), "{}{}", told[0], told[1]);
+    let printed = [output.stdout, output.stderr]
+        .map(|printed| String::from_utf8_lossy(&printed).into_owned());
+    assert!(
+        output.status.success() && printed[0].contains("1 passed"),
+        "{}{}",
+        printed[0],
+        printed[1]
+    );
 }
 
 #[cfg(unix)]
@@ -399,17 +404,17 @@ fn what_no_save_wrote_is_not_removed() {
     fs::write(path.join("notes.txt"), "the good one").unwrap();
     step_and_save(&mut trainer, &path);
     let warnings = step_and_save(&mut trainer, &path).warnings;
-    let noted = dir.path().join("checkpoint-000000001");
-    let [Error::NotRemoved { path: told, source }] = warnings.as_slice() else {
+    let first = dir.path().join("checkpoint-000000001");
+    let [Error::NotRemoved { path: found, source }] = warnings.as_slice() else {
         panic!("{warnings:?}")
     };
-    assert_eq!(*told, noted);
+    assert_eq!(*found, first);
     assert!(source.to_string().starts_with("it holds notes.txt, which is not"), "{source}");
     // Files that a system adds do not prevent a save.
-    fs::remove_file(noted.join("notes.txt")).unwrap();
-    fs::write(noted.join(".DS_Store"), "").unwrap();
+    fs::remove_file(first.join("notes.txt")).unwrap();
+    fs::write(first.join(".DS_Store"), "").unwrap();
     assert!(step_and_save(&mut trainer, &path).warnings.is_empty());
-    assert!(!noted.exists());
+    assert!(!first.exists());
     assert!(theirs.iter().all(|theirs| theirs.join("thesis.txt").is_file()));
 }
 
@@ -428,7 +433,7 @@ fn a_claim_that_fails_leaves_the_one_before() {
 
 #[cfg(unix)]
 #[test]
-fn an_old_checkpoint_that_cannot_be_removed_is_told_and_hinders_no_save() {
+fn an_old_checkpoint_that_cannot_be_removed_is_a_warning_and_prevents_no_save() {
     let dir = tempfile::tempdir().unwrap();
     as_ordinary_user("saves_beside_protected_checkpoints", dir.path());
 }
@@ -615,7 +620,7 @@ const CLAIMED: &str = "DDPM_TEST_CLAIMS";
 
 #[cfg(unix)]
 #[test]
-fn a_claim_is_told_with_its_process_and_ends_with_it() {
+fn a_claim_names_its_process_and_ends_with_it() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("checkpoint");
     let mut child = Command::new(std::env::current_exe().unwrap())
@@ -641,7 +646,7 @@ fn a_claim_is_told_with_its_process_and_ends_with_it() {
 
 #[cfg(unix)]
 #[test]
-fn a_run_whose_directory_is_removed_saves_all_the_same_and_says_so() {
+fn a_run_whose_directory_is_removed_still_saves_and_warns() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
     let path = out.join("checkpoint");
@@ -650,8 +655,8 @@ fn a_run_whose_directory_is_removed_saves_all_the_same_and_says_so() {
     step_and_save(&mut trainer, &path);
     fs::remove_dir_all(&out).unwrap();
     let warnings = step_and_save(&mut trainer, &path).warnings;
-    let [Error::Vanished { path: told }] = warnings.as_slice() else { panic!("{warnings:?}") };
-    assert_eq!(*told, out);
+    let [Error::Vanished { path: found }] = warnings.as_slice() else { panic!("{warnings:?}") };
+    assert_eq!(*found, out);
     assert_eq!(Checkpoint::open(&path).unwrap().step(), 2);
     assert!(step_and_save(&mut trainer, &path).warnings.is_empty());
     // The claim is effective again.
@@ -659,7 +664,7 @@ fn a_run_whose_directory_is_removed_saves_all_the_same_and_says_so() {
 }
 
 #[test]
-fn how_samples_are_drawn_travels_with_the_run() {
+fn sampler_settings_are_saved_with_the_run() {
     let (_dir, path) = saved();
     let usual = Checkpoint::open(&path).unwrap();
     assert_eq!((usual.sampling(), usual.sampler().unwrap().timesteps().len()), (None, 50));
@@ -755,15 +760,15 @@ fn killed_at_any_moment_a_run_resumes() {
         std::thread::sleep(duration.mul_f64((random % 1000) as f64 / 800.0));
         child.kill().unwrap(); // SIGKILL
         child.wait().unwrap();
-        let told = lines.filter_map(|line| step_of(&line.ok()?)).last().unwrap_or(first);
+        let printed = lines.filter_map(|line| step_of(&line.ok()?)).last().unwrap_or(first);
 
         within += usize::from(dir.path().join("checkpoint.saving").exists());
         between += usize::from(!path.exists());
         let trainer =
             resume(&path, config(u64::MAX)).unwrap_or_else(|e| panic!("round {round}: {e}"));
         assert!(first > last, "round {round}: {first} after {last}");
-        assert!(trainer.steps() >= told, "round {round}: {} after {told}", trainer.steps());
-        last = told;
+        assert!(trainer.steps() >= printed, "round {round}: {} after {printed}", trainer.steps());
+        last = printed;
         // Leftovers are removed by the next child, or by the test.
         if round % 2 == 1 {
             trainer.save(&path).unwrap();

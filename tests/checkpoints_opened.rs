@@ -373,7 +373,7 @@ fn averages_of_another_precision_go_on_in_the_weights() {
 }
 
 #[test]
-fn long_lists_are_not_told_in_full() {
+fn long_lists_are_shortened_in_messages() {
     let (_dir, path) = saved();
     edit(&path, |json| {
         json["diffusion"]["schedule"] =
@@ -530,8 +530,8 @@ fn every_flipped_bit_is_seen_and_the_file_named() {
                 "{bit}: {error}"
             );
             let older = dir.path().join("checkpoint-000000002");
-            let told = format!("; {} is whole", older.display());
-            assert!(error.to_string().ends_with(&told), "{error}");
+            let ending = format!("; {} is whole", older.display());
+            assert!(error.to_string().ends_with(&ending), "{error}");
             assert!(resume(&path, config(9)).is_err());
         }
         fs::write(&file, whole).unwrap();
@@ -626,8 +626,8 @@ fn a_state_takes_little_more_memory_than_its_file() {
             .env("RUST_TEST_THREADS", "1")
             .output()
             .unwrap();
-        let told = String::from_utf8_lossy(&output.stdout);
-        assert!(told.contains("refused: ") && told.contains(expected), "{what}: {output:?}");
+        let printed = String::from_utf8_lossy(&output.stdout);
+        assert!(printed.contains("refused: ") && printed.contains(expected), "{what}: {output:?}");
     }
 }
 

@@ -158,7 +158,7 @@ fn a_break_ends_the_run_after_all_observers_saw_the_step() {
 }
 
 #[test]
-fn after_an_error_every_observer_hears_the_end() {
+fn after_an_error_on_end_of_every_observer_is_called() {
     let log = Log::default();
     let a = Recorder { fail_at: Some(1), ..Recorder::new("a", &log) };
     let error = trainer(2).fit(&images(), (a, Recorder::new("b", &log))).unwrap_err();
@@ -195,8 +195,8 @@ fn a_front_end_stops_the_run_and_sees_what_the_others_do() {
     trainer.fit(&images(), (save, a, stop_at_four)).unwrap();
     // Step 4 is also due, but the end of the run saves it.
     assert_eq!(trainer.steps(), 4);
-    let told = ["working: saving", "working: ", "working: saving", "working: ", "finished"];
-    assert_eq!(*screen.log.lock().unwrap(), told);
+    let expected = ["working: saving", "working: ", "working: saving", "working: ", "finished"];
+    assert_eq!(*screen.log.lock().unwrap(), expected);
     assert_eq!(Checkpoint::open(temp.path().join("checkpoint")).unwrap().step(), 4);
 }
 
@@ -362,7 +362,7 @@ fn a_directory_that_cannot_be_saved_to_is_an_error_before_the_first_update() {
 }
 
 #[test]
-fn a_save_that_fails_is_told_once() {
+fn a_failed_save_is_reported_once() {
     let temp = TempDir::new().unwrap();
     let dir = temp.path().join("run");
     let block = dir.clone();

@@ -523,7 +523,7 @@ impl Objective for Composed {
 }
 
 #[test]
-fn an_objective_of_ones_own_is_trained_for_in_parts_and_as_a_whole() {
+fn a_custom_objective_trains_in_parts_as_in_the_whole() {
     let config = |accumulation| {
         let optimizer = AdamConfig { eps: 1e-3, ..AdamConfig::adam(1e-3) };
         TrainConfig { accumulation, optimizer, ..config() }
@@ -699,7 +699,7 @@ fn a_weight_without_a_gradient_is_named_unless_the_network_allows_it() {
 }
 
 #[test]
-fn a_batch_that_does_not_fit_is_told_as_the_caller_gave_it() {
+fn a_batch_that_does_not_fit_is_reported_as_the_caller_passed_it() {
     let batch = Tensor::zeros((4, 1, 8, 8), DType::F32, &Device::Cpu).unwrap();
     for dtype in [DType::F64, DType::F16, DType::BF16, DType::U8] {
         let message =

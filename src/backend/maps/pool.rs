@@ -173,7 +173,7 @@ mod tests {
     use crate::sample::Sampler;
 
     #[test]
-    fn memory_that_there_is_not_is_an_error_that_tells_how_much_was_asked_for() -> Result<()> {
+    fn an_allocation_that_fails_is_an_error_with_its_size() -> Result<()> {
         let pool = Arc::new(Pool::default());
         // Leaves free memory, so that the next call searches it. The search must not overflow.
         drop(pool.take(7)?);
