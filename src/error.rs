@@ -247,6 +247,14 @@ impl Error {
         Self::Config { field, value: value.to_string(), expected: expected.into() }
     }
 
+    pub(crate) fn shape(
+        what: &'static str,
+        found: impl Into<Vec<usize>>,
+        expected: impl Into<String>,
+    ) -> Self {
+        Self::Shape { what, found: found.into(), expected: expected.into() }
+    }
+
     pub(crate) fn damaged(path: impl AsRef<Path>, reason: impl Into<String>) -> Self {
         Self::Damaged { path: path.as_ref().to_owned(), reason: reason.into() }
     }
@@ -277,6 +285,20 @@ impl fmt::Debug for Error {
         // Errors of other libraries may have several lines.
         f.write_str(&text.split_whitespace().collect::<Vec<_>>().join(" "))
     }
+}
+
+/// # Errors
+/// Returns an error if the dimensions of `what` are not the expected ones, which have this meaning.
+pub(crate) fn check_dims(
+    what: &'static str,
+    found: &[usize],
+    expected: &[usize],
+    meaning: &str,
+) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::shape(what, found, format!("{expected:?}, {meaning}")))
 }
 
 /// # Errors

@@ -23,8 +23,6 @@ pub(crate) fn filled<T: Copy>(sizes: &[usize], value: T) -> Option<Vec<T>> {
 /// # Errors
 /// Returns an error that names `what` if there is not enough memory.
 pub(crate) fn zeros(what: &'static str, shape: &[usize]) -> Result<Vec<f32>> {
-    filled(shape, 0.0).ok_or_else(|| {
-        let expected = "small enough for the available memory".into();
-        Error::Shape { what, found: shape.to_vec(), expected }
-    })
+    let expected = "small enough for the available memory";
+    filled(shape, 0.0).ok_or_else(|| Error::shape(what, shape, expected))
 }

@@ -72,8 +72,8 @@ pub fn grid(samples: &Tensor) -> Result<DynamicImage> {
             grid_of(&bytes(samples)?, (channels, height, width))
         }
         found => {
-            let expected = "(count, 1 channel or 3, height, width), each at least 1".into();
-            Err(Error::Shape { what: "samples", found: found.to_vec(), expected })
+            let expected = "(count, 1 channel or 3, height, width), each at least 1";
+            Err(Error::shape("samples", found, expected))
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::layers::{Conv2d, GroupNorm, Linear};
 type Dims = (usize, usize, usize, usize);
 
 fn refuse(what: &'static str, (n, h, w, c): Dims, expected: String) -> Result<()> {
-    Err(Error::Shape { what, found: vec![n, h, w, c], expected })
+    Err(Error::shape(what, [n, h, w, c], expected))
 }
 
 /// Checks the input of a convolution, and the values that are added to its output.

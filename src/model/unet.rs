@@ -133,9 +133,8 @@ impl Graph for UNet {
         if (channels, height, width) == (own, size, size) {
             return Ok(());
         }
-        let (found, expected) =
-            (vec![channels, height, width], format!("(batch, {own}, {size}, {size})"));
-        Err(Error::Shape { what: "the images", found, expected })
+        let expected = format!("(batch, {own}, {size}, {size})");
+        Err(Error::shape("the images", [channels, height, width], expected))
     }
 }
 

@@ -91,9 +91,7 @@ impl Executor {
         let result = context.update(batch, t, eps, !self.gradients_checked);
         let (loss, grad_norm, gradients) = result.map_err(|error| match error {
             // The caller passed x_0; x_t belongs to a part of it.
-            Error::Shape { what: "x_t", expected, .. } => {
-                Error::Shape { what: "x_0", found: whole.to_vec(), expected }
-            }
+            Error::Shape { what: "x_t", expected, .. } => Error::shape("x_0", whole, expected),
             error => error,
         })?;
         self.gradients_checked = true;

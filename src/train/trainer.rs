@@ -106,8 +106,7 @@ impl<N: Architecture> Trainer<N> {
         let batch = batch.into();
         let x_0 = &batch.images;
         if x_0.rank() == 0 {
-            let expected = "(batch, channels, height, width)".to_string();
-            return Err(Error::Shape { what: "x_0", found: vec![], expected });
+            return Err(Error::shape("x_0", [], "(batch, channels, height, width)"));
         }
         if x_0.dtype() != DType::F32 {
             return Err(Error::config("dtype of x_0", x_0.dtype().as_str(), "f32"));
