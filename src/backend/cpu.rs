@@ -31,10 +31,7 @@ fn written<const N: usize>(
 ) -> Result<Tensor> {
     let like = tensors[0];
     let mut values = zeros("the result", like.dims())?;
-    with_values(tensors, |tensors| {
-        f(tensors, &mut values);
-        Ok(())
-    })?;
+    with_values(tensors, |tensors| f(tensors, &mut values))?;
     Ok(Tensor::from_vec(values, like.shape(), like.device())?)
 }
 
@@ -85,7 +82,7 @@ impl Backend for Cpu {
         if !are_plain(&[x]) {
             return Reference.finiteness(x);
         }
-        let finite = with_values([x], |[x]| Ok(all_finite(x)))?;
+        let finite = with_values([x], |[x]| all_finite(x))?;
         Ok(Tensor::new(if finite { 0f32 } else { f32::NAN }, x.device())?)
     }
 
@@ -93,13 +90,8 @@ impl Backend for Cpu {
         if !are_plain(&[sum, more]) {
             return Reference.add_to(sum, more);
         }
-        let add = |sum: &mut [f32]| {
-            with_values([more], |[more]| {
-                add_values(sum, more);
-                Ok(())
-            })
-        };
-        Ok(with_values_mut(sum, add)?)
+        let add = |sum: &mut [f32]| with_values([more], |[more]| add_values(sum, more));
+        Ok(with_values_mut(sum, add)??)
     }
 
     fn adam(&self, weights: Vec<WeightState<'_>>, factors: &Factors) -> Result<()> {
@@ -129,7 +121,7 @@ impl Updater for Cpu {
         let isa = Isa::detect();
         let mut squares = 0.0;
         for gradient in weights.iter().filter_map(|own| own.gradient.as_deref()) {
-            squares += with_values([gradient], |[values]| Ok(sum_of_squares(isa, values)))?;
+            squares += with_values([gradient], |[values]| sum_of_squares(isa, values))?;
         }
         let unscale = rule.unscale(counters);
         let norm = squares.sqrt() * unscale;
@@ -194,14 +186,13 @@ fn update(isa: Isa, step: &AdamStep, own: WeightState<'_>) -> Result<()> {
             with_values_mut(mean, |mean| {
                 with_values_mut(square, |square| {
                     step.apply(isa, weight, gradient, (mean, square), average);
-                    Ok(())
                 })
-            })
-        })
+            })?
+        })?
     };
     with_values_mut(weight, |weight| match &average {
-        Some(average) => with_values_mut(average, |average| change(weight, Some(average))),
+        Some(average) => with_values_mut(average, |average| change(weight, Some(average)))?,
         None => change(weight, None),
-    })?;
+    })??;
     Ok(())
 }

@@ -122,7 +122,7 @@ impl<K: Kernel> CustomOp3 for Differentiable<K> {
             let weight = Values { dims: weight_dims, values: weight };
             let bias = Values { dims: bias_dims, values: bias };
             self.0.backward([x, weight, bias], dy, wanted)
-        })?;
+        })??;
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
         Ok((
             dx.map(|dx| tensor(dx, x)).transpose()?,

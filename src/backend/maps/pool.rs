@@ -254,10 +254,7 @@ mod tests {
         let ids: Vec<_> = returned.iter().map(Tensor::id).collect();
         assert!(kept.iter().all(|kept| !ids.contains(&kept.id())));
         for gradient in &returned {
-            with_values_mut(gradient, |values| {
-                values.fill(f32::NAN);
-                Ok(())
-            })?;
+            with_values_mut(gradient, |values| values.fill(f32::NAN))?;
         }
         unet.recycle(returned);
         // A tensor that the network did not issue, and must not overwrite.

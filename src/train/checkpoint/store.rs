@@ -265,10 +265,6 @@ fn sweep(dir: &Path) -> Vec<Error> {
 /// Removes a link or a directory. In a directory, `checkpoint.json` is removed first: without it, the remaining
 /// files are not a checkpoint.
 fn clear(path: &Path) -> io::Result<()> {
-    let gone = |result: io::Result<()>| match result {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
-    };
     match path.symlink_metadata() {
         Ok(metadata) if metadata.is_dir() => {
             gone(fs::remove_file(path.join(STATE)))?;
@@ -280,7 +276,12 @@ fn clear(path: &Path) -> io::Result<()> {
 
 /// Removes `dir` if it is an empty directory.
 fn remove_empty(dir: &Path) -> io::Result<()> {
-    match fs::remove_dir(dir) {
+    gone(fs::remove_dir(dir))
+}
+
+/// Accepts the failure of a removal because nothing was there.
+fn gone(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
         Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
         _ => Ok(()),
     }

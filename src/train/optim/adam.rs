@@ -242,11 +242,9 @@ impl AdamW {
                 let key = format!("{prefix}.{name}");
                 let stored = state.get(&key).filter(|stored| stored.shape() == value.shape());
                 let Some(stored) = stored else {
-                    return Err(Error::Config {
-                        field: "optimizer state",
-                        value: format!("without a fitting {key}"),
-                        expected: format!("one {:?} of shape {:?}", key, value.dims()),
-                    });
+                    let expected = format!("one {key:?} of shape {:?}", value.dims());
+                    let found = format!("without a fitting {key}");
+                    return Err(Error::config("optimizer state", found, expected));
                 };
                 // Copied, because updates change it in place.
                 let stored = stored.to_dtype(value.dtype())?.to_device(value.device())?;
