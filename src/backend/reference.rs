@@ -71,17 +71,16 @@ impl Backend for Reference {
                 if factors.keep != 1.0 {
                     weight = weight.affine(factors.keep, 0.0)?;
                 }
-                let mean = (own.mean.affine(beta1, 0.0)? + gradient.affine(1.0 - beta1, 0.0)?)?;
-                let square =
-                    (own.square.affine(beta2, 0.0)? + gradient.sqr()?.affine(1.0 - beta2, 0.0)?)?;
+                let mean = self.combine(own.mean, beta1, &gradient, 1.0 - beta1)?;
+                let square = self.combine(own.square, beta2, &gradient.sqr()?, 1.0 - beta2)?;
                 (*own.mean, *own.square) = (mean.detach(), square.detach());
                 let root = own.square.sqrt()?.affine(root_scale, eps)?;
                 let update = own.mean.affine(step_size, 0.0)?.div(&root)?;
                 own.weight.set(&(weight - update)?)?;
             }
             if let Some(average) = own.average {
-                let new = own.weight.as_detached_tensor().affine(1.0 - factors.average, 0.0)?;
-                *average = (average.affine(factors.average, 0.0)? + new)?;
+                let (decay, weight) = (factors.average, own.weight.as_detached_tensor());
+                *average = self.combine(average, decay, &weight, 1.0 - decay)?;
             }
         }
         Ok(())

@@ -57,12 +57,7 @@ impl Engine<'_> for Autograd<'_> {
 
     fn linear(&self, f: VectorActivation, linear: &Linear, x: &Tensor) -> Result<Tensor> {
         shapes::linear(linear, x.dims4()?)?;
-        let x = x.flatten_from(1)?;
-        let x = match f {
-            VectorActivation::None => x,
-            VectorActivation::Silu => x.silu()?,
-            VectorActivation::Gelu => x.gelu_erf()?,
-        };
+        let x = kernels::activated(f, &x.flatten_from(1)?)?;
         Ok(kernels::linear(&x, &linear.weight, &linear.bias)?.unsqueeze(1)?.unsqueeze(1)?)
     }
 

@@ -256,7 +256,6 @@ impl Kernel for Linear {
 pub(super) mod tests {
     use super::*;
     use crate::kernels::cpu::norm::RUN;
-    use crate::kernels::op::activation::VectorActivation;
     use crate::kernels::suite::{ConvArithmetic, ConvCase, Found, LinearCase, NormCase, Subject};
     use crate::kernels::tests::{Products, value_and_gradients};
     use candle_core::{DType, Device};
@@ -329,11 +328,7 @@ pub(super) mod tests {
         fn linear(&self, case: &LinearCase) -> Result<Found> {
             let LinearCase { activation, x, weight, bias, dy } = case;
             found([x, weight, bias], dy, |[x, weight, bias]| {
-                let x = match activation {
-                    VectorActivation::None => x.clone(),
-                    VectorActivation::Silu => x.silu()?,
-                    VectorActivation::Gelu => x.gelu_erf()?,
-                };
+                let x = reference::linear::activated(*activation, x)?;
                 apply([&x, weight, bias], Linear { isa: self.0 })
             })
         }

@@ -184,13 +184,13 @@ fn record<D: Trainable>(
     t: &Tensor,
 ) -> Result<Box<dyn Recorded>> {
     prepare(context, capture)?;
-    let before = context.state.optimizer.mark();
+    let before = context.state.optimizer.counters();
     let recorded = capture.record(&batch.images, t, &mut |x_0, t| {
         let batch = Batch { images: x_0.clone(), classes: None, first: batch.first };
         let eps = context.eps(&batch)?;
         context.update(&batch, t, &eps, false)
     });
-    context.state.optimizer.rewind(before);
+    context.state.optimizer.assume(&before);
     recorded
 }
 

@@ -13,6 +13,7 @@ use super::paths::{
 };
 use crate::backend::Counters;
 use crate::error::{Error, Result};
+use crate::files::existing;
 use crate::train::state::{Fields, Stateful};
 
 /// The result of a successful [`Trainer::save`](crate::Trainer::save).
@@ -267,22 +268,14 @@ fn sweep(dir: &Path) -> Vec<Error> {
 fn clear(path: &Path) -> io::Result<()> {
     match path.symlink_metadata() {
         Ok(metadata) if metadata.is_dir() => {
-            gone(fs::remove_file(path.join(STATE)))?;
-            gone(fs::remove_dir_all(path))
+            existing(fs::remove_file(path.join(STATE)))?;
+            existing(fs::remove_dir_all(path)).map(drop)
         }
-        _ => gone(fs::remove_file(path)),
+        _ => existing(fs::remove_file(path)).map(drop),
     }
 }
 
 /// Removes `dir` if it is an empty directory.
 fn remove_empty(dir: &Path) -> io::Result<()> {
-    gone(fs::remove_dir(dir))
-}
-
-/// Accepts the failure of a removal because nothing was there.
-fn gone(removed: io::Result<()>) -> io::Result<()> {
-    match removed {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
-    }
+    existing(fs::remove_dir(dir)).map(drop)
 }
