@@ -8,7 +8,7 @@ use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder, init::NormalOrUniform};
 
 use super::network::Architecture;
-use super::tensor_file::{missing, read_tensors};
+use super::tensor_file::{check_known, read_tensors, weight_of};
 use crate::error::{Error, Result, check_float};
 use crate::memory::zeros;
 use crate::random::{Noise, Purpose, fnv1a};
@@ -126,10 +126,7 @@ impl Parameters {
         }
         let model = model?;
         if let Source::Given(path, tensors) = &self.store.source {
-            let created = lock(&self.store.created);
-            if let Some(name) = tensors.keys().find(|name| !created.contains_key(*name)) {
-                return Err(Error::UnknownWeight { path: path.clone(), name: name.clone() });
-            }
+            check_known(path, tensors, &lock(&self.store.created))?;
         }
         Ok(model)
     }
@@ -154,20 +151,7 @@ impl Backend {
         check_float("dtype of the weights", dtype)?;
         let tensor = match &self.0.source {
             Source::Random(noise) => initial(*noise, name, shape, init)?,
-            Source::Given(path, tensors) => {
-                let Some(tensor) = tensors.get(name) else {
-                    return Err(missing(path, name, tensors));
-                };
-                if tensor.shape() != shape {
-                    return Err(Error::WeightShape {
-                        path: path.clone(),
-                        name: name.into(),
-                        found: tensor.dims().to_vec(),
-                        expected: shape.dims().to_vec(),
-                    });
-                }
-                tensor.clone()
-            }
+            Source::Given(path, tensors) => weight_of(path, tensors, name, shape.dims())?.clone(),
         };
         // `from_tensor` copies, so that no network shares weights that another one trains.
         Ok(Var::from_tensor(&tensor.to_dtype(dtype)?.to_device(device)?)?)
