@@ -23,28 +23,28 @@ use ddpm::{
 
 #[derive(Parser)]
 struct Args {
-    /// Which network.
+    /// The network.
     #[arg(long, value_enum, default_value = "mnist")]
     model: Model,
     /// Images per batch.
     #[arg(long, default_value_t = 32, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     batch: usize,
-    /// What computes.
+    /// The device.
     #[arg(long, value_enum, default_value = "cpu")]
     device: Where,
-    /// How exactly products are computed: highest or high; bf16 or f16 (with the feature f16).
+    /// The precision of products: highest, high, bf16 or f16 (the last two with the feature f16).
     #[arg(long, default_value = "highest")]
     precision: Precision,
-    /// Timed runs, after three that are not, or ten on a GPU.
+    /// The number of timed runs. Three runs before them are not timed, ten on a GPU.
     #[arg(long, default_value_t = 10, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     iters: usize,
-    /// Threads; all cores unless given.
+    /// The number of threads; by default that of all cores.
     #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     threads: Option<usize>,
-    /// What to measure; train_step and forward unless given.
+    /// The measure; by default train_step and forward.
     #[arg(long, value_enum)]
     what: Option<What>,
-    /// Print JSON lines.
+    /// Prints JSON lines.
     #[arg(long)]
     json: bool,
     /// Passed by `cargo bench`.

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_dims};
 use crate::precision::Precision;
 use crate::random::Dropout;
 
@@ -158,10 +158,7 @@ impl Condition {
     /// Returns an error if there is not one class of dtype u32 for each image of the batch.
     pub(crate) fn check(&self, batch: usize) -> Result<()> {
         let Self::Classes(classes) = self else { return Ok(()) };
-        if classes.dims() != [batch] {
-            let (found, expected) = (classes.dims().to_vec(), format!("[{batch}], one per image"));
-            return Err(Error::Shape { what: "the list of classes", found, expected });
-        }
+        check_dims("the list of classes", classes.dims(), &[batch], "one per image")?;
         if classes.dtype() != DType::U32 {
             return Err(Error::config("dtype of the classes", classes.dtype().as_str(), "u32"));
         }

@@ -40,11 +40,11 @@ pub(crate) fn weights_dtype(vb: &VarBuilder) -> Result<DType> {
     }
 }
 
-fn check_channels(field: &'static str, value: usize) -> Result<()> {
-    if (1..=MAX_CHANNELS).contains(&value) {
+fn check_length(field: &'static str, value: usize, most: usize) -> Result<()> {
+    if (1..=most).contains(&value) {
         return Ok(());
     }
-    Err(Error::config(field, value, format!("from 1 to {MAX_CHANNELS}")))
+    Err(Error::config(field, value, format!("from 1 to {most}")))
 }
 
 /// A two-dimensional convolution of feature maps, padded with zeros. The output has the size of the input, unless the
@@ -66,8 +66,8 @@ impl Conv2d {
     /// Returns an error if a number of channels is not from 1 to 65,536, if `kernel` is even or not from 1 to 31, if
     /// the dtype of `vb` is neither f32 nor f64, or if `vb` cannot supply a weight.
     pub fn new(input: usize, output: usize, kernel: usize, vb: VarBuilder) -> Result<Self> {
-        check_channels("input channels", input)?;
-        check_channels("output channels", output)?;
+        check_length("input channels", input, MAX_CHANNELS)?;
+        check_length("output channels", output, MAX_CHANNELS)?;
         if kernel.is_multiple_of(2) || kernel > 31 {
             return Err(Error::config("kernel", kernel, "odd, from 1 to 31"));
         }
@@ -128,11 +128,8 @@ impl Linear {
     /// cannot supply a weight.
     pub fn new(input: usize, output: usize, vb: VarBuilder) -> Result<Self> {
         const MAX: usize = 4 * MAX_CHANNELS;
-        for (field, value) in [("input length", input), ("output length", output)] {
-            if !(1..=MAX).contains(&value) {
-                return Err(Error::config(field, value, format!("from 1 to {MAX}")));
-            }
-        }
+        check_length("input length", input, MAX)?;
+        check_length("output length", output, MAX)?;
         let init = uniform(input);
         Ok(Self {
             weight: weight(&vb, &[output, input], "weight", init)?,
@@ -160,8 +157,8 @@ impl Embedding {
     /// Returns an error if `classes` or `dim` is not from 1 to 65,536, if the dtype of `vb` is neither f32 nor f64, or
     /// if `vb` cannot supply the weight.
     pub fn new(classes: usize, dim: usize, vb: VarBuilder) -> Result<Self> {
-        check_channels("classes", classes)?;
-        check_channels("length of a class's vector", dim)?;
+        check_length("classes", classes, MAX_CHANNELS)?;
+        check_length("length of a class's vector", dim, MAX_CHANNELS)?;
         let init = Init::Randn { mean: 0.0, stdev: 1.0 };
         Ok(Self { weight: weight(&vb, &[classes + 1, dim], "weight", init)? })
     }

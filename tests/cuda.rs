@@ -204,7 +204,7 @@ fn samples_are_the_cpus() -> Result<()> {
 
 /// Only the last step waits for the device.
 #[test]
-fn a_prediction_that_is_not_finite_is_told_with_the_last_step() -> Result<()> {
+fn a_prediction_that_is_not_finite_is_reported_with_the_last_step() -> Result<()> {
     for (bad, value) in [(999, f32::NAN), (333, f32::INFINITY), (0, f32::NEG_INFINITY)] {
         let denoiser = from_fn(move |x_t: &Tensor, t: &Tensor| {
             let value = if t.to_vec1::<u32>()?[0] == bad { value } else { 0.5 };
@@ -395,7 +395,7 @@ fn batches_are_the_cpus() -> Result<()> {
 }
 
 #[test]
-fn a_network_of_ones_own_is_computed_by_the_same_kernels_and_captured() -> Result<()> {
+fn a_custom_network_is_computed_by_the_same_kernels_and_captured() -> Result<()> {
     let x = Sampler::prior((2, 3, 6, 10), 1, &Device::Cpu)?;
     let t = Tensor::new(&[3u32, 999], &Device::Cpu)?;
     let pass =

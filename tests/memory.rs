@@ -16,7 +16,7 @@ fn minor_faults() -> u64 {
 }
 
 #[test]
-fn steps_touch_hardly_a_fresh_page() {
+fn steps_touch_almost_no_new_memory() {
     for (name, network, batch) in
         [("mnist", UNetConfig::mnist(), 8), ("cifar10", UNetConfig::cifar10(), 2)]
     {

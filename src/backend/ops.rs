@@ -4,6 +4,7 @@ use candle_core::{Device, Tensor};
 
 use super::update::{Factors, Updater, WeightState};
 use crate::error::Result;
+use crate::memory::zeros;
 use crate::random::Address;
 
 /// The factors of two tensors at each timestep of a schedule, computed from its `alpha_bar`.
@@ -27,14 +28,26 @@ impl Rates<'_> {
 /// tracked for gradients. Two tensors of one operation have the same shape.
 pub(crate) trait Backend: fmt::Debug + Send + Sync {
     /// Copies values to the device, in the shape `dims`. Does not wait for the device.
-    fn upload(&self, values: Vec<f32>, dims: &[usize], device: &Device) -> Result<Tensor>;
+    fn upload(&self, values: Vec<f32>, dims: &[usize], device: &Device) -> Result<Tensor> {
+        Ok(Tensor::from_vec(values, dims, device)?)
+    }
 
     /// Copies one integer per image to the device, as [`upload`](Self::upload) does.
-    fn upload_integers(&self, values: Vec<u32>, device: &Device) -> Result<Tensor>;
+    fn upload_integers(&self, values: Vec<u32>, device: &Device) -> Result<Tensor> {
+        let batch = values.len();
+        Ok(Tensor::from_vec(values, batch, device)?)
+    }
 
     /// Draws standard normals of shape `dims` = (batch, ...). The numbers of an image depend on its index but not on
-    /// the batch. The first image has index `first`.
-    fn normal(&self, at: Address, first: u32, dims: &[usize], device: &Device) -> Result<Tensor>;
+    /// the batch. The first image has index `first`. The default draws them on the host.
+    fn normal(&self, at: Address, first: u32, dims: &[usize], device: &Device) -> Result<Tensor> {
+        let mut values = zeros("noise", dims)?;
+        let count = values.len() / dims.first().copied().unwrap_or(1).max(1);
+        for (k, image) in values.chunks_mut(count.max(1)).enumerate() {
+            at.stream(first.wrapping_add(k as u32)).fill_normal(image);
+        }
+        Ok(Tensor::from_vec(values, dims, device)?)
+    }
 
     /// Computes `a x + b y`, with the two factors of each image's timestep `t` (batch), which has been checked.
     fn mix(&self, x: &Tensor, y: &Tensor, t: &Tensor, rates: Rates<'_>) -> Result<Tensor>;

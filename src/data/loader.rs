@@ -7,6 +7,7 @@ use super::dataset::{Dataset, normalized};
 use crate::backend;
 use crate::denoiser::Condition;
 use crate::error::{Error, Result};
+use crate::memory::reserved;
 use crate::random::{Noise, Purpose};
 
 /// Images of one update.
@@ -130,12 +131,10 @@ impl Loader {
         let size = check(dataset)?;
         let (shape, classes) = (dataset.shape(), dataset.classes());
         let batch = (self.part.end - self.part.start) as usize;
-        let mut pixels = Vec::new();
-        let count = batch.checked_mul(size).filter(|&n| pixels.try_reserve_exact(n).is_ok());
-        if count.is_none() {
+        let Some(mut pixels) = reserved(&[batch, size]) else {
             let expected = format!("small enough for a batch of images of {size} values in memory");
             return Err(Error::config("batch_size", batch, expected));
-        }
+        };
         let (mut bytes, mut found) = (vec![0; size], Vec::new());
         for k in self.part.clone() {
             if stop.load(Ordering::Relaxed) {

@@ -15,7 +15,7 @@ use crate::backend::maps::{
 use crate::denoiser::{
     Condition, Denoiser, Output, OutputGradient, Trainable, gradients_by_autograd,
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_dims, check_float};
 use crate::kernels;
 use crate::precision::Precision;
 use crate::process::check_timesteps;
@@ -87,23 +87,16 @@ impl<G: Graph> Model<G> {
     /// Returns an error if the shapes or dtypes of `x_t` and `t` do not fit the network.
     fn check(&self, x_t: &Tensor, t: &Tensor) -> Result<()> {
         let &[batch, channels, height, width] = x_t.dims() else {
-            let expected = "(batch, channels, height, width)".to_string();
-            return Err(Error::Shape { what: "x_t", found: x_t.dims().to_vec(), expected });
+            return Err(Error::shape("x_t", x_t.dims(), "(batch, channels, height, width)"));
         };
         self.graph.check_images(channels, height, width).map_err(|error| match error {
-            Error::Shape { expected, .. } => {
-                Error::Shape { what: "x_t", found: x_t.dims().to_vec(), expected }
-            }
+            Error::Shape { expected, .. } => Error::shape("x_t", x_t.dims(), expected),
             error => error,
         })?;
         if x_t.elem_count() == 0 {
-            let expected = "a batch of at least one image".to_string();
-            return Err(Error::Shape { what: "x_t", found: x_t.dims().to_vec(), expected });
+            return Err(Error::shape("x_t", x_t.dims(), "a batch of at least one image"));
         }
-        if !x_t.dtype().is_float() {
-            let expected = "a floating-point dtype";
-            return Err(Error::config("dtype of x_t", x_t.dtype().as_str(), expected));
-        }
+        check_float("dtype of x_t", x_t.dtype())?;
         check_timesteps(t, batch, None)
     }
 
@@ -192,11 +185,8 @@ impl<G: Graph> maps::Pass for ForwardBackward<'_, '_, G> {
         let (y, output) = self.forward.on(&tape)?;
         let output = Output::new(output);
         let d_output = (self.d_output)(&output)?.prediction;
-        if d_output.dims() != output.prediction.dims() {
-            let expected = format!("{:?}, that of the output", output.prediction.dims());
-            let found = d_output.dims().to_vec();
-            return Err(Error::Shape { what: "the output's gradient", found, expected });
-        }
+        let expected = output.prediction.dims();
+        check_dims("the output's gradient", d_output.dims(), expected, "that of the output")?;
         tape.backward(y, &d_output)
     }
 }

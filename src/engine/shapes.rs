@@ -8,7 +8,7 @@ use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
 type Dims = (usize, usize, usize, usize);
 
 fn refuse(what: &'static str, (n, h, w, c): Dims, expected: String) -> Result<()> {
-    Err(Error::Shape { what, found: vec![n, h, w, c], expected })
+    Err(Error::shape(what, [n, h, w, c], expected))
 }
 
 /// Checks the input of a convolution, and the values that are added to its output.
@@ -80,12 +80,4 @@ pub(super) fn attention(qkv: Dims) -> Result<()> {
     }
     let expected = "(batch, height, width, 3 channels)".into();
     refuse("the map of queries, keys and values", qkv, expected)
-}
-
-/// Checks the probability of dropout.
-pub(super) fn probability(p: f64) -> Result<()> {
-    if (0.0..1.0).contains(&p) {
-        return Ok(());
-    }
-    Err(Error::config("dropout", p, "at least 0 and less than 1"))
 }

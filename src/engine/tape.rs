@@ -11,7 +11,7 @@ use super::graph::{Engine, Sealed};
 use super::pass::Pass;
 use super::shapes;
 use crate::backend::maps::Maps;
-use crate::error::Result;
+use crate::error::{Result, check_fraction};
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::conv::{Add, Addends};
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
@@ -282,7 +282,7 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
     }
 
     fn drop_maps(&self, x: &Map<B>, layer: u16, p: f64) -> Result<Map<B>> {
-        shapes::probability(p)?;
+        check_fraction("dropout", p)?;
         let Some(dropout) = self.pass.dropout else { return Ok(x.clone()) };
         let mask = self.backend.mask(dropout, layer, x.dims, p)?;
         let y = self.backend.scale_maps(x.dims, &x.values, &mask)?;

@@ -141,9 +141,8 @@ impl Graph for UNet {
         if (channels, height, width) == own {
             return Ok(());
         }
-        let (found, expected) =
-            (vec![channels, height, width], format!("(batch, {}, {}, {})", own.0, own.1, own.2));
-        Err(Error::Shape { what: "the images", found, expected })
+        let expected = format!("(batch, {}, {}, {})", own.0, own.1, own.2);
+        Err(Error::shape("the images", [channels, height, width], expected))
     }
 }
 

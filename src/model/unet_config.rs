@@ -2,7 +2,7 @@ use serde::{Deserialize, Serialize};
 
 use super::image_size::ImageSize;
 use super::time_embedding::check_dim;
-use crate::error::{Error, Result, list_in_short};
+use crate::error::{Error, Result, check_fraction, list_in_short};
 use crate::kernels::op::norm::GROUPS;
 
 /// The shape of a [`UNet`](crate::UNet).
@@ -144,9 +144,6 @@ impl UNetConfig {
             );
             return Err(Error::config("attention_levels", list_in_short(attend), expected));
         }
-        if !(0.0..1.0).contains(&self.dropout) {
-            return Err(Error::config("dropout", self.dropout, "at least 0 and less than 1"));
-        }
-        Ok(())
+        check_fraction("dropout", self.dropout)
     }
 }

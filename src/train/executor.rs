@@ -91,9 +91,7 @@ impl Executor {
         let result = context.update(batch, t, eps, !self.gradients_checked);
         let (loss, grad_norm, gradients) = result.map_err(|error| match error {
             // The caller passed x_0; x_t belongs to a part of it.
-            Error::Shape { what: "x_t", expected, .. } => {
-                Error::Shape { what: "x_0", found: whole.to_vec(), expected }
-            }
+            Error::Shape { what: "x_t", expected, .. } => Error::shape("x_0", whole, expected),
             error => error,
         })?;
         self.gradients_checked = true;
@@ -186,13 +184,13 @@ fn record<D: Trainable>(
     inputs: &Inputs,
 ) -> Result<Box<dyn Recorded>> {
     prepare(context, capture)?;
-    let before = context.state.optimizer.mark();
+    let before = context.state.optimizer.counters();
     let recorded = capture.record(inputs, &mut |Inputs { x_0, t, classes }| {
         let batch = Batch { images: x_0.clone(), classes: classes.clone(), first: 0 };
         let eps = context.eps(&batch)?;
         context.update(&batch, t, &eps, false)
     });
-    context.state.optimizer.rewind(before);
+    context.state.optimizer.assume(&before);
     recorded
 }
 

@@ -11,7 +11,7 @@ use super::state::TrainState;
 use crate::backend::{self, Backend, Computed};
 use crate::data::loader::Batch;
 use crate::denoiser::{Condition, Trainable};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_dims};
 use crate::process::diffusion::Diffusion;
 use crate::random::{Dropout, Noise, Purpose};
 
@@ -95,7 +95,7 @@ impl<D: Trainable> UpdateContext<'_, D> {
         let count = x_0.dims().first().copied().unwrap_or(0);
         if count == 0 || !count.is_multiple_of(parts) {
             let expected = format!("(batch, ...), the batch a multiple of accumulation = {parts}");
-            return Err(Error::Shape { what: "x_0", found: x_0.dims().to_vec(), expected });
+            return Err(Error::shape("x_0", x_0.dims(), expected));
         }
         self.diffusion.check(x_0, t, eps)?;
         let backend = backend::of(x_0);
@@ -154,11 +154,7 @@ impl<D: Trainable> UpdateContext<'_, D> {
         let (t, condition) = (&noised.t, Condition::from(noised.classes.clone()));
         let found = self.model.gradients(x_t, t, &condition, &dropout, &mut |output| {
             let found = output.prediction.dims();
-            if found != x_t.dims() {
-                let expected = format!("{:?}, that of its input", x_t.dims());
-                let (what, found) = ("the network's output", found.to_vec());
-                return Err(Error::Shape { what, found, expected });
-            }
+            check_dims("the network's output", found, x_t.dims(), "that of its input")?;
             let (loss, gradient) = objective.loss(noised, output)?;
             losses.push(loss);
             Ok(gradient)

@@ -36,7 +36,7 @@ mod step_graph;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use adam::{Counts, UpdateSettings, Updater, WeightUpdate};
+pub(crate) use adam::{UpdateSettings, Updater, WeightUpdate};
 pub(crate) use attention::Attention;
 pub(crate) use conv::Convolution;
 pub(crate) use device::{Gpu, upload};
