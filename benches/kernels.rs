@@ -31,6 +31,9 @@ mod error;
 #[path = "../src/kernels/mod.rs"]
 mod kernels;
 #[allow(dead_code, unused_imports)]
+#[path = "../src/memory.rs"]
+mod memory;
+#[allow(dead_code, unused_imports)]
 #[path = "../src/precision.rs"]
 mod precision;
 #[allow(dead_code, unused_imports)]
@@ -61,22 +64,22 @@ use random::{Noise, Purpose};
 
 #[derive(Parser)]
 struct Args {
-    /// Only measures whose name and shape hold this.
+    /// Runs only the measures whose name and shape contain this text.
     #[arg(long, default_value = "")]
     filter: String,
-    /// Threads; all cores unless given.
+    /// The number of threads; by default that of all cores.
     #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     threads: Option<usize>,
-    /// The instruction set; the best that there is unless given.
+    /// The instruction set; by default the fastest of this machine.
     #[arg(long, value_enum)]
     isa: Option<Set>,
-    /// Of convolutions' products: highest, high or bf16 (with the feature f16).
+    /// The precision of convolutions: highest, high or bf16 (with the feature f16).
     #[arg(long, default_value = "highest", value_parser = precision_of_cpu)]
     precision: Precision,
-    /// Seconds for each measure, about; 0 to 3600.
+    /// The approximate seconds per measure, from 0 to 3600.
     #[arg(long, default_value = "0.5", value_parser = seconds, allow_negative_numbers = true)]
     seconds: Duration,
-    /// Print JSON lines.
+    /// Prints JSON lines.
     #[arg(long)]
     json: bool,
     /// Passed by `cargo bench`.
@@ -338,7 +341,7 @@ impl Bench<'_> {
         self.measure("concatenation", &shape, Work::Bytes(8 * y.len()), || {
             concatenate([&a, &b], channels, &mut y);
         });
-        self.measure("its way back", &shape, Work::Bytes(8 * y.len()), || {
+        self.measure("split", &shape, Work::Bytes(8 * y.len()), || {
             split(&y, channels, [&mut a, &mut b]);
         });
         // Ones: zeros might be faster, and larger values would grow.

@@ -23,28 +23,28 @@ use ddpm::{
 
 #[derive(Parser)]
 struct Args {
-    /// Which network.
+    /// The network.
     #[arg(long, value_enum, default_value = "mnist")]
     model: Model,
     /// Images per batch.
     #[arg(long, default_value_t = 32, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     batch: usize,
-    /// What computes.
+    /// The device.
     #[arg(long, value_enum, default_value = "cpu")]
     device: Where,
-    /// How exactly products are computed: highest or high; bf16 or f16 (with the feature f16).
+    /// The precision of products: highest, high, bf16 or f16 (the last two with the feature f16).
     #[arg(long, default_value = "highest")]
     precision: Precision,
-    /// Timed runs, after three that are not, or ten on a GPU.
+    /// The number of timed runs. Three runs before them are not timed, ten on a GPU.
     #[arg(long, default_value_t = 10, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     iters: usize,
-    /// Threads; all cores unless given.
+    /// The number of threads; by default that of all cores.
     #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     threads: Option<usize>,
-    /// What to measure; train_step and forward unless given.
+    /// The measure; by default train_step and forward.
     #[arg(long, value_enum)]
     what: Option<What>,
-    /// Print JSON lines.
+    /// Prints JSON lines.
     #[arg(long)]
     json: bool,
     /// Passed by `cargo bench`.
@@ -104,7 +104,8 @@ fn run(args: &Args) -> Result<()> {
     };
     let mut trainer = Trainer::new(config.clone(), train, Diffusion::ddpm(), &device)?;
 
-    let shape = (args.batch, config.channels, config.image_size, config.image_size);
+    let (channels, height, width) = config.image_shape();
+    let shape = (args.batch, channels, height, width);
     // Random values: some units multiply zeros faster.
     let x = Sampler::prior(shape, 0, &device)?;
     let eps = Sampler::prior(shape, 1, &device)?;
@@ -189,7 +190,8 @@ fn ran_as(args: &Args) -> Result<Option<Precision>> {
         return Ok((args.device == Where::Cpu).then_some(args.precision));
     }
     let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
-    let x = Sampler::prior((1, 1, config.image_size, config.image_size), 0, &Device::Cpu)?;
+    let x =
+        Sampler::prior((1, 1, config.image_size.height, config.image_size.width), 0, &Device::Cpu)?;
     let t = Tensor::new(&[500u32], &Device::Cpu)?;
     let output = |precision| -> Result<Vec<f32>> {
         let unet = Parameters::new(0, DType::F32, &Device::Cpu).build(&config)?;

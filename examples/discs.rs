@@ -23,7 +23,8 @@ fn main() -> Result<()> {
     let (images, device) = (discs()?, Device::Cpu);
     let steps = std::env::args().nth(1).and_then(|steps| steps.parse().ok()).unwrap_or(2_000);
     let config = TrainConfig { steps, batch_size: 16, ..TrainConfig::mnist() };
-    let network = UNetConfig { image_size: 16, hidden_dims: vec![16, 32], ..UNetConfig::mnist() };
+    let network =
+        UNetConfig { image_size: 16.into(), hidden_dims: vec![16, 32], ..UNetConfig::mnist() };
     let mut trainer = match Checkpoint::open("out/discs/checkpoint") {
         Ok(saved) => {
             Trainer::resume(saved.dir(), network, config, saved.diffusion().clone(), &device)?

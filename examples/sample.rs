@@ -35,8 +35,8 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<ExitCode> {
     let checkpoint = cli.sampling.open()?;
-    let UNetConfig { channels, image_size, .. } = checkpoint.architecture()?;
-    pictures::check_channels(channels)?;
+    let shape = checkpoint.architecture::<UNetConfig>()?.image_shape();
+    pictures::check_channels(shape.0)?;
     let config = cli.sampling.config(&checkpoint)?;
     let sampler = config.sampler(checkpoint.diffusion())?;
     cli::check_output("--out", &cli.out, "png")?;
@@ -46,7 +46,6 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let model = cli.sampling.model(&checkpoint, &device)?;
     cli.sampling.announce(&config, &checkpoint, &device);
     let start = Instant::now();
-    let shape = (channels, image_size, image_size);
     let generator = Generator::new(&sampler, shape, cli.sampling.seed, &device);
     let mut frames = pictures::Frames::new(sampler.timesteps().len());
     let progress = Progress::started(generator.steps(cli.count) as u64);

@@ -1,9 +1,9 @@
 use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_dims};
 use crate::precision::Precision;
 use crate::random::Dropout;
 
@@ -48,6 +48,50 @@ pub trait Denoiser {
     /// Returns the errors of the network. [`Error::external`](crate::Error::external) wraps errors of other libraries.
     fn denoise(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Result<Output>;
 
+    /// The number of classes, if the network can be conditioned on them. In [`Condition::Classes`], this number stands
+    /// for no class. The default is `None`: a network without classes.
+    fn classes(&self) -> Option<u32> {
+        None
+    }
+
+    /// Computes two outputs: that of [`denoise`](Self::denoise), and the baseline from which
+    /// [`Guidance`](crate::sample::Guidance) moves away.
+    ///
+    /// In the default, the baseline is the output without a class. Both are computed in one pass over twice as many
+    /// images.
+    ///
+    /// # Errors
+    /// Returns the errors of [`denoise`](Self::denoise). The default also returns an error if there is no condition, or
+    /// if the network has no [classes](Self::classes).
+    fn denoise_with_baseline(
+        &self,
+        x_t: &Tensor,
+        t: &Tensor,
+        condition: &Condition,
+    ) -> Result<[Output; 2]> {
+        let Some(none) = self.classes() else {
+            return Err(Error::config(
+                "guidance",
+                "used",
+                "unused, because the network has no classes",
+            ));
+        };
+        let Condition::Classes(classes) = condition else {
+            return Err(Error::config("condition", "none", "a class per image, as guidance needs"));
+        };
+        let batch = x_t.dim(0)?;
+        let without = Tensor::full(none, batch, classes.device())?;
+        let twice = |x: &Tensor| Tensor::cat(&[x, x], 0);
+        let condition = Condition::Classes(Tensor::cat(&[classes, &without], 0)?);
+        let Output { prediction, variance } = self.denoise(&twice(x_t)?, &twice(t)?, &condition)?;
+        let half = |first| -> Result<Output> {
+            let part = |x: &Tensor| x.narrow(0, first, batch);
+            let variance = variance.as_ref().map(part).transpose()?;
+            Ok(Output { prediction: part(&prediction)?.contiguous()?, variance })
+        };
+        Ok([half(0)?, half(batch)?])
+    }
+
     /// Computes the [prediction](Output::prediction) of [`denoise`](Self::denoise) without a condition.
     ///
     /// # Errors
@@ -88,7 +132,8 @@ pub enum Condition {
     /// No condition.
     #[default]
     None,
-    /// The class of each image: (batch), u32.
+    /// The class of each image: (batch), u32, on any device. The number of [classes](Denoiser::classes) stands for no
+    /// class.
     Classes(Tensor),
 }
 
@@ -100,14 +145,20 @@ impl From<Option<Tensor>> for Condition {
 }
 
 impl Condition {
+    /// Creates the condition of one class for each image.
+    ///
+    /// # Errors
+    /// Returns an error if an operation fails.
+    pub fn classes(classes: Vec<u32>) -> Result<Self> {
+        let batch = classes.len();
+        Ok(Self::Classes(Tensor::from_vec(classes, batch, &Device::Cpu)?))
+    }
+
     /// # Errors
     /// Returns an error if there is not one class of dtype u32 for each image of the batch.
     pub(crate) fn check(&self, batch: usize) -> Result<()> {
         let Self::Classes(classes) = self else { return Ok(()) };
-        if classes.dims() != [batch] {
-            let (found, expected) = (classes.dims().to_vec(), format!("[{batch}], one per image"));
-            return Err(Error::Shape { what: "the list of classes", found, expected });
-        }
+        check_dims("the list of classes", classes.dims(), &[batch], "one per image")?;
         if classes.dtype() != DType::U32 {
             return Err(Error::config("dtype of the classes", classes.dtype().as_str(), "u32"));
         }
@@ -188,8 +239,8 @@ pub trait Trainable: Denoiser {
     /// Returns whether a training loop may capture [`gradients`](Self::gradients) as a CUDA graph.
     ///
     /// This is allowed if the method launches the same work for every batch of the shape of `x_t`. Its kernels must
-    /// read values that change from the device, and the method must not copy data to or from the device. A captured
-    /// update passes no condition, so a network that reads the condition returns `false`. The default is `false`.
+    /// read values that change from the device, and the method must not copy data to or from the device. The default
+    /// is `false`.
     fn is_repeatable(&self, x_t: &Tensor) -> bool {
         let _ = x_t;
         false
@@ -245,6 +296,19 @@ macro_rules! behind {
         impl<D: Denoiser + ?Sized> Denoiser for $pointer {
             fn denoise(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Result<Output> {
                 (**self).denoise(x_t, t, condition)
+            }
+
+            fn classes(&self) -> Option<u32> {
+                (**self).classes()
+            }
+
+            fn denoise_with_baseline(
+                &self,
+                x_t: &Tensor,
+                t: &Tensor,
+                condition: &Condition,
+            ) -> Result<[Output; 2]> {
+                (**self).denoise_with_baseline(x_t, t, condition)
             }
         }
     )*};

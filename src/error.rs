@@ -2,6 +2,8 @@ use std::error::Error as _;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use candle_core::DType;
+
 /// The result of this crate's functions.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -245,6 +247,14 @@ impl Error {
         Self::Config { field, value: value.to_string(), expected: expected.into() }
     }
 
+    pub(crate) fn shape(
+        what: &'static str,
+        found: impl Into<Vec<usize>>,
+        expected: impl Into<String>,
+    ) -> Self {
+        Self::Shape { what, found: found.into(), expected: expected.into() }
+    }
+
     pub(crate) fn damaged(path: impl AsRef<Path>, reason: impl Into<String>) -> Self {
         Self::Damaged { path: path.as_ref().to_owned(), reason: reason.into() }
     }
@@ -275,6 +285,38 @@ impl fmt::Debug for Error {
         // Errors of other libraries may have several lines.
         f.write_str(&text.split_whitespace().collect::<Vec<_>>().join(" "))
     }
+}
+
+/// # Errors
+/// Returns an error if the dimensions of `what` are not the expected ones, which have this meaning.
+pub(crate) fn check_dims(
+    what: &'static str,
+    found: &[usize],
+    expected: &[usize],
+    meaning: &str,
+) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::shape(what, found, format!("{expected:?}, {meaning}")))
+}
+
+/// # Errors
+/// Returns an error if this is not a floating-point dtype. Some functions of candle panic for other dtypes.
+pub(crate) fn check_float(field: &'static str, dtype: DType) -> Result<()> {
+    if dtype.is_float() {
+        return Ok(());
+    }
+    Err(Error::config(field, dtype.as_str(), "a floating-point dtype"))
+}
+
+/// # Errors
+/// Returns an error if a probability, or a factor of a decay, is not at least 0 and less than 1.
+pub(crate) fn check_fraction(field: &'static str, value: f64) -> Result<()> {
+    if (0.0..1.0).contains(&value) {
+        return Ok(());
+    }
+    Err(Error::config(field, value, "at least 0 and less than 1"))
 }
 
 /// Shortens a text from a file or another library for a message: to one line, and to its beginning if it is long.

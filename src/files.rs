@@ -11,7 +11,7 @@
 //! ```
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -85,6 +85,14 @@ pub fn check_writable(path: impl AsRef<Path>) -> Result<()> {
     }
     let partial = partial(path);
     create(&partial).and_then(|_| fs::remove_file(&partial)).map_err(Error::io(path))
+}
+
+/// Returns `None` if a file does not exist.
+pub(crate) fn existing<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        result => result.map(Some),
+    }
 }
 
 /// Creates a file that is locked as long as it is open, if the system supports locks.

@@ -40,11 +40,11 @@ pub(crate) fn weights_dtype(vb: &VarBuilder) -> Result<DType> {
     }
 }
 
-fn check_channels(field: &'static str, value: usize) -> Result<()> {
-    if (1..=MAX_CHANNELS).contains(&value) {
+fn check_length(field: &'static str, value: usize, most: usize) -> Result<()> {
+    if (1..=most).contains(&value) {
         return Ok(());
     }
-    Err(Error::config(field, value, format!("from 1 to {MAX_CHANNELS}")))
+    Err(Error::config(field, value, format!("from 1 to {most}")))
 }
 
 /// A two-dimensional convolution of feature maps, padded with zeros. The output has the size of the input, unless the
@@ -66,8 +66,8 @@ impl Conv2d {
     /// Returns an error if a number of channels is not from 1 to 65,536, if `kernel` is even or not from 1 to 31, if
     /// the dtype of `vb` is neither f32 nor f64, or if `vb` cannot supply a weight.
     pub fn new(input: usize, output: usize, kernel: usize, vb: VarBuilder) -> Result<Self> {
-        check_channels("input channels", input)?;
-        check_channels("output channels", output)?;
+        check_length("input channels", input, MAX_CHANNELS)?;
+        check_length("output channels", output, MAX_CHANNELS)?;
         if kernel.is_multiple_of(2) || kernel > 31 {
             return Err(Error::config("kernel", kernel, "odd, from 1 to 31"));
         }
@@ -128,11 +128,8 @@ impl Linear {
     /// cannot supply a weight.
     pub fn new(input: usize, output: usize, vb: VarBuilder) -> Result<Self> {
         const MAX: usize = 4 * MAX_CHANNELS;
-        for (field, value) in [("input length", input), ("output length", output)] {
-            if !(1..=MAX).contains(&value) {
-                return Err(Error::config(field, value, format!("from 1 to {MAX}")));
-            }
-        }
+        check_length("input length", input, MAX)?;
+        check_length("output length", output, MAX)?;
         let init = uniform(input);
         Ok(Self {
             weight: weight(&vb, &[output, input], "weight", init)?,
@@ -142,6 +139,37 @@ impl Linear {
 
     /// The length of the input.
     pub(crate) fn input(&self) -> usize {
+        self.weight.dims()[1]
+    }
+}
+
+/// A table of vectors, one for each class, and a last one for images without a class. The weight has PyTorch's layout
+/// (vectors, length) and name (`weight`).
+#[derive(Debug, Clone)]
+pub struct Embedding {
+    pub(crate) weight: Tensor,
+}
+
+impl Embedding {
+    /// Creates `classes + 1` vectors of `dim` elements. Initial values are standard normals, as in PyTorch.
+    ///
+    /// # Errors
+    /// Returns an error if `classes` or `dim` is not from 1 to 65,536, if the dtype of `vb` is neither f32 nor f64, or
+    /// if `vb` cannot supply the weight.
+    pub fn new(classes: usize, dim: usize, vb: VarBuilder) -> Result<Self> {
+        check_length("classes", classes, MAX_CHANNELS)?;
+        check_length("length of a class's vector", dim, MAX_CHANNELS)?;
+        let init = Init::Randn { mean: 0.0, stdev: 1.0 };
+        Ok(Self { weight: weight(&vb, &[classes + 1, dim], "weight", init)? })
+    }
+
+    /// The number of classes. It is also the number of the last vector, that of no class.
+    pub(crate) fn classes(&self) -> usize {
+        self.weight.dims()[0] - 1
+    }
+
+    /// The length of a vector.
+    pub(crate) fn dim(&self) -> usize {
         self.weight.dims()[1]
     }
 }

@@ -27,6 +27,7 @@ pub mod files;
 #[allow(unsafe_code)]
 mod kernels;
 mod layers;
+mod memory;
 mod model;
 pub mod nn;
 pub mod observe;

@@ -6,8 +6,8 @@ pub use crate::denoiser::{Condition, Denoiser, Output, OutputGradient, Trainable
 pub use crate::engine::{Engine, Graph, Model};
 pub use crate::kernels::op::activation::{Activation, VectorActivation};
 pub use crate::kernels::op::conv::{Add, Addends};
-pub use crate::layers::{Conv2d, GroupNorm, Linear};
+pub use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
 pub use crate::model::{
-    Architecture, Attention, Parameters, ResBlock, TimeEmbedding, UNet, UNetConfig,
+    Architecture, Attention, ImageSize, Parameters, ResBlock, TimeEmbedding, UNet, UNetConfig,
 };
 pub use crate::random::Dropout;

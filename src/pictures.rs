@@ -25,6 +25,7 @@ use image::{DynamicImage, GrayImage, ImageFormat, RgbImage};
 use crate::error::{Error, Result};
 pub use crate::eval::bytes;
 use crate::files;
+use crate::memory::filled;
 
 /// Width in pixels of the gaps between and around the images of a grid.
 const GAP: usize = 2;
@@ -71,8 +72,8 @@ pub fn grid(samples: &Tensor) -> Result<DynamicImage> {
             grid_of(&bytes(samples)?, (channels, height, width))
         }
         found => {
-            let expected = "(count, 1 channel or 3, height, width), each at least 1".into();
-            Err(Error::Shape { what: "samples", found: found.to_vec(), expected })
+            let expected = "(count, 1 channel or 3, height, width), each at least 1";
+            Err(Error::shape("samples", found, expected))
         }
     }
 }
@@ -135,15 +136,9 @@ pub fn check_channels(channels: usize) -> Result<()> {
 
 /// Creates the background of a picture.
 fn grey(height: usize, width: usize, channels: usize) -> Result<Vec<u8>> {
-    let mut picture = Vec::new();
-    [height, width]
-        .into_iter()
-        .try_fold(channels, usize::checked_mul)
-        .filter(|_| height.max(width) <= u32::MAX as usize)
-        .filter(|&len| picture.try_reserve_exact(len).is_ok())
-        .map(|len| picture.resize(len, GAP_GREY))
-        .ok_or_else(|| too_large(height, width))?;
-    Ok(picture)
+    let fits = height.max(width) <= u32::MAX as usize;
+    let picture = fits.then(|| filled(&[channels, height, width], GAP_GREY)).flatten();
+    picture.ok_or_else(|| too_large(height, width))
 }
 
 fn too_large(height: usize, width: usize) -> Error {
@@ -294,12 +289,12 @@ mod tests {
 
     #[test]
     fn a_value_that_is_not_finite_is_an_error_and_no_black_pixel() {
-        for (value, told) in
+        for (value, name) in
             [(f32::NAN, "NaN"), (f32::INFINITY, "inf"), (f32::NEG_INFINITY, "-inf")]
         {
-            let told = format!("samples is {told}; it must be finite");
+            let expected = format!("samples is {name}; it must be finite");
             let found = message(grid(&samples(&[0.0, value], (2, 1, 1, 1))));
-            assert!(found.starts_with(&told), "{found}");
+            assert!(found.starts_with(&expected), "{found}");
         }
     }
 
@@ -342,12 +337,13 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_drawn_is_told() {
+    fn what_cannot_be_drawn_is_an_error() {
         let zeros = |shape| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
         let drawn = |shape: &[usize]| message(grid(&zeros(shape.to_vec())));
         for shape in [&[2, 4, 8, 8][..], &[0, 1, 8, 8], &[2, 1, 0, 8], &[8, 8]] {
-            let told = format!("samples has shape {shape:?}; it must be (count, 1 channel or 3, ");
-            assert!(drawn(shape).starts_with(&told), "{}", drawn(shape));
+            let expected =
+                format!("samples has shape {shape:?}; it must be (count, 1 channel or 3, ");
+            assert!(drawn(shape).starts_with(&expected), "{}", drawn(shape));
         }
         let found = message(grid_of(&[0; 8], (2, 2, 2)));
         assert!(found.starts_with("channels is 2; it must be 1 (grey) or 3 (colour)"), "{found}");

@@ -9,7 +9,8 @@
 use candle_core::{DType, Device, Tensor};
 use rand::RngCore;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_fraction};
+use crate::memory::{reserved, zeros};
 
 /// A seed, which determines every random number of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +45,8 @@ pub(crate) enum Purpose {
     Prior = 7,
     /// Noise within the sampling loop; `step` is the timestep.
     Sampling = 8,
+    /// The images of a batch whose class the network does not see.
+    ClassDropout = 10,
 }
 
 impl Noise {
@@ -80,25 +83,6 @@ impl Address {
             counter: [0, sample, place as u32, (place >> 32) as u32],
             block: [0; 4],
             used: 4,
-        }
-    }
-}
-
-/// Allocates the values of a tensor of this shape, all 0.
-///
-/// # Errors
-/// Returns an error that names `what` if there is not enough memory.
-pub(crate) fn zeros(what: &'static str, shape: &[usize]) -> Result<Vec<f32>> {
-    let count = shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size));
-    let mut values = Vec::new();
-    match count.filter(|&count| values.try_reserve_exact(count).is_ok()) {
-        Some(count) => {
-            values.resize(count, 0.0);
-            Ok(values)
-        }
-        None => {
-            let expected = "small enough for the available memory".into();
-            Err(Error::Shape { what, found: shape.to_vec(), expected })
         }
     }
 }
@@ -147,10 +131,10 @@ impl Stream {
     /// # Errors
     /// Returns an error if there is not enough memory.
     pub fn permutation(&mut self, n: usize) -> Result<Vec<u32>> {
-        let mut order = Vec::new();
-        order.try_reserve_exact(n).map_err(|_| {
-            Error::config("number of images", n, "small enough for their order in memory")
-        })?;
+        let Some(mut order) = reserved(&[n]) else {
+            let expected = "small enough for their order in memory";
+            return Err(Error::config("number of images", n, expected));
+        };
         order.extend(0..n as u32);
         for i in (1..n).rev() {
             order.swap(i, self.below(i as u32 + 1) as usize);
@@ -210,9 +194,7 @@ impl Dropout {
         dtype: DType,
         device: &Device,
     ) -> Result<Tensor> {
-        if !(0.0..1.0).contains(&p) {
-            return Err(Error::config("dropout", p, "at least 0 and less than 1"));
-        }
+        check_fraction("dropout", p)?;
         let keep = (1.0 / (1.0 - p)) as f32;
         let mut mask = zeros("mask", &[batch, channels])?;
         for (k, maps) in mask.chunks_mut(channels.max(1)).enumerate() {
@@ -222,6 +204,13 @@ impl Dropout {
         }
         Ok(Tensor::from_vec(mask, (batch, channels), device)?.to_dtype(dtype)?)
     }
+}
+
+/// Computes FNV-1a with 64 bits. The result is the same in every version and on every machine, unlike that of the
+/// standard library's hash.
+pub(crate) fn fnv1a(bytes: &[u8]) -> u64 {
+    let step = |hash: u64, &byte: &u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, step)
 }
 
 /// Computes ten rounds of Philox4x32: four random integers for each counter.
@@ -254,6 +243,13 @@ mod tests {
             philox([0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344], [0xa4093822, 0x299f31d0]),
             [0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1]
         );
+    }
+
+    #[test]
+    fn hashes_are_the_published_ones() {
+        assert_eq!(fnv1a(b""), 0xcbf2_9ce4_8422_2325);
+        assert_eq!(fnv1a(b"a"), 0xaf63_dc4c_8601_ec8c);
+        assert_eq!(fnv1a(b"foobar"), 0x8594_4171_f739_67e8);
     }
 
     /// A change here breaks the promise that old checkpoints resume exactly.

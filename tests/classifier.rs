@@ -98,7 +98,7 @@ fn patches_of_a_moved_image_are_those_of_candles_convolution() -> Result<()> {
 
 /// The labels are the classifier's answers, except for three.
 #[test]
-fn accuracy_is_the_share_of_labels_that_are_told_right() -> Result<()> {
+fn accuracy_is_the_fraction_of_correct_labels() -> Result<()> {
     let (count, temp) = (10, tempfile::tempdir()?);
     let bytes = points(count * SIZE * SIZE, 1, 6).iter().map(|x| (x * 255.0) as u8).collect();
     let images = Images::new(bytes, (1, SIZE, SIZE))?.with_labels((0..10).collect())?;

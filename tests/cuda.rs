@@ -6,7 +6,8 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
-use ddpm::nn::{Architecture, Model, Trainable};
+use ddpm::data::Batch;
+use ddpm::nn::{Architecture, Condition, Model, Output, Trainable};
 use ddpm::nn::{Dropout, Parameters, from_fn};
 use ddpm::process::Prediction;
 use ddpm::train::{AdamConfig, GradScalerConfig};
@@ -47,19 +48,26 @@ fn norm(values: &[f32]) -> f64 {
 fn networks() -> [UNetConfig; 2] {
     [
         UNetConfig {
-            image_size: 8,
+            image_size: 8.into(),
             hidden_dims: vec![8, 16, 24],
             time_dim: 12,
             attention_levels: vec![0, 1],
             dropout: 0.3,
+            classes: Some(2),
             ..UNetConfig::mnist()
         },
-        UNetConfig { image_size: 12, channels: 3, hidden_dims: vec![16, 8], ..UNetConfig::mnist() },
+        UNetConfig {
+            image_size: 12.into(),
+            channels: 3,
+            hidden_dims: vec![16, 8],
+            ..UNetConfig::mnist()
+        },
     ]
 }
 
 fn inputs(config: &UNetConfig) -> Result<(Tensor, Tensor)> {
-    let shape = (3, config.channels, config.image_size, config.image_size);
+    let (channels, height, width) = config.image_shape();
+    let shape = (3, channels, height, width);
     let t = Tensor::new(&[3u32, 500, 999], &Device::Cpu)?;
     Ok((Sampler::prior(shape, 1, &Device::Cpu)?, t))
 }
@@ -82,16 +90,14 @@ fn gradients<N: Architecture>(
     let target = Sampler::prior(x.dims(), 2, &Device::Cpu)?;
     let mut output = None;
     let mut pass = || -> Result<_> {
-        passes::gradients(
-            &model,
-            &x.to_device(device)?,
-            &t.to_device(device)?,
-            &Dropout::new(5, 11),
-            &mut |y| {
-                output = Some(y.clone());
-                Ok((y.to_device(&Device::Cpu)? - &target)?.to_device(device)?)
-            },
-        )
+        // A network without classes ignores them.
+        let condition = Condition::classes(vec![1, 2, 1])?;
+        let (x, t, dropout) = (x.to_device(device)?, t.to_device(device)?, Dropout::new(5, 11));
+        model.gradients(&x, &t, &condition, &dropout, &mut |y| {
+            output = Some(y.prediction.clone());
+            let d = (y.prediction.to_device(&Device::Cpu)? - &target)?;
+            Ok(Output::new(d.to_device(device)?))
+        })
     };
     let mut found = pass()?;
     let vars = parameters.vars();
@@ -198,7 +204,7 @@ fn samples_are_the_cpus() -> Result<()> {
 
 /// Only the last step waits for the device.
 #[test]
-fn a_prediction_that_is_not_finite_is_told_with_the_last_step() -> Result<()> {
+fn a_prediction_that_is_not_finite_is_reported_with_the_last_step() -> Result<()> {
     for (bad, value) in [(999, f32::NAN), (333, f32::INFINITY), (0, f32::NEG_INFINITY)] {
         let denoiser = from_fn(move |x_t: &Tensor, t: &Tensor| {
             let value = if t.to_vec1::<u32>()?[0] == bad { value } else { 0.5 };
@@ -237,9 +243,11 @@ fn trainer(config: TrainConfig, device: &Device) -> Result<Trainer<UNetConfig>> 
 }
 
 /// The `k`-th batch of 8x8 images.
-fn batch(k: u64, device: &Device) -> Result<Tensor> {
+fn batch(k: u64, device: &Device) -> Result<Batch> {
     let values = Sampler::prior((4, 1, 8, 8), 50 + k, &Device::Cpu)?;
-    Ok(values.clamp(-1f32, 1f32)?.to_device(device)?)
+    let mut batch = Batch::from(values.clamp(-1f32, 1f32)?.to_device(device)?);
+    batch.classes = Some(Tensor::new(&[0u32, 1, (k % 2) as u32, 1], &Device::Cpu)?);
+    Ok(batch)
 }
 
 /// All weights, or their averages, concatenated.
@@ -387,7 +395,7 @@ fn batches_are_the_cpus() -> Result<()> {
 }
 
 #[test]
-fn a_network_of_ones_own_is_computed_by_the_same_kernels_and_captured() -> Result<()> {
+fn a_custom_network_is_computed_by_the_same_kernels_and_captured() -> Result<()> {
     let x = Sampler::prior((2, 3, 6, 10), 1, &Device::Cpu)?;
     let t = Tensor::new(&[3u32, 999], &Device::Cpu)?;
     let pass =

@@ -23,7 +23,7 @@ fn noise(device: &Device) -> Result<Tensor> {
 /// The weights after two steps.
 fn training(device: &Device) -> Result<Tensor> {
     let network = UNetConfig {
-        image_size: 8,
+        image_size: 8.into(),
         hidden_dims: vec![8, 16],
         time_dim: 12,
         dropout: 0.1,

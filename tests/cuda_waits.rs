@@ -22,7 +22,7 @@ fn steps_do_not_wait() -> Result<()> {
     let device = Device::new_cuda(0)?;
     let images = Images::new((0..64 * 40).map(|i| (i * 7 % 251) as u8).collect(), (1, 8, 8))?;
     let network = UNetConfig {
-        image_size: 8,
+        image_size: 8.into(),
         hidden_dims: vec![8, 16],
         time_dim: 12,
         dropout: 0.1,

@@ -191,7 +191,7 @@ fn the_discs_are_trained_on_and_continued_without_arguments() -> Result<()> {
 }
 
 #[test]
-fn each_data_set_has_a_directory_of_its_own() -> Result<()> {
+fn each_data_set_has_its_own_directory() -> Result<()> {
     let temp = TempDir::new()?;
     write_idx(&temp.path().join("data/mnist"), 5)?;
     write_idx(&temp.path().join("data/fashion-mnist"), 4)?;
@@ -605,7 +605,7 @@ fn errors_about_a_run(out: &Path, temp: &Path) -> Result<()> {
     let identity = fs::read(out.join("data.json"))?;
     fs::remove_file(out.join("data.json"))?;
     assert_fails(&mut other, &["number of images is 3; it must be 10000"])?;
-    assert!(!out.join("data.json").exists(), "images that are not the run's are told to be");
+    assert!(!out.join("data.json").exists(), "data.json names images of another run");
     fs::write(out.join("data.json"), "{}")?;
     assert_fails(&mut other, &["data.json", "missing field"])?;
     fs::write(out.join("data.json"), identity)?;
@@ -644,7 +644,7 @@ fn cifar(temp: &Path) -> Result<PathBuf> {
 }
 
 #[test]
-fn wrong_arguments_are_told_in_one_line() -> Result<()> {
+fn wrong_arguments_are_reported_in_one_line() -> Result<()> {
     let temp = TempDir::new()?;
     let path = |name: &str| temp.path().join(name).to_string_lossy().into_owned();
     let (nothing, file, cut, spaced) = (path("nothing"), path("file"), path("cut"), path("my run"));
@@ -854,8 +854,9 @@ fn an_old_checkpoint_that_cannot_be_removed_is_a_warning() -> Result<()> {
     assert!(status.success(), "{said}");
     // One warning for each of two saves.
     let warnings: Vec<&str> = said.lines().collect();
-    let told = |line: &&str| line.starts_with("warning: ") && line.contains("cannot be removed");
-    assert!(warnings.len() == 2 && warnings.iter().all(told), "{said}");
+    let is_warning =
+        |line: &&str| line.starts_with("warning: ") && line.contains("cannot be removed");
+    assert!(warnings.len() == 2 && warnings.iter().all(is_warning), "{said}");
     assert_eq!((saved_step(&out)?, Checkpoint::open(&kept)?.step()), (4, 1));
     Ok(())
 }
@@ -908,7 +909,7 @@ fn leftovers_of_killed_programs_are_cleared_and_nothing_else_is() -> Result<()> 
 
 #[cfg(unix)]
 #[test]
-fn a_run_whose_directory_is_removed_says_so_and_makes_it_again() -> Result<()> {
+fn a_run_whose_directory_is_removed_warns_and_creates_it_again() -> Result<()> {
     let temp = TempDir::new()?;
     let out = temp.path().join("run");
     let mut command = example("mnist");
@@ -963,7 +964,7 @@ fn memory_that_ends_is_an_error_and_a_large_grid_does_not_take_it() -> Result<()
 /// The warning appears at the beginning of the run, and only if it applies.
 #[cfg(all(feature = "f16", target_arch = "x86_64"))]
 #[test]
-fn bf16_without_instructions_for_it_is_told() -> Result<()> {
+fn bf16_without_instructions_for_it_is_a_warning() -> Result<()> {
     let temp = TempDir::new()?;
     let warning = "warning: this CPU has no instructions for bf16 products";
     for (precision, warned) in [("bf16", true), ("highest", false)] {
@@ -1121,7 +1122,7 @@ fn saved_step(out: &Path) -> Result<u64> {
 
 #[cfg(unix)]
 #[test]
-fn ctrl_c_saves_and_tells_how_to_resume() -> Result<()> {
+fn ctrl_c_saves_and_prints_the_command_to_resume() -> Result<()> {
     let temp = TempDir::new()?;
     let out = temp.path().join("it's a run");
     let stopped = |command: &mut Command, out: &Path, step: usize| -> Result<String> {
@@ -1245,7 +1246,7 @@ fn an_error_ends_a_run_that_saves_and_a_missing_picture_does_not() -> Result<()>
 /// The message of the failed save appears beside the first error. No file may be larger than one block.
 #[cfg(unix)]
 #[test]
-fn both_errors_are_told_where_saving_fails() -> Result<()> {
+fn both_errors_are_reported_if_saving_fails() -> Result<()> {
     let temp = TempDir::new()?;
     let mut command = Command::new("sh");
     let limited = r#"trap '' XFSZ; ulimit -f 1; exec "$0" "$@""#;

@@ -184,7 +184,7 @@ fn a_resumed_run_keeps_its_scale() -> Result<()> {
 }
 
 #[test]
-fn f16_is_refused_where_it_cannot_be_had() {
+fn f16_is_refused_where_it_is_not_supported() {
     let config = TrainConfig { precision: Precision::F16, ..TrainConfig::mnist() };
     let trainer = Trainer::new(UNetConfig::mnist(), config, Diffusion::ddpm(), &Device::Cpu);
     let message = trainer.unwrap_err().to_string();

@@ -7,13 +7,9 @@ use std::process::Command;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
-use ddpm::nn::{Architecture, Model};
-use ddpm::nn::{Dropout, Parameters};
+use ddpm::nn::{Architecture, Condition, Dropout, Model, Output, Parameters, Trainable};
 use ddpm::{Denoiser, Result, Sampler, UNet, UNetConfig};
 use proptest::prelude::*;
-
-mod passes;
-use passes::{gradients, train};
 
 #[path = "../src/random_inputs.rs"]
 mod random_inputs;
@@ -32,6 +28,7 @@ struct Problem {
     unet: Model<UNet>,
     x_t: Tensor,
     t: Tensor,
+    condition: Condition,
     eps: Tensor,
 }
 
@@ -40,7 +37,8 @@ impl Problem {
         let device = Device::Cpu;
         let parameters = Parameters::new(3, dtype, &device);
         let unet = parameters.build(config)?;
-        let shape = (batch, config.channels, config.image_size, config.image_size);
+        let (channels, height, width) = config.image_shape();
+        let shape = (batch, channels, height, width);
         let wave = |frequency: f64| -> Result<Tensor> {
             let count = shape.0 * shape.1 * shape.2 * shape.3;
             let values: Vec<f64> = (0..count).map(|i| (i as f64 * frequency).sin() * 1.4).collect();
@@ -48,7 +46,20 @@ impl Problem {
         };
         let t: Vec<u32> = (0..batch as u32).map(|k| (k * 601 + 150) % 1000).collect();
         let t = Tensor::new(t, &device)?;
-        Ok(Self { parameters, unet, x_t: wave(1.7)?, t, eps: wave(2.3)? })
+        let condition = match config.classes {
+            None => Condition::None,
+            // Some images have the same class, and some none.
+            Some(classes) => {
+                let classes =
+                    (0..batch).map(|k| (k * k % (classes + 1)) as u32).collect::<Vec<_>>();
+                Condition::Classes(Tensor::new(classes, &device)?)
+            }
+        };
+        Ok(Self { parameters, unet, x_t: wave(1.7)?, t, condition, eps: wave(2.3)? })
+    }
+
+    fn forward(&self, x_t: &Tensor) -> Result<Tensor> {
+        Ok(self.unet.denoise(x_t, &self.t, &self.condition)?.prediction)
     }
 
     fn loss(&self) -> Result<Tensor> {
@@ -56,7 +67,8 @@ impl Problem {
     }
 
     fn loss_of(&self, x_t: &Tensor) -> Result<Tensor> {
-        let output = train(&self.unet, x_t, &self.t, &Dropout::new(9, 0))?;
+        let (t, condition, dropout) = (&self.t, &self.condition, Dropout::new(9, 0));
+        let output = self.unet.denoise_train(x_t, t, condition, &dropout)?.prediction;
         Ok((output - &self.eps)?.sqr()?.mean_all()?)
     }
 
@@ -74,7 +86,7 @@ impl Problem {
             var.set(&move_by(before, k)?)?;
         }
         let x_t = move_by(&self.x_t, 0)?;
-        let y = self.unet.forward(&x_t, &self.t)?.detach();
+        let y = self.forward(&x_t)?.detach();
         let gradients = self.loss_of(&x_t)?.backward()?;
         for (var, before) in vars.values().zip(&before) {
             var.set(before)?;
@@ -154,9 +166,10 @@ fn gradients_of_cifar10_agree_with_finite_differences() -> Result<()> {
     // The same kinds of layers with fewer channels: the full network takes minutes in f64.
     let config = UNetConfig {
         hidden_dims: vec![16, 24, 32],
-        image_size: 8,
+        image_size: 8.into(),
         time_dim: 16,
         dropout: 0.3,
+        classes: Some(3),
         ..UNetConfig::cifar10()
     };
     Problem::new(&config, 2, DType::F64)?.finite_differences_agree(1)
@@ -169,17 +182,20 @@ fn small() -> impl Strategy<Value = (UNetConfig, usize)> {
     let dims = prop::collection::vec(1usize..6, 2..=4)
         .prop_filter("all of 8 channels", |dims| dims.iter().any(|&d| d > 1));
     let rest = (3usize..6, 1usize..4, prop::bits::u8::masked(7), 1usize..4, 0f64..0.6);
-    (dims, rest, 2usize..8).prop_map(|(dims, (pixels, channels, attend, batch, dropout), time)| {
+    let conditions = (2usize..8, prop::option::of(1usize..4));
+    (dims, rest, conditions).prop_map(|(dims, rest, (time, classes))| {
+        let (pixels, channels, attend, batch, dropout) = rest;
         let levels = dims.len() - 1;
         let config = UNetConfig {
             // A few values in a group may vary so little that the normalisation magnifies all rounding
             // errors.
-            image_size: pixels << levels,
+            image_size: (pixels << levels).into(),
             channels,
             hidden_dims: dims.iter().map(|d| 8 * d).collect(),
             time_dim: 2 * time,
             attention_levels: (0..levels).filter(|level| attend >> level & 1 == 1).collect(),
             dropout,
+            classes,
         };
         (config, batch)
     })
@@ -195,9 +211,10 @@ fn bits(t: &Tensor) -> Result<Vec<u32>> {
 
 /// Computes the gradients of the loss with the network's own backward passes.
 fn by_tape(problem: &Problem) -> Result<GradStore> {
-    let Problem { unet, x_t, t, eps, .. } = problem;
+    let Problem { unet, x_t, t, condition, eps, .. } = problem;
     let scale = 2.0 / eps.elem_count() as f64;
-    gradients(unet, x_t, t, &Dropout::new(9, 0), &mut |y| Ok(((y - eps)? * scale)?))
+    let mut d_output = |y: &Output| Ok(Output::new(((&y.prediction - eps)? * scale)?));
+    unet.gradients(x_t, t, condition, &Dropout::new(9, 0), &mut d_output)
 }
 
 /// Builds the network with the same weights, which take no gradients.
@@ -240,15 +257,16 @@ fn the_tape_agrees(config: &UNetConfig, batch: usize) -> Result<()> {
         assert!(error <= limit, "{name}: off by {error:e}, more than {limit:e}");
     }
 
-    let unet = frozen(config, &vars)?;
-    let y = unet.forward(&ours.x_t, &ours.t)?;
-    assert_eq!(bits(&y)?, bits(&unet.forward(&ours.x_t, &ours.t)?)?);
-    let expected = exact.unet.forward(&exact.x_t, &exact.t)?;
+    let ours = Problem { unet: frozen(config, &vars)?, ..ours };
+    let y = ours.forward(&ours.x_t)?;
+    assert_eq!(bits(&y)?, bits(&ours.forward(&ours.x_t)?)?);
+    let expected = exact.forward(&exact.x_t)?;
     let (error, size) = (norm(&(y.to_dtype(DType::F64)? - &expected)?)?, norm(&expected)?);
     let limit = SUMS * norm(&(moved_y - &expected)?)?;
     assert!(error <= limit, "the output, of norm {size}: off by {error:e}, more than {limit:e}");
     for k in 0..batch {
-        let alone = unet.forward(&ours.x_t.narrow(0, k, 1)?, &ours.t.narrow(0, k, 1)?)?;
+        let (x_t, t) = (ours.x_t.narrow(0, k, 1)?, ours.t.narrow(0, k, 1)?);
+        let alone = ours.unet.denoise(&x_t, &t, &ours.condition.narrow(k, 1)?)?.prediction;
         assert_eq!(bits(&alone)?, bits(&y.narrow(0, k, 1)?)?, "image {k} of {batch}, alone");
     }
     Ok(())

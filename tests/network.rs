@@ -222,7 +222,7 @@ fn hearing(network: impl Fn(u32) -> Result<Tensor>) -> f32 {
 /// GroupNorm has 8 groups. With 8 channels, each channel is normalised separately, so that an added
 /// constant is removed.
 #[test]
-fn a_block_of_8_output_channels_does_not_hear_the_timestep() {
+fn a_block_of_8_output_channels_ignores_the_timestep() {
     for (input, output) in [(8, 8), (16, 8), (8, 16), (16, 16)] {
         let parameters = parameters();
         let vb = parameters.builder();
@@ -242,9 +242,9 @@ fn a_block_of_8_output_channels_does_not_hear_the_timestep() {
 }
 
 #[test]
-fn a_network_that_cannot_hear_the_timestep_is_refused() {
+fn a_network_that_ignores_the_timestep_is_refused() {
     let config = |dims: &[usize]| UNetConfig {
-        image_size: 16,
+        image_size: 16.into(),
         hidden_dims: dims.to_vec(),
         time_dim: 32,
         ..UNetConfig::mnist()
@@ -271,9 +271,10 @@ fn a_network_that_cannot_hear_the_timestep_is_refused() {
 /// Checks the documentation of `hidden_dims`: these blocks of a valid network do not depend on the
 /// timestep.
 #[test]
-fn of_8_and_16_channels_the_way_up_does_not_hear_the_timestep() {
+fn with_8_and_16_channels_the_upward_path_ignores_the_timestep() {
     let parameters = parameters();
-    let config = UNetConfig { image_size: 16, hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
+    let config =
+        UNetConfig { image_size: 16.into(), hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
     let unet = config.build(parameters.builder()).unwrap();
     let (x, t) =
         (ones(&[1, 1, 16, 16]).arange_like(), Tensor::new(&[500u32], &Device::Cpu).unwrap());
@@ -399,7 +400,7 @@ fn a_file_of_pytorchs_own_format_is_called_that() {
 }
 
 #[test]
-fn a_missing_weight_is_told_with_the_name_that_the_file_has() {
+fn a_missing_weight_is_reported_with_the_name_in_the_file() {
     let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
     let parameters = parameters();
     let _ = parameters.build(&config).unwrap();
@@ -617,7 +618,7 @@ fn many_jobs_share_a_frozen_network() -> Result<()> {
 }
 
 #[test]
-fn debug_tells_the_shape_and_not_the_values() -> Result<()> {
+fn debug_shows_the_shape_and_not_the_values() -> Result<()> {
     let (unet, _) = partly_trainable("none")?;
     let x = Sampler::prior((2, 1, 28, 28), 0, &Device::Cpu)?;
     unet.forward(&x, &Tensor::new(&[1u32, 900], &Device::Cpu)?)?;

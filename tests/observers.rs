@@ -6,11 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use candle_core::{Device, Tensor};
-use candle_nn::{Init, VarBuilder};
 use ddpm::data::Images;
 use ddpm::eval::Generator;
-use ddpm::nn::Architecture;
-use ddpm::nn::{Condition, Output, Trainable};
+use ddpm::nn::{Condition, Output};
 use ddpm::observe::{LossCurve, MetricsFile, SampleGrid, SaveEvery};
 use ddpm::process::Prediction;
 use ddpm::train::{Frontend, Metrics, Observer, Outcome, Run, on_metrics};
@@ -18,31 +16,10 @@ use ddpm::{
     Checkpoint, Denoiser, Diffusion, Error, NoiseSchedule, Result, Sampler, Solver, TrainConfig,
     Trainer,
 };
-use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
-/// One weight, which scales its input: the cheapest network.
-#[derive(Serialize, Deserialize)]
-struct Scale;
-
-struct Scaled(Tensor);
-
-impl Architecture for Scale {
-    const KIND: &'static str = "scale";
-    type Model = Scaled;
-
-    fn build(&self, vb: VarBuilder) -> Result<Scaled> {
-        Ok(Scaled(vb.get_with_hints(1, "scale", Init::Const(0.5))?))
-    }
-}
-
-impl Denoiser for Scaled {
-    fn denoise(&self, x_t: &Tensor, _: &Tensor, _: &Condition) -> Result<Output> {
-        Ok(Output::new(x_t.broadcast_mul(&self.0)?))
-    }
-}
-
-impl Trainable for Scaled {}
+mod small;
+use small::Scale;
 
 fn config(steps: u64) -> TrainConfig {
     TrainConfig { steps, batch_size: 2, log_every: 2, ..TrainConfig::mnist() }
@@ -181,7 +158,7 @@ fn a_break_ends_the_run_after_all_observers_saw_the_step() {
 }
 
 #[test]
-fn after_an_error_every_observer_hears_the_end() {
+fn after_an_error_on_end_of_every_observer_is_called() {
     let log = Log::default();
     let a = Recorder { fail_at: Some(1), ..Recorder::new("a", &log) };
     let error = trainer(2).fit(&images(), (a, Recorder::new("b", &log))).unwrap_err();
@@ -218,8 +195,8 @@ fn a_front_end_stops_the_run_and_sees_what_the_others_do() {
     trainer.fit(&images(), (save, a, stop_at_four)).unwrap();
     // Step 4 is also due, but the end of the run saves it.
     assert_eq!(trainer.steps(), 4);
-    let told = ["working: saving", "working: ", "working: saving", "working: ", "finished"];
-    assert_eq!(*screen.log.lock().unwrap(), told);
+    let expected = ["working: saving", "working: ", "working: saving", "working: ", "finished"];
+    assert_eq!(*screen.log.lock().unwrap(), expected);
     assert_eq!(Checkpoint::open(temp.path().join("checkpoint")).unwrap().step(), 4);
 }
 
@@ -385,7 +362,7 @@ fn a_directory_that_cannot_be_saved_to_is_an_error_before_the_first_update() {
 }
 
 #[test]
-fn a_save_that_fails_is_told_once() {
+fn a_failed_save_is_reported_once() {
     let temp = TempDir::new().unwrap();
     let dir = temp.path().join("run");
     let block = dir.clone();

@@ -23,7 +23,7 @@ fn networks() -> [(&'static str, UNetConfig); 2] {
         hidden_dims: vec![24, 40, 64],
         attention_levels: vec![0, 1],
         channels: 3,
-        image_size: 16,
+        image_size: 16.into(),
         ..UNetConfig::mnist()
     };
     [("mnist", UNetConfig::mnist()), ("attentive", attentive)]
@@ -48,7 +48,8 @@ fn relative(found: &Tensor, expected: &Tensor) -> Result<f64> {
 #[test]
 fn errors_against_f64() -> Result<()> {
     for (name, config) in networks() {
-        let shape = (2, config.channels, config.image_size, config.image_size);
+        let (channels, height, width) = config.image_shape();
+        let shape = (2, channels, height, width);
         let x = Sampler::prior(shape, 5, &Device::Cpu)?;
         let target = Sampler::prior(shape, 6, &Device::Cpu)?;
         let t = Tensor::new(&[40u32, 700], &Device::Cpu)?;

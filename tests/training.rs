@@ -15,9 +15,17 @@ use ddpm::train::{AdamConfig, EmaConfig, Metrics, Noised, Objective, Observer, R
 use ddpm::{Denoiser, Diffusion, Error, Result, TrainConfig, Trainer, UNetConfig};
 use serde::{Deserialize, Serialize};
 
+mod small;
+use small::Scale;
+
 /// A small network. The images of the data sets differ.
 fn network() -> UNetConfig {
-    UNetConfig { image_size: 8, hidden_dims: vec![16, 16], time_dim: 16, ..UNetConfig::mnist() }
+    UNetConfig {
+        image_size: 8.into(),
+        hidden_dims: vec![16, 16],
+        time_dim: 16,
+        ..UNetConfig::mnist()
+    }
 }
 
 fn config() -> TrainConfig {
@@ -371,29 +379,6 @@ fn images_per_second_counts_what_was_timed() {
     assert!(rates[0] <= 200.0 && rates[1] <= 400.0, "{rates:?}");
 }
 
-/// One weight, which scales its input: the cheapest network.
-#[derive(Serialize, Deserialize)]
-struct Scale;
-
-struct Scaled(Tensor);
-
-impl Architecture for Scale {
-    const KIND: &'static str = "scale";
-    type Model = Scaled;
-
-    fn build(&self, vb: VarBuilder) -> Result<Scaled> {
-        Ok(Scaled(vb.get_with_hints(1, "scale", Init::Const(0.5))?))
-    }
-}
-
-impl Denoiser for Scaled {
-    fn denoise(&self, x_t: &Tensor, _: &Tensor, _: &Condition) -> Result<Output> {
-        Ok(Output::new(x_t.broadcast_mul(&self.0)?))
-    }
-}
-
-impl Trainable for Scaled {}
-
 #[test]
 fn a_report_holds_more_updates_than_may_go_unread() {
     const STEPS: u64 = 10_100;
@@ -543,7 +528,7 @@ impl Objective for Composed {
 }
 
 #[test]
-fn an_objective_of_ones_own_is_trained_for_in_parts_and_as_a_whole() {
+fn a_custom_objective_trains_in_parts_as_in_the_whole() {
     let config = |accumulation| {
         let optimizer = AdamConfig { eps: 1e-3, ..AdamConfig::adam(1e-3) };
         TrainConfig { accumulation, optimizer, ..config() }
@@ -719,7 +704,7 @@ fn a_weight_without_a_gradient_is_named_unless_the_network_allows_it() {
 }
 
 #[test]
-fn a_batch_that_does_not_fit_is_told_as_the_caller_gave_it() {
+fn a_batch_that_does_not_fit_is_reported_as_the_caller_passed_it() {
     let batch = Tensor::zeros((4, 1, 8, 8), DType::F32, &Device::Cpu).unwrap();
     for dtype in [DType::F64, DType::F16, DType::BF16, DType::U8] {
         let message =
@@ -814,9 +799,12 @@ fn wrong_configurations_are_refused() {
     let unet = UNetConfig::mnist;
     for (config, expected) in [
         (UNetConfig { channels: 0, ..unet() }, "channels is 0; it must be from 1"),
-        (UNetConfig { image_size: 30, ..unet() }, "image_size is 30; it must be a multiple of 4"),
-        (UNetConfig { image_size: 0, ..unet() }, "image_size is 0"),
-        (UNetConfig { image_size: 1 << 40, ..unet() }, "image_size is"),
+        (
+            UNetConfig { image_size: 30.into(), ..unet() },
+            "image_size is 30; it must be a multiple of 4",
+        ),
+        (UNetConfig { image_size: 0.into(), ..unet() }, "image_size is 0"),
+        (UNetConfig { image_size: (1 << 40).into(), ..unet() }, "image_size is"),
         (UNetConfig { hidden_dims: vec![], ..unet() }, "hidden_dims is []; it must be 2 to 16"),
         (UNetConfig { hidden_dims: vec![32], ..unet() }, "hidden_dims is [32]"),
         (

@@ -100,9 +100,8 @@ pub fn check_digits(checkpoint: &Checkpoint) -> Result<()> {
         }
         _ => {}
     }
-    let UNetConfig { channels, image_size, .. } = checkpoint.architecture()?;
-    if (channels, image_size) != (1, SIZE) {
-        let found = (channels, image_size, image_size);
+    let found = checkpoint.architecture::<UNetConfig>()?.image_shape();
+    if found != (1, SIZE, SIZE) {
         let expected = format!("the classifier's have {:?}", (1, SIZE, SIZE));
         return Err(format!("the network's images have shape {found:?}; {expected}").into());
     }

@@ -5,13 +5,14 @@ use candle_core::{DType, Device, Tensor};
 
 use super::ops::{Backend, Rates};
 use super::reference::{Reference, value_of};
-use super::update::{Counters, Factors, UpdateRule, Updater, WeightState};
+use super::update::{Factors, UpdateRule, Updater, WeightState};
 use crate::error::Result;
+use crate::kernels::op::counters::Counters;
 use crate::kernels::{
     AdamStep, Isa, add_values, all_finite, clamp_values, on_cpu_in_f32, same_storage,
     squared_errors, sum_of_squares, weighted_sum, with_values, with_values_mut,
 };
-use crate::random::{Address, zeros};
+use crate::memory::zeros;
 
 /// The kernels of the CPU.
 #[derive(Debug, Clone, Copy)]
@@ -30,26 +31,11 @@ fn written<const N: usize>(
 ) -> Result<Tensor> {
     let like = tensors[0];
     let mut values = zeros("the result", like.dims())?;
-    with_values(tensors, |tensors| {
-        f(tensors, &mut values);
-        Ok(())
-    })?;
+    with_values(tensors, |tensors| f(tensors, &mut values))?;
     Ok(Tensor::from_vec(values, like.shape(), like.device())?)
 }
 
 impl Backend for Cpu {
-    fn upload(&self, values: Vec<f32>, dims: &[usize], device: &Device) -> Result<Tensor> {
-        Reference.upload(values, dims, device)
-    }
-
-    fn upload_integers(&self, values: Vec<u32>, device: &Device) -> Result<Tensor> {
-        Reference.upload_integers(values, device)
-    }
-
-    fn normal(&self, at: Address, first: u32, dims: &[usize], device: &Device) -> Result<Tensor> {
-        Reference.normal(at, first, dims, device)
-    }
-
     fn mix(&self, x: &Tensor, y: &Tensor, t: &Tensor, rates: Rates<'_>) -> Result<Tensor> {
         if !are_plain(&[x, y]) || !t.device().is_cpu() {
             return Reference.mix(x, y, t, rates);
@@ -96,7 +82,7 @@ impl Backend for Cpu {
         if !are_plain(&[x]) {
             return Reference.finiteness(x);
         }
-        let finite = with_values([x], |[x]| Ok(all_finite(x)))?;
+        let finite = with_values([x], |[x]| all_finite(x))?;
         Ok(Tensor::new(if finite { 0f32 } else { f32::NAN }, x.device())?)
     }
 
@@ -104,13 +90,8 @@ impl Backend for Cpu {
         if !are_plain(&[sum, more]) {
             return Reference.add_to(sum, more);
         }
-        let add = |sum: &mut [f32]| {
-            with_values([more], |[more]| {
-                add_values(sum, more);
-                Ok(())
-            })
-        };
-        Ok(with_values_mut(sum, add)?)
+        let add = |sum: &mut [f32]| with_values([more], |[more]| add_values(sum, more));
+        Ok(with_values_mut(sum, add)??)
     }
 
     fn adam(&self, weights: Vec<WeightState<'_>>, factors: &Factors) -> Result<()> {
@@ -140,7 +121,7 @@ impl Updater for Cpu {
         let isa = Isa::detect();
         let mut squares = 0.0;
         for gradient in weights.iter().filter_map(|own| own.gradient.as_deref()) {
-            squares += with_values([gradient], |[values]| Ok(sum_of_squares(isa, values)))?;
+            squares += with_values([gradient], |[values]| sum_of_squares(isa, values))?;
         }
         let unscale = rule.unscale(counters);
         let norm = squares.sqrt() * unscale;
@@ -205,14 +186,13 @@ fn update(isa: Isa, step: &AdamStep, own: WeightState<'_>) -> Result<()> {
             with_values_mut(mean, |mean| {
                 with_values_mut(square, |square| {
                     step.apply(isa, weight, gradient, (mean, square), average);
-                    Ok(())
                 })
-            })
-        })
+            })?
+        })?
     };
     with_values_mut(weight, |weight| match &average {
-        Some(average) => with_values_mut(average, |average| change(weight, Some(average))),
+        Some(average) => with_values_mut(average, |average| change(weight, Some(average)))?,
         None => change(weight, None),
-    })?;
+    })??;
     Ok(())
 }

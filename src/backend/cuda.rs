@@ -5,11 +5,12 @@ use std::fmt;
 
 use candle_core::{Device, Tensor};
 
-use super::ops::{Backend, Capture, Rates, Recordable, Recorded};
+use super::ops::{Backend, Capture, Inputs, Rates, Recordable, Recorded};
 use super::reference::Reference;
-use super::update::{Counters, Factors, UpdateRule, Updater, WeightState};
+use super::update::{Factors, UpdateRule, Updater, WeightState};
 use crate::error::Result;
-use crate::kernels::cuda::{self, Counts, Gpu, StepGraph, UpdateSettings, WeightUpdate, are_plain};
+use crate::kernels::cuda::{self, Gpu, StepGraph, UpdateSettings, WeightUpdate, are_plain};
+use crate::kernels::op::counters::Counters;
 use crate::random::Address;
 
 /// The kernels of a CUDA device.
@@ -33,7 +34,7 @@ impl Backend for Cuda {
         if !are_plain(&[x, y]) || !t.device().same_device(x.device()) {
             return Reference.mix(x, y, t, rates);
         }
-        Ok(cuda::mix(x, y, t, &rates.table(), false)?)
+        Ok(cuda::mix(x, y, t, &rates.table())?)
     }
 
     fn combine(&self, x: &Tensor, a: f64, y: &Tensor, b: f64) -> Result<Tensor> {
@@ -105,7 +106,7 @@ impl CudaUpdater {
     fn with(&mut self, counters: &Counters) -> Result<&mut cuda::Updater> {
         let current = match self.current.take().filter(|(_, known)| known == counters) {
             Some(current) => current,
-            None => (cuda::Updater::new(&self.device, (*counters).into())?, *counters),
+            None => (cuda::Updater::new(&self.device, counters)?, *counters),
         };
         Ok(&mut self.current.insert(current).0)
     }
@@ -154,7 +155,7 @@ impl Updater for CudaUpdater {
 
     fn read(&self, counters: &Counters) -> Result<Counters> {
         match &self.current {
-            Some((updater, _)) => Ok(updater.counts()?.into()),
+            Some((updater, _)) => Ok(updater.counters()?),
             None => Ok(*counters),
         }
     }
@@ -167,23 +168,6 @@ impl Updater for CudaUpdater {
         if let Some((_, known)) = &mut self.current {
             *known = *counters;
         }
-    }
-}
-
-impl From<Counters> for Counts {
-    fn from(counters: Counters) -> Self {
-        let Counters { updates, average_updates, scale, good_updates, skipped, exhausted } =
-            counters;
-        let (steps, ema_updates) = (updates, average_updates);
-        Self { steps, ema_updates, scale, good_updates, skipped, exhausted }
-    }
-}
-
-impl From<Counts> for Counters {
-    fn from(counts: Counts) -> Self {
-        let Counts { steps, ema_updates, scale, good_updates, skipped, exhausted } = counts;
-        let (updates, average_updates) = (steps, ema_updates);
-        Self { updates, average_updates, scale, good_updates, skipped, exhausted }
     }
 }
 
@@ -222,22 +206,20 @@ impl Capture for Graphs {
         Ok(())
     }
 
-    fn record(
-        &self,
-        x_0: &Tensor,
-        t: &Tensor,
-        update: &mut Recordable<'_>,
-    ) -> Result<Box<dyn Recorded>> {
-        Ok(Box::new(StepGraph::capture(x_0, t, update)?))
+    fn record(&self, inputs: &Inputs, update: &mut Recordable<'_>) -> Result<Box<dyn Recorded>> {
+        let copy = Tensor::copy;
+        let classes = inputs.classes.as_ref().map(copy).transpose()?;
+        let own = Inputs { x_0: copy(&inputs.x_0)?, t: copy(&inputs.t)?, classes };
+        Ok(Box::new(StepGraph::capture(own.tensors(), || update(&own))?))
     }
 }
 
 impl Recorded for StepGraph {
-    fn fits(&self, x_0: &Tensor) -> bool {
-        self.fits(x_0)
+    fn fits(&self, inputs: &Inputs) -> bool {
+        self.fits(&inputs.tensors())
     }
 
-    fn repeat(&self, x_0: &Tensor, t: &Tensor) -> Result<(Tensor, Tensor)> {
-        self.launch(x_0, t)
+    fn repeat(&self, inputs: &Inputs) -> Result<(Tensor, Tensor)> {
+        self.launch(&inputs.tensors())
     }
 }

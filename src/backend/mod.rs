@@ -4,7 +4,6 @@
 //! of candle operations. It runs on every device and in every floating-point dtype, and supports gradients. The other
 //! backends compute the same with fewer passes over memory, for tensors that are [plain](ops::Backend). They delegate
 //! all other tensors to the reference. One table of tests compares them with the reference.
-//! others to the reference. One table of tests holds them to it.
 
 #[cfg(feature = "cli")]
 pub(crate) mod accelerator;
@@ -19,9 +18,10 @@ mod update;
 
 use candle_core::{DType, Device, Tensor};
 
-pub(crate) use self::ops::{Backend, Capture, Computed, Rates, Recorded};
+pub(crate) use self::ops::{Backend, Capture, Computed, Inputs, Rates, Recorded};
 pub(crate) use self::reference::clip_norm;
-pub(crate) use self::update::{AverageRule, Counters, ScaleRule, UpdateRule, Updater, WeightState};
+pub(crate) use self::update::{AverageRule, ScaleRule, UpdateRule, Updater, WeightState};
+pub(crate) use crate::kernels::op::counters::Counters;
 
 /// Returns the backend for tensors of this dtype on this device.
 pub(crate) fn on(device: &Device, dtype: DType) -> &'static dyn Backend {

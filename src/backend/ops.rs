@@ -4,6 +4,7 @@ use candle_core::{Device, Tensor};
 
 use super::update::{Factors, Updater, WeightState};
 use crate::error::Result;
+use crate::memory::zeros;
 use crate::random::Address;
 
 /// The factors of two tensors at each timestep of a schedule, computed from its `alpha_bar`.
@@ -27,14 +28,26 @@ impl Rates<'_> {
 /// tracked for gradients. Two tensors of one operation have the same shape.
 pub(crate) trait Backend: fmt::Debug + Send + Sync {
     /// Copies values to the device, in the shape `dims`. Does not wait for the device.
-    fn upload(&self, values: Vec<f32>, dims: &[usize], device: &Device) -> Result<Tensor>;
+    fn upload(&self, values: Vec<f32>, dims: &[usize], device: &Device) -> Result<Tensor> {
+        Ok(Tensor::from_vec(values, dims, device)?)
+    }
 
     /// Copies one integer per image to the device, as [`upload`](Self::upload) does.
-    fn upload_integers(&self, values: Vec<u32>, device: &Device) -> Result<Tensor>;
+    fn upload_integers(&self, values: Vec<u32>, device: &Device) -> Result<Tensor> {
+        let batch = values.len();
+        Ok(Tensor::from_vec(values, batch, device)?)
+    }
 
     /// Draws standard normals of shape `dims` = (batch, ...). The numbers of an image depend on its index but not on
-    /// the batch. The first image has index `first`.
-    fn normal(&self, at: Address, first: u32, dims: &[usize], device: &Device) -> Result<Tensor>;
+    /// the batch. The first image has index `first`. The default draws them on the host.
+    fn normal(&self, at: Address, first: u32, dims: &[usize], device: &Device) -> Result<Tensor> {
+        let mut values = zeros("noise", dims)?;
+        let count = values.len() / dims.first().copied().unwrap_or(1).max(1);
+        for (k, image) in values.chunks_mut(count.max(1)).enumerate() {
+            at.stream(first.wrapping_add(k as u32)).fill_normal(image);
+        }
+        Ok(Tensor::from_vec(values, dims, device)?)
+    }
 
     /// Computes `a x + b y`, with the two factors of each image's timestep `t` (batch), which has been checked.
     fn mix(&self, x: &Tensor, y: &Tensor, t: &Tensor, rates: Rates<'_>) -> Result<Tensor>;
@@ -86,8 +99,23 @@ pub(crate) trait Backend: fmt::Debug + Send + Sync {
 /// The results of an update: the loss, the norm of the gradient, and the gradients.
 pub(crate) type Computed = (Tensor, Tensor, Vec<Tensor>);
 
-/// The update that [`Capture::record`] records, as a function of `x_0` and `t`.
-pub(crate) type Recordable<'a> = dyn FnMut(&Tensor, &Tensor) -> Result<Computed> + 'a;
+/// The tensors that differ from one update to the next.
+#[derive(Debug, Clone)]
+pub(crate) struct Inputs {
+    pub x_0: Tensor,
+    pub t: Tensor,
+    pub classes: Option<Tensor>,
+}
+
+impl Inputs {
+    #[cfg(feature = "cuda")]
+    pub fn tensors(&self) -> Vec<Tensor> {
+        [&self.x_0, &self.t].into_iter().chain(&self.classes).cloned().collect()
+    }
+}
+
+/// The update that [`Capture::record`] records.
+pub(crate) type Recordable<'a> = dyn FnMut(&Inputs) -> Result<Computed> + 'a;
 
 /// Records the work of an update, which can then be repeated by one launch.
 pub(crate) trait Capture {
@@ -97,20 +125,15 @@ pub(crate) trait Capture {
     /// Sets the step for which a repeated update draws its random numbers.
     fn set_step(&self, step: u64) -> Result<()>;
 
-    /// Records the work that `update` launches for a batch like `x_0` and `t`, without running it.
-    fn record(
-        &self,
-        x_0: &Tensor,
-        t: &Tensor,
-        update: &mut Recordable<'_>,
-    ) -> Result<Box<dyn Recorded>>;
+    /// Records the work that `update` launches for inputs like these, without running it.
+    fn record(&self, inputs: &Inputs, update: &mut Recordable<'_>) -> Result<Box<dyn Recorded>>;
 }
 
 /// A recorded update.
 pub(crate) trait Recorded: fmt::Debug + Send + Sync {
-    /// Returns whether this thread can repeat the update for this batch.
-    fn fits(&self, x_0: &Tensor) -> bool;
+    /// Returns whether this thread can repeat the update for these inputs.
+    fn fits(&self, inputs: &Inputs) -> bool;
 
-    /// Repeats the update for another batch of the same shape. Returns the loss and the norm of the gradient.
-    fn repeat(&self, x_0: &Tensor, t: &Tensor) -> Result<(Tensor, Tensor)>;
+    /// Repeats the update for other inputs of the same shapes. Returns the loss and the norm of the gradient.
+    fn repeat(&self, inputs: &Inputs) -> Result<(Tensor, Tensor)>;
 }

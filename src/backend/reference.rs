@@ -3,33 +3,15 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::ops::{Backend, Rates};
-use super::update::{Counters, Factors, UpdateRule, Updater, WeightState};
+use super::update::{Factors, UpdateRule, Updater, WeightState};
 use crate::error::{Error, Result};
-use crate::random::{Address, zeros};
+use crate::kernels::op::counters::Counters;
 
 /// Candle's operations, for every device and floating-point dtype. They support gradients.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Reference;
 
 impl Backend for Reference {
-    fn upload(&self, values: Vec<f32>, dims: &[usize], device: &Device) -> Result<Tensor> {
-        Ok(Tensor::from_vec(values, dims, device)?)
-    }
-
-    fn upload_integers(&self, values: Vec<u32>, device: &Device) -> Result<Tensor> {
-        let batch = values.len();
-        Ok(Tensor::from_vec(values, batch, device)?)
-    }
-
-    fn normal(&self, at: Address, first: u32, dims: &[usize], device: &Device) -> Result<Tensor> {
-        let mut values = zeros("noise", dims)?;
-        let count = values.len() / dims.first().copied().unwrap_or(1).max(1);
-        for (k, image) in values.chunks_mut(count.max(1)).enumerate() {
-            at.stream(first.wrapping_add(k as u32)).fill_normal(image);
-        }
-        Ok(Tensor::from_vec(values, dims, device)?)
-    }
-
     fn mix(&self, x: &Tensor, y: &Tensor, t: &Tensor, rates: Rates<'_>) -> Result<Tensor> {
         let mut shape = vec![1; x.rank()];
         shape[0] = t.dim(0)?;
@@ -89,17 +71,16 @@ impl Backend for Reference {
                 if factors.keep != 1.0 {
                     weight = weight.affine(factors.keep, 0.0)?;
                 }
-                let mean = (own.mean.affine(beta1, 0.0)? + gradient.affine(1.0 - beta1, 0.0)?)?;
-                let square =
-                    (own.square.affine(beta2, 0.0)? + gradient.sqr()?.affine(1.0 - beta2, 0.0)?)?;
+                let mean = self.combine(own.mean, beta1, &gradient, 1.0 - beta1)?;
+                let square = self.combine(own.square, beta2, &gradient.sqr()?, 1.0 - beta2)?;
                 (*own.mean, *own.square) = (mean.detach(), square.detach());
                 let root = own.square.sqrt()?.affine(root_scale, eps)?;
                 let update = own.mean.affine(step_size, 0.0)?.div(&root)?;
                 own.weight.set(&(weight - update)?)?;
             }
             if let Some(average) = own.average {
-                let new = own.weight.as_detached_tensor().affine(1.0 - factors.average, 0.0)?;
-                *average = (average.affine(factors.average, 0.0)? + new)?;
+                let (decay, weight) = (factors.average, own.weight.as_detached_tensor());
+                *average = self.combine(average, decay, &weight, 1.0 - decay)?;
             }
         }
         Ok(())

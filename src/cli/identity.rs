@@ -1,6 +1,5 @@
 use std::fmt;
 use std::fs;
-use std::io::ErrorKind;
 use std::path::Path;
 
 use flate2::Crc;
@@ -51,10 +50,8 @@ impl Identity {
     /// # Errors
     /// Returns an error if the file cannot be read, or if its content is something else.
     pub fn read(path: &Path) -> Result<Option<Self>> {
-        let text = match fs::read(path) {
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-            read => read.map_err(Error::io(path))?,
-        };
+        let read = files::existing(fs::read(path)).map_err(Error::io(path))?;
+        let Some(text) = read else { return Ok(None) };
         let run = serde_json::from_slice(&text).map_err(|e| format!("{}: {e}", path.display()))?;
         Ok(Some(run))
     }

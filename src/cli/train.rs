@@ -19,7 +19,7 @@ use crate::model::UNetConfig;
 use crate::observe::{
     LossCurve, MetricsFile, Progress, SampleGrid, SaveEvery, StopOnSignal, duration, is_removed,
 };
-use crate::train::{Checkpoint, Metrics, Observer, Outcome, Run, TrainConfig, Trainer};
+use crate::train::{Checkpoint, TrainConfig, Trainer, on_metrics};
 
 /// The files of a run's directory.
 struct Files {
@@ -63,7 +63,7 @@ pub fn train(
     config.validate()?;
 
     let set = load()?;
-    set.check_shape((network.channels, network.image_size, network.image_size))?;
+    set.check_shape(network.image_shape())?;
     let identity = Identity::of(&set);
     let known = saved.is_some() && identity.check(&files.identity)?;
     let device = pick(args.cpu)?;
@@ -121,16 +121,25 @@ fn fit(
     let mut save = SaveEvery::steps(save_every, &files.checkpoint);
     let mut grid = SampleGrid::steps(sample_every, &files.samples)
         .count(args.sample_count.unwrap_or(recipe.sample_count));
+    // The observers recreate only their own files.
+    let identity = Identity::of(set);
+    let restore = || {
+        if is_removed(&files.identity) {
+            fs::create_dir_all(&files.samples).map_err(Error::io(&files.samples))?;
+            identity.write(&files.identity).map_err(Error::external)?;
+        }
+        Ok(())
+    };
     let observers = (
         progress.clone(),
         stop,
-        Restore { files, identity: Identity::of(set) },
+        on_metrics(|_| restore()),
         MetricsFile::new(&files.metrics),
         &mut save,
         LossCurve::steps(save_every, &files.metrics, &files.curve),
         &mut grid,
     );
-    let fitted = trainer.fit(&set.images, observers);
+    let fitted = trainer.fit(&set.images, observers).and_then(|()| restore());
     let now = trainer.steps();
     fitted.map_err(|error| -> Box<dyn StdError + Send + Sync> {
         if now == step || save.saved_step() != now {
@@ -153,36 +162,6 @@ fn fit(
     out(format_args!("grid     {}", grid.display()));
     out(format_args!("done: {}", files.out.display()));
     Ok(ExitCode::SUCCESS)
-}
-
-/// Recreates the directories of a run and its file `data.json` if they were removed during training.
-struct Restore<'a> {
-    files: &'a Files,
-    identity: Identity,
-}
-
-impl Restore<'_> {
-    fn restore(&self) -> crate::error::Result<()> {
-        let Files { metrics, samples, identity, .. } = self.files;
-        if is_removed(metrics) {
-            fs::create_dir_all(samples).map_err(Error::io(samples))?;
-            self.identity.write(identity).map_err(Error::external)?;
-        }
-        Ok(())
-    }
-}
-
-impl Observer for Restore<'_> {
-    fn on_metrics(&mut self, _: &Run<'_>, _: &Metrics) -> crate::error::Result<()> {
-        self.restore()
-    }
-
-    fn on_end(&mut self, _: &Run<'_>, outcome: Outcome<'_>) -> crate::error::Result<()> {
-        match outcome {
-            Outcome::Failed(_) => Ok(()),
-            _ => self.restore(),
-        }
-    }
 }
 
 /// Opens the checkpoint of a run to be resumed. Returns an error if `out` does not fit `resume`.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use flate2::read::MultiGzDecoder;
 
 use crate::error::{Error, Result};
+use crate::memory::filled;
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 
@@ -70,11 +71,6 @@ impl DataFile {
 
 /// Allocates a zeroed buffer of `len` bytes. The caller has checked that the file holds as many.
 pub(super) fn buffer(path: &Path, len: u64) -> Result<Vec<u8>> {
-    let mut buffer = Vec::new();
-    usize::try_from(len)
-        .ok()
-        .filter(|&len| buffer.try_reserve_exact(len).is_ok())
-        .map(|len| buffer.resize(len, 0))
-        .ok_or_else(|| Error::data(path, format!("no memory for its {len} bytes")))?;
-    Ok(buffer)
+    let buffer = usize::try_from(len).ok().and_then(|len| filled(&[len], 0));
+    buffer.ok_or_else(|| Error::data(path, format!("no memory for its {len} bytes")))
 }

@@ -7,6 +7,7 @@ use super::dataset::{Dataset, normalized};
 use crate::backend;
 use crate::denoiser::Condition;
 use crate::error::{Error, Result};
+use crate::memory::reserved;
 use crate::random::{Noise, Purpose};
 
 /// Images of one update.
@@ -15,7 +16,10 @@ use crate::random::{Noise, Purpose};
 pub struct Batch {
     /// The images (batch, channels, height, width), in f32 and in [-1, 1].
     pub images: Tensor,
-    /// The class of each image, in u32 (batch), if the images have classes.
+    /// The class of each image, in u32 (batch), if the images have classes. [`Trainer::next_batch`] returns them on the
+    /// CPU. To read classes from a GPU, an update waits for it.
+    ///
+    /// [`Trainer::next_batch`]: crate::Trainer::next_batch
     pub classes: Option<Tensor>,
     /// The position of the first image in the whole batch of the update, from 0. It determines the random numbers of
     /// each image, so that a batch gives the same result if it is divided.
@@ -78,10 +82,10 @@ impl HostBatch {
     /// thread submitted before. On a GPU each thread has its own queue, so the training thread calls this.
     pub fn upload(self, device: &Device) -> Result<Batch> {
         let backend = backend::on(device, DType::F32);
-        let upload = |classes| backend.upload_integers(classes, device);
+        let classes = |classes: Vec<u32>| Tensor::from_vec(classes, self.dims[0], &Device::Cpu);
         Ok(Batch {
             images: backend.upload(self.pixels, &self.dims, device)?,
-            classes: self.classes.map(upload).transpose()?,
+            classes: self.classes.map(classes).transpose()?,
             first: self.first,
         })
     }
@@ -127,12 +131,10 @@ impl Loader {
         let size = check(dataset)?;
         let (shape, classes) = (dataset.shape(), dataset.classes());
         let batch = (self.part.end - self.part.start) as usize;
-        let mut pixels = Vec::new();
-        let count = batch.checked_mul(size).filter(|&n| pixels.try_reserve_exact(n).is_ok());
-        if count.is_none() {
+        let Some(mut pixels) = reserved(&[batch, size]) else {
             let expected = format!("small enough for a batch of images of {size} values in memory");
             return Err(Error::config("batch_size", batch, expected));
-        }
+        };
         let (mut bytes, mut found) = (vec![0; size], Vec::new());
         for k in self.part.clone() {
             if stop.load(Ordering::Relaxed) {

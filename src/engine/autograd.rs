@@ -3,12 +3,12 @@ use candle_core::{DType, Tensor};
 use super::graph::{Engine, Sealed};
 use super::pass::Pass;
 use super::shapes;
-use crate::error::Result;
+use crate::error::{Result, check_fraction};
 use crate::kernels;
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::conv::Add;
 use crate::kernels::op::norm::NormConfig;
-use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
+use crate::layers::{Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
 
 /// The engine on candle tensors. It runs on every device and in f64, and candle can differentiate it.
 pub(crate) struct Autograd<'a> {
@@ -57,17 +57,18 @@ impl Engine<'_> for Autograd<'_> {
 
     fn linear(&self, f: VectorActivation, linear: &Linear, x: &Tensor) -> Result<Tensor> {
         shapes::linear(linear, x.dims4()?)?;
-        let x = x.flatten_from(1)?;
-        let x = match f {
-            VectorActivation::None => x,
-            VectorActivation::Silu => x.silu()?,
-            VectorActivation::Gelu => x.gelu_erf()?,
-        };
+        let x = kernels::activated(f, &x.flatten_from(1)?)?;
         Ok(kernels::linear(&x, &linear.weight, &linear.bias)?.unsqueeze(1)?.unsqueeze(1)?)
     }
 
+    fn add_class(&self, embedding: &Embedding, x: &Tensor) -> Result<Tensor> {
+        shapes::embedding(embedding, x.dims4()?)?;
+        let rows = embedding.weight.index_select(self.pass.classes()?, 0)?;
+        Ok((x + rows.unsqueeze(1)?.unsqueeze(1)?)?)
+    }
+
     fn drop_maps(&self, x: &Tensor, layer: u16, p: f64) -> Result<Tensor> {
-        shapes::probability(p)?;
+        check_fraction("dropout", p)?;
         let Some(dropout) = self.pass.dropout else { return Ok(x.clone()) };
         let (batch, _, _, channels) = x.dims4()?;
         let mask = dropout.mask(layer, batch, channels, p, x.dtype(), x.device())?;

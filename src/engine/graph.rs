@@ -1,7 +1,7 @@
 use crate::error::Result;
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::conv::Add;
-use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
+use crate::layers::{Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
 
 /// A network, written once for every [`Engine`].
 ///
@@ -120,6 +120,13 @@ pub trait Engine<'n>: Sealed {
     /// # Errors
     /// Returns an error if a shape does not fit.
     fn linear(&self, f: VectorActivation, linear: &'n Linear, x: &Self::Map) -> Result<Self::Map>;
+
+    /// Adds to each vector of a batch the vector of its image's class, or that of no class in passes without a
+    /// condition. A network that calls this has the classes of `embedding`.
+    ///
+    /// # Errors
+    /// Returns an error if a shape does not fit.
+    fn add_class(&self, embedding: &'n Embedding, x: &Self::Map) -> Result<Self::Map>;
 
     /// Drops whole channels of each image with probability `p` in training passes. In all other passes, returns the map
     /// unchanged. `layer` is the number of this dropout within the network.

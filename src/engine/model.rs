@@ -15,7 +15,7 @@ use crate::backend::maps::{
 use crate::denoiser::{
     Condition, Denoiser, Output, OutputGradient, Trainable, gradients_by_autograd,
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_dims, check_float};
 use crate::kernels;
 use crate::precision::Precision;
 use crate::process::check_timesteps;
@@ -87,24 +87,40 @@ impl<G: Graph> Model<G> {
     /// Returns an error if the shapes or dtypes of `x_t` and `t` do not fit the network.
     fn check(&self, x_t: &Tensor, t: &Tensor) -> Result<()> {
         let &[batch, channels, height, width] = x_t.dims() else {
-            let expected = "(batch, channels, height, width)".to_string();
-            return Err(Error::Shape { what: "x_t", found: x_t.dims().to_vec(), expected });
+            return Err(Error::shape("x_t", x_t.dims(), "(batch, channels, height, width)"));
         };
         self.graph.check_images(channels, height, width).map_err(|error| match error {
-            Error::Shape { expected, .. } => {
-                Error::Shape { what: "x_t", found: x_t.dims().to_vec(), expected }
-            }
+            Error::Shape { expected, .. } => Error::shape("x_t", x_t.dims(), expected),
             error => error,
         })?;
         if x_t.elem_count() == 0 {
-            let expected = "a batch of at least one image".to_string();
-            return Err(Error::Shape { what: "x_t", found: x_t.dims().to_vec(), expected });
+            return Err(Error::shape("x_t", x_t.dims(), "a batch of at least one image"));
         }
-        if !x_t.dtype().is_float() {
-            let expected = "a floating-point dtype";
-            return Err(Error::config("dtype of x_t", x_t.dtype().as_str(), expected));
-        }
+        check_float("dtype of x_t", x_t.dtype())?;
         check_timesteps(t, batch, None)
+    }
+
+    /// Returns the class of each image of the batch, on the device of `t`, if the network has classes.
+    ///
+    /// # Errors
+    /// Returns an error if the condition does not have one class per image. Returns an error if the network does not have
+    /// a class, and the classes are on the CPU. Elsewhere such a class gives NaN, because reading it would wait for the
+    /// device.
+    fn classes_of(&self, condition: &Condition, t: &Tensor) -> Result<Option<Tensor>> {
+        let Some(count) = self.weights.classes else { return Ok(None) };
+        let batch = t.dim(0)?;
+        condition.check(batch)?;
+        let Condition::Classes(classes) = condition else {
+            return Ok(Some(Tensor::full(count as u32, batch, t.device())?));
+        };
+        if classes.device().is_cpu() {
+            let outside = |class: &u32| *class as usize > count;
+            if let Some(class) = classes.to_vec1::<u32>()?.into_iter().find(outside) {
+                let expected = format!("from 0 to {}, or {count} for no class", count - 1);
+                return Err(Error::config("class", class, expected));
+            }
+        }
+        Ok(Some(classes.to_device(t.device())?))
     }
 
     fn denoise_by_autograd(&self, x_t: &Tensor, pass: Pass<'_>) -> Result<Tensor> {
@@ -169,19 +185,21 @@ impl<G: Graph> maps::Pass for ForwardBackward<'_, '_, G> {
         let (y, output) = self.forward.on(&tape)?;
         let output = Output::new(output);
         let d_output = (self.d_output)(&output)?.prediction;
-        if d_output.dims() != output.prediction.dims() {
-            let expected = format!("{:?}, that of the output", output.prediction.dims());
-            let found = d_output.dims().to_vec();
-            return Err(Error::Shape { what: "the output's gradient", found, expected });
-        }
+        let expected = output.prediction.dims();
+        check_dims("the output's gradient", d_output.dims(), expected, "that of the output")?;
         tape.backward(y, &d_output)
     }
 }
 
 impl<G: Graph> Denoiser for Model<G> {
-    fn denoise(&self, x_t: &Tensor, t: &Tensor, _: &Condition) -> Result<Output> {
+    fn denoise(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Result<Output> {
         self.check(x_t, t)?;
-        let pass = Pass { t: Some(t), dropout: None };
+        if let (Condition::Classes(_), None) = (condition, self.weights.classes) {
+            let expected = "no condition, because the network has no classes";
+            return Err(Error::config("condition", "classes", expected));
+        }
+        let classes = self.classes_of(condition, t)?;
+        let pass = Pass { t: Some(t), classes: classes.as_ref(), dropout: None };
         let place = self.place(x_t, false)?.filter(|_| !self.weights.trainable);
         let prediction = match place {
             Some(place) => {
@@ -191,6 +209,10 @@ impl<G: Graph> Denoiser for Model<G> {
         };
         Ok(Output::new(prediction))
     }
+
+    fn classes(&self) -> Option<u32> {
+        self.weights.classes.map(|classes| classes as u32)
+    }
 }
 
 impl<G: Graph> Trainable for Model<G> {
@@ -198,11 +220,12 @@ impl<G: Graph> Trainable for Model<G> {
         &self,
         x_t: &Tensor,
         t: &Tensor,
-        _: &Condition,
+        condition: &Condition,
         dropout: &Dropout,
     ) -> Result<Output> {
         self.check(x_t, t)?;
-        let pass = Pass { t: Some(t), dropout: Some(dropout) };
+        let classes = self.classes_of(condition, t)?;
+        let pass = Pass { t: Some(t), classes: classes.as_ref(), dropout: Some(dropout) };
         Ok(Output::new(self.denoise_by_autograd(x_t, pass)?))
     }
 
@@ -219,7 +242,8 @@ impl<G: Graph> Trainable for Model<G> {
         let Some(place) = self.place(x_t, true)?.filter(|_| !self.weights.derived) else {
             return gradients_by_autograd(self, x_t, t, condition, dropout, d_output);
         };
-        let pass = Pass { t: Some(t), dropout: Some(dropout) };
+        let classes = self.classes_of(condition, t)?;
+        let pass = Pass { t: Some(t), classes: classes.as_ref(), dropout: Some(dropout) };
         let forward = Forward { graph: &*self.graph, x_t, pass };
         dispatch(&place, &self.pool, ForwardBackward { forward, d_output })
     }

@@ -8,6 +8,8 @@ use crate::random::Dropout;
 pub(crate) struct Pass<'a> {
     /// The timesteps (batch). `None` if the network does not need them.
     pub t: Option<&'a Tensor>,
+    /// The classes (batch), u32. `None` if the network has no classes.
+    pub classes: Option<&'a Tensor>,
     /// The dropout masks of a training pass.
     pub dropout: Option<&'a Dropout>,
 }
@@ -19,5 +21,13 @@ impl<'a> Pass<'a> {
     /// Returns an error if the pass has none.
     pub fn timesteps(&self) -> Result<&'a Tensor> {
         self.t.ok_or_else(|| Error::config("timesteps", "none", "given to a time embedding"))
+    }
+
+    /// The classes.
+    ///
+    /// # Errors
+    /// Returns an error if the pass has none.
+    pub fn classes(&self) -> Result<&'a Tensor> {
+        self.classes.ok_or_else(|| Error::config("classes", "none", "given to an embedding"))
     }
 }

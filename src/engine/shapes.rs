@@ -2,13 +2,13 @@
 //! checks its operands before a kernel relies on them.
 
 use crate::error::{Error, Result};
-use crate::layers::{Conv2d, GroupNorm, Linear};
+use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
 
 /// (batch, height, width, channels)
 type Dims = (usize, usize, usize, usize);
 
 fn refuse(what: &'static str, (n, h, w, c): Dims, expected: String) -> Result<()> {
-    Err(Error::Shape { what, found: vec![n, h, w, c], expected })
+    Err(Error::shape(what, [n, h, w, c], expected))
 }
 
 /// Checks the input of a convolution, and the values that are added to its output.
@@ -52,6 +52,18 @@ pub(super) fn linear(linear: &Linear, x: Dims) -> Result<()> {
     refuse("the input of a linear layer", x, format!("(batch, 1, 1, {})", linear.input()))
 }
 
+/// Checks the vectors to which those of classes are added.
+pub(super) fn embedding(embedding: &Embedding, x: Dims) -> Result<()> {
+    if (x.1, x.2, x.3) == (1, 1, embedding.dim()) {
+        return Ok(());
+    }
+    refuse(
+        "the vectors to which classes are added",
+        x,
+        format!("(batch, 1, 1, {})", embedding.dim()),
+    )
+}
+
 /// Checks the two maps of a concatenation.
 pub(super) fn concatenation(a: Dims, b: Dims) -> Result<()> {
     if (a.0, a.1, a.2) == (b.0, b.1, b.2) {
@@ -68,12 +80,4 @@ pub(super) fn attention(qkv: Dims) -> Result<()> {
     }
     let expected = "(batch, height, width, 3 channels)".into();
     refuse("the map of queries, keys and values", qkv, expected)
-}
-
-/// Checks the probability of dropout.
-pub(super) fn probability(p: f64) -> Result<()> {
-    if (0.0..1.0).contains(&p) {
-        return Ok(());
-    }
-    Err(Error::config("dropout", p, "at least 0 and less than 1"))
 }

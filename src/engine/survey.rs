@@ -3,10 +3,10 @@ use std::cell::{Cell, RefCell};
 use candle_core::{DType, Device, Tensor};
 
 use super::graph::{Engine, Graph, Sealed};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::conv::Add;
-use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
+use crate::layers::{Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
 
 /// The properties of the weights of a network, which do not change after it is built.
 #[derive(Debug, Clone)]
@@ -17,6 +17,8 @@ pub(crate) struct Weights {
     pub derived: bool,
     /// The dtype and the device of all weights. `None` if they differ, or if there are no weights.
     pub home: Option<(DType, Device)>,
+    /// The number of classes of the network, if it has any.
+    pub classes: Option<usize>,
 }
 
 impl Weights {
@@ -27,9 +29,10 @@ impl Weights {
     pub fn of(graph: &impl Graph) -> Result<Self> {
         let survey = Survey::default();
         graph.run(&survey, &())?;
-        let Survey { trainable, derived, mixed, home } = survey;
+        let Survey { trainable, derived, mixed, home, classes } = survey;
         let home = home.into_inner().filter(|_| !mixed.get());
-        Ok(Self { trainable: trainable.get(), derived: derived.get(), home })
+        let (trainable, derived, classes) = (trainable.get(), derived.get(), classes.get());
+        Ok(Self { trainable, derived, home, classes })
     }
 }
 
@@ -40,10 +43,11 @@ struct Survey {
     derived: Cell<bool>,
     mixed: Cell<bool>,
     home: RefCell<Option<(DType, Device)>>,
+    classes: Cell<Option<usize>>,
 }
 
 impl Survey {
-    fn visit(&self, weights: [&Tensor; 2]) {
+    fn visit<const N: usize>(&self, weights: [&Tensor; N]) {
         for weight in weights {
             self.trainable.set(self.trainable.get() || weight.track_op());
             self.derived.set(self.derived.get() || weight.track_op() && !weight.is_variable());
@@ -81,6 +85,17 @@ impl Engine<'_> for Survey {
     fn linear(&self, _: VectorActivation, linear: &Linear, _: &()) -> Result<()> {
         self.visit([&linear.weight, &linear.bias]);
         Ok(())
+    }
+
+    fn add_class(&self, embedding: &Embedding, _: &()) -> Result<()> {
+        self.visit([&embedding.weight]);
+        let own = embedding.classes();
+        match self.classes.replace(Some(own)) {
+            Some(other) if other != own => {
+                Err(Error::config("classes of an embedding", own, format!("{other}, as another's")))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn drop_maps(&self, _: &(), _: u16, _: f64) -> Result<()> {

@@ -11,10 +11,10 @@ use super::graph::{Engine, Sealed};
 use super::pass::Pass;
 use super::shapes;
 use crate::backend::maps::Maps;
-use crate::error::Result;
+use crate::error::{Result, check_fraction};
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::conv::{Add, Addends};
-use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
+use crate::layers::{Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
 
 /// A feature map (batch, height, width, channels), and its gradient in the backward pass.
 pub(crate) struct Map<B: Maps> {
@@ -171,7 +171,7 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
         Map { dims, values: Rc::new(values), gradient }
     }
 
-    fn record(&self, weights: [&'n Tensor; 2], gradients: [Tensor; 2]) {
+    fn record<const N: usize>(&self, weights: [&'n Tensor; N], gradients: [Tensor; N]) {
         self.weights.borrow_mut().extend(weights.into_iter().zip(gradients));
     }
 
@@ -269,8 +269,20 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         }))
     }
 
+    fn add_class(&self, embedding: &'n Embedding, x: &Map<B>) -> Result<Map<B>> {
+        shapes::embedding(embedding, x.dims.into())?;
+        let classes = self.pass.classes()?.clone();
+        let y = self.backend.add_class(embedding, &classes, &x.values)?;
+        let gradient = x.gradient.clone();
+        Ok(self.output(x.dims, y, move |tape, dy| {
+            let table = tape.backend.add_class_backward(embedding, &classes, &dy)?;
+            tape.record([&embedding.weight], [table]);
+            gradient.add(&tape.backend, dy)
+        }))
+    }
+
     fn drop_maps(&self, x: &Map<B>, layer: u16, p: f64) -> Result<Map<B>> {
-        shapes::probability(p)?;
+        check_fraction("dropout", p)?;
         let Some(dropout) = self.pass.dropout else { return Ok(x.clone()) };
         let mask = self.backend.mask(dropout, layer, x.dims, p)?;
         let y = self.backend.scale_maps(x.dims, &x.values, &mask)?;

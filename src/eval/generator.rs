@@ -5,6 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::data::Images;
 use crate::denoiser::Denoiser;
 use crate::error::{Error, Result};
+use crate::memory::reserved;
 use crate::sample::Sampler;
 
 /// The number of images that share a seed.
@@ -86,12 +87,10 @@ impl Generator {
         mut seen: impl FnMut(Drawn<'_>) -> Result<ControlFlow<()>>,
     ) -> Result<Option<Images>> {
         let (channels, height, width) = self.image_shape;
-        let mut pixels = Vec::new();
-        let size = [count, height, width].into_iter().try_fold(channels, usize::checked_mul);
-        if size.is_none_or(|size| pixels.try_reserve_exact(size).is_err()) {
+        let Some(mut pixels) = reserved(&[channels, count, height, width]) else {
             let expected = "small enough for the pixels of all images to be in memory";
             return Err(Error::config("count", count, expected));
-        }
+        };
         let (mut seeds, mut seed, mut done) = (SplitMix64(self.seed), self.seed, 0);
         for start in (0..count).step_by(self.part()) {
             let first = start % SEEDED;

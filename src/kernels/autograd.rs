@@ -11,7 +11,6 @@ use super::cpu::linear::{linear_forward, linear_input_gradient, linear_weight_gr
 use super::cpu::norm::Normalization;
 use super::cpu::reduce::{sum_over_batch, sums_by_image};
 use super::op::conv::{ConvShape, Scale};
-use super::op::linear::LinearShape;
 use super::op::norm::NormConfig;
 use super::reference;
 use super::slices::{contiguous, on_cpu_in_f32, with_values, zeros};
@@ -123,7 +122,7 @@ impl<K: Kernel> CustomOp3 for Differentiable<K> {
             let weight = Values { dims: weight_dims, values: weight };
             let bias = Values { dims: bias_dims, values: bias };
             self.0.backward([x, weight, bias], dy, wanted)
-        })?;
+        })??;
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
         Ok((
             dx.map(|dx| tensor(dx, x)).transpose()?,
@@ -227,10 +226,14 @@ impl Kernel for Linear {
     const NAME: &'static str = "linear";
 
     fn forward(&self, [x, weight, bias]: [Values<'_>; 3]) -> Result<(Vec<f32>, Vec<usize>)> {
-        let shape = LinearShape::new(x.dims, weight.dims).map_err(candle_core::Error::wrap)?;
-        let mut y = zeros(shape.batch * shape.output)?;
+        let (batch, input) = Shape::from(x.dims).dims2()?;
+        let (output, columns) = Shape::from(weight.dims).dims2()?;
+        if input != columns {
+            candle_core::bail!("{input} inputs for a linear layer of {columns}")
+        }
+        let mut y = zeros(batch * output)?;
         linear_forward(self.isa, x.values, weight.values, bias.values, &mut y);
-        Ok((y, vec![shape.batch, shape.output]))
+        Ok((y, vec![batch, output]))
     }
 
     fn backward(
@@ -253,7 +256,6 @@ impl Kernel for Linear {
 pub(super) mod tests {
     use super::*;
     use crate::kernels::cpu::norm::RUN;
-    use crate::kernels::op::activation::VectorActivation;
     use crate::kernels::suite::{ConvArithmetic, ConvCase, Found, LinearCase, NormCase, Subject};
     use crate::kernels::tests::{Products, value_and_gradients};
     use candle_core::{DType, Device};
@@ -326,11 +328,7 @@ pub(super) mod tests {
         fn linear(&self, case: &LinearCase) -> Result<Found> {
             let LinearCase { activation, x, weight, bias, dy } = case;
             found([x, weight, bias], dy, |[x, weight, bias]| {
-                let x = match activation {
-                    VectorActivation::None => x.clone(),
-                    VectorActivation::Silu => x.silu()?,
-                    VectorActivation::Gelu => x.gelu_erf()?,
-                };
+                let x = reference::linear::activated(*activation, x)?;
                 apply([&x, weight, bias], Linear { isa: self.0 })
             })
         }

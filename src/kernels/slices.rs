@@ -4,12 +4,12 @@ use std::cell::Cell;
 
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor};
 
-use super::cpu::memory::try_zeros;
+use crate::memory::filled;
 
 /// Calls `f` with the values of contiguous f32 tensors on the CPU.
 pub(crate) fn with_values<const N: usize, T>(
     tensors: [&Tensor; N],
-    f: impl FnOnce([&[f32]; N]) -> Result<T>,
+    f: impl FnOnce([&[f32]; N]) -> T,
 ) -> Result<T> {
     let guards = tensors.map(|tensor| tensor.storage_and_layout());
     let mut values = [&[][..]; N];
@@ -19,7 +19,7 @@ pub(crate) fn with_values<const N: usize, T>(
         };
         *values = contiguous(storage, layout)?;
     }
-    f(values)
+    Ok(f(values))
 }
 
 /// Allocates the result of an operation. Its size depends on the batch, which the user chose.
@@ -27,7 +27,7 @@ pub(crate) fn with_values<const N: usize, T>(
 /// # Errors
 /// Returns an error if there is not enough memory.
 pub(super) fn zeros(len: usize) -> Result<Vec<f32>> {
-    match try_zeros(len) {
+    match filled(&[len], 0.0) {
         Some(values) => Ok(values),
         None => candle_core::bail!("not enough memory for {len} values"),
     }
@@ -49,13 +49,10 @@ pub(crate) fn on_cpu_in_f32(x: &Tensor) -> bool {
 
 /// Calls `f` with the values of a contiguous f32 tensor on the CPU, to change them in place. The
 /// change affects every tensor that shares the values.
-pub(crate) fn with_values_mut<T>(
-    tensor: &Tensor,
-    f: impl FnOnce(&mut [f32]) -> Result<T>,
-) -> Result<T> {
+pub(crate) fn with_values_mut<T>(tensor: &Tensor, f: impl FnOnce(&mut [f32]) -> T) -> Result<T> {
     struct Change<F, T>(Cell<Option<F>>, Cell<Option<T>>);
 
-    impl<F: FnOnce(&mut [f32]) -> Result<T>, T> InplaceOp1 for Change<F, T> {
+    impl<F: FnOnce(&mut [f32]) -> T, T> InplaceOp1 for Change<F, T> {
         fn name(&self) -> &'static str {
             "change"
         }
@@ -67,7 +64,7 @@ pub(crate) fn with_values_mut<T>(
                 candle_core::bail!("a CPU kernel was given a tensor that is not contiguous f32")
             };
             if let Some(f) = self.0.take() {
-                self.1.set(Some(f(&mut values[start..end])?));
+                self.1.set(Some(f(&mut values[start..end])));
             }
             Ok(())
         }

@@ -365,28 +365,21 @@ impl LinearCase {
         }
     }
 
-    fn activated(&self, x: &Tensor) -> Result<Tensor> {
-        match self.activation {
-            VectorActivation::None => Ok(x.clone()),
-            VectorActivation::Silu => x.silu(),
-            VectorActivation::Gelu => x.gelu_erf(),
-        }
-    }
-
     fn expected(&self, subject: &dyn Subject) -> Result<Expected> {
         let products = subject.products();
         let [x, weight, dy] = [&self.x, &self.weight, &self.dy].map(|t| rounded(t, subject.maps()));
         let bias = &self.bias;
         let linear = |v: &[Tensor]| reference::linear::linear(&v[0], &v[1], &v[2]);
+        let activated = |x: &Tensor| reference::linear::activated(self.activation, x);
         let exact = value_and_gradients(
             DType::F64,
             &[x.clone(), weight.clone(), bias.clone()],
             |_| dy.clone(),
-            |v| linear(&[self.activated(&v[0])?, v[1].clone(), v[2].clone()]),
+            |v| linear(&[activated(&v[0])?, v[1].clone(), v[2].clone()]),
         )?;
         // The activated vectors are rounded to the maps' type.
         let x = x.to_dtype(DType::F64)?;
-        let activated = self.activated(&x)?;
+        let activated = activated(&x)?;
         let none = self.activation == VectorActivation::None;
         let function = if none { 0.0 } else { FUNCTION * F32 };
         let x_off = sum_of([(x.abs()? * function)?, products.storing(&activated)]);

@@ -3,6 +3,7 @@
 //! Public `forward`s take images (batch, channels, height, width); between the parts, feature maps stay channels-last.
 
 mod attention;
+mod image_size;
 mod network;
 mod parameters;
 mod res_block;
@@ -12,6 +13,7 @@ mod unet;
 mod unet_config;
 
 pub use attention::Attention;
+pub use image_size::ImageSize;
 pub use network::Architecture;
 pub use parameters::Parameters;
 pub use res_block::ResBlock;

@@ -8,9 +8,10 @@ use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder, init::NormalOrUniform};
 
 use super::network::Architecture;
-use super::tensor_file::{missing, read_tensors};
-use crate::error::{Error, Result};
-use crate::random::{Noise, Purpose, zeros};
+use super::tensor_file::{check_known, read_tensors, weight_of};
+use crate::error::{Error, Result, check_float};
+use crate::memory::zeros;
+use crate::random::{Noise, Purpose, fnv1a};
 
 /// The weights of a network by name, created when the network requests them.
 ///
@@ -125,10 +126,7 @@ impl Parameters {
         }
         let model = model?;
         if let Source::Given(path, tensors) = &self.store.source {
-            let created = lock(&self.store.created);
-            if let Some(name) = tensors.keys().find(|name| !created.contains_key(*name)) {
-                return Err(Error::UnknownWeight { path: path.clone(), name: name.clone() });
-            }
+            check_known(path, tensors, &lock(&self.store.created))?;
         }
         Ok(model)
     }
@@ -150,29 +148,10 @@ impl Backend {
         dtype: DType,
         device: &Device,
     ) -> Result<Var> {
-        if !dtype.is_float() {
-            return Err(Error::config(
-                "dtype of the weights",
-                dtype.as_str(),
-                "a floating-point dtype",
-            ));
-        }
+        check_float("dtype of the weights", dtype)?;
         let tensor = match &self.0.source {
             Source::Random(noise) => initial(*noise, name, shape, init)?,
-            Source::Given(path, tensors) => {
-                let Some(tensor) = tensors.get(name) else {
-                    return Err(missing(path, name, tensors));
-                };
-                if tensor.shape() != shape {
-                    return Err(Error::WeightShape {
-                        path: path.clone(),
-                        name: name.into(),
-                        found: tensor.dims().to_vec(),
-                        expected: shape.dims().to_vec(),
-                    });
-                }
-                tensor.clone()
-            }
+            Source::Given(path, tensors) => weight_of(path, tensors, name, shape.dims())?.clone(),
         };
         // `from_tensor` copies, so that no network shares weights that another one trains.
         Ok(Var::from_tensor(&tensor.to_dtype(dtype)?.to_device(device)?)?)
@@ -229,7 +208,7 @@ impl SimpleBackend for Backend {
 /// # Errors
 /// Returns an error if there is not enough memory for a weight of this shape.
 fn initial(noise: Noise, name: &str, shape: &Shape, init: Init) -> Result<Tensor> {
-    let hash = fnv1a(name);
+    let hash = fnv1a(name.as_bytes());
     let mut stream = noise.stream(Purpose::Weights, hash, (hash >> 40) as u32);
     let mut values = zeros("weight", shape.dims()).map_err(|_| {
         let value = format!("{name} of shape {:?}", shape.dims());
@@ -260,10 +239,4 @@ fn initial(noise: Noise, name: &str, shape: &Shape, init: Init) -> Result<Tensor
         }
     }
     Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
-}
-
-/// A hash that is the same in every version and on every machine, unlike that of the standard library.
-fn fnv1a(name: &str) -> u64 {
-    name.bytes()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
 }

@@ -2,7 +2,7 @@ use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::engine::{Autograd, Engine, Pass};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_dims, check_fraction};
 use crate::kernels;
 use crate::kernels::op::activation::{Activation, VectorActivation};
 use crate::kernels::op::conv::Add;
@@ -66,9 +66,7 @@ impl ResBlock {
     /// # Errors
     /// Returns an error if `p` is not at least 0 and less than 1.
     pub fn with_dropout(self, p: f64, layer: u16) -> Result<Self> {
-        if !(0.0..1.0).contains(&p) {
-            return Err(Error::config("dropout", p, "at least 0 and less than 1"));
-        }
+        check_fraction("dropout", p)?;
         Ok(Self { dropout: (p > 0.0).then_some((p, layer)), ..self })
     }
 
@@ -80,13 +78,9 @@ impl ResBlock {
     pub fn forward(&self, x: &Tensor, t_emb: &Tensor, dropout: Option<&Dropout>) -> Result<Tensor> {
         if x.rank() != 4 || x.dim(1)? != self.channels || x.elem_count() == 0 {
             let expected = format!("(batch, {}, height, width), none of them 0", self.channels);
-            return Err(Error::Shape { what: "x", found: x.dims().to_vec(), expected });
+            return Err(Error::shape("x", x.dims(), expected));
         }
-        let time = [x.dim(0)?, self.time_dim];
-        if t_emb.dims() != time {
-            let (found, expected) = (t_emb.dims().to_vec(), format!("{time:?}, (batch, time_dim)"));
-            return Err(Error::Shape { what: "t_emb", found, expected });
-        }
+        check_dims("t_emb", t_emb.dims(), &[x.dim(0)?, self.time_dim], "(batch, time_dim)")?;
         for (field, dtype) in [("dtype of x", x.dtype()), ("dtype of t_emb", t_emb.dtype())] {
             if dtype != self.dtype {
                 let expected = format!("{}, that of the weights", self.dtype.as_str());
@@ -94,7 +88,7 @@ impl ResBlock {
             }
         }
         let (x, time) = (kernels::to_channels_last(x)?, t_emb.unsqueeze(1)?.unsqueeze(1)?);
-        let engine = Autograd::new(Pass { t: None, dropout }, self.dtype);
+        let engine = Autograd::new(Pass { dropout, ..Pass::default() }, self.dtype);
         Ok(kernels::to_channels_first(&self.run(&engine, &x, &time)?)?)
     }
 

@@ -68,9 +68,40 @@ pub(crate) fn tensors_of(
     Ok(tensors)
 }
 
+/// Returns the tensor of this name and shape among those of a file.
+///
+/// # Errors
+/// Returns an error if the file has no tensor of this name, or one of another shape.
+pub(crate) fn weight_of<'a>(
+    path: &Path,
+    tensors: &'a BTreeMap<String, Tensor>,
+    name: &str,
+    shape: &[usize],
+) -> Result<&'a Tensor> {
+    let tensor = tensors.get(name).ok_or_else(|| missing(path, name, tensors))?;
+    if tensor.dims() == shape {
+        return Ok(tensor);
+    }
+    let (path, found, expected) = (path.to_owned(), tensor.dims().to_vec(), shape.to_vec());
+    Err(Error::WeightShape { path, name: name.into(), found, expected })
+}
+
+/// # Errors
+/// Returns an error if a tensor of a file has a name that is not one of `known`.
+pub(crate) fn check_known<T>(
+    path: &Path,
+    tensors: &BTreeMap<String, Tensor>,
+    known: &BTreeMap<String, T>,
+) -> Result<()> {
+    match tensors.keys().find(|name| !known.contains_key(*name)) {
+        Some(name) => Err(Error::UnknownWeight { path: path.to_owned(), name: name.clone() }),
+        None => Ok(()),
+    }
+}
+
 /// The error for a weight that is missing from `tensors`, which were read from `path`. It names a weight among them
 /// whose name differs only by a prefix, such as wrappers of a network put before all names.
-pub(crate) fn missing(path: &Path, name: &str, tensors: &BTreeMap<String, Tensor>) -> Error {
+fn missing(path: &Path, name: &str, tensors: &BTreeMap<String, Tensor>) -> Error {
     let prefixed = |long: &str, short: &str| {
         long.strip_suffix(short).is_some_and(|prefix| prefix.ends_with('.'))
     };

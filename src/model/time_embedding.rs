@@ -54,11 +54,10 @@ impl TimeEmbedding {
     /// timestep is negative.
     pub fn forward(&self, t: &Tensor) -> Result<Tensor> {
         let &[batch] = t.dims() else {
-            let expected = "(batch)".to_string();
-            return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });
+            return Err(Error::shape("t", t.dims(), "(batch)"));
         };
         check_timesteps(t, batch, None)?;
-        let engine = Autograd::new(Pass { t: Some(t), dropout: None }, self.dtype);
+        let engine = Autograd::new(Pass { t: Some(t), ..Pass::default() }, self.dtype);
         Ok(self.run(&engine)?.flatten_from(1)?)
     }
 

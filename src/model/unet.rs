@@ -10,7 +10,7 @@ use super::unet_config::UNetConfig;
 use crate::engine::{Engine, Graph, Model};
 use crate::error::{Error, Result};
 use crate::kernels::op::activation::Activation;
-use crate::layers::{Conv2d, GroupNorm};
+use crate::layers::{Conv2d, Embedding, GroupNorm};
 
 /// The network of the paper: a U-Net (Ronneberger et al. 2015) of residual blocks with a time embedding, and with
 /// self-attention at low resolution. Ho et al. 2020, appendix B.
@@ -35,6 +35,7 @@ use crate::layers::{Conv2d, GroupNorm};
 pub struct UNet {
     config: UNetConfig,
     time_mlp: TimeEmbedding,
+    class_embedding: Option<Embedding>,
     init_conv: Conv2d,
     down_blocks: Vec<DownBlock>,
     bottleneck: Bottleneck,
@@ -96,6 +97,10 @@ impl UNet {
         Ok(Self {
             config: config.clone(),
             time_mlp: TimeEmbedding::new(config.time_dim, vb.pp("time_mlp"))?,
+            class_embedding: config
+                .classes
+                .map(|classes| Embedding::new(classes, config.time_dim, vb.pp("class_embedding")))
+                .transpose()?,
             init_conv: Conv2d::new(config.channels, dims[0], 3, vb.pp("init_conv"))?,
             down_blocks,
             bottleneck,
@@ -113,7 +118,10 @@ impl UNet {
 
 impl Graph for UNet {
     fn run<'n, E: Engine<'n>>(&'n self, engine: &E, x_t: &E::Map) -> Result<E::Map> {
-        let t_emb = self.time_mlp.run(engine)?;
+        let mut t_emb = self.time_mlp.run(engine)?;
+        if let Some(embedding) = &self.class_embedding {
+            t_emb = engine.add_class(embedding, &t_emb)?;
+        }
         let mut x = engine.conv(&self.init_conv, x_t)?;
         let mut skips = Vec::with_capacity(self.down_blocks.len());
         for block in &self.down_blocks {
@@ -129,13 +137,12 @@ impl Graph for UNet {
     }
 
     fn check_images(&self, channels: usize, height: usize, width: usize) -> Result<()> {
-        let UNetConfig { channels: own, image_size: size, .. } = self.config;
-        if (channels, height, width) == (own, size, size) {
+        let own = self.config.image_shape();
+        if (channels, height, width) == own {
             return Ok(());
         }
-        let (found, expected) =
-            (vec![channels, height, width], format!("(batch, {own}, {size}, {size})"));
-        Err(Error::Shape { what: "the images", found, expected })
+        let expected = format!("(batch, {}, {}, {})", own.0, own.1, own.2);
+        Err(Error::shape("the images", [channels, height, width], expected))
     }
 }
 
@@ -248,12 +255,13 @@ mod tests {
             hidden_dims: vec![24, 40, 64],
             attention_levels: vec![0, 1],
             channels: 3,
-            image_size: 16,
+            image_size: 16.into(),
             ..UNetConfig::mnist()
         };
         for (name, config) in [("mnist", UNetConfig::mnist()), ("attentive", attentive)] {
-            let shape = (2, config.channels, config.image_size, config.image_size);
-            let [x, target] = [5, 6].map(|seed| Sampler::prior(shape, seed, &Device::Cpu));
+            let ((channels, height, width), device) = (config.image_shape(), &Device::Cpu);
+            let shape = (2, channels, height, width);
+            let [x, target] = [5, 6].map(|seed| Sampler::prior(shape, seed, device));
             let (x, target, t) = (x?, target?, Tensor::new(&[40u32, 700], &Device::Cpu)?);
             // Computes the output and all gradients.
             let pass = |precision| -> Result<[Vec<f32>; 2]> {

@@ -1,7 +1,8 @@
 use serde::{Deserialize, Serialize};
 
+use super::image_size::ImageSize;
 use super::time_embedding::check_dim;
-use crate::error::{Error, Result, list_in_short};
+use crate::error::{Error, Result, check_fraction, list_in_short};
 use crate::kernels::op::norm::GROUPS;
 
 /// The shape of a [`UNet`](crate::UNet).
@@ -16,8 +17,8 @@ use crate::kernels::op::norm::GROUPS;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct UNetConfig {
-    /// Height and width of the images, at most 65,536; divisible by 2 once for each halving.
-    pub image_size: usize,
+    /// Height and width of the images, each at most 65,536, and divisible by 2 once for each halving.
+    pub image_size: ImageSize,
     /// Channels of the images: 1 for grey, 3 for colour; at most 65,536.
     pub channels: usize,
     /// Channels of the feature maps: at full size, and then after each block on the down path. There are 2 to 16
@@ -32,25 +33,31 @@ pub struct UNetConfig {
     /// Length of the time embedding: even, at least 4.
     pub time_dim: usize,
     /// The levels with attention, each at most once. Level `i`, from 0 to `hidden_dims.len() - 2`, works at
-    /// `image_size / 2^i` pixels; the entries are not sizes in pixels. The bottleneck always has attention.
+    /// `image_size / 2^i` pixels in each direction; the entries are not sizes in pixels. The bottleneck always has attention.
     // Checkpoints store this field under the name of an earlier version.
     #[serde(rename = "attention_resolutions", alias = "attention_levels")]
     pub attention_levels: Vec<usize>,
     /// Probability that a whole feature map inside a residual block is dropped during training; at least 0 and less
     /// than 1.
     pub dropout: f64,
+    /// Number of classes on which the network can be conditioned, from 1 to 65,536; `None` for a network without
+    /// classes. A vector per class is added to the time embedding. One more vector stands for no class, so a trained
+    /// network also draws images without a condition.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub classes: Option<usize>,
 }
 
 impl UNetConfig {
     /// The configuration for 28x28 grey digits: 2.3 million weights, attention at the bottleneck.
     pub fn mnist() -> Self {
         Self {
-            image_size: 28,
+            image_size: 28.into(),
             channels: 1,
             hidden_dims: vec![32, 64, 128],
             time_dim: 128,
             attention_levels: vec![],
             dropout: 0.0,
+            classes: None,
         }
     }
 
@@ -58,13 +65,18 @@ impl UNetConfig {
     /// dropout 0.02.
     pub fn cifar10() -> Self {
         Self {
-            image_size: 32,
+            image_size: 32.into(),
             channels: 3,
             hidden_dims: vec![128, 256, 256, 256],
-            time_dim: 128,
             attention_levels: vec![1],
             dropout: 0.02,
+            ..Self::mnist()
         }
+    }
+
+    /// The shape of the images: (channels, height, width).
+    pub fn image_shape(&self) -> (usize, usize, usize) {
+        (self.channels, self.image_size.height, self.image_size.width)
     }
 
     /// The number of levels, which is the number of times that the size is halved.
@@ -85,7 +97,10 @@ impl UNetConfig {
             Err(Error::config(field, value, format!("from {least} to {MAX}")))
         };
         within("channels", self.channels, 1)?;
-        within("image_size", self.image_size, 1)?;
+        let ImageSize { height, width } = self.image_size;
+        within("image_size", height, 1)?;
+        within("image_size", width, 1)?;
+        self.classes.map_or(Ok(()), |classes| within("classes", classes, 1))?;
         within("time_dim", self.time_dim, 4)?;
         check_dim(self.time_dim)?;
         let dims = &self.hidden_dims;
@@ -104,18 +119,21 @@ impl UNetConfig {
             ));
         }
         let divisor = 1 << self.levels();
-        if !self.image_size.is_multiple_of(divisor) {
+        if let Some(size) = [height, width].into_iter().find(|size| !size.is_multiple_of(divisor)) {
             let expected = format!(
                 "a multiple of {divisor}, because hidden_dims halves it {} times",
                 self.levels()
             );
-            return Err(Error::config("image_size", self.image_size, expected));
+            return Err(Error::config("image_size", size, expected));
         }
         let attend = &self.attention_levels;
         let twice = |i: usize| attend[..i].contains(&attend[i]);
         // The check stops at the first unknown or repeated level, at most one entry beyond the number of levels.
         if (0..attend.len()).any(|i| attend[i] >= self.levels() || twice(i)) {
-            let size = |level: usize| (self.image_size >> level).to_string();
+            let size = |level: usize| match (height >> level, width >> level) {
+                (height, width) if height == width => height.to_string(),
+                (height, width) => format!("{height} x {width}"),
+            };
             let sizes: Vec<_> = (0..self.levels()).map(size).collect();
             let expected = format!(
                 "levels from 0 to {}, each at most once, of {} pixels; the bottleneck, of {} pixels, always has \
@@ -126,9 +144,6 @@ impl UNetConfig {
             );
             return Err(Error::config("attention_levels", list_in_short(attend), expected));
         }
-        if !(0.0..1.0).contains(&self.dropout) {
-            return Err(Error::config("dropout", self.dropout, "at least 0 and less than 1"));
-        }
-        Ok(())
+        check_fraction("dropout", self.dropout)
     }
 }

@@ -1,5 +1,5 @@
 use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -103,7 +103,7 @@ impl Observer for MetricsFile {
 
 /// Returns whether nothing exists at this path.
 pub(crate) fn is_removed(path: &Path) -> bool {
-    fs::metadata(path).is_err_and(|e| e.kind() == ErrorKind::NotFound)
+    matches!(files::existing(fs::metadata(path)), Ok(None))
 }
 
 fn create(path: &Path) -> Result<File> {
@@ -111,10 +111,7 @@ fn create(path: &Path) -> Result<File> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    match fs::read(path) {
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(vec![]),
-        read => read.map_err(Error::io(path)),
-    }
+    Ok(files::existing(fs::read(path)).map_err(Error::io(path))?.unwrap_or_default())
 }
 
 /// Returns the complete lines with their parsed content.

@@ -1,5 +1,4 @@
 use std::fs;
-use std::io::ErrorKind;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
@@ -74,12 +73,7 @@ impl Observer for SampleGrid {
         if run.is_complete() {
             // A grid from before the run was resumed must not remain if the run stops before the last one is drawn.
             let path = self.path(run.step());
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() != ErrorKind::NotFound => {
-                    return Err(Error::io(path)(error));
-                }
-                _ => {}
-            }
+            files::existing(fs::remove_file(&path)).map_err(Error::io(path))?;
         } else if run.step().is_multiple_of(self.every)
             && !run.is_stopping()
             && let Err(error) = self.draw(run)

@@ -3,7 +3,7 @@ use serde::{Deserialize, Serialize};
 
 use super::schedule::NoiseSchedule;
 use crate::backend::{self, Rates};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_dims, check_float};
 
 /// The meaning of the network's output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -99,21 +99,11 @@ impl Diffusion {
     /// or if `t` does not hold one timestep of the schedule per image.
     pub(crate) fn check(&self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<()> {
         let Some(&batch) = x_0.dims().first() else {
-            let expected = "(batch, ...)".to_string();
-            return Err(Error::Shape { what: "x_0", found: vec![], expected });
+            return Err(Error::shape("x_0", [], "(batch, ...)"));
         };
-        if !x_0.dtype().is_float() {
-            return Err(Error::config(
-                "dtype of x_0",
-                x_0.dtype().as_str(),
-                "a floating-point dtype",
-            ));
-        }
+        check_float("dtype of x_0", x_0.dtype())?;
         // Elementwise operations would broadcast a smaller tensor.
-        if eps.dims() != x_0.dims() {
-            let expected = format!("{:?}, that of x_0", x_0.dims());
-            return Err(Error::Shape { what: "eps", found: eps.dims().to_vec(), expected });
-        }
+        check_dims("eps", eps.dims(), x_0.dims(), "that of x_0")?;
         if eps.dtype() != x_0.dtype() {
             let expected = format!("{}, that of x_0", x_0.dtype().as_str());
             return Err(Error::config("dtype of eps", eps.dtype().as_str(), expected));
@@ -131,10 +121,7 @@ impl Diffusion {
 /// GPU the values are not checked here, because reading them would wait for all previous work. There the kernels of
 /// candle check them, and the kernels of this crate return NaN.
 pub(crate) fn check_timesteps(t: &Tensor, batch: usize, steps: Option<usize>) -> Result<()> {
-    if t.dims() != [batch] {
-        let expected = format!("[{batch}], one timestep for each image");
-        return Err(Error::Shape { what: "t", found: t.dims().to_vec(), expected });
-    }
+    check_dims("t", t.dims(), &[batch], "one timestep for each image")?;
     if !t.dtype().is_int() {
         return Err(Error::config("dtype of t", t.dtype().as_str(), "an integer dtype"));
     }

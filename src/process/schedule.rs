@@ -571,7 +571,7 @@ mod tests {
     }
 
     #[test]
-    fn a_schedule_that_still_holds_signal_at_its_end_is_told() {
+    fn a_schedule_with_signal_left_at_its_end_is_reported() {
         // Table 1 of Lin et al. 2024: the square root of the last alpha_bar.
         for (schedule, share, reaches) in [
             (NoiseSchedule::linear(1000, 1e-4, 0.02), 0.006353, true),

@@ -1,5 +1,6 @@
 use serde::{Deserialize, Serialize};
 
+use super::guidance::Guidance;
 use super::sampler::Sampler;
 use super::solver::Solver;
 use crate::error::Result;
@@ -26,12 +27,15 @@ pub struct SamplerConfig {
     pub steps: usize,
     /// Whether each predicted `x_0` is clipped; see [`Sampler::clip_denoised`].
     pub clip_denoised: bool,
+    /// The guidance, for networks with classes; see [`Sampler::guidance`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guidance: Option<Guidance>,
 }
 
 impl SamplerConfig {
     /// The settings of [`Sampler::new`] with this solver and number of sampling steps: without clipping.
     pub const fn new(solver: Solver, steps: usize) -> Self {
-        Self { solver, steps, clip_denoised: false }
+        Self { solver, steps, clip_denoised: false, guidance: None }
     }
 
     /// Sets whether each predicted `x_0` is clipped; see [`Sampler::clip_denoised`].
@@ -40,11 +44,17 @@ impl SamplerConfig {
         Self { clip_denoised: clip, ..self }
     }
 
+    /// Sets the guidance; see [`Sampler::guidance`].
+    #[must_use]
+    pub const fn guidance(self, guidance: Option<Guidance>) -> Self {
+        Self { guidance, ..self }
+    }
+
     /// The usual settings for quick samples: deterministic DDIM with 50 timesteps (all of a shorter schedule),
     /// with clipping.
     pub fn usual(diffusion: &Diffusion) -> Self {
         let steps = diffusion.schedule().steps().min(50);
-        Self { solver: Solver::ddim(), steps, clip_denoised: true }
+        Self::new(Solver::ddim(), steps).clip_denoised(true)
     }
 
     /// Creates the sampler with these settings.
@@ -52,6 +62,7 @@ impl SamplerConfig {
     /// # Errors
     /// Returns the errors of [`Sampler::new`].
     pub fn sampler(&self, diffusion: &Diffusion) -> Result<Sampler> {
-        Ok(Sampler::new(diffusion, self.solver, self.steps)?.clip_denoised(self.clip_denoised))
+        let sampler = Sampler::new(diffusion, self.solver, self.steps)?;
+        sampler.clip_denoised(self.clip_denoised).guidance(self.guidance)
     }
 }

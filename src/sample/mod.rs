@@ -6,6 +6,7 @@ mod ancestral;
 mod config;
 mod ddim;
 mod finite;
+mod guidance;
 mod heun;
 mod noise;
 mod plan;
@@ -17,5 +18,6 @@ mod tests;
 
 pub use ancestral::Variance;
 pub use config::SamplerConfig;
+pub use guidance::{Autoguidance, Guidance};
 pub use sampler::{Sampler, Step, Steps};
 pub use solver::Solver;

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Shape, Tensor};
 
 use crate::backend;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_dims, check_float};
 use crate::random::{Noise, Purpose};
 
 /// A source of noise for the step that begins at a timestep.
@@ -31,27 +31,16 @@ pub(super) fn check_start(start: &Tensor) -> Result<()> {
     if start.rank() == 0 {
         return Err(no_batch("the start"));
     }
-    check_float("dtype of the start", start)
+    check_float("dtype of the start", start.dtype())
 }
 
 /// Checks the result of a denoiser or a source of noise for a sample `x`, and converts it to the dtype of `x`.
 pub(super) fn like(x: &Tensor, found: &Tensor, [what, dtype]: [&'static str; 2]) -> Result<Tensor> {
-    if found.dims() != x.dims() {
-        let expected = format!("{:?}, that of the sample", x.dims());
-        return Err(Error::Shape { what, found: found.dims().to_vec(), expected });
-    }
-    check_float(dtype, found)?;
+    check_dims(what, found.dims(), x.dims(), "that of the sample")?;
+    check_float(dtype, found.dtype())?;
     Ok(found.to_dtype(x.dtype())?)
 }
 
 fn no_batch(what: &'static str) -> Error {
-    let expected = "(batch, ...), such as (16, 1, 28, 28)".to_string();
-    Error::Shape { what, found: vec![], expected }
-}
-
-fn check_float(field: &'static str, x: &Tensor) -> Result<()> {
-    if x.dtype().is_float() {
-        return Ok(());
-    }
-    Err(Error::config(field, x.dtype().as_str(), "a floating-point dtype"))
+    Error::shape(what, [], "(batch, ...), such as (16, 1, 28, 28)")
 }

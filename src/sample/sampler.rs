@@ -3,6 +3,7 @@ use std::fmt;
 use candle_core::{Device, Shape, Tensor};
 
 use super::finite::FiniteCheck;
+use super::guidance::Guidance;
 use super::noise::{NoiseSource, check_start, draw, like};
 use super::plan::{Level, Plan, Stage};
 use super::solver::Solver;
@@ -33,6 +34,7 @@ pub struct Sampler {
     /// The number of the first image of a batch, among those of a seed.
     first: u32,
     condition: Condition,
+    guidance: Option<Guidance>,
 }
 
 impl Sampler {
@@ -69,6 +71,7 @@ impl Sampler {
             clip: false,
             first: 0,
             condition: Condition::None,
+            guidance: None,
         }
     }
 
@@ -130,6 +133,17 @@ impl Sampler {
     #[must_use]
     pub fn condition(self, condition: Condition) -> Self {
         Self { condition, ..self }
+    }
+
+    /// Sets the guidance. It requires a condition and a network with [classes](Denoiser::classes), or
+    /// [`Autoguidance`](super::Autoguidance). The default is none.
+    ///
+    /// # Errors
+    /// Returns an error if a setting is not in its range.
+    pub fn guidance(self, guidance: impl Into<Option<Guidance>>) -> Result<Self> {
+        let guidance = guidance.into();
+        guidance.as_ref().map_or(Ok(()), Guidance::validate)?;
+        Ok(Self { guidance, ..self })
     }
 
     /// The sampler of a part of a batch, with the conditions of its images.
@@ -323,8 +337,15 @@ impl<D: Denoiser + ?Sized> Steps<'_, D> {
     fn predict(&mut self, x: &Tensor, level: Level) -> Result<Tensor> {
         let names = ["the denoiser's output", "dtype of the denoiser's output"];
         let t = timesteps_of(x, level.t)?;
-        let output = self.denoiser.denoise(x, &t, &self.sampler.condition)?.prediction;
-        let output = like(x, &output, names)?;
+        let (condition, guidance) = (&self.sampler.condition, self.sampler.guidance);
+        let output = match guidance.filter(|guidance| guidance.applies(level.t)) {
+            None => like(x, &self.denoiser.denoise(x, &t, condition)?.prediction, names)?,
+            Some(guidance) => {
+                let outputs = self.denoiser.denoise_with_baseline(x, &t, condition)?;
+                let [output, baseline] = outputs.map(|output| like(x, &output.prediction, names));
+                guidance.combine(&output?, &baseline?)?
+            }
+        };
         // Between two timesteps, the error names the less noisy one.
         self.finite.add(names[0], level.t as usize, &output)?;
         let x_0 = self.sampler.diffusion.x_0(x, &output, level.alpha_bar)?;

@@ -48,10 +48,19 @@ pub struct TrainConfig {
     pub grad_scaler: GradScalerConfig,
     /// Whether images are flipped horizontally at random.
     pub horizontal_flip: bool,
+    /// Probability that an update hides the class of an image from a network with classes, from 0 to 1. The network thus
+    /// also learns to predict without a class, which guidance needs. Ho and Salimans 2022, algorithm 1.
+    #[serde(default = "class_dropout")]
+    pub class_dropout: f64,
     /// Number of updates between two reports of the loss; at least 1. Reading the loss waits for the GPU.
     pub log_every: u64,
     /// Number of checkpoints that are kept, including the latest; at least 1.
     pub keep_checkpoints: usize,
+}
+
+/// The default of [`TrainConfig::class_dropout`].
+fn class_dropout() -> f64 {
+    0.1
 }
 
 impl Default for TrainConfig {
@@ -90,6 +99,7 @@ impl TrainConfig {
             precision: Precision::Highest,
             grad_scaler: GradScalerConfig::default(),
             horizontal_flip: false,
+            class_dropout: class_dropout(),
             log_every: 1,
             keep_checkpoints: 2,
         }
@@ -135,6 +145,9 @@ impl TrainConfig {
         }
         if !(0.0..=1.0).contains(&self.cooldown) {
             return Err(Error::config("cooldown", self.cooldown, "from 0 to 1"));
+        }
+        if !(0.0..=1.0).contains(&self.class_dropout) {
+            return Err(Error::config("class_dropout", self.class_dropout, "from 0 to 1"));
         }
         if let Some(norm) = self.clip_norm
             && !(norm > 0.0 && norm.is_finite())

@@ -3,7 +3,7 @@ use std::thread::{self, ThreadId};
 use candle_core::{DType, Device, Tensor};
 
 use super::update::UpdateContext;
-use crate::backend::{self, Capture, Recorded};
+use crate::backend::{self, Capture, Inputs, Recorded};
 use crate::data::loader::Batch;
 use crate::denoiser::Trainable;
 use crate::error::{Error, Result};
@@ -58,12 +58,12 @@ impl Executor {
         context: &mut UpdateContext<'_, D>,
         batch: &Batch,
     ) -> Result<(Tensor, Tensor)> {
-        let t = context.timesteps(batch)?;
-        if let Some(results) = self.repeat(context, batch, &t)? {
+        let (batch, t) = (context.conditioned(batch)?, context.timesteps(batch)?);
+        if let Some(results) = self.repeat(context, &batch, &t)? {
             return Ok(results);
         }
-        let eps = context.eps(batch)?;
-        self.eager(context, batch, &t, &eps)
+        let eps = context.eps(&batch)?;
+        self.eager(context, &batch, &t, &eps)
     }
 
     /// Makes an update with these timesteps and this noise.
@@ -75,7 +75,7 @@ impl Executor {
         eps: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
         self.forget();
-        self.eager(context, batch, t, eps)
+        self.eager(context, &context.conditioned(batch)?, t, eps)
     }
 
     /// Makes an update, one operation after the other.
@@ -91,9 +91,7 @@ impl Executor {
         let result = context.update(batch, t, eps, !self.gradients_checked);
         let (loss, grad_norm, gradients) = result.map_err(|error| match error {
             // The caller passed x_0; x_t belongs to a part of it.
-            Error::Shape { what: "x_t", expected, .. } => {
-                Error::Shape { what: "x_0", found: whole.to_vec(), expected }
-            }
+            Error::Shape { what: "x_t", expected, .. } => Error::shape("x_0", whole, expected),
             error => error,
         })?;
         self.gradients_checked = true;
@@ -119,7 +117,8 @@ impl Executor {
             self.forget();
             return Ok(None);
         }
-        let recorded = match recorded.filter(|recorded| recorded.fits(x_0)) {
+        let inputs = Inputs { x_0: x_0.clone(), t: t.clone(), classes: batch.classes.clone() };
+        let recorded = match recorded.filter(|recorded| recorded.fits(&inputs)) {
             Some(recorded) => recorded,
             None => {
                 let repeatable = context.config.accumulation == 1
@@ -128,7 +127,7 @@ impl Executor {
                 if !repeatable || !self.is_due(x_0.dims()) {
                     return Ok(None);
                 }
-                match record(context, &*capture, batch, t) {
+                match record(context, &*capture, &inputs) {
                     Ok(recorded) => {
                         (self.failures, self.error) = (0, None);
                         recorded
@@ -142,7 +141,7 @@ impl Executor {
             }
         };
         prepare(context, &*capture)?;
-        let results = recorded.repeat(x_0, t)?;
+        let results = recorded.repeat(&inputs)?;
         context.state.optimizer.count_repeated();
         self.recorded = Some(recorded);
         Ok(Some(results))
@@ -182,17 +181,16 @@ impl Executor {
 fn record<D: Trainable>(
     context: &mut UpdateContext<'_, D>,
     capture: &dyn Capture,
-    batch: &Batch,
-    t: &Tensor,
+    inputs: &Inputs,
 ) -> Result<Box<dyn Recorded>> {
     prepare(context, capture)?;
-    let before = context.state.optimizer.mark();
-    let recorded = capture.record(&batch.images, t, &mut |x_0, t| {
-        let batch = Batch { images: x_0.clone(), classes: None, first: batch.first };
+    let before = context.state.optimizer.counters();
+    let recorded = capture.record(inputs, &mut |Inputs { x_0, t, classes }| {
+        let batch = Batch { images: x_0.clone(), classes: classes.clone(), first: 0 };
         let eps = context.eps(&batch)?;
         context.update(&batch, t, &eps, false)
     });
-    context.state.optimizer.rewind(before);
+    context.state.optimizer.assume(&before);
     recorded
 }
 

@@ -4,6 +4,7 @@ mod builder;
 mod checkpoint;
 mod config;
 mod executor;
+mod fit;
 mod gradients;
 mod meter;
 mod objective;
@@ -13,7 +14,6 @@ mod run;
 mod state;
 mod trainer;
 mod update;
-mod view;
 
 pub use builder::TrainerBuilder;
 pub use checkpoint::open::Checkpoint;

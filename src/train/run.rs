@@ -6,6 +6,7 @@ use candle_core::Device;
 
 use super::checkpoint::store::Saved;
 use super::config::TrainConfig;
+use super::state::Progress;
 use crate::denoiser::Denoiser;
 use crate::error::{Error, Result};
 use crate::process::Diffusion;
@@ -16,8 +17,13 @@ use crate::sample::SamplerConfig;
 /// A `Run` hides the network type of the [`Trainer`](crate::Trainer) that it borrows. An
 /// [`Observer`](crate::train::Observer) therefore needs no type parameter.
 pub struct Run<'a> {
-    trainer: &'a dyn View,
-    scene: &'a Scene,
+    pub(super) progress: &'a Progress,
+    pub(super) config: &'a TrainConfig,
+    pub(super) diffusion: &'a Diffusion,
+    pub(super) device: &'a Device,
+    pub(super) model: &'a dyn Denoiser,
+    pub(super) trainer: &'a dyn View,
+    pub(super) scene: &'a Scene,
 }
 
 /// The parts of a run that stay the same during one [`fit`](crate::Trainer::fit).
@@ -26,28 +32,17 @@ pub(super) struct Scene {
     pub frontends: Vec<Arc<dyn Frontend>>,
 }
 
-/// The operations of a trainer that a [`Run`] offers, without the type of its network.
+/// The methods of a trainer that a [`Run`] calls, without the type of its network.
 pub(super) trait View {
-    fn step(&self) -> u64;
-    fn images_seen(&self) -> u64;
-    fn config(&self) -> &TrainConfig;
-    fn diffusion(&self) -> &Diffusion;
-    fn device(&self) -> &Device;
-    fn sampling(&self) -> Option<&SamplerConfig>;
-    fn model(&self) -> &dyn Denoiser;
     fn averaged_model(&self) -> Result<Box<dyn Denoiser + '_>>;
     fn save(&self, dir: &Path) -> Result<Saved>;
     fn check_save(&self, dir: &Path) -> Result<()>;
 }
 
 impl<'a> Run<'a> {
-    pub(super) fn new(trainer: &'a dyn View, scene: &'a Scene) -> Self {
-        Self { trainer, scene }
-    }
-
     /// The number of updates so far.
     pub fn step(&self) -> u64 {
-        self.trainer.step()
+        self.progress.step
     }
 
     /// Returns whether the run has made all of its [`steps`](TrainConfig::steps).
@@ -57,7 +52,7 @@ impl<'a> Run<'a> {
 
     /// The number of images in all updates so far.
     pub fn images_seen(&self) -> u64 {
-        self.trainer.images_seen()
+        self.progress.images_seen
     }
 
     /// The number of channels, the height and the width of the training images.
@@ -67,28 +62,28 @@ impl<'a> Run<'a> {
 
     /// The training configuration.
     pub fn config(&self) -> &'a TrainConfig {
-        self.trainer.config()
+        self.config
     }
 
     /// The process that the network learns to reverse.
     pub fn diffusion(&self) -> &'a Diffusion {
-        self.trainer.diffusion()
+        self.diffusion
     }
 
     /// The device on which the network is trained.
     pub fn device(&self) -> &'a Device {
-        self.trainer.device()
+        self.device
     }
 
     /// Returns the sampler settings recorded with [`Trainer::set_sampling`](crate::Trainer::set_sampling), or
     /// [`SamplerConfig::usual`] if there are none.
     pub fn sampling(&self) -> SamplerConfig {
-        self.trainer.sampling().copied().unwrap_or_else(|| SamplerConfig::usual(self.diffusion()))
+        self.progress.sampling.unwrap_or_else(|| SamplerConfig::usual(self.diffusion()))
     }
 
     /// The network being trained; see [`Trainer::model`](crate::Trainer::model).
     pub fn model(&self) -> &'a dyn Denoiser {
-        self.trainer.model()
+        self.model
     }
 
     /// Builds the same network with the averaged weights, or with the weights if the run has no average.

@@ -2,7 +2,6 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor, Var};
 
@@ -13,16 +12,13 @@ use super::config::TrainConfig;
 use super::executor::Executor;
 use super::meter::{Meter, Update};
 use super::objective::Objective;
-use super::observer::{Metrics, Observer};
 use super::optim::ema::Ema;
 use super::optim::scaler::GradScaler;
-use super::run::{Outcome, Run, Scene};
 use super::state::{Fields, Stateful, TrainState};
 use super::update::UpdateContext;
 use crate::data::dataset::Dataset;
 use crate::data::loader::{self, Batch, Loader};
-use crate::data::prefetch::prefetch;
-use crate::denoiser::Trainable;
+use crate::denoiser::{Denoiser, Trainable};
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Parameters};
 use crate::process::diffusion::Diffusion;
@@ -74,79 +70,6 @@ impl<N: Architecture> fmt::Debug for Trainer<N> {
 }
 
 impl<N: Architecture> Trainer<N> {
-    /// Updates the weights until the run has made [`steps`](TrainConfig::steps) updates in total, or until the observer
-    /// stops it. The observer `()` does nothing. A second thread reads the next batch during an update.
-    ///
-    /// # Errors
-    /// Returns an error if the data set is empty, if its images do not have the shape that the network takes, or if a
-    /// loss or a gradient is not finite. Also returns the errors of the data set and of the observer.
-    pub fn fit(&mut self, dataset: &dyn Dataset, mut observer: impl Observer) -> Result<()> {
-        let scene = Scene { image_shape: dataset.shape().into(), frontends: observer.frontends() };
-        let fitted = self.observed(dataset, &mut observer, &scene);
-        scene.frontends.iter().for_each(|frontend| frontend.finish());
-        fitted
-    }
-
-    /// Runs the [loop](Self::train), and reports its beginning and end to the observer.
-    fn observed(
-        &mut self,
-        dataset: &dyn Dataset,
-        observer: &mut dyn Observer,
-        scene: &Scene,
-    ) -> Result<()> {
-        observer.on_start(&Run::new(self, scene))?;
-        let trained = self.train(dataset, observer, scene);
-        let run = Run::new(self, scene);
-        let outcome = match &trained {
-            Err(error) => Outcome::Failed(error),
-            Ok(()) if run.is_complete() => Outcome::Complete,
-            Ok(()) => Outcome::Stopped,
-        };
-        observer.on_end(&run, outcome)?;
-        trained
-    }
-
-    /// The loop of [`fit`](Self::fit).
-    fn train(
-        &mut self,
-        dataset: &dyn Dataset,
-        observer: &mut dyn Observer,
-        scene: &Scene,
-    ) -> Result<()> {
-        // Updates made outside of `fit` are checked, but are not part of the reports.
-        self.report()?;
-        let updates = self.config.steps.saturating_sub(self.steps());
-        if updates == 0 {
-            return Ok(());
-        }
-        self.use_images(dataset)?;
-        let (loader, at) = (self.loader.clone(), self.state.progress.position());
-        prefetch(loader, dataset, at, updates, |next| {
-            let (mut elapsed, mut images_before) = (Duration::ZERO, self.images_seen());
-            while self.steps() < self.config.steps {
-                let start = Instant::now();
-                let batch = next()?.upload(&self.device)?;
-                self.step(&batch)?;
-                let last = self.steps() == self.config.steps;
-                if self.steps().is_multiple_of(self.config.log_every) || last {
-                    let mut metrics = self.report()?;
-                    elapsed += start.elapsed();
-                    let images = self.images_seen() - images_before;
-                    metrics.images_per_second = images as f64 / elapsed.as_secs_f64();
-                    observer.on_metrics(&Run::new(self, scene), &metrics)?;
-                    (elapsed, images_before) = (Duration::ZERO, self.images_seen());
-                } else {
-                    elapsed += start.elapsed();
-                }
-                let run = Run::new(self, scene);
-                if observer.on_step(&run)?.is_break() || run.is_stopping() {
-                    break;
-                }
-            }
-            Ok(())
-        })
-    }
-
     /// Reads the next `batch_size` images in the order of the run, with random flips if they are configured: (batch,
     /// channels, height, width) on the trainer's device. A second call before the next update returns the same images.
     ///
@@ -164,8 +87,12 @@ impl<N: Architecture> Trainer<N> {
         }
     }
 
-    fn use_images(&mut self, dataset: &dyn Dataset) -> Result<()> {
+    pub(super) fn use_images(&mut self, dataset: &dyn Dataset) -> Result<()> {
         loader::check(dataset)?;
+        if let Some(classes) = self.model.classes().filter(|&n| n as usize != dataset.classes()) {
+            let expected = format!("{classes}, the number of classes of the network");
+            return Err(Error::config("classes of the data set", dataset.classes(), expected));
+        }
         self.state.progress.use_images(dataset.len() as u64)
     }
 
@@ -183,8 +110,7 @@ impl<N: Architecture> Trainer<N> {
         let batch = batch.into();
         let x_0 = &batch.images;
         if x_0.rank() == 0 {
-            let expected = "(batch, channels, height, width)".to_string();
-            return Err(Error::Shape { what: "x_0", found: vec![], expected });
+            return Err(Error::shape("x_0", [], "(batch, channels, height, width)"));
         }
         if x_0.dtype() != DType::F32 {
             return Err(Error::config("dtype of x_0", x_0.dtype().as_str(), "f32"));
@@ -197,16 +123,22 @@ impl<N: Architecture> Trainer<N> {
     }
 
     /// Makes one update with the given timesteps `t` (batch) and noise `eps`. `t` has an integer dtype and values
-    /// less than the number of timesteps in the schedule. `eps` has the shape of `x_0`.
+    /// less than the number of timesteps in the schedule. `eps` has the shape of the images.
     ///
     /// # Errors
     /// Returns the errors of [`step`](Self::step), and an error if the shapes or dtypes do not fit each other, or
     /// if a timestep is out of range. On a CUDA device, a timestep out of range makes the loss NaN instead.
-    pub fn step_with(&mut self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Update> {
+    pub fn step_with(
+        &mut self,
+        batch: impl Into<Batch>,
+        t: &Tensor,
+        eps: &Tensor,
+    ) -> Result<Update> {
+        let batch = batch.into();
         self.check_step()?;
         let (executor, mut context) = self.context();
-        let results = executor.update_with(&mut context, &x_0.into(), t, eps)?;
-        self.record(x_0.dim(0)?, results)
+        let results = executor.update_with(&mut context, &batch, t, eps)?;
+        self.record(batch.images.dim(0)?, results)
     }
 
     /// # Errors
@@ -242,17 +174,9 @@ impl<N: Architecture> Trainer<N> {
         Ok(self.grad_scaler()?.is_some_and(|scaler| !scaler.is_exhausted()))
     }
 
-    fn read_losses(&mut self) -> Result<()> {
+    pub(super) fn read_losses(&mut self) -> Result<()> {
         self.meter.read(self.may_skip()?)?;
         self.state.optimizer.sync()
-    }
-
-    /// Returns the report on the updates since the last report. `images_per_second` is not set.
-    fn report(&mut self) -> Result<Metrics> {
-        self.read_losses()?;
-        let lr = self.config.learning_rate(self.steps().saturating_sub(1));
-        let loss_scale = self.state.optimizer.scaler.as_ref().map(GradScaler::scale);
-        Ok(self.meter.report(self.steps(), lr, loss_scale))
     }
 
     /// Claims the exclusive right to save at `dir` until this trainer is dropped. Also performs every check of

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::config::TrainConfig;
 use super::gradients::by_name;
@@ -11,7 +11,7 @@ use super::state::TrainState;
 use crate::backend::{self, Backend, Computed};
 use crate::data::loader::Batch;
 use crate::denoiser::{Condition, Trainable};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_dims};
 use crate::process::diffusion::Diffusion;
 use crate::random::{Dropout, Noise, Purpose};
 
@@ -45,6 +45,36 @@ impl<D: Trainable> UpdateContext<'_, D> {
         backend::on(device, DType::F32).upload_integers(t, device)
     }
 
+    /// Returns the batch with the classes that the network sees, on the device of the images. Some of the classes are
+    /// replaced at random by no class.
+    ///
+    /// # Errors
+    /// Returns an error if the network does not have a class.
+    pub fn conditioned(&self, batch: &Batch) -> Result<Batch> {
+        let (device, none) = (batch.images.device(), self.model.classes());
+        let mut classes = match (&batch.classes, none) {
+            (Some(classes), _) => classes.to_device(&Device::Cpu)?.to_vec1::<u32>()?,
+            (None, Some(none)) => vec![none; batch.images.dim(0)?],
+            (None, None) => return Ok(batch.clone()),
+        };
+        if let Some(none) = none {
+            if let Some(class) = classes.iter().find(|class| **class > none) {
+                let expected = format!("less than {none}, the network's number of classes");
+                return Err(Error::config("class", class, expected));
+            }
+            let (step, first) = (self.state.progress.step, batch.first as u32);
+            for (k, class) in (0..).zip(&mut classes) {
+                let sample = first.wrapping_add(k);
+                let mut stream = self.noise().stream(Purpose::ClassDropout, step, sample);
+                if stream.uniform() < self.config.class_dropout {
+                    *class = none;
+                }
+            }
+        }
+        let classes = backend::on(device, DType::F32).upload_integers(classes, device)?;
+        Ok(Batch { classes: Some(classes), ..batch.clone() })
+    }
+
     /// Draws standard normals for a batch.
     pub fn eps(&self, batch: &Batch) -> Result<Tensor> {
         let at = self.noise().address(Purpose::Training, 0, self.state.progress.step);
@@ -65,7 +95,7 @@ impl<D: Trainable> UpdateContext<'_, D> {
         let count = x_0.dims().first().copied().unwrap_or(0);
         if count == 0 || !count.is_multiple_of(parts) {
             let expected = format!("(batch, ...), the batch a multiple of accumulation = {parts}");
-            return Err(Error::Shape { what: "x_0", found: x_0.dims().to_vec(), expected });
+            return Err(Error::shape("x_0", x_0.dims(), expected));
         }
         self.diffusion.check(x_0, t, eps)?;
         let backend = backend::of(x_0);
@@ -124,11 +154,7 @@ impl<D: Trainable> UpdateContext<'_, D> {
         let (t, condition) = (&noised.t, Condition::from(noised.classes.clone()));
         let found = self.model.gradients(x_t, t, &condition, &dropout, &mut |output| {
             let found = output.prediction.dims();
-            if found != x_t.dims() {
-                let expected = format!("{:?}, that of its input", x_t.dims());
-                let (what, found) = ("the network's output", found.to_vec());
-                return Err(Error::Shape { what, found, expected });
-            }
+            check_dims("the network's output", found, x_t.dims(), "that of its input")?;
             let (loss, gradient) = objective.loss(noised, output)?;
             losses.push(loss);
             Ok(gradient)

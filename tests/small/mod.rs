@@ -1,15 +1,16 @@
-//! A network of the crate's layers other than the U-Net. It consists of its `run`, and has no code for its
-//! computation.
+//! Two small networks: one of the crate's layers other than the U-Net, and one of a single weight.
 #![allow(dead_code)]
 
-use candle_nn::VarBuilder;
+use candle_core::Tensor;
+use candle_nn::{Init, VarBuilder};
 use ddpm::nn::{
-    Activation, Add, Architecture, Attention, Conv2d, Engine, Graph, GroupNorm, Linear, Model,
-    ResBlock, VectorActivation,
+    Activation, Add, Architecture, Attention, Condition, Conv2d, Engine, Graph, GroupNorm, Linear,
+    Model, Output, ResBlock, Trainable, VectorActivation,
 };
-use ddpm::{Result, TimeEmbedding};
+use ddpm::{Denoiser, Result, TimeEmbedding};
 use serde::{Deserialize, Serialize};
 
+/// A network that consists of its `run`, and has no code for its computation.
 pub struct Small {
     time: TimeEmbedding,
     input: Conv2d,
@@ -63,3 +64,26 @@ impl Architecture for SmallConfig {
 }
 
 pub const CONFIG: SmallConfig = SmallConfig { width: 16 };
+
+/// One weight, which scales its input: the cheapest network.
+#[derive(Serialize, Deserialize)]
+pub struct Scale;
+
+pub struct Scaled(Tensor);
+
+impl Architecture for Scale {
+    const KIND: &'static str = "scale";
+    type Model = Scaled;
+
+    fn build(&self, vb: VarBuilder) -> Result<Scaled> {
+        Ok(Scaled(vb.get_with_hints(1, "scale", Init::Const(0.5))?))
+    }
+}
+
+impl Denoiser for Scaled {
+    fn denoise(&self, x_t: &Tensor, _: &Tensor, _: &Condition) -> Result<Output> {
+        Ok(Output::new(x_t.broadcast_mul(&self.0)?))
+    }
+}
+
+impl Trainable for Scaled {}

@@ -12,7 +12,7 @@ use crate::kernels::cpu::conv::epilogue::Epilogue;
 use crate::kernels::cpu::conv::plan::Plan;
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::linear::{linear_forward, linear_input_gradient, linear_weight_gradient};
-use crate::kernels::cpu::maps::{concatenate, scale_maps, split};
+use crate::kernels::cpu::maps::{add_rows, concatenate, scale_maps, split, sum_rows};
 use crate::kernels::cpu::norm::{Normalization, Stats};
 use crate::kernels::cpu::reduce::{sum_over_batch, sums_by_image};
 use crate::kernels::op::activation::VectorActivation;
@@ -23,7 +23,7 @@ use crate::kernels::op::norm::NormConfig;
 use crate::kernels::{
     add_values, to_channels_first, to_channels_last, with_values, with_values_mut,
 };
-use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
+use crate::layers::{Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
 use crate::precision::Precision;
 use crate::random::Dropout;
 
@@ -58,20 +58,14 @@ impl<'p> Cpu<'p> {
     /// Copies the values of a tensor to a buffer.
     fn copied(&self, x: &Tensor) -> Result<Buffer> {
         let mut values = self.take(x.elem_count())?;
-        with_values([&x.contiguous()?], |[x]| {
-            values.copy_from_slice(x);
-            Ok(())
-        })?;
+        with_values([&x.contiguous()?], |[x]| values.copy_from_slice(x))?;
         Ok(values)
     }
 
     /// Creates the gradient of a weight, with values written by `write`.
     fn weight_gradient(&self, weight: &Tensor, write: impl FnOnce(&mut [f32])) -> Result<Tensor> {
         let gradient = self.pool.gradient(weight)?;
-        with_values_mut(&gradient, |values| {
-            write(values);
-            Ok(())
-        })?;
+        with_values_mut(&gradient, write)?;
         Ok(gradient)
     }
 
@@ -89,7 +83,7 @@ impl<'p> Cpu<'p> {
         let GroupNorm { weight, bias, activation } = norm;
         Ok(with_values([weight, bias], |[weight, bias]| {
             let config = NormConfig::new(*activation);
-            Ok(f(Normalization { isa: self.isa, config, weight, bias }))
+            f(Normalization { isa: self.isa, config, weight, bias })
         })?)
     }
 }
@@ -140,10 +134,9 @@ impl Maps for Cpu<'_> {
                 let weights = plan.pack(weight, &mut workspace);
                 plan.forward(x, &weights, epilogue, &mut y);
                 workspace.unpack(weights);
-                return Ok(());
+            } else {
+                plan.forward(x, conv.packed.get(&plan, weight), epilogue, &mut y);
             }
-            plan.forward(x, conv.packed.get(&plan, weight), epilogue, &mut y);
-            Ok(())
         })?;
         Ok((plan.output(), y))
     }
@@ -181,7 +174,6 @@ impl Maps for Cpu<'_> {
         let plan = self.plan(conv, dims)?;
         with_values([&conv.weight], |[weight]| {
             plan.input_gradient(dy, weight, dx, accumulate, &mut self.workspace.borrow_mut());
-            Ok(())
         })?;
         Ok(())
     }
@@ -237,7 +229,6 @@ impl Maps for Cpu<'_> {
         let mut y = self.take(batch * linear.bias.elem_count())?;
         with_values([&linear.weight, &linear.bias], |[weight, bias]| {
             linear_forward(self.isa, &activated(f, x), weight, bias, &mut y);
-            Ok(())
         })?;
         Ok(y)
     }
@@ -254,7 +245,6 @@ impl Maps for Cpu<'_> {
         let mut dx = self.take(x.len())?;
         with_values([&linear.weight], |[weight]| {
             linear_input_gradient(self.isa, weight, output, dy, &mut dx);
-            Ok(())
         })?;
         dx.iter_mut().zip(&**x).for_each(|(dx, &x)| *dx *= f.derivative(x));
         let weight = self.weight_gradient(&linear.weight, |d| {
@@ -262,6 +252,25 @@ impl Maps for Cpu<'_> {
         })?;
         let bias = self.weight_gradient(&linear.bias, |d| sum_over_batch(dy, d))?;
         Ok((dx, [weight, bias]))
+    }
+
+    fn add_class(&self, embedding: &Embedding, classes: &Tensor, x: &Buffer) -> Result<Buffer> {
+        let (mut y, dim, classes) = (self.take(x.len())?, embedding.dim(), classes.to_vec1()?);
+        y.copy_from_slice(x);
+        with_values([&embedding.weight], |[table]| {
+            add_rows(table, dim, &classes, &mut y);
+        })?;
+        Ok(y)
+    }
+
+    fn add_class_backward(
+        &self,
+        embedding: &Embedding,
+        classes: &Tensor,
+        dy: &Buffer,
+    ) -> Result<Tensor> {
+        let classes = classes.to_vec1()?;
+        self.weight_gradient(&embedding.weight, |d| sum_rows(dy, embedding.dim(), &classes, d))
     }
 
     fn mask(&self, dropout: &Dropout, layer: u16, dims: [usize; 4], p: f64) -> Result<Buffer> {

@@ -13,7 +13,7 @@ use crate::kernels::cuda::{
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::conv::{Add, ConvShape};
 use crate::kernels::op::norm::NormConfig;
-use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
+use crate::layers::{Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
 use crate::precision::Precision;
 use crate::random::{Dropout, Purpose};
 
@@ -65,11 +65,16 @@ impl<'p> Cuda<'p> {
         LinearLayer { precision: self.precision, batch, weight, bias, activation }
     }
 
+    /// Allocates memory for the gradient of a weight.
+    fn gradient(&self, weight: &Tensor) -> Result<Tensor> {
+        let gradient = self.pool.gradient(weight)?;
+        self.gpu.keep(&gradient);
+        Ok(gradient)
+    }
+
     /// Allocates memory for the gradients of weights.
     fn gradients(&self, weights: [&Tensor; 2]) -> Result<[Tensor; 2]> {
-        let gradients = [self.pool.gradient(weights[0])?, self.pool.gradient(weights[1])?];
-        gradients.iter().for_each(|gradient| self.gpu.keep(gradient));
-        Ok(gradients)
+        Ok([self.gradient(weights[0])?, self.gradient(weights[1])?])
     }
 
     fn attention_of(&self, [batch, h, w, c]: [usize; 4]) -> Attention {
@@ -201,6 +206,22 @@ impl Maps for Cuda<'_> {
         let layer = self.layer(f, linear, batch);
         let dx = layer.backward(&self.gpu, x, dy, [&weight, &bias])?;
         Ok((dx, [weight, bias]))
+    }
+
+    fn add_class(&self, embedding: &Embedding, classes: &Tensor, x: &Memory) -> Result<Memory> {
+        let (table, classes) = (&embedding.weight, classes.contiguous()?);
+        Ok(cuda::add_rows(&self.gpu, table, &classes, x, self.element())?)
+    }
+
+    fn add_class_backward(
+        &self,
+        embedding: &Embedding,
+        classes: &Tensor,
+        dy: &Memory,
+    ) -> Result<Tensor> {
+        let gradient = self.gradient(&embedding.weight)?;
+        cuda::sum_rows(&self.gpu, &classes.contiguous()?, dy, &gradient, self.element())?;
+        Ok(gradient)
     }
 
     fn mask(&self, dropout: &Dropout, layer: u16, dims: [usize; 4], p: f64) -> Result<Memory> {

@@ -3,7 +3,7 @@ use candle_core::Tensor;
 use crate::error::Result;
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::conv::Add;
-use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids};
+use crate::layers::{Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
 use crate::random::Dropout;
 
 /// The operations of networks on the feature maps of a device, forward and backward, for a
@@ -112,6 +112,23 @@ pub(crate) trait Maps {
         x: &Self::Buffer,
         dy: &Self::Buffer,
     ) -> Result<(Self::Buffer, [Tensor; 2])>;
+
+    /// Adds to each vector of a batch `x` the vector of its class. On a CUDA device, a class that the table does not
+    /// have gives NaN.
+    fn add_class(
+        &self,
+        embedding: &Embedding,
+        classes: &Tensor,
+        x: &Self::Buffer,
+    ) -> Result<Self::Buffer>;
+
+    /// Computes the gradient of the table of [`add_class`](Self::add_class) from the gradient `dy` of its output.
+    fn add_class_backward(
+        &self,
+        embedding: &Embedding,
+        classes: &Tensor,
+        dy: &Self::Buffer,
+    ) -> Result<Tensor>;
 
     /// Draws the mask (batch, channels) of the network's dropout number `layer`: the factors of the channels.
     fn mask(&self, dropout: &Dropout, layer: u16, dims: [usize; 4], p: f64)

@@ -10,7 +10,7 @@ use candle_core::{DType, Tensor, TensorId};
 
 use crate::error::{Error, Result};
 use crate::kernels::cpu::conv::algorithm::Workspace;
-use crate::kernels::cpu::memory::try_zeros;
+use crate::memory::filled;
 
 /// Maximum number of issued gradients that are tracked: several times the number of weights of a network.
 const MAX_ISSUED: usize = 1 << 13;
@@ -124,7 +124,7 @@ impl Pool {
             None => None,
         };
         drop(free);
-        let values = values.or_else(|| try_zeros(len));
+        let values = values.or_else(|| filled(&[len], 0.0));
         let bytes = len.saturating_mul(size_of::<f32>());
         let values = values.ok_or(Error::OutOfMemory { bytes })?;
         Ok(Buffer { values, len, pool: self.clone() })
@@ -173,7 +173,7 @@ mod tests {
     use crate::sample::Sampler;
 
     #[test]
-    fn memory_that_there_is_not_is_an_error_that_tells_how_much_was_asked_for() -> Result<()> {
+    fn an_allocation_that_fails_is_an_error_with_its_size() -> Result<()> {
         let pool = Arc::new(Pool::default());
         // Leaves free memory, so that the next call searches it. The search must not overflow.
         drop(pool.take(7)?);
@@ -254,10 +254,7 @@ mod tests {
         let ids: Vec<_> = returned.iter().map(Tensor::id).collect();
         assert!(kept.iter().all(|kept| !ids.contains(&kept.id())));
         for gradient in &returned {
-            with_values_mut(gradient, |values| {
-                values.fill(f32::NAN);
-                Ok(())
-            })?;
+            with_values_mut(gradient, |values| values.fill(f32::NAN))?;
         }
         unet.recycle(returned);
         // A tensor that the network did not issue, and must not overwrite.

@@ -3,15 +3,6 @@
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// Allocates values that are all 0. Returns `None` if there is not enough memory. `vec!` would end the
-/// process instead.
-pub(crate) fn try_zeros(len: usize) -> Option<Vec<f32>> {
-    let mut values = Vec::new();
-    values.try_reserve_exact(len).ok()?;
-    values.resize(len, 0.0);
-    Some(values)
-}
-
 /// Returns the first `len` values of a vector, which grows if necessary. Their content is arbitrary.
 pub(crate) fn sized<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> &mut [T] {
     if memory.len() < len {

@@ -36,12 +36,12 @@ mod step_graph;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use adam::{Counts, UpdateSettings, Updater, WeightUpdate};
+pub(crate) use adam::{UpdateSettings, Updater, WeightUpdate};
 pub(crate) use attention::Attention;
 pub(crate) use conv::Convolution;
 pub(crate) use device::{Gpu, upload};
 pub(crate) use element::Element;
-pub(crate) use linear::{LinearLayer, sinusoids};
+pub(crate) use linear::{LinearLayer, add_rows, sinusoids, sum_rows};
 pub(crate) use maps::{Added, add, concatenate, images_to_map, map_to_images, scale_maps, split};
 pub(crate) use memory::Memory;
 pub(crate) use norm::{Norm, NormStatistics};

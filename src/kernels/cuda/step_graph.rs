@@ -21,7 +21,8 @@ use crate::error::{Error, Result};
 #[derive(Debug)]
 pub(crate) struct StepGraph {
     id: u64,
-    shape: Vec<usize>,
+    /// The shapes of the inputs.
+    shapes: Vec<Vec<usize>>,
 }
 
 /// The memory that a graph owns. The trainer owns the weights and the optimiser's state, and drops the graph
@@ -29,8 +30,7 @@ pub(crate) struct StepGraph {
 struct Captured {
     graph: CudaGraph,
     gpu: Rc<Gpu>,
-    x_0: Tensor,
-    t: Tensor,
+    inputs: Vec<Tensor>,
     loss: Tensor,
     norm: Tensor,
     _gradients: Vec<Tensor>,
@@ -52,59 +52,64 @@ impl Drop for StepGraph {
 }
 
 impl StepGraph {
-    /// Captures the work that `step` launches for batches like `x_0` and `t`, without running it. `step` must not
-    /// wait for the device or upload data.
+    /// Captures the work that `step` launches, without running it. `step` reads `inputs`, whose values each launch
+    /// replaces. It must not wait for the device or upload data.
     ///
     /// # Errors
     /// Returns the error of `step`. Returns an error if `step` waits or uploads, or if it uses memory or a kernel
     /// that is not yet available.
-    pub fn capture(
-        x_0: &Tensor,
-        t: &Tensor,
-        step: impl FnOnce(&Tensor, &Tensor) -> Result<Computed>,
-    ) -> Result<Self> {
+    pub fn capture(inputs: Vec<Tensor>, step: impl FnOnce() -> Result<Computed>) -> Result<Self> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
-        let gpu = Gpu::of(x_0.device())?;
-        let scalar = || Tensor::from_vec(vec![0f32], (), x_0.device());
-        let (x_0, t, loss, norm) = (x_0.copy()?, t.copy()?, scalar()?, scalar()?);
+        let Some(first) = inputs.first() else {
+            return Err(Error::config("inputs of a captured step", 0, "at least 1"));
+        };
+        let (gpu, device) = (Gpu::of(first.device())?, first.device().clone());
+        let scalar = || Tensor::from_vec(vec![0f32], (), &device);
+        let (loss, norm) = (scalar()?, scalar()?);
         let work = || -> Result<Vec<Tensor>> {
-            let (own_loss, own_norm, gradients) = step(&x_0, &t)?;
+            let (own_loss, own_norm, gradients) = step()?;
             gpu.copy(&own_loss, &loss)?;
             gpu.copy(&own_norm, &norm)?;
             Ok(gradients)
         };
         let _memory = gpu.pool.hold();
         let (graph, gradients) = gpu.capture.of(&gpu.device, work)?;
-        let (id, shape) = (COUNT.fetch_add(1, Ordering::Relaxed), x_0.dims().to_vec());
-        let captured = Captured { graph, gpu, x_0, t, loss, norm, _gradients: gradients, _memory };
+        let (id, shapes) = (COUNT.fetch_add(1, Ordering::Relaxed), shapes(&inputs));
+        let captured = Captured { graph, gpu, inputs, loss, norm, _gradients: gradients, _memory };
         GRAPHS.with_borrow_mut(|graphs| graphs.insert(id, captured));
-        Ok(Self { id, shape })
+        Ok(Self { id, shapes })
     }
 
-    /// Returns whether this thread can launch the graph for a batch like `x_0`.
-    pub fn fits(&self, x_0: &Tensor) -> bool {
-        x_0.dims() == self.shape && GRAPHS.with_borrow(|graphs| graphs.contains_key(&self.id))
+    /// Returns whether this thread can launch the graph for these inputs.
+    pub fn fits(&self, inputs: &[Tensor]) -> bool {
+        shapes(inputs) == self.shapes && GRAPHS.with_borrow(|graphs| graphs.contains_key(&self.id))
     }
 
-    /// Launches the step for this batch. Returns the loss and the norm of the gradient.
+    /// Launches the step for these inputs. Returns the loss and the norm of the gradient.
     ///
     /// # Errors
-    /// Returns an error if the batch does not [fit](Self::fits), or if a [pass](Gpu::in_a_pass) is in progress.
-    pub fn launch(&self, x_0: &Tensor, t: &Tensor) -> Result<(Tensor, Tensor)> {
+    /// Returns an error if the inputs do not [fit](Self::fits), or if a [pass](Gpu::in_a_pass) is in progress.
+    pub fn launch(&self, inputs: &[Tensor]) -> Result<(Tensor, Tensor)> {
         GRAPHS
             .with_borrow(|graphs| {
-                let Some(own) = graphs.get(&self.id).filter(|_| x_0.dims() == self.shape) else {
+                let fits = shapes(inputs) == self.shapes;
+                let Some(own) = graphs.get(&self.id).filter(|_| fits) else {
                     candle_core::bail!("a captured step was given another batch, or another thread")
                 };
                 if own.gpu.in_a_pass() {
                     candle_core::bail!("a captured step was launched within another pass")
                 }
-                own.gpu.copy(x_0, &own.x_0)?;
-                own.gpu.copy(t, &own.t)?;
+                for (input, own_input) in inputs.iter().zip(&own.inputs) {
+                    own.gpu.copy(input, own_input)?;
+                }
                 own.graph.launch().w()?;
                 // Copied, because the next launch overwrites them.
                 Ok((own.loss.copy()?, own.norm.copy()?))
             })
             .map_err(Error::from)
     }
+}
+
+fn shapes(tensors: &[Tensor]) -> Vec<Vec<usize>> {
+    tensors.iter().map(|tensor| tensor.dims().to_vec()).collect()
 }

@@ -47,11 +47,8 @@ impl ConvShape {
             return Err(wrong_weight(weight));
         }
         if c_in != channels {
-            return Err(Error::Shape {
-                what: "the input of a convolution",
-                found: x.to_vec(),
-                expected: format!("(batch, height, width, {c_in}) for a weight of {weight:?}"),
-            });
+            let expected = format!("(batch, height, width, {c_in}) for a weight of {weight:?}");
+            return Err(Error::shape("the input of a convolution", x, expected));
         }
         if scale == Scale::Stride(0) {
             return Err(Error::config("the stride of a convolution", 0, "at least 1"));
@@ -128,11 +125,7 @@ impl ConvShape {
 }
 
 fn wrong_weight(weight: &[usize]) -> Error {
-    Error::Shape {
-        what: "the weight of a convolution",
-        found: weight.to_vec(),
-        expected: "(out, in, k, k) with odd k".into(),
-    }
+    Error::shape("the weight of a convolution", weight, "(out, in, k, k) with odd k")
 }
 
 /// A value for each of the two addends of a convolution's output: the addends themselves, see [`Add`], or their

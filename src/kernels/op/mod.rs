@@ -1,9 +1,9 @@
-//! The definitions of the operations for every device: sizes, settings, and addends of the output.
+//! The definitions of the operations for every device: sizes, settings, addends of the output, and the counts of updates.
 //!
 //! The definitions do not depend on how an operation is computed.
 
 pub(crate) mod activation;
 pub(crate) mod attention;
 pub(crate) mod conv;
-pub(crate) mod linear;
+pub(crate) mod counters;
 pub(crate) mod norm;

@@ -105,7 +105,7 @@ pub(super) fn write_tensors(
     for (name, tensor) in tensors {
         let tensor = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
         let found = with_values([&tensor], |[values]| {
-            Ok(values.iter().copied().find(|value| !value.is_finite()))
+            values.iter().copied().find(|value| !value.is_finite())
         })?;
         if let Some(value) = found {
             return Err(Error::NonFinite { what: format!("weight {name}"), value, step });

@@ -210,9 +210,9 @@ impl State {
                 Err(Error::config("files", "missing", "present since format 2"))
             }
             Some(files) if files.ema.is_some() != self.train.ema.is_some() => {
-                let told = |yes| if yes { "present" } else { "absent" };
-                let value = told(files.ema.is_some());
-                let expected = format!("{}, as train.ema is", told(self.train.ema.is_some()));
+                let presence = |yes| if yes { "present" } else { "absent" };
+                let value = presence(files.ema.is_some());
+                let expected = format!("{}, as train.ema is", presence(self.train.ema.is_some()));
                 Err(Error::config("files.ema.safetensors", value, expected))
             }
             _ => Ok(()),

@@ -8,7 +8,7 @@ use super::files::{Checksum, read_tensors};
 use super::format::{EMA, Files, Identity, MODEL, OPTIMIZER, STATE, file_of, mismatch, read_state};
 use super::found::{Found, archived};
 use crate::error::{Error, Result, in_short};
-use crate::model::tensor_file::missing;
+use crate::model::tensor_file::{check_known, weight_of};
 use crate::model::{Architecture, Parameters};
 use crate::process::diffusion::Diffusion;
 use crate::sample::{Sampler, SamplerConfig};
@@ -250,7 +250,11 @@ impl Checkpoint {
             if let Some(expected) = part.tensors() {
                 let file = file_of(part.name());
                 tensors = self.read(&file, device)?;
-                check_tensors(&self.0.dir.join(file), &tensors, &expected)?;
+                let path = self.0.dir.join(file);
+                for (name, expected) in &expected {
+                    weight_of(&path, &tensors, name, expected.dims())?;
+                }
+                check_known(&path, &tensors, &expected)?;
             }
             part.restore(tensors, &fields).map_err(|error| match error {
                 Error::Config { .. } => Error::damaged(self.0.dir.join(STATE), error.to_string()),
@@ -277,27 +281,5 @@ impl fmt::Debug for Checkpoint {
             .field("dir", &self.0.dir)
             .field("step", &self.0.state.step)
             .finish_non_exhaustive()
-    }
-}
-
-/// # Errors
-/// Returns an error if `found` has other names or shapes than `expected`.
-fn check_tensors(
-    path: &Path,
-    found: &BTreeMap<String, Tensor>,
-    expected: &BTreeMap<String, Tensor>,
-) -> Result<()> {
-    let path = path.to_owned();
-    for (name, expected) in expected {
-        let name = name.clone();
-        let Some(found) = found.get(&name) else { return Err(missing(&path, &name, found)) };
-        if found.shape() != expected.shape() {
-            let (found, expected) = (found.dims().to_vec(), expected.dims().to_vec());
-            return Err(Error::WeightShape { path, name, found, expected });
-        }
-    }
-    match found.keys().find(|name| !expected.contains_key(*name)) {
-        Some(name) => Err(Error::UnknownWeight { path, name: name.clone() }),
-        None => Ok(()),
     }
 }

@@ -13,6 +13,7 @@ use super::paths::{
 };
 use crate::backend::Counters;
 use crate::error::{Error, Result};
+use crate::files::existing;
 use crate::train::state::{Fields, Stateful};
 
 /// The result of a successful [`Trainer::save`](crate::Trainer::save).
@@ -265,23 +266,16 @@ fn sweep(dir: &Path) -> Vec<Error> {
 /// Removes a link or a directory. In a directory, `checkpoint.json` is removed first: without it, the remaining
 /// files are not a checkpoint.
 fn clear(path: &Path) -> io::Result<()> {
-    let gone = |result: io::Result<()>| match result {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
-    };
     match path.symlink_metadata() {
         Ok(metadata) if metadata.is_dir() => {
-            gone(fs::remove_file(path.join(STATE)))?;
-            gone(fs::remove_dir_all(path))
+            existing(fs::remove_file(path.join(STATE)))?;
+            existing(fs::remove_dir_all(path)).map(drop)
         }
-        _ => gone(fs::remove_file(path)),
+        _ => existing(fs::remove_file(path)).map(drop),
     }
 }
 
 /// Removes `dir` if it is an empty directory.
 fn remove_empty(dir: &Path) -> io::Result<()> {
-    match fs::remove_dir(dir) {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
-    }
+    existing(fs::remove_dir(dir)).map(drop)
 }

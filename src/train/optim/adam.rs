@@ -4,7 +4,7 @@ use candle_core::{DType, Device, DeviceLocation, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{self, Counters, UpdateRule, WeightState};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_fraction};
 
 /// Settings of [`AdamW`].
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -64,9 +64,7 @@ impl AdamConfig {
             return Err(Error::config("learning_rate", self.learning_rate, expected));
         }
         for (field, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
-            if !(0.0..1.0).contains(&beta) {
-                return Err(Error::config(field, beta, "at least 0 and less than 1"));
-            }
+            check_fraction(field, beta)?;
         }
         // The update of a weight whose gradient is 0 would be 0 / 0.
         if !(self.eps as f32 > 0.0 && finite(self.eps)) {
@@ -244,11 +242,9 @@ impl AdamW {
                 let key = format!("{prefix}.{name}");
                 let stored = state.get(&key).filter(|stored| stored.shape() == value.shape());
                 let Some(stored) = stored else {
-                    return Err(Error::Config {
-                        field: "optimizer state",
-                        value: format!("without a fitting {key}"),
-                        expected: format!("one {:?} of shape {:?}", key, value.dims()),
-                    });
+                    let expected = format!("one {key:?} of shape {:?}", value.dims());
+                    let found = format!("without a fitting {key}");
+                    return Err(Error::config("optimizer state", found, expected));
                 };
                 // Copied, because updates change it in place.
                 let stored = stored.to_dtype(value.dtype())?.to_device(value.device())?;

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::adam::check_floating;
 use crate::backend::AverageRule;
-use crate::error::{Error, Result};
+use crate::error::{Result, check_fraction};
 
 /// Settings of [`Ema`].
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -27,10 +27,7 @@ impl Default for EmaConfig {
 
 impl EmaConfig {
     pub(in crate::train) fn validate(&self) -> Result<()> {
-        if !(0.0..1.0).contains(&self.decay) {
-            return Err(Error::config("ema.decay", self.decay, "at least 0 and less than 1"));
-        }
-        Ok(())
+        check_fraction("ema.decay", self.decay)
     }
 
     fn rule(&self) -> AverageRule {

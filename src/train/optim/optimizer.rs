@@ -71,7 +71,7 @@ impl Optimizer {
     }
 
     /// The counts as known on the host, combined into one value.
-    fn counters(&self) -> Counters {
+    pub fn counters(&self) -> Counters {
         Counters {
             updates: self.adam.steps(),
             average_updates: self.ema.as_ref().map_or(0, Ema::updates),
@@ -105,9 +105,7 @@ impl Optimizer {
 
     /// Replaces all counts by the exact ones. Waits for the device if it can skip updates.
     pub fn sync(&mut self) -> Result<()> {
-        let counters = self.exact_counters()?;
-        self.set_counters(&counters);
-        self.updater.assume(&counters);
+        self.assume(&self.exact_counters()?);
         Ok(())
     }
 
@@ -117,23 +115,18 @@ impl Optimizer {
         self.updater.stage(learning_rate, &counters)
     }
 
-    /// Returns the counts before an update is recorded without running, for [`rewind`](Self::rewind).
-    pub fn mark(&self) -> Counters {
-        self.counters()
-    }
-
-    /// Restores the counts of [`mark`](Self::mark).
-    pub fn rewind(&mut self, mark: Counters) {
-        self.set_counters(&mark);
-        self.updater.assume(&mark);
+    /// Sets the counts to those that the device is known to have. After an update was recorded without running, they
+    /// are those before it.
+    pub fn assume(&mut self, counters: &Counters) {
+        self.set_counters(counters);
+        self.updater.assume(counters);
     }
 
     /// Counts one repetition of a recorded update.
     pub fn count_repeated(&mut self) {
         let mut counters = self.counters();
         self.rule().count(&mut counters);
-        self.set_counters(&counters);
-        self.updater.assume(&counters);
+        self.assume(&counters);
     }
 }
 

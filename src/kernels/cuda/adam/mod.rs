@@ -8,6 +8,7 @@ use super::element::{Element, Pointer};
 use super::kernel::{Module, argument, holds, kernel};
 use super::launch::{THREADS, blocks_of};
 use super::staging::DeviceValue;
+use crate::kernels::op::counters::Counters;
 
 const MODULE: &Module = &Module {
     name: "adam",
@@ -53,17 +54,6 @@ pub(crate) struct UpdateSettings {
     pub min_scale: f64,
 } }
 
-/// The counts of updates. The device keeps them, because it decides which updates are skipped.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub(crate) struct Counts {
-    pub steps: u64,
-    pub ema_updates: u64,
-    pub scale: f64,
-    pub good_updates: u64,
-    pub skipped: u64,
-    pub exhausted: bool,
-}
-
 /// The size of `Control` in `adam.cu`: five counts in f64, then 13 f32 and padding.
 const CONTROL_COUNTS: usize = 5;
 const CONTROL_BYTES: usize = (CONTROL_COUNTS + 7) * 8;
@@ -98,18 +88,19 @@ impl std::fmt::Debug for Updater {
 }
 
 impl Updater {
-    pub fn new(device: &Device, counts: Counts) -> Result<Self> {
-        let (cuda, scale) = (Gpu::of(device)?.device.clone(), counts.scale as f32);
-        let Counts { steps, ema_updates, good_updates, skipped, exhausted, .. } = counts;
+    pub fn new(device: &Device, counters: &Counters) -> Result<Self> {
+        let cuda = Gpu::of(device)?.device.clone();
+        let Counters { updates, average_updates, scale, good_updates, skipped, exhausted } =
+            *counters;
         let mut control = Vec::with_capacity(CONTROL_BYTES);
-        for count in [steps, ema_updates, good_updates, skipped, u64::from(exhausted)] {
+        for count in [updates, average_updates, good_updates, skipped, u64::from(exhausted)] {
             control.extend((count as f64).to_ne_bytes());
         }
         control.resize(CONTROL_BYTES, 0);
         Ok(Self {
             device: device.clone(),
             control: cuda.clone_htod(&control)?,
-            scale: Tensor::from_vec(vec![scale], (), device)?,
+            scale: Tensor::from_vec(vec![scale as f32], (), device)?,
             learning_rate: DeviceValue::new(cuda.alloc_zeros(1)?),
             addresses: Vec::new(),
             weights: cuda.alloc_zeros(1)?,
@@ -123,8 +114,8 @@ impl Updater {
         &self.scale
     }
 
-    /// Reads the counts. Waits for the device.
-    pub fn counts(&self) -> Result<Counts> {
+    /// Reads the counters. Waits for the device.
+    pub fn counters(&self) -> Result<Counters> {
         let bytes = Gpu::of(&self.device)?.device.clone_dtoh(&self.control)?;
         let mut counts = [0f64; CONTROL_COUNTS];
         for (count, bytes) in counts.iter_mut().zip(bytes.chunks_exact(8)) {
@@ -132,10 +123,10 @@ impl Updater {
             own.copy_from_slice(bytes);
             *count = f64::from_ne_bytes(own);
         }
-        let [steps, ema_updates, good_updates, skipped, exhausted] = counts.map(|n| n as u64);
+        let [updates, average_updates, good_updates, skipped, exhausted] = counts.map(|n| n as u64);
         let scale = f64::from(self.scale.to_scalar::<f32>()?);
         let exhausted = exhausted != 0;
-        Ok(Counts { steps, ema_updates, scale, good_updates, skipped, exhausted })
+        Ok(Counters { updates, average_updates, scale, good_updates, skipped, exhausted })
     }
 
     /// Uploads the learning rate of the next update if it has changed.

@@ -1,4 +1,4 @@
-// Activations of vectors, sinusoids of timesteps, and casts of weights.
+// Activations of vectors, sinusoids of timesteps, tables of vectors, and casts of weights.
 
 extern "C" __global__ void cast(const float *x, T *y, u32 count) {
     u32 i = global_index();
@@ -12,6 +12,29 @@ extern "C" __global__ void sinusoids(const u32 *t, T *y, u32 half, double decay,
     u32 k = i % (2 * half);
     double angle = t[i / (2 * half)] * exp(-decay * (k % half));
     y[i] = put((float)(k < half ? sin(angle) : cos(angle)));
+}
+
+extern "C" __global__ void add_rows(
+    const T *x, const float *table, const u32 *index, T *y, u32 rows, u32 columns, u32 count
+) {
+    u32 i = global_index();
+    if (i >= count) return;
+    u32 row = index[i / columns];
+    float more = row < rows ? table[(u64)row * columns + i % columns] : not_a_number();
+    y[i] = put(get(x[i]) + more);
+}
+
+// One thread per value of the sums, which adds the vectors of its row in the order of the batch.
+extern "C" __global__ void sum_rows(
+    const T *x, const u32 *index, float *sums, u32 batch, u32 columns, u32 count
+) {
+    u32 i = global_index();
+    if (i >= count) return;
+    double sum = 0.0;
+    for (u32 k = 0; k < batch; ++k) {
+        if (index[k] == i / columns) sum += get(x[(u64)k * columns + i % columns]);
+    }
+    sums[i] = (float)sum;
 }
 
 extern "C" __global__ void activate(const T *x, T *y, int f, u32 count) {

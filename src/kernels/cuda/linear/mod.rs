@@ -1,4 +1,4 @@
-//! Vectors: linear layers with their activations, and the sinusoids of timesteps.
+//! Vectors: linear layers with their activations, the sinusoids of timesteps, and tables of vectors.
 
 use candle_core::{Result, Tensor};
 
@@ -24,6 +24,12 @@ kernel! { MODULE, "cast", Cast { x: Pointer, y: Pointer, count: u32 } }
 kernel! { MODULE, "sinusoids", Sinusoids {
     t: Pointer, y: Pointer, half: u32, decay: f64, count: u32,
 } }
+kernel! { MODULE, "add_rows", AddRows {
+    x: Pointer, table: Pointer, index: Pointer, y: Pointer, rows: u32, columns: u32, count: u32,
+} }
+kernel! { MODULE, "sum_rows", SumRows {
+    x: Pointer, index: Pointer, sums: Pointer, batch: u32, columns: u32, count: u32,
+} }
 kernel! { MODULE, "activate", Activate { x: Pointer, y: Pointer, f: i32, count: u32 } }
 kernel! { MODULE, "activate_backward", ActivateBackward {
     x: Pointer, d: Pointer, f: i32, count: u32,
@@ -42,6 +48,51 @@ pub(crate) fn sinusoids(
     let own = Sinusoids { t, y: y.pointer, half: half as u32, decay, count: count as u32 };
     gpu.launch(element, each(count)?, own)?;
     Ok(y)
+}
+
+/// Adds to each vector of `x` (batch, columns) the row of `table` (rows, columns) with its number in `index` (batch), in
+/// u32. A row that the table does not have gives NaN.
+pub(crate) fn add_rows(
+    gpu: &Gpu,
+    table: &Tensor,
+    index: &Tensor,
+    x: &Memory,
+    element: Element,
+) -> Result<Memory> {
+    let (rows, columns) = table.dims2()?;
+    let count = index.elem_count() * columns;
+    let y = gpu.take_for(count, element)?;
+    let own = AddRows {
+        x: x.pointer,
+        table: gpu.pointer(table)?,
+        index: gpu.pointer(index)?,
+        y: y.pointer,
+        rows: rows as u32,
+        columns: columns as u32,
+        count: count as u32,
+    };
+    gpu.launch(element, each(count)?, own)?;
+    Ok(y)
+}
+
+/// Writes to each row of `sums` (rows, columns), in f32, the sum of the vectors of `x` with its number in `index`.
+pub(crate) fn sum_rows(
+    gpu: &Gpu,
+    index: &Tensor,
+    x: &Memory,
+    sums: &Tensor,
+    element: Element,
+) -> Result<()> {
+    let (count, columns) = (sums.elem_count(), sums.dim(1)?);
+    let own = SumRows {
+        x: x.pointer,
+        index: gpu.pointer(index)?,
+        sums: gpu.pointer(sums)?,
+        batch: index.elem_count() as u32,
+        columns: columns as u32,
+        count: count as u32,
+    };
+    gpu.launch(element, each(count)?, own)
 }
 
 /// A linear layer, applied to activated vectors (batch, in).

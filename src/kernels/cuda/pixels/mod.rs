@@ -14,7 +14,7 @@ const MODULE: &Module = &Module {
 };
 
 kernel! { MODULE, "mix", Mix {
-    x: Pointer, y: Pointer, t: Pointer, table: Pointer, timesteps: u32, sum: Pointer, negate: i32,
+    x: Pointer, y: Pointer, t: Pointer, table: Pointer, timesteps: u32, sum: Pointer,
     image: u64, count: u64,
 } }
 kernel! { MODULE, "combine", Combine {
@@ -42,15 +42,9 @@ pub(crate) fn are_plain(tensors: &[&Tensor]) -> bool {
         })
 }
 
-/// Computes `a x + b y`, with the factors of each image's timestep `t` (batch) from `table`. The
-/// second factor can be negated. A timestep out of range gives NaN.
-pub(crate) fn mix(
-    x: &Tensor,
-    y: &Tensor,
-    t: &Tensor,
-    table: &[[f64; 2]],
-    negate: bool,
-) -> Result<Tensor> {
+/// Computes `a x + b y`, with the factors of each image's timestep `t` (batch) from `table`. A
+/// timestep out of range gives NaN.
+pub(crate) fn mix(x: &Tensor, y: &Tensor, t: &Tensor, table: &[[f64; 2]]) -> Result<Tensor> {
     let gpu = Gpu::of(x.device())?;
     let t = &t.to_dtype(DType::U32)?.contiguous()?;
     let table = &gpu.table(table)?;
@@ -63,7 +57,6 @@ pub(crate) fn mix(
         table: gpu.pointer(table)?,
         timesteps: table.dim(0)? as u32,
         sum,
-        negate: i32::from(negate),
         image: (count / t.elem_count()) as u64,
         count: count as u64,
     };

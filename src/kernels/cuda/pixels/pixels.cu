@@ -1,10 +1,9 @@
 // The arithmetic of the diffusion process on images in f32.
 
-// Computes a x + b y with the factors of each image's timestep from `table` (timesteps, 2). `negate`
-// negates the second factor. A timestep out of range gives NaN, because returning an error would wait
-// for the device.
+// Computes a x + b y with the factors of each image's timestep from `table` (timesteps, 2). A
+// timestep out of range gives NaN, because returning an error would wait for the device.
 extern "C" __global__ void mix(
-    const float *x, const float *y, const u32 *t, const float *table, u32 timesteps, float *sum, int negate,
+    const float *x, const float *y, const u32 *t, const float *table, u32 timesteps, float *sum,
     u64 image, u64 count
 ) {
     u64 i = global_index();
@@ -15,7 +14,7 @@ extern "C" __global__ void mix(
         return;
     }
     const float *factors = table + 2 * own;
-    sum[i] = factors[0] * x[i] + (negate ? -factors[1] : factors[1]) * y[i];
+    sum[i] = factors[0] * x[i] + factors[1] * y[i];
 }
 
 extern "C" __global__ void combine(

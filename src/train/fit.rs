@@ -1,0 +1,123 @@
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::checkpoint::store::Saved;
+use super::observer::{Metrics, Observer};
+use super::optim::scaler::GradScaler;
+use super::run::{Outcome, Run, Scene, View};
+use super::trainer::Trainer;
+use crate::data::dataset::Dataset;
+use crate::data::prefetch::prefetch;
+use crate::denoiser::Denoiser;
+use crate::error::Result;
+use crate::model::Architecture;
+
+impl<N: Architecture> Trainer<N> {
+    /// Updates the weights until the run has made [`steps`](crate::TrainConfig::steps) updates in total, or until the observer
+    /// stops it. The observer `()` does nothing. A second thread reads the next batch during an update.
+    ///
+    /// # Errors
+    /// Returns an error if the data set is empty, if its images do not have the shape that the network takes, or if a
+    /// loss or a gradient is not finite. Also returns the errors of the data set and of the observer.
+    pub fn fit(&mut self, dataset: &dyn Dataset, mut observer: impl Observer) -> Result<()> {
+        let scene = Scene { image_shape: dataset.shape().into(), frontends: observer.frontends() };
+        let fitted = self.observed(dataset, &mut observer, &scene);
+        scene.frontends.iter().for_each(|frontend| frontend.finish());
+        fitted
+    }
+
+    /// Runs the [loop](Self::train), and reports its beginning and end to the observer.
+    fn observed(
+        &mut self,
+        dataset: &dyn Dataset,
+        observer: &mut dyn Observer,
+        scene: &Scene,
+    ) -> Result<()> {
+        observer.on_start(&self.run(scene))?;
+        let trained = self.train(dataset, observer, scene);
+        let run = self.run(scene);
+        let outcome = match &trained {
+            Err(error) => Outcome::Failed(error),
+            Ok(()) if run.is_complete() => Outcome::Complete,
+            Ok(()) => Outcome::Stopped,
+        };
+        observer.on_end(&run, outcome)?;
+        trained
+    }
+
+    /// The loop of [`fit`](Self::fit).
+    fn train(
+        &mut self,
+        dataset: &dyn Dataset,
+        observer: &mut dyn Observer,
+        scene: &Scene,
+    ) -> Result<()> {
+        // Updates made outside of `fit` are checked, but are not part of the reports.
+        self.report()?;
+        let updates = self.config.steps.saturating_sub(self.steps());
+        if updates == 0 {
+            return Ok(());
+        }
+        self.use_images(dataset)?;
+        let (loader, at) = (self.loader.clone(), self.state.progress.position());
+        prefetch(loader, dataset, at, updates, |next| {
+            let (mut elapsed, mut images_before) = (Duration::ZERO, self.images_seen());
+            while self.steps() < self.config.steps {
+                let start = Instant::now();
+                let batch = next()?.upload(&self.device)?;
+                self.step(&batch)?;
+                let last = self.steps() == self.config.steps;
+                if self.steps().is_multiple_of(self.config.log_every) || last {
+                    let mut metrics = self.report()?;
+                    elapsed += start.elapsed();
+                    let images = self.images_seen() - images_before;
+                    metrics.images_per_second = images as f64 / elapsed.as_secs_f64();
+                    observer.on_metrics(&self.run(scene), &metrics)?;
+                    (elapsed, images_before) = (Duration::ZERO, self.images_seen());
+                } else {
+                    elapsed += start.elapsed();
+                }
+                let run = self.run(scene);
+                if observer.on_step(&run)?.is_break() || run.is_stopping() {
+                    break;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Returns the report on the updates since the last report. `images_per_second` is not set.
+    fn report(&mut self) -> Result<Metrics> {
+        self.read_losses()?;
+        let lr = self.config.learning_rate(self.steps().saturating_sub(1));
+        let loss_scale = self.state.optimizer.scaler.as_ref().map(GradScaler::scale);
+        Ok(self.meter.report(self.steps(), lr, loss_scale))
+    }
+
+    /// Returns the view that observers have of this trainer.
+    fn run<'a>(&'a self, scene: &'a Scene) -> Run<'a> {
+        Run {
+            progress: &self.state.progress,
+            config: &self.config,
+            diffusion: &self.diffusion,
+            device: &self.device,
+            model: &self.model,
+            trainer: self,
+            scene,
+        }
+    }
+}
+
+impl<N: Architecture> View for Trainer<N> {
+    fn averaged_model(&self) -> Result<Box<dyn Denoiser + '_>> {
+        Ok(Box::new(self.ema_model()?))
+    }
+
+    fn save(&self, dir: &Path) -> Result<Saved> {
+        Trainer::save(self, dir)
+    }
+
+    fn check_save(&self, dir: &Path) -> Result<()> {
+        self.rehearse(dir).map(drop)
+    }
+}
