@@ -35,10 +35,12 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<ExitCode> {
     let checkpoint = cli.sampling.open()?;
-    let shape = checkpoint.architecture::<UNetConfig>()?.image_shape();
+    let network: UNetConfig = checkpoint.architecture()?;
+    let shape = network.image_shape();
     pictures::check_channels(shape.0)?;
     let config = cli.sampling.config(&checkpoint)?;
-    let sampler = config.sampler(checkpoint.diffusion())?;
+    let condition = cli.sampling.condition(&network, cli.count)?;
+    let sampler = config.sampler(checkpoint.diffusion())?.condition(condition);
     cli::check_output("--out", &cli.out, "png")?;
     cli.gif.as_deref().map_or(Ok(()), |gif| cli::check_output("--gif", gif, "gif"))?;
 

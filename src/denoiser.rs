@@ -80,7 +80,7 @@ pub trait Denoiser {
             return Err(Error::config("condition", "none", "a class per image, as guidance needs"));
         };
         let batch = x_t.dim(0)?;
-        let without = Tensor::full(none, batch, classes.device())?;
+        let without = Tensor::full(none, batch, &Device::Cpu)?.to_device(classes.device())?;
         let twice = |x: &Tensor| Tensor::cat(&[x, x], 0);
         let condition = Condition::Classes(Tensor::cat(&[classes, &without], 0)?);
         let Output { prediction, variance } = self.denoise(&twice(x_t)?, &twice(t)?, &condition)?;
@@ -152,6 +152,18 @@ impl Condition {
     pub fn classes(classes: Vec<u32>) -> Result<Self> {
         let batch = classes.len();
         Ok(Self::Classes(Tensor::from_vec(classes, batch, &Device::Cpu)?))
+    }
+
+    /// Creates the condition of `count` images for a network with this number of classes: one class after the other,
+    /// then the first again.
+    ///
+    /// # Errors
+    /// Returns an error if `classes` is 0, or if an operation fails.
+    pub fn each_class(classes: u32, count: usize) -> Result<Self> {
+        if classes == 0 {
+            return Err(Error::config("classes", classes, "at least 1"));
+        }
+        Self::classes((0..classes).cycle().take(count).collect())
     }
 
     /// # Errors

@@ -51,7 +51,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let checkpoint = cli.sampling.open()?;
     report::check_digits(&checkpoint)?;
     let config = cli.sampling.config(&checkpoint)?;
-    let sampler = config.sampler(checkpoint.diffusion())?;
+    let condition = cli.sampling.condition(&checkpoint.architecture()?, cli.count)?;
+    let sampler = config.sampler(checkpoint.diffusion())?.condition(condition.clone());
     let (train, test) = report::data_sets(&cli.data)?;
     Classifier::check(&cli.classifier, cli.classifier_steps)?;
     cli.json.as_deref().map_or(Ok(()), |json| cli::check_output("--json", json, "json"))?;
@@ -75,6 +76,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Ok(if stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     })?;
     progress.finish();
-    report.compare(&reference, drawn.ok_or(cli::Interrupted)?, train.images, stopped)?;
+    let samples = (drawn.ok_or(cli::Interrupted)?, &condition);
+    report.compare(&reference, samples, train.images, stopped)?;
     report.print(cli.json.as_deref())
 }

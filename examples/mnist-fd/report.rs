@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use ddpm::cli::{DataSet, Identity, Result, SamplingArgs, datasets, err, grouped, out};
 use ddpm::data::{Dataset, Images};
 use ddpm::eval::Statistics;
+use ddpm::nn::Condition;
 use ddpm::sample::SamplerConfig;
 use ddpm::{Checkpoint, UNetConfig, files};
 use serde::Serialize;
@@ -42,6 +43,9 @@ pub struct Figures {
     confident: f64,
     /// The number of images that are most like each digit.
     classes: [usize; CLASSES],
+    /// The fraction of images that are most like the digit that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    as_asked: Option<f64>,
 }
 
 impl Reference {
@@ -55,18 +59,31 @@ impl Reference {
 }
 
 impl Figures {
-    fn new(reference: &Reference, images: &Images, stop: impl Fn() -> bool) -> Result<Self> {
+    /// `asked` are the digits that were asked for, if the images have a condition.
+    fn new(
+        reference: &Reference,
+        images: &Images,
+        asked: Option<&[u32]>,
+        stop: impl Fn() -> bool,
+    ) -> Result<Self> {
         let seen = reference.classifier.look(images, stop)?;
         let (statistics, probabilities) = seen;
         let mnist_fd = reference.statistics.frechet_distance(&statistics)?;
         let (confident, classes) = tally(&probabilities);
-        Ok(Self { images: images.len(), mnist_fd, confident, classes })
+        let as_asked = asked.map(|asked| {
+            let pairs = probabilities.iter().zip(asked);
+            let right = pairs.filter(|(p, class)| best(p) == **class as usize).count();
+            right as f64 / images.len() as f64
+        });
+        Ok(Self { images: images.len(), mnist_fd, confident, classes, as_asked })
     }
 
     fn row(&self) -> String {
-        let Self { images, mnist_fd, confident, classes } = self;
+        let Self { images, mnist_fd, confident, classes, as_asked } = self;
         let shares = classes.map(|n| format!("{:5.1}", 100.0 * n as f64 / *images as f64));
-        format!("{images:>7}{mnist_fd:>10.3}{:>7.1}%{}", 100.0 * confident, shares.concat())
+        let asked = as_asked.map(|share| format!("  {:.1}% as asked", 100.0 * share));
+        let (confident, asked) = (100.0 * confident, asked.unwrap_or_default());
+        format!("{images:>7}{mnist_fd:>10.3}{confident:>7.1}%{}{asked}", shares.concat())
     }
 }
 
@@ -136,6 +153,7 @@ impl Report {
             "solver": config.solver,
             "sampling_steps": config.steps,
             "clip_denoised": config.clip_denoised,
+            "guidance": config.guidance,
             "seed": sampling.seed,
             "precision": sampling.precision,
         });
@@ -166,22 +184,28 @@ impl Report {
         Ok(())
     }
 
-    /// Compares samples, and the same numbers of training images and of noise images, with the reference.
+    /// Compares samples, and the same numbers of training images and of noise images, with the reference. `condition`
+    /// holds the digits that were asked for, if there are any.
     pub fn compare(
         &mut self,
         reference: &Reference,
-        samples: Images,
+        (samples, condition): (Images, &Condition),
         mut digits: Images,
         stop: impl Fn() -> bool,
     ) -> Result<()> {
+        let asked = match condition {
+            Condition::Classes(classes) => Some(classes.to_vec1()?),
+            _ => None,
+        };
         // As many digits as samples, because the distance depends on the number.
         digits.truncate(samples.len());
         let noise = noise(samples.len())?;
-        let sets = [("samples", "samples", samples), ("train images", "train_images", digits)];
-        for (name, key, images) in
-            sets.into_iter().chain([("uniform noise", "uniform_noise", noise)])
-        {
-            let figures = Figures::new(reference, &images, &stop)?;
+        for (name, key, images, asked) in [
+            ("samples", "samples", samples, asked.as_deref()),
+            ("train images", "train_images", digits, None),
+            ("uniform noise", "uniform_noise", noise, None),
+        ] {
+            let figures = Figures::new(reference, &images, asked, &stop)?;
             self.rows.push((name, figures.row()));
             self.json[key] = json!(figures);
         }

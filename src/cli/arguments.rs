@@ -39,6 +39,12 @@ pub(super) fn positive_fraction(text: &str) -> std::result::Result<f64, String> 
     number.ok_or_else(|| "expected a number above 0, up to 1".into())
 }
 
+/// Parses the scale of guidance.
+pub(super) fn scale(text: &str) -> std::result::Result<f64, String> {
+    let number = text.parse().ok().filter(|n| (0.0..=100.0).contains(n));
+    number.ok_or_else(|| "expected a number from 0 to 100".into())
+}
+
 /// Parses a precision that this build has.
 pub(super) fn precision(text: &str) -> std::result::Result<Precision, String> {
     text.parse().map_err(|error: Error| error.to_string())

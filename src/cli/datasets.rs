@@ -144,7 +144,13 @@ fn digits(repository: &str, embedded: &str) -> Result<DataSet> {
         return Err(format!("{embedded}, the embedded digits, does not exist: {expected}").into());
     };
     let source = "digits embedded in the repository (--data DIR for the full set)";
-    Ok(DataSet::of(&DIGITS, source, data::read_idx_images(path)?))
+    let images = data::read_idx_images(path)?;
+    // The labels are beside them, in a file of the same name, except for the word and the number of dimensions.
+    let labels = PathBuf::from(path.to_string_lossy().replace("images-idx3", "labels-idx1"));
+    let labelled = &labels != path && labels.is_file();
+    let images =
+        if labelled { images.with_labels(data::read_idx_labels(labels)?)? } else { images };
+    Ok(DataSet::of(&DIGITS, source, images))
 }
 
 /// Returns the directory of a set's files: `dir` itself, or the one that fetch-data created in it.

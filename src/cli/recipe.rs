@@ -108,6 +108,9 @@ pub struct TrainArgs {
     /// Precision of products: highest or high; bf16 or f16 (with the feature f16)
     #[arg(long, value_name = "P", value_parser = precision)]
     precision: Option<Precision>,
+    /// Condition a new network on the classes of the images
+    #[arg(long)]
+    pub(super) conditional: bool,
     /// Seed of all random numbers
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<u64>(0..=u64::MAX))]

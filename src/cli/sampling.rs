@@ -4,15 +4,16 @@ use candle_core::Device;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use super::arguments::{fraction, precision, quoted, whole};
+use super::arguments::{fraction, precision, quoted, scale, whole};
 use super::device::{check_speed, describe};
 use super::print::{grouped, out};
 use super::result::Result;
+use crate::denoiser::Condition;
 use crate::engine::Model;
 use crate::error::Error;
 use crate::model::{UNet, UNetConfig};
 use crate::precision::Precision;
-use crate::sample::{SamplerConfig, Solver};
+use crate::sample::{Guidance, SamplerConfig, Solver};
 use crate::train::Checkpoint;
 
 /// The options of a program that draws images from a checkpoint of a U-Net.
@@ -33,6 +34,15 @@ pub struct SamplingArgs {
     /// Noise in the steps of ddim, from 0 (none) to 1
     #[arg(long, value_name = "E", allow_negative_numbers = true, value_parser = fraction)]
     eta: Option<f64>,
+    /// Classes of the images, such as 3 or 0,1,2, of which the last is followed by the first; default all
+    /// classes of the network
+    #[arg(long, value_name = "C", value_delimiter = ',', allow_negative_numbers = true,
+          value_parser = whole::<u32>(0..=65_535))]
+    class: Vec<u32>,
+    /// Scale of the guidance towards the class: 1 for none, more for clearer and less varied
+    /// images; the default is that of the run's grids
+    #[arg(long, value_name = "W", allow_negative_numbers = true, value_parser = scale)]
+    guidance: Option<f64>,
     /// Seed of the images
     #[arg(long, value_name = "K", default_value = "0", allow_negative_numbers = true,
           value_parser = whole::<u64>(0..=u64::MAX))]
@@ -114,7 +124,38 @@ impl SamplingArgs {
             (_, None) => {}
         }
         steps = self.sampling_steps.unwrap_or(steps);
-        Ok(SamplerConfig::new(solver, steps).clip_denoised(run.clip_denoised && !self.no_clip))
+        let guidance = match self.guidance {
+            Some(scale) => Some(Guidance { scale, ..run.guidance.unwrap_or(Guidance::new(scale)) }),
+            None => run.guidance,
+        };
+        let config = SamplerConfig::new(solver, steps).guidance(guidance);
+        Ok(config.clip_denoised(run.clip_denoised && !self.no_clip))
+    }
+
+    /// The condition of `count` images of this network: the given classes, or all classes, one after the other. A network
+    /// without classes has no condition.
+    ///
+    /// # Errors
+    /// Returns an error if the network does not have a class, or if an option needs classes and the network has none.
+    pub fn condition(&self, network: &UNetConfig, count: usize) -> Result<Condition> {
+        let Some(classes) = network.classes else {
+            let given =
+                [("--class", !self.class.is_empty()), ("--guidance", self.guidance.is_some())];
+            return match given.into_iter().find(|(_, given)| *given) {
+                Some((option, _)) => {
+                    Err(format!("{option} needs a network with classes; this one has none").into())
+                }
+                None => Ok(Condition::None),
+            };
+        };
+        if let Some(class) = self.class.iter().find(|class| **class as usize >= classes) {
+            let most = classes - 1;
+            return Err(format!("--class is {class}; the network's are 0 to {most}").into());
+        }
+        Ok(match self.class.is_empty() {
+            true => Condition::each_class(classes as u32, count)?,
+            false => Condition::classes(self.class.iter().copied().cycle().take(count).collect())?,
+        })
     }
 
     /// Prints the checkpoint, the sampler settings, compared with those of the run, and the device.
@@ -129,6 +170,9 @@ impl SamplingArgs {
         let (dir, step) = (checkpoint.dir().display(), checkpoint.step());
         out(format_args!("checkpoint  {dir}, step {step}"));
         out(format_args!("sampler     {solver}, {steps} steps, {clipped} ({whose})"));
+        if let Some(Guidance { scale, .. }) = config.guidance {
+            out(format_args!("guidance    {scale}"));
+        }
         out(format_args!("device      {}", describe(device)));
         check_speed(self.precision, device);
     }

@@ -19,6 +19,7 @@ use crate::model::UNetConfig;
 use crate::observe::{
     LossCurve, MetricsFile, Progress, SampleGrid, SaveEvery, StopOnSignal, duration, is_removed,
 };
+use crate::sample::Guidance;
 use crate::train::{Checkpoint, TrainConfig, Trainer, on_metrics};
 
 /// The files of a run's directory.
@@ -58,17 +59,19 @@ pub fn train(
 ) -> Result<ExitCode> {
     let files = Files::of(args.out.clone().unwrap_or_else(|| recipe.out.into()));
     let saved = find(&files, args.resume)?;
-    let network = saved.as_ref().map_or(Ok(recipe.network.clone()), Checkpoint::architecture)?;
+    let mut network =
+        saved.as_ref().map_or(Ok(recipe.network.clone()), Checkpoint::architecture)?;
     let config = args.apply(saved.as_ref().map_or(&recipe.train, Checkpoint::train_config));
     config.validate()?;
 
     let set = load()?;
+    let guidance = condition(&mut network, args, &set, saved.is_none())?;
     set.check_shape(network.image_shape())?;
     let identity = Identity::of(&set);
     let known = saved.is_some() && identity.check(&files.identity)?;
     let device = pick(args.cpu)?;
     let mut trainer = begin(recipe, saved.as_ref(), network, config, &device)?;
-    let mut sampling = recipe.sampling;
+    let mut sampling = recipe.sampling.guidance(guidance);
     if let Some(&run) = saved.as_ref().and_then(Checkpoint::sampling) {
         sampling = run;
     }
@@ -94,6 +97,35 @@ pub fn train(
     }
     fit(recipe, args, &mut trainer, &set, &files)
 }
+
+/// Adds the classes of the images to a new network, if the user asks for that. Returns the guidance of its grids.
+///
+/// # Errors
+/// Returns an error if the images or the network of the run have no classes.
+fn condition(
+    network: &mut UNetConfig,
+    args: &TrainArgs,
+    set: &DataSet,
+    new: bool,
+) -> Result<Option<Guidance>> {
+    let classes = set.images.classes();
+    match (args.conditional, new, network.classes) {
+        (true, _, _) if classes == 0 => {
+            Err(format!("--conditional needs images with classes; {} have none", set.about).into())
+        }
+        (true, false, None) => {
+            Err("the run in --out is not conditional; omit --conditional to continue it".into())
+        }
+        (true, true, _) => {
+            network.classes = Some(classes);
+            Ok(Some(Guidance::new(GUIDANCE)))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// The scale of the guidance of grids: enough that each digit is of the class asked for.
+const GUIDANCE: f64 = 2.0;
 
 /// Trains with all observers, and reports the result.
 fn fit(

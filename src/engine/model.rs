@@ -111,7 +111,8 @@ impl<G: Graph> Model<G> {
         let batch = t.dim(0)?;
         condition.check(batch)?;
         let Condition::Classes(classes) = condition else {
-            return Ok(Some(Tensor::full(count as u32, batch, t.device())?));
+            let none = Tensor::full(count as u32, batch, &Device::Cpu)?;
+            return Ok(Some(none.to_device(t.device())?));
         };
         if classes.device().is_cpu() {
             let outside = |class: &u32| *class as usize > count;

@@ -2,6 +2,7 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
+use crate::denoiser::{Condition, Denoiser};
 use crate::error::{Error, Result};
 use crate::eval::Generator;
 use crate::train::{Observer, Outcome, Run};
@@ -10,7 +11,7 @@ use crate::{files, pictures};
 /// Draws grids of samples at intervals, and one when the run is complete.
 ///
 /// The samples are drawn from the averaged weights, with the sampler settings that the run
-/// [records](crate::Trainer::set_sampling). The seed is always the same, so that grids show the effect of training. A
+/// [records](crate::Trainer::set_sampling). A network with classes draws one class after the other. The seed is always the same, so that grids show the effect of training. A
 /// failure to draw or write a grid is a warning during the run, and an error at the end. A run that stops draws no last
 /// grid.
 #[derive(Debug, Clone)]
@@ -47,10 +48,14 @@ impl SampleGrid {
 
     /// Draws a grid, unless the run is asked to stop in the meantime.
     fn draw(&self, run: &Run<'_>) -> Result<()> {
-        let sampler = run.sampling().sampler(run.diffusion())?;
+        let mut sampler = run.sampling().sampler(run.diffusion())?;
+        let model = run.ema()?;
+        if let Some(classes) = model.classes() {
+            sampler = sampler.condition(Condition::each_class(classes, self.count)?);
+        }
         let generator = Generator::new(&sampler, run.image_shape(), self.seed, run.device());
         let total = generator.steps(self.count);
-        let images = generator.draw(&run.ema()?, self.count, |drawn| {
+        let images = generator.draw(&model, self.count, |drawn| {
             if run.is_stopping() {
                 return Ok(ControlFlow::Break(()));
             }
