@@ -191,6 +191,56 @@ fn the_discs_are_trained_on_and_continued_without_arguments() -> Result<()> {
 }
 
 #[test]
+fn a_conditional_run_draws_the_class_that_is_asked_for() -> Result<()> {
+    let temp = TempDir::new()?;
+    let (run, plain) = (temp.path().join("run"), temp.path().join("plain"));
+    mnist(&run, &[&SMALL[..], &["--conditional", "--steps", "2"]].concat())?;
+    mnist(&run, &["--steps", "3", "--resume"])?;
+    let checkpoint = run.join("checkpoint");
+    let opened = Checkpoint::open(&checkpoint)?;
+    assert_eq!(opened.architecture::<UNetConfig>()?.classes, Some(10));
+    let guidance = opened.sampling().and_then(|sampling| sampling.guidance);
+    assert_eq!(guidance.map(|guidance| guidance.scale), Some(2.0));
+
+    let sample = |checkpoint: &Path, name: &str, args: &[&str]| {
+        let mut command = example("sample");
+        command.args(["--count", "3", "--sampling-steps", "2"]).args(args);
+        command.arg("--checkpoint").arg(checkpoint).arg("--out").arg(temp.path().join(name));
+        command
+    };
+    // Without --class, the first three images are of the classes 0, 1 and 2, as in the run's grid.
+    let cases: [(&str, &[&str]); 5] = [
+        ("all.png", &[]),
+        ("listed.png", &["--class", "0,1,2", "--guidance", "2"]),
+        ("one.png", &["--class", "2"]),
+        ("weak.png", &["--guidance", "1"]),
+        ("guided.png", &["--guidance", "5"]),
+    ];
+    let mut pictures = Vec::new();
+    for (name, args) in cases {
+        let said = succeed(&mut sample(&checkpoint, name, args))?;
+        assert_eq!(said.contains("guidance    5"), name == "guided.png", "{said}");
+        pictures.push(fs::read(temp.path().join(name))?);
+    }
+    assert!(pictures[0] == pictures[1]);
+    let differ = pictures[1..].iter().map(|picture| picture.as_slice()).collect::<BTreeSet<_>>();
+    assert_eq!(differ.len(), 4);
+
+    mnist(&plain, &[&SMALL[..], &["--steps", "1"]].concat())?;
+    let no_classes = |option| format!("{option} needs a network with classes; this one has none");
+    for (checkpoint, args, expected) in [
+        (&checkpoint, ["--class", "10"], "--class is 10; the network's are 0 to 9".to_string()),
+        (&plain.join("checkpoint"), ["--class", "1"], no_classes("--class")),
+        (&plain.join("checkpoint"), ["--guidance", "2"], no_classes("--guidance")),
+    ] {
+        assert_fails(&mut sample(checkpoint, "none.png", &args), &[&expected])?;
+    }
+    let args = ["--steps", "2", "--resume", "--conditional", "--out"];
+    let expected = "the run in --out is not conditional; omit --conditional to continue it";
+    assert_fails(example("mnist").args(args).arg(&plain), &[expected])
+}
+
+#[test]
 fn each_data_set_has_its_own_directory() -> Result<()> {
     let temp = TempDir::new()?;
     write_idx(&temp.path().join("data/mnist"), 5)?;
