@@ -12,7 +12,7 @@ use crate::kernels::cpu::conv::epilogue::Epilogue;
 use crate::kernels::cpu::conv::plan::Plan;
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::linear::{linear_forward, linear_input_gradient, linear_weight_gradient};
-use crate::kernels::cpu::maps::{add_rows, concatenate, scale_maps, split, sum_rows};
+use crate::kernels::cpu::maps::{add_class, concatenate, scale_maps, split, sums_by_class};
 use crate::kernels::cpu::norm::{Normalization, Stats};
 use crate::kernels::cpu::reduce::{sum_over_batch, sums_by_image};
 use crate::kernels::op::activation::VectorActivation;
@@ -258,7 +258,7 @@ impl Maps for Cpu<'_> {
         let (mut y, dim, classes) = (self.take(x.len())?, embedding.dim(), classes.to_vec1()?);
         y.copy_from_slice(x);
         with_values([&embedding.weight], |[table]| {
-            add_rows(table, dim, &classes, &mut y);
+            add_class(table, dim, &classes, &mut y);
         })?;
         Ok(y)
     }
@@ -270,7 +270,7 @@ impl Maps for Cpu<'_> {
         dy: &Buffer,
     ) -> Result<Tensor> {
         let classes = classes.to_vec1()?;
-        self.weight_gradient(&embedding.weight, |d| sum_rows(dy, embedding.dim(), &classes, d))
+        self.weight_gradient(&embedding.weight, |d| sums_by_class(dy, embedding.dim(), &classes, d))
     }
 
     fn mask(&self, dropout: &Dropout, layer: u16, dims: [usize; 4], p: f64) -> Result<Buffer> {

@@ -210,7 +210,7 @@ impl Maps for Cuda<'_> {
 
     fn add_class(&self, embedding: &Embedding, classes: &Tensor, x: &Memory) -> Result<Memory> {
         let (table, classes) = (&embedding.weight, classes.contiguous()?);
-        Ok(cuda::add_rows(&self.gpu, table, &classes, x, self.element())?)
+        Ok(cuda::add_class(&self.gpu, table, &classes, x, self.element())?)
     }
 
     fn add_class_backward(
@@ -220,7 +220,7 @@ impl Maps for Cuda<'_> {
         dy: &Memory,
     ) -> Result<Tensor> {
         let gradient = self.gradient(&embedding.weight)?;
-        cuda::sum_rows(&self.gpu, &classes.contiguous()?, dy, &gradient, self.element())?;
+        cuda::sums_by_class(&self.gpu, &classes.contiguous()?, dy, &gradient, self.element())?;
         Ok(gradient)
     }
 

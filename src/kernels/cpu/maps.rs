@@ -42,7 +42,7 @@ pub(crate) fn scale_maps(x: &[f32], mask: &[f32], channels: usize, y: &mut [f32]
 
 /// Adds to each vector of `y` the row of `table` with its number in `index`. The vectors and rows have length `columns`,
 /// and the table has all rows.
-pub(crate) fn add_rows(table: &[f32], columns: usize, index: &[u32], y: &mut [f32]) {
+pub(crate) fn add_class(table: &[f32], columns: usize, index: &[u32], y: &mut [f32]) {
     for (y, &row) in y.chunks_exact_mut(columns).zip(index) {
         let row = &table[row as usize * columns..][..columns];
         y.iter_mut().zip(row).for_each(|(y, row)| *y += row);
@@ -50,7 +50,7 @@ pub(crate) fn add_rows(table: &[f32], columns: usize, index: &[u32], y: &mut [f3
 }
 
 /// Writes to each row of `sums` the sum of the vectors of `x` with its number in `index`, in the order of the vectors.
-pub(crate) fn sum_rows(x: &[f32], columns: usize, index: &[u32], sums: &mut [f32]) {
+pub(crate) fn sums_by_class(x: &[f32], columns: usize, index: &[u32], sums: &mut [f32]) {
     sums.fill(0.0);
     for (x, &row) in x.chunks_exact(columns).zip(index) {
         let sums = &mut sums[row as usize * columns..][..columns];

@@ -41,7 +41,7 @@ pub(crate) use attention::Attention;
 pub(crate) use conv::Convolution;
 pub(crate) use device::{Gpu, upload};
 pub(crate) use element::Element;
-pub(crate) use linear::{LinearLayer, add_rows, sinusoids, sum_rows};
+pub(crate) use linear::{LinearLayer, add_class, sinusoids, sums_by_class};
 pub(crate) use maps::{Added, add, concatenate, images_to_map, map_to_images, scale_maps, split};
 pub(crate) use memory::Memory;
 pub(crate) use norm::{Norm, NormStatistics};

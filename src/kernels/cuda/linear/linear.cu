@@ -14,7 +14,7 @@ extern "C" __global__ void sinusoids(const u32 *t, T *y, u32 half, double decay,
     y[i] = put((float)(k < half ? sin(angle) : cos(angle)));
 }
 
-extern "C" __global__ void add_rows(
+extern "C" __global__ void add_class(
     const T *x, const float *table, const u32 *index, T *y, u32 rows, u32 columns, u32 count
 ) {
     u32 i = global_index();
@@ -25,7 +25,7 @@ extern "C" __global__ void add_rows(
 }
 
 // One thread per value of the sums, which adds the vectors of its row in the order of the batch.
-extern "C" __global__ void sum_rows(
+extern "C" __global__ void sums_by_class(
     const T *x, const u32 *index, float *sums, u32 batch, u32 columns, u32 count
 ) {
     u32 i = global_index();

@@ -24,10 +24,10 @@ kernel! { MODULE, "cast", Cast { x: Pointer, y: Pointer, count: u32 } }
 kernel! { MODULE, "sinusoids", Sinusoids {
     t: Pointer, y: Pointer, half: u32, decay: f64, count: u32,
 } }
-kernel! { MODULE, "add_rows", AddRows {
+kernel! { MODULE, "add_class", AddClass {
     x: Pointer, table: Pointer, index: Pointer, y: Pointer, rows: u32, columns: u32, count: u32,
 } }
-kernel! { MODULE, "sum_rows", SumRows {
+kernel! { MODULE, "sums_by_class", SumsByClass {
     x: Pointer, index: Pointer, sums: Pointer, batch: u32, columns: u32, count: u32,
 } }
 kernel! { MODULE, "activate", Activate { x: Pointer, y: Pointer, f: i32, count: u32 } }
@@ -52,7 +52,7 @@ pub(crate) fn sinusoids(
 
 /// Adds to each vector of `x` (batch, columns) the row of `table` (rows, columns) with its number in `index` (batch), in
 /// u32. A row that the table does not have gives NaN.
-pub(crate) fn add_rows(
+pub(crate) fn add_class(
     gpu: &Gpu,
     table: &Tensor,
     index: &Tensor,
@@ -62,7 +62,7 @@ pub(crate) fn add_rows(
     let (rows, columns) = table.dims2()?;
     let count = index.elem_count() * columns;
     let y = gpu.take_for(count, element)?;
-    let own = AddRows {
+    let own = AddClass {
         x: x.pointer,
         table: gpu.pointer(table)?,
         index: gpu.pointer(index)?,
@@ -76,7 +76,7 @@ pub(crate) fn add_rows(
 }
 
 /// Writes to each row of `sums` (rows, columns), in f32, the sum of the vectors of `x` with its number in `index`.
-pub(crate) fn sum_rows(
+pub(crate) fn sums_by_class(
     gpu: &Gpu,
     index: &Tensor,
     x: &Memory,
@@ -84,7 +84,7 @@ pub(crate) fn sum_rows(
     element: Element,
 ) -> Result<()> {
     let (count, columns) = (sums.elem_count(), sums.dim(1)?);
-    let own = SumRows {
+    let own = SumsByClass {
         x: x.pointer,
         index: gpu.pointer(index)?,
         sums: gpu.pointer(sums)?,
