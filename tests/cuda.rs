@@ -377,7 +377,8 @@ fn overflows_are_skipped_on_the_device() -> Result<()> {
 #[test]
 fn batches_are_the_cpus() -> Result<()> {
     let images =
-        ddpm::data::Images::new((0..64 * 20).map(|i| (i * 7 % 251) as u8).collect(), (1, 8, 8))?;
+        ddpm::data::Images::new((0..64 * 20).map(|i| (i * 7 % 251) as u8).collect(), (1, 8, 8))?
+            .with_labels((0..20).map(|i| i % 2).collect())?;
     let config = TrainConfig { horizontal_flip: true, ..training(Precision::Highest) };
     let mut batches = [Vec::new(), Vec::new()];
     for (device, batches) in [Device::Cpu, gpu()].iter().zip(&mut batches) {
