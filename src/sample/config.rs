@@ -2,6 +2,8 @@ use serde::{Deserialize, Serialize};
 
 use super::sampler::Sampler;
 use super::solver::Solver;
+use super::spacing::Spacing;
+use super::threshold::DynamicThreshold;
 use crate::error::Result;
 use crate::process::Diffusion;
 
@@ -26,12 +28,24 @@ pub struct SamplerConfig {
     pub steps: usize,
     /// Whether each predicted `x_0` is clipped; see [`Sampler::clip_denoised`].
     pub clip_denoised: bool,
+    /// The choice of the timesteps.
+    #[serde(default, skip_serializing_if = "is_even")]
+    pub spacing: Spacing,
+    /// The dynamic thresholding of each predicted `x_0`; see [`Sampler::dynamic_threshold`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dynamic_threshold: Option<DynamicThreshold>,
+}
+
+/// Files without the field have the default, and settings with the default have the file of earlier versions.
+fn is_even(spacing: &Spacing) -> bool {
+    *spacing == Spacing::Even
 }
 
 impl SamplerConfig {
     /// The settings of [`Sampler::new`] with this solver and number of sampling steps: without clipping.
     pub const fn new(solver: Solver, steps: usize) -> Self {
-        Self { solver, steps, clip_denoised: false }
+        let (spacing, dynamic_threshold) = (Spacing::Even, None);
+        Self { solver, steps, clip_denoised: false, spacing, dynamic_threshold }
     }
 
     /// Sets whether each predicted `x_0` is clipped; see [`Sampler::clip_denoised`].
@@ -40,18 +54,35 @@ impl SamplerConfig {
         Self { clip_denoised: clip, ..self }
     }
 
+    /// Sets the choice of the timesteps.
+    #[must_use]
+    pub const fn spacing(self, spacing: Spacing) -> Self {
+        Self { spacing, ..self }
+    }
+
+    /// Sets the dynamic thresholding of each predicted `x_0`; see [`Sampler::dynamic_threshold`].
+    #[must_use]
+    pub const fn dynamic_threshold(self, threshold: DynamicThreshold) -> Self {
+        Self { dynamic_threshold: Some(threshold), ..self }
+    }
+
     /// The usual settings for quick samples: deterministic DDIM with 50 timesteps (all of a shorter schedule),
     /// with clipping.
     pub fn usual(diffusion: &Diffusion) -> Self {
         let steps = diffusion.schedule().steps().min(50);
-        Self { solver: Solver::ddim(), steps, clip_denoised: true }
+        Self::new(Solver::ddim(), steps).clip_denoised(true)
     }
 
     /// Creates the sampler with these settings.
     ///
     /// # Errors
-    /// Returns the errors of [`Sampler::new`].
+    /// Returns the errors of [`Sampler::with_spacing`] and [`Sampler::dynamic_threshold`].
     pub fn sampler(&self, diffusion: &Diffusion) -> Result<Sampler> {
-        Ok(Sampler::new(diffusion, self.solver, self.steps)?.clip_denoised(self.clip_denoised))
+        let sampler = Sampler::with_spacing(diffusion, self.solver, self.spacing, self.steps)?;
+        let sampler = sampler.clip_denoised(self.clip_denoised);
+        match self.dynamic_threshold {
+            Some(threshold) => sampler.dynamic_threshold(threshold),
+            None => Ok(sampler),
+        }
     }
 }

@@ -1,21 +1,33 @@
 //! Sampling: a solver is a plan of stages, and one loop runs every plan.
 //!
-//! A new solver is one file with its stages, and its variant of `Solver` with a line in `stages` and in `Display`.
+//! A new solver is one file with its stages, and its variant of `Solver` with a line in `stages`, `NAMES` and `Display`.
 
 mod ancestral;
 mod config;
 mod ddim;
+mod dpm_solver;
+mod edm;
+mod exponential;
 mod finite;
 mod heun;
+mod inversion;
 mod noise;
 mod plan;
 mod sampler;
 mod solver;
 mod spacing;
+mod steps;
 #[cfg(test)]
 mod tests;
+mod threshold;
+mod unipc;
 
 pub use ancestral::Variance;
 pub use config::SamplerConfig;
-pub use sampler::{Sampler, Step, Steps};
+pub use edm::Churn;
+pub use sampler::Sampler;
 pub use solver::Solver;
+pub use spacing::Spacing;
+pub use steps::{Step, Steps};
+pub use threshold::DynamicThreshold;
+pub use unipc::BFunction;
