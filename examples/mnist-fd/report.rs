@@ -136,7 +136,9 @@ impl Report {
             "weights": sampling.weights,
             "solver": config.solver,
             "sampling_steps": config.steps,
+            "spacing": config.spacing,
             "clip_denoised": config.clip_denoised,
+            "dynamic_threshold": config.dynamic_threshold,
             "seed": sampling.seed,
             "precision": sampling.precision,
         });
