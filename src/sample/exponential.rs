@@ -40,9 +40,11 @@ impl Step {
         -self.scale * libm::expm1(self.z)
     }
 
-    /// The factors of predictions at the beginning of the step and at other positions, from those of the divided
-    /// differences `(x_0(position) - x_0(0)) / position`.
-    pub fn factors(&self, positions: &[f64], differences: &[f64]) -> Vec<f64> {
+    /// The factors of predictions at the beginning of the step and at other positions. Those of a single other position
+    /// follow from `single`, the factor of the divided difference `(x_0(position) - x_0(0)) / position`. Those of more
+    /// positions are exact for polynomials.
+    pub fn factors(&self, positions: &[f64], single: f64) -> Vec<f64> {
+        let differences = if positions.len() == 1 { vec![single] } else { self.exact(positions) };
         let others: Vec<f64> = positions.iter().zip(differences).map(|(r, c)| c / r).collect();
         let first = self.constant() - others.iter().sum::<f64>();
         [first].into_iter().chain(others).collect()
@@ -50,18 +52,20 @@ impl Step {
 
     /// The factors of the divided differences that integrate every polynomial through `positions` and 0 exactly: they
     /// solve `sum over j of c_j r_j^(i - 1) = -scale i! psi_i(z)` for `i` from 1 to the number of positions.
-    pub fn exact(&self, positions: &[f64]) -> Vec<f64> {
+    fn exact(&self, positions: &[f64]) -> Vec<f64> {
         let n = positions.len();
-        let mut factorial = 1.0;
+        let (mut powers, mut factorial) = (vec![1.0; n], 1.0);
         // Rows of the equations, with the right-hand side last.
-        let mut rows: Vec<Vec<f64>> = (1..=n)
-            .map(|i| {
-                factorial *= i as f64;
-                let powers = positions.iter().map(|r| r.powi(i as i32 - 1));
-                powers.chain([-self.scale * factorial * psi(i as u32, self.z)]).collect()
-            })
-            .collect();
-        // Elimination. The positions differ, so no pivot is 0: the leading minors are those of Vandermonde.
+        let mut rows = Vec::new();
+        for i in 1..=n {
+            factorial *= i as f64;
+            let mut row = powers.clone();
+            row.push(-self.scale * factorial * psi(i as u32, self.z));
+            rows.push(row);
+            powers.iter_mut().zip(positions).for_each(|(power, r)| *power *= r);
+        }
+        // Elimination. Different positions leave no pivot at 0, because they make every leading minor a Vandermonde
+        // determinant.
         for k in 0..n {
             let pivot = rows[k].clone();
             for (_, row) in rows.iter_mut().enumerate().filter(|(i, _)| *i != k) {

@@ -48,7 +48,7 @@ pub enum Solver {
         order: usize,
     },
     /// DPM-Solver++ of order 2 for the reverse SDE ("SDE 2M"), with noise in each step but the last one. Lu et al.
-    /// 2022 (DPM-Solver++), section 5. One evaluation per step.
+    /// 2022 (DPM-Solver++), the section on diffusion SDEs. One evaluation per step.
     DpmSolverSde,
     /// UniPC: a predictor, and a corrector that uses the evaluation of the next step. Zhao et al. 2023,
     /// [UniPC](https://arxiv.org/abs/2302.04867). One evaluation per step.

@@ -21,12 +21,12 @@ pub enum Spacing {
     /// 1`. Nichol and Dhariwal 2021, section 4, with their code's rounding of halves to even.
     #[default]
     Even,
-    /// The timesteps `i floor(T / S)`, from 0. They do not include the last timestep, so that sampling begins at less
-    /// noise than the process ends with. Song et al. 2021, appendix D.2, "linear"; [Lin et al.
+    /// The timesteps `i floor(T / S)`, from 0. With `S` less than `T` they do not include the last timestep, so that
+    /// sampling begins at less noise than the process ends with. Song et al. 2021, appendix D.2, "linear"; [Lin et al.
     /// 2024](https://arxiv.org/abs/2305.08891), table 2, "leading".
     Leading,
-    /// The timesteps `T - i T / S - 1`, rounded with halves to even, which end at `T - 1` and do not include 0. Lin et
-    /// al. 2024, table 2, "trailing".
+    /// The timesteps `T - i T / S - 1`, rounded with halves to even, which end at `T - 1`. With `S` less than `T` they do
+    /// not include 0. Lin et al. 2024, table 2, "trailing".
     Trailing,
     /// The timesteps `floor(c i^2)` from 0 to `T - 1`, which are close to each other near the image. Song et al. 2021,
     /// appendix D.2, "quadratic", where the last timestep is not specified. With many steps the first of them would be
@@ -39,7 +39,8 @@ pub enum Spacing {
         rho: f64,
     },
     /// Equal distances of the log-SNR, from timestep 0 to `T - 1`, both included. The values of `sigma` are then a
-    /// geometric ("exponential") series. Lu et al. 2022 (DPM-Solver), section 3.4.
+    /// geometric ("exponential") series. Lu et al. 2022,
+    /// [DPM-Solver](https://arxiv.org/abs/2206.00927), the uniform steps of lambda.
     LogSnr,
 }
 

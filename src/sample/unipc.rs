@@ -1,5 +1,5 @@
 //! UniPC, a predictor and a corrector of exponential integrators. Zhao et al. 2023,
-//! [UniPC](https://arxiv.org/abs/2302.04867), algorithms 1 and 2 for the prediction of data.
+//! [UniPC](https://arxiv.org/abs/2302.04867), section 3, for the prediction of data.
 
 use serde::{Deserialize, Serialize};
 
@@ -21,7 +21,8 @@ pub enum BFunction {
 }
 
 impl BFunction {
-    fn scaled(self, step: &Step) -> f64 {
+    /// `sqrt(abar') B(h)`.
+    fn of(self, step: &Step) -> f64 {
         match self {
             Self::Bh1 => -step.scale * step.z,
             Self::Bh2 => step.constant(),
@@ -44,13 +45,10 @@ pub(super) fn stages(order: usize, b: BFunction, levels: &[Level], i: usize) -> 
     let order = order.min(i + 1).min(levels.len() - 1 - i);
     let step = Step::new(levels[i], levels[i + 1]);
     let positions: Vec<f64> = (1..order).map(|back| step.position(levels[i - back])).collect();
-    let half = |count| if count == 1 { Some(vec![0.5 * b.scaled(&step)]) } else { None };
-
-    let differences = half(positions.len()).unwrap_or_else(|| step.exact(&positions));
     let predictor = Stage {
         // Later steps have the prediction of the corrector before them.
         evaluate: (i == 0).then_some(levels[0]),
-        x_0: step.factors(&positions, &differences),
+        x_0: step.factors(&positions, 0.5 * b.of(&step)),
         x: step.x,
         z: 0.0,
     };
@@ -58,8 +56,7 @@ pub(super) fn stages(order: usize, b: BFunction, levels: &[Level], i: usize) -> 
         return Ok(vec![predictor]);
     }
     let positions: Vec<f64> = positions.into_iter().chain([1.0]).collect();
-    let differences = half(positions.len()).unwrap_or_else(|| step.exact(&positions));
-    let mut x_0 = step.factors(&positions, &differences);
+    let mut x_0 = step.factors(&positions, 0.5 * b.of(&step));
     // The newest prediction is that at the end of the step.
     x_0.rotate_right(1);
     let corrector = Stage { evaluate: Some(levels[i + 1]), x_0, ..predictor.clone() };
