@@ -102,7 +102,7 @@ impl SamplingArgs {
         let run = checkpoint.sampling().copied().unwrap_or(usual);
         // The run's solver may have settings that its name does not have.
         let (mut solver, mut steps) = match self.solver.as_deref() {
-            Some(name) if name != run.solver.name() => {
+            Some(name) if run.solver.name() != Some(name) => {
                 let solver: Solver = name.parse()?;
                 let ancestral = matches!(solver, Solver::Ddpm { .. });
                 (solver, if ancestral { all } else { usual.steps })

@@ -14,10 +14,10 @@ const FEW_STEPS: usize = 15;
 /// predictions exactly.
 ///
 /// # Errors
-/// Returns an error if `order` is not from 1 to 3.
+/// Returns an error if `order` is not 2 or 3. Order 1 would be deterministic DDIM.
 pub(super) fn stages(order: usize, levels: &[Level], i: usize) -> Result<Vec<Stage>> {
-    if !(1..=3).contains(&order) {
-        return Err(Error::config("order of DPM-Solver++", order, "from 1 to 3"));
+    if !(2..=3).contains(&order) {
+        return Err(Error::config("order of DPM-Solver++", order, "2 or 3"));
     }
     let steps = levels.len() - 1;
     let limit = match steps - i {

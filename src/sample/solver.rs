@@ -44,7 +44,7 @@ pub enum Solver {
     /// DPM-Solver++, multistep, without noise. Lu et al. 2022, [DPM-Solver++](https://arxiv.org/abs/2211.01095),
     /// algorithm 2. One evaluation per step.
     DpmSolver {
-        /// The order of accuracy: 1 (deterministic DDIM), 2 ("2M") or 3 ("3M").
+        /// The order of accuracy: 2 ("2M") or 3 ("3M"). Order 1 would be deterministic DDIM.
         order: usize,
     },
     /// DPM-Solver++ of order 2 for the reverse SDE ("SDE 2M"), with noise in each step but the last one. Lu et al.
@@ -54,8 +54,7 @@ pub enum Solver {
     /// [UniPC](https://arxiv.org/abs/2302.04867). One evaluation per step.
     #[serde(rename = "unipc")]
     UniPc {
-        /// The order of the predictor, from 1 to 3. The corrector raises the order of accuracy by one; with 3, the
-        /// first step limits it to 3.
+        /// The order of the predictor, from 1 to 3. The corrector raises the order of accuracy by one.
         order: usize,
         /// The function `B(h)`.
         b: BFunction,
@@ -107,19 +106,17 @@ impl Solver {
         Self::Ddim { eta }
     }
 
-    /// The name of the solver with its usual settings, one of [`NAMES`](Self::NAMES). The order of a solver is a part of
-    /// its name; `eta`, the variance, the churn and `B(h)` are not.
-    pub fn name(self) -> &'static str {
+    /// The name of the solver, one of [`NAMES`](Self::NAMES), or `None` if its order is not in its range. The order of a
+    /// solver is a part of its name. `eta`, the variance, the churn and `B(h)` are not.
+    pub fn name(self) -> Option<&'static str> {
         let usual = match self {
             Self::Ddpm { .. } => Self::ddpm(),
             Self::Ddim { .. } => Self::ddim(),
             Self::Edm(_) => Self::Edm(Churn::IMAGE_NET_64),
             Self::UniPc { order, .. } => Self::UniPc { order, b: BFunction::Bh2 },
-            // Deterministic DDIM.
-            Self::DpmSolver { order: 1 } => Self::ddim(),
             other => other,
         };
-        Self::NAMES.iter().find(|(_, solver)| *solver == usual).map_or("", |(name, _)| name)
+        Self::NAMES.iter().find(|(_, solver)| *solver == usual).map(|(name, _)| *name)
     }
 
     /// Returns the stages of the step from `levels[i]` to `levels[i + 1]`; see [`Plan::new`](super::plan::Plan::new).

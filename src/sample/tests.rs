@@ -248,7 +248,6 @@ fn every_stage_of_every_solver_can_be_computed() {
     solvers.extend([
         Solver::Ddpm { variance: Variance::Posterior },
         Solver::Ddim { eta: 0.5 },
-        Solver::DpmSolver { order: 1 },
         Solver::UniPc { order: 3, b: BFunction::Bh1 },
     ]);
     let diffusion = Diffusion::ddpm();

@@ -20,7 +20,6 @@ from diffusers.schedulers import scheduling_euler_discrete
 from diffusers_fixtures import schedules
 from safetensors.torch import save_file
 
-DPM = {"dpm_solver": {"order": 2}}
 CHURN = {"amount": 8.0, "min": 0.1, "max": 40.0, "noise": 1.003}
 THRESHOLD = {"ratio": 0.8, "max": 1.3}
 SOLVERS = {
@@ -28,8 +27,7 @@ SOLVERS = {
     "euler_ancestral": {"ddim": {"eta": 1.0}},
     "heun": "heun",
     "edm": {"edm": CHURN},
-    "dpm_1": {"dpm_solver": {"order": 1}},
-    "dpm_2m": DPM,
+    "dpm_2m": {"dpm_solver": {"order": 2}},
     "dpm_3m": {"dpm_solver": {"order": 3}},
     "dpm_sde": "dpm_solver_sde",
 } | {f"unipc_{order}_{b}": {"unipc": {"order": order, "b": b}} for order in (1, 2, 3) for b in ("bh1", "bh2")}
@@ -156,7 +154,7 @@ def of_diffusers(name, process, times, x, z, threshold):
         _, order, b = name.split("_")
         scheduler = UniPCMultistepScheduler(solver_order=int(order), solver_type=b, **options)
         return drive_unipc(scheduler, process, times, x)
-    kind = {"dpm_1": ("dpmsolver++", 1), "dpm_2m": ("dpmsolver++", 2), "dpm_3m": ("dpmsolver++", 3)}
+    kind = {"dpm_2m": ("dpmsolver++", 2), "dpm_3m": ("dpmsolver++", 3)}
     algorithm, order = kind.get(name, ("sde-dpmsolver++", 2))
     scheduler = DPMSolverMultistepScheduler(
         algorithm_type=algorithm, solver_order=order, final_sigmas_type="zero", **options
