@@ -38,8 +38,12 @@ use crate::random::Dropout;
 /// [`from_fn`] makes a `Denoiser` of a closure `|x_t: &Tensor, t: &Tensor| ...`. References, `Box`es and `Arc`s of a
 /// `Denoiser` also implement the trait, for example `Box<dyn Denoiser>`.
 pub trait Denoiser {
-    /// Computes the output for a batch `x_t` (batch, channels, height, width). `t` (batch) has an integer dtype and
-    /// holds timesteps of the full schedule. A network without conditions ignores `condition`.
+    /// Computes the output for a batch `x_t` (batch, channels, height, width). `t` (batch) holds times of the full
+    /// schedule: timesteps in an integer dtype, or times that may lie between two timesteps in f32. A network without
+    /// conditions ignores `condition`.
+    ///
+    /// Training asks for timesteps only. A [`Sampler`](crate::Sampler) asks for a time between two timesteps if its
+    /// spacing or its solver has such times; see [`Spacing`](crate::sample::Spacing). All other requests are u32.
     ///
     /// Networks such as [`UNet`](crate::UNet) use rayon. If you call this from a rayon thread, that thread may run
     /// unrelated jobs while it waits. Do not hold a lock across the call that such a job might take.

@@ -34,12 +34,14 @@ pub mod network {}
 /// [`clip_grad_norm`](crate::train::clip_grad_norm), [`data`](crate::data). Next: [sampling].
 pub mod training {}
 
-/// Solvers, variances, respacing, guidance, interpolation, quality.
+/// Solvers, variances, spacings, inversion, guidance, interpolation, quality.
 ///
 #[doc = include_str!("../docs/sampling.md")]
 ///
 /// ---
-/// Items: [`Sampler`](crate::Sampler), [`Solver`](crate::Solver), [`Variance`](crate::sample::Variance),
+/// Items: [`Sampler`](crate::Sampler), [`Solver`](crate::Solver), [`Spacing`](crate::sample::Spacing),
+/// [`Variance`](crate::sample::Variance), [`Churn`](crate::sample::Churn), [`BFunction`](crate::sample::BFunction),
+/// [`DynamicThreshold`](crate::sample::DynamicThreshold), [`SamplerConfig`](crate::sample::SamplerConfig),
 /// [`Steps`](crate::sample::Steps), [`Step`](crate::sample::Step), [`from_fn`](crate::nn::from_fn). Next:
 /// [reproducibility].
 pub mod sampling {}

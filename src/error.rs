@@ -67,8 +67,8 @@ pub enum Error {
     NonFiniteSample {
         /// `the denoiser's output`, `the sample` computed from it, or `the start`.
         what: &'static str,
-        /// The first timestep where it is not finite.
-        t: usize,
+        /// The first timestep where it is not finite, or a time between two.
+        t: f64,
     },
 
     /// The content of a data file does not follow its format.

@@ -10,6 +10,7 @@ use ddpm::data::Batch;
 use ddpm::nn::{Architecture, Condition, Model, Output, Trainable};
 use ddpm::nn::{Dropout, Parameters, from_fn};
 use ddpm::process::Prediction;
+use ddpm::sample::{DynamicThreshold, Spacing};
 use ddpm::train::{AdamConfig, GradScalerConfig};
 use ddpm::{
     Checkpoint, Diffusion, NoiseSchedule, Precision, Result, Sampler, Solver, TrainConfig, Trainer,
@@ -183,21 +184,27 @@ fn the_process_is_the_cpus() -> Result<()> {
 fn samples_are_the_cpus() -> Result<()> {
     let config = &networks()[0];
     let weights = build(config, &Device::Cpu)?.0;
-    let sample = |device: &Device, solver| -> Result<Tensor> {
+    let sample = |device: &Device, solver, spacing| -> Result<Tensor> {
         let weights: BTreeMap<_, _> =
             weights.vars().into_iter().map(|(k, v)| (k, v.as_detached_tensor())).collect();
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("weights.safetensors");
         candle_core::safetensors::save(&weights.into_iter().collect(), &path)?;
         let unet = Parameters::load(&path, DType::F32, device)?.build(config)?;
-        let sampler =
-            Sampler::new(&Diffusion::ddpm(), solver, 5)?.clip_denoised(true).first_image(7);
+        let sampler = Sampler::with_spacing(&Diffusion::ddpm(), solver, spacing, 5)?
+            .dynamic_threshold(DynamicThreshold { ratio: 0.9, max: 2.0 })?
+            .first_image(7);
         sampler.sample(&unet, (2, 1, 8, 8), 3, device)
     };
-    for solver in [Solver::ddim(), Solver::ddpm()] {
-        let (found, expected) = (sample(&gpu(), solver)?, sample(&Device::Cpu, solver)?);
-        let error = off(&found, &expected);
-        assert!(error < 1e-5, "{solver:?}: off by {error}");
+    // The last one evaluates the network between two timesteps, and adds noise there.
+    for (solver, spacing) in [
+        (Solver::ddim(), Spacing::Even),
+        (Solver::ddpm(), Spacing::Even),
+        (Solver::DpmSolverSde, Spacing::Karras { rho: 7.0 }),
+    ] {
+        let [found, expected] = [gpu(), Device::Cpu].map(|device| sample(&device, solver, spacing));
+        let error = off(&found?, &expected?);
+        assert!(error < 1e-5, "{solver}, {spacing}: off by {error}");
     }
     Ok(())
 }

@@ -395,6 +395,18 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
             &["--solver", "heun", "--sampling-steps", "2"],
             "Heun, 2 steps, clipped (different from the run's grids)",
         ),
+        (
+            &["--solver", "euler-ancestral", "--eta", "0.5", "--sampling-steps", "2"],
+            "DDIM with eta 0.5, 2 steps, clipped (different from the run's grids)",
+        ),
+        (
+            &["--solver", "unipc-3", "--spacing", "karras", "--sampling-steps", "4"],
+            "UniPC-3, 4 steps (Karras with rho 7), clipped (different from the run's grids)",
+        ),
+        (
+            &["--spacing", "trailing"],
+            "DDIM with eta 1, 2 steps (trailing), clipped (different from the run's grids)",
+        ),
     ] {
         let said = succeed(sample(args, "a.png").args(["--count", "1"]))?;
         assert!(said.contains(sampler), "{args:?}: {said}");
@@ -751,7 +763,8 @@ fn wrong_arguments_are_reported_in_one_line() -> Result<()> {
         ("sample", &["--checkpoint", &nothing], &["nothing", "no checkpoint here"]),
         ("sample", &["--checkpoint", &file], &["file", "no checkpoint here"]),
         ("sample", &["--checkpoint", &spaced], &["--checkpoint '", "my run/checkpoint' is one"]),
-        ("sample", &["--solver", "euler"], &["'euler'", "[possible values: ddpm, ddim, heun]"]),
+        ("sample", &["--solver", "dpm"], &["'dpm'", "[possible values: ddpm, ddim, euler, "]),
+        ("sample", &["--spacing", "odd"], &["'odd'", "[possible values: even, leading, "]),
         ("sample", &["--eta", "2"], &["'2'", "a number from 0 to 1"]),
         ("sample", &["--eta", "nan"], &["'nan'", "a number from 0 to 1"]),
         ("sample", &["--count", "0"], &["'0'", "whole number from 1 to 1024"]),

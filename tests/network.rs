@@ -185,6 +185,43 @@ fn wrong_dtypes_are_refused() {
     assert_eq!(y.dtype(), DType::F64);
 }
 
+/// A sampler asks for times between two timesteps, in f32. At a timestep, every dtype gives the same bits.
+#[test]
+fn a_time_between_two_timesteps_has_an_embedding_between_theirs() {
+    let vb = parameters().builder();
+    let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
+    let unet = config.build(vb.pp("unet")).unwrap();
+    let embedding = TimeEmbedding::new(8, vb.pp("time")).unwrap();
+    let x = ones(&[2, 1, 28, 28]);
+    let at = |times: [f64; 2], dtype| {
+        let t = Tensor::new(&times, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        let dropout = Dropout::new(0, 0);
+        let mut taped = None;
+        by_tape(&unet, &x, &t, &dropout, &mut |y| {
+            taped = Some(y.clone());
+            Ok(y.clone())
+        })
+        .unwrap();
+        let taped = taped.unwrap();
+        let results = [embedding.forward(&t).unwrap(), unet.forward(&x, &t).unwrap(), taped];
+        results.map(|y| y.flatten_all().unwrap().to_vec1::<f32>().unwrap())
+    };
+    for dtype in [DType::F32, DType::F64, DType::I64] {
+        assert_eq!(at([3.0, 999.0], dtype), at([3.0, 999.0], DType::U32), "{dtype:?}");
+    }
+    let ends = at([3.0, 4.0], DType::U32);
+    let between = at([3.25, 3.75], DType::F32);
+    for ([ends, between], size) in
+        ends.into_iter().zip(between).map(|(e, b)| [e, b]).zip([8, 784, 784])
+    {
+        let distance = |a: &[f32], b: &[f32]| {
+            a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt()
+        };
+        let [near, far] = [&ends[..size], &ends[size..]].map(|end| distance(end, &between[..size]));
+        assert!(0.0 < near && near < 0.5 * far, "{near} {far}");
+    }
+}
+
 #[test]
 fn what_is_no_timestep_is_refused() {
     let vb = parameters().builder();
@@ -194,8 +231,9 @@ fn what_is_no_timestep_is_refused() {
     let x = ones(&[2, 1, 28, 28]);
     let t = |t: &[f64], dtype| Tensor::new(t, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
     for (t, expected) in [
-        (t(&[0.0, 5.0], DType::F32), "dtype of t is f32; it must be an integer dtype"),
-        (t(&[0.0, f64::NAN], DType::F64), "dtype of t is f64; it must be an integer dtype"),
+        (t(&[0.0, 5.0], DType::F16), "dtype of t is f16; it must be an integer dtype, f32 or f64"),
+        (t(&[0.0, f64::NAN], DType::F64), "t is NaN; it must be finite and at least 0"),
+        (t(&[-0.5, 0.0], DType::F32), "t is -0.5; it must be finite and at least 0"),
         (t(&[0.0, -1.0], DType::I64), "t is -1; it must be at least 0, a timestep"),
         (t(&[-7.0, 3.0], DType::I32), "t is -7; it must be at least 0, a timestep"),
     ] {

@@ -137,7 +137,7 @@ fn sampling(fixture: &Fixture) {
     let model = trainer.ema_model().unwrap();
     let z = fixture.get("sample.z");
     let x_0 = sampler
-        .steps_from(&model, there(fixture.get("sample.x_T")), |t| Ok(there(&z.get(t)?)))
+        .steps_from(&model, there(fixture.get("sample.x_T")), |t| Ok(there(&z.get(t as usize)?)))
         .unwrap()
         .map(|step| step.unwrap().x)
         .last()

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Tensor};
 use ddpm::nn::from_fn;
 use ddpm::process::Prediction;
-use ddpm::sample::Variance;
+use ddpm::sample::{DynamicThreshold, Variance};
 use ddpm::{Denoiser, Diffusion, Error, NoiseSchedule, Sampler, Solver};
 
 /// Data that is normal in every pixel.
@@ -133,7 +133,7 @@ fn gaussian_data_is_reproduced() {
 /// Asserts that samples of the best denoiser have the mean and variance of the closed form. Returns them.
 fn agrees(data: Normal, diffusion: &Diffusion, solver: Solver, steps: usize) -> (f64, f64) {
     let sampler = Sampler::new(diffusion, solver, steps).unwrap();
-    let timesteps: Vec<usize> = sampler.timesteps().collect();
+    let timesteps: Vec<usize> = sampler.timesteps().map(|t| t as usize).collect();
     let (mean, variance) = expected(data, diffusion.schedule(), &timesteps, solver);
 
     let denoiser = gaussian(diffusion, data);
@@ -261,7 +261,7 @@ fn a_step_of_heun_is_one_step_with_two_evaluations() {
     let mut before = Sampler::prior((1, 1, 2, 2), 0, &Device::Cpu).unwrap();
     for (index, t) in [999, 666, 333, 0].into_iter().enumerate() {
         let step = steps.next().unwrap().unwrap();
-        assert_eq!((step.index, step.t), (index, t));
+        assert_eq!((step.index, step.t), (index, t as f64));
         // `x_0` is the prediction from the sample before the step.
         let ddim = Sampler::with_timesteps(&diffusion, Solver::ddim(), &[t]).unwrap();
         let half = from_fn(|x: &Tensor, _: &Tensor| Ok((x * 0.5)?));
@@ -305,7 +305,7 @@ fn samples_are_clamped_and_steps_are_counted() {
     let steps = sampler.steps(&denoiser, (1, 1, 2, 2), 0, &Device::Cpu).unwrap();
     assert_eq!(steps.len(), 5);
     let steps: Vec<_> = steps.map(|step| step.unwrap()).collect();
-    assert_eq!(steps.iter().map(|s| s.t).collect::<Vec<_>>(), [999, 749, 500, 250, 0]);
+    assert_eq!(steps.iter().map(|s| s.t).collect::<Vec<_>>(), [999.0, 749.0, 500.0, 250.0, 0.0]);
     assert_eq!(steps.iter().map(|s| s.index).collect::<Vec<_>>(), [0, 1, 2, 3, 4]);
     let first = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap()[0];
     assert_eq!(first(&steps[4].x), 3.0);
@@ -398,7 +398,7 @@ fn a_sample_that_is_not_finite_is_an_error() {
     let zero = from_fn(|x_t: &Tensor, _: &Tensor| Ok(x_t.zeros_like()?));
     let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddpm(), 4).unwrap();
     let start = Tensor::zeros((1, 1, 2, 2), DType::F32, &Device::Cpu).unwrap();
-    let z = |t| Ok((start.ones_like()? * if t == 666 { f64::NAN } else { 1.0 })?);
+    let z = |t| Ok((start.ones_like()? * if t == 666.0 { f64::NAN } else { 1.0 })?);
     let mut steps = sampler.steps_from(&zero, start.clone(), z).unwrap();
     assert!(steps.next().unwrap().is_ok());
     let error = steps.next().unwrap().unwrap_err().to_string();
@@ -466,7 +466,7 @@ fn wrong_settings_are_refused() {
         (with(&[3, 3]), "timesteps is 3 at index 1; it must be strictly increasing"),
         (with(&[5, 1, 1000]), "timesteps is 1 at index 1; it must be strictly increasing"),
         (with(&[0, 7, 1000, 1001]), "timesteps is 1000 at index 2; it must be strictly increasing"),
-        (with(&[usize::MAX, 0]), "and less than 1000"),
+        (with(&[usize::MAX, 0]), "at index 0; it must be strictly increasing, from 0 to 999"),
     ] {
         assert!(message.contains(expected), "{message}");
     }
@@ -510,7 +510,7 @@ fn schedules_agree_with_diffusers() {
 #[test]
 fn trajectories_agree_with_diffusers() {
     let schedules = Diffusers::read("diffusers");
-    assert_eq!(compare_trajectories(&schedules, &schedules), 20);
+    assert_eq!(compare_trajectories(&schedules, &schedules), 21);
     assert_eq!(compare_trajectories(&Diffusers::read("heun"), &schedules), 5);
 }
 
@@ -520,9 +520,6 @@ fn compare_trajectories(oracle: &Diffusers, schedules: &Diffusers) -> usize {
     let mut compared = 0;
     for name in cases {
         let case: serde_json::Value = serde_json::from_str(&oracle.metadata[&name]).unwrap();
-        if case["thresholding"] == true {
-            continue; // Dynamic thresholding is not offered.
-        }
         let schedule = format!("schedule.{}.betas", case["schedule"].as_str().unwrap());
         let betas = schedules.get(&schedule).to_vec1().unwrap();
         let prediction = match case["prediction_type"].as_str().unwrap() {
@@ -544,9 +541,14 @@ fn compare_trajectories(oracle: &Diffusers, schedules: &Diffusers) -> usize {
         let timesteps: Vec<usize> = timesteps.into_iter().map(|t| t as usize).collect();
 
         let diffusion = Diffusion::new(NoiseSchedule::from_betas(betas).unwrap(), prediction);
-        let sampler = Sampler::with_timesteps(&diffusion, solver, &timesteps)
+        let mut sampler = Sampler::with_timesteps(&diffusion, solver, &timesteps)
             .unwrap()
             .clip_denoised(case["clip_sample"] == true);
+        if case["thresholding"] == true {
+            let [ratio, max] = ["dynamic_thresholding_ratio", "sample_max_value"]
+                .map(|field| case[field].as_f64().unwrap());
+            sampler = sampler.dynamic_threshold(DynamicThreshold { ratio, max }).unwrap();
+        }
         let network = from_fn(|x: &Tensor, t: &Tensor| {
             let t = f64::from(t.to_vec1::<u32>()?[0]);
             Ok((x * 0.7)?.affine(1.0, 0.001 * t)?.tanh()?)
@@ -555,7 +557,7 @@ fn compare_trajectories(oracle: &Diffusers, schedules: &Diffusers) -> usize {
         let order: HashMap<usize, usize> =
             timesteps.iter().rev().enumerate().map(|(i, &t)| (t, i)).collect();
         let steps = sampler
-            .steps_from(&network, part("x_T").clone(), |t| Ok(part("z").get(order[&t])?))
+            .steps_from(&network, part("x_T").clone(), |t| Ok(part("z").get(order[&(t as usize)])?))
             .unwrap();
         let size = max_abs(x);
         for step in steps {

@@ -152,8 +152,10 @@ impl Report {
             "weights": sampling.weights,
             "solver": config.solver,
             "sampling_steps": config.steps,
+            "spacing": config.spacing,
             "clip_denoised": config.clip_denoised,
             "guidance": config.guidance,
+            "dynamic_threshold": config.dynamic_threshold,
             "seed": sampling.seed,
             "precision": sampling.precision,
         });

@@ -1,6 +1,7 @@
 use std::path::PathBuf;
 
 use candle_core::Device;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
@@ -13,7 +14,7 @@ use crate::engine::Model;
 use crate::error::Error;
 use crate::model::{UNet, UNetConfig};
 use crate::precision::Precision;
-use crate::sample::{Guidance, SamplerConfig, Solver};
+use crate::sample::{Guidance, SamplerConfig, Solver, Spacing};
 use crate::train::Checkpoint;
 
 /// The options of a program that draws images from a checkpoint of a U-Net.
@@ -22,10 +23,13 @@ pub struct SamplingArgs {
     /// The checkpoint's directory, such as out/mnist/checkpoint
     #[arg(long, value_name = "DIR")]
     checkpoint: PathBuf,
-    /// Solver of the sampler; the defaults of --solver, --sampling-steps and --eta are those of the
-    /// run's grids
-    #[arg(long, value_enum)]
-    solver: Option<SolverName>,
+    /// Solver of the sampler; the defaults of --solver, --spacing, --sampling-steps and --eta are
+    /// those of the run's grids
+    #[arg(long, value_name = "NAME", value_parser = named(Solver::NAMES))]
+    solver: Option<String>,
+    /// Choice of the timesteps
+    #[arg(long, value_name = "NAME", value_parser = named(Spacing::NAMES))]
+    spacing: Option<String>,
     /// Number of sampling steps; with another solver than the run's, the default is 50, or all
     /// timesteps for ddpm
     #[arg(long, value_name = "S", allow_negative_numbers = true,
@@ -53,7 +57,7 @@ pub struct SamplingArgs {
     /// Precision of products: highest or high; bf16 or f16 (with the feature f16)
     #[arg(long, value_name = "P", default_value = "highest", value_parser = precision)]
     pub precision: Precision,
-    /// Do not clip the predicted image to the range of pixels at each step
+    /// Do not clip or threshold the predicted image to the range of pixels at each step
     #[arg(long)]
     pub no_clip: bool,
     /// Sample on the CPU, even in a build for a GPU
@@ -61,14 +65,11 @@ pub struct SamplingArgs {
     pub cpu: bool,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum SolverName {
-    /// Ancestral sampling
-    Ddpm,
-    /// Denoising diffusion implicit models
-    Ddim,
-    /// Heun's method, with two evaluations per step
-    Heun,
+/// A parser of clap that accepts these names, and shows the text of what each means.
+fn named<T: ToString, const N: usize>(names: [(&'static str, T); N]) -> impl TypedValueParser {
+    let value =
+        |(name, meaning): (&'static str, T)| PossibleValue::new(name).help(meaning.to_string());
+    PossibleValuesParser::new(names.map(value))
 }
 
 /// The weights to sample from: the averaged weights, or those of the last update.
@@ -109,14 +110,14 @@ impl SamplingArgs {
         let all = checkpoint.diffusion().schedule().steps();
         let usual = SamplerConfig::usual(checkpoint.diffusion());
         let run = checkpoint.sampling().copied().unwrap_or(usual);
-        let (mut solver, mut steps) = match (self.solver, run.solver) {
-            (None, _)
-            | (Some(SolverName::Ddpm), Solver::Ddpm { .. })
-            | (Some(SolverName::Ddim), Solver::Ddim { .. })
-            | (Some(SolverName::Heun), Solver::Heun) => (run.solver, run.steps),
-            (Some(SolverName::Ddpm), _) => (Solver::ddpm(), all),
-            (Some(SolverName::Ddim), _) => (Solver::ddim(), usual.steps),
-            (Some(SolverName::Heun), _) => (Solver::Heun, usual.steps),
+        // The run's solver may have settings that its name does not have.
+        let (mut solver, mut steps) = match self.solver.as_deref() {
+            Some(name) if run.solver.name() != Some(name) => {
+                let solver: Solver = name.parse()?;
+                let ancestral = matches!(solver, Solver::Ddpm { .. });
+                (solver, if ancestral { all } else { usual.steps })
+            }
+            _ => (run.solver, run.steps),
         };
         match (&mut solver, self.eta) {
             (Solver::Ddim { eta }, Some(asked)) => *eta = asked,
@@ -124,12 +125,17 @@ impl SamplingArgs {
             (_, None) => {}
         }
         steps = self.sampling_steps.unwrap_or(steps);
+        let spacing = match self.spacing.as_deref() {
+            Some(name) => name.parse()?,
+            None => run.spacing,
+        };
+        let clip_denoised = run.clip_denoised && !self.no_clip;
+        let dynamic_threshold = run.dynamic_threshold.filter(|_| !self.no_clip);
         let guidance = match self.guidance {
             Some(scale) => Some(Guidance { scale, ..run.guidance.unwrap_or(Guidance::new(scale)) }),
             None => run.guidance,
         };
-        let config = SamplerConfig::new(solver, steps).guidance(guidance);
-        Ok(config.clip_denoised(run.clip_denoised && !self.no_clip))
+        Ok(SamplerConfig { solver, steps, clip_denoised, spacing, dynamic_threshold, guidance })
     }
 
     /// The condition of `count` images of this network: the given classes, or all classes, one after the other. A network
@@ -161,7 +167,15 @@ impl SamplingArgs {
     /// Prints the checkpoint, the sampler settings, compared with those of the run, and the device.
     pub fn announce(&self, config: &SamplerConfig, checkpoint: &Checkpoint, device: &Device) {
         let (solver, steps) = (config.solver, grouped(config.steps));
-        let clipped = if config.clip_denoised { "clipped" } else { "not clipped" };
+        let steps = match config.spacing {
+            Spacing::Even => format!("{steps} steps"),
+            spacing => format!("{steps} steps ({spacing})"),
+        };
+        let clipped = match (config.dynamic_threshold, config.clip_denoised) {
+            (Some(_), _) => "dynamically thresholded",
+            (None, true) => "clipped",
+            (None, false) => "not clipped",
+        };
         let whose = match checkpoint.sampling() {
             Some(run) if run == config => "same as the run's grids",
             Some(_) => "different from the run's grids",
@@ -169,7 +183,7 @@ impl SamplingArgs {
         };
         let (dir, step) = (checkpoint.dir().display(), checkpoint.step());
         out(format_args!("checkpoint  {dir}, step {step}"));
-        out(format_args!("sampler     {solver}, {steps} steps, {clipped} ({whose})"));
+        out(format_args!("sampler     {solver}, {steps}, {clipped} ({whose})"));
         if let Some(Guidance { scale, .. }) = config.guidance {
             out(format_args!("guidance    {scale}"));
         }

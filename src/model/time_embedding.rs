@@ -47,11 +47,12 @@ impl TimeEmbedding {
         })
     }
 
-    /// Computes the embedding (batch, dim) of `t` (batch), which has an integer dtype.
+    /// Computes the embedding (batch, dim) of `t` (batch), which has an integer dtype, f32 or f64. Times between two
+    /// timesteps are embedded by the same formula.
     ///
     /// # Errors
-    /// Returns an error if `t` is not one-dimensional or not of an integer dtype. On the CPU, returns an error if a
-    /// timestep is negative.
+    /// Returns an error if `t` is not one-dimensional or of another dtype. On the CPU, returns an error if a timestep is
+    /// negative or not finite.
     pub fn forward(&self, t: &Tensor) -> Result<Tensor> {
         let &[batch] = t.dims() else {
             return Err(Error::shape("t", t.dims(), "(batch)"));

@@ -116,17 +116,28 @@ impl Diffusion {
     }
 }
 
+/// Checks the timesteps of a batch: integers less than `steps`, or with `None` also times between two timesteps, of dtype
+/// f32 or f64.
+///
 /// # Errors
-/// Returns an error if `t` does not hold one integer per image, or if one is negative or not less than `steps`. On a
-/// GPU the values are not checked here, because reading them would wait for all previous work. There the kernels of
-/// candle check them, and the kernels of this crate return NaN.
+/// Returns an error if `t` does not hold one number per image, or if one is negative, not finite or not less than
+/// `steps`. On a GPU the values are not checked here, because reading them would wait for all previous work. There the
+/// kernels of candle check them, and the kernels of this crate return NaN.
 pub(crate) fn check_timesteps(t: &Tensor, batch: usize, steps: Option<usize>) -> Result<()> {
     check_dims("t", t.dims(), &[batch], "one timestep for each image")?;
-    if !t.dtype().is_int() {
-        return Err(Error::config("dtype of t", t.dtype().as_str(), "an integer dtype"));
+    let between = steps.is_none() && matches!(t.dtype(), DType::F32 | DType::F64);
+    if !t.dtype().is_int() && !between {
+        let expected =
+            if steps.is_some() { "an integer dtype" } else { "an integer dtype, f32 or f64" };
+        return Err(Error::config("dtype of t", t.dtype().as_str(), expected));
     }
     if backend::reading_waits(t.device()) {
         return Ok(());
+    }
+    if between {
+        let times = t.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+        let wrong = times.into_iter().find(|t| !(0.0..f64::INFINITY).contains(t));
+        return wrong.map_or(Ok(()), |t| Err(Error::config("t", t, "finite and at least 0")));
     }
     let last = steps.map_or(i64::MAX, |steps| steps as i64 - 1);
     let timesteps = t.to_dtype(DType::I64)?.to_vec1::<i64>()?;

@@ -3,6 +3,8 @@ use serde::{Deserialize, Serialize};
 use super::guidance::Guidance;
 use super::sampler::Sampler;
 use super::solver::Solver;
+use super::spacing::Spacing;
+use super::threshold::DynamicThreshold;
 use crate::error::Result;
 use crate::process::Diffusion;
 
@@ -30,12 +32,24 @@ pub struct SamplerConfig {
     /// The guidance, for networks with classes; see [`Sampler::guidance`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guidance: Option<Guidance>,
+    /// The choice of the timesteps.
+    #[serde(default, skip_serializing_if = "is_even")]
+    pub spacing: Spacing,
+    /// The dynamic thresholding of each predicted `x_0`; see [`Sampler::dynamic_threshold`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dynamic_threshold: Option<DynamicThreshold>,
+}
+
+/// Files without the field have the default, and settings with the default have the file of earlier versions.
+fn is_even(spacing: &Spacing) -> bool {
+    *spacing == Spacing::Even
 }
 
 impl SamplerConfig {
     /// The settings of [`Sampler::new`] with this solver and number of sampling steps: without clipping.
     pub const fn new(solver: Solver, steps: usize) -> Self {
-        Self { solver, steps, clip_denoised: false, guidance: None }
+        let (spacing, dynamic_threshold, guidance) = (Spacing::Even, None, None);
+        Self { solver, steps, clip_denoised: false, spacing, dynamic_threshold, guidance }
     }
 
     /// Sets whether each predicted `x_0` is clipped; see [`Sampler::clip_denoised`].
@@ -50,6 +64,18 @@ impl SamplerConfig {
         Self { guidance, ..self }
     }
 
+    /// Sets the choice of the timesteps.
+    #[must_use]
+    pub const fn spacing(self, spacing: Spacing) -> Self {
+        Self { spacing, ..self }
+    }
+
+    /// Sets the dynamic thresholding of each predicted `x_0`; see [`Sampler::dynamic_threshold`].
+    #[must_use]
+    pub const fn dynamic_threshold(self, threshold: DynamicThreshold) -> Self {
+        Self { dynamic_threshold: Some(threshold), ..self }
+    }
+
     /// The usual settings for quick samples: deterministic DDIM with 50 timesteps (all of a shorter schedule),
     /// with clipping.
     pub fn usual(diffusion: &Diffusion) -> Self {
@@ -60,9 +86,13 @@ impl SamplerConfig {
     /// Creates the sampler with these settings.
     ///
     /// # Errors
-    /// Returns the errors of [`Sampler::new`].
+    /// Returns the errors of [`Sampler::with_spacing`] and [`Sampler::dynamic_threshold`].
     pub fn sampler(&self, diffusion: &Diffusion) -> Result<Sampler> {
-        let sampler = Sampler::new(diffusion, self.solver, self.steps)?;
-        sampler.clip_denoised(self.clip_denoised).guidance(self.guidance)
+        let sampler = Sampler::with_spacing(diffusion, self.solver, self.spacing, self.steps)?;
+        let sampler = sampler.clip_denoised(self.clip_denoised).guidance(self.guidance)?;
+        match self.dynamic_threshold {
+            Some(threshold) => sampler.dynamic_threshold(threshold),
+            None => Ok(sampler),
+        }
     }
 }

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 #[derive(Default)]
 pub(super) struct FiniteCheck {
     /// The name of the tensor, its timestep, and the result of the check.
-    unread: Vec<(&'static str, usize, Tensor)>,
+    unread: Vec<(&'static str, f64, Tensor)>,
 }
 
 impl FiniteCheck {
@@ -16,7 +16,7 @@ impl FiniteCheck {
     ///
     /// # Errors
     /// On the CPU, returns an error if a value is not finite.
-    pub fn add(&mut self, what: &'static str, t: usize, x: &Tensor) -> Result<()> {
+    pub fn add(&mut self, what: &'static str, t: f64, x: &Tensor) -> Result<()> {
         let found = backend::of(x).finiteness(&x.detach())?;
         self.unread.push((what, t, found));
         if backend::reading_waits(x.device()) { Ok(()) } else { self.read() }

@@ -15,12 +15,8 @@ pub(super) fn stages(from: Level, to: Level) -> Vec<Stage> {
     if to == Level::IMAGE {
         return vec![euler];
     }
-    let weight = 0.5 * sigma(from) / sigma(to);
+    let weight = 0.5 * from.sigma() / to.sigma();
     let x_0 = [weight, 1.0 - weight].map(|weight| weight * euler.x_0[0]).to_vec();
     let corrected = Stage { evaluate: Some(to), x_0, ..euler };
     vec![euler, corrected]
-}
-
-fn sigma(level: Level) -> f64 {
-    ((1.0 - level.alpha_bar) / level.alpha_bar).sqrt()
 }

@@ -1,23 +1,35 @@
 //! Sampling: a solver is a plan of stages, and one loop runs every plan.
 //!
-//! A new solver is one file with its stages, and its variant of `Solver` with a line in `stages` and in `Display`.
+//! A new solver is one file with its stages, and its variant of `Solver` with a line in `stages`, `NAMES` and `Display`.
 
 mod ancestral;
 mod config;
 mod ddim;
+mod dpm_solver;
+mod edm;
+mod exponential;
 mod finite;
 mod guidance;
 mod heun;
+mod inversion;
 mod noise;
 mod plan;
 mod sampler;
 mod solver;
 mod spacing;
+mod steps;
 #[cfg(test)]
 mod tests;
+mod threshold;
+mod unipc;
 
 pub use ancestral::Variance;
 pub use config::SamplerConfig;
+pub use edm::Churn;
 pub use guidance::{Autoguidance, Guidance};
-pub use sampler::{Sampler, Step, Steps};
+pub use sampler::Sampler;
 pub use solver::Solver;
+pub use spacing::Spacing;
+pub use steps::{Step, Steps};
+pub use threshold::DynamicThreshold;
+pub use unipc::BFunction;

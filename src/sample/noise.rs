@@ -4,24 +4,36 @@ use candle_core::{DType, Device, Shape, Tensor};
 
 use crate::backend;
 use crate::error::{Error, Result, check_dims, check_float};
-use crate::random::{Noise, Purpose};
+use crate::random::{Address, Noise, Purpose};
 
-/// A source of noise for the step that begins at a timestep.
-pub(super) type NoiseSource<'a> = dyn FnMut(usize) -> Result<Tensor> + 'a;
+/// A source of noise for the step that begins at a time.
+pub(super) type NoiseSource<'a> = dyn FnMut(f64) -> Result<Tensor> + 'a;
 
-/// Draws standard normals for images, beginning with number `first`.
-pub(super) fn draw(
-    purpose: Purpose,
-    step: u64,
+/// Draws the start of images, beginning with number `first`: standard normals.
+pub(super) fn draw_prior(first: u32, shape: &Shape, seed: u64, device: &Device) -> Result<Tensor> {
+    draw(Noise::new(seed).address(Purpose::Prior, 0, 0), first, shape, device)
+}
+
+/// Draws the noise of the step from `t`, for images beginning with number `first`: standard normals.
+pub(super) fn draw_step(
+    t: f64,
     first: u32,
     shape: &Shape,
     seed: u64,
     device: &Device,
 ) -> Result<Tensor> {
+    // Of the 56 bits of an address, 20 are the timestep, as `NoiseSchedule::MAX_STEPS` requires. The others are the
+    // fraction, in the parts of the address that are 0 at a timestep.
+    let fixed = (t * (1u64 << 36) as f64) as u64;
+    let (timestep, high, low) = (fixed >> 36, fixed >> 20, fixed & 0xf_ffff);
+    let at = Noise::new(seed).address(Purpose::Sampling, high as u16, low << 20 | timestep);
+    draw(at, first, shape, device)
+}
+
+fn draw(at: Address, first: u32, shape: &Shape, device: &Device) -> Result<Tensor> {
     if shape.rank() == 0 {
         return Err(no_batch("sample"));
     }
-    let at = Noise::new(seed).address(purpose, 0, step);
     backend::on(device, DType::F32).normal(at, first, shape.dims(), device)
 }
 

@@ -1,6 +1,7 @@
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::process::NoiseSchedule;
 
 /// A time of the process, and the noise at that time.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -11,8 +12,35 @@ pub(super) struct Level {
 }
 
 impl Level {
-    /// The image itself, at which every plan ends. No network is evaluated there: the image precedes timestep 0.
+    /// The image itself, at which every plan of a solver ends. No network is evaluated there: the image precedes
+    /// timestep 0.
     pub const IMAGE: Self = Self { t: -1.0, alpha_bar: 1.0 };
+
+    /// # Errors
+    /// Returns an error if `t` is not a time of the schedule.
+    pub fn new(schedule: &NoiseSchedule, t: f64) -> Result<Self> {
+        Ok(Self { t, alpha_bar: schedule.alpha_bar_at(t)? })
+    }
+
+    /// The factor of the image in `x_t`.
+    pub fn signal(self) -> f64 {
+        self.alpha_bar.sqrt()
+    }
+
+    /// The factor of the noise in `x_t`.
+    pub fn noise(self) -> f64 {
+        (1.0 - self.alpha_bar).sqrt()
+    }
+
+    /// The standard deviation of the noise in `x_t / sqrt(alpha_bar)`; the `sigma` of Karras et al. 2022.
+    pub fn sigma(self) -> f64 {
+        ((1.0 - self.alpha_bar) / self.alpha_bar).sqrt()
+    }
+
+    /// Half of the log-SNR, the `lambda` of Lu et al. 2022. That of the image is infinite.
+    pub fn lambda(self) -> f64 {
+        -libm::log(self.sigma())
+    }
 }
 
 /// A part of a sampling step. Its result is
@@ -37,12 +65,18 @@ pub(super) struct Stage {
     pub z: f64,
 }
 
+impl Stage {
+    fn is_finite(&self) -> bool {
+        self.x_0.iter().chain([&self.x, &self.z]).all(|factor| factor.is_finite())
+    }
+}
+
 /// The stages of one sampling step. The result of the last stage is the sample after the step: the caller receives it,
 /// and the next step begins with it.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct PlannedStep {
-    /// The timestep at which the step begins.
-    pub t: usize,
+    /// The noisier end of the step. A step of a solver begins there.
+    pub at: Level,
     pub stages: Vec<Stage>,
 }
 
@@ -55,22 +89,27 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Creates the plan with one step from each of these timesteps (in decreasing order, with their `alpha_bar`) to the
-    /// next, and from the last one to the image.
+    /// Creates the plan with one step from each of these levels to the next. One end of the list is
+    /// [`Level::IMAGE`]: the last level of the plan of a solver, and the first level of an inversion.
     ///
-    /// `stages(levels, i)` returns the stages of the step from `levels[i]` to `levels[i + 1]`. The last of `levels` is
-    /// [`Level::IMAGE`].
+    /// `stages(levels, i)` returns the stages of the step from `levels[i]` to `levels[i + 1]`.
+    ///
+    /// # Errors
+    /// Returns the errors of `stages`, and an error if two levels are so close that a factor is not finite.
     pub fn new(
-        timesteps: &[(usize, f64)],
+        levels: &[Level],
         stages: impl Fn(&[Level], usize) -> Result<Vec<Stage>>,
     ) -> Result<Self> {
-        let level = |&(t, alpha_bar): &(usize, f64)| Level { t: t as f64, alpha_bar };
-        let levels: Vec<Level> = timesteps.iter().map(level).chain([Level::IMAGE]).collect();
-        let step = |(i, &(t, _)): (usize, &(usize, f64))| {
-            Ok(PlannedStep { t, stages: stages(&levels, i)? })
+        let step = |i: usize| {
+            let at = if levels[i].t > levels[i + 1].t { levels[i] } else { levels[i + 1] };
+            let stages = stages(levels, i)?;
+            if stages.iter().all(Stage::is_finite) {
+                return Ok(PlannedStep { at, stages });
+            }
+            let expected = "far enough from its neighbours that alpha_bar differs in f64";
+            Err(Error::config("timesteps", at.t, expected))
         };
-        let steps: Arc<[PlannedStep]> =
-            timesteps.iter().enumerate().map(step).collect::<Result<_>>()?;
+        let steps: Arc<[PlannedStep]> = (0..levels.len() - 1).map(step).collect::<Result<_>>()?;
         let all = steps.iter().flat_map(|step| &step.stages);
         let predictions = all.map(|stage| stage.x_0.len()).max().unwrap_or(0);
         Ok(Self { steps, predictions })

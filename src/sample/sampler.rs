@@ -1,18 +1,17 @@
-use std::fmt;
-
 use candle_core::{Device, Shape, Tensor};
 
-use super::finite::FiniteCheck;
 use super::guidance::Guidance;
-use super::noise::{NoiseSource, check_start, draw, like};
-use super::plan::{Level, Plan, Stage};
+use super::inversion;
+use super::noise::{draw_prior, draw_step};
+use super::plan::{Level, Plan};
 use super::solver::Solver;
-use super::spacing;
+use super::spacing::{self, Spacing};
+use super::steps::{Settings, Step, Steps};
+use super::threshold::DynamicThreshold;
 use crate::backend;
 use crate::denoiser::{Condition, Denoiser};
 use crate::error::{Error, Result};
 use crate::process::Diffusion;
-use crate::random::Purpose;
 
 /// Draws images from a [`Denoiser`].
 ///
@@ -28,13 +27,10 @@ use crate::random::Purpose;
 /// ```
 #[derive(Debug, Clone)]
 pub struct Sampler {
-    pub(super) diffusion: Diffusion,
+    settings: Settings,
     pub(super) plan: Plan,
-    clip: bool,
     /// The number of the first image of a batch, among those of a seed.
     first: u32,
-    condition: Condition,
-    guidance: Option<Guidance>,
 }
 
 impl Sampler {
@@ -43,8 +39,32 @@ impl Sampler {
     /// # Errors
     /// Returns an error if `steps` is not in `1..=T`, or if a setting of the solver is not in its range.
     pub fn new(diffusion: &Diffusion, solver: Solver, steps: usize) -> Result<Self> {
-        let timesteps = spacing::even(diffusion.schedule().steps(), steps)?;
-        Self::with_timesteps(diffusion, solver, &timesteps)
+        Self::with_spacing(diffusion, solver, Spacing::Even, steps)
+    }
+
+    /// Creates a sampler of `steps` times, chosen by `spacing`.
+    ///
+    /// ```
+    /// use ddpm::sample::Spacing;
+    /// use ddpm::{Diffusion, Sampler, Solver};
+    ///
+    /// let (solver, spacing) = (Solver::DpmSolver { order: 2 }, Spacing::Karras { rho: 7.0 });
+    /// let sampler = Sampler::with_spacing(&Diffusion::ddpm(), solver, spacing, 20)?;
+    /// let times: Vec<f64> = sampler.timesteps().collect();
+    /// assert_eq!((times[0], times[19]), (999.0, 0.0));
+    /// # Ok::<(), ddpm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Returns an error if `steps` is not in `1..=T`, or if a setting of the solver or the spacing is not in its range.
+    pub fn with_spacing(
+        diffusion: &Diffusion,
+        solver: Solver,
+        spacing: Spacing,
+        steps: usize,
+    ) -> Result<Self> {
+        let times = spacing.times(diffusion.schedule(), steps)?;
+        Self::with_times(diffusion, solver, &times)
     }
 
     /// Creates a sampler of exactly these timesteps, which must be in increasing order.
@@ -57,29 +77,49 @@ impl Sampler {
         solver: Solver,
         timesteps: &[usize],
     ) -> Result<Self> {
-        let bars = diffusion.schedule().alpha_bars();
-        spacing::check(timesteps, bars.len())?;
-        let timesteps: Vec<_> = timesteps.iter().rev().map(|&t| (t, bars[t])).collect();
-        let plan = Plan::new(&timesteps, |levels, i| solver.stages(levels, i))?;
+        let times: Vec<f64> = timesteps.iter().map(|&t| t as f64).collect();
+        Self::with_times(diffusion, solver, &times)
+    }
+
+    /// Creates a sampler of exactly these times, which must be in increasing order and may lie between two timesteps.
+    /// There the log-SNR is [interpolated](crate::NoiseSchedule::log_snr), and the network receives the time in f32.
+    ///
+    /// # Errors
+    /// Returns an error if the list is empty, not strictly increasing, or contains a time that is not in [0, T - 1], or
+    /// if a setting of the solver is not in its range.
+    pub fn with_times(diffusion: &Diffusion, solver: Solver, times: &[f64]) -> Result<Self> {
+        let schedule = diffusion.schedule();
+        spacing::check(times, schedule.steps())?;
+        let levels = times.iter().rev().map(|&t| Level::new(schedule, t));
+        let levels: Vec<Level> = levels.chain([Ok(Level::IMAGE)]).collect::<Result<_>>()?;
+        let plan = Plan::new(&levels, |levels, i| solver.stages(schedule, levels, i))?;
         Ok(Self::with_plan(diffusion, plan))
     }
 
     pub(super) fn with_plan(diffusion: &Diffusion, plan: Plan) -> Self {
-        Self {
-            diffusion: diffusion.clone(),
-            plan,
-            clip: false,
-            first: 0,
-            condition: Condition::None,
-            guidance: None,
-        }
+        let diffusion = diffusion.clone();
+        let condition = Condition::None;
+        let settings =
+            Settings { diffusion, clip: false, threshold: None, condition, guidance: None };
+        Self { settings, plan, first: 0 }
     }
 
     /// Sets whether the predicted `x_0` of each step is clipped to [-1, 1] before it is used. The default is off, as
     /// in the formulae of the paper. Most implementations clip, which usually improves images with few steps.
     #[must_use]
-    pub fn clip_denoised(self, clip: bool) -> Self {
-        Self { clip, ..self }
+    pub fn clip_denoised(mut self, clip: bool) -> Self {
+        self.settings.clip = clip;
+        self
+    }
+
+    /// Sets the dynamic thresholding of the predicted `x_0` of each step, which replaces clipping. The default is none.
+    /// On a GPU, each evaluation of the network then waits for the device.
+    ///
+    /// # Errors
+    /// Returns an error if a setting of the threshold is not in its range.
+    pub fn dynamic_threshold(mut self, threshold: DynamicThreshold) -> Result<Self> {
+        self.settings.threshold = Some(threshold.check()?);
+        Ok(self)
     }
 
     /// Sets the number of the image, among those of a seed, with which a batch begins. The default is 0. Many images
@@ -131,8 +171,9 @@ impl Sampler {
     /// # Ok::<(), ddpm::Error>(())
     /// ```
     #[must_use]
-    pub fn condition(self, condition: Condition) -> Self {
-        Self { condition, ..self }
+    pub fn condition(mut self, condition: Condition) -> Self {
+        self.settings.condition = condition;
+        self
     }
 
     /// Sets the guidance. It requires a condition and a network with [classes](Denoiser::classes), or
@@ -140,20 +181,22 @@ impl Sampler {
     ///
     /// # Errors
     /// Returns an error if a setting is not in its range.
-    pub fn guidance(self, guidance: impl Into<Option<Guidance>>) -> Result<Self> {
+    pub fn guidance(mut self, guidance: impl Into<Option<Guidance>>) -> Result<Self> {
         let guidance = guidance.into();
         guidance.as_ref().map_or(Ok(()), Guidance::validate)?;
-        Ok(Self { guidance, ..self })
+        self.settings.guidance = guidance;
+        Ok(self)
     }
 
     /// The sampler of a part of a batch, with the conditions of its images.
     pub(crate) fn part(&self, first: usize, len: usize) -> Result<Self> {
-        Ok(Self { condition: self.condition.narrow(first, len)?, ..self.clone() })
+        Ok(self.clone().condition(self.settings.condition.narrow(first, len)?))
     }
 
-    /// The timesteps in the order of sampling, which is decreasing. Each is the beginning of one sampling step.
-    pub fn timesteps(&self) -> impl ExactSizeIterator<Item = usize> + '_ {
-        self.plan.steps.iter().map(|step| step.t)
+    /// The timesteps in the order of sampling, which is decreasing. Each is the beginning of one sampling step. With some
+    /// [spacings](Spacing) they lie between two timesteps of the schedule.
+    pub fn timesteps(&self) -> impl ExactSizeIterator<Item = f64> + '_ {
+        self.plan.steps.iter().map(|step| step.at.t)
     }
 
     /// The number of network evaluations for one batch. Most solvers evaluate the network once per sampling step.
@@ -175,11 +218,7 @@ impl Sampler {
         seed: u64,
         device: &Device,
     ) -> Result<Tensor> {
-        let mut x = None;
-        for step in self.steps(denoiser, shape, seed, device)? {
-            x = Some(step?.x);
-        }
-        let x = x.ok_or_else(|| Error::config("timesteps", "[]", "one or more"))?;
+        let x = last(self.steps(denoiser, shape, seed, device)?)?;
         backend::of(&x).clamp(&x, -1.0, 1.0)
     }
 
@@ -210,9 +249,8 @@ impl Sampler {
         device: &Device,
     ) -> Result<Steps<'a, D>> {
         let (shape, device, first) = (shape.into(), device.clone(), self.first);
-        let start = draw(Purpose::Prior, 0, first, &shape, seed, &device)?;
-        let z = move |t| draw(Purpose::Sampling, t as u64, first, &shape, seed, &device);
-        self.steps_from(denoiser, start, z)
+        let start = draw_prior(first, &shape, seed, &device)?;
+        self.steps_from(denoiser, start, move |t| draw_step(t, first, &shape, seed, &device))
     }
 
     /// Draws the `x_T` of the images of this seed, beginning with number 0: standard normals of shape (batch, ...).
@@ -221,21 +259,21 @@ impl Sampler {
     /// # Errors
     /// Returns an error if the shape has no batch dimension.
     pub fn prior(shape: impl Into<Shape>, seed: u64, device: &Device) -> Result<Tensor> {
-        draw(Purpose::Prior, 0, 0, &shape.into(), seed, device)
+        draw_prior(0, &shape.into(), seed, device)
     }
 
-    /// Draws the noise of this seed that [`steps`](Self::steps) adds in the step from timestep `t`: standard normals
-    /// of shape (batch, ...).
+    /// Draws the noise of this seed that [`steps`](Self::steps) adds in the step from `t`, a timestep or a time between
+    /// two: standard normals of shape (batch, ...). Times that differ by `2^-36` or more have different noise.
     ///
     /// # Errors
     /// Returns an error if the shape has no batch dimension.
-    pub fn noise(t: usize, shape: impl Into<Shape>, seed: u64, device: &Device) -> Result<Tensor> {
-        draw(Purpose::Sampling, t as u64, 0, &shape.into(), seed, device)
+    pub fn noise(t: f64, shape: impl Into<Shape>, seed: u64, device: &Device) -> Result<Tensor> {
+        draw_step(t, 0, &shape.into(), seed, device)
     }
 
     /// The sampling loop with a given `x_T` (`start`, of shape (batch, ...)) and a given source of noise.
     ///
-    /// In each step that adds noise, the loop calls `z(t)` once, where `t` is the timestep at which the step begins. It
+    /// In each step that adds noise, the loop calls `z(t)` once, where `t` is the time at which the step begins. It
     /// must return standard normals of the shape of `x_T`, such as those of [`noise`](Self::noise). Deterministic
     /// solvers add no noise. Steps are computed in the dtype of `x_T`, even if the network has another dtype.
     ///
@@ -250,160 +288,65 @@ impl Sampler {
         &'a self,
         denoiser: &'a D,
         start: Tensor,
-        z: impl FnMut(usize) -> Result<Tensor> + 'a,
+        z: impl FnMut(f64) -> Result<Tensor> + 'a,
     ) -> Result<Steps<'a, D>> {
-        self.condition.check(start.dims().first().copied().unwrap_or(0))?;
-        check_start(&start)?;
-        let mut finite = FiniteCheck::default();
-        finite.add("the start", self.plan.steps[0].t, &start)?;
-        let (z, predictions) = (Box::new(z), Vec::new());
-        Ok(Steps { sampler: self, denoiser, x: start, predictions, z, next: 0, finite })
+        Steps::new(&self.settings, self.plan.clone(), denoiser, start, z)
+    }
+
+    /// Computes the noise of images, of shape (batch, ...), by DDIM inversion: the loop of
+    /// [`invert_steps`](Self::invert_steps).
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # use ddpm::nn::from_fn;
+    /// # use ddpm::{Diffusion, Sampler, Solver};
+    /// # let denoiser = from_fn(|x_t: &Tensor, _t: &Tensor| Ok((x_t * 0.1)?));
+    /// # let images = Tensor::new(&[[[[0.5f32, -0.2]]]], &Device::Cpu)?;
+    /// let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddim(), 100)?;
+    /// let noise = sampler.invert(&denoiser, images.clone())?;
+    /// // Sampling without noise leads back to nearly the same images.
+    /// let steps = sampler.steps_from(&denoiser, noise, |_| unreachable!())?;
+    /// let again = steps.last().expect("a step")?.x;
+    /// assert!((again - images)?.abs()?.max_all()?.to_scalar::<f32>()? < 0.01);
+    /// # Ok::<(), ddpm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Returns the errors of [`invert_steps`](Self::invert_steps) and of its iterator.
+    pub fn invert(&self, denoiser: &(impl Denoiser + ?Sized), images: Tensor) -> Result<Tensor> {
+        last(self.invert_steps(denoiser, images)?)
+    }
+
+    /// DDIM inversion as an iterator: the deterministic way from images to the noise from which deterministic solvers
+    /// sample them. Dhariwal and Nichol 2021, appendix F.
+    ///
+    /// It goes through the timesteps of this sampler in increasing order, whatever the solver. The predicted `x_0` is
+    /// clipped as in sampling. A step to timestep `t` evaluates the network at `t`, for the sample before the step. The
+    /// network knows no time of the image, and sampling from `t` uses the noise predicted at `t` as well. This is the
+    /// inversion of diffusers for networks that predict noise. For other networks, the noise that they imply takes the
+    /// place of the predicted noise, so that equivalent networks give the same result.
+    ///
+    /// # Errors
+    /// Those of [`steps_from`](Self::steps_from), with the images as its start.
+    pub fn invert_steps<'a, D: Denoiser + ?Sized>(
+        &'a self,
+        denoiser: &'a D,
+        images: Tensor,
+    ) -> Result<Steps<'a, D>> {
+        let levels = self.plan.steps.iter().rev().map(|step| step.at);
+        let levels: Vec<Level> = [Level::IMAGE].into_iter().chain(levels).collect();
+        let stages = |levels: &[Level], i: usize| Ok(inversion::stages(levels[i], levels[i + 1]));
+        let plan = Plan::new(&levels, stages)?;
+        let no_noise = |_| Err(Error::config("noise of an inversion", "asked for", "none"));
+        Steps::new(&self.settings, plan, denoiser, images, no_noise)
     }
 }
 
-/// The sampling loop; see [`Sampler::steps`]. The first error ends it.
-pub struct Steps<'a, D: ?Sized> {
-    sampler: &'a Sampler,
-    denoiser: &'a D,
-    x: Tensor,
-    /// The predicted images that a later stage may need, newest first.
-    predictions: Vec<Tensor>,
-    z: Box<NoiseSource<'a>>,
-    next: usize,
-    finite: FiniteCheck,
-}
-
-impl<D: ?Sized> fmt::Debug for Steps<'_, D> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Steps")
-            .field("sampler", self.sampler)
-            .field("x", &self.x)
-            .field("next", &self.next)
-            .finish_non_exhaustive()
+/// The sample after the last step.
+fn last(steps: impl Iterator<Item = Result<Step>>) -> Result<Tensor> {
+    let mut x = None;
+    for step in steps {
+        x = Some(step?.x);
     }
+    x.ok_or_else(|| Error::config("timesteps", "[]", "one or more"))
 }
-
-/// The state of the sampling loop after a step.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct Step {
-    /// The number of steps before this one.
-    pub index: usize,
-    /// The timestep at which this step began.
-    pub t: usize,
-    /// The sample after the step, which is less noisy than at `t`. After the last step it is the image. Shape and
-    /// dtype are those of `x_T`.
-    pub x: Tensor,
-    /// The image that the network predicted from the sample before the step, clipped if the sampler clips. It has the
-    /// same shape. If a solver evaluates the network more than once per step, it is the first prediction that the step
-    /// used.
-    pub x_0: Tensor,
-}
-
-impl<D: Denoiser + ?Sized> Steps<'_, D> {
-    /// Runs the stages of one step. Every solver is computed here.
-    fn step(&mut self, index: usize) -> Result<Step> {
-        let plan = &self.sampler.plan;
-        let (t, stages) = (plan.steps[index].t, &plan.steps[index].stages);
-        let (mut x, mut x_0, mut z) = (self.x.clone(), None, None);
-        for stage in stages {
-            if let Some(level) = stage.evaluate {
-                // Predictions that no stage needs are dropped before the network needs memory.
-                self.predictions.truncate(plan.predictions.saturating_sub(1));
-                let prediction = self.predict(&x, level)?;
-                self.predictions.insert(0, prediction);
-            }
-            if stage.z != 0.0 && z.is_none() {
-                z = Some(like(&self.x, &(self.z)(t)?, ["z", "dtype of z"])?);
-            }
-            x = self.combined(stage, z.as_ref())?;
-            self.finite.add("the sample", t, &x)?;
-            x = x.detach();
-            if let Some(newest) = self.predictions.first_mut() {
-                *newest = newest.detach();
-                if !stage.x_0.is_empty() {
-                    x_0.get_or_insert_with(|| newest.clone());
-                }
-            }
-        }
-        if index + 1 == plan.steps.len() {
-            self.finite.read()?;
-        }
-        let x_0 = x_0.ok_or_else(|| Error::config("predictions of a step", 0, "at least 1"))?;
-        Ok(Step { index, t, x, x_0 })
-    }
-
-    /// Computes the image that the network predicts from `x` at this level.
-    fn predict(&mut self, x: &Tensor, level: Level) -> Result<Tensor> {
-        let names = ["the denoiser's output", "dtype of the denoiser's output"];
-        let t = timesteps_of(x, level.t)?;
-        let (condition, guidance) = (&self.sampler.condition, self.sampler.guidance);
-        let output = match guidance.filter(|guidance| guidance.applies(level.t)) {
-            None => like(x, &self.denoiser.denoise(x, &t, condition)?.prediction, names)?,
-            Some(guidance) => {
-                let outputs = self.denoiser.denoise_with_baseline(x, &t, condition)?;
-                let [output, baseline] = outputs.map(|output| like(x, &output.prediction, names));
-                guidance.combine(&output?, &baseline?)?
-            }
-        };
-        // Between two timesteps, the error names the less noisy one.
-        self.finite.add(names[0], level.t as usize, &output)?;
-        let x_0 = self.sampler.diffusion.x_0(x, &output, level.alpha_bar)?;
-        Ok(if self.sampler.clip { backend::of(&x_0).clamp(&x_0, -1.0, 1.0)? } else { x_0 })
-    }
-
-    /// Computes the result of a stage, term by term in the order that [`Stage`] defines.
-    fn combined(&self, stage: &Stage, z: Option<&Tensor>) -> Result<Tensor> {
-        let backend = backend::of(&self.x);
-        let mut terms = self.predictions.iter().zip(&stage.x_0);
-        let mut sum = match terms.next() {
-            Some((newest, &factor)) => backend.combine(newest, factor, &self.x, stage.x)?,
-            None => backend.combine(&self.x, stage.x, &self.x, 0.0)?,
-        };
-        for (older, &factor) in terms {
-            sum = backend.combine(&sum, 1.0, older, factor)?;
-        }
-        match z {
-            Some(z) if stage.z != 0.0 => Ok(backend.combine(&sum, 1.0, z, stage.z)?),
-            _ => Ok(sum),
-        }
-    }
-}
-
-/// The `t` of a batch whose images are all at the same time: u32 at a timestep of the schedule, f32 between two.
-fn timesteps_of(x: &Tensor, t: f64) -> Result<Tensor> {
-    let batch = x.dim(0)?;
-    Ok(if t.fract() == 0.0 {
-        Tensor::from_vec(vec![t as u32; batch], batch, x.device())?
-    } else {
-        Tensor::from_vec(vec![t as f32; batch], batch, x.device())?
-    })
-}
-
-impl<D: Denoiser + ?Sized> Iterator for Steps<'_, D> {
-    type Item = Result<Step>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let all = self.sampler.plan.steps.len();
-        if self.next == all {
-            return None;
-        }
-        let step = self.step(self.next);
-        match &step {
-            Ok(step) => {
-                self.x = step.x.clone();
-                self.next += 1;
-            }
-            // An error ends the loop, because the next x is unknown.
-            Err(_) => self.next = all,
-        }
-        Some(step)
-    }
-
-    fn size_hint(&self) -> (usize, Option<usize>) {
-        let left = self.sampler.plan.steps.len() - self.next;
-        (left, Some(left))
-    }
-}
-
-impl<D: Denoiser + ?Sized> ExactSizeIterator for Steps<'_, D> {}

@@ -1,16 +1,21 @@
 use std::fmt;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 use super::ancestral::{self, Variance};
+use super::edm::{self, Churn};
 use super::plan::{Level, Stage};
-use super::{ddim, heun};
-use crate::error::Result;
+use super::unipc::{self, BFunction};
+use super::{ddim, dpm_solver, heun};
+use crate::error::{Error, Result};
+use crate::process::NoiseSchedule;
 
 /// The rule by which a sampler goes from one timestep to the next.
 ///
 /// Each solver is a list of stages per sampling step: evaluations of the network, and sums with factors in f64. The
-/// chapter on sampling lists the factors. As text, a solver is its name and settings, such as `DDIM with eta 0.5`.
+/// chapter on sampling compares the solvers. As text, a solver is its name and settings, such as `DDIM with eta 0.5`.
+/// [`NAMES`](Self::NAMES) lists the names that can be parsed.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
@@ -20,7 +25,8 @@ pub enum Solver {
         /// The variance of each step.
         variance: Variance,
     },
-    /// Denoising diffusion implicit models. Song et al. 2021, equation 12.
+    /// Denoising diffusion implicit models. Song et al. 2021, equation 12. Also Euler's method, for the
+    /// [probability-flow ODE](Self::euler) and with [ancestral noise](Self::euler_ancestral).
     Ddim {
         /// From 0 (deterministic) to 1 (as much noise as ancestral sampling with
         /// [`Variance::Posterior`]).
@@ -33,9 +39,46 @@ pub enum Solver {
     /// timestep is almost without signal, a sampler of few steps should therefore begin at an earlier timestep. The
     /// chapter on sampling has the numbers.
     Heun,
+    /// Heun's method after noise that each step adds first. Karras et al. 2022, algorithm 2.
+    Edm(Churn),
+    /// DPM-Solver++, multistep, without noise. Lu et al. 2022, [DPM-Solver++](https://arxiv.org/abs/2211.01095),
+    /// algorithm 2. One evaluation per step.
+    DpmSolver {
+        /// The order of accuracy: 2 ("2M") or 3 ("3M"). Order 1 would be deterministic DDIM.
+        order: usize,
+    },
+    /// DPM-Solver++ of order 2 for the reverse SDE ("SDE 2M"), with noise in each step but the last one. Lu et al.
+    /// 2022 (DPM-Solver++), the section on diffusion SDEs. One evaluation per step.
+    DpmSolverSde,
+    /// UniPC: a predictor, and a corrector that uses the evaluation of the next step. Zhao et al. 2023,
+    /// [UniPC](https://arxiv.org/abs/2302.04867). One evaluation per step.
+    #[serde(rename = "unipc")]
+    UniPc {
+        /// The order of the predictor, from 1 to 3. The corrector raises the order of accuracy by one.
+        order: usize,
+        /// The function `B(h)`.
+        b: BFunction,
+    },
 }
 
 impl Solver {
+    /// The names that [`FromStr`] accepts, with their meaning. `euler` and `euler-ancestral` are other names of `ddim`
+    /// with eta 0 and 1.
+    pub const NAMES: [(&str, Self); 12] = [
+        ("ddpm", Self::ddpm()),
+        ("ddim", Self::ddim()),
+        ("euler", Self::euler()),
+        ("euler-ancestral", Self::euler_ancestral(1.0)),
+        ("heun", Self::Heun),
+        ("edm", Self::Edm(Churn::IMAGE_NET_64)),
+        ("dpm-solver-2m", Self::DpmSolver { order: 2 }),
+        ("dpm-solver-3m", Self::DpmSolver { order: 3 }),
+        ("dpm-solver-sde", Self::DpmSolverSde),
+        ("unipc-1", Self::UniPc { order: 1, b: BFunction::Bh2 }),
+        ("unipc-2", Self::UniPc { order: 2, b: BFunction::Bh2 }),
+        ("unipc-3", Self::UniPc { order: 3, b: BFunction::Bh2 }),
+    ];
+
     /// Ancestral sampling with `sigma_t^2 = beta_t`.
     pub const fn ddpm() -> Self {
         Self::Ddpm { variance: Variance::Beta }
@@ -46,18 +89,69 @@ impl Solver {
         Self::Ddim { eta: 0.0 }
     }
 
+    /// Euler's method for the probability-flow ODE in `y = x / sqrt(alpha_bar)` and `sigma = sqrt((1 - alpha_bar) /
+    /// alpha_bar)`, `dy/dsigma = (y - x_0) / sigma` (Karras et al. 2022, equation 1). It is deterministic DDIM: a step
+    /// of either gives `sigma'/sigma y + (1 - sigma'/sigma) x_0`.
+    pub const fn euler() -> Self {
+        Self::ddim()
+    }
+
+    /// Euler's method with ancestral noise, as k-diffusion's and diffusers' (whose `eta` is 1). It is DDIM with the
+    /// same `eta`.
+    ///
+    /// Both go to `sqrt(sigma'^2 - up^2)` by Euler's method, and then add noise of standard deviation
+    /// `up = eta sigma' sqrt(1 - sigma'^2 / sigma^2)`. With `sigma^2 = 1 / alpha_bar - 1`, this is the noise of Song et
+    /// al. 2021, equation 16, divided by `sqrt(alpha_bar')`.
+    pub const fn euler_ancestral(eta: f64) -> Self {
+        Self::Ddim { eta }
+    }
+
+    /// The name of the solver, one of [`NAMES`](Self::NAMES), or `None` if its order is not in its range. The order of a
+    /// solver is a part of its name. `eta`, the variance, the churn and `B(h)` are not.
+    pub fn name(self) -> Option<&'static str> {
+        let usual = match self {
+            Self::Ddpm { .. } => Self::ddpm(),
+            Self::Ddim { .. } => Self::ddim(),
+            Self::Edm(_) => Self::Edm(Churn::IMAGE_NET_64),
+            Self::UniPc { order, .. } => Self::UniPc { order, b: BFunction::Bh2 },
+            other => other,
+        };
+        Self::NAMES.iter().find(|(_, solver)| *solver == usual).map(|(name, _)| *name)
+    }
+
     /// Returns the stages of the step from `levels[i]` to `levels[i + 1]`; see [`Plan::new`](super::plan::Plan::new).
     /// A multistep solver also reads the levels before `i`.
     ///
     /// # Errors
     /// Returns an error if a setting of the solver is not in its range.
-    pub(super) fn stages(self, levels: &[Level], i: usize) -> Result<Vec<Stage>> {
+    pub(super) fn stages(
+        self,
+        schedule: &NoiseSchedule,
+        levels: &[Level],
+        i: usize,
+    ) -> Result<Vec<Stage>> {
         let (from, to) = (levels[i], levels[i + 1]);
         match self {
             Self::Ddpm { variance } => Ok(ancestral::stages(variance, from, to)),
             Self::Ddim { eta } => ddim::stages(eta, from, to),
             Self::Heun => Ok(heun::stages(from, to)),
+            Self::Edm(churn) => edm::stages(churn, schedule, levels, i),
+            Self::DpmSolver { order } => dpm_solver::stages(order, levels, i),
+            Self::DpmSolverSde => Ok(dpm_solver::sde_stages(levels, i)),
+            Self::UniPc { order, b } => unipc::stages(order, b, levels, i),
         }
+    }
+}
+
+impl FromStr for Solver {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let found = Self::NAMES.iter().find(|(known, _)| *known == name);
+        found.map(|(_, solver)| *solver).ok_or_else(|| {
+            let names = Self::NAMES.map(|(name, _)| name).join(", ");
+            Error::config("solver", name, format!("one of {names}"))
+        })
     }
 }
 
@@ -70,6 +164,13 @@ impl fmt::Display for Solver {
             }
             Self::Ddim { eta } => write!(f, "DDIM with eta {eta}"),
             Self::Heun => f.write_str("Heun"),
+            Self::Edm(Churn { amount, min, max, noise }) => {
+                write!(f, "EDM with churn {amount} from {min} to {max} and noise {noise}")
+            }
+            Self::DpmSolver { order } => write!(f, "DPM-Solver++({order}M)"),
+            Self::DpmSolverSde => f.write_str("SDE-DPM-Solver++(2M)"),
+            Self::UniPc { order, b: BFunction::Bh1 } => write!(f, "UniPC-{order} with B1"),
+            Self::UniPc { order, b: BFunction::Bh2 } => write!(f, "UniPC-{order}"),
         }
     }
 }

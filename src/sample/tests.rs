@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::plan::{Level, Plan, PlannedStep, Stage};
-use super::{Sampler, Solver, Step, Variance};
+use super::{BFunction, Sampler, Solver, Spacing, Step, Variance};
 use crate::denoiser::from_fn;
 use crate::error::Result;
 use crate::process::{Diffusion, NoiseSchedule, Prediction};
@@ -43,14 +43,14 @@ fn diffusion() -> Diffusion {
     Diffusion::new(NoiseSchedule::cosine(1000).unwrap(), Prediction::Sample)
 }
 
-fn timesteps() -> Vec<(usize, f64)> {
-    let diffusion = diffusion();
-    [950, 800, 600, 450, 300, 120, 0].map(|t| (t, diffusion.schedule().alpha_bars()[t])).to_vec()
+fn levels() -> Vec<Level> {
+    let times = [950, 800, 600, 450, 300, 120, 0].map(f64::from).into_iter();
+    let level = |t| Level::new(diffusion().schedule(), t).unwrap();
+    times.map(level).chain([Level::IMAGE]).collect()
 }
 
 fn sigmas() -> Vec<Sigma> {
-    let level = |(t, alpha_bar)| Level { t: t as f64, alpha_bar };
-    timesteps().into_iter().map(level).chain([Level::IMAGE]).map(Sigma::from).collect()
+    levels().into_iter().map(Sigma::from).collect()
 }
 
 /// Runs a plan from these starts with this noise in every step. Returns the samples and the predictions of each step.
@@ -102,7 +102,7 @@ fn dpm_solver_2m(sigmas: &[Sigma], start: f64) -> f64 {
 
 #[test]
 fn a_plan_holds_a_multistep_solver() {
-    let plan = Plan::new(&timesteps(), |levels, i| {
+    let plan = Plan::new(&levels(), |levels, i| {
         let (from, to) = (Sigma::from(levels[i]), Sigma::from(levels[i + 1]));
         let h = from.log() - to.log();
         let k = -(-h).exp_m1() * to.scale;
@@ -151,9 +151,8 @@ fn unipc_factors(levels: &[Level], i: usize) -> [(f64, Vec<f64>); 2] {
 /// an evaluation.
 #[test]
 fn a_plan_holds_a_corrector() {
-    let timesteps = timesteps();
-    let last = timesteps.len() - 1;
-    let plan = Plan::new(&timesteps, |levels, i| {
+    let last = levels().len() - 2;
+    let plan = Plan::new(&levels(), |levels, i| {
         let evaluate = (i == 0).then_some(levels[0]);
         if i == last {
             return Ok(vec![Stage { evaluate, x_0: vec![1.0], x: 0.0, z: 0.0 }]);
@@ -166,8 +165,7 @@ fn a_plan_holds_a_corrector() {
     assert_eq!((plan.evaluations(), plan.predictions), (7, 3));
     let steps = run(plan, &STARTS, &[]);
 
-    let levels: Vec<Level> =
-        timesteps.iter().map(|&(t, alpha_bar)| Level { t: t as f64, alpha_bar }).collect();
+    let levels = levels();
     for (k, &start) in STARTS.iter().enumerate() {
         let mut x = start;
         let mut predictions = vec![network(start, levels[0].t)];
@@ -215,7 +213,7 @@ fn edm(levels: &[Level], start: f64, noise: f64) -> f64 {
 /// A stage that only adds noise, an evaluation between two timesteps, and noise that three stages share.
 #[test]
 fn a_plan_holds_churn_at_times_between_timesteps() {
-    let plan = Plan::new(&timesteps(), |levels, i| {
+    let plan = Plan::new(&levels(), |levels, i| {
         let (from, to) = (Sigma::from(levels[i]), Sigma::from(levels[i + 1]));
         let level = if i == 0 { levels[0] } else { churned(levels[i], levels[i - 1].alpha_bar) };
         let hat = Sigma::from(level);
@@ -238,8 +236,7 @@ fn a_plan_holds_churn_at_times_between_timesteps() {
     let plan = plan.unwrap();
     assert_eq!(plan.evaluations(), 13);
     let steps = run(plan, &STARTS, &NOISE);
-    let level = |(t, alpha_bar)| Level { t: t as f64, alpha_bar };
-    let levels: Vec<Level> = timesteps().into_iter().map(level).chain([Level::IMAGE]).collect();
+    let levels = levels();
     let expected = STARTS.iter().zip(NOISE).map(|(&x, noise)| edm(&levels, x, noise));
     assert_close(&steps[6][0], expected);
 }
@@ -247,26 +244,33 @@ fn a_plan_holds_churn_at_times_between_timesteps() {
 /// The loop neither lacks a prediction nor evaluates the network at the image.
 #[test]
 fn every_stage_of_every_solver_can_be_computed() {
-    let posterior = Solver::Ddpm { variance: Variance::Posterior };
-    let ddim = Solver::Ddim { eta: 0.5 };
-    for solver in [Solver::ddpm(), posterior, Solver::ddim(), ddim, Solver::Heun] {
-        for steps in [1, 2, 10] {
-            let sampler = Sampler::new(&Diffusion::ddpm(), solver, steps).unwrap();
+    let mut solvers = Solver::NAMES.map(|(_, solver)| solver).to_vec();
+    solvers.extend([
+        Solver::Ddpm { variance: Variance::Posterior },
+        Solver::Ddim { eta: 0.5 },
+        Solver::UniPc { order: 3, b: BFunction::Bh1 },
+    ]);
+    let diffusion = Diffusion::ddpm();
+    for (solver, (_, spacing)) in solvers.iter().flat_map(|s| Spacing::NAMES.map(|n| (*s, n))) {
+        for steps in [1, 2, 3, 10, 1000] {
+            let sampler = Sampler::with_spacing(&diffusion, solver, spacing, steps).unwrap();
             let mut predictions = 0;
-            for PlannedStep { t, stages } in sampler.plan.steps.iter() {
+            for PlannedStep { at, stages } in sampler.plan.steps.iter() {
                 for stage in stages {
                     predictions += usize::from(stage.evaluate.is_some());
-                    assert!(
-                        stage.evaluate.is_none_or(|level| (0.0..=*t as f64).contains(&level.t))
-                    );
+                    // Churn raises the noise, but not above that of the last timestep.
+                    let highest = if matches!(solver, Solver::Edm(_)) { 999.0 } else { at.t };
+                    assert!(stage.evaluate.is_none_or(|level| (0.0..=highest).contains(&level.t)));
                     assert!(stage.x_0.len() <= predictions, "{solver:?}: {stage:?}");
                     let factors = stage.x_0.iter().chain([&stage.x, &stage.z]);
                     assert!(factors.into_iter().all(|factor| factor.is_finite()));
                 }
-                assert!(stages.iter().any(|stage| !stage.x_0.is_empty()), "{solver:?} at {t}");
+                assert!(stages.iter().any(|stage| !stage.x_0.is_empty()), "{solver:?} at {at:?}");
             }
             assert_eq!(sampler.evaluations(), predictions);
             assert_eq!(sampler.timesteps().len(), steps);
+            let two = matches!(solver, Solver::Heun | Solver::Edm(_));
+            assert_eq!(predictions, if two { 2 * steps - 1 } else { steps }, "{solver}");
         }
     }
 }

@@ -95,7 +95,8 @@ impl Maps for Cuda<'_> {
     }
 
     fn sinusoids(&self, sinusoids: &Sinusoids, t: &Tensor) -> Result<Memory> {
-        let t = t.to_dtype(DType::U32)?.contiguous()?;
+        let dtype = if t.dtype().is_int() { DType::U32 } else { DType::F32 };
+        let t = t.to_dtype(dtype)?.contiguous()?;
         let half = sinusoids.dim() / 2;
         Ok(cuda::sinusoids(&self.gpu, &t, half, sinusoids.decay, self.element())?)
     }
