@@ -39,8 +39,9 @@
 //! 4. Colours become grey if `channels` is [`Channels::Grey`]: `0.299 R + 0.587 G + 0.114 B`, as in ITU-R BT.601.
 //! 5. It is [cropped](Crop) and scaled by an antialiasing [`Filter`]. Pictures smaller than the images are enlarged.
 //!
-//! The scaling agrees with Pillow's `resize` within 1 of 255. JPEG decoders differ by more where colour is stored at
-//! half the resolution.
+//! Scaling agrees with Pillow's `resize` within 1 of 255, first along the columns and then along the rows. Overshoots at
+//! edges are clipped after each of the two passes, so values at saturated edges depend on their order. In one call,
+//! Pillow chooses the order by the sizes. JPEG decoders differ by more, where colour is stored at half the resolution.
 //!
 //! # Memory and speed
 //!

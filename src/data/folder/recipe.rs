@@ -1,9 +1,7 @@
 //! From pictures to images: channels, crop and scale.
 
 use fast_image_resize::images::Image;
-use fast_image_resize::{
-    FilterType, MulDiv, PixelType, ResizeAlg, ResizeOptions, Resizer, SrcCropping,
-};
+use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 use image::{DynamicImage, Rgba};
 
 use super::config::{Crop, Filter, FolderConfig};
@@ -134,14 +132,12 @@ impl Recipe {
         Part { x, y, width, height }
     }
 
-    /// Scales a part of a picture, first along its rows and then along its columns. Values between the two passes are
-    /// rounded to bytes. Order and rounding are those of Pillow: overshoots are clipped between the passes, so another
-    /// order gives other values at sharp edges.
+    /// Scales a part of a picture. At the edges of the part the filter also reads the pixels beyond them.
     fn resize(
         &self,
         pixels: Vec<u8>,
         size: (u32, u32),
-        part: Part,
+        Part { x, y, width, height }: Part,
         to: (u32, u32),
     ) -> Result<Vec<u8>, Reason> {
         let kind = match self.channels {
@@ -153,29 +149,16 @@ impl Recipe {
             Filter::Bicubic => FilterType::CatmullRom,
             Filter::Lanczos => FilterType::Lanczos3,
         };
-        let Part { x, y, width, height } = part;
         let options = ResizeOptions::new()
             .resize_alg(ResizeAlg::Convolution(filter))
-            .use_alpha(false)
+            // Pixels are weighted by alpha, so that the colour of a transparent one does not bleed into its neighbours.
+            // Weighting loses bits, so a part that is not scaled is only copied.
+            .use_alpha(kind == PixelType::U8x4 && (width, height) != to)
             .crop(x.into(), y.into(), width.into(), height.into());
-        // The colour of a transparent pixel must not bleed into its neighbours.
-        let has_alpha = kind == PixelType::U8x4 && (width, height) != to;
-
-        let failed = |e: &dyn std::fmt::Display| format!("it cannot be scaled: {e}");
-        let mut source =
-            Image::from_vec_u8(size.0, size.1, pixels, kind).map_err(|e| failed(&e))?;
-        if has_alpha {
-            MulDiv::new().multiply_alpha_inplace(&mut source).map_err(|e| failed(&e))?;
-        }
-        let mut resizer = Resizer::new();
-        let mut rows = Image::new(to.0, height, kind);
-        resizer.resize(&source, &mut rows, &options).map_err(|e| failed(&e))?;
-        let options = ResizeOptions { cropping: SrcCropping::None, ..options };
         let mut image = Image::new(to.0, to.1, kind);
-        resizer.resize(&rows, &mut image, &options).map_err(|e| failed(&e))?;
-        if has_alpha {
-            MulDiv::new().divide_alpha_inplace(&mut image).map_err(|e| failed(&e))?;
-        }
+        let source = Image::from_vec_u8(size.0, size.1, pixels, kind).map_err(|e| e.to_string())?;
+        let resized = Resizer::new().resize(&source, &mut image, &options);
+        resized.map_err(|e| e.to_string())?;
         Ok(image.into_vec())
     }
 }
