@@ -90,14 +90,31 @@ impl fmt::Display for Progress {
     }
 }
 
+impl Folder {
+    /// Opens a folder, and decodes every picture once. The limits of memory are the defaults of
+    /// [`builder`](Self::builder).
+    ///
+    /// # Errors
+    /// - [`Error::Config`] if the configuration is not [valid](FolderConfig::validate).
+    /// - [`Error::Io`] if the folder cannot be read.
+    /// - [`Error::Data`] if it has no pictures, with the extensions that pictures have; if pictures are unreadable, unless
+    ///   they are [skipped](super::Unreadable::Skip); or if a picture has no class although
+    ///   [`classes`](FolderConfig::classes) is set.
+    pub fn open(root: impl Into<PathBuf>, config: FolderConfig) -> Result<Self> {
+        Self::builder(root, config).open()
+    }
+
+    /// Returns a builder, which can set the limit of memory, a cache on disk, and a function that receives the progress.
+    pub fn builder<'a>(root: impl Into<PathBuf>, config: FolderConfig) -> FolderBuilder<'a> {
+        let on_progress = Box::new(|_| ControlFlow::Continue(()));
+        let memory_limit = FolderBuilder::MEMORY_LIMIT;
+        FolderBuilder { root: root.into(), config, memory_limit, cache: None, on_progress }
+    }
+}
+
 impl<'a> FolderBuilder<'a> {
     /// The default of [`memory_limit`](Self::memory_limit): 2 GiB.
     pub const MEMORY_LIMIT: u64 = 2 << 30;
-
-    pub(super) fn new(root: PathBuf, config: FolderConfig) -> Self {
-        let on_progress = Box::new(|_| ControlFlow::Continue(()));
-        Self { root, config, memory_limit: Self::MEMORY_LIMIT, cache: None, on_progress }
-    }
 
     /// Sets the number of bytes of scaled pictures that are kept in memory. The default is 2 GiB: 174,000 colour images
     /// of 64 x 64 pixels. Pictures beyond the limit are decoded each time a batch is read.

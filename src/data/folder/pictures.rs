@@ -2,7 +2,6 @@ use std::borrow::Cow;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use super::builder::FolderBuilder;
 use super::cache::{self, Cache, Key};
 use super::config::FolderConfig;
 use super::decode;
@@ -50,24 +49,6 @@ pub struct UnreadableFile {
 }
 
 impl Folder {
-    /// Opens a folder, and decodes every picture once. The limits of memory are the defaults of
-    /// [`builder`](Self::builder).
-    ///
-    /// # Errors
-    /// - [`Error::Config`] if the configuration is not [valid](FolderConfig::validate).
-    /// - [`Error::Io`] if the folder cannot be read.
-    /// - [`Error::Data`] if it has no pictures, with the extensions that pictures have; if pictures are unreadable, unless
-    ///   they are [skipped](super::Unreadable::Skip); or if a picture has no class although
-    ///   [`classes`](FolderConfig::classes) is set.
-    pub fn open(root: impl Into<PathBuf>, config: FolderConfig) -> Result<Self> {
-        Self::builder(root, config).open()
-    }
-
-    /// Returns a builder, which can set the limit of memory, a cache on disk, and a function that receives the progress.
-    pub fn builder<'a>(root: impl Into<PathBuf>, config: FolderConfig) -> FolderBuilder<'a> {
-        FolderBuilder::new(root.into(), config)
-    }
-
     /// The configuration.
     pub fn config(&self) -> &FolderConfig {
         &self.recipe.config
