@@ -208,6 +208,13 @@ pub enum Error {
         expected: Vec<usize>,
     },
 
+    /// The reading of a folder of pictures was stopped on request.
+    #[error("{}: stopped before all pictures were read", path.display())]
+    Stopped {
+        /// The folder.
+        path: PathBuf,
+    },
+
     /// A file could not be read or written.
     #[error("{}: {source}", path.display())]
     Io {

@@ -23,10 +23,22 @@ use crate::error::{Error, Result};
 /// # Errors
 /// Returns an error if one of these steps fails, for example on a full disk. An earlier file at `path` is kept then.
 pub fn write(path: impl AsRef<Path>, content: &[u8]) -> Result<()> {
-    let path = path.as_ref();
+    replace(path.as_ref(), content, File::sync_all)
+}
+
+/// Writes a file as [`write()`] does, without flushing it to disk: after a power failure the file can be damaged.
+///
+/// # Errors
+/// Returns the errors of [`write()`].
+#[cfg(feature = "image")]
+pub(crate) fn write_unflushed(path: &Path, content: &[u8]) -> Result<()> {
+    replace(path, content, |_| Ok(()))
+}
+
+fn replace(path: &Path, content: &[u8], flush: fn(&File) -> io::Result<()>) -> Result<()> {
     let partial = partial(path);
     let written = create(&partial)
-        .and_then(|mut file| file.write_all(content).and_then(|()| file.sync_all()).map(|()| file))
+        .and_then(|mut file| file.write_all(content).and_then(|()| flush(&file)).map(|()| file))
         .and_then(|_locked| fs::rename(&partial, path));
     written.map_err(|error| {
         // The error to report is the one above.

@@ -156,7 +156,7 @@ fn a_run_on_the_embedded_digits_writes_all_its_files() -> Result<()> {
     assert!(image::open(curve)?.width() > 500);
     for line in metrics(&out)? {
         let keys: Vec<&String> = line.as_object().ok_or("an object")?.keys().collect();
-        assert_eq!(keys, ["grad_norm", "images_per_second", "loss", "lr", "step"]);
+        assert_eq!(keys, ["grad_norm", "images_per_second", "loss", "lr", "step", "waiting"]);
         assert!(line.as_object().is_some_and(|l| l.values().all(Value::is_number)), "{line}");
     }
     assert_eq!(steps(&out)?, [1, 2, 3]);

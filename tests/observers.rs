@@ -4,14 +4,16 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread::sleep;
+use std::time::Duration;
 
 use candle_core::{Device, Tensor};
-use ddpm::data::Images;
+use ddpm::data::{Dataset, ImageShape, Images};
 use ddpm::eval::Generator;
 use ddpm::nn::{Condition, Output};
 use ddpm::observe::{LossCurve, MetricsFile, SampleGrid, SaveEvery};
 use ddpm::process::Prediction;
-use ddpm::train::{Frontend, Metrics, Observer, Outcome, Run, on_metrics};
+use ddpm::train::{Frontend, Metrics, Mse, Noised, Objective, Observer, Outcome, Run, on_metrics};
 use ddpm::{
     Checkpoint, Denoiser, Diffusion, Error, NoiseSchedule, Result, Sampler, Solver, TrainConfig,
     Trainer,
@@ -266,6 +268,69 @@ fn the_file_of_metrics_continues_with_a_run_and_not_with_another_one() {
     trainer(2).fit(&images(), MetricsFile::new(&path)).unwrap();
     assert_eq!(steps(), [2]);
     assert_eq!(fs::read(temp.path().join("metrics-old.jsonl")).unwrap(), before);
+}
+
+/// Images that take 10 ms each.
+struct SlowImages;
+
+impl Dataset for SlowImages {
+    fn len(&self) -> usize {
+        images().len()
+    }
+
+    fn shape(&self) -> ImageShape {
+        images().shape()
+    }
+
+    fn read(&self, index: usize, pixels: &mut [u8]) -> Result<Option<u32>> {
+        sleep(Duration::from_millis(10));
+        images().read(index, pixels)
+    }
+}
+
+/// A loss that takes 40 ms: twice as long as a batch of `SlowImages`.
+#[derive(Debug)]
+struct SlowLoss;
+
+impl Objective for SlowLoss {
+    fn loss(&self, batch: &Noised<'_>, output: &Output) -> Result<(Tensor, Output)> {
+        sleep(Duration::from_millis(40));
+        Mse.loss(batch, output)
+    }
+}
+
+#[test]
+fn metrics_have_the_share_of_time_in_which_training_waited_for_images() {
+    let temp = TempDir::new().unwrap();
+    let path = temp.path().join("metrics.jsonl");
+    let waiting = |dataset: &dyn Dataset, slow: bool| -> f64 {
+        let builder = Trainer::builder(Scale).config(config(8));
+        let builder = if slow { builder.objective(SlowLoss) } else { builder };
+        let mut found = Vec::new();
+        let collect = on_metrics(|metrics| {
+            found.push(metrics.waiting);
+            Ok(())
+        });
+        builder.build().unwrap().fit(dataset, (collect, MetricsFile::new(&path))).unwrap();
+        let last = fs::read_to_string(&path).unwrap().lines().last().map(String::from).unwrap();
+        let written = serde_json::from_str::<serde_json::Value>(&last).unwrap();
+        assert_eq!(written["waiting"].as_f64(), found.last().copied());
+        assert!(found.iter().all(|share| (0.0..=1.0).contains(share)), "{found:?}");
+        // The least share: another program can delay a thread, and the first batch of a run is always waited for.
+        found.into_iter().skip(1).fold(1.0, f64::min)
+    };
+    assert!(waiting(&SlowImages, false) > 0.5);
+    assert!(waiting(&SlowImages, true) < 0.3);
+    assert!(waiting(&images(), true) < 0.3);
+}
+
+#[test]
+fn files_of_metrics_without_the_later_fields_can_be_read() {
+    let temp = TempDir::new().unwrap();
+    let path = temp.path().join("metrics.jsonl");
+    let line = r#"{"step":2,"loss":0.5,"lr":0.1,"grad_norm":1.0,"images_per_second":3.0}"#;
+    fs::write(&path, format!("{line}\n")).unwrap();
+    assert_eq!(MetricsFile::losses(&path).unwrap(), [(2, 0.5)]);
 }
 
 #[test]

@@ -68,9 +68,10 @@ impl From<ImageShape> for (usize, usize, usize) {
 /// # Ok::<(), ddpm::Error>(())
 /// ```
 ///
-/// [`Trainer::fit`](crate::Trainer::fit) calls [`read`](Self::read) on a separate thread, for one image after the
-/// other. It reads the next batch while the network is trained with the present one. If reading a batch takes longer
-/// than an update, decode all images once, into [`Images`](crate::data::Images):
+/// [`Trainer::fit`](crate::Trainer::fit) calls [`read_augmented`](Self::read_augmented), whose default calls
+/// [`read`](Self::read), on a separate thread, for one image after the other. It reads the next batch while the network
+/// is trained with the present one. If reading a batch takes longer than an update, read on several
+/// [`threads`](Self::threads), or decode all images once, into [`Images`](crate::data::Images):
 ///
 /// ```
 /// use ddpm::data::Images;
@@ -117,6 +118,27 @@ pub trait Dataset: Send + Sync {
     /// Returns an error if the image cannot be read, which ends training. [`Error::external`](crate::Error::external)
     /// wraps errors of other libraries.
     fn read(&self, index: usize, pixels: &mut [u8]) -> Result<Option<u32>>;
+
+    /// Writes image `index` as [`read`](Self::read) does, but changed at random, for example by a random crop. Training
+    /// calls this method. The default calls [`read`](Self::read).
+    ///
+    /// `random` is uniformly distributed. It is a function of the run's seed, the update, and the position of the image
+    /// in the batch of the update. The same `index` and `random` must always give the same image. Otherwise a run
+    /// cannot be resumed exactly.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the image cannot be read, which ends training.
+    fn read_augmented(&self, index: usize, random: u64, pixels: &mut [u8]) -> Result<Option<u32>> {
+        let _ = random;
+        self.read(index, pixels)
+    }
+
+    /// The number of threads that read the images of a batch at the same time. The default is 1. Batches do not depend
+    /// on it.
+    fn threads(&self) -> usize {
+        1
+    }
 }
 
 /// The value in [-1, 1] that stands for a byte in training: `pixel / 127.5 - 1`.

@@ -1,9 +1,11 @@
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use candle_core::{DType, Device, Tensor};
+use rand::RngCore;
 
 use super::dataset::{Dataset, normalized};
+use super::parallel;
 use crate::backend;
 use crate::denoiser::Condition;
 use crate::error::{Error, Result};
@@ -135,25 +137,30 @@ impl Loader {
             let expected = format!("small enough for a batch of images of {size} values in memory");
             return Err(Error::config("batch_size", batch, expected));
         };
-        let (mut bytes, mut found) = (vec![0; size], Vec::new());
-        for k in self.part.clone() {
-            if stop.load(Ordering::Relaxed) {
-                return Ok(None);
+        pixels.resize(batch * size, 0.0);
+        let images = self
+            .part
+            .clone()
+            .map(|k| Ok((k, self.shuffled(at.images_seen.wrapping_add(k), dataset.len())?)));
+        let images = images.collect::<Result<Vec<_>>>()?.into_iter();
+        let (noise, flips) = (self.noise, self.horizontal_flip);
+        let places = images.zip(pixels.chunks_exact_mut(size));
+        let found = parallel::map(dataset.threads(), places, stop, |((k, index), place)| {
+            let stream = |purpose| noise.stream(purpose, at.step, k as u32);
+            let mut bytes = vec![0; size];
+            let random = stream(Purpose::Augment).next_u64();
+            let class = dataset.read_augmented(index, random, &mut bytes)?;
+            let class = check_class(index, class, classes)?;
+            if flips && stream(Purpose::Flip).below(2) == 1 {
+                bytes.chunks_mut(shape.width).for_each(<[u8]>::reverse);
             }
-            let index = self.shuffled(at.images_seen.wrapping_add(k), dataset.len())?;
-            let class = dataset.read(index, &mut bytes)?;
-            found.extend(check_class(index, class, classes)?);
-            if self.horizontal_flip {
-                let mut stream = self.noise.stream(Purpose::Flip, at.step, k as u32);
-                if stream.below(2) == 1 {
-                    bytes.chunks_mut(shape.width).for_each(<[u8]>::reverse);
-                }
-            }
-            pixels.extend(bytes.iter().map(|&pixel| normalized(pixel)));
-        }
+            place.iter_mut().zip(bytes).for_each(|(value, byte)| *value = normalized(byte));
+            Ok(class)
+        })?;
+        let Some(found) = found else { return Ok(None) };
         Ok(Some(HostBatch {
             pixels,
-            classes: (classes > 0).then_some(found),
+            classes: (classes > 0).then(|| found.into_iter().flatten().collect()),
             dims: [batch, shape.channels, shape.height, shape.width],
             first: self.part.start,
         }))

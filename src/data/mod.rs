@@ -6,14 +6,19 @@
 mod cifar;
 pub(crate) mod dataset;
 mod file;
+#[cfg(feature = "image")]
+pub mod folder;
 mod idx;
 mod images;
 pub(crate) mod loader;
+mod parallel;
 pub(crate) mod prefetch;
 mod split;
 
 pub use cifar::cifar10;
 pub use dataset::{Dataset, ImageShape, normalized};
+#[cfg(feature = "image")]
+pub use folder::{Folder, FolderConfig};
 pub use idx::{mnist, read_idx_images, read_idx_labels};
 pub use images::Images;
 pub use loader::Batch;

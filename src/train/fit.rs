@@ -62,18 +62,22 @@ impl<N: Architecture> Trainer<N> {
         let (loader, at) = (self.loader.clone(), self.state.progress.position());
         prefetch(loader, dataset, at, updates, |next| {
             let (mut elapsed, mut images_before) = (Duration::ZERO, self.images_seen());
+            let mut waited = Duration::ZERO;
             while self.steps() < self.config.steps {
                 let start = Instant::now();
-                let batch = next()?.upload(&self.device)?;
-                self.step(&batch)?;
+                let batch = next()?;
+                waited += start.elapsed();
+                self.step(batch.upload(&self.device)?)?;
                 let last = self.steps() == self.config.steps;
                 if self.steps().is_multiple_of(self.config.log_every) || last {
                     let mut metrics = self.report()?;
                     elapsed += start.elapsed();
                     let images = self.images_seen() - images_before;
                     metrics.images_per_second = images as f64 / elapsed.as_secs_f64();
+                    metrics.waiting = waited.as_secs_f64() / elapsed.as_secs_f64();
                     observer.on_metrics(&self.run(scene), &metrics)?;
                     (elapsed, images_before) = (Duration::ZERO, self.images_seen());
+                    waited = Duration::ZERO;
                 } else {
                     elapsed += start.elapsed();
                 }
@@ -86,7 +90,7 @@ impl<N: Architecture> Trainer<N> {
         })
     }
 
-    /// Returns the report on the updates since the last report. `images_per_second` is not set.
+    /// Returns the report on the updates since the last report. `images_per_second` and `waiting` are not set.
     fn report(&mut self) -> Result<Metrics> {
         self.read_losses()?;
         let lr = self.config.learning_rate(self.steps().saturating_sub(1));

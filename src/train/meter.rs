@@ -89,6 +89,7 @@ impl Meter {
     pub fn report(&mut self, step: u64, lr: f64, loss_scale: Option<f64>) -> Metrics {
         let loss = (self.sum / self.count.max(1) as f64) as f32;
         (self.sum, self.count) = (0.0, 0);
-        Metrics { step, loss, lr, grad_norm: self.grad_norm, loss_scale, images_per_second: 0.0 }
+        let (grad_norm, images_per_second, waiting) = (self.grad_norm, 0.0, 0.0);
+        Metrics { step, loss, lr, grad_norm, loss_scale, images_per_second, waiting }
     }
 }
