@@ -300,7 +300,7 @@ impl Sampler {
     /// # use candle_core::{Device, Tensor};
     /// # use ddpm::nn::from_fn;
     /// # use ddpm::{Diffusion, Sampler, Solver};
-    /// # let denoiser = from_fn(|x_t: &Tensor, _t: &Tensor| Ok((x_t * 0.1)?));
+    /// # let denoiser = from_fn(|x_t: &Tensor, _t: &Tensor| Ok((x_t * 0.01)?));
     /// # let images = Tensor::new(&[[[[0.5f32, -0.2]]]], &Device::Cpu)?;
     /// let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddim(), 100)?;
     /// let noise = sampler.invert(&denoiser, images.clone())?;

@@ -1,7 +1,6 @@
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor, WithDType};
 use serde::{Deserialize, Serialize};
 
-use crate::backend;
 use crate::error::{Error, Result};
 
 /// Dynamic thresholding of the predicted image. Saharia et al. 2022, [Imagen](https://arxiv.org/abs/2205.11487),
@@ -35,28 +34,35 @@ impl DynamicThreshold {
         Ok(self)
     }
 
-    /// Computes the thresholded images (batch, ...). An image does not depend on the others.
+    /// Computes the thresholded images (batch, ...), which take no gradient. An image does not depend on the others.
     ///
-    /// The pixels are read from the device, because candle sorts only short rows on a GPU.
+    /// The pixels are computed on the CPU, because candle sorts only short rows on a GPU.
     pub(super) fn apply(self, x_0: &Tensor) -> Result<Tensor> {
-        let backend = backend::of(x_0);
-        let scaled = |image: usize| {
-            let x_0 = x_0.narrow(0, image, 1)?;
-            let mut sizes = x_0.detach().flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
-            sizes.iter_mut().for_each(|x| *x = x.abs());
+        match x_0.dtype() {
+            DType::F64 => self.apply_as::<f64>(x_0),
+            DType::F32 => self.apply_as::<f32>(x_0),
+            half => Ok(self.apply_as::<f32>(&x_0.to_dtype(DType::F32)?)?.to_dtype(half)?),
+        }
+    }
+
+    fn apply_as<T: WithDType>(self, x_0: &Tensor) -> Result<Tensor> {
+        let mut pixels = x_0.detach().flatten_all()?.to_device(&Device::Cpu)?.to_vec1::<T>()?;
+        let size = pixels.len() / x_0.dim(0)?.max(1);
+        for image in pixels.chunks_mut(size.max(1)) {
+            let mut sizes: Vec<f64> = image.iter().map(|x| x.to_f64().abs()).collect();
             let s = quantile(&mut sizes, self.ratio).clamp(1.0, self.max);
-            backend.combine(&x_0, 1.0 / s, &x_0, 0.0)
-        };
-        let images = (0..x_0.dim(0)?).map(scaled).collect::<Result<Vec<_>>>()?;
-        backend.clamp(&Tensor::cat(&images, 0)?, -1.0, 1.0)
+            for x in image {
+                *x = T::from_f64((x.to_f64() / s).clamp(-1.0, 1.0));
+            }
+        }
+        let images = Tensor::from_vec(pixels, x_0.shape(), &Device::Cpu)?;
+        Ok(images.to_device(x_0.device())?)
     }
 }
 
-/// The quantile of values, of which none is NaN, interpolated linearly between the two neighbours. That of no values
-/// is 0.
+/// The quantile of one or more values, of which none is NaN, interpolated linearly between its two neighbours.
 fn quantile(values: &mut [f64], ratio: f64) -> f64 {
-    let Some(last) = values.len().checked_sub(1) else { return 0.0 };
-    let position = ratio * last as f64;
+    let position = ratio * (values.len() - 1) as f64;
     let (_, &mut low, above) = values.select_nth_unstable_by(position as usize, f64::total_cmp);
     let high = above.iter().copied().min_by(f64::total_cmp).unwrap_or(low);
     low + position.fract() * (high - low)
