@@ -605,13 +605,13 @@ fn a_cache_keeps_scaled_pictures_by_content_and_settings() {
     assert_eq!(read(&folder, 0), expected[1]);
 
     // Damage is detected, whether the folder is being opened or in use, and the file is made again.
-    let damages: [&dyn Fn(&mut Vec<u8>); 5] = [
-        &|bytes| bytes[100] ^= 1,
-        &|bytes| bytes.truncate(400),
-        &|bytes| bytes.clear(),
-        &|bytes| bytes.push(0),
+    let damages: [fn(&mut Vec<u8>); 5] = [
+        |bytes| bytes[100] ^= 1,
+        |bytes| bytes.truncate(400),
+        |bytes| bytes.clear(),
+        |bytes| bytes.push(0),
         // The wrong size with the right checksum.
-        &|bytes| {
+        |bytes| {
             bytes[12..20].copy_from_slice(&[14, 0, 0, 0, 20, 0, 0, 0]);
             let mut crc = flate2::Crc::new();
             crc.update(&bytes[12..]);

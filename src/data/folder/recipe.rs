@@ -65,7 +65,7 @@ impl Recipe {
                 (whole, covering(self.config.covered(), size))
             }
         };
-        // The picture between the two passes has less pixels than one of these.
+        // The picture between the two passes of scaling has fewer pixels than the larger of the two sizes.
         if u64::from(to.0) * u64::from(to.1) > max_pixels {
             let (width, height) = size;
             let to = format!("{} x {}", to.0, to.1);

@@ -94,8 +94,7 @@ pub(super) fn files(root: &Path, mut found: impl FnMut(usize) -> bool) -> Result
     // Folders of links wait until all others were visited. A picture thus has the path without links, if there is one.
     let (mut folders, mut links) = (vec![PathBuf::new()], Vec::new());
     let mut visited = HashSet::new();
-    loop {
-        let Some(folder) = folders.pop().or_else(|| take_first(&mut links)) else { break };
+    while let Some(folder) = folders.pop().or_else(|| take_first(&mut links)) {
         let entries = fs::canonicalize(root.join(&folder)).and_then(|canonical| {
             let is_new = visited.insert(canonical);
             if is_new { fs::read_dir(root.join(&folder)).map(Some) } else { Ok(None) }
