@@ -3,7 +3,7 @@ use serde::{Deserialize, Serialize};
 use super::optim::adam::AdamConfig;
 use super::optim::ema::EmaConfig;
 use super::optim::scaler::GradScalerConfig;
-use super::optim::schedule::LearningRate;
+use super::optim::schedule::{LearningRate, LearningRateSchedule};
 use crate::error::{Error, Result};
 use crate::precision::Precision;
 
@@ -32,6 +32,9 @@ pub struct TrainConfig {
     pub optimizer: AdamConfig,
     /// Number of updates over which the learning rate rises linearly to its full value; 0 for none.
     pub warmup_steps: u64,
+    /// The shape of the learning rate between warm-up and cool-down.
+    #[serde(default, skip_serializing_if = "LearningRateSchedule::is_constant")]
+    pub schedule: LearningRateSchedule,
     /// Fraction of [`steps`](Self::steps), at the end, over which the learning rate falls linearly to zero; from 0 (no
     /// cool-down) to 1. With a cool-down, an update beyond `steps` changes nothing. Hägele et al. 2024.
     #[serde(default)]
@@ -93,6 +96,7 @@ impl TrainConfig {
             accumulation: 1,
             optimizer: AdamConfig::adam(1e-4),
             warmup_steps: 0,
+            schedule: LearningRateSchedule::Constant,
             cooldown: 0.0,
             clip_norm: None,
             ema: Some(EmaConfig { decay: 0.999, warmup: true }),
@@ -157,12 +161,14 @@ impl TrainConfig {
         self.precision.validate()?;
         self.grad_scaler.validate()?;
         self.optimizer.validate()?;
+        self.schedule.validate()?;
         self.ema.map_or(Ok(()), |ema| ema.validate())
     }
 
     /// The learning rate of an update; `step` counts from 0.
     pub fn learning_rate(&self, step: u64) -> f64 {
-        let Self { steps, warmup_steps, cooldown, optimizer, .. } = *self;
-        LearningRate { peak: optimizer.learning_rate, warmup_steps, cooldown, steps }.at(step)
+        let Self { steps, warmup_steps, schedule, cooldown, optimizer, .. } = *self;
+        LearningRate { peak: optimizer.learning_rate, warmup_steps, schedule, cooldown, steps }
+            .at(step)
     }
 }

@@ -12,6 +12,7 @@ mod observer;
 mod optim;
 mod run;
 mod state;
+mod stateful;
 mod trainer;
 mod update;
 
@@ -27,6 +28,6 @@ pub use optim::adam::{AdamConfig, AdamW, WeightDecay};
 pub use optim::clip::clip_grad_norm;
 pub use optim::ema::{Ema, EmaConfig};
 pub use optim::scaler::{GradScaler, GradScalerConfig};
-pub use optim::schedule::LearningRate;
+pub use optim::schedule::{LearningRate, LearningRateSchedule};
 pub use run::{Frontend, Outcome, Run};
 pub use trainer::Trainer;

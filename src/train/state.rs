@@ -2,50 +2,23 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Tensor, Var};
-use serde_json::{Map, Value};
+use candle_core::Var;
 
 use super::optim::adam::AdamW;
 use super::optim::ema::Ema;
 use super::optim::optimizer::Optimizer;
 use super::optim::scaler::{GradScaler, ScalerState};
+use super::stateful::{Fields, Kind, Stateful, Tensors, within};
 use crate::backend::Counters;
 use crate::data::loader::Position;
 use crate::error::{Error, Result};
 use crate::sample::SamplerConfig;
 
-/// Tensors by name.
-pub(super) type Tensors = BTreeMap<String, Tensor>;
+/// The largest step of a run, limited by the addresses of random numbers.
+pub(in crate::train) const MAX_STEP: u64 = (1 << 40) - 1;
 
-/// Fields of a checkpoint's JSON by name.
-pub(super) type Fields = Map<String, Value>;
-
-/// A part of a run that has state. A checkpoint is a list of such parts.
-pub(super) trait Stateful {
-    /// The name of the file for the part's tensors, without `.safetensors`.
-    fn name(&self) -> &'static str;
-
-    /// The tensors to save, without copies. A part without tensors has no file.
-    fn tensors(&self) -> Option<Tensors> {
-        None
-    }
-
-    /// The fields to save. `counters` are the exact counts of the updates.
-    ///
-    /// # Errors
-    /// Returns an error if a value cannot be written as JSON.
-    fn fields(&self, counters: &Counters) -> Result<Fields> {
-        let _ = counters;
-        Ok(Fields::new())
-    }
-
-    /// Replaces the state by saved tensors, whose names and shapes are those of the present ones,
-    /// and by the fields of all parts.
-    ///
-    /// # Errors
-    /// Returns an error if a field is missing or not valid, or if an operation fails.
-    fn restore(&mut self, tensors: Tensors, fields: &Fields) -> Result<()>;
-}
+/// The kinds of parts that checkpoints hold.
+pub(super) const KINDS: &[&Kind] = &[&PROGRESS, &MODEL, &EMA, &OPTIMIZER, &GRAD_SCALER];
 
 /// The state of a run.
 #[derive(Debug)]
@@ -59,8 +32,7 @@ impl TrainState {
     /// Returns all parts, which together are the content of a checkpoint.
     pub fn parts(&self) -> Vec<&dyn Stateful> {
         let Optimizer { adam, ema, scaler, .. } = &self.optimizer;
-        let mut parts: Vec<&dyn Stateful> = vec![&self.progress, &self.weights, adam];
-        parts.extend(ema.as_ref().map(|ema| ema as &dyn Stateful));
+        let mut parts: Vec<&dyn Stateful> = vec![&self.progress, &self.weights, ema, adam];
         parts.extend(scaler.as_ref().map(|scaler| scaler as &dyn Stateful));
         parts
     }
@@ -69,8 +41,7 @@ impl TrainState {
     /// weights.
     pub fn parts_beside_weights(&mut self) -> Vec<&mut dyn Stateful> {
         let Optimizer { adam, ema, scaler, .. } = &mut self.optimizer;
-        let mut parts: Vec<&mut dyn Stateful> = vec![&mut self.progress, adam];
-        parts.extend(ema.as_mut().map(|ema| ema as &mut dyn Stateful));
+        let mut parts: Vec<&mut dyn Stateful> = vec![&mut self.progress, ema, adam];
         parts.extend(scaler.as_mut().map(|scaler| scaler as &mut dyn Stateful));
         parts
     }
@@ -115,30 +86,47 @@ impl Progress {
     }
 }
 
+impl Progress {
+    /// Reads the progress of a checkpoint.
+    ///
+    /// # Errors
+    /// Returns an error if a field is missing or not valid.
+    pub fn of(fields: &Fields) -> Result<Self> {
+        Ok(Self {
+            step: fields.get("step")?,
+            images_seen: fields.get("images_seen")?,
+            dataset_len: fields.get("dataset_len")?,
+            sampling: fields.get("sampling")?,
+        })
+    }
+}
+
+const PROGRESS: Kind = Kind {
+    name: "progress",
+    files: |_| 0,
+    setting: "",
+    fields: &["step", "images_seen", "dataset_len", "sampling"],
+    check: |fields, step| {
+        within("step", step, MAX_STEP)?;
+        // Leaves room to add as many images again without an overflow.
+        within("images_seen", fields.get("images_seen")?, u64::MAX / 2)
+    },
+};
+
 impl Stateful for Progress {
-    fn name(&self) -> &'static str {
-        "progress"
+    fn kind(&self) -> &'static Kind {
+        &PROGRESS
     }
 
-    fn fields(&self, _: &Counters) -> Result<Fields> {
-        let mut fields = Fields::new();
-        fields.insert("step".into(), self.step.into());
-        fields.insert("images_seen".into(), self.images_seen.into());
-        fields.insert("dataset_len".into(), self.dataset_len.into());
-        if let Some(sampling) = &self.sampling {
-            let sampling = serde_json::to_value(sampling).map_err(Error::external)?;
-            fields.insert("sampling".into(), sampling);
-        }
-        Ok(fields)
+    fn save(&self, fields: &mut Fields, _: &Counters) -> Result<()> {
+        fields.insert("step", &self.step)?;
+        fields.insert("images_seen", &self.images_seen)?;
+        fields.insert("dataset_len", &self.dataset_len)?;
+        self.sampling.map_or(Ok(()), |sampling| fields.insert("sampling", &sampling))
     }
 
     fn restore(&mut self, _: Tensors, fields: &Fields) -> Result<()> {
-        *self = Self {
-            step: field(fields, "step")?,
-            images_seen: field(fields, "images_seen")?,
-            dataset_len: field(fields, "dataset_len")?,
-            sampling: field(fields, "sampling")?,
-        };
+        *self = Self::of(fields)?;
         Ok(())
     }
 }
@@ -154,9 +142,13 @@ impl Weights {
     }
 }
 
+/// The kind of the [`Weights`].
+pub(super) const MODEL: Kind =
+    Kind { name: "model", files: |_| 1, setting: "", fields: &[], check: |_, _| Ok(()) };
+
 impl Stateful for Weights {
-    fn name(&self) -> &'static str {
-        "model"
+    fn kind(&self) -> &'static Kind {
+        &MODEL
     }
 
     fn tensors(&self) -> Option<Tensors> {
@@ -173,9 +165,12 @@ impl Stateful for Weights {
     }
 }
 
+const OPTIMIZER: Kind =
+    Kind { name: "optimizer", files: |_| 1, setting: "", fields: &[], check: |_, _| Ok(()) };
+
 impl Stateful for AdamW {
-    fn name(&self) -> &'static str {
-        "optimizer"
+    fn kind(&self) -> &'static Kind {
+        &OPTIMIZER
     }
 
     fn tensors(&self) -> Option<Tensors> {
@@ -184,52 +179,66 @@ impl Stateful for AdamW {
 
     fn restore(&mut self, tensors: Tensors, fields: &Fields) -> Result<()> {
         // The optimiser made every update of the run, except those that were skipped.
-        let scaler: Option<ScalerState> = field(fields, "grad_scaler")?;
+        let scaler: Option<ScalerState> = fields.get("grad_scaler")?;
         let skipped = scaler.map_or(0, |scaler| scaler.skipped);
-        let step: u64 = field(fields, "step")?;
+        let step: u64 = fields.get("step")?;
         AdamW::restore(self, step.saturating_sub(skipped), &tensors)
     }
 }
 
-impl Stateful for Ema {
-    fn name(&self) -> &'static str {
-        "ema"
+/// The kind of the [`Ema`].
+pub(super) const EMA: Kind = Kind {
+    name: "ema",
+    files: |train| usize::from(train.ema.is_some()),
+    setting: "train.ema",
+    fields: &["ema_updates"],
+    // At most one per update.
+    check: |fields, step| within("ema_updates", fields.get("ema_updates")?, step),
+};
+
+impl Stateful for Option<Ema> {
+    fn kind(&self) -> &'static Kind {
+        &EMA
     }
 
     fn tensors(&self) -> Option<Tensors> {
-        Some(self.averages().clone())
+        self.as_ref().map(|ema| ema.averages().clone())
     }
 
-    fn fields(&self, counters: &Counters) -> Result<Fields> {
-        Ok(Fields::from_iter([("ema_updates".into(), counters.average_updates.into())]))
+    fn save(&self, fields: &mut Fields, counters: &Counters) -> Result<()> {
+        fields.insert("ema_updates", &counters.average_updates)
     }
 
     fn restore(&mut self, tensors: Tensors, fields: &Fields) -> Result<()> {
-        self.continue_from(field(fields, "ema_updates")?, tensors)
+        let Some(ema) = self else { return Ok(()) };
+        ema.continue_from(fields.get("ema_updates")?, tensors)
     }
 }
 
+const GRAD_SCALER: Kind = Kind {
+    name: "grad_scaler",
+    files: |_| 0,
+    setting: "",
+    fields: &["grad_scaler"],
+    check: |fields, step| match fields.get::<Option<ScalerState>>("grad_scaler")? {
+        Some(scaler) => within("grad_scaler.skipped", scaler.skipped, step),
+        None => Ok(()),
+    },
+};
+
 impl Stateful for GradScaler {
-    fn name(&self) -> &'static str {
-        "grad_scaler"
+    fn kind(&self) -> &'static Kind {
+        &GRAD_SCALER
     }
 
-    fn fields(&self, counters: &Counters) -> Result<Fields> {
-        let state = ScalerState::from(counters);
-        let state = serde_json::to_value(state).map_err(Error::external)?;
-        Ok(Fields::from_iter([("grad_scaler".into(), state)]))
+    fn save(&self, fields: &mut Fields, counters: &Counters) -> Result<()> {
+        fields.insert("grad_scaler", &ScalerState::from(counters))
     }
 
     fn restore(&mut self, _: Tensors, fields: &Fields) -> Result<()> {
-        let Some(state) = field(fields, "grad_scaler")? else {
+        let Some(state) = fields.get("grad_scaler")? else {
             return Err(Error::config("grad_scaler", "missing", "present with Precision::F16"));
         };
         self.continue_from(state)
     }
-}
-
-/// Reads the field of this name. A missing field is read as `null`.
-fn field<T: serde::de::DeserializeOwned>(fields: &Fields, name: &'static str) -> Result<T> {
-    let value = fields.get(name).cloned().unwrap_or(Value::Null);
-    serde_json::from_value(value).map_err(|e| Error::config(name, e.to_string(), "valid"))
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::checkpoint::claim::Claim;
-use super::checkpoint::format::{Identity, MAX_STEP};
+use super::checkpoint::format::Identity;
 use super::checkpoint::store::{self, Saved, Snapshot};
 use super::config::TrainConfig;
 use super::executor::Executor;
@@ -14,7 +14,8 @@ use super::meter::{Meter, Update};
 use super::objective::Objective;
 use super::optim::ema::Ema;
 use super::optim::scaler::GradScaler;
-use super::state::{Fields, Stateful, TrainState};
+use super::state::{MAX_STEP, TrainState};
+use super::stateful::{Fields, Stateful};
 use super::update::UpdateContext;
 use crate::data::dataset::Dataset;
 use crate::data::loader::{self, Batch, Loader};
@@ -273,7 +274,7 @@ impl<N: Architecture> Trainer<N> {
         let parameters = Parameters::load(path, DType::F32, &self.device)?;
         parameters.build(&self.network)?;
         let new = parameters.vars().into_iter().map(|(name, var)| (name, var.as_detached_tensor()));
-        self.state.weights.restore(new.collect(), &Fields::new())?;
+        self.state.weights.restore(new.collect(), &Fields::default())?;
         let ema = self.config.ema.map(|ema| Ema::new(ema, &self.state.weights.0));
         self.state.optimizer.ema = ema.transpose()?;
         Ok(())

@@ -1,8 +1,11 @@
+use std::collections::BTreeSet;
+use std::fmt;
 use std::fs;
 use std::io::{ErrorKind, Read};
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
@@ -11,21 +14,15 @@ use crate::error::{Error, Result, in_short};
 use crate::model::Architecture;
 use crate::model::tensor_file::open_regular;
 use crate::process::diffusion::Diffusion;
-use crate::sample::SamplerConfig;
 use crate::train::config::TrainConfig;
-use crate::train::optim::scaler::ScalerState;
-use crate::train::state::Fields;
+use crate::train::state::{KINDS, Progress};
+use crate::train::stateful::{Fields, within};
 
-/// File names: `STATE` holds everything except tensors. Each of the others holds the tensors of one part.
+/// The name of the file that holds everything except tensors.
 pub(super) const STATE: &str = "checkpoint.json";
-pub(super) const MODEL: &str = "model.safetensors";
-pub(super) const EMA: &str = "ema.safetensors";
-pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 
-/// The name of the file of a part's tensors.
-pub(super) fn file_of(part: &str) -> String {
-    format!("{part}.safetensors")
-}
+/// The fields of `checkpoint.json` that belong to no part of a run.
+const HEAD: [&str; 5] = ["format_version", "network", "diffusion", "train", "files"];
 
 /// The format that this version writes, and the newest that it reads. Format 1 had no checksums.
 pub(super) const FORMAT: u32 = 2;
@@ -37,31 +34,19 @@ const MAX_STATE_BYTES: u64 = 64 << 20;
 const MAX_NETWORK_BYTES: usize = 1 << 20;
 
 /// The content of `checkpoint.json`: everything except the tensors.
-///
-/// `C` is the network's configuration. It is kept as text until its type is known, because a parsed value would
-/// take many times the memory.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct State<C = Box<RawValue>> {
-    pub format_version: u32,
-    pub step: u64,
-    pub images_seen: u64,
-    /// Number of images in the data set, once one was used.
-    pub dataset_len: Option<u64>,
-    pub ema_updates: u64,
-    /// Present with [`Precision::F16`](crate::Precision::F16).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub grad_scaler: Option<ScalerState>,
-    pub network: NetworkState<C>,
+pub(super) struct State {
+    pub network: NetworkState<Box<RawValue>>,
     pub diffusion: Diffusion,
     pub train: TrainConfig,
-    /// The sampler settings of the run, if it recorded them.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sampling: Option<SamplerConfig>,
     /// Present since format 2.
     pub files: Option<Files>,
+    pub progress: Progress,
+    /// The fields of the parts of the run.
+    pub fields: Fields,
 }
 
+/// `C` is the network's configuration. It is kept as text until its type is known, because a parsed value would
+/// take many times the memory.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct NetworkState<C> {
@@ -69,16 +54,111 @@ pub(super) struct NetworkState<C> {
     pub config: C,
 }
 
-/// Checksums of the files of tensors.
-#[derive(PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Files {
-    #[serde(rename = "model.safetensors")]
-    pub model: Checksum,
-    #[serde(rename = "ema.safetensors", default, skip_serializing_if = "Option::is_none")]
-    pub ema: Option<Checksum>,
-    #[serde(rename = "optimizer.safetensors")]
-    pub optimizer: Checksum,
+/// Checksums of the files of tensors, by file name, in the order of the parts.
+#[derive(Default, PartialEq)]
+pub(super) struct Files(Vec<(String, Checksum)>);
+
+impl Files {
+    pub fn insert(&mut self, file: String, checksum: Checksum) {
+        self.0.push((file, checksum));
+    }
+
+    pub fn get(&self, file: &str) -> Option<&Checksum> {
+        self.iter().find(|(found, _)| *found == file).map(|(_, checksum)| checksum)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Checksum)> {
+        self.0.iter().map(|(file, checksum)| (&**file, checksum))
+    }
+
+    /// # Errors
+    /// Returns an error if these are not the files of a run with this configuration.
+    fn check(&self, train: &TrainConfig) -> Result<()> {
+        let mut expected = Vec::new();
+        for kind in KINDS {
+            expected.extend((0..(kind.files)(train)).map(|index| (kind, kind.file(index))));
+        }
+        let wrong = |file: &str, found: &str, expected: &str, setting: &str| {
+            let reason =
+                if setting.is_empty() { String::new() } else { format!(", as {setting} is") };
+            let (file, found) = (in_short(file), in_short(found));
+            Err(Error::external(format!("files.{file} is {found}; it must be {expected}{reason}")))
+        };
+        for (file, _) in self.iter() {
+            if !expected.iter().any(|(_, expected)| expected == file) {
+                let kind = KINDS.iter().find(|kind| kind.owns(file));
+                return wrong(file, "present", "absent", kind.map_or("", |kind| kind.setting));
+            }
+        }
+        for (kind, file) in &expected {
+            if self.get(file).is_none() {
+                return wrong(file, "absent", "present", kind.setting);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Serialize for Files {
+    fn serialize<S: serde::Serializer>(
+        &self,
+        serializer: S,
+    ) -> std::result::Result<S::Ok, S::Error> {
+        serializer.collect_map(self.iter())
+    }
+}
+
+/// Reads a map, in its order, with names that `is_known` accepts.
+struct Entries<T>(fn(&str) -> bool, std::marker::PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Entries<T> {
+    type Value = Vec<(String, T)>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a map")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(
+        self,
+        mut map: A,
+    ) -> std::result::Result<Self::Value, A::Error> {
+        let mut entries: Self::Value = Vec::new();
+        while let Some(name) = map.next_key::<String>()? {
+            let wrong = if !(self.0)(&name) {
+                "unknown"
+            } else if entries.iter().any(|(found, _)| *found == name) {
+                "duplicate"
+            } else {
+                entries.push((name, map.next_value()?));
+                continue;
+            };
+            return Err(A::Error::custom(format_args!("{wrong} field `{}`", in_short(&name))));
+        }
+        Ok(entries)
+    }
+}
+
+impl<'de> Deserialize<'de> for Files {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        let known = |file: &str| KINDS.iter().any(|kind| kind.owns(file));
+        deserializer.deserialize_map(Entries(known, std::marker::PhantomData)).map(Self)
+    }
+}
+
+/// All fields of `checkpoint.json`.
+struct AllFields(Fields);
+
+impl<'de> Deserialize<'de> for AllFields {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        let known = |name: &str| {
+            HEAD.contains(&name) || KINDS.iter().any(|kind| kind.fields.contains(&name))
+        };
+        let entries: Vec<(String, Box<RawValue>)> =
+            deserializer.deserialize_map(Entries(known, std::marker::PhantomData))?;
+        let mut fields = Fields::default();
+        entries.into_iter().for_each(|(name, text)| fields.push(name, text));
+        Ok(Self(fields))
+    }
 }
 
 /// Reads `checkpoint.json`, with little more memory than the size of the file.
@@ -133,104 +213,75 @@ pub(super) fn read_state(dir: &Path) -> Result<State> {
             return Err(Error::damaged(path, reason));
         }
     }
-    let state: State = serde_json::from_slice(&json).map_err(malformed)?;
-    state.check().map_err(|e| Error::damaged(&path, e.to_string()))?;
+    let AllFields(fields) = serde_json::from_slice(&json).map_err(malformed)?;
+    drop(json);
+    let state = State::of(fields, malformed).map_err(|error| match error {
+        Error::Damaged { .. } => error,
+        error => Error::damaged(&path, error.to_string()),
+    })?;
     Ok(state)
 }
 
-/// The fields of `checkpoint.json` that the parts of a run save.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct PartFields {
-    step: u64,
-    images_seen: u64,
-    dataset_len: Option<u64>,
-    #[serde(default)]
-    ema_updates: u64,
-    #[serde(default)]
-    grad_scaler: Option<ScalerState>,
-    #[serde(default)]
-    sampling: Option<SamplerConfig>,
-}
-
-impl State<Value> {
-    /// Builds the state to write from the fields of the parts and the checksums of their files.
-    ///
-    /// # Errors
-    /// Returns an error if there is a field or a file that the format does not have.
-    pub fn new(identity: &Identity<'_>, fields: Fields, files: Fields) -> Result<Self> {
-        let PartFields { step, images_seen, dataset_len, ema_updates, grad_scaler, sampling } =
-            from_fields(fields)?;
-        let (kind, config) = (identity.kind.to_owned(), identity.network.clone());
-        Ok(Self {
-            format_version: FORMAT,
-            step,
-            images_seen,
-            dataset_len,
-            ema_updates,
-            grad_scaler,
-            network: NetworkState { kind, config },
-            diffusion: identity.diffusion.clone(),
-            train: identity.train.clone(),
-            sampling,
-            files: Some(from_fields(files)?),
-        })
-    }
-}
-
-fn from_fields<T: serde::de::DeserializeOwned>(fields: Fields) -> Result<T> {
-    serde_json::from_value(Value::Object(fields)).map_err(Error::external)
+/// The content of a new `checkpoint.json`: the fields of the parts, the configurations, and the checksums.
+///
+/// # Errors
+/// Returns an error if a value cannot be written as JSON.
+pub(super) fn state_to_write(
+    identity: &Identity<'_>,
+    parts: impl FnOnce(&mut Fields) -> Result<()>,
+    files: &Files,
+) -> Result<Vec<u8>> {
+    let mut fields = Fields::default();
+    fields.insert("format_version", &FORMAT)?;
+    parts(&mut fields)?;
+    let (kind, config) = (identity.kind.to_owned(), &identity.network);
+    fields.insert("network", &NetworkState { kind, config })?;
+    fields.insert("diffusion", identity.diffusion)?;
+    fields.insert("train", identity.train)?;
+    fields.insert("files", files)?;
+    serde_json::to_vec_pretty(&fields).map_err(Error::external)
 }
 
 impl State {
-    /// Checks the numbers. Whether this build supports the training configuration is checked only when a run is
-    /// resumed: the weights can be read in any case.
+    /// Parses and checks the fields. `malformed` makes an error of one of JSON.
+    ///
+    /// Whether this build supports the training configuration is checked only when a run is resumed: the weights can be
+    /// read in any case.
     ///
     /// # Errors
-    /// Returns an error that names the first number that no run can reach.
-    fn check(&self) -> Result<()> {
-        let within = |field, value, most| {
-            if value > most {
-                return Err(Error::config(field, value, format!("at most {most}")));
+    /// Returns an error that names the first field that is not valid, or the first number that no run can reach.
+    fn of(mut fields: Fields, malformed: impl Fn(serde_json::Error) -> Error) -> Result<Self> {
+        fn head<T: DeserializeOwned>(
+            fields: &mut Fields,
+            name: &str,
+            malformed: &impl Fn(serde_json::Error) -> Error,
+        ) -> Result<T> {
+            match fields.take(name) {
+                Some(text) => serde_json::from_str(text.get()).map_err(malformed),
+                None => serde_json::from_str("null")
+                    .map_err(|_| Error::external(format!("missing field `{name}`"))),
             }
-            Ok(())
+        }
+        let version: u32 = head(&mut fields, "format_version", &malformed)?;
+        let state = Self {
+            network: head(&mut fields, "network", &malformed)?,
+            diffusion: head(&mut fields, "diffusion", &malformed)?,
+            train: head(&mut fields, "train", &malformed)?,
+            files: head(&mut fields, "files", &malformed)?,
+            progress: Progress::of(&fields)?,
+            fields,
         };
-        within("step", self.step, MAX_STEP)?;
-        // Leaves room to add as many images again without an overflow.
-        within("images_seen", self.images_seen, u64::MAX / 2)?;
-        // At most one per update.
-        within("ema_updates", self.ema_updates, self.step)?;
-        if let Some(scaler) = self.grad_scaler {
-            within("grad_scaler.skipped", scaler.skipped, self.step)?;
-        }
-        let length = self.network.config.get().len();
+        KINDS.iter().try_for_each(|kind| (kind.check)(&state.fields, state.progress.step))?;
+        let length = state.network.config.get().len();
         within("length of network.config", length as u64, MAX_NETWORK_BYTES as u64)?;
-        match &self.files {
-            None if self.format_version > 1 => {
-                Err(Error::config("files", "missing", "present since format 2"))
+        match &state.files {
+            None if version > 1 => {
+                return Err(Error::config("files", "missing", "present since format 2"));
             }
-            Some(files) if files.ema.is_some() != self.train.ema.is_some() => {
-                let presence = |yes| if yes { "present" } else { "absent" };
-                let value = presence(files.ema.is_some());
-                let expected = format!("{}, as train.ema is", presence(self.train.ema.is_some()));
-                Err(Error::config("files.ema.safetensors", value, expected))
-            }
-            _ => Ok(()),
+            Some(files) => files.check(&state.train)?,
+            None => {}
         }
-    }
-
-    /// The fields that parts of a run saved.
-    ///
-    /// # Errors
-    /// Returns an error if a value cannot be represented as JSON.
-    pub fn fields(&self) -> Result<Fields> {
-        let Self { step, images_seen, dataset_len, ema_updates, grad_scaler, sampling, .. } = *self;
-        let fields =
-            PartFields { step, images_seen, dataset_len, ema_updates, grad_scaler, sampling };
-        match to_value(&fields)? {
-            Value::Object(fields) => Ok(fields),
-            _ => Ok(Fields::new()),
-        }
+        Ok(state)
     }
 
     /// The network's configuration as a JSON value, because its type is not known here.
@@ -286,9 +337,6 @@ impl<'a> Identity<'a> {
     }
 }
 
-/// The largest step of a run, limited by the addresses of random numbers.
-pub(in crate::train) const MAX_STEP: u64 = (1 << 40) - 1;
-
 pub(super) fn mismatch(field: &str, found: &str, expected: &str, remedy: &'static str) -> Error {
     let (found, expected) = (in_short(found), in_short(expected));
     Error::ConfigMismatch { field: field.into(), found, expected, remedy }
@@ -301,15 +349,20 @@ pub(super) fn to_value(config: &impl Serialize) -> Result<Value> {
 /// # Errors
 /// Returns an error that names the first field in which two configurations differ.
 fn compare(field: &str, found: &Value, expected: &Value, remedy: &'static str) -> Result<()> {
-    if let (Value::Object(found), Value::Object(expected)) = (found, expected)
-        && found.keys().eq(expected.keys())
-    {
-        return found.iter().try_for_each(|(key, value)| {
-            compare(&format!("{field}.{key}"), value, &expected[key], remedy)
-        });
-    }
     if found == expected {
         return Ok(());
+    }
+    if let (Value::Object(found), Value::Object(expected)) = (found, expected)
+        // A field of the training configuration that has its default may be absent.
+        && (field == "train" || found.keys().eq(expected.keys()))
+    {
+        let keys: BTreeSet<&String> = found.keys().chain(expected.keys()).collect();
+        let of =
+            |map: &serde_json::Map<String, Value>, key| map.get(key).cloned().unwrap_or_default();
+        return keys.into_iter().try_for_each(|key| {
+            let (found, expected) = (of(found, key), of(expected, key));
+            compare(&format!("{field}.{key}"), &found, &expected, remedy)
+        });
     }
     if let (Value::Array(found), Value::Array(expected)) = (found, expected)
         && found.len() == expected.len()

@@ -5,7 +5,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 
 use super::files::{Checksum, read_tensors};
-use super::format::{EMA, Files, Identity, MODEL, OPTIMIZER, STATE, file_of, mismatch, read_state};
+use super::format::{Files, Identity, STATE, mismatch, read_state};
 use super::found::{Found, archived};
 use crate::error::{Error, Result, in_short};
 use crate::model::tensor_file::{check_known, weight_of};
@@ -13,7 +13,8 @@ use crate::model::{Architecture, Parameters};
 use crate::process::diffusion::Diffusion;
 use crate::sample::{Sampler, SamplerConfig};
 use crate::train::config::TrainConfig;
-use crate::train::state::Stateful;
+use crate::train::state::{EMA, MODEL};
+use crate::train::stateful::Stateful;
 
 /// A training run on disk: a directory of safetensors and JSON files from which a network can sample, or a run
 /// resume.
@@ -97,11 +98,9 @@ impl Checkpoint {
     /// # Errors
     /// Returns an error if an existing file has changed since it was written.
     fn verify(&self) -> Result<()> {
-        for file in [MODEL, EMA, OPTIMIZER] {
+        for (file, written) in self.0.state.files.iter().flat_map(Files::iter) {
             let path = self.0.dir.join(file);
-            if let Some(written) = self.written(file)
-                && path.exists()
-            {
+            if path.exists() {
                 written.verify(&path)?;
             }
         }
@@ -110,12 +109,7 @@ impl Checkpoint {
 
     /// The checksum of a file, if there is one.
     fn written(&self, file: &str) -> Option<&Checksum> {
-        let Files { model, ema, optimizer } = self.0.state.files.as_ref()?;
-        match file {
-            MODEL => Some(model),
-            EMA => ema.as_ref(),
-            _ => Some(optimizer),
-        }
+        self.0.state.files.as_ref()?.get(file)
     }
 
     /// Returns whether another checkpoint has replaced this one, for example because its run is still saving.
@@ -156,7 +150,7 @@ impl Checkpoint {
 
     /// The number of updates of the weights so far.
     pub fn step(&self) -> u64 {
-        self.0.state.step
+        self.0.state.progress.step
     }
 
     /// The process that the network learned to reverse.
@@ -171,7 +165,7 @@ impl Checkpoint {
 
     /// The sampler settings of the run, if it [recorded](crate::Trainer::set_sampling) them.
     pub fn sampling(&self) -> Option<&SamplerConfig> {
-        self.0.state.sampling.as_ref()
+        self.0.state.progress.sampling.as_ref()
     }
 
     /// Creates a sampler with the settings of the run. If the run recorded none, the sampler is deterministic
@@ -208,7 +202,7 @@ impl Checkpoint {
     /// # Errors
     /// Returns an error if the file is damaged, or does not hold exactly the weights of the network.
     pub fn model<N: Architecture>(&self, device: &Device) -> Result<N::Model> {
-        self.frozen::<N>(MODEL, device)
+        self.frozen::<N>(&MODEL.file(0), device)
     }
 
     /// Builds the network with the averaged weights, which give better samples. If the run has no average,
@@ -217,8 +211,8 @@ impl Checkpoint {
     /// # Errors
     /// Returns an error if the file is damaged, or does not hold exactly the weights of the network.
     pub fn ema<N: Architecture>(&self, device: &Device) -> Result<N::Model> {
-        let file = if self.0.state.train.ema.is_some() { EMA } else { MODEL };
-        self.frozen::<N>(file, device)
+        let kind = if self.0.state.train.ema.is_some() { &EMA } else { &MODEL };
+        self.frozen::<N>(&kind.file(0), device)
     }
 
     fn frozen<N: Architecture>(&self, file: &str, device: &Device) -> Result<N::Model> {
@@ -231,7 +225,8 @@ impl Checkpoint {
     }
 
     pub(in crate::train) fn parameters(&self, device: &Device) -> Result<Parameters> {
-        let (path, tensors) = (self.0.dir.join(MODEL), self.read(MODEL, device)?);
+        let file = MODEL.file(0);
+        let (path, tensors) = (self.0.dir.join(&file), self.read(&file, device)?);
         Ok(Parameters::trainable(&path, tensors, DType::F32, device))
     }
 
@@ -244,11 +239,10 @@ impl Checkpoint {
         parts: Vec<&mut dyn Stateful>,
         device: &Device,
     ) -> Result<()> {
-        let fields = self.0.state.fields()?;
         for part in parts {
             let mut tensors = BTreeMap::new();
             if let Some(expected) = part.tensors() {
-                let file = file_of(part.name());
+                let file = part.kind().file(part.index());
                 tensors = self.read(&file, device)?;
                 let path = self.0.dir.join(file);
                 for (name, expected) in &expected {
@@ -256,8 +250,10 @@ impl Checkpoint {
                 }
                 check_known(&path, &tensors, &expected)?;
             }
-            part.restore(tensors, &fields).map_err(|error| match error {
-                Error::Config { .. } => Error::damaged(self.0.dir.join(STATE), error.to_string()),
+            part.restore(tensors, &self.0.state.fields).map_err(|error| match error {
+                Error::Config { .. } | Error::External(_) => {
+                    Error::damaged(self.0.dir.join(STATE), error.to_string())
+                }
                 error => error,
             })?;
         }
@@ -279,7 +275,7 @@ impl fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Checkpoint")
             .field("dir", &self.0.dir)
-            .field("step", &self.0.state.step)
+            .field("step", &self.0.state.progress.step)
             .finish_non_exhaustive()
     }
 }
