@@ -159,6 +159,7 @@ const RULE: UpdateRule = UpdateRule {
     max_norm: f64::INFINITY,
     average: None,
     scale: None,
+    muon: None,
 };
 
 /// Every setting of an update, alone and in combination.
@@ -228,6 +229,7 @@ impl Run {
         let states = self.means.iter_mut().zip(&mut self.squares).zip(&mut self.averages);
         let states = self.weights.iter().zip(states).map(|(weight, ((mean, square), average))| {
             let average = rule.average.map(|_| average);
+            let square = Some(square);
             WeightState { weight, mean, square, gradient: gradients.next(), average }
         });
         let norm = self.updater.update(states.collect(), rule, 1e-2, &mut self.counters)?;

@@ -10,6 +10,7 @@ use super::meter::Meter;
 use super::objective::{Mse, Objective};
 use super::optim::adam::AdamW;
 use super::optim::ema::Ema;
+use super::optim::muon::Muon;
 use super::optim::optimizer::Optimizer;
 use super::optim::scaler::GradScaler;
 use super::state::{Progress, TrainState, Weights};
@@ -108,7 +109,12 @@ impl<N: Architecture> TrainerBuilder<N> {
         let mut model = parameters.build(&network)?;
         model.set_precision(config.precision)?;
         let vars = parameters.vars();
-        let adam = AdamW::new(config.optimizer, &vars)?;
+        let (matrices, others) = match &config.muon {
+            Some(muon) => muon.divide(&vars),
+            None => Default::default(),
+        };
+        let muon = config.muon.clone().map(|muon| Muon::new(muon, &matrices)).transpose()?;
+        let adam = AdamW::new(config.optimizer, if muon.is_some() { &others } else { &vars })?;
         let ema = config.ema.map(|ema| Ema::new(ema, &vars)).transpose()?;
         let scaler = (config.precision == Precision::F16)
             .then(|| GradScaler::new(config.grad_scaler))
@@ -117,7 +123,7 @@ impl<N: Architecture> TrainerBuilder<N> {
             state: TrainState {
                 progress: Progress::default(),
                 weights: Weights(vars),
-                optimizer: Optimizer::new(adam, ema, scaler, config.clip_norm),
+                optimizer: Optimizer::new(adam, muon, ema, scaler, config.clip_norm),
             },
             loader: Loader::new(config.seed, config.batch_size, config.horizontal_flip),
             executor: Executor::new(&device),

@@ -2,6 +2,7 @@ use serde::{Deserialize, Serialize};
 
 use super::optim::adam::AdamConfig;
 use super::optim::ema::EmaConfig;
+use super::optim::muon::MuonConfig;
 use super::optim::scaler::GradScalerConfig;
 use super::optim::schedule::{LearningRate, LearningRateSchedule};
 use crate::error::{Error, Result};
@@ -30,6 +31,10 @@ pub struct TrainConfig {
     pub accumulation: usize,
     /// Settings of the optimiser.
     pub optimizer: AdamConfig,
+    /// Settings of Muon, which then updates matrices in place of Adam, with the same learning rate; `None` updates every
+    /// weight by Adam.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub muon: Option<MuonConfig>,
     /// Number of updates over which the learning rate rises linearly to its full value; 0 for none.
     pub warmup_steps: u64,
     /// The shape of the learning rate between warm-up and cool-down.
@@ -95,6 +100,7 @@ impl TrainConfig {
             batch_size: 64,
             accumulation: 1,
             optimizer: AdamConfig::adam(1e-4),
+            muon: None,
             warmup_steps: 0,
             schedule: LearningRateSchedule::Constant,
             cooldown: 0.0,
@@ -161,6 +167,7 @@ impl TrainConfig {
         self.precision.validate()?;
         self.grad_scaler.validate()?;
         self.optimizer.validate()?;
+        self.muon.as_ref().map_or(Ok(()), MuonConfig::validate)?;
         self.schedule.validate()?;
         self.ema.map_or(Ok(()), |ema| ema.validate())
     }

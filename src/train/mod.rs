@@ -27,6 +27,7 @@ pub use observer::{Metrics, Observer, OnMetrics, on_metrics};
 pub use optim::adam::{AdamConfig, AdamW, WeightDecay};
 pub use optim::clip::clip_grad_norm;
 pub use optim::ema::{Ema, EmaConfig};
+pub use optim::muon::{Muon, MuonConfig};
 pub use optim::scaler::{GradScaler, GradScalerConfig};
 pub use optim::schedule::{LearningRate, LearningRateSchedule};
 pub use run::{Frontend, Outcome, Run};

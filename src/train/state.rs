@@ -6,6 +6,7 @@ use candle_core::Var;
 
 use super::optim::adam::AdamW;
 use super::optim::ema::Ema;
+use super::optim::muon::Muon;
 use super::optim::optimizer::Optimizer;
 use super::optim::scaler::{GradScaler, ScalerState};
 use super::stateful::{Fields, Kind, Stateful, Tensors, within};
@@ -18,7 +19,7 @@ use crate::sample::SamplerConfig;
 pub(in crate::train) const MAX_STEP: u64 = (1 << 40) - 1;
 
 /// The kinds of parts that checkpoints hold.
-pub(super) const KINDS: &[&Kind] = &[&PROGRESS, &MODEL, &EMA, &OPTIMIZER, &GRAD_SCALER];
+pub(super) const KINDS: &[&Kind] = &[&PROGRESS, &MODEL, &EMA, &OPTIMIZER, &MUON, &GRAD_SCALER];
 
 /// The state of a run.
 #[derive(Debug)]
@@ -31,8 +32,9 @@ pub(super) struct TrainState {
 impl TrainState {
     /// Returns all parts, which together are the content of a checkpoint.
     pub fn parts(&self) -> Vec<&dyn Stateful> {
-        let Optimizer { adam, ema, scaler, .. } = &self.optimizer;
+        let Optimizer { adam, muon, ema, scaler, .. } = &self.optimizer;
         let mut parts: Vec<&dyn Stateful> = vec![&self.progress, &self.weights, ema, adam];
+        parts.extend(muon.as_ref().map(|muon| muon as &dyn Stateful));
         parts.extend(scaler.as_ref().map(|scaler| scaler as &dyn Stateful));
         parts
     }
@@ -40,8 +42,9 @@ impl TrainState {
     /// Returns the parts that are restored from a checkpoint after the network was built with its
     /// weights.
     pub fn parts_beside_weights(&mut self) -> Vec<&mut dyn Stateful> {
-        let Optimizer { adam, ema, scaler, .. } = &mut self.optimizer;
+        let Optimizer { adam, muon, ema, scaler, .. } = &mut self.optimizer;
         let mut parts: Vec<&mut dyn Stateful> = vec![&mut self.progress, ema, adam];
+        parts.extend(muon.as_mut().map(|muon| muon as &mut dyn Stateful));
         parts.extend(scaler.as_mut().map(|scaler| scaler as &mut dyn Stateful));
         parts
     }
@@ -212,6 +215,28 @@ impl Stateful for Option<Ema> {
     fn restore(&mut self, tensors: Tensors, fields: &Fields) -> Result<()> {
         let Some(ema) = self else { return Ok(()) };
         ema.continue_from(fields.get("ema_updates")?, tensors)
+    }
+}
+
+const MUON: Kind = Kind {
+    name: "muon",
+    files: |train| usize::from(train.muon.is_some()),
+    setting: "train.muon",
+    fields: &[],
+    check: |_, _| Ok(()),
+};
+
+impl Stateful for Muon {
+    fn kind(&self) -> &'static Kind {
+        &MUON
+    }
+
+    fn tensors(&self) -> Option<Tensors> {
+        Some(self.state())
+    }
+
+    fn restore(&mut self, tensors: Tensors, _: &Fields) -> Result<()> {
+        Muon::restore(self, &tensors)
     }
 }
 
