@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::kernels::op::counters::Counters;
 use crate::kernels::op::muon::scale;
 use crate::kernels::{
-    AdamStep, Isa, MuonStep, add_values, all_finite, clamp_values, on_cpu_in_f32,
+    AdamStep, Isa, MuonStep, add_values, all_finite, clamp_values, follow, on_cpu_in_f32,
     orthogonalize_all, same_storage, squared_errors, sum_of_squares, weighted_sum, with_values,
     with_values_mut,
 };
@@ -94,6 +94,16 @@ impl Backend for Cpu {
         }
         let add = |sum: &mut [f32]| with_values([more], |[more]| add_values(sum, more));
         Ok(with_values_mut(sum, add)??)
+    }
+
+    fn follow(&self, average: &mut Tensor, weight: &Tensor, decay: f64) -> Result<()> {
+        if !are_plain(&[average, weight]) {
+            return Reference.follow(average, weight, decay);
+        }
+        let change = |average: &mut [f32]| {
+            with_values([weight], |[weight]| follow(Isa::detect(), decay, average, weight))
+        };
+        Ok(with_values_mut(average, change)??)
     }
 
     fn adam(&self, weights: Vec<WeightState<'_>>, factors: &Factors) -> Result<()> {

@@ -9,6 +9,7 @@ use super::executor::Executor;
 use super::meter::Meter;
 use super::objective::{Mse, Objective};
 use super::optim::adam::AdamW;
+use super::optim::average::WeightAverage;
 use super::optim::ema::Ema;
 use super::optim::muon::Muon;
 use super::optim::optimizer::Optimizer;
@@ -119,12 +120,10 @@ impl<N: Architecture> TrainerBuilder<N> {
         let scaler = (config.precision == Precision::F16)
             .then(|| GradScaler::new(config.grad_scaler))
             .transpose()?;
+        let mut optimizer = Optimizer::new(adam, muon, ema, scaler, config.clip_norm);
+        optimizer.averages = WeightAverage::all(&config.averages, &vars)?;
         Ok(Trainer {
-            state: TrainState {
-                progress: Progress::default(),
-                weights: Weights(vars),
-                optimizer: Optimizer::new(adam, muon, ema, scaler, config.clip_norm),
-            },
+            state: TrainState { progress: Progress::default(), weights: Weights(vars), optimizer },
             loader: Loader::new(config.seed, config.batch_size, config.horizontal_flip),
             executor: Executor::new(&device),
             meter: Meter::default(),

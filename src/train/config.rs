@@ -1,6 +1,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::optim::adam::AdamConfig;
+use super::optim::average::AverageConfig;
 use super::optim::ema::EmaConfig;
 use super::optim::muon::MuonConfig;
 use super::optim::scaler::GradScalerConfig;
@@ -48,6 +49,9 @@ pub struct TrainConfig {
     pub clip_norm: Option<f64>,
     /// Settings of the averaged weights, from which samples are drawn; `None` keeps no average.
     pub ema: Option<EmaConfig>,
+    /// Further averages of the weights; at most 16. Without `ema`, samples are drawn from the first of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub averages: Vec<AverageConfig>,
     /// Precision of products.
     #[serde(default)]
     pub precision: Precision,
@@ -65,6 +69,9 @@ pub struct TrainConfig {
     /// Number of checkpoints that are kept, including the latest; at least 1.
     pub keep_checkpoints: usize,
 }
+
+/// The largest number of further averages.
+const MAX_AVERAGES: usize = 16;
 
 /// The default of [`TrainConfig::class_dropout`].
 fn class_dropout() -> f64 {
@@ -106,6 +113,7 @@ impl TrainConfig {
             cooldown: 0.0,
             clip_norm: None,
             ema: Some(EmaConfig { decay: 0.999, warmup: true }),
+            averages: Vec::new(),
             precision: Precision::Highest,
             grad_scaler: GradScalerConfig::default(),
             horizontal_flip: false,
@@ -169,6 +177,11 @@ impl TrainConfig {
         self.optimizer.validate()?;
         self.muon.as_ref().map_or(Ok(()), MuonConfig::validate)?;
         self.schedule.validate()?;
+        if self.averages.len() > MAX_AVERAGES {
+            let expected = format!("at most {MAX_AVERAGES}");
+            return Err(Error::config("number of averages", self.averages.len(), expected));
+        }
+        self.averages.iter().try_for_each(AverageConfig::validate)?;
         self.ema.map_or(Ok(()), |ema| ema.validate())
     }
 

@@ -25,6 +25,7 @@ pub use meter::Update;
 pub use objective::{Mse, Noised, Objective};
 pub use observer::{Metrics, Observer, OnMetrics, on_metrics};
 pub use optim::adam::{AdamConfig, AdamW, WeightDecay};
+pub use optim::average::{AverageConfig, Length, WeightAverage};
 pub use optim::clip::clip_grad_norm;
 pub use optim::ema::{Ema, EmaConfig};
 pub use optim::muon::{Muon, MuonConfig};

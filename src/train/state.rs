@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::Var;
 
 use super::optim::adam::AdamW;
+use super::optim::average::{Followed, WeightAverage};
 use super::optim::ema::Ema;
 use super::optim::muon::Muon;
 use super::optim::optimizer::Optimizer;
@@ -19,7 +20,8 @@ use crate::sample::SamplerConfig;
 pub(in crate::train) const MAX_STEP: u64 = (1 << 40) - 1;
 
 /// The kinds of parts that checkpoints hold.
-pub(super) const KINDS: &[&Kind] = &[&PROGRESS, &MODEL, &EMA, &OPTIMIZER, &MUON, &GRAD_SCALER];
+pub(super) const KINDS: &[&Kind] =
+    &[&PROGRESS, &MODEL, &EMA, &OPTIMIZER, &MUON, &AVERAGE, &GRAD_SCALER];
 
 /// The state of a run.
 #[derive(Debug)]
@@ -32,9 +34,10 @@ pub(super) struct TrainState {
 impl TrainState {
     /// Returns all parts, which together are the content of a checkpoint.
     pub fn parts(&self) -> Vec<&dyn Stateful> {
-        let Optimizer { adam, muon, ema, scaler, .. } = &self.optimizer;
+        let Optimizer { adam, muon, ema, averages, scaler, .. } = &self.optimizer;
         let mut parts: Vec<&dyn Stateful> = vec![&self.progress, &self.weights, ema, adam];
         parts.extend(muon.as_ref().map(|muon| muon as &dyn Stateful));
+        parts.extend(averages.iter().map(|average| average as &dyn Stateful));
         parts.extend(scaler.as_ref().map(|scaler| scaler as &dyn Stateful));
         parts
     }
@@ -42,9 +45,10 @@ impl TrainState {
     /// Returns the parts that are restored from a checkpoint after the network was built with its
     /// weights.
     pub fn parts_beside_weights(&mut self) -> Vec<&mut dyn Stateful> {
-        let Optimizer { adam, muon, ema, scaler, .. } = &mut self.optimizer;
+        let Optimizer { adam, muon, ema, averages, scaler, .. } = &mut self.optimizer;
         let mut parts: Vec<&mut dyn Stateful> = vec![&mut self.progress, ema, adam];
         parts.extend(muon.as_mut().map(|muon| muon as &mut dyn Stateful));
+        parts.extend(averages.iter_mut().map(|average| average as &mut dyn Stateful));
         parts.extend(scaler.as_mut().map(|scaler| scaler as &mut dyn Stateful));
         parts
     }
@@ -237,6 +241,44 @@ impl Stateful for Muon {
 
     fn restore(&mut self, tensors: Tensors, _: &Fields) -> Result<()> {
         Muon::restore(self, &tensors)
+    }
+}
+
+/// The kind of each [`WeightAverage`].
+pub(super) const AVERAGE: Kind = Kind {
+    name: "average",
+    files: |train| train.averages.len(),
+    setting: "train.averages",
+    fields: &["averaged"],
+    check: |fields, step| match fields.get::<Option<Followed>>("averaged")? {
+        Some(followed) => within("averaged.updates", followed.updates, step),
+        None => Ok(()),
+    },
+};
+
+impl Stateful for WeightAverage {
+    fn kind(&self) -> &'static Kind {
+        &AVERAGE
+    }
+
+    fn index(&self) -> usize {
+        WeightAverage::index(self)
+    }
+
+    fn tensors(&self) -> Option<Tensors> {
+        Some(self.values().clone())
+    }
+
+    fn save(&self, fields: &mut Fields, _: &Counters) -> Result<()> {
+        // All averages of a run have followed the same updates.
+        if self.index() > 0 {
+            return Ok(());
+        }
+        fields.insert("averaged", &self.followed())
+    }
+
+    fn restore(&mut self, tensors: Tensors, fields: &Fields) -> Result<()> {
+        self.continue_from(fields.get("averaged")?, tensors)
     }
 }
 

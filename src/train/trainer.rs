@@ -12,6 +12,7 @@ use super::config::TrainConfig;
 use super::executor::Executor;
 use super::meter::{Meter, Update};
 use super::objective::Objective;
+use super::optim::average::WeightAverage;
 use super::optim::ema::Ema;
 use super::optim::scaler::GradScaler;
 use super::state::{MAX_STEP, TrainState};
@@ -260,8 +261,8 @@ impl<N: Architecture> Trainer<N> {
         Ok(())
     }
 
-    /// Replaces the weights by those of a safetensors file, from a checkpoint or from PyTorch. The average begins as a
-    /// copy of them.
+    /// Replaces the weights by those of a safetensors file, from a checkpoint or from PyTorch. The averages begin as
+    /// copies of them.
     ///
     /// # Errors
     /// Returns an error if the trainer has already made an update, because the state of the optimiser would belong to
@@ -277,6 +278,8 @@ impl<N: Architecture> Trainer<N> {
         self.state.weights.restore(new.collect(), &Fields::default())?;
         let ema = self.config.ema.map(|ema| Ema::new(ema, &self.state.weights.0));
         self.state.optimizer.ema = ema.transpose()?;
+        let averages = WeightAverage::all(&self.config.averages, &self.state.weights.0)?;
+        self.state.optimizer.averages = averages;
         Ok(())
     }
 
@@ -302,9 +305,10 @@ impl<N: Architecture> Trainer<N> {
     /// Returns the errors of building the network.
     pub fn ema_model(&self) -> Result<N::Model> {
         self.executor.wait_for_other_thread()?;
-        let weights = match self.ema() {
-            Some(ema) => ema.averages().clone(),
-            None => self.state.weights.values(),
+        let weights = match (self.ema(), self.averages()) {
+            (Some(ema), _) => ema.averages().clone(),
+            (None, [first, ..]) => first.values().clone(),
+            (None, []) => self.state.weights.values(),
         };
         let weights = Parameters::frozen(Path::new("ema"), weights, DType::F32, &self.device);
         let mut model = weights.build(&self.network)?;
@@ -329,6 +333,12 @@ impl<N: Architecture> Trainer<N> {
     /// The average of the weights. `None` if the run has no average.
     pub fn ema(&self) -> Option<&Ema> {
         self.state.optimizer.ema.as_ref()
+    }
+
+    /// The averages of the weights beside [`ema`](Self::ema), in the order of
+    /// [`TrainConfig::averages`](TrainConfig::averages).
+    pub fn averages(&self) -> &[WeightAverage] {
+        &self.state.optimizer.averages
     }
 
     /// The number of updates so far.

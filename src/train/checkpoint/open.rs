@@ -13,7 +13,9 @@ use crate::model::{Architecture, Parameters};
 use crate::process::diffusion::Diffusion;
 use crate::sample::{Sampler, SamplerConfig};
 use crate::train::config::TrainConfig;
-use crate::train::state::{EMA, MODEL};
+use crate::train::optim::average::{AverageConfig, Followed};
+use crate::train::optim::post_hoc::{Profile, exponent, factors};
+use crate::train::state::{AVERAGE, EMA, MODEL};
 use crate::train::stateful::Stateful;
 
 /// A training run on disk: a directory of safetensors and JSON files from which a network can sample, or a run
@@ -26,7 +28,9 @@ use crate::train::stateful::Stateful;
 /// | `checkpoint.json` | format version, step, configurations, checksums of the other files |
 /// | `model.safetensors` | the weights |
 /// | `ema.safetensors` | the averaged weights, unless the run has none |
+/// | `average.safetensors`, `average-2.safetensors`, … | further averages of the weights, if the run has them |
 /// | `optimizer.safetensors` | the state of the optimiser |
+/// | `muon.safetensors` | the state of Muon, if the run uses it |
 ///
 /// ```no_run
 /// use candle_core::Device;
@@ -211,13 +215,99 @@ impl Checkpoint {
     /// # Errors
     /// Returns an error if the file is damaged, or does not hold exactly the weights of the network.
     pub fn ema<N: Architecture>(&self, device: &Device) -> Result<N::Model> {
-        let kind = if self.0.state.train.ema.is_some() { &EMA } else { &MODEL };
+        let train = &self.0.state.train;
+        let kind = match (&train.ema, &*train.averages) {
+            (Some(_), _) => &EMA,
+            (None, [_, ..]) => &AVERAGE,
+            (None, []) => &MODEL,
+        };
         self.frozen::<N>(&kind.file(0), device)
+    }
+
+    /// Builds the network with the weights of an average of [`TrainConfig::averages`]; `index` counts from 0.
+    ///
+    /// # Errors
+    /// Returns an error if the run has no such average, if the file is damaged, or if it does not hold exactly the
+    /// weights of the network.
+    pub fn average<N: Architecture>(&self, index: usize, device: &Device) -> Result<N::Model> {
+        let count = self.0.state.train.averages.len();
+        if index >= count {
+            let expected = format!("less than {count}, the number of averages of the run");
+            return Err(Error::config("index of the average", index, expected));
+        }
+        self.frozen::<N>(&AVERAGE.file(index), device)
+    }
+
+    /// Builds the network with an average of the weights by a power function of the width `sigma_rel`, computed after
+    /// training. Karras et al. 2024 (EDM2), section 3.2.
+    ///
+    /// The average is the sum of the [`AverageConfig::Power`] averages of this checkpoint and of all older ones of the
+    /// run beside it, with factors by which its weighting comes closest to that of `sigma_rel`. A run with
+    /// [`AverageConfig::POST_HOC`] that keeps many checkpoints ([`TrainConfig::keep_checkpoints`]) has them. The sum is
+    /// computed in f64.
+    ///
+    /// # Errors
+    /// Returns an error if `sigma_rel` is not positive and less than 0.288, if the run has no such averages, or if a
+    /// file is damaged.
+    pub fn post_hoc<N: Architecture>(&self, sigma_rel: f64, device: &Device) -> Result<N::Model> {
+        let wanted = exponent(sigma_rel)?;
+        let (here, files) = (&self.0.state, self.power_averages()?);
+        let Some(end) = files.iter().map(|(profile, ..)| profile.end).max_by(f64::total_cmp) else {
+            let expected = "with AverageConfig::Power and at least one update";
+            return Err(Error::config("averages", format!("{:?}", here.train.averages), expected));
+        };
+        let profiles: Vec<Profile> = files.iter().map(|(profile, ..)| *profile).collect();
+        let factors = factors(&profiles, Profile { end, exponent: wanted })?;
+        let mut sums: BTreeMap<String, Tensor> = BTreeMap::new();
+        for ((_, checkpoint, file), factor) in files.iter().zip(factors) {
+            for (name, tensor) in checkpoint.read(file, &Device::Cpu)? {
+                let term = (tensor.to_dtype(DType::F64)? * factor)?;
+                let sum = match sums.remove(&name) {
+                    Some(sum) => {
+                        if sum.dims() != term.dims() {
+                            let expected = format!("{:?}, as in the other checkpoints", sum.dims());
+                            return Err(Error::shape("an average", term.dims(), expected));
+                        }
+                        (sum + term)?
+                    }
+                    None => term,
+                };
+                sums.insert(name, sum);
+            }
+        }
+        let path = self.0.dir.join(AVERAGE.file(0));
+        self.build::<N>(&Parameters::frozen(&path, sums, DType::F32, device))
+    }
+
+    /// The averages by power functions in this checkpoint and in the older ones of its run: their profiles, the
+    /// checkpoints and the files.
+    fn power_averages(&self) -> Result<Vec<(Profile, Self, String)>> {
+        let (here, step) = (&self.0.state, self.step());
+        let of_the_run =
+            |found: &Found| found.state.progress.step < step && found.state.is_of_the_run_of(here);
+        let older = archived(&self.0.dir)?.into_iter().filter(of_the_run).map(|found| found.dir);
+        let mut files = Vec::new();
+        for dir in older.chain([self.0.dir.clone()]) {
+            for (index, average) in here.train.averages.iter().enumerate() {
+                let AverageConfig::Power { sigma_rel } = *average else { continue };
+                let checkpoint = Self(Found { state: read_state(&dir)?, dir: dir.clone() });
+                let followed: Followed = checkpoint.0.state.fields.get("averaged")?;
+                let exponent = exponent(sigma_rel)?;
+                if followed.images > 0 {
+                    let profile = Profile { end: followed.images as f64, exponent };
+                    files.push((profile, checkpoint, AVERAGE.file(index)));
+                }
+            }
+        }
+        Ok(files)
     }
 
     fn frozen<N: Architecture>(&self, file: &str, device: &Device) -> Result<N::Model> {
         let (path, tensors) = (self.0.dir.join(file), self.read(file, device)?);
-        let parameters = Parameters::frozen(&path, tensors, DType::F32, device);
+        self.build::<N>(&Parameters::frozen(&path, tensors, DType::F32, device))
+    }
+
+    fn build<N: Architecture>(&self, parameters: &Parameters) -> Result<N::Model> {
         parameters.build(&self.architecture::<N>()?).map_err(|error| match error {
             Error::Config { .. } => self.damaged_config(error),
             error => error,

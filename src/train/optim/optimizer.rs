@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 
 use super::adam::AdamW;
+use super::average::WeightAverage;
 use super::ema::Ema;
 use super::muon::Muon;
 use super::scaler::GradScaler;
@@ -20,6 +21,8 @@ pub(in crate::train) struct Optimizer {
     /// The optimiser of matrices, which `adam` then lacks.
     pub muon: Option<Muon>,
     pub ema: Option<Ema>,
+    /// Averages beside `ema`.
+    pub averages: Vec<WeightAverage>,
     pub scaler: Option<GradScaler>,
     /// The largest norm of the gradient; infinite for no clipping.
     max_norm: f64,
@@ -37,10 +40,12 @@ impl Optimizer {
         let place = adam.place().or_else(|| muon.as_ref().and_then(Muon::place));
         let (device, dtype) = place.unwrap_or((Device::Cpu, DType::F32));
         let updater = backend::on(&device, dtype).updater(&device);
-        Self { adam, muon, ema, scaler, max_norm: max_norm.unwrap_or(f64::INFINITY), updater }
+        let averages = Vec::new();
+        let max_norm = max_norm.unwrap_or(f64::INFINITY);
+        Self { adam, muon, ema, averages, scaler, max_norm, updater }
     }
 
-    /// Clips the gradients, updates the weights, and then their average. Returns the norm before clipping. The result
+    /// Clips the gradients of this number of images, updates the weights, and then their averages. Returns the norm before clipping. The result
     /// equals that of [`clip_grad_norm`](super::clip::clip_grad_norm), [`AdamW::step`] and [`Ema::update`].
     ///
     /// With a scaler, divides the gradients by its scale first. If the norm is not finite, changes only the scale.
@@ -51,6 +56,7 @@ impl Optimizer {
         &mut self,
         gradients: &mut BTreeMap<String, Tensor>,
         learning_rate: f64,
+        images: u64,
     ) -> Result<Tensor> {
         self.adam.check(gradients)?;
         self.muon.as_ref().map_or(Ok(()), |muon| muon.check(gradients))?;
@@ -62,14 +68,24 @@ impl Optimizer {
         if let Some(muon) = &mut self.muon {
             weights.extend(muon.states(&mut gradients, &mut averages));
         }
+        let skipped = counters.skipped;
         let norm = self.updater.update(weights, &rule, learning_rate, &mut counters);
         self.set_counters(&counters);
-        norm
+        let norm = norm?;
+        if !self.averages.is_empty() {
+            // With a scaler on a CUDA device, only the device knows whether the update was skipped.
+            self.sync()?;
+            if self.counters().skipped == skipped {
+                self.averages.iter_mut().try_for_each(|average| average.update(images))?;
+            }
+        }
+        Ok(norm)
     }
 
-    /// Returns whether a recorded update can be repeated. Muon on a device is composed of operations that cannot.
+    /// Returns whether a recorded update can be repeated. Muon and the averages beside
+    /// `ema` are composed of operations that cannot.
     pub fn is_repeatable(&self) -> bool {
-        self.muon.is_none()
+        self.muon.is_none() && self.averages.is_empty()
     }
 
     /// The factor of the loss's gradient, a scalar. `None` without a scaler.
@@ -184,7 +200,7 @@ mod tests {
                     };
                     vars.iter().filter(|(name, _)| *name != "idle").map(gradient).collect()
                 };
-                let norm = run.update(&mut of(&fast)?, 1e-2)?;
+                let norm = run.update(&mut of(&fast)?, 1e-2, 1)?;
                 let mut gradients = of(&slow)?;
                 let expected = clip_grad_norm(&mut gradients, max_norm)?;
                 adam.step(&gradients, 1e-2)?;
