@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::Var;
 
+use super::history::Change;
 use super::optim::adam::AdamW;
 use super::optim::average::{Followed, WeightAverage};
 use super::optim::ema::Ema;
@@ -64,6 +65,10 @@ pub(super) struct Progress {
     pub dataset_len: Option<u64>,
     /// The sampler settings of the run, if they were set.
     pub sampling: Option<SamplerConfig>,
+    /// The changes of the configuration during the run.
+    pub history: Vec<Change>,
+    /// Whether the number of images may change once; not saved.
+    pub may_change_images: bool,
 }
 
 impl Progress {
@@ -77,7 +82,15 @@ impl Progress {
     /// # Errors
     /// Returns an error if earlier updates of the run used a different number.
     pub fn use_images(&mut self, len: u64) -> Result<()> {
+        let may_change = std::mem::take(&mut self.may_change_images);
         match self.dataset_len {
+            Some(before) if before != len && self.step > 0 && may_change => {
+                let (from, to) = (before.into(), len.into());
+                let change = Change { step: self.step, field: "dataset_len".into(), from, to };
+                Change::record(&mut self.history, vec![change])?;
+                self.dataset_len = Some(len);
+                Ok(())
+            }
             Some(before) if before != len && self.step > 0 => {
                 let expected = format!(
                     "{before}, as earlier in this run, because the order of images depends on it"
@@ -99,20 +112,28 @@ impl Progress {
     /// # Errors
     /// Returns an error if a field is missing or not valid.
     pub fn of(fields: &Fields) -> Result<Self> {
+        // Parsed values take many times the memory of the text.
+        let length = fields.text("history").map_or(0, str::len);
+        within("length of history", length as u64, MAX_HISTORY_BYTES)?;
         Ok(Self {
             step: fields.get("step")?,
             images_seen: fields.get("images_seen")?,
             dataset_len: fields.get("dataset_len")?,
             sampling: fields.get("sampling")?,
+            history: fields.get::<Option<_>>("history")?.unwrap_or_default(),
+            may_change_images: false,
         })
     }
 }
+
+/// The longest history that is read.
+const MAX_HISTORY_BYTES: u64 = 1 << 20;
 
 const PROGRESS: Kind = Kind {
     name: "progress",
     files: |_| 0,
     setting: "",
-    fields: &["step", "images_seen", "dataset_len", "sampling"],
+    fields: &["step", "images_seen", "dataset_len", "sampling", "history"],
     check: |fields, step| {
         within("step", step, MAX_STEP)?;
         // Leaves room to add as many images again without an overflow.
@@ -129,7 +150,13 @@ impl Stateful for Progress {
         fields.insert("step", &self.step)?;
         fields.insert("images_seen", &self.images_seen)?;
         fields.insert("dataset_len", &self.dataset_len)?;
-        self.sampling.map_or(Ok(()), |sampling| fields.insert("sampling", &sampling))
+        if let Some(sampling) = &self.sampling {
+            fields.insert("sampling", sampling)?;
+        }
+        match self.history.as_slice() {
+            [] => Ok(()),
+            history => fields.insert("history", &history),
+        }
     }
 
     fn restore(&mut self, _: Tensors, fields: &Fields) -> Result<()> {
@@ -172,8 +199,21 @@ impl Stateful for Weights {
     }
 }
 
-const OPTIMIZER: Kind =
-    Kind { name: "optimizer", files: |_| 1, setting: "", fields: &[], check: |_, _| Ok(()) };
+const OPTIMIZER: Kind = Kind {
+    name: "optimizer",
+    files: |_| 1,
+    setting: "",
+    fields: &["optimizer_updates"],
+    check: |fields, step| {
+        let updates: Option<u64> = fields.get("optimizer_updates")?;
+        within("optimizer_updates", updates.unwrap_or(0), step)
+    },
+};
+
+/// The number of updates of the optimiser: every update of the run, except those that the scaler skipped.
+fn updates_by_scaler(step: u64, scaler: Option<ScalerState>) -> u64 {
+    step.saturating_sub(scaler.map_or(0, |scaler| scaler.skipped))
+}
 
 impl Stateful for AdamW {
     fn kind(&self) -> &'static Kind {
@@ -185,11 +225,19 @@ impl Stateful for AdamW {
     }
 
     fn restore(&mut self, tensors: Tensors, fields: &Fields) -> Result<()> {
-        // The optimiser made every update of the run, except those that were skipped.
-        let scaler: Option<ScalerState> = fields.get("grad_scaler")?;
-        let skipped = scaler.map_or(0, |scaler| scaler.skipped);
-        let step: u64 = fields.get("step")?;
-        AdamW::restore(self, step.saturating_sub(skipped), &tensors)
+        let updates = match fields.get("optimizer_updates")? {
+            Some(updates) => updates,
+            None => updates_by_scaler(fields.get("step")?, fields.get("grad_scaler")?),
+        };
+        AdamW::restore(self, updates, &tensors)
+    }
+
+    fn save(&self, fields: &mut Fields, counters: &Counters) -> Result<()> {
+        // The scaler of an earlier part of the run, in another precision, may have skipped updates.
+        if counters.updates == updates_by_scaler(fields.get("step")?, Some(counters.into())) {
+            return Ok(());
+        }
+        fields.insert("optimizer_updates", &counters.updates)
     }
 }
 
@@ -282,7 +330,8 @@ impl Stateful for WeightAverage {
     }
 }
 
-const GRAD_SCALER: Kind = Kind {
+/// The kind of the [`GradScaler`].
+pub(super) const GRAD_SCALER: Kind = Kind {
     name: "grad_scaler",
     files: |_| 0,
     setting: "",

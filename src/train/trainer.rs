@@ -10,6 +10,7 @@ use super::checkpoint::format::Identity;
 use super::checkpoint::store::{self, Saved, Snapshot};
 use super::config::TrainConfig;
 use super::executor::Executor;
+use super::history::Change;
 use super::meter::{Meter, Update};
 use super::objective::Objective;
 use super::optim::average::WeightAverage;
@@ -245,7 +246,7 @@ impl<N: Architecture> Trainer<N> {
 
     /// The values from which a checkpoint is written.
     fn snapshot(&self) -> Result<Snapshot<'_>> {
-        let identity = Identity::new(&self.network, &self.config, &self.diffusion)?;
+        let identity = Identity::new(&self.network, &self.config, &self.diffusion, self.history())?;
         let counters = self.state.optimizer.exact_counters()?;
         Ok(Snapshot { identity, step: self.steps(), parts: self.state.parts(), counters })
     }
@@ -339,6 +340,12 @@ impl<N: Architecture> Trainer<N> {
     /// [`TrainConfig::averages`](TrainConfig::averages).
     pub fn averages(&self) -> &[WeightAverage] {
         &self.state.optimizer.averages
+    }
+
+    /// The changes of the configuration during the run, the oldest first; see
+    /// [`TrainerBuilder::resume_with_changes`](crate::train::TrainerBuilder::resume_with_changes).
+    pub fn history(&self) -> &[Change] {
+        &self.state.progress.history
     }
 
     /// The number of updates so far.

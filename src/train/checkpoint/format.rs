@@ -15,6 +15,7 @@ use crate::model::Architecture;
 use crate::model::tensor_file::open_regular;
 use crate::process::diffusion::Diffusion;
 use crate::train::config::TrainConfig;
+use crate::train::history::Change;
 use crate::train::state::{KINDS, Progress};
 use crate::train::stateful::{Fields, within};
 
@@ -292,7 +293,7 @@ impl State {
     /// # Errors
     /// Returns an error that ends with `remedy` if this is not a run with these configurations.
     pub fn must_match(&self, identity: &Identity<'_>, remedy: &'static str) -> Result<()> {
-        let Identity { kind, network, train, diffusion } = identity;
+        let Identity { kind, network, train, diffusion, .. } = identity;
         if self.network.kind != *kind {
             return Err(mismatch("network.kind", &self.network.kind, kind, remedy));
         }
@@ -303,26 +304,72 @@ impl State {
         // These fields change the length of a run and its reports, but not its results.
         let TrainConfig { steps, log_every, keep_checkpoints, .. } = **train;
         let saved = TrainConfig { steps, log_every, keep_checkpoints, ..self.train.clone() };
-        compare("train", &to_value(&saved)?, &to_value(train)?, remedy)
+        let mut saved = to_value(&saved)?;
+        // The changes that the run has made since this checkpoint.
+        let later = identity.history.iter().skip(self.progress.history.len());
+        later.for_each(|change| change.apply("train", &mut saved));
+        compare("train", &saved, &to_value(train)?, remedy)
+    }
+
+    /// Returns the changes by which a run with this identity differs from the training configuration of this checkpoint.
+    ///
+    /// # Errors
+    /// Returns an error that ends with `remedy` if anything else differs, or a field that must not change.
+    pub fn changes(&self, identity: &Identity<'_>, remedy: &'static str) -> Result<Vec<Change>> {
+        let own = Identity { train: &self.train, ..identity.clone() };
+        self.must_match(&own, remedy)?;
+        let TrainConfig { steps, log_every, keep_checkpoints, .. } = *identity.train;
+        let saved = TrainConfig { steps, log_every, keep_checkpoints, ..self.train.clone() };
+        let found = differences("train", &to_value(&saved)?, &to_value(identity.train)?);
+        let change = |(field, from, to): (String, Value, Value)| {
+            let rest = field.strip_prefix("train.").unwrap_or_default();
+            if !CHANGEABLE.contains(&rest.split('.').next().unwrap_or_default()) {
+                return Err(mismatch(&field, &brief(&from), &brief(&to), remedy));
+            }
+            Ok(Change { step: self.progress.step, field, from, to })
+        };
+        found.into_iter().map(change).collect()
     }
 
     /// Returns whether the configurations of both states agree, so that they may belong to one run.
     pub fn is_of_the_run_of(&self, other: &Self) -> bool {
+        let history = &other.progress.history;
+        if self.progress.history.len() > history.len() {
+            return other.is_of_the_run_of(self);
+        }
         let (kind, train, diffusion) = (&other.network.kind, &other.train, &other.diffusion);
         other.network_value().is_ok_and(|network| {
-            self.must_match(&Identity { kind, network, train, diffusion }, "").is_ok()
+            self.must_match(&Identity { kind, network, train, diffusion, history }, "").is_ok()
         })
     }
 }
 
-/// The configurations that identify a run. They do not change during the run.
-#[derive(Debug)]
+/// The fields of the training configuration that a resumed run may change. The others determine the parts of the run, or
+/// the random numbers.
+const CHANGEABLE: [&str; 11] = [
+    "batch_size",
+    "accumulation",
+    "optimizer",
+    "warmup_steps",
+    "schedule",
+    "cooldown",
+    "clip_norm",
+    "precision",
+    "grad_scaler",
+    "horizontal_flip",
+    "class_dropout",
+];
+
+/// The configurations that identify a run. They change only by the changes of its history.
+#[derive(Debug, Clone)]
 pub(in crate::train) struct Identity<'a> {
     /// The kind of the network, and its configuration.
     pub kind: &'a str,
     pub network: Value,
     pub train: &'a TrainConfig,
     pub diffusion: &'a Diffusion,
+    /// The changes of the configuration during the run.
+    pub history: &'a [Change],
 }
 
 impl<'a> Identity<'a> {
@@ -332,8 +379,9 @@ impl<'a> Identity<'a> {
         network: &N,
         train: &'a TrainConfig,
         diffusion: &'a Diffusion,
+        history: &'a [Change],
     ) -> Result<Self> {
-        Ok(Self { kind: N::KIND, network: to_value(network)?, train, diffusion })
+        Ok(Self { kind: N::KIND, network: to_value(network)?, train, diffusion, history })
     }
 }
 
@@ -349,28 +397,38 @@ pub(super) fn to_value(config: &impl Serialize) -> Result<Value> {
 /// # Errors
 /// Returns an error that names the first field in which two configurations differ.
 fn compare(field: &str, found: &Value, expected: &Value, remedy: &'static str) -> Result<()> {
-    if found == expected {
-        return Ok(());
+    match differences(field, found, expected).first() {
+        None => Ok(()),
+        Some((field, found, expected)) => {
+            Err(mismatch(field, &brief(found), &brief(expected), remedy))
+        }
     }
-    if let (Value::Object(found), Value::Object(expected)) = (found, expected)
+}
+
+/// Returns the fields in which two configurations differ, with both values. Of a list, only the first element that
+/// differs is a field.
+fn differences(field: &str, found: &Value, expected: &Value) -> Vec<(String, Value, Value)> {
+    match (found, expected) {
+        _ if found == expected => Vec::new(),
         // A field of the training configuration that has its default may be absent.
-        && (field == "train" || found.keys().eq(expected.keys()))
-    {
-        let keys: BTreeSet<&String> = found.keys().chain(expected.keys()).collect();
-        let of =
-            |map: &serde_json::Map<String, Value>, key| map.get(key).cloned().unwrap_or_default();
-        return keys.into_iter().try_for_each(|key| {
-            let (found, expected) = (of(found, key), of(expected, key));
-            compare(&format!("{field}.{key}"), &found, &expected, remedy)
-        });
+        (Value::Object(found), Value::Object(expected))
+            if field == "train" || found.keys().eq(expected.keys()) =>
+        {
+            let keys: BTreeSet<&String> = found.keys().chain(expected.keys()).collect();
+            let of = |key: &String| {
+                let [found, expected] =
+                    [found, expected].map(|map| map.get(key).unwrap_or(&Value::Null));
+                differences(&format!("{field}.{key}"), found, expected)
+            };
+            keys.into_iter().flat_map(of).collect()
+        }
+        (Value::Array(found), Value::Array(expected)) if found.len() == expected.len() => {
+            let different = (0..found.len()).find(|&i| found[i] != expected[i]);
+            let of = |i| differences(&format!("{field}[{i}]"), &found[i], &expected[i]);
+            different.map_or(Vec::new(), of)
+        }
+        _ => vec![(field.into(), found.clone(), expected.clone())],
     }
-    if let (Value::Array(found), Value::Array(expected)) = (found, expected)
-        && found.len() == expected.len()
-        && let Some(i) = (0..found.len()).find(|&i| found[i] != expected[i])
-    {
-        return compare(&format!("{field}[{i}]"), &found[i], &expected[i], remedy);
-    }
-    Err(mismatch(field, &brief(found), &brief(expected), remedy))
 }
 
 /// Formats a value as JSON, or a long list as its length.

@@ -13,6 +13,7 @@ use crate::model::{Architecture, Parameters};
 use crate::process::diffusion::Diffusion;
 use crate::sample::{Sampler, SamplerConfig};
 use crate::train::config::TrainConfig;
+use crate::train::history::Change;
 use crate::train::optim::average::{AverageConfig, Followed};
 use crate::train::optim::post_hoc::{Profile, exponent, factors};
 use crate::train::state::{AVERAGE, EMA, MODEL};
@@ -170,6 +171,11 @@ impl Checkpoint {
     /// The sampler settings of the run, if it [recorded](crate::Trainer::set_sampling) them.
     pub fn sampling(&self) -> Option<&SamplerConfig> {
         self.0.state.progress.sampling.as_ref()
+    }
+
+    /// The changes of the training configuration during the run, the oldest first.
+    pub fn history(&self) -> &[Change] {
+        &self.0.state.progress.history
     }
 
     /// Creates a sampler with the settings of the run. If the run recorded none, the sampler is deterministic
@@ -358,6 +364,18 @@ impl Checkpoint {
         remedy: &'static str,
     ) -> Result<()> {
         self.0.state.must_match(identity, remedy)
+    }
+
+    /// Returns the changes by which a run with this identity differs from the one of the checkpoint.
+    ///
+    /// # Errors
+    /// Returns an error that ends with `remedy` if a difference is not allowed.
+    pub(in crate::train) fn changes(
+        &self,
+        identity: &Identity<'_>,
+        remedy: &'static str,
+    ) -> Result<Vec<Change>> {
+        self.0.state.changes(identity, remedy)
     }
 }
 
