@@ -193,7 +193,9 @@ fn an_average_of_any_width_is_found_after_training() {
     let copies: BTreeMap<String, Var> = trainer
         .vars()
         .iter()
-        .map(|(name, var)| (name.clone(), Var::from_tensor(var).unwrap()))
+        .map(|(name, var)| {
+            (name.clone(), Var::from_tensor(&var.as_detached_tensor().copy().unwrap()).unwrap())
+        })
         .collect();
     let mut direct: Vec<WeightAverage> = [0.07, 0.15]
         .map(|sigma_rel| WeightAverage::new(AverageConfig::Power { sigma_rel }, &copies).unwrap())
