@@ -1,7 +1,7 @@
 //! Times whole networks, with figures that can be compared with those of other implementations.
 //!
 //! ```text cargo bench --bench unet -- --model mnist|cifar10 --batch N [--iters N] [--threads N] [--precision
-//! highest|high|bf16|f16] [--what train_step|forward|sample] --json
+//! highest|high|bf16|f16] [--optimizer adamw|muon] [--what train_step|forward|sample] --json
 //! ```
 //!
 //! `train_step` is noising, forward, loss, backward, clipping to norm 1 and AdamW; `forward` is the network
@@ -16,7 +16,7 @@ use candle_core::{DType, Device, Tensor};
 use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
 use ddpm::nn::Parameters;
-use ddpm::train::AdamConfig;
+use ddpm::train::{AdamConfig, MuonConfig};
 use ddpm::{
     Denoiser, Diffusion, Precision, Result, Sampler, Solver, TrainConfig, Trainer, UNetConfig,
 };
@@ -35,6 +35,9 @@ struct Args {
     /// The precision of products: highest, high, bf16 or f16 (the last two with the feature f16).
     #[arg(long, default_value = "highest")]
     precision: Precision,
+    /// The optimiser of matrices.
+    #[arg(long, value_enum, default_value = "adamw")]
+    optimizer: Optimizer,
     /// The number of timed runs. Three runs before them are not timed, ten on a GPU.
     #[arg(long, default_value_t = 10, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     iters: usize,
@@ -56,6 +59,12 @@ struct Args {
 enum Model {
     Mnist,
     Cifar10,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Optimizer {
+    Adamw,
+    Muon,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -97,6 +106,7 @@ fn run(args: &Args) -> Result<()> {
     let train = TrainConfig {
         batch_size: args.batch,
         optimizer: AdamConfig::adamw(2e-4, 1e-5),
+        muon: (args.optimizer == Optimizer::Muon).then(MuonConfig::default),
         clip_norm: Some(1.0),
         ema: None,
         precision: args.precision,
@@ -122,7 +132,8 @@ fn run(args: &Args) -> Result<()> {
             // Includes the noise, because training draws it on the device.
             Where::Cuda => trainer.step(&x).map(drop),
         })?;
-        if args.device == Where::Cuda && !trainer.is_captured() {
+        if args.device == Where::Cuda && args.optimizer != Optimizer::Muon && !trainer.is_captured()
+        {
             eprintln!("the step was not captured as a graph: {trainer:?}");
             std::process::exit(1);
         }

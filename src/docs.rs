@@ -30,7 +30,9 @@ pub mod network {}
 /// Items: [`Trainer`](crate::Trainer), [`TrainConfig`](crate::TrainConfig),
 /// [`Observer`](crate::train::Observer), [`Metrics`](crate::train::Metrics), [`Update`](crate::train::Update),
 /// [`Checkpoint`](crate::Checkpoint), [`AdamConfig`](crate::train::AdamConfig), [`AdamW`](crate::train::AdamW),
-/// [`EmaConfig`](crate::train::EmaConfig), [`Ema`](crate::train::Ema),
+/// [`MuonConfig`](crate::train::MuonConfig), [`Muon`](crate::train::Muon),
+/// [`LearningRateSchedule`](crate::train::LearningRateSchedule), [`EmaConfig`](crate::train::EmaConfig),
+/// [`Ema`](crate::train::Ema), [`AverageConfig`](crate::train::AverageConfig),
 /// [`clip_grad_norm`](crate::train::clip_grad_norm), [`data`](crate::data). Next: [sampling].
 pub mod training {}
 

@@ -641,6 +641,11 @@ fn errors_about_a_run(out: &Path, temp: &Path) -> Result<()> {
             &["train.accumulation is 1", "omit --accumulation", "or begin a new run"],
         ),
         (&["--resume", "--precision", "high"], &["train.precision is", "omit --precision"]),
+        (&["--resume", "--schedule", "cosine"], &["train.schedule is null", "add --change"]),
+        (
+            &["--resume", "--change", "--seed", "9"],
+            &["train.seed is 0", "this field cannot change during a run"],
+        ),
         (
             &["--resume", "--learning-rate", "1"],
             &["train.optimizer.learning_rate is 0.001", "omit --learning-rate"],

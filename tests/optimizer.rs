@@ -4,7 +4,10 @@ use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{DType, Device, Tensor, Var};
 use ddpm::TrainConfig;
-use ddpm::train::{AdamConfig, AdamW, Ema, EmaConfig, WeightDecay, clip_grad_norm};
+use ddpm::train::{
+    AdamConfig, AdamW, Ema, EmaConfig, LearningRate, LearningRateSchedule, Muon, MuonConfig,
+    WeightDecay, clip_grad_norm,
+};
 use serde::Deserialize;
 
 /// A case, as described in `tests/data/README.md`.
@@ -223,4 +226,137 @@ fn a_state_in_another_order_of_memory_is_restored() {
     adam.step(&BTreeMap::from([("w".to_string(), gradient)]), 0.1).unwrap();
     let state = adam.state().unwrap()["exp_avg.w"].to_vec2::<f32>().unwrap();
     assert_eq!(state[0].iter().map(|v| (v / 0.9).round()).collect::<Vec<_>>(), [1.0, 3.0, 5.0]);
+}
+
+/// A case of `muon.safetensors`.
+#[derive(Deserialize)]
+struct MuonCase {
+    lr: f64,
+    weight_decay: f64,
+    momentum: f64,
+    nesterov: bool,
+}
+
+#[test]
+fn muon_agrees_with_pytorch() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/muon.safetensors");
+    let bytes = std::fs::read(path).unwrap();
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let metadata = header.metadata().clone().unwrap();
+    let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).unwrap();
+    let cases: Vec<String> = serde_json::from_str(&metadata["cases"]).unwrap();
+    assert_eq!(cases.len(), 3);
+    for name in cases {
+        let case: MuonCase = serde_json::from_str(&metadata[&name]).unwrap();
+        // In f32 the iterations round small singular values by up to 2e-3 of a matrix of norm 1. A step multiplies it by
+        // lr 0.2 sqrt(27) = 0.02, so four steps differ by less than 1e-4.
+        for (dtype, limit) in [(DType::F64, 1e-12), (DType::F32, 1e-4)] {
+            let get = |key: String| tensors[&key].to_dtype(dtype).unwrap();
+            let vars: BTreeMap<String, Var> = (0..5)
+                .map(|i| (i.to_string(), Var::from_tensor(&get(format!("param.{i}"))).unwrap()))
+                .collect();
+            let MuonCase { momentum, nesterov, weight_decay, .. } = case;
+            let config = MuonConfig { momentum, nesterov, weight_decay, ..MuonConfig::default() };
+            let mut muon = Muon::new(config, &vars).unwrap();
+            let close = |what: &str, ours: &Tensor, key: String, limit: f64| {
+                let off = (ours - get(key)).unwrap().abs().unwrap().flatten_all().unwrap();
+                let off = off.max(0).unwrap().to_dtype(DType::F64).unwrap();
+                let off = off.to_scalar::<f64>().unwrap();
+                assert!(off <= limit, "{name}, {dtype:?}: {what} is off by {off:e}");
+            };
+            for step in 1..=4 {
+                let gradients =
+                    vars.keys().map(|i| (i.clone(), get(format!("grad.{step}.{i}")))).collect();
+                muon.step(&gradients, case.lr).unwrap();
+                for (i, var) in &vars {
+                    close(
+                        &format!("weight {i} after {step}"),
+                        var,
+                        format!("{name}.after.{step}.{i}"),
+                        limit,
+                    );
+                }
+            }
+            for (key, momentum) in muon.state() {
+                close(
+                    &key,
+                    &momentum,
+                    format!("{name}.{key}"),
+                    if dtype == DType::F64 { 1e-12 } else { 1e-5 },
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn muon_refuses_what_is_no_matrix() {
+    let bias = Var::ones(3, DType::F32, &Device::Cpu).unwrap();
+    let vars = BTreeMap::from([("bias".to_string(), bias)]);
+    let message = Muon::new(MuonConfig::default(), &vars).map(drop).unwrap_err().to_string();
+    assert_eq!(message, "weight is bias of shape [3]; it must be a matrix (output, ...) with Muon");
+}
+
+#[test]
+fn schedules_are_those_of_pytorch() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/schedules.json");
+    let file: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let peak = file["lr"].as_f64().unwrap();
+    let cosine = |end| LearningRateSchedule::Cosine { end };
+    for (name, schedule, steps, warmup_steps) in [
+        ("linear", LearningRateSchedule::Linear { end: 0.25 }, 8, 0),
+        ("cosine", cosine(0.1), 8, 0),
+        ("cosine_after_warmup", cosine(0.0), 12, 4),
+    ] {
+        let rate = LearningRate { peak, warmup_steps, schedule, steps, ..Default::default() };
+        let expected: Vec<f64> = serde_json::from_value(file[name].clone()).unwrap();
+        assert!(expected.len() >= 9);
+        for (step, expected) in (0..).zip(expected) {
+            let found = rate.at(step);
+            assert!(
+                (found - expected).abs() < 1e-15,
+                "{name}, step {step}: {found}, not {expected}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_inverse_root_holds_its_rate_and_then_falls_and_cools_down() {
+    let schedule = LearningRateSchedule::InverseSqrt { reference_steps: 100 };
+    let rate = LearningRate { peak: 2.0, schedule, warmup_steps: 10, cooldown: 0.1, steps: 10_000 };
+    let close = |step, expected: f64| {
+        let found = rate.at(step);
+        assert!((found - expected).abs() < 1e-15, "step {step}: {found}, not {expected}");
+    };
+    // The rise, the constant part, the fall of the root, and the linear fall over the last 1,000 updates.
+    close(4, 1.0);
+    close(100, 2.0);
+    close(400, 1.0);
+    close(6400, 0.25);
+    close(9500, 2.0 * (100f64 / 9500.0).sqrt() * 0.5);
+    close(10_000, 0.0);
+}
+
+#[test]
+fn schedules_that_do_not_exist_are_refused_by_name() {
+    for (schedule, expected) in [
+        (LearningRateSchedule::Linear { end: 1.5 }, "schedule.end is 1.5; it must be from 0 to 1"),
+        (LearningRateSchedule::Cosine { end: f64::NAN }, "schedule.end is NaN; it must be"),
+        (
+            LearningRateSchedule::InverseSqrt { reference_steps: 0 },
+            "schedule.reference_steps is 0; it must be at least 1",
+        ),
+    ] {
+        let message = TrainConfig { schedule, ..TrainConfig::mnist() }.validate().unwrap_err();
+        assert!(message.to_string().starts_with(expected), "{message}");
+    }
+    // The constant one is not written, so that configurations of earlier versions keep their bytes.
+    let plain = serde_json::to_string(&TrainConfig::mnist()).unwrap();
+    assert!(!plain.contains("schedule") && !plain.contains("muon"), "{plain}");
+    let schedule = LearningRateSchedule::Cosine { end: 0.5 };
+    let config = TrainConfig { schedule, ..TrainConfig::mnist() };
+    let text = serde_json::to_string(&config).unwrap();
+    assert!(text.contains(r#""schedule":{"cosine":{"end":0.5}}"#), "{text}");
+    assert_eq!(serde_json::from_str::<TrainConfig>(&text).unwrap(), config);
 }

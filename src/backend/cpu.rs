@@ -8,9 +8,11 @@ use super::reference::{Reference, value_of};
 use super::update::{Factors, UpdateRule, Updater, WeightState};
 use crate::error::Result;
 use crate::kernels::op::counters::Counters;
+use crate::kernels::op::muon::scale;
 use crate::kernels::{
-    AdamStep, Isa, add_values, all_finite, clamp_values, on_cpu_in_f32, same_storage,
-    squared_errors, sum_of_squares, weighted_sum, with_values, with_values_mut,
+    AdamStep, Isa, MuonStep, add_values, all_finite, clamp_values, follow, on_cpu_in_f32,
+    orthogonalize_all, same_storage, squared_errors, sum_of_squares, weighted_sum, with_values,
+    with_values_mut,
 };
 use crate::memory::zeros;
 
@@ -94,12 +96,25 @@ impl Backend for Cpu {
         Ok(with_values_mut(sum, add)??)
     }
 
+    fn follow(&self, average: &mut Tensor, weight: &Tensor, decay: f64) -> Result<()> {
+        if !are_plain(&[average, weight]) {
+            return Reference.follow(average, weight, decay);
+        }
+        let change = |average: &mut [f32]| {
+            with_values([weight], |[weight]| follow(Isa::detect(), decay, average, weight))
+        };
+        Ok(with_values_mut(average, change)??)
+    }
+
     fn adam(&self, weights: Vec<WeightState<'_>>, factors: &Factors) -> Result<()> {
         if !have_kernel(&weights) {
             return Reference.adam(weights, factors);
         }
         let (step, isa) = (AdamStep::from(factors), Isa::detect());
-        weights.into_iter().try_for_each(|own| update(isa, &step, own))
+        let (matrices, others): (Vec<_>, Vec<_>) =
+            weights.into_iter().partition(|own| own.square.is_none() && own.gradient.is_some());
+        others.into_iter().try_for_each(|own| update(isa, &step, own))?;
+        muon(isa, &step, matrices, factors)
     }
 
     fn updater(&self, _: &Device) -> Box<dyn Updater> {
@@ -183,6 +198,7 @@ fn update(isa: Isa, step: &AdamStep, own: WeightState<'_>) -> Result<()> {
             return Ok(());
         };
         with_values([gradient], |[gradient]| {
+            let Some(square) = square else { return Ok(()) };
             with_values_mut(mean, |mean| {
                 with_values_mut(square, |square| {
                     step.apply(isa, weight, gradient, (mean, square), average);
@@ -194,5 +210,44 @@ fn update(isa: Isa, step: &AdamStep, own: WeightState<'_>) -> Result<()> {
         Some(average) => with_values_mut(average, |average| change(weight, Some(average)))?,
         None => change(weight, None),
     })??;
+    Ok(())
+}
+
+/// Updates matrices by Muon. The matrices are orthogonalised together, while no weight is locked.
+fn muon(
+    isa: Isa,
+    adam: &AdamStep,
+    matrices: Vec<WeightState<'_>>,
+    factors: &Factors,
+) -> Result<()> {
+    let Some(rule) = factors.muon else { return Ok(()) };
+    let step = MuonStep {
+        momentum: [rule.momentum as f32, (1.0 - rule.momentum) as f32],
+        nesterov: rule.nesterov,
+        gradient_scale: factors.gradient_scale as f32,
+        keep: (1.0 - factors.learning_rate * rule.decoupled) as f32,
+        learning_rate: factors.learning_rate,
+    };
+    let mut updates = Vec::new();
+    for own in &matrices {
+        let Some(gradient) = own.gradient.as_deref() else { continue };
+        let begin = |[gradient]: [&[f32]; 1]| {
+            with_values_mut(own.mean, |momentum| step.begin(isa, gradient, momentum))
+        };
+        let size = gradient.flatten_from(1)?.dims2()?;
+        updates.push((with_values([gradient], begin)??, size));
+    }
+    orthogonalize_all(isa, &mut updates);
+    for (own, (update, size)) in matrices.into_iter().zip(updates) {
+        with_values_mut(own.weight, |weight| {
+            step.finish(isa, weight, &update, scale(size));
+            match own.average {
+                Some(average) => {
+                    with_values_mut(average, |average| adam.follow(isa, average, weight))
+                }
+                None => Ok(()),
+            }
+        })??;
+    }
     Ok(())
 }

@@ -121,10 +121,14 @@ impl Updater for CudaUpdater {
         counters: &mut Counters,
     ) -> Result<Tensor> {
         let vars: Vec<Tensor> = weights.iter().map(|own| own.weight.as_detached_tensor()).collect();
-        let suit =
-            |(own, var): (&WeightState<'_>, &Tensor)| are_plain(&[var, own.mean, own.square]);
+        let suit = |(own, var): (&WeightState<'_>, &Tensor)| match &own.square {
+            Some(square) => are_plain(&[var, own.mean, square]),
+            None => false,
+        };
         let none = weights.iter().all(|own| own.gradient.is_none());
         if none || !weights.iter().zip(&vars).all(suit) {
+            // The host counts this update.
+            self.current = None;
             return Reference.update(weights, rule, learning_rate, counters);
         }
         for gradient in weights.iter_mut().filter_map(|own| own.gradient.as_deref_mut()) {
@@ -135,12 +139,14 @@ impl Updater for CudaUpdater {
         let own: Vec<_> = weights
             .iter()
             .zip(&vars)
-            .map(|(own, weight)| WeightUpdate {
-                weight,
-                mean: own.mean,
-                square: own.square,
-                gradient: own.gradient.as_deref(),
-                average: own.average.as_deref(),
+            .filter_map(|(own, weight)| {
+                Some(WeightUpdate {
+                    weight,
+                    mean: own.mean,
+                    square: own.square.as_deref()?,
+                    gradient: own.gradient.as_deref(),
+                    average: own.average.as_deref(),
+                })
             })
             .collect();
         let norm = self.with(counters)?.update(&own, rule.into(), learning_rate)?;
@@ -173,7 +179,7 @@ impl Updater for CudaUpdater {
 
 impl From<&UpdateRule> for UpdateSettings {
     fn from(rule: &UpdateRule) -> Self {
-        let UpdateRule { beta1, beta2, eps, l2, decoupled, max_norm, average, scale } = *rule;
+        let UpdateRule { beta1, beta2, eps, l2, decoupled, max_norm, average, scale, .. } = *rule;
         let mut settings = Self { beta1, beta2, eps, l2, decoupled, max_norm, ..Self::default() };
         // Without an average the device counts no updates of one.
         settings.ema_decay = -1.0;

@@ -20,7 +20,7 @@ use candle_core::{DType, Device, Tensor};
 
 pub(crate) use self::ops::{Backend, Capture, Computed, Inputs, Rates, Recorded};
 pub(crate) use self::reference::clip_norm;
-pub(crate) use self::update::{AverageRule, ScaleRule, UpdateRule, Updater, WeightState};
+pub(crate) use self::update::{AverageRule, MuonRule, ScaleRule, UpdateRule, Updater, WeightState};
 pub(crate) use crate::kernels::op::counters::Counters;
 
 /// Returns the backend for tensors of this dtype on this device.

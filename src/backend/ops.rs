@@ -77,6 +77,12 @@ pub(crate) trait Backend: fmt::Debug + Send + Sync {
     /// Adds `more` to `sum`. Plain tensors are changed in place, with all tensors that share their values.
     fn add_to(&self, sum: &mut Tensor, more: &Tensor) -> Result<()>;
 
+    /// Moves an average towards a weight: `decay` times the average, plus `1 - decay` times the weight.
+    fn follow(&self, average: &mut Tensor, weight: &Tensor, decay: f64) -> Result<()> {
+        *average = self.combine(average, decay, weight, 1.0 - decay)?.detach();
+        Ok(())
+    }
+
     /// Makes an update of Adam and of the averages with these factors.
     fn adam(&self, weights: Vec<WeightState<'_>>, factors: &Factors) -> Result<()>;
 

@@ -1,11 +1,12 @@
 //! The specification: each formula once, composed of candle operations.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::ops::{Backend, Rates};
-use super::update::{Factors, UpdateRule, Updater, WeightState};
+use super::update::{Factors, MuonRule, UpdateRule, Updater, WeightState};
 use crate::error::{Error, Result};
 use crate::kernels::op::counters::Counters;
+use crate::kernels::op::muon::{COEFFICIENTS, ITERATIONS, LEAST_NORM, scale};
 
 /// Candle's operations, for every device and floating-point dtype. They support gradients.
 #[derive(Debug, Clone, Copy)]
@@ -59,7 +60,9 @@ impl Backend for Reference {
     fn adam(&self, weights: Vec<WeightState<'_>>, factors: &Factors) -> Result<()> {
         let Factors { beta1, beta2, eps, step_size, root_scale, .. } = *factors;
         for own in weights {
-            if let Some(gradient) = own.gradient {
+            if let (Some(gradient), None) = (&own.gradient, &own.square) {
+                muon(own.weight, own.mean, gradient, factors)?;
+            } else if let (Some(gradient), Some(own_square)) = (own.gradient, own.square) {
                 let mut weight = own.weight.as_detached_tensor();
                 let mut gradient = gradient.clone();
                 if factors.gradient_scale != 1.0 {
@@ -72,9 +75,9 @@ impl Backend for Reference {
                     weight = weight.affine(factors.keep, 0.0)?;
                 }
                 let mean = self.combine(own.mean, beta1, &gradient, 1.0 - beta1)?;
-                let square = self.combine(own.square, beta2, &gradient.sqr()?, 1.0 - beta2)?;
-                (*own.mean, *own.square) = (mean.detach(), square.detach());
-                let root = own.square.sqrt()?.affine(root_scale, eps)?;
+                let square = self.combine(own_square, beta2, &gradient.sqr()?, 1.0 - beta2)?;
+                (*own.mean, *own_square) = (mean.detach(), square.detach());
+                let root = own_square.sqrt()?.affine(root_scale, eps)?;
                 let update = own.mean.affine(step_size, 0.0)?.div(&root)?;
                 own.weight.set(&(weight - update)?)?;
             }
@@ -119,6 +122,46 @@ impl Updater for Reference {
         self.adam(weights, &factors)?;
         Ok(norm)
     }
+}
+
+/// The update of Muon for a matrix, or for a kernel as the matrix (output, rest). Jordan et al. 2024. As in PyTorch, the
+/// momentum is a mean: its scale does not change the orthogonalised matrix.
+fn muon(weight: &Var, momentum: &mut Tensor, gradient: &Tensor, factors: &Factors) -> Result<()> {
+    let Some(MuonRule { momentum: decay, nesterov, decoupled }) = factors.muon else {
+        return Err(Error::config(
+            "muon",
+            "missing",
+            "present for a weight without a mean of squares",
+        ));
+    };
+    let gradient = gradient.affine(factors.gradient_scale, 0.0)?;
+    *momentum = Reference.combine(momentum, decay, &gradient, 1.0 - decay)?.detach();
+    let update = match nesterov {
+        true => Reference.combine(momentum, decay, &gradient, 1.0 - decay)?,
+        false => momentum.clone(),
+    };
+    let matrix = update.flatten_from(1)?;
+    let size = scale(matrix.dims2()?) * factors.learning_rate;
+    let update = orthogonalized(&matrix)?.affine(size, 0.0)?.reshape(weight.shape())?;
+    let keep = 1.0 - factors.learning_rate * decoupled;
+    Ok(weight.set(&(weight.as_detached_tensor().affine(keep, 0.0)? - update)?)?)
+}
+
+/// Replaces the singular values of a matrix by values near 1; see [`kernels::op::muon`](crate::kernels::op::muon).
+fn orthogonalized(matrix: &Tensor) -> Result<Tensor> {
+    let (rows, cols) = matrix.dims2()?;
+    if rows > cols {
+        return Ok(orthogonalized(&matrix.t()?.contiguous()?)?.t()?.contiguous()?);
+    }
+    let norm = matrix.sqr()?.sum_all()?.sqrt()?.maximum(LEAST_NORM)?;
+    let mut x = matrix.broadcast_div(&norm)?;
+    let [a, b, c] = COEFFICIENTS;
+    for _ in 0..ITERATIONS {
+        let product = x.matmul(&x.t()?)?;
+        let more = (product.affine(b, 0.0)? + product.matmul(&product)?.affine(c, 0.0)?)?;
+        x = (x.affine(a, 0.0)? + more.matmul(&x)?)?;
+    }
+    Ok(x)
 }
 
 /// Scales all gradients so that their global L2 norm is at most `max_norm`. Returns the norm before clipping, which

@@ -159,6 +159,7 @@ const RULE: UpdateRule = UpdateRule {
     max_norm: f64::INFINITY,
     average: None,
     scale: None,
+    muon: None,
 };
 
 /// Every setting of an update, alone and in combination.
@@ -228,6 +229,7 @@ impl Run {
         let states = self.means.iter_mut().zip(&mut self.squares).zip(&mut self.averages);
         let states = self.weights.iter().zip(states).map(|(weight, ((mean, square), average))| {
             let average = rule.average.map(|_| average);
+            let square = Some(square);
             WeightState { weight, mean, square, gradient: gradients.next(), average }
         });
         let norm = self.updater.update(states.collect(), rule, 1e-2, &mut self.counters)?;
@@ -277,6 +279,64 @@ fn updates_are_those_of_the_reference() -> Result<()> {
                 counted.average_updates,
                 if rule.average.is_some() { counted.updates } else { 0 }
             );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn matrices_are_updated_by_muon_as_by_the_reference() -> Result<()> {
+    const SHAPES: [&[usize]; 3] = [&[24, 8, 3, 3], &[40, 24], &[16, 16]];
+    let scale =
+        ScaleRule { growth_factor: 2.0, growth_interval: 9, backoff_factor: 0.5, min_scale: 1.0 };
+    let muon = Some(MuonRule { momentum: 0.9, nesterov: true, decoupled: 0.1 });
+    let average = Some(AverageRule { decay: 0.75, warmup: false });
+    let rule = UpdateRule { muon, average, max_norm: 0.5, scale: Some(scale), ..RULE };
+    let run = |device: &Device, dtype: DType| -> Result<(Vec<Vec<f64>>, Counters)> {
+        let of_each = |f: &dyn Fn(u32, &[usize]) -> Result<Tensor>| -> Result<Vec<Tensor>> {
+            (0..).zip(SHAPES).map(|(k, dims)| f(k, dims)).collect()
+        };
+        let place = |t: Tensor| -> Result<Tensor> { Ok(t.to_dtype(dtype)?.to_device(device)?) };
+        let weights: Vec<Var> = of_each(&|k, dims| place(Normals(1).tensor(k, dims)))?
+            .iter()
+            .map(Var::from_tensor)
+            .collect::<candle_core::Result<_>>()?;
+        let mut momenta = of_each(&|_, dims| place(Tensor::zeros(dims, dtype, device)?))?;
+        let mut averages =
+            momenta.iter().map(Tensor::copy).collect::<candle_core::Result<Vec<_>>>()?;
+        let mut counters = Counters { scale: 64.0, ..Counters::default() };
+        let mut updater = on(device, dtype).updater(device);
+        // The infinite one is skipped.
+        for (step, size) in (0..).zip([0.1, f64::INFINITY, 3.0]) {
+            let mut gradients = of_each(&|k, dims| {
+                let gradient = Normals(2 + step).tensor(k, dims).affine(size, 0.0)?;
+                place((gradient * counters.scale)?)
+            })?;
+            // The last matrix has no gradient in the first update.
+            let present = gradients.len() - usize::from(step == 0);
+            let mut gradients = gradients[..present].iter_mut();
+            let states = weights.iter().zip(&mut momenta).zip(&mut averages);
+            let states = states.map(|((weight, mean), average)| {
+                let gradient = gradients.next();
+                WeightState { weight, mean, square: None, gradient, average: Some(average) }
+            });
+            updater.update(states.collect(), &rule, 1e-2, &mut counters)?;
+            counters = updater.read(&counters)?;
+            updater.assume(&counters);
+        }
+        let weights = weights.iter().map(|var| values(var));
+        Ok((weights.chain(momenta.iter().chain(&averages).map(values)).collect(), counters))
+    };
+    let (expected, counters) = run(&Device::Cpu, DType::F64)?;
+    assert_eq!((counters.updates, counters.skipped), (2, 1));
+    for device in devices().into_iter().filter(has_candle) {
+        let (found, theirs) = run(&device, DType::F32)?;
+        assert_eq!(theirs, counters, "{device:?}");
+        for (k, (expected, found)) in expected.iter().zip(&found).enumerate() {
+            for (ours, theirs) in expected.iter().zip(found) {
+                // The matrices are far from rank 1.
+                assert!((ours - theirs).abs() < 2e-5, "{device:?}, {k}: {ours}, {theirs}");
+            }
         }
     }
     Ok(())

@@ -21,6 +21,19 @@ pub(crate) struct UpdateRule {
     pub max_norm: f64,
     pub average: Option<AverageRule>,
     pub scale: Option<ScaleRule>,
+    /// The settings for weights without a mean of squares.
+    pub muon: Option<MuonRule>,
+}
+
+/// The settings of Muon.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct MuonRule {
+    /// The decay of the momentum.
+    pub momentum: f64,
+    /// Whether the gradient is added to the momentum once more.
+    pub nesterov: bool,
+    /// The decoupled decay, which is applied to the weight.
+    pub decoupled: f64,
 }
 
 /// The settings of the average of the weights.
@@ -88,6 +101,8 @@ pub(crate) struct Factors {
     pub gradient_scale: f64,
     /// The decay of the average.
     pub average: f64,
+    pub learning_rate: f64,
+    pub muon: Option<MuonRule>,
 }
 
 impl UpdateRule {
@@ -114,6 +129,8 @@ impl UpdateRule {
             l2,
             gradient_scale,
             average,
+            learning_rate,
+            muon: self.muon,
         }
     }
 
@@ -133,10 +150,10 @@ impl UpdateRule {
 #[derive(Debug)]
 pub(crate) struct WeightState<'a> {
     pub weight: &'a Var,
-    /// The mean of gradients.
+    /// The mean of gradients: Adam's first moment, or Muon's momentum.
     pub mean: &'a mut Tensor,
-    /// The mean of squared gradients.
-    pub square: &'a mut Tensor,
+    /// The mean of squared gradients. `None` for a matrix (output, ...) that Muon updates.
+    pub square: Option<&'a mut Tensor>,
     /// The gradient. A backend may replace it by a scaled, clipped or contiguous one.
     pub gradient: Option<&'a mut Tensor>,
     /// The average of the weight.

@@ -1,13 +1,13 @@
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::arguments::{positive_fraction, precision, whole};
 use crate::model::UNetConfig;
 use crate::precision::Precision;
 use crate::process::Diffusion;
 use crate::sample::SamplerConfig;
-use crate::train::{AdamConfig, TrainConfig};
+use crate::train::{AdamConfig, LearningRateSchedule, TrainConfig};
 
 /// A network, a process, and the defaults of a program that trains it.
 #[derive(Debug, Clone)]
@@ -85,6 +85,19 @@ impl Recipe {
     }
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum OptimizerName {
+    Adam,
+    Muon,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ScheduleName {
+    Constant,
+    Linear,
+    Cosine,
+}
+
 /// The options of a program that trains. Without an option, the value of the [`Recipe`] holds, or that of the run
 /// which is resumed.
 #[derive(Debug, Clone, Args)]
@@ -101,6 +114,12 @@ pub struct TrainArgs {
     #[arg(long, value_name = "R", allow_negative_numbers = true,
           value_parser = positive_fraction)]
     learning_rate: Option<f64>,
+    /// Optimiser: adam, with the weight decay of the recipe, or muon, which is Muon for matrices and Adam for the rest
+    #[arg(long, value_name = "O", value_enum)]
+    optimizer: Option<OptimizerName>,
+    /// Learning rate after the warm-up: constant, or falling to zero at --steps as a line or a cosine
+    #[arg(long, value_name = "S", value_enum)]
+    schedule: Option<ScheduleName>,
     /// Parts into which a batch is divided to save memory; --batch-size must be a multiple
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=65_536))]
@@ -123,6 +142,9 @@ pub struct TrainArgs {
     /// Continue the run in --out
     #[arg(long)]
     pub(super) resume: bool,
+    /// With --resume: change the run to the given options and images; its checkpoints record the changes
+    #[arg(long, requires = "resume")]
+    pub(super) change: bool,
     /// Updates from one checkpoint to the next; one is always written at the end
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<u64>(1..=1_000_000_000))]
@@ -158,6 +180,17 @@ impl TrainArgs {
             optimizer: AdamConfig {
                 learning_rate: self.learning_rate.unwrap_or(config.optimizer.learning_rate),
                 ..config.optimizer
+            },
+            muon: match self.optimizer {
+                None => config.muon.clone(),
+                Some(OptimizerName::Adam) => None,
+                Some(OptimizerName::Muon) => Some(config.muon.clone().unwrap_or_default()),
+            },
+            schedule: match self.schedule {
+                None => config.schedule,
+                Some(ScheduleName::Constant) => LearningRateSchedule::Constant,
+                Some(ScheduleName::Linear) => LearningRateSchedule::Linear { end: 0.0 },
+                Some(ScheduleName::Cosine) => LearningRateSchedule::Cosine { end: 0.0 },
             },
             accumulation: self.accumulation.unwrap_or(config.accumulation),
             precision: self.precision.unwrap_or(config.precision),

@@ -68,9 +68,15 @@ pub fn train(
     let guidance = condition(&mut network, args, &set, saved.is_none())?;
     set.check_shape(network.image_shape())?;
     let identity = Identity::of(&set);
-    let known = saved.is_some() && identity.check(&files.identity)?;
+    let (mut known, mut other_images) = (false, false);
+    if saved.is_some() {
+        match identity.check(&files.identity) {
+            Err(_) if args.change => other_images = true,
+            found => known = found?,
+        }
+    }
     let device = pick(args.cpu)?;
-    let mut trainer = begin(recipe, saved.as_ref(), network, config, &device)?;
+    let mut trainer = begin(recipe, args, saved.as_ref(), network, config, &device)?;
     let mut sampling = recipe.sampling.guidance(guidance);
     if let Some(&run) = saved.as_ref().and_then(Checkpoint::sampling) {
         sampling = run;
@@ -80,7 +86,12 @@ pub fn train(
     // From here on, no other process changes the directory. This process has not changed it yet.
     trainer.claim(&files.checkpoint).map_err(with_options)?;
     prepare(&files, saved.is_none())?;
-    if !known {
+    if other_images {
+        // Records the number of images in the history.
+        trainer.next_batch(&set.images)?;
+        out(format_args!("changed  the images to {identity}"));
+        identity.write(&files.identity)?;
+    } else if !known {
         if saved.is_some() {
             // A different number of images means that they are not those of the run. They must not be recorded as such.
             trainer.next_batch(&set.images)?;
@@ -89,6 +100,10 @@ pub fn train(
             err(format_args!("warning: {file} does not exist: {unknown}; it now names {identity}"));
         }
         identity.write(&files.identity)?;
+    }
+    let recorded = saved.as_ref().map_or(0, |saved| saved.history().len());
+    for change in trainer.history().iter().skip(recorded) {
+        out(format_args!("changed  {} from {} to {}", change.field, change.from, change.to));
     }
     announce(&trainer, &set, &files.out);
     check_speed(trainer.config().precision, &device);
@@ -220,6 +235,7 @@ fn find(files: &Files, resume: bool) -> Result<Option<Checkpoint>> {
 
 fn begin(
     recipe: &Recipe,
+    args: &TrainArgs,
     saved: Option<&Checkpoint>,
     network: UNetConfig,
     config: TrainConfig,
@@ -227,8 +243,12 @@ fn begin(
 ) -> Result<Trainer<UNetConfig>> {
     Ok(match saved {
         Some(saved) => {
-            Trainer::resume(saved.dir(), network, config, saved.diffusion().clone(), device)
-                .map_err(with_options)?
+            let builder = Trainer::builder(network).config(config).device(device);
+            let builder = builder.diffusion(saved.diffusion().clone());
+            match args.change {
+                true => builder.resume_with_changes(saved.dir())?,
+                false => builder.resume(saved.dir()).map_err(with_options)?,
+            }
         }
         None => Trainer::new(network, config, recipe.diffusion.clone(), device)?,
     })
@@ -260,12 +280,18 @@ fn with_options(error: Error) -> Box<dyn StdError + Send + Sync> {
                 "train.optimizer.learning_rate" => "--learning-rate",
                 "train.accumulation" => "--accumulation",
                 "train.precision" => "--precision",
+                "train.schedule" => "--schedule",
+                "train.muon" => "--optimizer",
                 "train.seed" => "--seed",
                 _ => return error.into(),
             };
+            let change = match option {
+                "--seed" | "--optimizer" => "",
+                _ => ", add --change to change it",
+            };
             return format!(
                 "{field} is {found} in the checkpoint, but {expected} was requested; omit {option} \
-                 to continue the run, or begin a new run with another --out"
+                 to continue the run{change}, or begin a new run with another --out"
             )
             .into();
         }

@@ -27,8 +27,9 @@ mod suite;
 pub(crate) mod tests;
 
 pub(crate) use autograd::{attention, conv2d, group_norm, linear};
-pub(crate) use cpu::adam::{AdamStep, sum_of_squares};
+pub(crate) use cpu::adam::{AdamStep, follow, sum_of_squares};
 pub(crate) use cpu::isa::{Isa, check_limit};
+pub(crate) use cpu::muon::{MuonStep, orthogonalize_all};
 pub(crate) use cpu::pixels::{add_values, all_finite, clamp_values, squared_errors, weighted_sum};
 pub(crate) use reference::layout::{to_channels_first, to_channels_last};
 pub(crate) use reference::linear::activated;

@@ -6,13 +6,16 @@ use super::checkpoint::format::Identity;
 use super::checkpoint::open::Checkpoint;
 use super::config::TrainConfig;
 use super::executor::Executor;
+use super::history::Change;
 use super::meter::Meter;
 use super::objective::{Mse, Objective};
 use super::optim::adam::AdamW;
+use super::optim::average::WeightAverage;
 use super::optim::ema::Ema;
+use super::optim::muon::Muon;
 use super::optim::optimizer::Optimizer;
 use super::optim::scaler::GradScaler;
-use super::state::{Progress, TrainState, Weights};
+use super::state::{GRAD_SCALER, Progress, TrainState, Weights};
 use super::trainer::Trainer;
 use crate::data::loader::Loader;
 use crate::denoiser::Trainable;
@@ -85,20 +88,56 @@ impl<N: Architecture> TrainerBuilder<N> {
     /// A run continues with the network, the process and the training configuration with which it began, except for
     /// [`steps`](TrainConfig::steps), [`log_every`](TrainConfig::log_every) and
     /// [`keep_checkpoints`](TrainConfig::keep_checkpoints). To train its weights with another configuration, begin
-    /// a new run with [`set_weights`](Trainer::set_weights).
+    /// a new run with [`set_weights`](Trainer::set_weights), or use [`resume_with_changes`](Self::resume_with_changes).
     ///
     /// # Errors
     /// Returns an error if `dir` holds no complete checkpoint, or a checkpoint of another run.
     pub fn resume(self, dir: impl AsRef<Path>) -> Result<Trainer<N>> {
+        self.continued(dir.as_ref(), false)
+    }
+
+    /// Continues a run like [`resume`](Self::resume), with changes of its training configuration.
+    ///
+    /// All fields of the optimiser, the learning rate's warm-up, schedule and cool-down,
+    /// [`batch_size`](TrainConfig::batch_size), [`accumulation`](TrainConfig::accumulation),
+    /// [`clip_norm`](TrainConfig::clip_norm), [`precision`](TrainConfig::precision),
+    /// [`grad_scaler`](TrainConfig::grad_scaler), [`horizontal_flip`](TrainConfig::horizontal_flip) and
+    /// [`class_dropout`](TrainConfig::class_dropout) may change. The first data set may have another number of images
+    /// than before. Weights, moments and averages continue. A run that changes to [`Precision::F16`] begins with the
+    /// initial scale.
+    ///
+    /// Each change is recorded, with its step, in the [`history`](Trainer::history) of the run, which its checkpoints
+    /// hold. A run has at most 1,000 changes.
+    ///
+    /// # Errors
+    /// Returns the errors of [`resume`](Self::resume). A difference in any other field is one of them.
+    pub fn resume_with_changes(self, dir: impl AsRef<Path>) -> Result<Trainer<N>> {
+        self.continued(dir.as_ref(), true)
+    }
+
+    fn continued(self, dir: &Path, may_change: bool) -> Result<Trainer<N>> {
         self.config.validate()?;
         let checkpoint = Checkpoint::open(dir)?;
-        let remedy = "resume the run with the configuration of its Checkpoint, or begin a new run at its \
-                      weights with Trainer::set_weights";
-        checkpoint
-            .must_match(&Identity::new(&self.network, &self.config, &self.diffusion)?, remedy)?;
+        let identity = Identity::new(&self.network, &self.config, &self.diffusion, &[])?;
+        let changes = if may_change {
+            let remedy = "this field cannot change during a run; begin a new run at its weights with \
+                          Trainer::set_weights";
+            checkpoint.changes(&identity, remedy)?
+        } else {
+            let remedy = "resume the run with the configuration of its Checkpoint, or begin a new run at its \
+                          weights with Trainer::set_weights";
+            checkpoint.must_match(&identity, remedy)?;
+            Vec::new()
+        };
+        let had_scaler = checkpoint.train_config().precision == Precision::F16;
         let parameters = checkpoint.parameters(&self.device)?;
         let mut trainer = self.with_weights(&parameters)?;
-        checkpoint.restore(trainer.state.parts_beside_weights(), &trainer.device)?;
+        let mut parts = trainer.state.parts_beside_weights();
+        parts.retain(|part| had_scaler || part.kind().name != GRAD_SCALER.name);
+        checkpoint.restore(parts, &trainer.device)?;
+        let progress = &mut trainer.state.progress;
+        Change::record(&mut progress.history, changes)?;
+        progress.may_change_images = may_change;
         Ok(trainer)
     }
 
@@ -108,17 +147,20 @@ impl<N: Architecture> TrainerBuilder<N> {
         let mut model = parameters.build(&network)?;
         model.set_precision(config.precision)?;
         let vars = parameters.vars();
-        let adam = AdamW::new(config.optimizer, &vars)?;
+        let (matrices, others) = match &config.muon {
+            Some(muon) => muon.divide(&vars),
+            None => Default::default(),
+        };
+        let muon = config.muon.clone().map(|muon| Muon::new(muon, &matrices)).transpose()?;
+        let adam = AdamW::new(config.optimizer, if muon.is_some() { &others } else { &vars })?;
         let ema = config.ema.map(|ema| Ema::new(ema, &vars)).transpose()?;
         let scaler = (config.precision == Precision::F16)
             .then(|| GradScaler::new(config.grad_scaler))
             .transpose()?;
+        let mut optimizer = Optimizer::new(adam, muon, ema, scaler, config.clip_norm);
+        optimizer.averages = WeightAverage::all(&config.averages, &vars)?;
         Ok(Trainer {
-            state: TrainState {
-                progress: Progress::default(),
-                weights: Weights(vars),
-                optimizer: Optimizer::new(adam, ema, scaler, config.clip_norm),
-            },
+            state: TrainState { progress: Progress::default(), weights: Weights(vars), optimizer },
             loader: Loader::new(config.seed, config.batch_size, config.horizontal_flip),
             executor: Executor::new(&device),
             meter: Meter::default(),

@@ -1,9 +1,11 @@
 use serde::{Deserialize, Serialize};
 
 use super::optim::adam::AdamConfig;
+use super::optim::average::AverageConfig;
 use super::optim::ema::EmaConfig;
+use super::optim::muon::MuonConfig;
 use super::optim::scaler::GradScalerConfig;
-use super::optim::schedule::LearningRate;
+use super::optim::schedule::{LearningRate, LearningRateSchedule};
 use crate::error::{Error, Result};
 use crate::precision::Precision;
 
@@ -30,8 +32,15 @@ pub struct TrainConfig {
     pub accumulation: usize,
     /// Settings of the optimiser.
     pub optimizer: AdamConfig,
+    /// Settings of Muon, which then updates matrices in place of Adam, with the same learning rate; `None` updates every
+    /// weight by Adam.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub muon: Option<MuonConfig>,
     /// Number of updates over which the learning rate rises linearly to its full value; 0 for none.
     pub warmup_steps: u64,
+    /// The shape of the learning rate between warm-up and cool-down.
+    #[serde(default, skip_serializing_if = "LearningRateSchedule::is_constant")]
+    pub schedule: LearningRateSchedule,
     /// Fraction of [`steps`](Self::steps), at the end, over which the learning rate falls linearly to zero; from 0 (no
     /// cool-down) to 1. With a cool-down, an update beyond `steps` changes nothing. Hägele et al. 2024.
     #[serde(default)]
@@ -40,6 +49,9 @@ pub struct TrainConfig {
     pub clip_norm: Option<f64>,
     /// Settings of the averaged weights, from which samples are drawn; `None` keeps no average.
     pub ema: Option<EmaConfig>,
+    /// Further averages of the weights; at most 16. Without `ema`, samples are drawn from the first of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub averages: Vec<AverageConfig>,
     /// Precision of products.
     #[serde(default)]
     pub precision: Precision,
@@ -57,6 +69,9 @@ pub struct TrainConfig {
     /// Number of checkpoints that are kept, including the latest; at least 1.
     pub keep_checkpoints: usize,
 }
+
+/// The largest number of further averages.
+const MAX_AVERAGES: usize = 16;
 
 /// The default of [`TrainConfig::class_dropout`].
 fn class_dropout() -> f64 {
@@ -92,10 +107,13 @@ impl TrainConfig {
             batch_size: 64,
             accumulation: 1,
             optimizer: AdamConfig::adam(1e-4),
+            muon: None,
             warmup_steps: 0,
+            schedule: LearningRateSchedule::Constant,
             cooldown: 0.0,
             clip_norm: None,
             ema: Some(EmaConfig { decay: 0.999, warmup: true }),
+            averages: Vec::new(),
             precision: Precision::Highest,
             grad_scaler: GradScalerConfig::default(),
             horizontal_flip: false,
@@ -157,12 +175,20 @@ impl TrainConfig {
         self.precision.validate()?;
         self.grad_scaler.validate()?;
         self.optimizer.validate()?;
+        self.muon.as_ref().map_or(Ok(()), MuonConfig::validate)?;
+        self.schedule.validate()?;
+        if self.averages.len() > MAX_AVERAGES {
+            let expected = format!("at most {MAX_AVERAGES}");
+            return Err(Error::config("number of averages", self.averages.len(), expected));
+        }
+        self.averages.iter().try_for_each(AverageConfig::validate)?;
         self.ema.map_or(Ok(()), |ema| ema.validate())
     }
 
     /// The learning rate of an update; `step` counts from 0.
     pub fn learning_rate(&self, step: u64) -> f64 {
-        let Self { steps, warmup_steps, cooldown, optimizer, .. } = *self;
-        LearningRate { peak: optimizer.learning_rate, warmup_steps, cooldown, steps }.at(step)
+        let Self { steps, warmup_steps, schedule, cooldown, optimizer, .. } = *self;
+        LearningRate { peak: optimizer.learning_rate, warmup_steps, schedule, cooldown, steps }
+            .at(step)
     }
 }

@@ -122,6 +122,7 @@ impl Executor {
             Some(recorded) => recorded,
             None => {
                 let repeatable = context.config.accumulation == 1
+                    && context.state.optimizer.is_repeatable()
                     && context.objective.is_repeatable()
                     && context.model.is_repeatable(x_0);
                 if !repeatable || !self.is_due(x_0.dims()) {

@@ -2,50 +2,27 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Tensor, Var};
-use serde_json::{Map, Value};
+use candle_core::Var;
 
+use super::history::Change;
 use super::optim::adam::AdamW;
+use super::optim::average::{Followed, WeightAverage};
 use super::optim::ema::Ema;
+use super::optim::muon::Muon;
 use super::optim::optimizer::Optimizer;
 use super::optim::scaler::{GradScaler, ScalerState};
+use super::stateful::{Fields, Kind, Stateful, Tensors, within};
 use crate::backend::Counters;
 use crate::data::loader::Position;
 use crate::error::{Error, Result};
 use crate::sample::SamplerConfig;
 
-/// Tensors by name.
-pub(super) type Tensors = BTreeMap<String, Tensor>;
+/// The largest step of a run, limited by the addresses of random numbers.
+pub(in crate::train) const MAX_STEP: u64 = (1 << 40) - 1;
 
-/// Fields of a checkpoint's JSON by name.
-pub(super) type Fields = Map<String, Value>;
-
-/// A part of a run that has state. A checkpoint is a list of such parts.
-pub(super) trait Stateful {
-    /// The name of the file for the part's tensors, without `.safetensors`.
-    fn name(&self) -> &'static str;
-
-    /// The tensors to save, without copies. A part without tensors has no file.
-    fn tensors(&self) -> Option<Tensors> {
-        None
-    }
-
-    /// The fields to save. `counters` are the exact counts of the updates.
-    ///
-    /// # Errors
-    /// Returns an error if a value cannot be written as JSON.
-    fn fields(&self, counters: &Counters) -> Result<Fields> {
-        let _ = counters;
-        Ok(Fields::new())
-    }
-
-    /// Replaces the state by saved tensors, whose names and shapes are those of the present ones,
-    /// and by the fields of all parts.
-    ///
-    /// # Errors
-    /// Returns an error if a field is missing or not valid, or if an operation fails.
-    fn restore(&mut self, tensors: Tensors, fields: &Fields) -> Result<()>;
-}
+/// The kinds of parts that checkpoints hold.
+pub(super) const KINDS: &[&Kind] =
+    &[&PROGRESS, &MODEL, &EMA, &OPTIMIZER, &MUON, &AVERAGE, &GRAD_SCALER];
 
 /// The state of a run.
 #[derive(Debug)]
@@ -58,9 +35,10 @@ pub(super) struct TrainState {
 impl TrainState {
     /// Returns all parts, which together are the content of a checkpoint.
     pub fn parts(&self) -> Vec<&dyn Stateful> {
-        let Optimizer { adam, ema, scaler, .. } = &self.optimizer;
-        let mut parts: Vec<&dyn Stateful> = vec![&self.progress, &self.weights, adam];
-        parts.extend(ema.as_ref().map(|ema| ema as &dyn Stateful));
+        let Optimizer { adam, muon, ema, averages, scaler, .. } = &self.optimizer;
+        let mut parts: Vec<&dyn Stateful> = vec![&self.progress, &self.weights, ema, adam];
+        parts.extend(muon.as_ref().map(|muon| muon as &dyn Stateful));
+        parts.extend(averages.iter().map(|average| average as &dyn Stateful));
         parts.extend(scaler.as_ref().map(|scaler| scaler as &dyn Stateful));
         parts
     }
@@ -68,9 +46,10 @@ impl TrainState {
     /// Returns the parts that are restored from a checkpoint after the network was built with its
     /// weights.
     pub fn parts_beside_weights(&mut self) -> Vec<&mut dyn Stateful> {
-        let Optimizer { adam, ema, scaler, .. } = &mut self.optimizer;
-        let mut parts: Vec<&mut dyn Stateful> = vec![&mut self.progress, adam];
-        parts.extend(ema.as_mut().map(|ema| ema as &mut dyn Stateful));
+        let Optimizer { adam, muon, ema, averages, scaler, .. } = &mut self.optimizer;
+        let mut parts: Vec<&mut dyn Stateful> = vec![&mut self.progress, ema, adam];
+        parts.extend(muon.as_mut().map(|muon| muon as &mut dyn Stateful));
+        parts.extend(averages.iter_mut().map(|average| average as &mut dyn Stateful));
         parts.extend(scaler.as_mut().map(|scaler| scaler as &mut dyn Stateful));
         parts
     }
@@ -86,6 +65,10 @@ pub(super) struct Progress {
     pub dataset_len: Option<u64>,
     /// The sampler settings of the run, if they were set.
     pub sampling: Option<SamplerConfig>,
+    /// The changes of the configuration during the run.
+    pub history: Vec<Change>,
+    /// Whether the number of images may change once; not saved.
+    pub may_change_images: bool,
 }
 
 impl Progress {
@@ -99,7 +82,15 @@ impl Progress {
     /// # Errors
     /// Returns an error if earlier updates of the run used a different number.
     pub fn use_images(&mut self, len: u64) -> Result<()> {
+        let may_change = std::mem::take(&mut self.may_change_images);
         match self.dataset_len {
+            Some(before) if before != len && self.step > 0 && may_change => {
+                let (from, to) = (before.into(), len.into());
+                let change = Change { step: self.step, field: "dataset_len".into(), from, to };
+                Change::record(&mut self.history, vec![change])?;
+                self.dataset_len = Some(len);
+                Ok(())
+            }
             Some(before) if before != len && self.step > 0 => {
                 let expected = format!(
                     "{before}, as earlier in this run, because the order of images depends on it"
@@ -115,30 +106,61 @@ impl Progress {
     }
 }
 
+impl Progress {
+    /// Reads the progress of a checkpoint.
+    ///
+    /// # Errors
+    /// Returns an error if a field is missing or not valid.
+    pub fn of(fields: &Fields) -> Result<Self> {
+        // Parsed values take many times the memory of the text.
+        let length = fields.text("history").map_or(0, str::len);
+        within("length of history", length as u64, MAX_HISTORY_BYTES)?;
+        Ok(Self {
+            step: fields.get("step")?,
+            images_seen: fields.get("images_seen")?,
+            dataset_len: fields.get("dataset_len")?,
+            sampling: fields.get("sampling")?,
+            history: fields.get::<Option<_>>("history")?.unwrap_or_default(),
+            may_change_images: false,
+        })
+    }
+}
+
+/// The longest history that is read.
+const MAX_HISTORY_BYTES: u64 = 1 << 20;
+
+const PROGRESS: Kind = Kind {
+    name: "progress",
+    files: |_| 0,
+    setting: "",
+    fields: &["step", "images_seen", "dataset_len", "sampling", "history"],
+    check: |fields, step| {
+        within("step", step, MAX_STEP)?;
+        // Leaves room to add as many images again without an overflow.
+        within("images_seen", fields.get("images_seen")?, u64::MAX / 2)
+    },
+};
+
 impl Stateful for Progress {
-    fn name(&self) -> &'static str {
-        "progress"
+    fn kind(&self) -> &'static Kind {
+        &PROGRESS
     }
 
-    fn fields(&self, _: &Counters) -> Result<Fields> {
-        let mut fields = Fields::new();
-        fields.insert("step".into(), self.step.into());
-        fields.insert("images_seen".into(), self.images_seen.into());
-        fields.insert("dataset_len".into(), self.dataset_len.into());
+    fn save(&self, fields: &mut Fields, _: &Counters) -> Result<()> {
+        fields.insert("step", &self.step)?;
+        fields.insert("images_seen", &self.images_seen)?;
+        fields.insert("dataset_len", &self.dataset_len)?;
         if let Some(sampling) = &self.sampling {
-            let sampling = serde_json::to_value(sampling).map_err(Error::external)?;
-            fields.insert("sampling".into(), sampling);
+            fields.insert("sampling", sampling)?;
         }
-        Ok(fields)
+        match self.history.as_slice() {
+            [] => Ok(()),
+            history => fields.insert("history", &history),
+        }
     }
 
     fn restore(&mut self, _: Tensors, fields: &Fields) -> Result<()> {
-        *self = Self {
-            step: field(fields, "step")?,
-            images_seen: field(fields, "images_seen")?,
-            dataset_len: field(fields, "dataset_len")?,
-            sampling: field(fields, "sampling")?,
-        };
+        *self = Self::of(fields)?;
         Ok(())
     }
 }
@@ -154,9 +176,13 @@ impl Weights {
     }
 }
 
+/// The kind of the [`Weights`].
+pub(super) const MODEL: Kind =
+    Kind { name: "model", files: |_| 1, setting: "", fields: &[], check: |_, _| Ok(()) };
+
 impl Stateful for Weights {
-    fn name(&self) -> &'static str {
-        "model"
+    fn kind(&self) -> &'static Kind {
+        &MODEL
     }
 
     fn tensors(&self) -> Option<Tensors> {
@@ -173,9 +199,25 @@ impl Stateful for Weights {
     }
 }
 
+const OPTIMIZER: Kind = Kind {
+    name: "optimizer",
+    files: |_| 1,
+    setting: "",
+    fields: &["optimizer_updates"],
+    check: |fields, step| {
+        let updates: Option<u64> = fields.get("optimizer_updates")?;
+        within("optimizer_updates", updates.unwrap_or(0), step)
+    },
+};
+
+/// The number of updates of the optimiser: every update of the run, except those that the scaler skipped.
+fn updates_by_scaler(step: u64, scaler: Option<ScalerState>) -> u64 {
+    step.saturating_sub(scaler.map_or(0, |scaler| scaler.skipped))
+}
+
 impl Stateful for AdamW {
-    fn name(&self) -> &'static str {
-        "optimizer"
+    fn kind(&self) -> &'static Kind {
+        &OPTIMIZER
     }
 
     fn tensors(&self) -> Option<Tensors> {
@@ -183,53 +225,136 @@ impl Stateful for AdamW {
     }
 
     fn restore(&mut self, tensors: Tensors, fields: &Fields) -> Result<()> {
-        // The optimiser made every update of the run, except those that were skipped.
-        let scaler: Option<ScalerState> = field(fields, "grad_scaler")?;
-        let skipped = scaler.map_or(0, |scaler| scaler.skipped);
-        let step: u64 = field(fields, "step")?;
-        AdamW::restore(self, step.saturating_sub(skipped), &tensors)
+        let updates = match fields.get("optimizer_updates")? {
+            Some(updates) => updates,
+            None => updates_by_scaler(fields.get("step")?, fields.get("grad_scaler")?),
+        };
+        AdamW::restore(self, updates, &tensors)
+    }
+
+    fn save(&self, fields: &mut Fields, counters: &Counters) -> Result<()> {
+        // The scaler of an earlier part of the run, in another precision, may have skipped updates.
+        if counters.updates == updates_by_scaler(fields.get("step")?, Some(counters.into())) {
+            return Ok(());
+        }
+        fields.insert("optimizer_updates", &counters.updates)
     }
 }
 
-impl Stateful for Ema {
-    fn name(&self) -> &'static str {
-        "ema"
+/// The kind of the [`Ema`].
+pub(super) const EMA: Kind = Kind {
+    name: "ema",
+    files: |train| usize::from(train.ema.is_some()),
+    setting: "train.ema",
+    fields: &["ema_updates"],
+    // At most one per update.
+    check: |fields, step| within("ema_updates", fields.get("ema_updates")?, step),
+};
+
+impl Stateful for Option<Ema> {
+    fn kind(&self) -> &'static Kind {
+        &EMA
     }
 
     fn tensors(&self) -> Option<Tensors> {
-        Some(self.averages().clone())
+        self.as_ref().map(|ema| ema.averages().clone())
     }
 
-    fn fields(&self, counters: &Counters) -> Result<Fields> {
-        Ok(Fields::from_iter([("ema_updates".into(), counters.average_updates.into())]))
+    fn save(&self, fields: &mut Fields, counters: &Counters) -> Result<()> {
+        fields.insert("ema_updates", &counters.average_updates)
     }
 
     fn restore(&mut self, tensors: Tensors, fields: &Fields) -> Result<()> {
-        self.continue_from(field(fields, "ema_updates")?, tensors)
+        let Some(ema) = self else { return Ok(()) };
+        ema.continue_from(fields.get("ema_updates")?, tensors)
     }
 }
 
-impl Stateful for GradScaler {
-    fn name(&self) -> &'static str {
-        "grad_scaler"
+const MUON: Kind = Kind {
+    name: "muon",
+    files: |train| usize::from(train.muon.is_some()),
+    setting: "train.muon",
+    fields: &[],
+    check: |_, _| Ok(()),
+};
+
+impl Stateful for Muon {
+    fn kind(&self) -> &'static Kind {
+        &MUON
     }
 
-    fn fields(&self, counters: &Counters) -> Result<Fields> {
-        let state = ScalerState::from(counters);
-        let state = serde_json::to_value(state).map_err(Error::external)?;
-        Ok(Fields::from_iter([("grad_scaler".into(), state)]))
+    fn tensors(&self) -> Option<Tensors> {
+        Some(self.state())
+    }
+
+    fn restore(&mut self, tensors: Tensors, _: &Fields) -> Result<()> {
+        Muon::restore(self, &tensors)
+    }
+}
+
+/// The kind of each [`WeightAverage`].
+pub(super) const AVERAGE: Kind = Kind {
+    name: "average",
+    files: |train| train.averages.len(),
+    setting: "train.averages",
+    fields: &["averaged"],
+    check: |fields, step| match fields.get::<Option<Followed>>("averaged")? {
+        Some(followed) => within("averaged.updates", followed.updates, step),
+        None => Ok(()),
+    },
+};
+
+impl Stateful for WeightAverage {
+    fn kind(&self) -> &'static Kind {
+        &AVERAGE
+    }
+
+    fn index(&self) -> usize {
+        WeightAverage::index(self)
+    }
+
+    fn tensors(&self) -> Option<Tensors> {
+        Some(self.values().clone())
+    }
+
+    fn save(&self, fields: &mut Fields, _: &Counters) -> Result<()> {
+        // All averages of a run have followed the same updates.
+        if self.index() > 0 {
+            return Ok(());
+        }
+        fields.insert("averaged", &self.followed())
+    }
+
+    fn restore(&mut self, tensors: Tensors, fields: &Fields) -> Result<()> {
+        self.continue_from(fields.get("averaged")?, tensors)
+    }
+}
+
+/// The kind of the [`GradScaler`].
+pub(super) const GRAD_SCALER: Kind = Kind {
+    name: "grad_scaler",
+    files: |_| 0,
+    setting: "",
+    fields: &["grad_scaler"],
+    check: |fields, step| match fields.get::<Option<ScalerState>>("grad_scaler")? {
+        Some(scaler) => within("grad_scaler.skipped", scaler.skipped, step),
+        None => Ok(()),
+    },
+};
+
+impl Stateful for GradScaler {
+    fn kind(&self) -> &'static Kind {
+        &GRAD_SCALER
+    }
+
+    fn save(&self, fields: &mut Fields, counters: &Counters) -> Result<()> {
+        fields.insert("grad_scaler", &ScalerState::from(counters))
     }
 
     fn restore(&mut self, _: Tensors, fields: &Fields) -> Result<()> {
-        let Some(state) = field(fields, "grad_scaler")? else {
+        let Some(state) = fields.get("grad_scaler")? else {
             return Err(Error::config("grad_scaler", "missing", "present with Precision::F16"));
         };
         self.continue_from(state)
     }
-}
-
-/// Reads the field of this name. A missing field is read as `null`.
-fn field<T: serde::de::DeserializeOwned>(fields: &Fields, name: &'static str) -> Result<T> {
-    let value = fields.get(name).cloned().unwrap_or(Value::Null);
-    serde_json::from_value(value).map_err(|e| Error::config(name, e.to_string(), "valid"))
 }

@@ -6,15 +6,18 @@ use std::sync::atomic::AtomicBool;
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::checkpoint::claim::Claim;
-use super::checkpoint::format::{Identity, MAX_STEP};
+use super::checkpoint::format::Identity;
 use super::checkpoint::store::{self, Saved, Snapshot};
 use super::config::TrainConfig;
 use super::executor::Executor;
+use super::history::Change;
 use super::meter::{Meter, Update};
 use super::objective::Objective;
+use super::optim::average::WeightAverage;
 use super::optim::ema::Ema;
 use super::optim::scaler::GradScaler;
-use super::state::{Fields, Stateful, TrainState};
+use super::state::{MAX_STEP, TrainState};
+use super::stateful::{Fields, Stateful};
 use super::update::UpdateContext;
 use crate::data::dataset::Dataset;
 use crate::data::loader::{self, Batch, Loader};
@@ -243,7 +246,7 @@ impl<N: Architecture> Trainer<N> {
 
     /// The values from which a checkpoint is written.
     fn snapshot(&self) -> Result<Snapshot<'_>> {
-        let identity = Identity::new(&self.network, &self.config, &self.diffusion)?;
+        let identity = Identity::new(&self.network, &self.config, &self.diffusion, self.history())?;
         let counters = self.state.optimizer.exact_counters()?;
         Ok(Snapshot { identity, step: self.steps(), parts: self.state.parts(), counters })
     }
@@ -259,8 +262,8 @@ impl<N: Architecture> Trainer<N> {
         Ok(())
     }
 
-    /// Replaces the weights by those of a safetensors file, from a checkpoint or from PyTorch. The average begins as a
-    /// copy of them.
+    /// Replaces the weights by those of a safetensors file, from a checkpoint or from PyTorch. The averages begin as
+    /// copies of them.
     ///
     /// # Errors
     /// Returns an error if the trainer has already made an update, because the state of the optimiser would belong to
@@ -273,9 +276,11 @@ impl<N: Architecture> Trainer<N> {
         let parameters = Parameters::load(path, DType::F32, &self.device)?;
         parameters.build(&self.network)?;
         let new = parameters.vars().into_iter().map(|(name, var)| (name, var.as_detached_tensor()));
-        self.state.weights.restore(new.collect(), &Fields::new())?;
+        self.state.weights.restore(new.collect(), &Fields::default())?;
         let ema = self.config.ema.map(|ema| Ema::new(ema, &self.state.weights.0));
         self.state.optimizer.ema = ema.transpose()?;
+        let averages = WeightAverage::all(&self.config.averages, &self.state.weights.0)?;
+        self.state.optimizer.averages = averages;
         Ok(())
     }
 
@@ -301,9 +306,10 @@ impl<N: Architecture> Trainer<N> {
     /// Returns the errors of building the network.
     pub fn ema_model(&self) -> Result<N::Model> {
         self.executor.wait_for_other_thread()?;
-        let weights = match self.ema() {
-            Some(ema) => ema.averages().clone(),
-            None => self.state.weights.values(),
+        let weights = match (self.ema(), self.averages()) {
+            (Some(ema), _) => ema.averages().clone(),
+            (None, [first, ..]) => first.values().clone(),
+            (None, []) => self.state.weights.values(),
         };
         let weights = Parameters::frozen(Path::new("ema"), weights, DType::F32, &self.device);
         let mut model = weights.build(&self.network)?;
@@ -328,6 +334,18 @@ impl<N: Architecture> Trainer<N> {
     /// The average of the weights. `None` if the run has no average.
     pub fn ema(&self) -> Option<&Ema> {
         self.state.optimizer.ema.as_ref()
+    }
+
+    /// The averages of the weights beside [`ema`](Self::ema), in the order of
+    /// [`TrainConfig::averages`](TrainConfig::averages).
+    pub fn averages(&self) -> &[WeightAverage] {
+        &self.state.optimizer.averages
+    }
+
+    /// The changes of the configuration during the run, the oldest first; see
+    /// [`TrainerBuilder::resume_with_changes`](crate::train::TrainerBuilder::resume_with_changes).
+    pub fn history(&self) -> &[Change] {
+        &self.state.progress.history
     }
 
     /// The number of updates so far.

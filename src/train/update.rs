@@ -135,7 +135,7 @@ impl<D: Trainable> UpdateContext<'_, D> {
             return Err(Error::config("accumulation", parts, "at least 1"));
         };
         let learning_rate = self.learning_rate();
-        let grad_norm = self.state.optimizer.update(&mut sums, learning_rate)?;
+        let grad_norm = self.state.optimizer.update(&mut sums, learning_rate, count as u64)?;
         // If the batch is divided, the sums are not buffers of the network.
         let gradients = if parts == 1 { sums.into_values().collect() } else { Vec::new() };
         Ok((loss, grad_norm, gradients))

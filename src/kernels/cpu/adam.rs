@@ -47,7 +47,7 @@ impl AdamStep {
             Some(average) => chunks.zip(average.par_chunks_mut(CHUNK)).for_each(
                 |(((weight, gradient), (mean, square)), average)| {
                     update(isa, self, weight, gradient, mean, square);
-                    follow(isa, self.average, average, weight);
+                    move_towards(isa, self.average, average, weight);
                 },
             ),
             None => chunks.for_each(|((weight, gradient), (mean, square))| {
@@ -58,8 +58,15 @@ impl AdamStep {
 
     /// Updates the average of a weight that was not updated.
     pub fn follow(&self, isa: Isa, average: &mut [f32], weight: &[f32]) {
-        follow(isa, self.average, average, weight);
+        move_towards(isa, self.average, average, weight);
     }
+}
+
+/// Moves an average, which keeps the fraction `decay`, towards a weight.
+pub(crate) fn follow(isa: Isa, decay: f64, average: &mut [f32], weight: &[f32]) {
+    let factors = [decay as f32, (1.0 - decay) as f32];
+    let chunks = average.par_chunks_mut(CHUNK).zip(weight.par_chunks(CHUNK));
+    chunks.for_each(|(average, weight)| move_towards(isa, factors, average, weight));
 }
 
 simd_fn! {
@@ -85,7 +92,7 @@ simd_fn! {
 
 simd_fn! {
     /// Moves an average towards the weight.
-    fn follow<S>(factors: [f32; 2], average: &mut [f32], weight: &[f32]) {
+    fn move_towards<S>(factors: [f32; 2], average: &mut [f32], weight: &[f32]) {
         let [decay, gain] = factors;
         for (average, weight) in average.iter_mut().zip(weight) {
             *average = *average * decay + weight * gain;

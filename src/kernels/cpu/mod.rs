@@ -10,6 +10,7 @@ pub(crate) mod linear;
 pub(crate) mod maps;
 pub(crate) mod math;
 pub(crate) mod memory;
+pub(crate) mod muon;
 pub(crate) mod norm;
 pub(crate) mod pixels;
 pub(crate) mod reduce;

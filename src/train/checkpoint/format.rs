@@ -1,8 +1,11 @@
+use std::collections::BTreeSet;
+use std::fmt;
 use std::fs;
 use std::io::{ErrorKind, Read};
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
@@ -11,21 +14,16 @@ use crate::error::{Error, Result, in_short};
 use crate::model::Architecture;
 use crate::model::tensor_file::open_regular;
 use crate::process::diffusion::Diffusion;
-use crate::sample::SamplerConfig;
 use crate::train::config::TrainConfig;
-use crate::train::optim::scaler::ScalerState;
-use crate::train::state::Fields;
+use crate::train::history::Change;
+use crate::train::state::{KINDS, Progress};
+use crate::train::stateful::{Fields, within};
 
-/// File names: `STATE` holds everything except tensors. Each of the others holds the tensors of one part.
+/// The name of the file that holds everything except tensors.
 pub(super) const STATE: &str = "checkpoint.json";
-pub(super) const MODEL: &str = "model.safetensors";
-pub(super) const EMA: &str = "ema.safetensors";
-pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 
-/// The name of the file of a part's tensors.
-pub(super) fn file_of(part: &str) -> String {
-    format!("{part}.safetensors")
-}
+/// The fields of `checkpoint.json` that belong to no part of a run.
+const HEAD: [&str; 5] = ["format_version", "network", "diffusion", "train", "files"];
 
 /// The format that this version writes, and the newest that it reads. Format 1 had no checksums.
 pub(super) const FORMAT: u32 = 2;
@@ -37,31 +35,19 @@ const MAX_STATE_BYTES: u64 = 64 << 20;
 const MAX_NETWORK_BYTES: usize = 1 << 20;
 
 /// The content of `checkpoint.json`: everything except the tensors.
-///
-/// `C` is the network's configuration. It is kept as text until its type is known, because a parsed value would
-/// take many times the memory.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct State<C = Box<RawValue>> {
-    pub format_version: u32,
-    pub step: u64,
-    pub images_seen: u64,
-    /// Number of images in the data set, once one was used.
-    pub dataset_len: Option<u64>,
-    pub ema_updates: u64,
-    /// Present with [`Precision::F16`](crate::Precision::F16).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub grad_scaler: Option<ScalerState>,
-    pub network: NetworkState<C>,
+pub(super) struct State {
+    pub network: NetworkState<Box<RawValue>>,
     pub diffusion: Diffusion,
     pub train: TrainConfig,
-    /// The sampler settings of the run, if it recorded them.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sampling: Option<SamplerConfig>,
     /// Present since format 2.
     pub files: Option<Files>,
+    pub progress: Progress,
+    /// The fields of the parts of the run.
+    pub fields: Fields,
 }
 
+/// `C` is the network's configuration. It is kept as text until its type is known, because a parsed value would
+/// take many times the memory.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct NetworkState<C> {
@@ -69,16 +55,111 @@ pub(super) struct NetworkState<C> {
     pub config: C,
 }
 
-/// Checksums of the files of tensors.
-#[derive(PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Files {
-    #[serde(rename = "model.safetensors")]
-    pub model: Checksum,
-    #[serde(rename = "ema.safetensors", default, skip_serializing_if = "Option::is_none")]
-    pub ema: Option<Checksum>,
-    #[serde(rename = "optimizer.safetensors")]
-    pub optimizer: Checksum,
+/// Checksums of the files of tensors, by file name, in the order of the parts.
+#[derive(Default, PartialEq)]
+pub(super) struct Files(Vec<(String, Checksum)>);
+
+impl Files {
+    pub fn insert(&mut self, file: String, checksum: Checksum) {
+        self.0.push((file, checksum));
+    }
+
+    pub fn get(&self, file: &str) -> Option<&Checksum> {
+        self.iter().find(|(found, _)| *found == file).map(|(_, checksum)| checksum)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Checksum)> {
+        self.0.iter().map(|(file, checksum)| (&**file, checksum))
+    }
+
+    /// # Errors
+    /// Returns an error if these are not the files of a run with this configuration.
+    fn check(&self, train: &TrainConfig) -> Result<()> {
+        let mut expected = Vec::new();
+        for kind in KINDS {
+            expected.extend((0..(kind.files)(train)).map(|index| (kind, kind.file(index))));
+        }
+        let wrong = |file: &str, found: &str, expected: &str, setting: &str| {
+            let reason =
+                if setting.is_empty() { String::new() } else { format!(", as {setting} is") };
+            let (file, found) = (in_short(file), in_short(found));
+            Err(Error::external(format!("files.{file} is {found}; it must be {expected}{reason}")))
+        };
+        for (file, _) in self.iter() {
+            if !expected.iter().any(|(_, expected)| expected == file) {
+                let kind = KINDS.iter().find(|kind| kind.owns(file));
+                return wrong(file, "present", "absent", kind.map_or("", |kind| kind.setting));
+            }
+        }
+        for (kind, file) in &expected {
+            if self.get(file).is_none() {
+                return wrong(file, "absent", "present", kind.setting);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Serialize for Files {
+    fn serialize<S: serde::Serializer>(
+        &self,
+        serializer: S,
+    ) -> std::result::Result<S::Ok, S::Error> {
+        serializer.collect_map(self.iter())
+    }
+}
+
+/// Reads a map, in its order, with names that `is_known` accepts.
+struct Entries<T>(fn(&str) -> bool, std::marker::PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Entries<T> {
+    type Value = Vec<(String, T)>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a map")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(
+        self,
+        mut map: A,
+    ) -> std::result::Result<Self::Value, A::Error> {
+        let mut entries: Self::Value = Vec::new();
+        while let Some(name) = map.next_key::<String>()? {
+            let wrong = if !(self.0)(&name) {
+                "unknown"
+            } else if entries.iter().any(|(found, _)| *found == name) {
+                "duplicate"
+            } else {
+                entries.push((name, map.next_value()?));
+                continue;
+            };
+            return Err(A::Error::custom(format_args!("{wrong} field `{}`", in_short(&name))));
+        }
+        Ok(entries)
+    }
+}
+
+impl<'de> Deserialize<'de> for Files {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        let known = |file: &str| KINDS.iter().any(|kind| kind.owns(file));
+        deserializer.deserialize_map(Entries(known, std::marker::PhantomData)).map(Self)
+    }
+}
+
+/// All fields of `checkpoint.json`.
+struct AllFields(Fields);
+
+impl<'de> Deserialize<'de> for AllFields {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        let known = |name: &str| {
+            HEAD.contains(&name) || KINDS.iter().any(|kind| kind.fields.contains(&name))
+        };
+        let entries: Vec<(String, Box<RawValue>)> =
+            deserializer.deserialize_map(Entries(known, std::marker::PhantomData))?;
+        let mut fields = Fields::default();
+        entries.into_iter().for_each(|(name, text)| fields.push(name, text));
+        Ok(Self(fields))
+    }
 }
 
 /// Reads `checkpoint.json`, with little more memory than the size of the file.
@@ -133,104 +214,75 @@ pub(super) fn read_state(dir: &Path) -> Result<State> {
             return Err(Error::damaged(path, reason));
         }
     }
-    let state: State = serde_json::from_slice(&json).map_err(malformed)?;
-    state.check().map_err(|e| Error::damaged(&path, e.to_string()))?;
+    let AllFields(fields) = serde_json::from_slice(&json).map_err(malformed)?;
+    drop(json);
+    let state = State::of(fields, malformed).map_err(|error| match error {
+        Error::Damaged { .. } => error,
+        error => Error::damaged(&path, error.to_string()),
+    })?;
     Ok(state)
 }
 
-/// The fields of `checkpoint.json` that the parts of a run save.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct PartFields {
-    step: u64,
-    images_seen: u64,
-    dataset_len: Option<u64>,
-    #[serde(default)]
-    ema_updates: u64,
-    #[serde(default)]
-    grad_scaler: Option<ScalerState>,
-    #[serde(default)]
-    sampling: Option<SamplerConfig>,
-}
-
-impl State<Value> {
-    /// Builds the state to write from the fields of the parts and the checksums of their files.
-    ///
-    /// # Errors
-    /// Returns an error if there is a field or a file that the format does not have.
-    pub fn new(identity: &Identity<'_>, fields: Fields, files: Fields) -> Result<Self> {
-        let PartFields { step, images_seen, dataset_len, ema_updates, grad_scaler, sampling } =
-            from_fields(fields)?;
-        let (kind, config) = (identity.kind.to_owned(), identity.network.clone());
-        Ok(Self {
-            format_version: FORMAT,
-            step,
-            images_seen,
-            dataset_len,
-            ema_updates,
-            grad_scaler,
-            network: NetworkState { kind, config },
-            diffusion: identity.diffusion.clone(),
-            train: identity.train.clone(),
-            sampling,
-            files: Some(from_fields(files)?),
-        })
-    }
-}
-
-fn from_fields<T: serde::de::DeserializeOwned>(fields: Fields) -> Result<T> {
-    serde_json::from_value(Value::Object(fields)).map_err(Error::external)
+/// The content of a new `checkpoint.json`: the fields of the parts, the configurations, and the checksums.
+///
+/// # Errors
+/// Returns an error if a value cannot be written as JSON.
+pub(super) fn state_to_write(
+    identity: &Identity<'_>,
+    parts: impl FnOnce(&mut Fields) -> Result<()>,
+    files: &Files,
+) -> Result<Vec<u8>> {
+    let mut fields = Fields::default();
+    fields.insert("format_version", &FORMAT)?;
+    parts(&mut fields)?;
+    let (kind, config) = (identity.kind.to_owned(), &identity.network);
+    fields.insert("network", &NetworkState { kind, config })?;
+    fields.insert("diffusion", identity.diffusion)?;
+    fields.insert("train", identity.train)?;
+    fields.insert("files", files)?;
+    serde_json::to_vec_pretty(&fields).map_err(Error::external)
 }
 
 impl State {
-    /// Checks the numbers. Whether this build supports the training configuration is checked only when a run is
-    /// resumed: the weights can be read in any case.
+    /// Parses and checks the fields. `malformed` makes an error of one of JSON.
+    ///
+    /// Whether this build supports the training configuration is checked only when a run is resumed: the weights can be
+    /// read in any case.
     ///
     /// # Errors
-    /// Returns an error that names the first number that no run can reach.
-    fn check(&self) -> Result<()> {
-        let within = |field, value, most| {
-            if value > most {
-                return Err(Error::config(field, value, format!("at most {most}")));
+    /// Returns an error that names the first field that is not valid, or the first number that no run can reach.
+    fn of(mut fields: Fields, malformed: impl Fn(serde_json::Error) -> Error) -> Result<Self> {
+        fn head<T: DeserializeOwned>(
+            fields: &mut Fields,
+            name: &str,
+            malformed: &impl Fn(serde_json::Error) -> Error,
+        ) -> Result<T> {
+            match fields.take(name) {
+                Some(text) => serde_json::from_str(text.get()).map_err(malformed),
+                None => serde_json::from_str("null")
+                    .map_err(|_| Error::external(format!("missing field `{name}`"))),
             }
-            Ok(())
+        }
+        let version: u32 = head(&mut fields, "format_version", &malformed)?;
+        let state = Self {
+            network: head(&mut fields, "network", &malformed)?,
+            diffusion: head(&mut fields, "diffusion", &malformed)?,
+            train: head(&mut fields, "train", &malformed)?,
+            files: head(&mut fields, "files", &malformed)?,
+            progress: Progress::of(&fields)?,
+            fields,
         };
-        within("step", self.step, MAX_STEP)?;
-        // Leaves room to add as many images again without an overflow.
-        within("images_seen", self.images_seen, u64::MAX / 2)?;
-        // At most one per update.
-        within("ema_updates", self.ema_updates, self.step)?;
-        if let Some(scaler) = self.grad_scaler {
-            within("grad_scaler.skipped", scaler.skipped, self.step)?;
-        }
-        let length = self.network.config.get().len();
+        KINDS.iter().try_for_each(|kind| (kind.check)(&state.fields, state.progress.step))?;
+        let length = state.network.config.get().len();
         within("length of network.config", length as u64, MAX_NETWORK_BYTES as u64)?;
-        match &self.files {
-            None if self.format_version > 1 => {
-                Err(Error::config("files", "missing", "present since format 2"))
+        match &state.files {
+            None if version > 1 => {
+                return Err(Error::config("files", "missing", "present since format 2"));
             }
-            Some(files) if files.ema.is_some() != self.train.ema.is_some() => {
-                let presence = |yes| if yes { "present" } else { "absent" };
-                let value = presence(files.ema.is_some());
-                let expected = format!("{}, as train.ema is", presence(self.train.ema.is_some()));
-                Err(Error::config("files.ema.safetensors", value, expected))
-            }
-            _ => Ok(()),
+            Some(files) => files.check(&state.train)?,
+            None => {}
         }
-    }
-
-    /// The fields that parts of a run saved.
-    ///
-    /// # Errors
-    /// Returns an error if a value cannot be represented as JSON.
-    pub fn fields(&self) -> Result<Fields> {
-        let Self { step, images_seen, dataset_len, ema_updates, grad_scaler, sampling, .. } = *self;
-        let fields =
-            PartFields { step, images_seen, dataset_len, ema_updates, grad_scaler, sampling };
-        match to_value(&fields)? {
-            Value::Object(fields) => Ok(fields),
-            _ => Ok(Fields::new()),
-        }
+        Ok(state)
     }
 
     /// The network's configuration as a JSON value, because its type is not known here.
@@ -241,7 +293,7 @@ impl State {
     /// # Errors
     /// Returns an error that ends with `remedy` if this is not a run with these configurations.
     pub fn must_match(&self, identity: &Identity<'_>, remedy: &'static str) -> Result<()> {
-        let Identity { kind, network, train, diffusion } = identity;
+        let Identity { kind, network, train, diffusion, .. } = identity;
         if self.network.kind != *kind {
             return Err(mismatch("network.kind", &self.network.kind, kind, remedy));
         }
@@ -252,26 +304,72 @@ impl State {
         // These fields change the length of a run and its reports, but not its results.
         let TrainConfig { steps, log_every, keep_checkpoints, .. } = **train;
         let saved = TrainConfig { steps, log_every, keep_checkpoints, ..self.train.clone() };
-        compare("train", &to_value(&saved)?, &to_value(train)?, remedy)
+        let mut saved = to_value(&saved)?;
+        // The changes that the run has made since this checkpoint.
+        let later = identity.history.iter().skip(self.progress.history.len());
+        later.for_each(|change| change.apply("train", &mut saved));
+        compare("train", &saved, &to_value(train)?, remedy)
+    }
+
+    /// Returns the changes by which a run with this identity differs from the training configuration of this checkpoint.
+    ///
+    /// # Errors
+    /// Returns an error that ends with `remedy` if anything else differs, or a field that must not change.
+    pub fn changes(&self, identity: &Identity<'_>, remedy: &'static str) -> Result<Vec<Change>> {
+        let own = Identity { train: &self.train, ..identity.clone() };
+        self.must_match(&own, remedy)?;
+        let TrainConfig { steps, log_every, keep_checkpoints, .. } = *identity.train;
+        let saved = TrainConfig { steps, log_every, keep_checkpoints, ..self.train.clone() };
+        let found = differences("train", &to_value(&saved)?, &to_value(identity.train)?);
+        let change = |(field, from, to): (String, Value, Value)| {
+            let rest = field.strip_prefix("train.").unwrap_or_default();
+            if !CHANGEABLE.contains(&rest.split('.').next().unwrap_or_default()) {
+                return Err(mismatch(&field, &brief(&from), &brief(&to), remedy));
+            }
+            Ok(Change { step: self.progress.step, field, from, to })
+        };
+        found.into_iter().map(change).collect()
     }
 
     /// Returns whether the configurations of both states agree, so that they may belong to one run.
     pub fn is_of_the_run_of(&self, other: &Self) -> bool {
+        let history = &other.progress.history;
+        if self.progress.history.len() > history.len() {
+            return other.is_of_the_run_of(self);
+        }
         let (kind, train, diffusion) = (&other.network.kind, &other.train, &other.diffusion);
         other.network_value().is_ok_and(|network| {
-            self.must_match(&Identity { kind, network, train, diffusion }, "").is_ok()
+            self.must_match(&Identity { kind, network, train, diffusion, history }, "").is_ok()
         })
     }
 }
 
-/// The configurations that identify a run. They do not change during the run.
-#[derive(Debug)]
+/// The fields of the training configuration that a resumed run may change. The others determine the parts of the run, or
+/// the random numbers.
+const CHANGEABLE: [&str; 11] = [
+    "batch_size",
+    "accumulation",
+    "optimizer",
+    "warmup_steps",
+    "schedule",
+    "cooldown",
+    "clip_norm",
+    "precision",
+    "grad_scaler",
+    "horizontal_flip",
+    "class_dropout",
+];
+
+/// The configurations that identify a run. They change only by the changes of its history.
+#[derive(Debug, Clone)]
 pub(in crate::train) struct Identity<'a> {
     /// The kind of the network, and its configuration.
     pub kind: &'a str,
     pub network: Value,
     pub train: &'a TrainConfig,
     pub diffusion: &'a Diffusion,
+    /// The changes of the configuration during the run.
+    pub history: &'a [Change],
 }
 
 impl<'a> Identity<'a> {
@@ -281,13 +379,11 @@ impl<'a> Identity<'a> {
         network: &N,
         train: &'a TrainConfig,
         diffusion: &'a Diffusion,
+        history: &'a [Change],
     ) -> Result<Self> {
-        Ok(Self { kind: N::KIND, network: to_value(network)?, train, diffusion })
+        Ok(Self { kind: N::KIND, network: to_value(network)?, train, diffusion, history })
     }
 }
-
-/// The largest step of a run, limited by the addresses of random numbers.
-pub(in crate::train) const MAX_STEP: u64 = (1 << 40) - 1;
 
 pub(super) fn mismatch(field: &str, found: &str, expected: &str, remedy: &'static str) -> Error {
     let (found, expected) = (in_short(found), in_short(expected));
@@ -301,23 +397,38 @@ pub(super) fn to_value(config: &impl Serialize) -> Result<Value> {
 /// # Errors
 /// Returns an error that names the first field in which two configurations differ.
 fn compare(field: &str, found: &Value, expected: &Value, remedy: &'static str) -> Result<()> {
-    if let (Value::Object(found), Value::Object(expected)) = (found, expected)
-        && found.keys().eq(expected.keys())
-    {
-        return found.iter().try_for_each(|(key, value)| {
-            compare(&format!("{field}.{key}"), value, &expected[key], remedy)
-        });
+    match differences(field, found, expected).first() {
+        None => Ok(()),
+        Some((field, found, expected)) => {
+            Err(mismatch(field, &brief(found), &brief(expected), remedy))
+        }
     }
-    if found == expected {
-        return Ok(());
+}
+
+/// Returns the fields in which two configurations differ, with both values. Of a list, only the first element that
+/// differs is a field.
+fn differences(field: &str, found: &Value, expected: &Value) -> Vec<(String, Value, Value)> {
+    match (found, expected) {
+        _ if found == expected => Vec::new(),
+        // A field of the training configuration that has its default may be absent.
+        (Value::Object(found), Value::Object(expected))
+            if field == "train" || found.keys().eq(expected.keys()) =>
+        {
+            let keys: BTreeSet<&String> = found.keys().chain(expected.keys()).collect();
+            let of = |key: &String| {
+                let [found, expected] =
+                    [found, expected].map(|map| map.get(key).unwrap_or(&Value::Null));
+                differences(&format!("{field}.{key}"), found, expected)
+            };
+            keys.into_iter().flat_map(of).collect()
+        }
+        (Value::Array(found), Value::Array(expected)) if found.len() == expected.len() => {
+            let different = (0..found.len()).find(|&i| found[i] != expected[i]);
+            let of = |i| differences(&format!("{field}[{i}]"), &found[i], &expected[i]);
+            different.map_or(Vec::new(), of)
+        }
+        _ => vec![(field.into(), found.clone(), expected.clone())],
     }
-    if let (Value::Array(found), Value::Array(expected)) = (found, expected)
-        && found.len() == expected.len()
-        && let Some(i) = (0..found.len()).find(|&i| found[i] != expected[i])
-    {
-        return compare(&format!("{field}[{i}]"), &found[i], &expected[i], remedy);
-    }
-    Err(mismatch(field, &brief(found), &brief(expected), remedy))
 }
 
 /// Formats a value as JSON, or a long list as its length.

@@ -36,7 +36,7 @@ pub(super) fn archived(dir: &Path) -> Result<Vec<Found>> {
     let mut runs: Vec<Vec<Found>> = Vec::new();
     for (step, path) in archive_names(&absolute(dir)?)? {
         let Ok(state) = read_state(&path) else { continue };
-        if state.step != step {
+        if state.progress.step != step {
             continue;
         }
         let run = runs.iter_mut().find(|run| state.is_of_the_run_of(&run[0].state));

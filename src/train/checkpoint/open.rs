@@ -5,7 +5,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 
 use super::files::{Checksum, read_tensors};
-use super::format::{EMA, Files, Identity, MODEL, OPTIMIZER, STATE, file_of, mismatch, read_state};
+use super::format::{Files, Identity, STATE, mismatch, read_state};
 use super::found::{Found, archived};
 use crate::error::{Error, Result, in_short};
 use crate::model::tensor_file::{check_known, weight_of};
@@ -13,7 +13,11 @@ use crate::model::{Architecture, Parameters};
 use crate::process::diffusion::Diffusion;
 use crate::sample::{Sampler, SamplerConfig};
 use crate::train::config::TrainConfig;
-use crate::train::state::Stateful;
+use crate::train::history::Change;
+use crate::train::optim::average::{AverageConfig, Followed};
+use crate::train::optim::post_hoc::{Profile, exponent, factors};
+use crate::train::state::{AVERAGE, EMA, MODEL};
+use crate::train::stateful::Stateful;
 
 /// A training run on disk: a directory of safetensors and JSON files from which a network can sample, or a run
 /// resume.
@@ -25,7 +29,9 @@ use crate::train::state::Stateful;
 /// | `checkpoint.json` | format version, step, configurations, checksums of the other files |
 /// | `model.safetensors` | the weights |
 /// | `ema.safetensors` | the averaged weights, unless the run has none |
+/// | `average.safetensors`, `average-2.safetensors`, … | further averages of the weights, if the run has them |
 /// | `optimizer.safetensors` | the state of the optimiser |
+/// | `muon.safetensors` | the state of Muon, if the run uses it |
 ///
 /// ```no_run
 /// use candle_core::Device;
@@ -97,11 +103,9 @@ impl Checkpoint {
     /// # Errors
     /// Returns an error if an existing file has changed since it was written.
     fn verify(&self) -> Result<()> {
-        for file in [MODEL, EMA, OPTIMIZER] {
+        for (file, written) in self.0.state.files.iter().flat_map(Files::iter) {
             let path = self.0.dir.join(file);
-            if let Some(written) = self.written(file)
-                && path.exists()
-            {
+            if path.exists() {
                 written.verify(&path)?;
             }
         }
@@ -110,12 +114,7 @@ impl Checkpoint {
 
     /// The checksum of a file, if there is one.
     fn written(&self, file: &str) -> Option<&Checksum> {
-        let Files { model, ema, optimizer } = self.0.state.files.as_ref()?;
-        match file {
-            MODEL => Some(model),
-            EMA => ema.as_ref(),
-            _ => Some(optimizer),
-        }
+        self.0.state.files.as_ref()?.get(file)
     }
 
     /// Returns whether another checkpoint has replaced this one, for example because its run is still saving.
@@ -156,7 +155,7 @@ impl Checkpoint {
 
     /// The number of updates of the weights so far.
     pub fn step(&self) -> u64 {
-        self.0.state.step
+        self.0.state.progress.step
     }
 
     /// The process that the network learned to reverse.
@@ -171,7 +170,12 @@ impl Checkpoint {
 
     /// The sampler settings of the run, if it [recorded](crate::Trainer::set_sampling) them.
     pub fn sampling(&self) -> Option<&SamplerConfig> {
-        self.0.state.sampling.as_ref()
+        self.0.state.progress.sampling.as_ref()
+    }
+
+    /// The changes of the training configuration during the run, the oldest first.
+    pub fn history(&self) -> &[Change] {
+        &self.0.state.progress.history
     }
 
     /// Creates a sampler with the settings of the run. If the run recorded none, the sampler is deterministic
@@ -208,7 +212,7 @@ impl Checkpoint {
     /// # Errors
     /// Returns an error if the file is damaged, or does not hold exactly the weights of the network.
     pub fn model<N: Architecture>(&self, device: &Device) -> Result<N::Model> {
-        self.frozen::<N>(MODEL, device)
+        self.frozen::<N>(&MODEL.file(0), device)
     }
 
     /// Builds the network with the averaged weights, which give better samples. If the run has no average,
@@ -217,13 +221,99 @@ impl Checkpoint {
     /// # Errors
     /// Returns an error if the file is damaged, or does not hold exactly the weights of the network.
     pub fn ema<N: Architecture>(&self, device: &Device) -> Result<N::Model> {
-        let file = if self.0.state.train.ema.is_some() { EMA } else { MODEL };
-        self.frozen::<N>(file, device)
+        let train = &self.0.state.train;
+        let kind = match (&train.ema, &*train.averages) {
+            (Some(_), _) => &EMA,
+            (None, [_, ..]) => &AVERAGE,
+            (None, []) => &MODEL,
+        };
+        self.frozen::<N>(&kind.file(0), device)
+    }
+
+    /// Builds the network with the weights of an average of [`TrainConfig::averages`]; `index` counts from 0.
+    ///
+    /// # Errors
+    /// Returns an error if the run has no such average, if the file is damaged, or if it does not hold exactly the
+    /// weights of the network.
+    pub fn average<N: Architecture>(&self, index: usize, device: &Device) -> Result<N::Model> {
+        let count = self.0.state.train.averages.len();
+        if index >= count {
+            let expected = format!("less than {count}, the number of averages of the run");
+            return Err(Error::config("index of the average", index, expected));
+        }
+        self.frozen::<N>(&AVERAGE.file(index), device)
+    }
+
+    /// Builds the network with an average of the weights by a power function of the width `sigma_rel`, computed after
+    /// training. Karras et al. 2024 (EDM2), section 3.2.
+    ///
+    /// The average is the sum of the [`AverageConfig::Power`] averages of this checkpoint and of all older ones of the
+    /// run beside it, with factors by which its weighting comes closest to that of `sigma_rel`. A run with
+    /// [`AverageConfig::POST_HOC`] that keeps many checkpoints ([`TrainConfig::keep_checkpoints`]) has them. The sum is
+    /// computed in f64.
+    ///
+    /// # Errors
+    /// Returns an error if `sigma_rel` is not positive and less than 0.288, if the run has no such averages, or if a
+    /// file is damaged.
+    pub fn post_hoc<N: Architecture>(&self, sigma_rel: f64, device: &Device) -> Result<N::Model> {
+        let wanted = exponent(sigma_rel)?;
+        let (here, files) = (&self.0.state, self.power_averages()?);
+        let Some(end) = files.iter().map(|(profile, ..)| profile.end).max_by(f64::total_cmp) else {
+            let expected = "with AverageConfig::Power and at least one update";
+            return Err(Error::config("averages", format!("{:?}", here.train.averages), expected));
+        };
+        let profiles: Vec<Profile> = files.iter().map(|(profile, ..)| *profile).collect();
+        let factors = factors(&profiles, Profile { end, exponent: wanted })?;
+        let mut sums: BTreeMap<String, Tensor> = BTreeMap::new();
+        for ((_, checkpoint, file), factor) in files.iter().zip(factors) {
+            for (name, tensor) in checkpoint.read(file, &Device::Cpu)? {
+                let term = (tensor.to_dtype(DType::F64)? * factor)?;
+                let sum = match sums.remove(&name) {
+                    Some(sum) => {
+                        if sum.dims() != term.dims() {
+                            let expected = format!("{:?}, as in the other checkpoints", sum.dims());
+                            return Err(Error::shape("an average", term.dims(), expected));
+                        }
+                        (sum + term)?
+                    }
+                    None => term,
+                };
+                sums.insert(name, sum);
+            }
+        }
+        let path = self.0.dir.join(AVERAGE.file(0));
+        self.build::<N>(&Parameters::frozen(&path, sums, DType::F32, device))
+    }
+
+    /// The averages by power functions in this checkpoint and in the older ones of its run: their profiles, the
+    /// checkpoints and the files.
+    fn power_averages(&self) -> Result<Vec<(Profile, Self, String)>> {
+        let (here, step) = (&self.0.state, self.step());
+        let of_the_run =
+            |found: &Found| found.state.progress.step < step && found.state.is_of_the_run_of(here);
+        let older = archived(&self.0.dir)?.into_iter().filter(of_the_run).map(|found| found.dir);
+        let mut files = Vec::new();
+        for dir in older.chain([self.0.dir.clone()]) {
+            for (index, average) in here.train.averages.iter().enumerate() {
+                let AverageConfig::Power { sigma_rel } = *average else { continue };
+                let checkpoint = Self(Found { state: read_state(&dir)?, dir: dir.clone() });
+                let followed: Followed = checkpoint.0.state.fields.get("averaged")?;
+                let exponent = exponent(sigma_rel)?;
+                if followed.images > 0 {
+                    let profile = Profile { end: followed.images as f64, exponent };
+                    files.push((profile, checkpoint, AVERAGE.file(index)));
+                }
+            }
+        }
+        Ok(files)
     }
 
     fn frozen<N: Architecture>(&self, file: &str, device: &Device) -> Result<N::Model> {
         let (path, tensors) = (self.0.dir.join(file), self.read(file, device)?);
-        let parameters = Parameters::frozen(&path, tensors, DType::F32, device);
+        self.build::<N>(&Parameters::frozen(&path, tensors, DType::F32, device))
+    }
+
+    fn build<N: Architecture>(&self, parameters: &Parameters) -> Result<N::Model> {
         parameters.build(&self.architecture::<N>()?).map_err(|error| match error {
             Error::Config { .. } => self.damaged_config(error),
             error => error,
@@ -231,7 +321,8 @@ impl Checkpoint {
     }
 
     pub(in crate::train) fn parameters(&self, device: &Device) -> Result<Parameters> {
-        let (path, tensors) = (self.0.dir.join(MODEL), self.read(MODEL, device)?);
+        let file = MODEL.file(0);
+        let (path, tensors) = (self.0.dir.join(&file), self.read(&file, device)?);
         Ok(Parameters::trainable(&path, tensors, DType::F32, device))
     }
 
@@ -244,11 +335,10 @@ impl Checkpoint {
         parts: Vec<&mut dyn Stateful>,
         device: &Device,
     ) -> Result<()> {
-        let fields = self.0.state.fields()?;
         for part in parts {
             let mut tensors = BTreeMap::new();
             if let Some(expected) = part.tensors() {
-                let file = file_of(part.name());
+                let file = part.kind().file(part.index());
                 tensors = self.read(&file, device)?;
                 let path = self.0.dir.join(file);
                 for (name, expected) in &expected {
@@ -256,8 +346,10 @@ impl Checkpoint {
                 }
                 check_known(&path, &tensors, &expected)?;
             }
-            part.restore(tensors, &fields).map_err(|error| match error {
-                Error::Config { .. } => Error::damaged(self.0.dir.join(STATE), error.to_string()),
+            part.restore(tensors, &self.0.state.fields).map_err(|error| match error {
+                Error::Config { .. } | Error::External(_) => {
+                    Error::damaged(self.0.dir.join(STATE), error.to_string())
+                }
                 error => error,
             })?;
         }
@@ -273,13 +365,25 @@ impl Checkpoint {
     ) -> Result<()> {
         self.0.state.must_match(identity, remedy)
     }
+
+    /// Returns the changes by which a run with this identity differs from the one of the checkpoint.
+    ///
+    /// # Errors
+    /// Returns an error that ends with `remedy` if a difference is not allowed.
+    pub(in crate::train) fn changes(
+        &self,
+        identity: &Identity<'_>,
+        remedy: &'static str,
+    ) -> Result<Vec<Change>> {
+        self.0.state.changes(identity, remedy)
+    }
 }
 
 impl fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Checkpoint")
             .field("dir", &self.0.dir)
-            .field("step", &self.0.state.step)
+            .field("step", &self.0.state.progress.step)
             .finish_non_exhaustive()
     }
 }

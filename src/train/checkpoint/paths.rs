@@ -3,8 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::format::{EMA, MODEL, OPTIMIZER, STATE};
+use super::format::STATE;
 use crate::error::{Error, Result};
+use crate::train::state::KINDS;
 
 /// Suffixes of the names beside a checkpoint: of the checkpoint being written, of those being removed, and of the
 /// lock file.
@@ -71,8 +72,8 @@ pub(super) fn foreign(new: &Path) -> Option<String> {
     if !metadata.is_dir() {
         return Some("it is in the way of the files of a new checkpoint".into());
     }
-    let ours = [MODEL, EMA, OPTIMIZER, STATE];
-    let others = |name: &String| !name.starts_with('.') && !ours.contains(&name.as_str());
+    let ours = |name: &str| name == STATE || KINDS.iter().any(|kind| kind.owns(name));
+    let others = |name: &String| !name.starts_with('.') && !ours(name);
     let name = entries(new).into_iter().find(others)?;
     Some(format!("it holds {name}, which is not a file of a checkpoint"))
 }

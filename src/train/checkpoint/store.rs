@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::claim::Claim;
 use super::files::{sync_dir, write_synced, write_tensors};
-use super::format::{Identity, STATE, State, file_of, read_state, to_value};
+use super::format::{Files, Identity, STATE, State, read_state, state_to_write};
 use super::found::{Found, archived};
 use super::paths::{
     REMOVING, SAVING, archive_names, aside, check_place, entries, foreign, parent, sibling,
@@ -14,7 +14,7 @@ use super::paths::{
 use crate::backend::Counters;
 use crate::error::{Error, Result};
 use crate::files::existing;
-use crate::train::state::{Fields, Stateful};
+use crate::train::stateful::{Fields, Stateful};
 
 /// The result of a successful [`Trainer::save`](crate::Trainer::save).
 #[derive(Debug, Default)]
@@ -122,11 +122,11 @@ fn make_way(dir: &Path, snapshot: &Snapshot<'_>) -> Result<()> {
     match Found::newest(dir) {
         Ok(present) => {
             snapshot.must_match(&present.state)?;
-            if snapshot.step < present.state.step {
+            if snapshot.step < present.state.progress.step {
                 let expected = format!(
                     "at least {}, that of the checkpoint in {}, which would be lost; continue that run with \
                      Trainer::resume, or save elsewhere",
-                    present.state.step,
+                    present.state.progress.step,
                     dir.display()
                 );
                 return Err(Error::config("step", snapshot.step, expected));
@@ -152,17 +152,18 @@ fn make_way(dir: &Path, snapshot: &Snapshot<'_>) -> Result<()> {
 }
 
 fn write_files(dir: &Path, snapshot: &Snapshot<'_>) -> Result<()> {
-    let (mut fields, mut files) = (Fields::new(), Fields::new());
+    let mut files = Files::default();
     for part in &snapshot.parts {
-        fields.extend(part.fields(&snapshot.counters)?);
         if let Some(tensors) = part.tensors() {
-            let file = file_of(part.name());
+            let file = part.kind().file(part.index());
             let checksum = write_tensors(&dir.join(&file), &tensors, snapshot.step)?;
-            files.insert(file, to_value(&checksum)?);
+            files.insert(file, checksum);
         }
     }
-    let state = State::new(&snapshot.identity, fields, files)?;
-    let json = serde_json::to_vec_pretty(&state).map_err(Error::external)?;
+    let fields = |fields: &mut Fields| {
+        snapshot.parts.iter().try_for_each(|part| part.save(fields, &snapshot.counters))
+    };
+    let json = state_to_write(&snapshot.identity, fields, &files)?;
     write_synced(&dir.join(STATE), &json)?;
     sync_dir(dir)
 }
@@ -171,7 +172,7 @@ fn write_files(dir: &Path, snapshot: &Snapshot<'_>) -> Result<()> {
 fn replace(dir: &Path, new: &Path, snapshot: &Snapshot<'_>) -> Result<()> {
     match read_state(dir) {
         Ok(state) => {
-            let aside = aside(dir, state.step);
+            let aside = aside(dir, state.progress.step);
             // If the same step is saved again, the newer checkpoint replaces the older.
             let again = check_aside(&aside, snapshot)?;
             if !again || discard(dir, &aside).is_ok() {

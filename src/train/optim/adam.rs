@@ -89,7 +89,17 @@ impl AdamConfig {
             WeightDecay::Decoupled(decay) => (0.0, decay),
         };
         let max_norm = f64::INFINITY;
-        UpdateRule { beta1, beta2, eps, l2, decoupled, max_norm, average: None, scale: None }
+        UpdateRule {
+            beta1,
+            beta2,
+            eps,
+            l2,
+            decoupled,
+            max_norm,
+            average: None,
+            scale: None,
+            muon: None,
+        }
     }
 }
 
@@ -146,31 +156,28 @@ impl AdamW {
     /// Returns an error if the learning rate is negative, infinite or NaN, or if the shape, dtype or device of a
     /// gradient differs from that of its weight. Nothing is changed in these cases.
     pub fn step(&mut self, gradients: &BTreeMap<String, Tensor>, learning_rate: f64) -> Result<()> {
-        if !(learning_rate >= 0.0 && (learning_rate as f32).is_finite()) {
-            let expected = "at least 0 and finite in f32";
-            return Err(Error::config("learning_rate", learning_rate, expected));
-        }
+        check_learning_rate(learning_rate)?;
         self.check(gradients)?;
         let mut counters = Counters { updates: self.updates, ..Counters::default() };
         let factors = self.config.rule().begin(&mut counters, learning_rate, 1.0);
         self.updates = counters.updates;
         let Some(first) = self.slots.values().next() else { return Ok(()) };
         let backend = backend::of(&first.var);
-        backend.adam(self.states(&mut gradients.clone(), None), &factors)
+        let mut gradients = gradients.clone();
+        let mut gradients = gradients.iter_mut().collect();
+        backend.adam(self.states(&mut gradients, &mut BTreeMap::new()), &factors)
     }
 
     /// Returns the weights, each with the state that an update of it reads or changes.
     pub(super) fn states<'a>(
         &'a mut self,
-        gradients: &'a mut BTreeMap<String, Tensor>,
-        averages: Option<&'a mut BTreeMap<String, Tensor>>,
+        gradients: &mut BTreeMap<&String, &'a mut Tensor>,
+        averages: &mut BTreeMap<&String, &'a mut Tensor>,
     ) -> Vec<WeightState<'a>> {
-        let mut gradients: BTreeMap<&String, &mut Tensor> = gradients.iter_mut().collect();
-        let mut averages: BTreeMap<&String, &mut Tensor> = averages.into_iter().flatten().collect();
-        let state = |(name, slot): (&'a String, &'a mut Slot)| WeightState {
+        let state = |(name, slot): (&String, &'a mut Slot)| WeightState {
             weight: &slot.var,
             mean: &mut slot.mean,
-            square: &mut slot.square,
+            square: Some(&mut slot.square),
             gradient: gradients.remove(name),
             average: averages.remove(name),
         };
@@ -180,23 +187,13 @@ impl AdamW {
     /// # Errors
     /// Returns an error if a gradient does not fit its weight.
     pub(super) fn check(&self, gradients: &BTreeMap<String, Tensor>) -> Result<()> {
-        for (name, slot) in &self.slots {
-            let Some(gradient) = gradients.get(name) else { continue };
-            let (found, expected) = (kind(gradient), kind(&slot.var));
-            if found != expected {
-                let (found, expected) = (format!("{found:?} for {name}"), format!("{expected:?}"));
-                return Err(Error::config("gradient", found, expected + ", as the weight"));
-            }
-        }
-        Ok(())
+        self.slots.iter().try_for_each(|(name, slot)| check_gradient(name, &slot.var, gradients))
     }
 
-    /// The device and dtype of the weights, or the defaults if there are none.
-    pub(super) fn place(&self) -> (Device, DType) {
-        match self.slots.values().next() {
-            Some(slot) => (slot.var.device().clone(), slot.var.dtype()),
-            None => (Device::Cpu, DType::F32),
-        }
+    /// The device and dtype of the weights, if there are any.
+    pub(super) fn place(&self) -> Option<(Device, DType)> {
+        let slot = self.slots.values().next()?;
+        Some((slot.var.device().clone(), slot.var.dtype()))
     }
 
     pub(super) fn config(&self) -> &AdamConfig {
@@ -265,6 +262,31 @@ pub(super) fn check_floating(what: &'static str, name: &str, tensor: &Tensor) ->
     }
     let value = format!("{name} of dtype {}", tensor.dtype().as_str());
     Err(Error::config(what, value, "of a floating-point dtype"))
+}
+
+/// # Errors
+/// Returns an error if an update cannot be made with this learning rate.
+pub(super) fn check_learning_rate(learning_rate: f64) -> Result<()> {
+    if learning_rate >= 0.0 && (learning_rate as f32).is_finite() {
+        return Ok(());
+    }
+    Err(Error::config("learning_rate", learning_rate, "at least 0 and finite in f32"))
+}
+
+/// # Errors
+/// Returns an error if the gradient of this weight does not fit it.
+pub(super) fn check_gradient(
+    name: &str,
+    var: &Var,
+    gradients: &BTreeMap<String, Tensor>,
+) -> Result<()> {
+    let Some(gradient) = gradients.get(name) else { return Ok(()) };
+    let (found, expected) = (kind(gradient), kind(var));
+    if found == expected {
+        return Ok(());
+    }
+    let (found, expected) = (format!("{found:?} for {name}"), format!("{expected:?}"));
+    Err(Error::config("gradient", found, expected + ", as the weight"))
 }
 
 /// The properties that two tensors must share to be added element by element.

@@ -1,22 +1,28 @@
 use std::collections::BTreeMap;
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 
 use super::adam::AdamW;
+use super::average::WeightAverage;
 use super::ema::Ema;
+use super::muon::Muon;
 use super::scaler::GradScaler;
 use crate::backend::{self, Counters, UpdateRule, Updater};
 use crate::error::Result;
 
-/// The optimiser of a run. It updates four things together: clipping, Adam, the average of the weights, and the scale
-/// of the gradients.
+/// The optimiser of a run. It updates four things together: clipping, Adam or Muon, the average of the weights, and the
+/// scale of the gradients.
 ///
 /// On a CUDA device, the device decides whether an update is skipped. Until [`sync`](Self::sync), the counts on the
 /// host assume that no update was skipped.
 #[derive(Debug)]
 pub(in crate::train) struct Optimizer {
     pub adam: AdamW,
+    /// The optimiser of matrices, which `adam` then lacks.
+    pub muon: Option<Muon>,
     pub ema: Option<Ema>,
+    /// Averages beside `ema`.
+    pub averages: Vec<WeightAverage>,
     pub scaler: Option<GradScaler>,
     /// The largest norm of the gradient; infinite for no clipping.
     max_norm: f64,
@@ -26,16 +32,20 @@ pub(in crate::train) struct Optimizer {
 impl Optimizer {
     pub fn new(
         adam: AdamW,
+        muon: Option<Muon>,
         ema: Option<Ema>,
         scaler: Option<GradScaler>,
         max_norm: Option<f64>,
     ) -> Self {
-        let (device, dtype) = adam.place();
+        let place = adam.place().or_else(|| muon.as_ref().and_then(Muon::place));
+        let (device, dtype) = place.unwrap_or((Device::Cpu, DType::F32));
         let updater = backend::on(&device, dtype).updater(&device);
-        Self { adam, ema, scaler, max_norm: max_norm.unwrap_or(f64::INFINITY), updater }
+        let averages = Vec::new();
+        let max_norm = max_norm.unwrap_or(f64::INFINITY);
+        Self { adam, muon, ema, averages, scaler, max_norm, updater }
     }
 
-    /// Clips the gradients, updates the weights, and then their average. Returns the norm before clipping. The result
+    /// Clips the gradients of this number of images, updates the weights, and then their averages. Returns the norm before clipping. The result
     /// equals that of [`clip_grad_norm`](super::clip::clip_grad_norm), [`AdamW::step`] and [`Ema::update`].
     ///
     /// With a scaler, divides the gradients by its scale first. If the norm is not finite, changes only the scale.
@@ -46,13 +56,36 @@ impl Optimizer {
         &mut self,
         gradients: &mut BTreeMap<String, Tensor>,
         learning_rate: f64,
+        images: u64,
     ) -> Result<Tensor> {
         self.adam.check(gradients)?;
+        self.muon.as_ref().map_or(Ok(()), |muon| muon.check(gradients))?;
         let (rule, mut counters) = (self.rule(), self.counters());
-        let weights = self.adam.states(gradients, self.ema.as_mut().map(Ema::averages_mut));
+        let mut gradients = gradients.iter_mut().collect();
+        let averages = self.ema.as_mut().map(Ema::averages_mut);
+        let mut averages = averages.into_iter().flatten().collect();
+        let mut weights = self.adam.states(&mut gradients, &mut averages);
+        if let Some(muon) = &mut self.muon {
+            weights.extend(muon.states(&mut gradients, &mut averages));
+        }
+        let skipped = counters.skipped;
         let norm = self.updater.update(weights, &rule, learning_rate, &mut counters);
         self.set_counters(&counters);
-        norm
+        let norm = norm?;
+        if !self.averages.is_empty() {
+            // With a scaler on a CUDA device, only the device knows whether the update was skipped.
+            self.sync()?;
+            if self.counters().skipped == skipped {
+                self.averages.iter_mut().try_for_each(|average| average.update(images))?;
+            }
+        }
+        Ok(norm)
+    }
+
+    /// Returns whether a recorded update can be repeated. Muon and the averages beside
+    /// `ema` are composed of operations that cannot.
+    pub fn is_repeatable(&self) -> bool {
+        self.muon.is_none() && self.averages.is_empty()
     }
 
     /// The factor of the loss's gradient, a scalar. `None` without a scaler.
@@ -66,6 +99,7 @@ impl Optimizer {
             max_norm: self.max_norm,
             average: self.ema.as_ref().map(Ema::rule),
             scale: self.scaler.as_ref().map(GradScaler::rule),
+            muon: self.muon.as_ref().map(Muon::rule),
             ..self.adam.config().rule()
         }
     }
@@ -156,7 +190,7 @@ mod tests {
             let ema = EmaConfig { decay: 0.9, warmup: true };
             let (fast, slow) = (weights(DType::F32)?, weights(DType::F64)?);
             let (average, adam) = (Some(Ema::new(ema, &fast)?), AdamW::new(config, &fast)?);
-            let mut run = Optimizer::new(adam, average, None, None);
+            let mut run = Optimizer::new(adam, None, average, None, None);
             let (mut adam, mut average) = (AdamW::new(config, &slow)?, Ema::new(ema, &slow)?);
             for (step, max_norm) in [0.5, 1e9, f64::INFINITY].into_iter().enumerate() {
                 run.max_norm = max_norm;
@@ -166,7 +200,7 @@ mod tests {
                     };
                     vars.iter().filter(|(name, _)| *name != "idle").map(gradient).collect()
                 };
-                let norm = run.update(&mut of(&fast)?, 1e-2)?;
+                let norm = run.update(&mut of(&fast)?, 1e-2, 1)?;
                 let mut gradients = of(&slow)?;
                 let expected = clip_grad_norm(&mut gradients, max_norm)?;
                 adam.step(&gradients, 1e-2)?;

@@ -43,6 +43,20 @@ impl<'a> Mat<'a> {
         }
     }
 
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Returns the matrix of `count` rows from `first` on.
+    pub(crate) fn rows_from(self, first: usize, count: usize) -> Self {
+        assert!(first + count <= self.rows);
+        Self { data: &self.data[first * self.row_stride..], rows: count, ..self }
+    }
+
     /// Copies [`PANEL`] columns from `first` on to a panel. Columns beyond the last are zero.
     pub(super) fn pack_panel(&self, first: usize, panel: &mut [f32]) {
         let count = PANEL.min(self.cols - first);

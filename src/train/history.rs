@@ -1,0 +1,58 @@
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+
+/// A change of a run's configuration, made by
+/// [`TrainerBuilder::resume_with_changes`](crate::train::TrainerBuilder::resume_with_changes).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Change {
+    /// The number of updates before the change.
+    pub step: u64,
+    /// The path of the field, such as `train.batch_size`, or `dataset_len` for the number of images.
+    pub field: String,
+    /// The value before; `null` for the default of an absent field.
+    pub from: Value,
+    /// The value after.
+    pub to: Value,
+}
+
+impl Change {
+    /// The largest number of changes of a run.
+    const MAX: usize = 1000;
+
+    /// Adds changes to the history of a run.
+    ///
+    /// # Errors
+    /// Returns an error if there would be too many.
+    pub(super) fn record(history: &mut Vec<Self>, changes: Vec<Self>) -> Result<()> {
+        let count = history.len() + changes.len();
+        if count > Self::MAX {
+            let expected = format!("at most {}; begin a new run with set_weights", Self::MAX);
+            return Err(Error::config("number of changes of the run", count, expected));
+        }
+        history.extend(changes);
+        Ok(())
+    }
+
+    /// Makes the change in a configuration, which is at the path `root`.
+    pub(super) fn apply(&self, root: &str, config: &mut Value) {
+        let Some(path) = self.field.strip_prefix(root).and_then(|f| f.strip_prefix('.')) else {
+            return;
+        };
+        let (parents, name) = path.rsplit_once('.').unwrap_or(("", path));
+        let mut place = config;
+        for parent in parents.split('.').filter(|parent| !parent.is_empty()) {
+            let Some(inner) = place.get_mut(parent) else { return };
+            place = inner;
+        }
+        if let Value::Object(fields) = place {
+            match &self.to {
+                Value::Null => drop(fields.remove(name)),
+                to => drop(fields.insert(name.into(), to.clone())),
+            }
+        }
+    }
+}
