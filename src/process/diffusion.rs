@@ -43,6 +43,20 @@ impl Diffusion {
         Self::new(schedule, Prediction::Epsilon)
     }
 
+    /// Checks whether `x_0` follows from a prediction at every timestep. [`Trainer`](crate::Trainer) and
+    /// [`Sampler`](crate::Sampler) call this.
+    ///
+    /// # Errors
+    /// Returns an error for the prediction of noise with a schedule that [ends without
+    /// signal](NoiseSchedule::zero_terminal_snr): `x_T` and the noise are then equal, and say nothing about `x_0`.
+    pub fn validate(&self) -> Result<()> {
+        if self.prediction == Prediction::Epsilon && self.schedule.terminal_snr() == 0.0 {
+            let expected = "sample or velocity with a schedule of zero terminal SNR, where noise does not determine x_0";
+            return Err(Error::config("prediction", "epsilon", expected));
+        }
+        Ok(())
+    }
+
     /// The noise schedule.
     pub fn schedule(&self) -> &NoiseSchedule {
         &self.schedule

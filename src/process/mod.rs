@@ -2,6 +2,7 @@
 
 pub(crate) mod diffusion;
 pub(crate) mod schedule;
+mod spec;
 
 pub(crate) use diffusion::check_timesteps;
 pub use diffusion::{Diffusion, Prediction};

@@ -57,6 +57,7 @@ impl Sampler {
         solver: Solver,
         timesteps: &[usize],
     ) -> Result<Self> {
+        diffusion.validate()?;
         let bars = diffusion.schedule().alpha_bars();
         spacing::check(timesteps, bars.len())?;
         let timesteps: Vec<_> = timesteps.iter().rev().map(|&t| (t, bars[t])).collect();

@@ -105,6 +105,7 @@ impl<N: Architecture> TrainerBuilder<N> {
     /// Creates a trainer of a run that begins with the weights `parameters`.
     fn with_weights(self, parameters: &Parameters) -> Result<Trainer<N>> {
         let Self { network, config, diffusion, device, objective } = self;
+        diffusion.validate()?;
         let mut model = parameters.build(&network)?;
         model.set_precision(config.precision)?;
         let vars = parameters.vars();
