@@ -45,6 +45,8 @@ pub(crate) enum Purpose {
     Prior = 7,
     /// Noise within the sampling loop; `step` is the timestep.
     Sampling = 8,
+    /// The offset of the training noise of each channel.
+    Offset = 11,
     /// The images of a batch whose class the network does not see.
     ClassDropout = 10,
 }

@@ -1,9 +1,12 @@
 use serde::{Deserialize, Serialize};
 
+use super::loss::ObjectiveConfig;
+use super::noise::NoiseConfig;
 use super::optim::adam::AdamConfig;
 use super::optim::ema::EmaConfig;
 use super::optim::scaler::GradScalerConfig;
 use super::optim::schedule::LearningRate;
+use super::timesteps::TimestepSampling;
 use crate::error::{Error, Result};
 use crate::precision::Precision;
 
@@ -46,6 +49,15 @@ pub struct TrainConfig {
     /// Settings of the gradient scaler, which is used only with [`Precision::F16`].
     #[serde(default)]
     pub grad_scaler: GradScalerConfig,
+    /// The objective, from which [`TrainerBuilder::objective`](super::TrainerBuilder::objective) can differ.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub objective: ObjectiveConfig,
+    /// The distribution of timesteps.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub timesteps: TimestepSampling,
+    /// The noise that is added to images.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub noise: NoiseConfig,
     /// Whether images are flipped horizontally at random.
     pub horizontal_flip: bool,
     /// Probability that an update hides the class of an image from a network with classes, from 0 to 1. The network thus
@@ -56,6 +68,10 @@ pub struct TrainConfig {
     pub log_every: u64,
     /// Number of checkpoints that are kept, including the latest; at least 1.
     pub keep_checkpoints: usize,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// The default of [`TrainConfig::class_dropout`].
@@ -98,6 +114,9 @@ impl TrainConfig {
             ema: Some(EmaConfig { decay: 0.999, warmup: true }),
             precision: Precision::Highest,
             grad_scaler: GradScalerConfig::default(),
+            objective: ObjectiveConfig::default(),
+            timesteps: TimestepSampling::default(),
+            noise: NoiseConfig::default(),
             horizontal_flip: false,
             class_dropout: class_dropout(),
             log_every: 1,
@@ -155,6 +174,9 @@ impl TrainConfig {
             return Err(Error::config("clip_norm", norm, "positive and finite"));
         }
         self.precision.validate()?;
+        self.objective.validate()?;
+        self.timesteps.validate()?;
+        self.noise.validate()?;
         self.grad_scaler.validate()?;
         self.optimizer.validate()?;
         self.ema.map_or(Ok(()), |ema| ema.validate())

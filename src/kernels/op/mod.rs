@@ -6,4 +6,5 @@ pub(crate) mod activation;
 pub(crate) mod attention;
 pub(crate) mod conv;
 pub(crate) mod counters;
+pub(crate) mod loss;
 pub(crate) mod norm;
