@@ -74,7 +74,7 @@ proptest! {
 
             let bars: Vec<f64> = (0..batch).map(|k| 0.9 - 0.2 * k as f64).collect();
             let factors = |bar: f64| [bar.sqrt(), -(1.0 - bar).sqrt()];
-            let rates = Rates { alpha_bars: &bars, factors };
+            let rates = Rates { alpha_bars: &bars, factors: &factors };
             let t = Tensor::from_vec((0..batch as u32).rev().collect(), batch, &Device::Cpu).unwrap();
             let on_device = t.to_device(&device).unwrap();
             let found = backend.mix(&x, &y, &on_device, rates).unwrap();

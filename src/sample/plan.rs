@@ -1,6 +1,7 @@
 use std::sync::Arc;
 
 use crate::error::Result;
+use crate::process::learned::LogVariances;
 
 /// A time of the process, and the noise at that time.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -35,6 +36,9 @@ pub(super) struct Stage {
     pub x: f64,
     /// The factor of the noise. With 0 no noise is drawn.
     pub z: f64,
+    /// The variances between which the newest output of the network chooses, for each value. Its root is another factor
+    /// of the noise.
+    pub learned: Option<LogVariances>,
 }
 
 /// The stages of one sampling step. The result of the last stage is the sample after the step: the caller receives it,
