@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::spec::{Betas, Spec};
+use super::spec::{self, Betas, Spec};
 use crate::error::{Error, Result};
 
 /// The amount of noise at each timestep: tables of `beta_t` and `alpha_bar_t` in f64. Ho et al. 2020, section 2.
@@ -33,7 +33,7 @@ pub struct NoiseSchedule {
 
 impl NoiseSchedule {
     /// The maximum number of timesteps of a schedule.
-    pub const MAX_STEPS: usize = 1 << 20;
+    pub const MAX_STEPS: usize = spec::MAX_STEPS;
 
     /// The largest [`terminal_snr`](Self::terminal_snr) that counts as noise. The share of the image in the last
     /// `x_t` is then at most its square root, 0.032.

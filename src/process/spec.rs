@@ -6,8 +6,10 @@ use std::sync::Arc;
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::schedule::NoiseSchedule;
 use crate::error::{Error, Result};
+
+/// The maximum number of timesteps of a schedule.
+pub(super) const MAX_STEPS: usize = 1 << 20;
 
 /// The arguments from which a schedule was made, which a checkpoint stores.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -40,7 +42,7 @@ impl<'de> Deserialize<'de> for Betas {
             type Value = Betas;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "a list of at most {} betas", NoiseSchedule::MAX_STEPS)
+                write!(f, "a list of at most {} betas", MAX_STEPS)
             }
 
             fn visit_seq<A: SeqAccess<'de>>(
@@ -49,7 +51,7 @@ impl<'de> Deserialize<'de> for Betas {
             ) -> std::result::Result<Betas, A::Error> {
                 let mut betas = Vec::new();
                 while let Some(beta) = list.next_element()? {
-                    if betas.len() == NoiseSchedule::MAX_STEPS {
+                    if betas.len() == MAX_STEPS {
                         return Err(serde::de::Error::invalid_length(betas.len() + 1, &self));
                     }
                     betas.push(beta);
@@ -197,8 +199,8 @@ fn check_falls(betas: &[f64], alpha_bars: &[f64]) -> Result<()> {
 }
 
 fn check_steps(steps: usize) -> Result<()> {
-    if !(1..=NoiseSchedule::MAX_STEPS).contains(&steps) {
-        let expected = format!("from 1 to {}", NoiseSchedule::MAX_STEPS);
+    if !(1..=MAX_STEPS).contains(&steps) {
+        let expected = format!("from 1 to {}", MAX_STEPS);
         return Err(Error::config("schedule steps", steps, expected));
     }
     Ok(())

@@ -50,13 +50,13 @@ pub struct TrainConfig {
     #[serde(default)]
     pub grad_scaler: GradScalerConfig,
     /// The objective, from which [`TrainerBuilder::objective`](super::TrainerBuilder::objective) can differ.
-    #[serde(default, skip_serializing_if = "is_default")]
+    #[serde(default)]
     pub objective: ObjectiveConfig,
     /// The distribution of timesteps.
-    #[serde(default, skip_serializing_if = "is_default")]
+    #[serde(default)]
     pub timesteps: TimestepSampling,
     /// The noise that is added to images.
-    #[serde(default, skip_serializing_if = "is_default")]
+    #[serde(default)]
     pub noise: NoiseConfig,
     /// Whether images are flipped horizontally at random.
     pub horizontal_flip: bool,
@@ -68,10 +68,6 @@ pub struct TrainConfig {
     pub log_every: u64,
     /// Number of checkpoints that are kept, including the latest; at least 1.
     pub keep_checkpoints: usize,
-}
-
-fn is_default<T: Default + PartialEq>(value: &T) -> bool {
-    *value == T::default()
 }
 
 /// The default of [`TrainConfig::class_dropout`].

@@ -25,7 +25,6 @@ pub struct ObjectiveConfig {
     /// The factor `lambda` of the variational bound in the hybrid loss, `L_simple + lambda L_vlb`; positive. Nichol and
     /// Dhariwal 2021, equation 16, who use 0.001. The bound is in bits per value, and changes only the learned variance.
     /// `None` for networks that do not learn the variance.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub variational_bound: Option<f64>,
 }
 
