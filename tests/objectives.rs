@@ -66,12 +66,15 @@ impl Case {
     }
 }
 
+/// The result of an objective, once it was evaluated.
+type Found = Option<Result<(Tensor, Output)>>;
+
 /// Evaluates an objective for a case, in a step of another network.
 #[derive(Debug)]
 struct Probe {
     config: ObjectiveConfig,
     case: Case,
-    found: Arc<Mutex<Option<Result<(Tensor, Output)>>>>,
+    found: Arc<Mutex<Found>>,
 }
 
 impl Objective for Probe {
@@ -322,9 +325,12 @@ fn predicted_noise_is_refused_without_signal() {
     }
 }
 
-/// Records the timesteps and the noise of each part of a batch.
+/// The timesteps, images and noise of a batch.
+type Seen = (Vec<u32>, Tensor, Tensor);
+
+/// Records each part of a batch.
 #[derive(Debug, Clone, Default)]
-struct Recorder(Arc<Mutex<Vec<(Vec<u32>, Tensor, Tensor)>>>);
+struct Recorder(Arc<Mutex<Vec<Seen>>>);
 
 impl Objective for Recorder {
     fn loss(&self, batch: &Noised<'_>, output: &Output) -> Result<(Tensor, Output)> {
@@ -336,11 +342,7 @@ impl Objective for Recorder {
 }
 
 /// Returns the timesteps, images and noise of each step.
-fn recorded(
-    config: TrainConfig,
-    diffusion: Diffusion,
-    steps: usize,
-) -> Vec<(Vec<u32>, Tensor, Tensor)> {
+fn recorded(config: TrainConfig, diffusion: Diffusion, steps: usize) -> Vec<Seen> {
     let recorder = Recorder::default();
     let builder = Trainer::builder(small::Scale).config(config.clone()).diffusion(diffusion);
     let mut trainer = builder.objective(recorder.clone()).build().unwrap();
@@ -350,9 +352,9 @@ fn recorded(
         trainer.step(&images).unwrap();
     }
     let seen = recorder.0.lock().unwrap();
-    let joined = |parts: &[(Vec<u32>, Tensor, Tensor)]| {
+    let joined = |parts: &[Seen]| {
         let t = parts.iter().flat_map(|(t, _, _)| t.clone()).collect();
-        let cat = |of: fn(&(Vec<u32>, Tensor, Tensor)) -> Tensor| {
+        let cat = |of: fn(&Seen) -> Tensor| {
             Tensor::cat(&parts.iter().map(of).collect::<Vec<_>>(), 0).unwrap()
         };
         (t, cat(|part| part.1.clone()), cat(|part| part.2.clone()))
