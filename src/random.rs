@@ -47,6 +47,8 @@ pub(crate) enum Purpose {
     Sampling = 8,
     /// Random changes of training images by the data set, such as crops.
     Augment = 9,
+    /// The offset of the training noise of each channel.
+    Offset = 11,
     /// The images of a batch whose class the network does not see.
     ClassDropout = 10,
 }

@@ -196,6 +196,7 @@ fn small() -> impl Strategy<Value = (UNetConfig, usize)> {
             attention_levels: (0..levels).filter(|level| attend >> level & 1 == 1).collect(),
             dropout,
             classes,
+            learned_variance: false,
         };
         (config, batch)
     })

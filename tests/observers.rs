@@ -13,7 +13,9 @@ use ddpm::eval::Generator;
 use ddpm::nn::{Condition, Output};
 use ddpm::observe::{LossCurve, MetricsFile, SampleGrid, SaveEvery};
 use ddpm::process::Prediction;
-use ddpm::train::{Frontend, Metrics, Mse, Noised, Objective, Observer, Outcome, Run, on_metrics};
+use ddpm::train::{
+    Frontend, Metrics, Noised, Objective, ObjectiveConfig, Observer, Outcome, Run, on_metrics,
+};
 use ddpm::{
     Checkpoint, Denoiser, Diffusion, Error, NoiseSchedule, Result, Sampler, Solver, TrainConfig,
     Trainer,
@@ -295,7 +297,7 @@ struct SlowLoss;
 impl Objective for SlowLoss {
     fn loss(&self, batch: &Noised<'_>, output: &Output) -> Result<(Tensor, Output)> {
         sleep(Duration::from_millis(40));
-        Mse.loss(batch, output)
+        ObjectiveConfig::default().loss(batch, output)
     }
 }
 

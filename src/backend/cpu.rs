@@ -8,9 +8,10 @@ use super::reference::{Reference, value_of};
 use super::update::{Factors, UpdateRule, Updater, WeightState};
 use crate::error::Result;
 use crate::kernels::op::counters::Counters;
+use crate::kernels::op::loss::Loss;
 use crate::kernels::op::muon::scale;
 use crate::kernels::{
-    AdamStep, Isa, MuonStep, add_values, all_finite, clamp_values, follow, on_cpu_in_f32,
+    AdamStep, Isa, MuonStep, add_values, all_finite, clamp_values, follow, losses, on_cpu_in_f32,
     orthogonalize_all, same_storage, squared_errors, sum_of_squares, weighted_sum, with_values,
     with_values_mut,
 };
@@ -78,6 +79,25 @@ impl Backend for Cpu {
             sum = squared_errors(output, target, factor, gradient);
         })?;
         Ok((Tensor::new((sum * scale) as f32, output.device())?, gradient))
+    }
+
+    fn loss(
+        &self,
+        loss: Loss,
+        [error, weights]: [&Tensor; 2],
+        scale: f64,
+        gradient_scale: Option<&Tensor>,
+    ) -> Result<(Tensor, Tensor)> {
+        if !are_plain(&[error]) {
+            return Reference.loss(loss, [error, weights], scale, gradient_scale);
+        }
+        let weights = weights.to_vec1::<f32>()?;
+        let factor = (scale * value_of(gradient_scale)?) as f32;
+        let mut sum = 0.0;
+        let gradient = written([error], |[error], gradient| {
+            sum = losses(loss, error, &weights, factor, gradient);
+        })?;
+        Ok((Tensor::new((sum * scale) as f32, error.device())?, gradient))
     }
 
     fn finiteness(&self, x: &Tensor) -> Result<Tensor> {

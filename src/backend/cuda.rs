@@ -11,6 +11,7 @@ use super::update::{Factors, UpdateRule, Updater, WeightState};
 use crate::error::Result;
 use crate::kernels::cuda::{self, Gpu, StepGraph, UpdateSettings, WeightUpdate, are_plain};
 use crate::kernels::op::counters::Counters;
+use crate::kernels::op::loss::Loss;
 use crate::random::Address;
 
 /// The kernels of a CUDA device.
@@ -62,6 +63,16 @@ impl Backend for Cuda {
             return Reference.squared_error(output, target, scale, gradient_scale);
         }
         Ok(cuda::squared_error(output, target, scale, gradient_scale)?)
+    }
+
+    fn loss(
+        &self,
+        loss: Loss,
+        [error, weights]: [&Tensor; 2],
+        scale: f64,
+        gradient_scale: Option<&Tensor>,
+    ) -> Result<(Tensor, Tensor)> {
+        Reference.loss(loss, [error, weights], scale, gradient_scale)
     }
 
     fn add_to(&self, sum: &mut Tensor, more: &Tensor) -> Result<()> {

@@ -4,15 +4,16 @@ use candle_core::{Device, Tensor};
 
 use super::update::{Factors, Updater, WeightState};
 use crate::error::Result;
+use crate::kernels::op::loss::Loss;
 use crate::memory::zeros;
 use crate::random::Address;
 
 /// The factors of two tensors at each timestep of a schedule, computed from its `alpha_bar`.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub(crate) struct Rates<'a> {
     pub alpha_bars: &'a [f64],
     /// Maps `alpha_bar` to the two factors.
-    pub factors: fn(f64) -> [f64; 2],
+    pub factors: &'a dyn Fn(f64) -> [f64; 2],
 }
 
 impl Rates<'_> {
@@ -64,6 +65,17 @@ pub(crate) trait Backend: fmt::Debug + Send + Sync {
         &self,
         output: &Tensor,
         target: &Tensor,
+        scale: f64,
+        gradient_scale: Option<&Tensor>,
+    ) -> Result<(Tensor, Tensor)>;
+
+    /// Computes `scale` times the weighted sum of the losses of all errors, a scalar, and its gradient with respect to
+    /// `error`. `weights` (batch) has the dtype of `error`. The gradient is multiplied by `gradient_scale`, a scalar of
+    /// f32, if there is one.
+    fn loss(
+        &self,
+        loss: Loss,
+        error_and_weights: [&Tensor; 2],
         scale: f64,
         gradient_scale: Option<&Tensor>,
     ) -> Result<(Tensor, Tensor)>;

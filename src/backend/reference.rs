@@ -6,6 +6,7 @@ use super::ops::{Backend, Rates};
 use super::update::{Factors, MuonRule, UpdateRule, Updater, WeightState};
 use crate::error::{Error, Result};
 use crate::kernels::op::counters::Counters;
+use crate::kernels::op::loss::Loss;
 use crate::kernels::op::muon::{COEFFICIENTS, ITERATIONS, LEAST_NORM, scale};
 
 /// Candle's operations, for every device and floating-point dtype. They support gradients.
@@ -48,6 +49,29 @@ impl Backend for Reference {
         let error = (output - target)?;
         let factor = 2.0 * scale * value_of(gradient_scale)?;
         Ok(((error.sqr()?.sum_all()? * scale)?, (error * factor)?))
+    }
+
+    fn loss(
+        &self,
+        loss: Loss,
+        [error, weights]: [&Tensor; 2],
+        scale: f64,
+        gradient_scale: Option<&Tensor>,
+    ) -> Result<(Tensor, Tensor)> {
+        let (value, slope) = match loss {
+            Loss::Mse => (error.sqr()?, (error * 2.0)?),
+            Loss::L1 => (error.abs()?, error.sign()?),
+            Loss::Huber { delta } => {
+                let near = error.clamp(-delta, delta)?;
+                ((&near * (error - (&near * 0.5)?)?)?, near)
+            }
+        };
+        let mut shape = vec![1; error.rank()];
+        shape[0] = weights.elem_count();
+        let weights = weights.reshape(shape)?;
+        let sum = value.broadcast_mul(&weights)?.sum_all()?;
+        let factor = scale * value_of(gradient_scale)?;
+        Ok(((sum * scale)?, (slope.broadcast_mul(&weights)? * factor)?))
     }
 
     fn add_to(&self, sum: &mut Tensor, more: &Tensor) -> Result<()> {

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use super::reference::Reference;
 use super::*;
 use crate::error::Result;
+use crate::kernels::op::loss::Loss;
 use crate::kernels::tests::{F32, Normals, check};
 use crate::random::{Noise, Purpose};
 use crate::random_inputs::inputs;
@@ -74,7 +75,7 @@ proptest! {
 
             let bars: Vec<f64> = (0..batch).map(|k| 0.9 - 0.2 * k as f64).collect();
             let factors = |bar: f64| [bar.sqrt(), -(1.0 - bar).sqrt()];
-            let rates = Rates { alpha_bars: &bars, factors };
+            let rates = Rates { alpha_bars: &bars, factors: &factors };
             let t = Tensor::from_vec((0..batch as u32).rev().collect(), batch, &Device::Cpu).unwrap();
             let on_device = t.to_device(&device).unwrap();
             let found = backend.mix(&x, &y, &on_device, rates).unwrap();
@@ -99,6 +100,27 @@ proptest! {
             check("loss", &loss, &exact_loss, &roundings(3.001, &exact_loss));
             // Four roundings at most: of the difference, of the factor, and of the products with factor and scale.
             check("gradient", &gradient, &exact_gradient, &roundings(4.001, &exact_gradient));
+
+            let weights = Tensor::from_vec(bars.clone(), batch, &Device::Cpu).unwrap();
+            let weights32 = weights.to_dtype(DType::F32).unwrap();
+            let weights64 = exact(&weights32);
+            let on_device = weights32.to_device(&device).unwrap();
+            let no_candle = !has_candle(&device);
+            for own in [Loss::Mse, Loss::L1, Loss::Huber { delta: 0.5 }] {
+                if no_candle {
+                    break;
+                }
+                let (loss, gradient) = backend.loss(own, [&x, &on_device], 0.3, None).unwrap();
+                let (exact_loss, exact_gradient) =
+                    Reference.loss(own, [&x64, &weights64], 0.3, None).unwrap();
+                // Each value is rounded four times, and the sum over a few hundred values once per value at most.
+                let near = |found: &Tensor, expected: &Tensor| {
+                    let pairs = values(found).into_iter().zip(values(expected));
+                    pairs.into_iter().all(|(a, b)| (a - b).abs() <= 2e-5 * b.abs().max(1e-3))
+                };
+                prop_assert!(near(&loss, &exact_loss), "{own:?}");
+                prop_assert!(near(&gradient, &exact_gradient), "{own:?}");
+            }
 
             prop_assert_eq!(values(&backend.finiteness(&x).unwrap()), [0.0]);
             for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {

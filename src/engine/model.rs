@@ -145,6 +145,21 @@ impl<G: Graph> Model<G> {
     }
 }
 
+/// Divides the images that a network outputs for `x_t` into prediction and variance, if it learns the variance.
+///
+/// # Errors
+/// Returns an error if it does, and there are not two channels for each of `x_t`.
+fn output(graph: &impl Graph, x_t: &Tensor, y: Tensor) -> Result<Output> {
+    if !graph.learns_variance() {
+        return Ok(Output::new(y));
+    }
+    let (batch, channels, height, width) = x_t.dims4()?;
+    let expected = [batch, 2 * channels, height, width];
+    check_dims("the network's output", y.dims(), &expected, "prediction and variance")?;
+    let half = |first| y.narrow(1, first, channels)?.contiguous();
+    Ok(Output::new(half(0)?).with_variance(half(channels)?))
+}
+
 /// The forward pass of a graph.
 struct Forward<'a, G> {
     graph: &'a G,
@@ -183,12 +198,19 @@ impl<G: Graph> maps::Pass for ForwardBackward<'_, '_, G> {
 
     fn run<B: Maps>(self, backend: B) -> Result<GradStore> {
         let tape = Tape::recording(backend, self.forward.pass);
-        let (y, output) = self.forward.on(&tape)?;
-        let output = Output::new(output);
-        let d_output = (self.d_output)(&output)?.prediction;
-        let expected = output.prediction.dims();
-        check_dims("the output's gradient", d_output.dims(), expected, "that of the output")?;
-        tape.backward(y, &d_output)
+        let (y, images) = self.forward.on(&tape)?;
+        let output = output(self.forward.graph, self.forward.x_t, images)?;
+        let d = (self.d_output)(&output)?;
+        let part = |d: &Tensor, of: &Tensor| {
+            check_dims("the output's gradient", d.dims(), of.dims(), "that of the output")
+        };
+        part(&d.prediction, &output.prediction)?;
+        let Some(variance) = &output.variance else {
+            return tape.backward(y, &d.prediction);
+        };
+        let d_variance = d.variance.map_or_else(|| variance.zeros_like(), Ok)?;
+        part(&d_variance, variance)?;
+        tape.backward(y, &Tensor::cat(&[&d.prediction, &d_variance], 1)?)
     }
 }
 
@@ -202,13 +224,13 @@ impl<G: Graph> Denoiser for Model<G> {
         let classes = self.classes_of(condition, t)?;
         let pass = Pass { t: Some(t), classes: classes.as_ref(), dropout: None };
         let place = self.place(x_t, false)?.filter(|_| !self.weights.trainable);
-        let prediction = match place {
+        let y = match place {
             Some(place) => {
                 dispatch(&place, &self.pool, Forward { graph: &*self.graph, x_t, pass })?
             }
             None => self.denoise_by_autograd(x_t, pass)?,
         };
-        Ok(Output::new(prediction))
+        output(&*self.graph, x_t, y)
     }
 
     fn classes(&self) -> Option<u32> {
@@ -227,7 +249,7 @@ impl<G: Graph> Trainable for Model<G> {
         self.check(x_t, t)?;
         let classes = self.classes_of(condition, t)?;
         let pass = Pass { t: Some(t), classes: classes.as_ref(), dropout: Some(dropout) };
-        Ok(Output::new(self.denoise_by_autograd(x_t, pass)?))
+        output(&*self.graph, x_t, self.denoise_by_autograd(x_t, pass)?)
     }
 
     fn gradients(

@@ -30,7 +30,9 @@ pub(crate) use autograd::{attention, conv2d, group_norm, linear};
 pub(crate) use cpu::adam::{AdamStep, follow, sum_of_squares};
 pub(crate) use cpu::isa::{Isa, check_limit};
 pub(crate) use cpu::muon::{MuonStep, orthogonalize_all};
-pub(crate) use cpu::pixels::{add_values, all_finite, clamp_values, squared_errors, weighted_sum};
+pub(crate) use cpu::pixels::{
+    add_values, all_finite, clamp_values, losses, squared_errors, weighted_sum,
+};
 pub(crate) use reference::layout::{to_channels_first, to_channels_last};
 pub(crate) use reference::linear::activated;
 pub(crate) use slices::{on_cpu_in_f32, same_storage, with_values, with_values_mut};

@@ -75,6 +75,7 @@ impl UNet {
             });
         }
 
+        let outputs = if config.learned_variance { 2 * config.channels } else { config.channels };
         let (middle, middle_vb) = (dims[config.levels()], vb.pp("bottleneck"));
         let bottleneck = Bottleneck {
             res1: blocks.res(middle, middle, middle_vb.pp("res1"))?,
@@ -106,7 +107,7 @@ impl UNet {
             bottleneck,
             up_blocks,
             out_norm: GroupNorm::new(dims[0], Activation::Silu, vb.pp("out_norm"))?,
-            out_conv: Conv2d::new(dims[0], config.channels, 3, vb.pp("out_conv"))?,
+            out_conv: Conv2d::new(dims[0], outputs, 3, vb.pp("out_conv"))?,
         })
     }
 
@@ -134,6 +135,10 @@ impl Graph for UNet {
             x = block.run(engine, &x, &skip, &t_emb)?;
         }
         engine.norm_conv(&self.out_norm, &self.out_conv, &x)
+    }
+
+    fn learns_variance(&self) -> bool {
+        self.config.learned_variance
     }
 
     fn check_images(&self, channels: usize, height: usize, width: usize) -> Result<()> {

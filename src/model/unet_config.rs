@@ -45,6 +45,10 @@ pub struct UNetConfig {
     /// network also draws images without a condition.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub classes: Option<usize>,
+    /// Whether the network also outputs the variance of the reverse process, in as many further channels as the images
+    /// have. Such a network needs [`ObjectiveConfig::variational_bound`](crate::train::ObjectiveConfig::variational_bound).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub learned_variance: bool,
 }
 
 impl UNetConfig {
@@ -58,6 +62,7 @@ impl UNetConfig {
             attention_levels: vec![],
             dropout: 0.0,
             classes: None,
+            learned_variance: false,
         }
     }
 

@@ -43,6 +43,20 @@ impl Diffusion {
         Self::new(schedule, Prediction::Epsilon)
     }
 
+    /// Checks whether `x_0` follows from a prediction at every timestep. [`Trainer`](crate::Trainer) and
+    /// [`Sampler`](crate::Sampler) call this.
+    ///
+    /// # Errors
+    /// Returns an error for the prediction of noise with a schedule that [ends without
+    /// signal](NoiseSchedule::zero_terminal_snr): `x_T` and the noise are then equal, and say nothing about `x_0`.
+    pub fn validate(&self) -> Result<()> {
+        if self.prediction == Prediction::Epsilon && self.schedule.terminal_snr() == 0.0 {
+            let expected = "sample or velocity with a schedule of zero terminal SNR, where noise does not determine x_0";
+            return Err(Error::config("prediction", "epsilon", expected));
+        }
+        Ok(())
+    }
+
     /// The noise schedule.
     pub fn schedule(&self) -> &NoiseSchedule {
         &self.schedule
@@ -62,7 +76,7 @@ impl Diffusion {
     /// Returns an error if the shapes or dtypes do not fit, or if a timestep is out of range.
     pub fn q_sample(&self, x_0: &Tensor, t: &Tensor, eps: &Tensor) -> Result<Tensor> {
         self.check(x_0, t, eps)?;
-        backend::of(x_0).mix(x_0, eps, t, self.rates(|bar| [bar.sqrt(), (1.0 - bar).sqrt()]))
+        backend::of(x_0).mix(x_0, eps, t, self.rates(&|bar| [bar.sqrt(), (1.0 - bar).sqrt()]))
     }
 
     /// Computes the output that the network should have for `x_t = q_sample(x_0, t, eps)`, with the same shapes.
@@ -75,7 +89,7 @@ impl Diffusion {
             Prediction::Epsilon => Ok(eps.clone()),
             Prediction::Sample => Ok(x_0.clone()),
             Prediction::Velocity => {
-                let rates = self.rates(|bar| [bar.sqrt(), -(1.0 - bar).sqrt()]);
+                let rates = self.rates(&|bar| [bar.sqrt(), -(1.0 - bar).sqrt()]);
                 backend::of(eps).mix(eps, x_0, t, rates)
             }
         }
@@ -84,14 +98,21 @@ impl Diffusion {
     /// Computes the `x_0` that a network's `output` for `x_t` implies. The whole batch is at the timestep with this
     /// `alpha_bar`.
     pub(crate) fn x_0(&self, x_t: &Tensor, output: &Tensor, alpha_bar: f64) -> Result<Tensor> {
-        // x_0 = p x_t + q output
-        let (signal, noise) = (alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt());
-        let (p, q) = match self.prediction {
-            Prediction::Epsilon => (1.0 / signal, -noise / signal),
-            Prediction::Sample => return Ok(output.clone()),
-            Prediction::Velocity => (signal, -noise),
-        };
+        if self.prediction == Prediction::Sample {
+            return Ok(output.clone());
+        }
+        let [p, q] = self.x_0_factors(alpha_bar);
         backend::of(x_t).combine(x_t, p, output, q)
+    }
+
+    /// The factors `p` and `q` of `x_0 = p x_t + q output` at this `alpha_bar`.
+    pub(crate) fn x_0_factors(&self, alpha_bar: f64) -> [f64; 2] {
+        let (signal, noise) = (alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt());
+        match self.prediction {
+            Prediction::Epsilon => [1.0 / signal, -noise / signal],
+            Prediction::Sample => [0.0, 1.0],
+            Prediction::Velocity => [signal, -noise],
+        }
     }
 
     /// # Errors
@@ -111,7 +132,8 @@ impl Diffusion {
         check_timesteps(t, batch, Some(self.schedule.steps()))
     }
 
-    fn rates(&self, factors: fn(f64) -> [f64; 2]) -> Rates<'_> {
+    /// The factors at every timestep, computed from its `alpha_bar`.
+    pub(crate) fn rates<'a>(&'a self, factors: &'a dyn Fn(f64) -> [f64; 2]) -> Rates<'a> {
         Rates { alpha_bars: self.schedule.alpha_bars(), factors }
     }
 }

@@ -1,9 +1,8 @@
-use std::fmt;
 use std::sync::Arc;
 
-use serde::de::{SeqAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 
+use super::spec::{self, Betas, Spec};
 use crate::error::{Error, Result};
 
 /// The amount of noise at each timestep: tables of `beta_t` and `alpha_bar_t` in f64. Ho et al. 2020, section 2.
@@ -32,58 +31,9 @@ pub struct NoiseSchedule {
     alpha_bars: Arc<[f64]>,
 }
 
-/// The arguments from which a schedule was made, which a checkpoint stores.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-enum Spec {
-    Linear { steps: usize, beta_start: f64, beta_end: f64 },
-    Cosine { steps: usize },
-    Custom { betas: Betas },
-}
-
-/// The table of a custom schedule. Reading it stops with an error beyond the length of the longest schedule.
-#[derive(Debug, Clone, PartialEq)]
-struct Betas(Arc<[f64]>);
-
-impl Serialize for Betas {
-    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        self.0.serialize(serializer)
-    }
-}
-
-impl<'de> Deserialize<'de> for Betas {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        struct Table;
-
-        impl<'de> Visitor<'de> for Table {
-            type Value = Betas;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "a list of at most {} betas", NoiseSchedule::MAX_STEPS)
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(
-                self,
-                mut list: A,
-            ) -> std::result::Result<Betas, A::Error> {
-                let mut betas = Vec::new();
-                while let Some(beta) = list.next_element()? {
-                    if betas.len() == NoiseSchedule::MAX_STEPS {
-                        return Err(serde::de::Error::invalid_length(betas.len() + 1, &self));
-                    }
-                    betas.push(beta);
-                }
-                Ok(Betas(betas.into()))
-            }
-        }
-
-        deserializer.deserialize_seq(Table)
-    }
-}
-
 impl NoiseSchedule {
     /// The maximum number of timesteps of a schedule.
-    pub const MAX_STEPS: usize = 1 << 20;
+    pub const MAX_STEPS: usize = spec::MAX_STEPS;
 
     /// The largest [`terminal_snr`](Self::terminal_snr) that counts as noise. The share of the image in the last
     /// `x_t` is then at most its square root, 0.032.
@@ -104,25 +54,7 @@ impl NoiseSchedule {
     /// Returns an error if `steps` is not in `1..=MAX_STEPS`, if a beta does not lie strictly between 0
     /// and 1, or if `alpha_bar` falls below 1e-30.
     pub fn linear(steps: usize, beta_start: f64, beta_end: f64) -> Result<Self> {
-        check_steps(steps)?;
-        for (field, beta) in [("beta_start", beta_start), ("beta_end", beta_end)] {
-            if !is_beta(beta) {
-                return Err(Error::config(field, beta, "strictly between 0 and 1"));
-            }
-        }
-        let last = (steps - 1).max(1) as f64;
-        let betas = (0..steps)
-            .map(|t| {
-                // Computed from the nearer end, so that both ends are exact and the table is symmetric.
-                let step = (beta_end - beta_start) / last;
-                if 2 * t < steps {
-                    beta_start + step * t as f64
-                } else {
-                    beta_end - step * (steps - 1 - t) as f64
-                }
-            })
-            .collect();
-        Self::build(Spec::Linear { steps, beta_start, beta_end }, betas)
+        Spec::Linear { steps, beta_start, beta_end }.try_into()
     }
 
     /// Ho's linear schedule for another number of timesteps: `beta` from `1e-4 s` to `0.02 s` with
@@ -160,60 +92,91 @@ impl NoiseSchedule {
     /// # Errors
     /// Returns an error if `steps` is not in `1..=MAX_STEPS`, or if `alpha_bar` falls below 1e-30.
     pub fn cosine(steps: usize) -> Result<Self> {
-        check_steps(steps)?;
-        let f = |t: usize| {
-            let angle = (t as f64 / steps as f64 + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2;
-            libm::cos(angle) * libm::cos(angle)
-        };
-        let betas = (0..steps).map(|t| (1.0 - f(t + 1) / f(t)).min(0.999)).collect();
-        Self::build(Spec::Cosine { steps }, betas)
+        Spec::Cosine { steps }.try_into()
+    }
+
+    /// The schedule whose betas are the squares of evenly spaced roots, from `beta_start` to `beta_end`, both ends
+    /// included.
+    ///
+    /// It is the schedule `quad` of the code of Ho et al. 2020, and `scaled_linear` of diffusers. Stable Diffusion
+    /// (Rombach et al. 2022) uses `quadratic(1000, 0.00085, 0.012)`, which does not [reach noise](Self::reaches_noise);
+    /// [`zero_terminal_snr`](Self::zero_terminal_snr) corrects it.
+    ///
+    /// # Errors
+    /// Returns the errors of [`linear`](Self::linear).
+    pub fn quadratic(steps: usize, beta_start: f64, beta_end: f64) -> Result<Self> {
+        Spec::Quadratic { steps, beta_start, beta_end }.try_into()
+    }
+
+    /// The sigmoid schedule: `alpha_bar_t = f(t + 1) / f(0)` with
+    /// `f(t) = s(end / tau) - s((start + t / steps (end - start)) / tau)`, `s` the logistic function, and betas of at
+    /// most 0.999. Jabri et al. 2022 ([Scalable Adaptive Computation for Iterative
+    /// Generation](https://arxiv.org/abs/2212.11972), algorithm 4).
+    ///
+    /// The authors use a `start` of -3, an `end` of 3, and a `tau` of 1 or less. They limit `alpha_bar` instead of the
+    /// betas, to at least 1e-9. Schedules named `sigmoid` elsewhere may be other formulae: in diffusers, the betas
+    /// follow the logistic function.
+    ///
+    /// # Errors
+    /// Returns an error if `steps` is not in `1..=MAX_STEPS`, if `start` and `end` are not finite and increasing, if
+    /// `tau` is not positive and finite, or if `alpha_bar` falls below 1e-30 or is constant.
+    pub fn sigmoid(steps: usize, start: f64, end: f64, tau: f64) -> Result<Self> {
+        Spec::Sigmoid { steps, start, end, tau }.try_into()
     }
 
     /// A custom schedule: `betas[t]` for each timestep.
     ///
     /// # Errors
     /// Returns an error if there are not 1 to `MAX_STEPS` betas, if one does not lie strictly between 0 and 1, or if
-    /// `alpha_bar` falls below 1e-30. A beta of 1 (zero terminal signal-to-noise ratio) is an error, because `x_0`
-    /// could not be computed from the predicted noise.
+    /// `alpha_bar` falls below 1e-30. A beta of 1 is an error; [`zero_terminal_snr`](Self::zero_terminal_snr) ends a
+    /// schedule without signal.
     pub fn from_betas(betas: Vec<f64>) -> Result<Self> {
-        Self::custom(betas.into())
+        Spec::Custom { betas: Betas(betas.into()) }.try_into()
     }
 
-    fn custom(betas: Arc<[f64]>) -> Result<Self> {
-        check_steps(betas.len())?;
-        if let Some(t) = betas.iter().position(|&b| !is_beta(b)) {
-            return Err(Error::config(
-                "betas",
-                format!("{} at t = {t}", betas[t]),
-                "strictly between 0 and 1 at every timestep",
-            ));
-        }
-        Self::build(Spec::Custom { betas: Betas(betas.clone()) }, betas)
+    /// This schedule with `log_snr_shift` added to its [log-SNR](Self::log_snr) at every timestep. A negative shift means
+    /// more noise.
+    ///
+    /// Neighbouring pixels of large images are similar, so that averaging them removes noise. Hoogeboom et al. 2023
+    /// ([simple diffusion](https://arxiv.org/abs/2301.11093), section 3.1) therefore shift the cosine schedule by
+    /// `2 ln(64 / resolution)` for images larger than 64 x 64.
+    ///
+    /// ```
+    /// use ddpm::NoiseSchedule;
+    ///
+    /// let small = NoiseSchedule::cosine(1000)?;
+    /// let large = small.shifted(2.0 * (64.0f64 / 256.0).ln())?;
+    /// assert!((large.snr(500)? / small.snr(500)? - 1.0 / 16.0).abs() < 1e-12);
+    /// # Ok::<(), ddpm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Returns an error if the shift is not finite, if `alpha_bar` falls below 1e-30, or if the shift makes `alpha_bar`
+    /// constant in f64.
+    pub fn shifted(&self, log_snr_shift: f64) -> Result<Self> {
+        Spec::Shifted { schedule: Box::new(self.spec.clone()), log_snr_shift }.try_into()
     }
 
-    fn build(spec: Spec, betas: Arc<[f64]>) -> Result<Self> {
-        let mut alpha_bar = 1.0;
-        let next = |beta: &f64| {
-            alpha_bar *= 1.0 - beta;
-            alpha_bar
-        };
-        let alpha_bars: Arc<[f64]> = betas.iter().map(next).collect();
-        // Below this, 1 / sqrt(alpha_bar) makes samplers in f32 overflow. Checked first, because an alpha_bar of 0
-        // does not fall any further.
-        if alpha_bar < 1e-30 {
-            return Err(Error::config(
-                "betas",
-                format!("a table of {} whose alpha_bar ends at {alpha_bar:.1e}", betas.len()),
-                "small enough to leave alpha_bar at 1e-30 or more: use smaller betas or fewer steps",
-            ));
-        }
-        // A beta too small for f64 would leave alpha_bar at 1, that is, without noise.
-        let falls = |t: usize| alpha_bars[t] < if t == 0 { 1.0 } else { alpha_bars[t - 1] };
-        if let Some(t) = (0..betas.len()).find(|&t| !falls(t)) {
-            let value = format!("{:e} at t = {t}", betas[t]);
-            return Err(Error::config("betas", value, "large enough to lower alpha_bar in f64"));
-        }
-        Ok(Self { spec, betas, alpha_bars })
+    /// This schedule with `sqrt(alpha_bar)` shifted and scaled so that it is 0 at the last timestep, and unchanged at
+    /// timestep 0. Lin et al. 2024, [Common Diffusion Noise Schedules and Sample Steps are
+    /// Flawed](https://arxiv.org/abs/2305.08891), algorithm 1.
+    ///
+    /// The last `x_t` is then pure noise, at which sampling begins, and the last beta is 1. Predicted noise does not
+    /// determine `x_0` there, so [`Prediction::Epsilon`](super::Prediction::Epsilon) is an error with such a schedule;
+    /// see [`Diffusion::validate`](super::Diffusion::validate).
+    ///
+    /// ```
+    /// use ddpm::NoiseSchedule;
+    ///
+    /// let schedule = NoiseSchedule::quadratic(1000, 0.00085, 0.012)?.zero_terminal_snr()?;
+    /// assert_eq!(schedule.terminal_snr(), 0.0);
+    /// # Ok::<(), ddpm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Returns an error if the schedule has only one timestep, or if `alpha_bar` falls below 1e-30 before the last one.
+    pub fn zero_terminal_snr(&self) -> Result<Self> {
+        Spec::ZeroTerminalSnr { schedule: Box::new(self.spec.clone()) }.try_into()
     }
 
     /// The number of timesteps, `T`.
@@ -221,13 +184,14 @@ impl NoiseSchedule {
         self.betas.len()
     }
 
-    /// The table of `beta_t` for `t` in `0..steps`, each strictly between 0 and 1.
+    /// The table of `beta_t` for `t` in `0..steps`, each strictly between 0 and 1. With
+    /// [`zero_terminal_snr`](Self::zero_terminal_snr) the last one is 1.
     pub fn betas(&self) -> &[f64] {
         &self.betas
     }
 
     /// The table of `alpha_bar_t` for `t` in `0..steps`: the product of `1 - beta_s` over all `s <= t`. It is
-    /// strictly decreasing, between 0 and 1.
+    /// strictly decreasing, between 0 and 1. With [`zero_terminal_snr`](Self::zero_terminal_snr) the last one is 0.
     pub fn alpha_bars(&self) -> &[f64] {
         &self.alpha_bars
     }
@@ -257,7 +221,8 @@ impl NoiseSchedule {
     /// It is `ln(alpha_bar_t / (1 - alpha_bar_t))`, as in Kingma et al. 2021 ([Variational Diffusion
     /// Models](https://arxiv.org/abs/2107.00630), section 3.2). The `lambda_t` of DPM-Solver (Lu et al. 2022) is half
     /// of it. Between two timesteps it is interpolated linearly in `t`, as k-diffusion does. It therefore agrees with
-    /// the table at every timestep, decreases everywhere, and has an exact inverse, [`time_of`](Self::time_of).
+    /// the table at every timestep, decreases everywhere, and has an exact inverse, [`time_of`](Self::time_of). If the
+    /// last timestep has no signal, its log-SNR is negative infinity, and the SNR itself is interpolated before it.
     ///
     /// ```
     /// use ddpm::NoiseSchedule;
@@ -283,6 +248,9 @@ impl NoiseSchedule {
             return Ok(high);
         }
         let low = log_snr_at(self.alpha_bars[before + 1]);
+        if low == f64::NEG_INFINITY {
+            return Ok(high + libm::log1p(-share));
+        }
         // Without the bound, rounding could make it less than at the next timestep.
         Ok((high + share * (low - high)).max(low))
     }
@@ -299,7 +267,12 @@ impl NoiseSchedule {
             (_, Some(low)) if low == log_snr => Ok(after as f64),
             (1.., Some(low)) => {
                 let high = log_snr_at(self.alpha_bars[after - 1]);
-                Ok((after - 1) as f64 + (high - log_snr) / (high - low))
+                let share = if low == f64::NEG_INFINITY {
+                    -libm::expm1(log_snr - high)
+                } else {
+                    (high - log_snr) / (high - low)
+                };
+                Ok((after - 1) as f64 + share)
             }
             _ => {
                 let ends = [self.steps() - 1, 0].map(|t| log_snr_at(self.alpha_bars[t]));
@@ -353,29 +326,12 @@ fn log_snr_at(alpha_bar: f64) -> f64 {
     libm::log(snr_at(alpha_bar))
 }
 
-fn check_steps(steps: usize) -> Result<()> {
-    if !(1..=NoiseSchedule::MAX_STEPS).contains(&steps) {
-        let expected = format!("from 1 to {}", NoiseSchedule::MAX_STEPS);
-        return Err(Error::config("schedule steps", steps, expected));
-    }
-    Ok(())
-}
-
-fn is_beta(beta: f64) -> bool {
-    beta > 0.0 && beta < 1.0
-}
-
 impl TryFrom<Spec> for NoiseSchedule {
     type Error = Error;
 
     fn try_from(spec: Spec) -> Result<Self> {
-        match spec {
-            Spec::Linear { steps, beta_start, beta_end } => {
-                Self::linear(steps, beta_start, beta_end)
-            }
-            Spec::Cosine { steps } => Self::cosine(steps),
-            Spec::Custom { betas } => Self::custom(betas.0),
-        }
+        let (betas, alpha_bars) = spec.tables()?;
+        Ok(Self { spec, betas, alpha_bars })
     }
 }
 

@@ -3,10 +3,12 @@
 use serde::{Deserialize, Serialize};
 
 use super::plan::{Level, Stage};
+use crate::process::learned::LogVariances;
 
-/// The fixed variance of an ancestral step; Ho et al. 2020, section 3.2.
+/// The variance of an ancestral step.
 ///
-/// The two variances give different results at any number of steps; neither is a more exact form of the other.
+/// The two fixed variances (Ho et al. 2020, section 3.2) give different results at any number of steps; neither is a more
+/// exact form of the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -16,6 +18,10 @@ pub enum Variance {
     /// `beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)`, exact if the data is a single point. Also called
     /// "fixed small".
     Posterior,
+    /// Between the two others, where the network outputs it for each value; Nichol and Dhariwal 2021, equation 15. The
+    /// network must have been trained with
+    /// [`ObjectiveConfig::variational_bound`](crate::train::ObjectiveConfig::variational_bound).
+    Learned,
 }
 
 /// One stage: the mean of `q(x_{t-1} | x_t, x_0)` (Ho et al. 2020, equation 7), and noise.
@@ -23,17 +29,23 @@ pub(super) fn stages(variance: Variance, from: Level, to: Level) -> Vec<Stage> {
     let (noise, noise_prev) = (1.0 - from.alpha_bar, 1.0 - to.alpha_bar);
     let alpha = from.alpha_bar / to.alpha_bar;
     let beta = 1.0 - alpha;
+    let mut learned = None;
     let z = match variance {
         // The last step returns the mean, because its image is the result and is not denoised again.
         _ if to == Level::IMAGE => 0.0,
         Variance::Beta => beta.sqrt(),
         Variance::Posterior => posterior_std(from, to),
+        Variance::Learned => {
+            learned = Some(LogVariances::between(from.alpha_bar, to.alpha_bar));
+            1.0
+        }
     };
     vec![Stage {
         evaluate: Some(from),
         x_0: vec![to.alpha_bar.sqrt() * beta / noise],
         x: alpha.sqrt() * noise_prev / noise,
         z,
+        learned,
     }]
 }
 

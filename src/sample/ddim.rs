@@ -24,5 +24,6 @@ pub(super) fn stage(eta: f64, from: Level, to: Level) -> Stage {
         x_0: vec![to.alpha_bar.sqrt() - eps * from.alpha_bar.sqrt()],
         x: eps,
         z: sigma,
+        learned: None,
     }
 }

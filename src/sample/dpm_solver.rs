@@ -44,7 +44,7 @@ pub(super) fn sde_stages(levels: &[Level], i: usize) -> Vec<Stage> {
 }
 
 fn stage(step: Step, levels: &[Level], i: usize) -> Stage {
-    Stage { evaluate: Some(levels[i]), x_0: vec![], x: step.x, z: 0.0 }
+    Stage { evaluate: Some(levels[i]), x_0: vec![], x: step.x, z: 0.0, learned: None }
 }
 
 /// The factors of the predictions for the step from `levels[i]`, of at most this order.

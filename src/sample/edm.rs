@@ -85,6 +85,6 @@ pub(super) fn stages(
     for stage in &mut stages {
         (stage.x, stage.z) = (stage.x * x, stage.x * z);
     }
-    stages.insert(0, Stage { evaluate: None, x_0: vec![], x, z });
+    stages.insert(0, Stage { evaluate: None, x_0: vec![], x, z, learned: None });
     Ok(stages)
 }

@@ -16,5 +16,11 @@ pub(super) fn stages(from: Level, to: Level) -> Vec<Stage> {
     let signal = to.signal() / from.signal();
     // The factor of `eps`, divided by its factor in `eps = (x - sqrt(abar') x_0) / sqrt(1 - abar')`.
     let eps = 1.0 - signal * from.noise() / to.noise();
-    vec![Stage { evaluate: Some(to), x_0: vec![-eps * to.signal()], x: signal + eps, z: 0.0 }]
+    vec![Stage {
+        evaluate: Some(to),
+        x_0: vec![-eps * to.signal()],
+        x: signal + eps,
+        z: 0.0,
+        learned: None,
+    }]
 }

@@ -2,6 +2,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::process::NoiseSchedule;
+use crate::process::learned::LogVariances;
 
 /// A time of the process, and the noise at that time.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -63,6 +64,9 @@ pub(super) struct Stage {
     pub x: f64,
     /// The factor of the noise. With 0 no noise is drawn.
     pub z: f64,
+    /// The variances between which the newest output of the network chooses, for each value. Its root is another factor
+    /// of the noise.
+    pub learned: Option<LogVariances>,
 }
 
 impl Stage {

@@ -88,6 +88,7 @@ impl Sampler {
     /// Returns an error if the list is empty, not strictly increasing, or contains a time that is not in [0, T - 1], or
     /// if a setting of the solver is not in its range.
     pub fn with_times(diffusion: &Diffusion, solver: Solver, times: &[f64]) -> Result<Self> {
+        diffusion.validate()?;
         let schedule = diffusion.schedule();
         spacing::check(times, schedule.steps())?;
         let levels = times.iter().rev().map(|&t| Level::new(schedule, t));

@@ -162,6 +162,9 @@ impl fmt::Display for Solver {
             Self::Ddpm { variance: Variance::Posterior } => {
                 f.write_str("DDPM with the posterior variance")
             }
+            Self::Ddpm { variance: Variance::Learned } => {
+                f.write_str("DDPM with the learned variance")
+            }
             Self::Ddim { eta } => write!(f, "DDIM with eta {eta}"),
             Self::Heun => f.write_str("Heun"),
             Self::Edm(Churn { amount, min, max, noise }) => {

@@ -31,6 +31,8 @@ pub struct Steps<'a, D: ?Sized> {
     x: Tensor,
     /// The predicted images that a later stage may need, newest first.
     predictions: Vec<Tensor>,
+    /// The learned variance of the newest output, if the network has one.
+    variance: Option<Tensor>,
     z: Box<NoiseSource<'a>>,
     next: usize,
     finite: FiniteCheck,
@@ -80,7 +82,17 @@ impl<'a, D: Denoiser + ?Sized> Steps<'a, D> {
         let mut finite = FiniteCheck::default();
         finite.add("the start", plan.steps[0].at.t, &start)?;
         let (z, predictions) = (Box::new(z), Vec::new());
-        Ok(Self { settings, plan, denoiser, x: start, predictions, z, next: 0, finite })
+        Ok(Self {
+            settings,
+            plan,
+            denoiser,
+            x: start,
+            predictions,
+            variance: None,
+            z,
+            next: 0,
+            finite,
+        })
     }
 
     /// Runs the stages of one step. Every solver is computed here.
@@ -121,10 +133,16 @@ impl<'a, D: Denoiser + ?Sized> Steps<'a, D> {
         let t = timesteps_of(x, level.t)?;
         let (condition, guidance) = (&self.settings.condition, self.settings.guidance);
         let output = match guidance.filter(|guidance| guidance.applies(level.t)) {
-            None => like(x, &self.denoiser.denoise(x, &t, condition)?.prediction, names)?,
+            None => {
+                let output = self.denoiser.denoise(x, &t, condition)?;
+                self.variance = output.variance;
+                like(x, &output.prediction, names)?
+            }
             Some(guidance) => {
-                let outputs = self.denoiser.denoise_with_baseline(x, &t, condition)?;
-                let [output, baseline] = outputs.map(|output| like(x, &output.prediction, names));
+                let [output, baseline] = self.denoiser.denoise_with_baseline(x, &t, condition)?;
+                self.variance = output.variance;
+                let [output, baseline] =
+                    [output.prediction, baseline.prediction].map(|output| like(x, &output, names));
                 guidance.combine(&output?, &baseline?)?
             }
         };
@@ -149,10 +167,16 @@ impl<'a, D: Denoiser + ?Sized> Steps<'a, D> {
         for (older, &factor) in terms {
             sum = backend.combine(&sum, 1.0, older, factor)?;
         }
-        match z {
-            Some(z) if stage.z != 0.0 => Ok(backend.combine(&sum, 1.0, z, stage.z)?),
-            _ => Ok(sum),
-        }
+        let Some(z) = z.filter(|_| stage.z != 0.0) else { return Ok(sum) };
+        let Some(variances) = stage.learned else { return backend.combine(&sum, 1.0, z, stage.z) };
+        let Some(variance) = &self.variance else {
+            let expected = "beta or posterior, because the network does not learn the variance";
+            return Err(Error::config("variance", "learned", expected));
+        };
+        let names = ["the denoiser's variance", "dtype of the denoiser's variance"];
+        let variance = like(&self.x, variance, names)?.detach();
+        let std = variance.affine(0.5 * variances.slope(), 0.5 * variances.at(0.0))?.exp()?;
+        backend.combine(&sum, 1.0, &(z * std)?, stage.z)
     }
 }
 

@@ -113,7 +113,7 @@ fn a_plan_holds_a_multistep_solver() {
             vec![k * (1.0 + 1.0 / (2.0 * r)), -k / (2.0 * r)]
         };
         let x = to.sigma / from.sigma * to.scale / from.scale;
-        Ok(vec![Stage { evaluate: Some(levels[i]), x_0, x, z: 0.0 }])
+        Ok(vec![Stage { evaluate: Some(levels[i]), x_0, x, z: 0.0, learned: None }])
     });
     let plan = plan.unwrap();
     assert_eq!((plan.evaluations(), plan.predictions), (7, 2));
@@ -155,10 +155,10 @@ fn a_plan_holds_a_corrector() {
     let plan = Plan::new(&levels(), |levels, i| {
         let evaluate = (i == 0).then_some(levels[0]);
         if i == last {
-            return Ok(vec![Stage { evaluate, x_0: vec![1.0], x: 0.0, z: 0.0 }]);
+            return Ok(vec![Stage { evaluate, x_0: vec![1.0], x: 0.0, z: 0.0, learned: None }]);
         }
         let [predictor, corrector] = unipc_factors(levels, i);
-        let stage = |evaluate, (x, x_0)| Stage { evaluate, x_0, x, z: 0.0 };
+        let stage = |evaluate, (x, x_0)| Stage { evaluate, x_0, x, z: 0.0, learned: None };
         Ok(vec![stage(evaluate, predictor), stage(Some(levels[i + 1]), corrector)])
     });
     let plan = plan.unwrap();
@@ -221,7 +221,7 @@ fn a_plan_holds_churn_at_times_between_timesteps() {
         let r = to.sigma / hat.sigma;
         let stage = |evaluate, x_0: Vec<f64>, scale: f64| {
             let x_0 = x_0.into_iter().map(|a| a * to.scale * (1.0 - r)).collect();
-            Stage { evaluate, x_0, x: scale / from.scale, z: scale * z }
+            Stage { evaluate, x_0, x: scale / from.scale, z: scale * z, learned: None }
         };
         let mut stages = vec![stage(Some(level), vec![1.0], to.scale * r)];
         if i > 0 {

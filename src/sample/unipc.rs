@@ -51,6 +51,7 @@ pub(super) fn stages(order: usize, b: BFunction, levels: &[Level], i: usize) -> 
         x_0: step.factors(&positions, 0.5 * b.of(&step)),
         x: step.x,
         z: 0.0,
+        learned: None,
     };
     if levels[i + 1] == Level::IMAGE {
         return Ok(vec![predictor]);

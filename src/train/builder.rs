@@ -8,7 +8,7 @@ use super::config::TrainConfig;
 use super::executor::Executor;
 use super::history::Change;
 use super::meter::Meter;
-use super::objective::{Mse, Objective};
+use super::objective::Objective;
 use super::optim::adam::AdamW;
 use super::optim::average::WeightAverage;
 use super::optim::ema::Ema;
@@ -28,14 +28,17 @@ use crate::process::diffusion::Diffusion;
 ///
 /// ```
 /// use ddpm::process::Prediction;
-/// use ddpm::train::Mse;
+/// use ddpm::train::{ObjectiveConfig, Weighting};
 /// use ddpm::{Diffusion, NoiseSchedule, TrainConfig, Trainer, UNetConfig};
 ///
 /// let network = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
 /// let trainer = Trainer::builder(network)
-///     .config(TrainConfig { steps: 1000, ..TrainConfig::mnist() })
+///     .config(TrainConfig {
+///         steps: 1000,
+///         objective: ObjectiveConfig { weighting: Weighting::MinSnr { gamma: 5.0 }, ..Default::default() },
+///         ..TrainConfig::mnist()
+///     })
 ///     .diffusion(Diffusion::new(NoiseSchedule::cosine(1000)?, Prediction::Velocity))
-///     .objective(Mse)
 ///     .build()?;
 /// assert_eq!(trainer.steps(), 0);
 /// # Ok::<(), ddpm::Error>(())
@@ -47,7 +50,7 @@ pub struct TrainerBuilder<N> {
     config: TrainConfig,
     diffusion: Diffusion,
     device: Device,
-    objective: Box<dyn Objective>,
+    objective: Option<Box<dyn Objective>>,
 }
 
 impl<N: Architecture> TrainerBuilder<N> {
@@ -66,10 +69,10 @@ impl<N: Architecture> TrainerBuilder<N> {
         Self { device: device.clone(), ..self }
     }
 
-    /// The loss. The default is [`Mse`]. Checkpoints do not record the loss: set the same one when you resume a
-    /// run.
+    /// An objective that replaces that of the [configuration](TrainConfig::objective). Checkpoints do not record it:
+    /// set the same one when you resume a run.
     pub fn objective(self, objective: impl Objective + 'static) -> Self {
-        Self { objective: Box::new(objective), ..self }
+        Self { objective: Some(Box::new(objective)), ..self }
     }
 
     /// Creates a trainer of a new network, whose weights are drawn from the seed of the configuration.
@@ -144,6 +147,7 @@ impl<N: Architecture> TrainerBuilder<N> {
     /// Creates a trainer of a run that begins with the weights `parameters`.
     fn with_weights(self, parameters: &Parameters) -> Result<Trainer<N>> {
         let Self { network, config, diffusion, device, objective } = self;
+        diffusion.validate()?;
         let mut model = parameters.build(&network)?;
         model.set_precision(config.precision)?;
         let vars = parameters.vars();
@@ -165,11 +169,11 @@ impl<N: Architecture> TrainerBuilder<N> {
             executor: Executor::new(&device),
             meter: Meter::default(),
             claim: None,
+            objective: objective.unwrap_or_else(|| Box::new(config.objective)),
             network,
             config,
             diffusion,
             device,
-            objective,
             model,
         })
     }
@@ -183,7 +187,7 @@ impl<N: Architecture> Trainer<N> {
             config: TrainConfig::default(),
             diffusion: Diffusion::ddpm(),
             device: Device::Cpu,
-            objective: Box::new(Mse),
+            objective: None,
         }
     }
 

@@ -1,11 +1,14 @@
 use serde::{Deserialize, Serialize};
 
+use super::loss::ObjectiveConfig;
+use super::noise::NoiseConfig;
 use super::optim::adam::AdamConfig;
 use super::optim::average::AverageConfig;
 use super::optim::ema::EmaConfig;
 use super::optim::muon::MuonConfig;
 use super::optim::scaler::GradScalerConfig;
 use super::optim::schedule::{LearningRate, LearningRateSchedule};
+use super::timesteps::TimestepSampling;
 use crate::error::{Error, Result};
 use crate::precision::Precision;
 
@@ -58,6 +61,15 @@ pub struct TrainConfig {
     /// Settings of the gradient scaler, which is used only with [`Precision::F16`].
     #[serde(default)]
     pub grad_scaler: GradScalerConfig,
+    /// The objective, from which [`TrainerBuilder::objective`](super::TrainerBuilder::objective) can differ.
+    #[serde(default)]
+    pub objective: ObjectiveConfig,
+    /// The distribution of timesteps.
+    #[serde(default)]
+    pub timesteps: TimestepSampling,
+    /// The noise that is added to images.
+    #[serde(default)]
+    pub noise: NoiseConfig,
     /// Whether images are flipped horizontally at random.
     pub horizontal_flip: bool,
     /// Probability that an update hides the class of an image from a network with classes, from 0 to 1. The network thus
@@ -116,6 +128,9 @@ impl TrainConfig {
             averages: Vec::new(),
             precision: Precision::Highest,
             grad_scaler: GradScalerConfig::default(),
+            objective: ObjectiveConfig::default(),
+            timesteps: TimestepSampling::default(),
+            noise: NoiseConfig::default(),
             horizontal_flip: false,
             class_dropout: class_dropout(),
             log_every: 1,
@@ -173,6 +188,9 @@ impl TrainConfig {
             return Err(Error::config("clip_norm", norm, "positive and finite"));
         }
         self.precision.validate()?;
+        self.objective.validate()?;
+        self.timesteps.validate()?;
+        self.noise.validate()?;
         self.grad_scaler.validate()?;
         self.optimizer.validate()?;
         self.muon.as_ref().map_or(Ok(()), MuonConfig::validate)?;

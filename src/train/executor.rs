@@ -2,6 +2,7 @@ use std::thread::{self, ThreadId};
 
 use candle_core::{DType, Device, Tensor};
 
+use super::noise::NoiseConfig;
 use super::update::UpdateContext;
 use crate::backend::{self, Capture, Inputs, Recorded};
 use crate::data::loader::Batch;
@@ -123,6 +124,7 @@ impl Executor {
             None => {
                 let repeatable = context.config.accumulation == 1
                     && context.state.optimizer.is_repeatable()
+                    && context.config.noise == NoiseConfig::default()
                     && context.objective.is_repeatable()
                     && context.model.is_repeatable(x_0);
                 if !repeatable || !self.is_due(x_0.dims()) {

@@ -2,9 +2,11 @@ use std::fmt;
 
 use candle_core::Tensor;
 
+use super::weighting::Weighting;
 use crate::backend::Backend;
 use crate::denoiser::Output;
 use crate::error::Result;
+use crate::kernels::op::loss::Loss;
 use crate::process::diffusion::Diffusion;
 
 /// The training objective: a loss function of the network's output.
@@ -73,6 +75,45 @@ impl Noised<'_> {
         self.backend.squared_error(output, target, scale, self.gradient_scale.as_ref())
     }
 
+    /// Computes the mean of `weight (output - target)²` and its gradient, weighted for the batch.
+    pub(super) fn weighted_mean_square(
+        &self,
+        output: &Tensor,
+        target: &Tensor,
+        weighting: Weighting,
+    ) -> Result<(Tensor, Tensor)> {
+        // The square of an error with the factor √weight, and its gradient with that factor once more. Every device has
+        // kernels for both.
+        let root = |bar: f64| self.weight(weighting, bar).sqrt();
+        let mixed = |x: &Tensor, y: &Tensor, factors: &dyn Fn(f64) -> [f64; 2]| {
+            self.backend.mix(x, y, &self.t, self.diffusion.rates(factors))
+        };
+        let error = mixed(output, target, &|bar| [root(bar), -root(bar)])?;
+        let none = self.backend.combine(&error, 0.0, &error, 0.0)?;
+        let (loss, gradient) = self.mean_square(&error, &none)?;
+        Ok((loss, mixed(&gradient, &gradient, &|bar| [root(bar), 0.0])?))
+    }
+
+    /// Computes the mean of `weight loss(output - target)` and its gradient, weighted for the batch.
+    pub(super) fn mean_loss(
+        &self,
+        loss: Loss,
+        output: &Tensor,
+        target: &Tensor,
+        weighting: Weighting,
+    ) -> Result<(Tensor, Tensor)> {
+        let error = self.backend.combine(output, 1.0, target, -1.0)?;
+        let ones = Tensor::ones(self.t.dims(), error.dtype(), error.device())?;
+        let factors = |bar| [self.weight(weighting, bar), 0.0];
+        let weights = self.backend.mix(&ones, &ones, &self.t, self.diffusion.rates(&factors))?;
+        let scale = self.share / target.elem_count() as f64;
+        self.backend.loss(loss, [&error, &weights], scale, self.gradient_scale.as_ref())
+    }
+
+    fn weight(&self, weighting: Weighting, alpha_bar: f64) -> f64 {
+        weighting.weight(alpha_bar / (1.0 - alpha_bar), self.diffusion.prediction())
+    }
+
     /// Weights a loss and its gradient for the batch. Both are multiplied by the fraction of these images in the whole
     /// batch. The gradient is also multiplied by the gradient scale, if there is one.
     ///
@@ -84,20 +125,5 @@ impl Noised<'_> {
             gradient = gradient.broadcast_mul(&scale.to_dtype(gradient.dtype())?)?;
         }
         Ok((loss, gradient))
-    }
-}
-
-/// The mean squared error, `mean (output - target)²`. Ho et al. 2020, equation 14.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Mse;
-
-impl Objective for Mse {
-    fn loss(&self, batch: &Noised<'_>, output: &Output) -> Result<(Tensor, Output)> {
-        let (loss, gradient) = batch.mean_square(&output.prediction, &batch.target()?)?;
-        Ok((loss, Output::new(gradient)))
-    }
-
-    fn is_repeatable(&self) -> bool {
-        true
     }
 }

@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use super::config::TrainConfig;
 use super::gradients::by_name;
+use super::noise::{self, NoiseConfig};
 use super::objective::{Noised, Objective};
 use super::state::TrainState;
 use crate::backend::{self, Backend, Computed};
@@ -34,13 +35,15 @@ impl<D: Trainable> UpdateContext<'_, D> {
         Noise::new(self.config.seed)
     }
 
-    /// Draws uniform timesteps for a batch.
+    /// Draws timesteps for a batch.
     pub fn timesteps(&self, batch: &Batch) -> Result<Tensor> {
-        let bound = self.diffusion.schedule().steps() as u32;
         let (step, first) = (self.state.progress.step, batch.first as u32);
-        let draw =
-            |k| self.noise().stream(Purpose::Timestep, step, first.wrapping_add(k)).below(bound);
-        let t = (0..batch.images.dim(0)? as u32).map(draw).collect();
+        let (schedule, size) = (self.diffusion.schedule(), self.config.batch_size);
+        let draw = |k| {
+            let position = first.wrapping_add(k);
+            self.config.timesteps.draw(schedule, (self.noise(), step), (position, size))
+        };
+        let t = (0..batch.images.dim(0)? as u32).map(draw).collect::<Result<_>>()?;
         let device = batch.images.device();
         backend::on(device, DType::F32).upload_integers(t, device)
     }
@@ -75,11 +78,24 @@ impl<D: Trainable> UpdateContext<'_, D> {
         Ok(Batch { classes: Some(classes), ..batch.clone() })
     }
 
-    /// Draws standard normals for a batch.
+    /// Draws the noise of a batch.
     pub fn eps(&self, batch: &Batch) -> Result<Tensor> {
-        let at = self.noise().address(Purpose::Training, 0, self.state.progress.step);
         let (x_0, first) = (&batch.images, batch.first as u32);
-        backend::of(x_0).normal(at, first, x_0.dims(), x_0.device())
+        let normal = |purpose, dims: &[usize]| {
+            let at = self.noise().address(purpose, 0, self.state.progress.step);
+            backend::of(x_0).normal(at, first, dims, x_0.device())
+        };
+        let NoiseConfig { offset, immiscible } = self.config.noise;
+        let mut eps = normal(Purpose::Training, x_0.dims())?;
+        if immiscible {
+            eps = noise::paired(x_0, &eps)?;
+        }
+        if offset != 0.0 {
+            let (batch, channels, _, _) = x_0.dims4()?;
+            let offsets = normal(Purpose::Offset, &[batch, channels, 1, 1])?;
+            eps = eps.broadcast_add(&(offsets * offset)?)?;
+        }
+        Ok(eps)
     }
 
     /// Updates the weights. Returns the loss, the norm of the gradient, and gradients whose memory can be reused. With

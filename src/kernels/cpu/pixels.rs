@@ -2,6 +2,8 @@
 
 use rayon::prelude::*;
 
+use crate::kernels::op::loss::Loss;
+
 /// Number of values that one thread handles at a time.
 const CHUNK: usize = 1 << 12;
 
@@ -47,6 +49,31 @@ pub(crate) fn squared_errors(
         })
         .collect();
     squares.iter().sum()
+}
+
+/// Returns the sum of the losses of all errors, weighted for each image, and writes `factor` times its gradient.
+pub(crate) fn losses(
+    loss: Loss,
+    error: &[f32],
+    weights: &[f32],
+    factor: f32,
+    gradient: &mut [f32],
+) -> f64 {
+    let (image, f, delta) = (error.len() / weights.len(), loss.function(), loss.delta() as f32);
+    let images = gradient.par_chunks_mut(image).zip(error.par_chunks(image)).zip(weights);
+    // Collected, so that the order of the sum is fixed.
+    let sums: Vec<f64> = images
+        .map(|((gradient, error), &weight)| {
+            let mut sum = 0.0;
+            for (gradient, &error) in gradient.iter_mut().zip(error) {
+                let (value, slope) = f(error, delta);
+                sum += f64::from(value);
+                *gradient = slope * weight * factor;
+            }
+            sum * f64::from(weight)
+        })
+        .collect();
+    sums.iter().sum()
 }
 
 /// Returns whether no value is infinite or NaN.
