@@ -241,6 +241,57 @@ fn a_conditional_run_draws_the_class_that_is_asked_for() -> Result<()> {
 }
 
 #[test]
+fn a_folder_of_pictures_is_trained_on_and_its_configuration_repeats_the_run() -> Result<()> {
+    let temp = TempDir::new()?;
+    let data = temp.path().join("photos");
+    for (class, shade) in [("dark", 40), ("light", 200)] {
+        fs::create_dir_all(data.join(class))?;
+        for k in 0..3u32 {
+            let pixel = |x, y| image::Rgb([shade, (x * 9 % 256) as u8, ((y + k) * 7 % 256) as u8]);
+            image::RgbImage::from_fn(30 + k, 20, pixel)
+                .save(data.join(class).join(format!("{k}.png")))?;
+        }
+    }
+    let train = |out: &Path, args: &[&str]| {
+        let mut command = example("train");
+        command.arg("--data").arg(&data).args(["--height", "8", "--width", "12"]).args(args);
+        command.arg("--out").arg(out);
+        command
+    };
+    let (run, again) = (temp.path().join("run"), temp.path().join("again"));
+    let small = [&SMALL[..], &["--steps", "2", "--conditional"]].concat();
+    let said = succeed(&mut train(&run, &small))?;
+    assert!(said.contains("recipe   1 halvings to 4 x 6 pixels"), "{said}");
+    assert!(said.contains("the pictures of") && said.contains("6 images"), "{said}");
+    let network: UNetConfig = Checkpoint::open(run.join("checkpoint"))?.architecture()?;
+    assert_eq!((network.image_shape(), network.classes), ((3, 8, 12), Some(2)));
+    assert!(run.join("samples/step-000002.png").is_file());
+
+    let config = run.join("config.json");
+    let config = config.to_str().ok_or("a path in UTF-8")?;
+    succeed(&mut train(&again, &["--config", config, "--conditional"]))?;
+    for file in ["checkpoint/model.safetensors", "samples/step-000002.png", "config.json"] {
+        assert!(fs::read(run.join(file))? == fs::read(again.join(file))?, "{file}");
+    }
+    succeed(&mut train(&run, &["--steps", "3", "--resume", "--conditional"]))?;
+
+    fs::write(data.join("dark/0.png"), "no picture")?;
+    let unreadable = "0.png";
+    assert_fails(&mut train(&again, &["--resume", "--conditional"]), &[unreadable])?;
+    let odd = ["--height", "7"];
+    let mut command = example("train");
+    command.arg("--data").arg(data.join("light")).args(odd).args(["--width", "8"]);
+    assert_fails(&mut command, &["the images have 7 x 8 pixels; it must be even numbers"])?;
+    fs::write(temp.path().join("bad.json"), r#"{"network": 3}"#)?;
+    let bad = temp.path().join("bad.json");
+    let args = ["--config", bad.to_str().ok_or("a path in UTF-8")?];
+    assert_fails(
+        &mut train(&temp.path().join("bad"), &args),
+        &["--config ", "bad.json: invalid type"],
+    )
+}
+
+#[test]
 fn each_data_set_has_its_own_directory() -> Result<()> {
     let temp = TempDir::new()?;
     write_idx(&temp.path().join("data/mnist"), 5)?;

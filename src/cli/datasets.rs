@@ -6,7 +6,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::arguments::quoted;
+use super::identity::Identity;
 use super::result::Result;
+use crate::data::folder::Folder;
 use crate::data::{self, Dataset, Images, Split};
 
 /// The value of `--data` that requests a download instead of a directory.
@@ -15,29 +17,42 @@ const HUB: &str = "hub";
 /// A data set, and the texts about it for the user.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
-pub struct DataSet {
+pub struct DataSet<D = Images> {
     /// The name of the set.
     pub name: String,
     /// The images.
-    pub images: Images,
+    pub images: D,
     /// A description: the name and the source.
     pub about: String,
     /// The instruction to select the set, for a user who selected another one.
     pub options: String,
+    /// The checksum that identifies the images: the CRC-32 of their pixels, or the fingerprint of a folder.
+    pub(super) crc32: String,
 }
 
 impl DataSet {
     /// Creates a set whose description is its name.
     pub fn new(name: &str, images: Images) -> Self {
-        let options = "choose its images".into();
-        Self { name: name.into(), images, about: name.into(), options }
+        let (options, crc32) = ("choose its images".into(), Identity::crc32(images.pixels()));
+        Self { name: name.into(), images, about: name.into(), options, crc32 }
     }
 
     fn of(kind: &Kind, source: &str, images: Images) -> Self {
-        let (name, options) = (kind.name.into(), kind.options.into());
-        Self { name, images, about: format!("{} {source}", kind.name), options }
+        let about = format!("{} {source}", kind.name);
+        Self { about, options: kind.options.into(), ..Self::new(kind.name, images) }
     }
+}
 
+impl DataSet<Folder> {
+    /// Creates the set of the pictures of a folder.
+    pub fn folder(folder: Folder) -> Self {
+        let name = format!("the pictures of {}", folder.root().display());
+        let (options, crc32) = ("pass --data with their folder".into(), folder.fingerprint());
+        Self { about: name.clone(), name, images: folder, options, crc32 }
+    }
+}
+
+impl<D: Dataset> DataSet<D> {
     /// Checks that the images have the shape (channels, height, width) that the network expects.
     ///
     /// # Errors

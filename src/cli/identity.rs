@@ -17,7 +17,7 @@ pub struct Identity {
     /// The name of the data set.
     pub name: String,
     images: usize,
-    /// The checksum of all pixels.
+    /// The checksum of all pixels, or of the names and sizes of the files of a folder.
     crc32: String,
     /// The instruction to select the set.
     options: String,
@@ -25,11 +25,11 @@ pub struct Identity {
 
 impl Identity {
     /// The identity of a data set.
-    pub fn of(set: &DataSet) -> Self {
+    pub fn of(set: &DataSet<impl Dataset>) -> Self {
         Self {
             name: set.name.clone(),
             images: set.images.len(),
-            crc32: Self::crc32(set.images.pixels()),
+            crc32: set.crc32.clone(),
             options: set.options.clone(),
         }
     }

@@ -38,7 +38,9 @@ mod print;
 mod program;
 mod recipe;
 mod result;
+mod run_config;
 mod sampling;
+mod sized;
 mod train;
 
 pub use arguments::whole;

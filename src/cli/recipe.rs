@@ -129,16 +129,20 @@ pub struct TrainArgs {
     precision: Option<Precision>,
     /// Condition a new network on the classes of the images
     #[arg(long)]
-    pub(super) conditional: bool,
+    pub conditional: bool,
     /// Seed of all random numbers
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<u64>(0..=u64::MAX))]
     seed: Option<u64>,
-    /// Directory for checkpoint/, samples/, metrics.jsonl, loss.png and data.json, which names the
-    /// training images; a new run renames metrics.jsonl and samples/ of an earlier run to
+    /// Directory for checkpoint/, samples/, metrics.jsonl, loss.png, config.json, and data.json, which
+    /// names the training images; a new run renames metrics.jsonl and samples/ of an earlier run to
     /// metrics-old.jsonl and samples-old/
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
+    /// Configuration of a new run: the config.json of another run, which may be edited; other options
+    /// replace its values
+    #[arg(long, value_name = "FILE.json", conflicts_with = "resume")]
+    pub(super) config: Option<PathBuf>,
     /// Continue the run in --out
     #[arg(long)]
     pub(super) resume: bool,

@@ -12,6 +12,7 @@ use super::identity::Identity;
 use super::print::{err, grouped, out};
 use super::recipe::{Recipe, TrainArgs};
 use super::result::Result;
+use super::run_config::RunConfig;
 use crate::data::Dataset;
 use crate::error::Error;
 use crate::files;
@@ -30,6 +31,7 @@ struct Files {
     metrics: PathBuf,
     curve: PathBuf,
     identity: PathBuf,
+    config: PathBuf,
 }
 
 impl Files {
@@ -40,6 +42,7 @@ impl Files {
             metrics: out.join("metrics.jsonl"),
             curve: out.join("loss.png"),
             identity: out.join("data.json"),
+            config: out.join("config.json"),
             out,
         }
     }
@@ -52,11 +55,15 @@ impl Files {
 /// # Errors
 /// Returns an error if the run cannot begin or continue there with these options and images, and the errors of training
 /// and saving. After an error of training the run is saved.
-pub fn train(
+pub fn train<D: Dataset>(
     recipe: &Recipe,
     args: &TrainArgs,
-    load: impl FnOnce() -> Result<DataSet>,
+    load: impl FnOnce() -> Result<DataSet<D>>,
 ) -> Result<ExitCode> {
+    let recipe = &match &args.config {
+        Some(path) => RunConfig::read(path)?.replace(recipe),
+        None => recipe.clone(),
+    };
     let files = Files::of(args.out.clone().unwrap_or_else(|| recipe.out.into()));
     let saved = find(&files, args.resume)?;
     let mut network =
@@ -77,7 +84,8 @@ pub fn train(
     }
     let device = pick(args.cpu)?;
     let mut trainer = begin(recipe, args, saved.as_ref(), network, config, &device)?;
-    let mut sampling = recipe.sampling.guidance(guidance);
+    let mut sampling = recipe.sampling;
+    sampling.guidance = guidance.or(sampling.guidance);
     if let Some(&run) = saved.as_ref().and_then(Checkpoint::sampling) {
         sampling = run;
     }
@@ -86,6 +94,18 @@ pub fn train(
     // From here on, no other process changes the directory. This process has not changed it yet.
     trainer.claim(&files.checkpoint).map_err(with_options)?;
     prepare(&files, saved.is_none())?;
+    if saved.is_none() {
+        let config = RunConfig {
+            network: trainer.architecture().clone(),
+            diffusion: trainer.diffusion().clone(),
+            train: trainer.config().clone(),
+            sampling,
+            save_every: args.save_every.unwrap_or(recipe.save_every),
+            sample_every: args.sample_every.unwrap_or(recipe.sample_every),
+            sample_count: args.sample_count.unwrap_or(recipe.sample_count),
+        };
+        config.write(&files.config)?;
+    }
     if other_images {
         // Records the number of images in the history.
         trainer.next_batch(&set.images)?;
@@ -120,7 +140,7 @@ pub fn train(
 fn condition(
     network: &mut UNetConfig,
     args: &TrainArgs,
-    set: &DataSet,
+    set: &DataSet<impl Dataset>,
     new: bool,
 ) -> Result<Option<Guidance>> {
     let classes = set.images.classes();
@@ -147,7 +167,7 @@ fn fit(
     recipe: &Recipe,
     args: &TrainArgs,
     trainer: &mut Trainer<UNetConfig>,
-    set: &DataSet,
+    set: &DataSet<impl Dataset>,
     files: &Files,
 ) -> Result<ExitCode> {
     let (step, steps) = (trainer.steps(), trainer.config().steps);
@@ -256,7 +276,7 @@ fn begin(
 
 /// Prepares the directory for the run. A new run keeps the samples of an earlier one.
 fn prepare(files: &Files, new: bool) -> Result<()> {
-    let written = ["data.json", "loss.png", "metrics.jsonl"];
+    let written = ["config.json", "data.json", "loss.png", "metrics.jsonl"];
     files::clear_leftovers(&files.out, |name| written.contains(&name));
     files::clear_leftovers(&files.samples, |name| name.starts_with("step-"));
     if new && fs::read_dir(&files.samples).is_ok_and(|mut grids| grids.next().is_some()) {
@@ -302,7 +322,7 @@ fn with_options(error: Error) -> Box<dyn StdError + Send + Sync> {
     format!("{error}; {remedy}").into()
 }
 
-fn announce(trainer: &Trainer<UNetConfig>, set: &DataSet, directory: &Path) {
+fn announce(trainer: &Trainer<UNetConfig>, set: &DataSet<impl Dataset>, directory: &Path) {
     let weights: usize = trainer.vars().values().map(|v| v.elem_count()).sum();
     out(format_args!("data     {}, {} images", set.about, grouped(set.images.len())));
     out(format_args!("network  {} weights", grouped(weights)));

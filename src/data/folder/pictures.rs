@@ -2,6 +2,8 @@ use std::borrow::Cow;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use sha2::{Digest, Sha256};
+
 use super::cache::{self, Cache, Key};
 use super::config::FolderConfig;
 use super::decode;
@@ -52,6 +54,22 @@ impl Folder {
     /// The configuration.
     pub fn config(&self) -> &FolderConfig {
         &self.recipe.config
+    }
+
+    /// The path of the folder.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The SHA-256 hash of the names, the contents and the settings of all pictures, in hexadecimal.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        for Picture { path, key, .. } in &self.pictures {
+            hash.update(path.as_os_str().as_encoded_bytes());
+            hash.update([0]);
+            hash.update(key);
+        }
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// The path of picture `index`, relative to the folder. Returns `None` past the last picture.

@@ -1,0 +1,69 @@
+use std::fs;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::recipe::Recipe;
+use super::result::Result;
+use crate::error::Error;
+use crate::files;
+use crate::model::UNetConfig;
+use crate::process::Diffusion;
+use crate::sample::SamplerConfig;
+use crate::train::TrainConfig;
+
+/// The configuration of a run: the content of the file `config.json` in its directory. With the same images, it
+/// reproduces the run.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RunConfig {
+    pub network: UNetConfig,
+    pub diffusion: Diffusion,
+    pub train: TrainConfig,
+    pub sampling: SamplerConfig,
+    pub save_every: u64,
+    pub sample_every: u64,
+    pub sample_count: usize,
+}
+
+impl RunConfig {
+    /// # Errors
+    /// Returns an error if the file cannot be read, or names the field that is not valid.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = fs::read(path).map_err(Error::io(path))?;
+        let config = serde_json::from_slice::<Self>(&text);
+        let config = config.map_err(|e| format!("--config {}: {e}", path.display()))?;
+        for (field, value) in
+            [("save_every", config.save_every), ("sample_every", config.sample_every)]
+        {
+            if value == 0 {
+                return Err(Error::config(field, value, "at least 1").into());
+            }
+        }
+        config.network.validate()?;
+        config.diffusion.validate()?;
+        config.train.validate()?;
+        config.sampling.sampler(&config.diffusion)?;
+        Ok(config)
+    }
+
+    pub fn write(&self, path: &Path) -> Result<()> {
+        Ok(files::write(path, format!("{}\n", serde_json::to_string_pretty(self)?).as_bytes())?)
+    }
+
+    /// Replaces the configuration of a recipe.
+    pub fn replace(self, recipe: &Recipe) -> Recipe {
+        let Self { network, diffusion, train, sampling, save_every, sample_every, sample_count } =
+            self;
+        Recipe {
+            network,
+            diffusion,
+            train,
+            sampling,
+            save_every,
+            sample_every,
+            sample_count,
+            ..recipe.clone()
+        }
+    }
+}

@@ -1,0 +1,111 @@
+use super::recipe::Recipe;
+use super::result::Result;
+use crate::model::UNetConfig;
+use crate::process::{Diffusion, NoiseSchedule, Prediction};
+use crate::train::{AdamConfig, TrainConfig};
+
+/// The smallest side of the feature maps in the bottleneck, if the size of the images allows it. Attention relates all
+/// of its pixels, and they must still show where things are.
+const BOTTLENECK: usize = 7;
+
+/// The largest side of feature maps with attention, whose cost grows with the fourth power.
+const ATTENTION: usize = 16;
+
+/// The size in pixels for which the cosine schedule was designed. Hoogeboom et al. 2023, section 3.
+const REFERENCE: f64 = 64.0;
+
+impl Recipe {
+    /// Chooses a network and a recipe for images of `shape` (channels, height, width), and explains the choice.
+    ///
+    /// The network halves the images until a side would be less than 7 pixels, at most five times. It has attention at up
+    /// to 16 pixels. The process predicts velocity on the cosine schedule. For images of more than 64 pixels, the schedule
+    /// is shifted to less signal, because neighbouring pixels reveal more of each other (Hoogeboom et al. 2023).
+    ///
+    /// # Errors
+    /// Returns an error if height or width is odd.
+    pub fn for_images(shape: (usize, usize, usize)) -> Result<(Self, String)> {
+        let (channels, height, width) = shape;
+        let (small, large) = (height.min(width), height.max(width));
+        let halves = |levels: u32| {
+            let parts = 1 << levels;
+            height.is_multiple_of(parts) && width.is_multiple_of(parts)
+        };
+        let deep_enough = |levels: &u32| halves(*levels) && small >> levels >= BOTTLENECK;
+        let Some(levels) = (1..=5).filter(deep_enough).max().or_else(|| halves(1).then_some(1))
+        else {
+            let expected = "even numbers, because the network halves them";
+            return Err(format!(
+                "the images have {height} x {width} pixels; it must be {expected}"
+            )
+            .into());
+        };
+        // Small grey pictures, such as digits, need less than photographs.
+        let first = if channels == 1 && large <= 32 { 32 } else { 64 };
+        let hidden_dims = (0..=levels).map(|level| (first << level).min(256)).collect::<Vec<_>>();
+        let attention_levels: Vec<usize> =
+            (1..levels as usize).filter(|level| large >> level <= ATTENTION).collect();
+        let batch_size = match large {
+            ..=32 => 16,
+            33..=64 => 8,
+            _ => 4,
+        };
+        let mut schedule = NoiseSchedule::cosine(1000)?;
+        let mut shifted = String::new();
+        if large > 64 {
+            let shift = 2.0 * (REFERENCE / large as f64).ln();
+            schedule = schedule.shifted(shift)?;
+            shifted = format!(", its log-SNR shifted by {shift:.2} for {large} pixels");
+        }
+        let network = UNetConfig {
+            image_size: crate::model::ImageSize { height, width },
+            channels,
+            hidden_dims,
+            attention_levels,
+            ..UNetConfig::mnist()
+        };
+        let train = TrainConfig {
+            steps: 20_000,
+            batch_size,
+            optimizer: AdamConfig::adam(5e-4),
+            warmup_steps: 500,
+            cooldown: 0.5,
+            clip_norm: Some(1.0),
+            log_every: 10,
+            ..TrainConfig::mnist()
+        };
+        let bottleneck = format!("{} x {}", height >> levels, width >> levels);
+        let reason = format!(
+            "{levels} halvings to {bottleneck} pixels, {:?} channels, attention at {ATTENTION} pixels and less; velocity \
+             on the cosine schedule{shifted}; batches of {batch_size}",
+            network.hidden_dims,
+        );
+        let diffusion = Diffusion::new(schedule, Prediction::Velocity);
+        Ok((Self::new(network, diffusion, train), reason))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_even_size_has_a_valid_network() {
+        for (height, width) in
+            [(8, 8), (28, 28), (32, 32), (64, 64), (48, 80), (96, 2), (256, 256), (1024, 512)]
+        {
+            for channels in [1, 3, 4] {
+                let (recipe, reason) = Recipe::for_images((channels, height, width)).unwrap();
+                recipe.network.validate().unwrap();
+                recipe.train.validate().unwrap();
+                recipe.diffusion.validate().unwrap();
+                assert_eq!(recipe.network.image_shape(), (channels, height, width));
+                assert_eq!(reason.contains("shifted"), height.max(width) > 64, "{reason}");
+                let levels = recipe.network.levels();
+                assert!(height.min(width) >> levels >= BOTTLENECK || levels == 1, "{reason}");
+            }
+        }
+        let message = Recipe::for_images((3, 33, 64)).unwrap_err().to_string();
+        let expected = "the images have 33 x 64 pixels; it must be even numbers, because the network halves them";
+        assert_eq!(message, expected);
+    }
+}
