@@ -102,7 +102,7 @@ fn training(fixture: &Fixture) {
     let losses: Vec<Tensor> = (0..x0.dim(0).unwrap())
         .map(|i| {
             let [x0, t, eps] = [x0, t, eps].map(|all| all.get(i).unwrap());
-            here(&trainer.step_with(&there(&x0), &there(&t), &there(&eps)).unwrap().loss)
+            here(&trainer.step_with(there(&x0), &there(&t), &there(&eps)).unwrap().loss)
         })
         .collect();
     let losses = Tensor::stack(&losses, 0).unwrap();
