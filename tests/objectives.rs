@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use candle_core::{DType, Device, Tensor};
 use ddpm::nn::{Output, Parameters, Trainable, from_fn};
 use ddpm::process::Prediction;
-use ddpm::sample::Variance;
+use ddpm::sample::{BFunction, Churn, Spacing, Variance};
 use ddpm::train::{
     Loss, NoiseConfig, Noised, Objective, ObjectiveConfig, TimestepSampling, Weighting,
 };
@@ -291,6 +291,12 @@ fn every_solver_begins_without_signal() {
         Solver::ddim(),
         Solver::Ddim { eta: 1.0 },
         Solver::Heun,
+        Solver::Edm(Churn::default()),
+        Solver::DpmSolver { order: 2 },
+        Solver::DpmSolver { order: 3 },
+        Solver::DpmSolverSde,
+        Solver::UniPc { order: 1, b: BFunction::Bh2 },
+        Solver::UniPc { order: 3, b: BFunction::Bh1 },
     ];
     for prediction in [Prediction::Sample, Prediction::Velocity] {
         let diffusion = Diffusion::new(zero_terminal(), prediction);
@@ -310,6 +316,11 @@ fn every_solver_begins_without_signal() {
                 let found = sampler.sample(&denoiser, (2, 1, 2, 2), 0, &Device::Cpu).unwrap();
                 close(&format!("{solver}"), &values(&found), &[image; 8], 1e-5);
             }
+        }
+        // These spacings divide the range of the log-SNR, which is infinite.
+        for spacing in [Spacing::LogSnr, Spacing::Karras { rho: 7.0 }] {
+            let error = Sampler::with_spacing(&diffusion, Solver::ddim(), spacing, 10).unwrap_err();
+            assert!(error.to_string().starts_with("spacing is "), "{error}");
         }
     }
 }

@@ -49,7 +49,6 @@ fn stage(step: Step, levels: &[Level], i: usize) -> Stage {
 
 /// The factors of the predictions for the step from `levels[i]`, of at most this order.
 fn factors(step: Step, order: usize, levels: &[Level], i: usize) -> Vec<f64> {
-    let positions: Vec<f64> =
-        (1..order.min(i + 1)).map(|back| step.position(levels[i - back])).collect();
+    let positions = step.positions(levels, i, order.min(i + 1));
     step.factors(&positions, 0.5 * step.constant())
 }

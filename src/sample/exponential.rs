@@ -31,8 +31,15 @@ impl Step {
 
     /// The position of a level, as a multiple of `h`: 0 at the beginning of the step, 1 at its end, and negative for the
     /// levels of earlier steps.
-    pub fn position(&self, level: Level) -> f64 {
+    fn position(&self, level: Level) -> f64 {
         (level.lambda() - self.from.lambda()) / self.h
+    }
+
+    /// The positions of the levels before `levels[i]` for a step of this order from `levels[i]`. A first level without
+    /// signal is infinitely far away and has none, which lowers the order.
+    pub fn positions(&self, levels: &[Level], i: usize, order: usize) -> Vec<f64> {
+        let positions = (1..order).map(|back| self.position(levels[i - back]));
+        positions.filter(|position| position.is_finite()).collect()
     }
 
     /// The factor of `x_0` at the beginning of the step, if `x_0` is constant.

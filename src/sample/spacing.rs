@@ -79,6 +79,13 @@ impl Spacing {
                 return Err(Error::config("rho", rho, "from 1 to 100"));
             }
             _ if steps == 1 => vec![last as f64],
+            Self::Karras { .. } | Self::LogSnr
+                if schedule.log_snr(last as f64)? == f64::NEG_INFINITY =>
+            {
+                let expected = "even, trailing or another whose times do not depend on the noise, \
+                                because the schedule ends without signal";
+                return Err(Error::config("spacing", self, expected));
+            }
             Self::Even => {
                 let gap = last as f64 / gaps as f64;
                 each(&|i| (i as f64 * gap).round_ties_even() as usize)

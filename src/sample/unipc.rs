@@ -44,16 +44,18 @@ pub(super) fn stages(order: usize, b: BFunction, levels: &[Level], i: usize) -> 
     }
     let order = order.min(i + 1).min(levels.len() - 1 - i);
     let step = Step::new(levels[i], levels[i + 1]);
-    let positions: Vec<f64> = (1..order).map(|back| step.position(levels[i - back])).collect();
+    let positions = step.positions(levels, i, order);
+    // A step from a level without signal has no corrector: the prediction there says nothing about the step's end.
+    let is_corrected = |i: usize| levels[i].alpha_bar > 0.0;
     let predictor = Stage {
         // Later steps have the prediction of the corrector before them.
-        evaluate: (i == 0).then_some(levels[0]),
+        evaluate: (i == 0 || !is_corrected(i - 1)).then_some(levels[i]),
         x_0: step.factors(&positions, 0.5 * b.of(&step)),
         x: step.x,
         z: 0.0,
         learned: None,
     };
-    if levels[i + 1] == Level::IMAGE {
+    if levels[i + 1] == Level::IMAGE || !is_corrected(i) {
         return Ok(vec![predictor]);
     }
     let positions: Vec<f64> = positions.into_iter().chain([1.0]).collect();
