@@ -3,7 +3,6 @@
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Instant;
 
 use clap::Parser;
 use ddpm::cli::{self, Result, SamplingArgs, device, out, whole};
@@ -21,6 +20,13 @@ struct Cli {
     #[arg(long, value_name = "N", default_value = "64", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=1024))]
     count: usize,
+    /// Number of the first image, among those of a seed
+    #[arg(long, value_name = "K", default_value = "0", allow_negative_numbers = true,
+          value_parser = whole::<usize>(0..=1_000_000_000))]
+    from: usize,
+    /// Directory for one PNG file per image
+    #[arg(long, value_name = "DIR")]
+    images: Option<PathBuf>,
     /// Picture to write
     #[arg(long, value_name = "FILE.png", default_value = "samples.png")]
     out: PathBuf,
@@ -39,22 +45,20 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let shape = network.image_shape();
     pictures::check_channels(shape.0)?;
     let config = cli.sampling.config(&checkpoint)?;
-    let condition = cli.sampling.condition(&network, cli.count)?;
+    let condition = cli.sampling.condition(&network, cli.from, cli.count)?;
     let sampler = config.sampler(checkpoint.diffusion())?.condition(condition);
     cli::check_output("--out", &cli.out, "png")?;
     cli.gif.as_deref().map_or(Ok(()), |gif| cli::check_output("--gif", gif, "gif"))?;
-
     let device = device::pick(cli.sampling.cpu)?;
     let model = cli.sampling.model(&checkpoint, &device)?;
     cli.sampling.announce(&config, &checkpoint, &device);
-    let start = Instant::now();
-    let generator = Generator::new(&sampler, shape, cli.sampling.seed, &device);
+    let start = std::time::Instant::now();
+    let generator =
+        Generator::new(&sampler, shape, cli.sampling.seed, &device).first_image(cli.from);
     let mut frames = pictures::Frames::new(sampler.timesteps().len());
     let progress = Progress::started(generator.steps(cli.count) as u64);
     let drawn = generator.draw(&model, cli.count, |step| {
-        if cli.gif.is_some() {
-            frames.add(step.index, step.x)?;
-        }
+        cli.gif.as_ref().map_or(Ok(()), |_| frames.add(step.index, step.x))?;
         progress.advance(step.done as u64);
         Ok(ControlFlow::Continue(()))
     })?;
@@ -62,12 +66,15 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let images = drawn.ok_or(cli::Interrupted)?;
     files::write(&cli.out, &pictures::png(&pictures::grid_of(images.pixels(), shape)?)?)?;
     let mut written = cli.out.display().to_string();
+    if let Some(dir) = &cli.images {
+        pictures::save_each(dir, cli.from, images.pixels(), shape)?;
+        written += &format!(", {}", dir.display());
+    }
     if let Some(gif) = &cli.gif {
         files::write(gif, &frames.gif(shape)?)?;
         written += &format!(", {}", gif.display());
     }
-    let seconds = start.elapsed().as_secs_f64();
-    let images = if cli.count == 1 { "image" } else { "images" };
-    out(format_args!("{} {images} in {seconds:.1} s: {written}", cli.count));
+    let (n, images) = (cli.count, if cli.count == 1 { "image" } else { "images" });
+    out(format_args!("{n} {images} in {:.1} s: {written}", start.elapsed().as_secs_f64()));
     Ok(ExitCode::SUCCESS)
 }

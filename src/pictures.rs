@@ -123,6 +123,50 @@ pub fn grid_of(pixels: &[u8], shape: (usize, usize, usize)) -> Result<DynamicIma
     picture.ok_or_else(|| too_large(total_h, total_w))
 }
 
+/// Writes each image of `shape` (channels, height, width) as a PNG file in its own size: `000042.png` for number 42. The
+/// first image has number `first`. The directory is created if it does not exist. `pixels` are the [`bytes`].
+///
+/// # Errors
+/// Returns an error if there are neither 1 nor 3 channels, if the length of `pixels` is not a multiple of channels x
+/// height x width, or if a file cannot be written.
+pub fn save_each(
+    dir: impl AsRef<Path>,
+    first: usize,
+    pixels: &[u8],
+    shape: (usize, usize, usize),
+) -> Result<()> {
+    let dir = dir.as_ref();
+    fs::create_dir_all(dir).map_err(Error::io(dir))?;
+    let size = shape.0.saturating_mul(shape.1).saturating_mul(shape.2).max(1);
+    for (number, pixels) in (first..).zip(pixels.chunks(size)) {
+        files::write(dir.join(format!("{number:06}.png")), &png(&image_of(pixels, shape)?)?)?;
+    }
+    Ok(())
+}
+
+/// Draws one image of `shape` (channels, height, width) from its [`bytes`], in its own size.
+///
+/// # Errors
+/// Returns an error if there are neither 1 nor 3 channels, or if the length of `pixels` is not channels x height x
+/// width.
+fn image_of(pixels: &[u8], shape: (usize, usize, usize)) -> Result<DynamicImage> {
+    let (channels, height, width) = shape;
+    check_channels(channels)?;
+    let area =
+        height.checked_mul(width).filter(|area| area.checked_mul(channels) == Some(pixels.len()));
+    let Some(area) = area.filter(|&area| area > 0) else {
+        let expected = format!("the values of an image of shape {shape:?}");
+        return Err(Error::config("pixels.len()", pixels.len(), expected));
+    };
+    let mixed = (0..pixels.len()).map(|i| pixels[i % channels * area + i / channels]).collect();
+    let (h, w) = (height as u32, width as u32);
+    let picture = match channels {
+        1 => GrayImage::from_raw(w, h, mixed).map(DynamicImage::from),
+        _ => RgbImage::from_raw(w, h, mixed).map(DynamicImage::from),
+    };
+    picture.ok_or_else(|| too_large(height, width))
+}
+
 /// Returns an error if images with this number of channels cannot be drawn. A program calls this before long work.
 ///
 /// # Errors

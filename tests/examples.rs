@@ -204,7 +204,10 @@ fn a_conditional_run_draws_the_class_that_is_asked_for() -> Result<()> {
 
     let sample = |checkpoint: &Path, name: &str, args: &[&str]| {
         let mut command = example("sample");
-        command.args(["--count", "3", "--sampling-steps", "2"]).args(args);
+        command.args(["--sampling-steps", "2"]).args(args);
+        if !args.contains(&"--from") {
+            command.args(["--count", "3"]);
+        }
         command.arg("--checkpoint").arg(checkpoint).arg("--out").arg(temp.path().join(name));
         command
     };
@@ -225,6 +228,18 @@ fn a_conditional_run_draws_the_class_that_is_asked_for() -> Result<()> {
     assert!(pictures[0] == pictures[1]);
     let differ = pictures[1..].iter().map(|picture| picture.as_slice()).collect::<BTreeSet<_>>();
     assert_eq!(differ.len(), 4);
+
+    // Images 1 and 2 alone are those of the three.
+    let dirs = [temp.path().join("three"), temp.path().join("two")];
+    for (dir, from, count) in [(&dirs[0], "0", "3"), (&dirs[1], "1", "2")] {
+        let mut command = sample(&checkpoint, "grid.png", &["--from", from]);
+        succeed(command.arg("--images").arg(dir).args(["--count", count]))?;
+    }
+    assert!(dirs[0].join("000000.png").is_file() && !dirs[1].join("000000.png").exists());
+    for file in ["000001.png", "000002.png"] {
+        assert!(fs::read(dirs[0].join(file))? == fs::read(dirs[1].join(file))?, "{file}");
+        assert_eq!(image::open(dirs[0].join(file))?.to_luma8().dimensions(), (28, 28));
+    }
 
     mnist(&plain, &[&SMALL[..], &["--steps", "1"]].concat())?;
     let no_classes = |option| format!("{option} needs a network with classes; this one has none");

@@ -51,7 +51,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let checkpoint = cli.sampling.open()?;
     report::check_digits(&checkpoint)?;
     let config = cli.sampling.config(&checkpoint)?;
-    let condition = cli.sampling.condition(&checkpoint.architecture()?, cli.count)?;
+    let condition = cli.sampling.condition(&checkpoint.architecture()?, 0, cli.count)?;
     let sampler = config.sampler(checkpoint.diffusion())?.condition(condition.clone());
     let (train, test) = report::data_sets(&cli.data)?;
     Classifier::check(&cli.classifier, cli.classifier_steps)?;

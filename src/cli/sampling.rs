@@ -138,12 +138,12 @@ impl SamplingArgs {
         Ok(SamplerConfig { solver, steps, clip_denoised, spacing, dynamic_threshold, guidance })
     }
 
-    /// The condition of `count` images of this network: the given classes, or all classes, one after the other. A network
-    /// without classes has no condition.
+    /// The condition of `count` images of this network, beginning with image `first`: the given classes, or all classes,
+    /// one after the other. A network without classes has no condition.
     ///
     /// # Errors
     /// Returns an error if the network does not have a class, or if an option needs classes and the network has none.
-    pub fn condition(&self, network: &UNetConfig, count: usize) -> Result<Condition> {
+    pub fn condition(&self, network: &UNetConfig, first: usize, count: usize) -> Result<Condition> {
         let Some(classes) = network.classes else {
             let given =
                 [("--class", !self.class.is_empty()), ("--guidance", self.guidance.is_some())];
@@ -158,10 +158,10 @@ impl SamplingArgs {
             let most = classes - 1;
             return Err(format!("--class is {class}; the network's are 0 to {most}").into());
         }
-        Ok(match self.class.is_empty() {
-            true => Condition::each_class(classes as u32, count)?,
-            false => Condition::classes(self.class.iter().copied().cycle().take(count).collect())?,
-        })
+        let all = (0..classes as u32).collect();
+        let classes = if self.class.is_empty() { &all } else { &self.class };
+        let of_image = |k: usize| classes[k % classes.len()];
+        Ok(Condition::classes((first..first + count).map(of_image).collect())?)
     }
 
     /// Prints the checkpoint, the sampler settings, compared with those of the run, and the device.

@@ -1,3 +1,4 @@
+use std::iter;
 use std::ops::ControlFlow;
 
 use candle_core::{DType, Device, Tensor};
@@ -41,6 +42,7 @@ pub struct Generator {
     sampler: Sampler,
     image_shape: (usize, usize, usize),
     seed: u64,
+    first: usize,
     device: Device,
 }
 
@@ -63,7 +65,14 @@ impl Generator {
         seed: u64,
         device: &Device,
     ) -> Self {
-        Self { sampler: sampler.clone(), image_shape, seed, device: device.clone() }
+        Self { sampler: sampler.clone(), image_shape, seed, first: 0, device: device.clone() }
+    }
+
+    /// Sets the position of the first image to draw, so that any images of a seed can be drawn alone. The default is 0.
+    /// The sampler's condition is that of the images to draw.
+    #[must_use]
+    pub fn first_image(self, first: usize) -> Self {
+        Self { first, ..self }
     }
 
     /// The number of images that are drawn at a time, a divisor of [`SEEDED`]. A GPU needs many to be fully used.
@@ -73,7 +82,18 @@ impl Generator {
 
     /// The number of sampling steps in which `count` images are drawn.
     pub fn steps(&self, count: usize) -> usize {
-        count.div_ceil(self.part()) * self.sampler.timesteps().len()
+        self.parts(count).count() * self.sampler.timesteps().len()
+    }
+
+    /// The first image and the number of images of each part. The images of a part share a seed.
+    fn parts(&self, count: usize) -> impl Iterator<Item = (usize, usize)> {
+        let (part, mut next, end) = (self.part(), self.first, self.first.saturating_add(count));
+        iter::from_fn(move || {
+            let len = (part - next % part).min(end - next);
+            let first = next;
+            next += len;
+            (len > 0).then_some((first, len))
+        })
     }
 
     /// Draws images, and calls `seen` after each sampling step. Returns `None` if `seen` returns `Break`.
@@ -91,14 +111,15 @@ impl Generator {
             let expected = "small enough for the pixels of all images to be in memory";
             return Err(Error::config("count", count, expected));
         };
-        let (mut seeds, mut seed, mut done) = (SplitMix64(self.seed), self.seed, 0);
-        for start in (0..count).step_by(self.part()) {
-            let first = start % SEEDED;
-            if start > 0 && first == 0 {
-                seed = seeds.next();
-            }
-            let shape = (self.part().min(count - start), channels, height, width);
-            let sampler = self.sampler.part(start, shape.0)?.first_image(first as u32);
+        let mut done = 0;
+        for (first, len) in self.parts(count) {
+            let shape = (len, channels, height, width);
+            let seed = match first / SEEDED {
+                0 => self.seed,
+                hundred => SplitMix64(self.seed).nth(hundred as u64 - 1),
+            };
+            let sampler = self.sampler.part(first - self.first, len)?;
+            let sampler = sampler.first_image((first % SEEDED) as u32);
             let mut samples = None;
             for step in sampler.steps(denoiser, shape, seed, &self.device)? {
                 let step = step?;
@@ -135,9 +156,10 @@ pub fn bytes(samples: &Tensor) -> Result<Vec<u8>> {
 struct SplitMix64(u64);
 
 impl SplitMix64 {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    /// The number after `n` others.
+    fn nth(self, n: u64) -> u64 {
+        let state = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(n.wrapping_add(1)));
+        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
     }
