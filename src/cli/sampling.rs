@@ -138,8 +138,8 @@ impl SamplingArgs {
         Ok(SamplerConfig { solver, steps, clip_denoised, spacing, dynamic_threshold, guidance })
     }
 
-    /// The condition of `count` images of this network: the given classes, or all classes, one after the other. A network
-    /// without classes has no condition.
+    /// The condition of `count` images of this network: the given classes, or all classes, one after the other. A
+    /// network without classes has no condition.
     ///
     /// # Errors
     /// Returns an error if the network does not have a class, or if an option needs classes and the network has none.
