@@ -1,11 +1,12 @@
-//! Times training steps with a folder of JPEG files: decoded during the steps, read from a cache on disk, and in memory.
+//! Times training steps with a folder of JPEG files: decoded during the steps, read from a cache on disk, and in
+//! memory.
 //!
 //! ```text
 //! cargo bench --bench loading -- --images 5000 --size 64 [--side N] [--batch N] [--steps N] [--channels N]
 //! ```
 //!
-//! The files are made in a temporary directory. Each line is the time of a step, the share of it in which training waited
-//! for the next batch, and the time in which the folder was opened.
+//! The files are made in a temporary directory. Each line is the time of a step, the share of it in which training
+//! waited for the next batch, and the time in which the folder was opened.
 
 use std::path::Path;
 use std::time::Instant;

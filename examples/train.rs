@@ -25,7 +25,7 @@ struct Cli {
     /// Width of the images, instead of --image-size
     #[arg(long, value_name = "N", value_parser = whole::<u32>(2..=4096))]
     width: Option<u32>,
-    /// Train on grey images, also if the pictures are coloured
+    /// Train on grey images, even if the pictures are coloured
     #[arg(long)]
     grey: bool,
     /// Draw a random part of each picture in each epoch, instead of its centre

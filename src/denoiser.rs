@@ -111,9 +111,9 @@ pub trait Denoiser {
 pub struct Output {
     /// The prediction, of the shape of `x_t`.
     pub prediction: Tensor,
-    /// The variance of the reverse process, of the shape of `x_t`, if the network learns it: a position between the
-    /// logarithms of two variances, from -1 for `Variance::Posterior` to 1 for `Variance::Beta`. It may lie outside. It
-    /// is `2 v - 1` for the `v` of Nichol and Dhariwal 2021, equation 15, as in their code.
+    /// The variance of the reverse process, of the shape of `x_t`, if the network learns the variance. It is a position
+    /// between the logarithms of two variances, from -1 for `Variance::Posterior` to 1 for `Variance::Beta`. It may lie
+    /// outside. It is `2 v - 1` for the `v` of Nichol and Dhariwal 2021, equation 15, as in their code.
     pub variance: Option<Tensor>,
 }
 

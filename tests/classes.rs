@@ -138,8 +138,8 @@ fn a_hidden_class_is_not_learned_and_no_class_is() -> Result<()> {
     Ok(())
 }
 
-/// Predicts an image as even as its class: -0.4, 0.1, 0.6, and 0.2 without a class. An even image has no contrast, so one
-/// pixel is 0.
+/// Predicts an image as even as its class: -0.4, 0.1, 0.6, and 0.2 without a class. An even image has no contrast, so
+/// one pixel is 0.
 struct Even;
 
 impl Denoiser for Even {

@@ -248,8 +248,8 @@ fn muon_agrees_with_pytorch() {
     assert_eq!(cases.len(), 3);
     for name in cases {
         let case: MuonCase = serde_json::from_str(&metadata[&name]).unwrap();
-        // In f32 the iterations round small singular values by up to 2e-3 of a matrix of norm 1. A step multiplies it by
-        // lr 0.2 sqrt(27) = 0.02, so four steps differ by less than 1e-4.
+        // In f32 the iterations round small singular values by up to 2e-3 of a matrix of norm 1. A step multiplies it
+        // by lr 0.2 sqrt(27) = 0.02, so four steps differ by less than 1e-4.
         for (dtype, limit) in [(DType::F64, 1e-12), (DType::F32, 1e-4)] {
             let get = |key: String| tensors[&key].to_dtype(dtype).unwrap();
             let vars: BTreeMap<String, Var> = (0..5)

@@ -151,8 +151,9 @@ fn max_abs(x: &Tensor) -> f64 {
     x.abs().unwrap().max_all().unwrap().to_scalar().unwrap()
 }
 
-/// Every step of every case agrees to rounding. Between two timesteps the network receives the time in f32. This changes
-/// its sigma by up to 1e-4, in the last interval of the cosine schedule, and the samples by up to 2e-6. The first step of Heun's method multiplies rounding by half of the ratio of its sigmas.
+/// Every step of every case agrees to rounding. Between two timesteps the network receives the time in f32. This
+/// changes its sigma by up to 1e-4, in the last interval of the cosine schedule, and the samples by up to 2e-6. The
+/// first step of Heun's method multiplies rounding by half of the ratio of its sigmas.
 #[test]
 fn trajectories_agree_with_diffusers_and_the_papers() {
     for fixture in Fixture::all() {

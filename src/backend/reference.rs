@@ -148,8 +148,8 @@ impl Updater for Reference {
     }
 }
 
-/// The update of Muon for a matrix, or for a kernel as the matrix (output, rest). Jordan et al. 2024. As in PyTorch, the
-/// momentum is a mean: its scale does not change the orthogonalised matrix.
+/// The update of Muon for a matrix, or for a kernel as the matrix (output, rest). Jordan et al. 2024. As in PyTorch,
+/// the momentum is a mean: its scale does not change the orthogonalised matrix.
 fn muon(weight: &Var, momentum: &mut Tensor, gradient: &Tensor, factors: &Factors) -> Result<()> {
     let Some(MuonRule { momentum: decay, nesterov, decoupled }) = factors.muon else {
         return Err(Error::config(

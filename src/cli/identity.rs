@@ -17,7 +17,7 @@ pub struct Identity {
     /// The name of the data set.
     pub name: String,
     images: usize,
-    /// The checksum of all pixels, or of the names and sizes of the files of a folder.
+    /// The CRC-32 of all pixels, or the fingerprint of a folder.
     crc32: String,
     /// The instruction to select the set.
     options: String,

@@ -4,11 +4,11 @@ use crate::model::UNetConfig;
 use crate::process::{Diffusion, NoiseSchedule, Prediction};
 use crate::train::{AdamConfig, TrainConfig};
 
-/// The smallest side of the feature maps in the bottleneck, if the size of the images allows it. Attention relates all
-/// of its pixels, and they must still show where things are.
+/// The smallest side of the feature maps in the bottleneck, if the size of the images allows it. Fewer pixels would
+/// lose the positions of the parts of an image, which attention relates.
 const BOTTLENECK: usize = 7;
 
-/// The largest side of feature maps with attention, whose cost grows with the fourth power.
+/// The largest side of feature maps with attention. The cost of attention grows with the fourth power of the side.
 const ATTENTION: usize = 16;
 
 /// The size in pixels for which the cosine schedule was designed. Hoogeboom et al. 2023, section 3.
@@ -17,9 +17,10 @@ const REFERENCE: f64 = 64.0;
 impl Recipe {
     /// Chooses a network and a recipe for images of `shape` (channels, height, width), and explains the choice.
     ///
-    /// The network halves the images until a side would be less than 7 pixels, at most five times. It has attention at up
-    /// to 16 pixels. The process predicts velocity on the cosine schedule. For images of more than 64 pixels, the schedule
-    /// is shifted to less signal, because neighbouring pixels reveal more of each other (Hoogeboom et al. 2023).
+    /// The network halves the images until a side would be less than 7 pixels, at most five times. It has attention on
+    /// feature maps with sides of up to 16 pixels. The process predicts velocity on the cosine schedule. For images of
+    /// more than 64 pixels, the schedule is shifted to less signal, because neighbouring pixels reveal more of each
+    /// other (Hoogeboom et al. 2023).
     ///
     /// # Errors
     /// Returns an error if height or width is odd.

@@ -21,8 +21,8 @@ const LABELS: u32 = 0x0801;
 ///
 /// # Errors
 ///
-/// Returns the errors of [`read_idx_images`] and [`read_idx_labels`]. Also returns [`Error::Data`] if the file of images
-/// does not exist, or if the numbers of labels and images differ, and [`Error::Io`] if `dir` does not exist.
+/// Returns the errors of [`read_idx_images`] and [`read_idx_labels`]. Also returns [`Error::Data`] if the file of
+/// images does not exist, or if the numbers of labels and images differ, and [`Error::Io`] if `dir` does not exist.
 pub fn mnist(dir: impl AsRef<Path>, split: Split) -> Result<Images> {
     let dir = dir.as_ref();
     dir.metadata().map_err(Error::io(dir))?;
@@ -45,8 +45,8 @@ pub fn mnist(dir: impl AsRef<Path>, split: Split) -> Result<Images> {
     images.with_labels(labels)
 }
 
-/// The path of the file with this name, or of the gzipped file. A dangling link counts as a file, because it is an error
-/// instead of a missing file.
+/// The path of the file with this name, or of the gzipped file. A dangling link counts as a file, because it is an
+/// error instead of a missing file.
 fn find(dir: &Path, name: &str) -> Option<PathBuf> {
     let names = [name, &format!("{name}.gz")];
     names.map(|name| dir.join(name)).into_iter().find(|path| path.symlink_metadata().is_ok())

@@ -19,7 +19,7 @@ pub struct Batch {
     /// The images (batch, channels, height, width), in f32 and in [-1, 1].
     pub images: Tensor,
     /// The class of each image, in u32 (batch), if the images have classes. [`Trainer::next_batch`] returns them on the
-    /// CPU. To read classes from a GPU, an update waits for it.
+    /// CPU. If the classes are on a GPU, an update waits for the device to read them.
     ///
     /// [`Trainer::next_batch`]: crate::Trainer::next_batch
     pub classes: Option<Tensor>,

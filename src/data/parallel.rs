@@ -7,8 +7,8 @@ use crate::error::Result;
 /// Calls `f` with each item on up to `threads` threads, one of which is the caller's. Returns the results in the order
 /// of the items. Returns `None` if `stop` is set before the last item is taken.
 ///
-/// The threads do not belong to rayon's pool, because `f` may wait for a disk, and because a thread of the pool that
-/// waits within an operation of a network would take an item and delay this operation.
+/// The threads do not belong to rayon's pool, because `f` may wait for a disk. Also, a pool thread that waits within an
+/// operation of a network would take an item, and delay this operation.
 ///
 /// # Errors
 /// Returns the error of the first item, in their order, that has one. Further items are not taken after an error.

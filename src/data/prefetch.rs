@@ -55,8 +55,8 @@ pub(crate) fn prefetch<R>(
     })
 }
 
-/// Waits for a batch. A thread of a rayon pool does other jobs of the pool meanwhile: the data set may have submitted some
-/// on which the batch depends.
+/// Waits for a batch. A thread of a rayon pool does other jobs of the pool meanwhile: the data set may have submitted
+/// some on which the batch depends.
 fn receive<T>(receiver: &Receiver<T>) -> std::result::Result<T, RecvError> {
     if rayon::current_thread_index().is_none() {
         return receiver.recv();

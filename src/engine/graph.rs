@@ -70,8 +70,8 @@ pub trait Graph: Send + Sync {
     /// Returns the errors of the engine.
     fn run<'n, E: Engine<'n>>(&'n self, engine: &E, x_t: &E::Map) -> Result<E::Map>;
 
-    /// Returns whether the output has twice as many channels as the images: first those of the prediction, then those of
-    /// the [variance](crate::nn::Output::variance). The default is `false`.
+    /// Returns whether the output has twice as many channels as the images: first those of the prediction, then those
+    /// of the [variance](crate::nn::Output::variance). The default is `false`.
     fn learns_variance(&self) -> bool {
         false
     }

@@ -103,9 +103,9 @@ impl<G: Graph> Model<G> {
     /// Returns the class of each image of the batch, on the device of `t`, if the network has classes.
     ///
     /// # Errors
-    /// Returns an error if the condition does not have one class per image. Returns an error if the network does not have
-    /// a class, and the classes are on the CPU. Elsewhere such a class gives NaN, because reading it would wait for the
-    /// device.
+    /// Returns an error if the condition does not have one class per image. Returns an error if the network does not
+    /// have a class, and the classes are on the CPU. Elsewhere such a class gives NaN, because reading it would wait
+    /// for the device.
     fn classes_of(&self, condition: &Condition, t: &Tensor) -> Result<Option<Tensor>> {
         let Some(count) = self.weights.classes else { return Ok(None) };
         let batch = t.dim(0)?;
@@ -148,7 +148,7 @@ impl<G: Graph> Model<G> {
 /// Divides the images that a network outputs for `x_t` into prediction and variance, if it learns the variance.
 ///
 /// # Errors
-/// Returns an error if it does, and there are not two channels for each of `x_t`.
+/// Returns an error if the network learns the variance, but does not output two channels for each channel of `x_t`.
 fn output(graph: &impl Graph, x_t: &Tensor, y: Tensor) -> Result<Output> {
     if !graph.learns_variance() {
         return Ok(Output::new(y));

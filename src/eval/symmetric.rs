@@ -29,8 +29,8 @@ pub(super) fn square_root(a: &[f64], n: usize) -> Vec<f64> {
     root
 }
 
-/// The eigenvalues and, row by row, the eigenvectors of a symmetric matrix. Jacobi's method rotates each pair of axes in
-/// which the matrix is not diagonal, until none is left.
+/// The eigenvalues and, row by row, the eigenvectors of a symmetric matrix. Jacobi's method rotates each pair of axes
+/// in which the matrix is not diagonal, until none is left.
 pub(super) fn eigen(mut a: Vec<f64>, n: usize) -> (Vec<f64>, Vec<f64>) {
     let mut vectors = vec![0.0; n * n];
     vectors.iter_mut().step_by(n + 1).for_each(|v| *v = 1.0);

@@ -133,8 +133,8 @@ pub(crate) fn directory(variable: impl Fn(&str) -> Option<OsString>) -> Option<P
     Some(caches?.join("ddpm").join("cuda"))
 }
 
-/// Returns the path of a temporary file that only this process writes. The number of a process is not enough: containers
-/// that share a directory have the same ones.
+/// Returns the path of a temporary file that only this process writes. The number of a process is not enough:
+/// containers that share a directory have the same ones.
 fn unfinished(directory: &Path) -> PathBuf {
     let random = RandomState::new().build_hasher().finish();
     directory.join(format!("{}-{random:016x}.{UNFINISHED}", std::process::id()))

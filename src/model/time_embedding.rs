@@ -51,8 +51,8 @@ impl TimeEmbedding {
     /// timesteps are embedded by the same formula.
     ///
     /// # Errors
-    /// Returns an error if `t` is not one-dimensional or of another dtype. On the CPU, returns an error if a timestep is
-    /// negative or not finite.
+    /// Returns an error if `t` is not one-dimensional or of another dtype. On the CPU, returns an error if a timestep
+    /// is negative or not finite.
     pub fn forward(&self, t: &Tensor) -> Result<Tensor> {
         let &[batch] = t.dims() else {
             return Err(Error::shape("t", t.dims(), "(batch)"));

@@ -32,8 +32,8 @@ pub struct UNetConfig {
     pub hidden_dims: Vec<usize>,
     /// Length of the time embedding: even, at least 4.
     pub time_dim: usize,
-    /// The levels with attention, each at most once. Level `i`, from 0 to `hidden_dims.len() - 2`, works at
-    /// `image_size / 2^i` pixels in each direction; the entries are not sizes in pixels. The bottleneck always has attention.
+    /// The levels with attention, each at most once. Level `i`, from 0 to `hidden_dims.len() - 2`, works at `image_size
+    /// / 2^i` pixels in each direction; the entries are not sizes in pixels. The bottleneck always has attention.
     // Checkpoints store this field under the name of an earlier version.
     #[serde(rename = "attention_resolutions", alias = "attention_levels")]
     pub attention_levels: Vec<usize>,
@@ -46,7 +46,8 @@ pub struct UNetConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub classes: Option<usize>,
     /// Whether the network also outputs the variance of the reverse process, in as many further channels as the images
-    /// have. Such a network needs [`ObjectiveConfig::variational_bound`](crate::train::ObjectiveConfig::variational_bound).
+    /// have. Such a network needs
+    /// [`ObjectiveConfig::variational_bound`](crate::train::ObjectiveConfig::variational_bound).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub learned_variance: bool,
 }

@@ -1,7 +1,7 @@
 //! Observers of training: checkpoints, metrics, pictures, progress, signals.
 //!
-//! [`Trainer::fit`](crate::Trainer::fit) takes one [`Observer`](crate::train::Observer). A tuple of observers is one, so a
-//! program chooses what it needs:
+//! [`Trainer::fit`](crate::Trainer::fit) takes one [`Observer`](crate::train::Observer). A tuple of observers is one,
+//! so a program chooses what it needs:
 //!
 //! ```no_run
 //! use ddpm::observe::{LossCurve, MetricsFile, Progress, SampleGrid, SaveEvery, StopOnSignal};
@@ -32,9 +32,9 @@
 //! | `Progress` | `progress` | shows the progress in one line of the terminal |
 //! | `StopOnSignal` | `signals` | stops the run at Ctrl-C or if the terminal is closed |
 //!
-//! Observers reach each other only through [`Run`](crate::train::Run): `Progress` shows the warnings of the others, and after
-//! a signal `SampleGrid` ends a grid that is being drawn. The feature `cli` combines all of them to a command-line
-//! program.
+//! Observers reach each other only through [`Run`](crate::train::Run): `Progress` shows the warnings of the others, and
+//! after a signal `SampleGrid` ends a grid that is being drawn. The feature `cli` combines all of them to a
+//! command-line program.
 
 #[cfg(feature = "plot")]
 mod loss_curve;

@@ -138,8 +138,8 @@ impl Diffusion {
     }
 }
 
-/// Checks the timesteps of a batch: integers less than `steps`, or with `None` also times between two timesteps, of dtype
-/// f32 or f64.
+/// Checks the timesteps of a batch: integers less than `steps`, or with `None` also times between two timesteps, of
+/// dtype f32 or f64.
 ///
 /// # Errors
 /// Returns an error if `t` does not hold one number per image, or if one is negative, not finite or not less than

@@ -6,9 +6,9 @@ use crate::error::Result;
 /// The logarithms of the two variances between which a network interpolates.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct LogVariances {
-    /// That of the posterior; Ho et al. 2020, equation 7.
+    /// The logarithm of the variance of the posterior; Ho et al. 2020, equation 7.
     pub least: f64,
-    /// That of `beta`.
+    /// The logarithm of `beta`.
     pub most: f64,
 }
 
@@ -20,8 +20,8 @@ impl LogVariances {
         Self { least: libm::log(posterior), most }
     }
 
-    /// The variances of a timestep in training. The posterior of timestep 0 has no variance, so that of timestep 1 takes
-    /// its place, as in Nichol and Dhariwal's code. A schedule of one timestep has only its beta.
+    /// The variances of a timestep in training. The posterior of timestep 0 has no variance, so that of timestep 1
+    /// takes its place, as in Nichol and Dhariwal's code. A schedule of one timestep has only its beta.
     ///
     /// # Errors
     /// Returns an error if `t` is not less than the number of timesteps.

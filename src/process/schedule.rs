@@ -108,18 +108,17 @@ impl NoiseSchedule {
         Spec::Quadratic { steps, beta_start, beta_end }.try_into()
     }
 
-    /// The sigmoid schedule: `alpha_bar_t = f(t + 1) / f(0)` with
-    /// `f(t) = s(end / tau) - s((start + t / steps (end - start)) / tau)`, `s` the logistic function, and betas of at
-    /// most 0.999. Jabri et al. 2022 ([Scalable Adaptive Computation for Iterative
-    /// Generation](https://arxiv.org/abs/2212.11972), algorithm 4).
+    /// The sigmoid schedule: `alpha_bar_t = f(t + 1) / f(0)` with `f(t) = s(end / tau) - s((start + t / steps (end -
+    /// start)) / tau)`. Here `s` is the logistic function, and betas are at most 0.999. Jabri et al. 2022 ([Scalable
+    /// Adaptive Computation for Iterative Generation](https://arxiv.org/abs/2212.11972), algorithm 4).
     ///
     /// The authors use a `start` of -3, an `end` of 3, and a `tau` of 1 or less. They limit `alpha_bar` instead of the
     /// betas, to at least 1e-9. Schedules named `sigmoid` elsewhere may be other formulae: in diffusers, the betas
     /// follow the logistic function.
     ///
     /// # Errors
-    /// Returns an error if `steps` is not in `1..=MAX_STEPS`, if `start` and `end` are not finite and increasing, if
-    /// `tau` is not positive and finite, or if `alpha_bar` falls below 1e-30 or is constant.
+    /// Returns an error if `steps` is not in `1..=MAX_STEPS`, if `start` and `end` are not finite and increasing, or if
+    /// `tau` is not positive and finite. Also returns an error if `alpha_bar` falls below 1e-30 or is constant.
     pub fn sigmoid(steps: usize, start: f64, end: f64, tau: f64) -> Result<Self> {
         Spec::Sigmoid { steps, start, end, tau }.try_into()
     }
@@ -134,8 +133,8 @@ impl NoiseSchedule {
         Spec::Custom { betas: Betas(betas.into()) }.try_into()
     }
 
-    /// This schedule with `log_snr_shift` added to its [log-SNR](Self::log_snr) at every timestep. A negative shift means
-    /// more noise.
+    /// This schedule with `log_snr_shift` added to its [log-SNR](Self::log_snr) at every timestep. A negative shift
+    /// means more noise.
     ///
     /// Neighbouring pixels of large images are similar, so that averaging them removes noise. Hoogeboom et al. 2023
     /// ([simple diffusion](https://arxiv.org/abs/2301.11093), section 3.1) therefore shift the cosine schedule by

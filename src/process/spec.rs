@@ -189,8 +189,8 @@ fn check_least(steps: usize, least: f64) -> Result<()> {
 }
 
 /// # Errors
-/// Returns an error if `alpha_bar` does not fall at some timestep. A beta too small for f64, for example, would leave it
-/// at 1, that is, without noise.
+/// Returns an error if `alpha_bar` does not fall at some timestep. A beta too small for f64, for example, would leave
+/// it at 1, that is, without noise.
 fn check_falls(betas: &[f64], alpha_bars: &[f64]) -> Result<()> {
     let falls = |t: usize| alpha_bars[t] < if t == 0 { 1.0 } else { alpha_bars[t - 1] };
     let Some(t) = (0..betas.len()).find(|&t| !falls(t)) else { return Ok(()) };

@@ -7,8 +7,8 @@ use crate::process::learned::LogVariances;
 
 /// The variance of an ancestral step.
 ///
-/// The two fixed variances (Ho et al. 2020, section 3.2) give different results at any number of steps; neither is a more
-/// exact form of the other.
+/// The two fixed variances (Ho et al. 2020, section 3.2) give different results at any number of steps; neither is a
+/// more exact form of the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -18,8 +18,8 @@ pub enum Variance {
     /// `beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)`, exact if the data is a single point. Also called
     /// "fixed small".
     Posterior,
-    /// Between the two others, where the network outputs it for each value; Nichol and Dhariwal 2021, equation 15. The
-    /// network must have been trained with
+    /// A variance between the two others, which the network outputs for each value. Nichol and Dhariwal 2021,
+    /// equation 15. The network must have been trained with
     /// [`ObjectiveConfig::variational_bound`](crate::train::ObjectiveConfig::variational_bound).
     Learned,
 }

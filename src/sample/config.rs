@@ -40,7 +40,8 @@ pub struct SamplerConfig {
     pub dynamic_threshold: Option<DynamicThreshold>,
 }
 
-/// Files without the field have the default, and settings with the default have the file of earlier versions.
+/// A file without the field has the default. Settings with the default are written without the field, as by earlier
+/// versions.
 fn is_even(spacing: &Spacing) -> bool {
     *spacing == Spacing::Even
 }

@@ -32,8 +32,8 @@ pub(super) fn stages(order: usize, levels: &[Level], i: usize) -> Result<Vec<Sta
 /// The second-order solver of the reverse SDE, from the paper's section on diffusion SDEs. It is the algorithm
 /// `sde-dpmsolver++` of diffusers in the midpoint form.
 ///
-/// For the same `x_0` along the path, the SDE replaces `e^(d - h)` by `2 e^(2 (d - h))`, and the sample decays by `e^-h`
-/// more. The noise restores its variance.
+/// For the same `x_0` along the path, the SDE replaces `e^(d - h)` by `2 e^(2 (d - h))`, and the sample decays by
+/// `e^-h` more. The noise restores its variance.
 pub(super) fn sde_stages(levels: &[Level], i: usize) -> Vec<Stage> {
     let order = if i + 2 == levels.len() { 1 } else { 2 };
     let mut step = Step::new(levels[i], levels[i + 1]);

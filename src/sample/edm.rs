@@ -49,7 +49,7 @@ impl Churn {
         }
     }
 
-    /// The level to which a step returns before it goes on from `from`. It is at most the last timestep, because the
+    /// The level to which a step from `from` raises the noise first. Its time is at most the last timestep, because the
     /// network knows no greater noise. The paper has no such limit.
     fn raised(self, schedule: &NoiseSchedule, from: Level, steps: usize) -> Result<Level> {
         let gamma = (self.amount / steps as f64).min(std::f64::consts::SQRT_2 - 1.0);

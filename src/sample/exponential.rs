@@ -1,4 +1,4 @@
-//! Steps of exponential integrators. Lu et al. 2022 (DPM-Solver++), equation 8, and Zhao et al. 2023 (UniPC), section 3.
+//! Steps of exponential integrators. Lu et al. 2022 (DPM-Solver++), equation 8; Zhao et al. 2023 (UniPC), section 3.
 //!
 //! With `h = lambda' - lambda`, the probability-flow ODE has the exact solution
 //!
@@ -29,8 +29,8 @@ impl Step {
         Self { x: to.noise() / from.noise(), z: -h, scale: to.signal(), from, h }
     }
 
-    /// The position of a level, as a multiple of `h`: 0 at the beginning of the step, 1 at its end, and negative for the
-    /// levels of earlier steps.
+    /// The position of a level, as a multiple of `h`: 0 at the beginning of the step, 1 at its end, and negative for
+    /// the levels of earlier steps.
     fn position(&self, level: Level) -> f64 {
         (level.lambda() - self.from.lambda()) / self.h
     }
@@ -57,8 +57,8 @@ impl Step {
         [first].into_iter().chain(others).collect()
     }
 
-    /// The factors of the divided differences that integrate every polynomial through `positions` and 0 exactly: they
-    /// solve `sum over j of c_j r_j^(i - 1) = -scale i! psi_i(z)` for `i` from 1 to the number of positions.
+    /// The factors of the divided differences that integrate every polynomial through `positions` and 0 exactly. The
+    /// factors solve `sum over j of c_j r_j^(i - 1) = -scale i! psi_i(z)` for `i` from 1 to the number of positions.
     fn exact(&self, positions: &[f64]) -> Vec<f64> {
         let n = positions.len();
         let (mut powers, mut factorial) = (vec![1.0; n], 1.0);

@@ -22,8 +22,8 @@ use crate::error::{Error, Result};
 pub struct Guidance {
     /// The factor of the difference; at least 0. With 1 the prediction is that of the network.
     pub scale: f64,
-    /// From 0 to 1: the weight of the guided prediction, rescaled to the standard deviation of `e` in each image, in the
-    /// result. It prevents images with too much contrast at a large `scale`. Lin et al. 2024, equations 15 and 16.
+    /// From 0 to 1: the weight of the guided prediction, rescaled to the standard deviation of `e` in each image, in
+    /// the result. It prevents images with too much contrast at a large `scale`. Lin et al. 2024, equations 15 and 16.
     #[serde(default)]
     pub rescale: f64,
     /// The first and the last timestep with guidance. `None` guides at every timestep. Guidance at high noise reduces
@@ -98,8 +98,8 @@ fn deviations(x: &Tensor) -> Result<Tensor> {
     Ok(deviations.reshape(dims)?)
 }
 
-/// A network with another one, such as a smaller or less trained one, as the baseline of its [`Guidance`]. Karras et al.
-/// 2024, "Guiding a diffusion model with a bad version of itself".
+/// A network with another one, such as a smaller or less trained one, as the baseline of its [`Guidance`]. Karras et
+/// al. 2024, "Guiding a diffusion model with a bad version of itself".
 ///
 /// It needs no classes. If there are some, both networks see them.
 ///

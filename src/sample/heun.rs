@@ -9,7 +9,7 @@ use super::plan::{Level, Stage};
 /// The first stage is Euler's step `y' = r y + (1 - r) x_0` with `r = sigma' / sigma`, which is deterministic DDIM. The
 /// second stage evaluates the network at the result, and repeats the step with the mean of the two slopes. Written out,
 /// this replaces `x_0` by `x_0 + (x_0' - x_0) / (2 r)`, where `x_0'` is the second prediction. The image has no slope,
-/// so the last step is Euler's. So is a first step without signal, where `sigma` is infinite.
+/// so the last step is Euler's. A first step without signal is Euler's, too, because its `sigma` is infinite.
 pub(super) fn stages(from: Level, to: Level) -> Vec<Stage> {
     let euler = ddim::stage(0.0, from, to);
     if to == Level::IMAGE || from.alpha_bar == 0.0 {

@@ -1,5 +1,5 @@
-//! DDIM inversion: the deterministic way from an image to its noise. Dhariwal and Nichol 2021, appendix F; Song et al.
-//! 2021, section 4.3.
+//! DDIM inversion: the noise of an image, computed without random numbers. Dhariwal and Nichol 2021, appendix F; Song
+//! et al. 2021, section 4.3.
 
 use super::plan::{Level, Stage};
 

@@ -1,6 +1,7 @@
 //! Sampling: a solver is a plan of stages, and one loop runs every plan.
 //!
-//! A new solver is one file with its stages, and its variant of `Solver` with a line in `stages`, `NAMES` and `Display`.
+//! A new solver is one file with its stages, and its variant of `Solver` with a line in `stages`, `NAMES` and
+//! `Display`.
 
 mod ancestral;
 mod config;

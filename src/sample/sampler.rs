@@ -194,8 +194,8 @@ impl Sampler {
         Ok(self.clone().condition(self.settings.condition.narrow(first, len)?))
     }
 
-    /// The timesteps in the order of sampling, which is decreasing. Each is the beginning of one sampling step. With some
-    /// [spacings](Spacing) they lie between two timesteps of the schedule.
+    /// The timesteps in the order of sampling, which is decreasing. Each is the beginning of one sampling step. With
+    /// some [spacings](Spacing) they lie between two timesteps of the schedule.
     pub fn timesteps(&self) -> impl ExactSizeIterator<Item = f64> + '_ {
         self.plan.steps.iter().map(|step| step.at.t)
     }
@@ -318,8 +318,8 @@ impl Sampler {
         last(self.invert_steps(denoiser, images)?)
     }
 
-    /// DDIM inversion as an iterator: the deterministic way from images to the noise from which deterministic solvers
-    /// sample them. Dhariwal and Nichol 2021, appendix F.
+    /// DDIM inversion as an iterator. Computes, without random numbers, the noise from which deterministic solvers
+    /// sample the images. Dhariwal and Nichol 2021, appendix F.
     ///
     /// It goes through the timesteps of this sampler in increasing order, whatever the solver. The predicted `x_0` is
     /// clipped as in sampling. A step to timestep `t` evaluates the network at `t`, for the sample before the step. The
@@ -328,7 +328,7 @@ impl Sampler {
     /// place of the predicted noise, so that equivalent networks give the same result.
     ///
     /// # Errors
-    /// Those of [`steps_from`](Self::steps_from), with the images as its start.
+    /// Returns the errors of [`steps_from`](Self::steps_from) with the images as its start.
     pub fn invert_steps<'a, D: Denoiser + ?Sized>(
         &'a self,
         denoiser: &'a D,

@@ -47,7 +47,7 @@ pub enum Solver {
         /// The order of accuracy: 2 ("2M") or 3 ("3M"). Order 1 would be deterministic DDIM.
         order: usize,
     },
-    /// DPM-Solver++ of order 2 for the reverse SDE ("SDE 2M"), with noise in each step but the last one. Lu et al.
+    /// DPM-Solver++ of order 2 for the reverse SDE ("SDE 2M"), with noise in each step except the last one. Lu et al.
     /// 2022 (DPM-Solver++), the section on diffusion SDEs. One evaluation per step.
     DpmSolverSde,
     /// UniPC: a predictor, and a corrector that uses the evaluation of the next step. Zhao et al. 2023,
@@ -89,8 +89,8 @@ impl Solver {
         Self::Ddim { eta: 0.0 }
     }
 
-    /// Euler's method for the probability-flow ODE in `y = x / sqrt(alpha_bar)` and `sigma = sqrt((1 - alpha_bar) /
-    /// alpha_bar)`, `dy/dsigma = (y - x_0) / sigma` (Karras et al. 2022, equation 1). It is deterministic DDIM: a step
+    /// Euler's method for the probability-flow ODE `dy/dsigma = (y - x_0) / sigma` (Karras et al. 2022, equation 1),
+    /// with `y = x / sqrt(alpha_bar)` and `sigma = sqrt((1 - alpha_bar) / alpha_bar)`. It is deterministic DDIM: a step
     /// of either gives `sigma'/sigma y + (1 - sigma'/sigma) x_0`.
     pub const fn euler() -> Self {
         Self::ddim()
@@ -106,8 +106,8 @@ impl Solver {
         Self::Ddim { eta }
     }
 
-    /// The name of the solver, one of [`NAMES`](Self::NAMES), or `None` if its order is not in its range. The order of a
-    /// solver is a part of its name. `eta`, the variance, the churn and `B(h)` are not.
+    /// The name of the solver, one of [`NAMES`](Self::NAMES), or `None` if its order is not in its range. The order of
+    /// a solver is a part of its name. `eta`, the variance, the churn and `B(h)` are not.
     pub fn name(self) -> Option<&'static str> {
         let usual = match self {
             Self::Ddpm { .. } => Self::ddpm(),

@@ -9,10 +9,11 @@ use crate::process::NoiseSchedule;
 /// The choice of the `S` times at which the steps of a sampler begin, from the timesteps `0..T` of the schedule.
 ///
 /// `Karras` and `LogSnr` choose levels of noise, whose times lie between two timesteps. There the log-SNR is
-/// [interpolated](NoiseSchedule::log_snr), and the network receives the time in f32.
+/// [interpolated](NoiseSchedule::log_snr), and the network receives the time in f32. Both are an error for a schedule
+/// that [ends without signal](NoiseSchedule::zero_terminal_snr).
 ///
-/// As text, a spacing is its name and settings, such as `Karras with rho 7`. [`NAMES`](Self::NAMES) lists the names that
-/// can be parsed.
+/// As text, a spacing is its name and settings, such as `Karras with rho 7`. [`NAMES`](Self::NAMES) lists the names
+/// that can be parsed.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
@@ -25,8 +26,8 @@ pub enum Spacing {
     /// sampling begins at less noise than the process ends with. Song et al. 2021, appendix D.2, "linear"; [Lin et al.
     /// 2024](https://arxiv.org/abs/2305.08891), table 2, "leading".
     Leading,
-    /// The timesteps `T - i T / S - 1`, rounded with halves to even, which end at `T - 1`. With `S` less than `T` they do
-    /// not include 0. Lin et al. 2024, table 2, "trailing".
+    /// The timesteps `T - i T / S - 1`, rounded with halves to even, which end at `T - 1`. The first timestep is
+    /// `T / S - 1`, rounded. Lin et al. 2024, table 2, "trailing".
     Trailing,
     /// The timesteps `floor(c i^2)` from 0 to `T - 1`, which are close to each other near the image. Song et al. 2021,
     /// appendix D.2, "quadratic", where the last timestep is not specified. With many steps the first of them would be
@@ -59,7 +60,8 @@ impl Spacing {
     /// Returns the times in increasing order.
     ///
     /// # Errors
-    /// Returns an error if `steps` is not in `1..=T`, or if `rho` is not in its range.
+    /// Returns an error if `steps` is not in `1..=T`, or if `rho` is not in its range. Spacings by the log-SNR also
+    /// return an error for a schedule that ends without signal.
     pub(super) fn times(self, schedule: &NoiseSchedule, steps: usize) -> Result<Vec<f64>> {
         let total = schedule.steps();
         if !(1..=total).contains(&steps) {

@@ -7,8 +7,8 @@ use super::exponential::Step;
 use super::plan::{Level, Stage};
 use crate::error::{Error, Result};
 
-/// The function `B(h)` of UniPC. It scales the coefficients that are set to 1/2 instead of being solved for: that of the
-/// predictor of order 2, and that of the corrector of order 1. All other coefficients do not depend on it.
+/// The function `B(h)` of UniPC. It scales the coefficients that are set to 1/2 instead of being solved for: that of
+/// the predictor of order 2, and that of the corrector of order 1. All other coefficients do not depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]

@@ -24,7 +24,7 @@ use crate::precision::Precision;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Seed of all random numbers: weights, order of images, timesteps, noise, flips, dropout.
+    /// Seed of all random numbers: weights, order of images, timesteps, noise, crops, flips, hidden classes, dropout.
     pub seed: u64,
     /// Total number of updates of the weights; at least 1.
     pub steps: u64,
@@ -35,8 +35,8 @@ pub struct TrainConfig {
     pub accumulation: usize,
     /// Settings of the optimiser.
     pub optimizer: AdamConfig,
-    /// Settings of Muon, which then updates matrices in place of Adam, with the same learning rate; `None` updates every
-    /// weight by Adam.
+    /// Settings of Muon, which then updates matrices in place of Adam, with the same learning rate; `None` updates
+    /// every weight by Adam.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub muon: Option<MuonConfig>,
     /// Number of updates over which the learning rate rises linearly to its full value; 0 for none.
@@ -61,7 +61,7 @@ pub struct TrainConfig {
     /// Settings of the gradient scaler, which is used only with [`Precision::F16`].
     #[serde(default)]
     pub grad_scaler: GradScalerConfig,
-    /// The objective, from which [`TrainerBuilder::objective`](super::TrainerBuilder::objective) can differ.
+    /// The objective, unless [`TrainerBuilder::objective`](super::TrainerBuilder::objective) replaces it.
     #[serde(default)]
     pub objective: ObjectiveConfig,
     /// The distribution of timesteps.
@@ -72,8 +72,8 @@ pub struct TrainConfig {
     pub noise: NoiseConfig,
     /// Whether images are flipped horizontally at random.
     pub horizontal_flip: bool,
-    /// Probability that an update hides the class of an image from a network with classes, from 0 to 1. The network thus
-    /// also learns to predict without a class, which guidance needs. Ho and Salimans 2022, algorithm 1.
+    /// Probability that an update hides the class of an image from a network with classes, from 0 to 1. The network
+    /// thus also learns to predict without a class, which guidance needs. Ho and Salimans 2022, algorithm 1.
     #[serde(default = "class_dropout")]
     pub class_dropout: f64,
     /// Number of updates between two reports of the loss; at least 1. Reading the loss waits for the GPU.

@@ -13,12 +13,12 @@ use crate::error::Result;
 use crate::model::Architecture;
 
 impl<N: Architecture> Trainer<N> {
-    /// Updates the weights until the run has made [`steps`](crate::TrainConfig::steps) updates in total, or until the observer
-    /// stops it. The observer `()` does nothing. A second thread reads the next batch during an update.
+    /// Updates the weights until the run has made [`steps`](crate::TrainConfig::steps) updates in total, or until the
+    /// observer stops it. The observer `()` does nothing. A second thread reads the next batch during an update.
     ///
     /// # Errors
-    /// Returns an error if the data set is empty, if its images do not have the shape that the network takes, or if a
-    /// loss or a gradient is not finite. Also returns the errors of the data set and of the observer.
+    /// Returns an error if the data set is empty, or if its images do not have the shape that the network takes.
+    /// Returns an error if a loss or a gradient is not finite, and the errors of the data set and of the observer.
     pub fn fit(&mut self, dataset: &dyn Dataset, mut observer: impl Observer) -> Result<()> {
         let scene = Scene { image_shape: dataset.shape().into(), frontends: observer.frontends() };
         let fitted = self.observed(dataset, &mut observer, &scene);

@@ -5,8 +5,8 @@ use candle_core::{Tensor, Var};
 
 use crate::error::Result;
 
-/// Computes the gradients of `loss` (a scalar) with respect to `vars`, by the names of the weights. Weights on which the
-/// loss does not depend are omitted.
+/// Computes the gradients of `loss` (a scalar) with respect to `vars`, by the names of the weights. Weights on which
+/// the loss does not depend are omitted.
 ///
 /// # Errors
 /// Returns an error if an operation between the weights and the loss has no gradient.

@@ -23,8 +23,8 @@ pub struct ObjectiveConfig {
     /// The weights of the timesteps.
     pub weighting: Weighting,
     /// The factor `lambda` of the variational bound in the hybrid loss, `L_simple + lambda L_vlb`; positive. Nichol and
-    /// Dhariwal 2021, equation 16, who use 0.001. The bound is in bits per value, and changes only the learned variance.
-    /// `None` for networks that do not learn the variance.
+    /// Dhariwal 2021, equation 16, who use 0.001. The bound is in bits per value, and changes only the learned
+    /// variance. `None` for networks that do not learn the variance.
     pub variational_bound: Option<f64>,
 }
 

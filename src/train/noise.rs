@@ -11,14 +11,14 @@ use crate::error::{Error, Result};
 #[serde(default, deny_unknown_fields)]
 pub struct NoiseConfig {
     /// Standard deviation of a normal number that is added to all noise of a channel of an image; at least 0. A network
-    /// for noise without it hardly changes the mean of an image, and thus draws neither dark nor bright images. Usually
-    /// 0.1. Lin et al. 2024 describe the problem; [zero terminal SNR](crate::NoiseSchedule::zero_terminal_snr) solves it
-    /// without a change of the noise.
+    /// trained without the offset hardly changes the mean of an image, and thus draws neither dark nor bright images.
+    /// Usually 0.1. Lin et al. 2024 describe the problem; [zero terminal SNR](crate::NoiseSchedule::zero_terminal_snr)
+    /// solves it without a change of the noise.
     pub offset: f64,
-    /// Whether the noise tensors of a batch are exchanged so that the sum of the distances between images and their noise
-    /// is least. The noise of the batch as a whole does not change. Li et al. 2024, [Immiscible
-    /// Diffusion](https://arxiv.org/abs/2406.12303), algorithm 1. If only a part of a batch is computed, noise is exchanged
-    /// within that part.
+    /// Whether the noise tensors of a batch are exchanged so that the sum of the squared distances between images and
+    /// their noise is least. The noise of the batch as a whole does not change. Li et al. 2024, [Immiscible
+    /// Diffusion](https://arxiv.org/abs/2406.12303), algorithm 1. If only a part of a batch is computed, noise is
+    /// exchanged within that part.
     pub immiscible: bool,
 }
 

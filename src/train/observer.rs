@@ -25,8 +25,8 @@ pub struct Metrics {
     pub loss_scale: Option<f64>,
     /// Images per second in the same updates. The time includes reading the data set, but not the observers.
     pub images_per_second: f64,
-    /// Share of this time, from 0 to 1, in which the training loop waited for the data set to read the next batch. If it
-    /// is more than a few hundredths, reading is slower than training.
+    /// Share of this time, from 0 to 1, in which the training loop waited for the data set to read the next batch. If
+    /// it is more than a few hundredths, reading is slower than training.
     pub waiting: f64,
 }
 

@@ -14,7 +14,7 @@ pub enum TimestepSampling {
     /// Uniform, and independent of the other images. Ho et al. 2020, algorithm 1, and the default.
     #[default]
     Uniform,
-    /// Uniform for each image, and spread evenly over the images of a batch: image `k` of `B` has the timestep at the
+    /// Uniform for each image, and spread evenly over the images of a batch. Image `k` of `B` has the timestep at the
     /// fraction `(u + k / B) mod 1` of the schedule, with one uniform `u` per batch. The mean loss of a batch varies
     /// less. Kingma et al. 2021, [Variational Diffusion Models](https://arxiv.org/abs/2107.00630), appendix I.1.
     Stratified,

@@ -17,8 +17,8 @@ const EDGE: f64 = 0.999;
 /// Computes `factor` times the variational bound in bits per value, and its gradient with respect to the `variance` of
 /// the output. Both are weighted for the batch.
 ///
-/// The bound is the sum of the terms of all `T` timesteps, without that of `x_T`, which no weight changes. `T` times the
-/// mean of the terms at uniform timesteps estimates it.
+/// The bound is the sum of the terms of all `T` timesteps, without that of `x_T`, which no weight changes. `T` times
+/// the mean of the terms at uniform timesteps estimates it.
 pub(super) fn weighted(
     batch: &Noised<'_>,
     prediction: &Tensor,
@@ -67,8 +67,8 @@ pub(super) fn weighted(
     batch.weighted(&loss, &place((slopes * (factor * bits))?)?)
 }
 
-/// Computes the divergence of the model's normal distribution from the posterior in nats, and its derivative with respect
-/// to the model's logarithm of the variance. `distance` is that of their means.
+/// Computes the divergence of the model's normal distribution from the posterior in nats, and its derivative with
+/// respect to the model's logarithm of the variance. `distance` is that of their means.
 fn divergence(distance: f64, log_posterior: f64, log_variance: f64) -> (f64, f64) {
     let ratio = libm::exp(log_posterior - log_variance);
     let square = distance * distance * libm::exp(-log_variance);

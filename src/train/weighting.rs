@@ -4,10 +4,10 @@ use crate::process::diffusion::Prediction;
 
 /// The weights of the timesteps in the loss, as functions of the signal-to-noise ratio.
 ///
-/// Except for [`Uniform`](Self::Uniform), a weighting is a function of the error of `x_0`. The error of another
-/// prediction is a multiple of it: that of noise is `SNR` times as large, and that of velocity `SNR + 1` times (in
-/// squares). The weight of the prediction is divided by this factor, so that the objective with the square loss does not
-/// depend on the kind of prediction.
+/// Except for [`Uniform`](Self::Uniform), a weighting is a function of the error of `x_0`. The squared error of another
+/// prediction is a multiple of the squared error of `x_0`: `SNR` times for noise, and `SNR + 1` times for velocity. The
+/// weight of the prediction is divided by this factor, so that the objective with the square loss does not depend on
+/// the kind of prediction.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
@@ -29,8 +29,8 @@ pub enum Weighting {
         /// The exponent; positive.
         gamma: f64,
     },
-    /// That of EDM: `(sigma² + sigma_data²) / (sigma sigma_data)²` for the error of `x_0`, with `sigma² = 1 / SNR`.
-    /// Karras et al. 2022, table 1, with a `sigma_data` of 0.5. Usually with
+    /// The weighting of EDM: `(sigma² + sigma_data²) / (sigma sigma_data)²` for the error of `x_0`, with `sigma² = 1 /
+    /// SNR`. Karras et al. 2022, table 1, with a `sigma_data` of 0.5. Usually with
     /// [`TimestepSampling::LogNormal`](super::TimestepSampling::LogNormal).
     Edm {
         /// The standard deviation of the data; positive.

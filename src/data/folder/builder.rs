@@ -97,14 +97,15 @@ impl Folder {
     /// # Errors
     /// - [`Error::Config`] if the configuration is not [valid](FolderConfig::validate).
     /// - [`Error::Io`] if the folder cannot be read.
-    /// - [`Error::Data`] if it has no pictures, with the extensions that pictures have; if pictures are unreadable, unless
-    ///   they are [skipped](super::Unreadable::Skip); or if a picture has no class although
+    /// - [`Error::Data`] if it has no pictures, with the extensions that pictures have; if pictures are unreadable,
+    ///   unless they are [skipped](super::Unreadable::Skip); or if a picture has no class although
     ///   [`classes`](FolderConfig::classes) is set.
     pub fn open(root: impl Into<PathBuf>, config: FolderConfig) -> Result<Self> {
         Self::builder(root, config).open()
     }
 
-    /// Returns a builder, which can set the limit of memory, a cache on disk, and a function that receives the progress.
+    /// Returns a builder, which can set the limit of memory, a cache on disk, and a function that receives the
+    /// progress.
     pub fn builder<'a>(root: impl Into<PathBuf>, config: FolderConfig) -> FolderBuilder<'a> {
         let on_progress = Box::new(|_| ControlFlow::Continue(()));
         let memory_limit = FolderBuilder::MEMORY_LIMIT;
@@ -126,8 +127,8 @@ impl<'a> FolderBuilder<'a> {
     /// Keeps scaled pictures in the files of a directory, which is created if necessary. The default is no cache.
     ///
     /// The name of a file is a hash of the content of the picture and of the settings. A changed picture, or another
-    /// setting, therefore makes another file. Damaged files are detected and made again. The directory may be removed at
-    /// any time. It should belong to the user alone: files with the right checksum are trusted.
+    /// setting, therefore makes another file. Damaged files are detected and made again. The directory may be removed
+    /// at any time. It should belong to the user alone: files with the right checksum are trusted.
     pub fn cache(mut self, directory: impl Into<PathBuf>) -> Self {
         self.cache = Some(directory.into());
         self

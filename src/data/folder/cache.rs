@@ -1,8 +1,8 @@
 //! A cache of scaled pictures on disk.
 //!
 //! The name of a file is the SHA-256 hash of the recipe and of the content of the picture. A file holds a magic number,
-//! the CRC-32 of the remaining bytes, the width, the height, and the pixels. All numbers are little-endian. The checksum
-//! detects damage, but no forgery: a program that can write to the directory can change the images.
+//! the CRC-32 of the remaining bytes, the width, the height, and the pixels. All numbers are little-endian. The
+//! checksum detects damage, but no forgery: a program that can write to the directory can change the images.
 
 use std::fs::{self, File};
 use std::io::Read;

@@ -38,8 +38,8 @@ pub struct FolderConfig {
     pub classes: bool,
     /// What happens to pictures that cannot be read.
     pub unreadable: Unreadable,
-    /// Maximum number of pixels of a picture; at least 1. A picture with more is unreadable. While a picture is decoded,
-    /// up to about 24 bytes per pixel of this limit can be allocated on each thread, whatever a file claims.
+    /// Maximum number of pixels of a picture; from 1 to 2^40. A picture with more is unreadable. While a picture is
+    /// decoded, up to about 24 bytes per pixel of this limit can be allocated on each thread, whatever a file claims.
     pub max_pixels: u64,
 }
 
@@ -101,9 +101,9 @@ pub enum Unreadable {
 }
 
 impl Default for FolderConfig {
-    /// Images of 64 x 64 pixels from the centre of the pictures, grey or colour as the pictures are, over white, without
-    /// classes. Unreadable pictures are refused, so that no data is missing unnoticed. Pictures have at most 2^27 (134
-    /// million) pixels.
+    /// Images of 64 x 64 pixels from the centre of the pictures, grey or colour as the pictures are, over white,
+    /// without classes. Unreadable pictures are refused, so that no data is missing unnoticed. Pictures have at most
+    /// 2^27 (134 million) pixels.
     fn default() -> Self {
         Self {
             height: 64,

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 ///
 /// The page of the [module](super) describes which files are pictures, and how pixels are computed. With
 /// [`Crop::Random`](super::Crop::Random), the crops of a training run are determined by its seed, the update and the
-/// position of the image in its batch, like all random numbers of the run.
+/// position of the image in its batch.
 pub struct Folder {
     pub(super) root: PathBuf,
     pub(super) recipe: Recipe,
@@ -155,8 +155,8 @@ impl Dataset for Folder {
     /// Reads the part around the centre, also with [`Crop::Random`](super::Crop::Random).
     ///
     /// # Errors
-    /// Returns an error if there is no image `index`, if `pixels` does not have the length of an image, or if a picture
-    /// that is not in memory cannot be read or was changed since the folder was opened.
+    /// Returns an error if there is no image `index`, or if `pixels` does not have the length of an image. Also returns
+    /// an error if a picture that is not in memory cannot be read or was changed since the folder was opened.
     fn read(&self, index: usize, pixels: &mut [u8]) -> Result<Option<u32>> {
         self.write(index, None, pixels)
     }

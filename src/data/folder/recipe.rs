@@ -34,7 +34,7 @@ impl Part {
     }
 }
 
-/// The way from the content of a file to an image.
+/// The steps from the content of a file to an image.
 #[derive(Debug, Clone)]
 pub(super) struct Recipe {
     pub config: FolderConfig,

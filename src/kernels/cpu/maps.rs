@@ -1,4 +1,5 @@
-//! Concatenation of feature maps (pixels, channels), their product with a mask (batch, channels), and tables of vectors.
+//! Concatenation of feature maps (pixels, channels), their product with a mask (batch, channels), and tables of
+//! vectors.
 
 use rayon::prelude::*;
 
@@ -40,7 +41,7 @@ pub(crate) fn scale_maps(x: &[f32], mask: &[f32], channels: usize, y: &mut [f32]
     });
 }
 
-/// Adds to each vector of `y` the row of `table` with its number in `index`. The vectors and rows have length `columns`,
+/// Adds to each vector of `y` a row of `table`, whose number is in `index`. The vectors and rows have length `columns`,
 /// and the table has all rows.
 pub(crate) fn add_class(table: &[f32], columns: usize, index: &[u32], y: &mut [f32]) {
     for (y, &row) in y.chunks_exact_mut(columns).zip(index) {
@@ -49,7 +50,8 @@ pub(crate) fn add_class(table: &[f32], columns: usize, index: &[u32], y: &mut [f
     }
 }
 
-/// Writes to each row of `sums` the sum of the vectors of `x` with its number in `index`, in the order of the vectors.
+/// Writes to each row of `sums` the sum of the vectors of `x` whose number in `index` is that of the row, in the order
+/// of the vectors.
 pub(crate) fn sums_by_class(x: &[f32], columns: usize, index: &[u32], sums: &mut [f32]) {
     sums.fill(0.0);
     for (x, &row) in x.chunks_exact(columns).zip(index) {

@@ -77,8 +77,8 @@ pub(crate) fn orthogonalize_all(isa: Isa, matrices: &mut [(Vec<f32>, (usize, usi
 /// Orthogonalises a matrix.
 ///
 /// The iterations run on the smaller of the two products of the matrix with itself. With `Q = a I + b A + c A²`, an
-/// iteration replaces `X` by `Q X`, and thus `A` by `Q A Q`. The result is the product of all `Q` with the first `X`. It
-/// equals that of the definition up to rounding, and most matrices need less than half of the multiplications.
+/// iteration replaces `X` by `Q X`, and thus `A` by `Q A Q`. The result is the product of all `Q` with the first `X`.
+/// It equals that of the definition up to rounding, and most matrices need less than half of the multiplications.
 fn orthogonalized(isa: Isa, matrix: &[f32], (rows, cols): (usize, usize)) -> Vec<f32> {
     let norm = sum_of_squares(isa, matrix).sqrt();
     let inverse = 1.0 / norm.max(LEAST_NORM);
@@ -183,7 +183,8 @@ mod tests {
                 let off: f64 =
                     expected.iter().zip(found).map(|(x, y)| (x - f64::from(*y)).powi(2)).sum();
                 // The products of the matrix with itself round its smallest singular values: in f32 by up to 2e-3 of
-                // the result, measured for matrices of up to 256 x 2304. In bf16, in which the paper computes, it is 1e-2.
+                // the result, measured for matrices of up to 256 x 2304. In bf16, in which the paper computes, it is
+                // 1e-2.
                 assert!(
                     off.sqrt() <= 2e-3 * square.sqrt(),
                     "{size:?}, {isa:?}: {off:e} of {square:e}"

@@ -10,8 +10,8 @@ pub enum Loss {
     Mse,
     /// The absolute value, `|e|`.
     L1,
-    /// `e² / 2` for an error of at most `delta`, and `delta (|e| - delta / 2)` for a larger one. Huber 1964. Large errors
-    /// count less than with the square.
+    /// `e² / 2` for an absolute error of at most `delta`, and `delta (|e| - delta / 2)` for a larger one. Huber 1964.
+    /// Large errors count less than with the square.
     Huber {
         /// The largest error with a square loss; positive.
         delta: f64,

@@ -1,4 +1,5 @@
-//! The definitions of the operations for every device: sizes, settings, addends of the output, and the counts of updates.
+//! The definitions of the operations for every device: sizes, settings, addends of the output, and the counts of
+//! updates.
 //!
 //! The definitions do not depend on how an operation is computed.
 

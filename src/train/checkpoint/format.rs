@@ -311,7 +311,8 @@ impl State {
         compare("train", &saved, &to_value(train)?, remedy)
     }
 
-    /// Returns the changes by which a run with this identity differs from the training configuration of this checkpoint.
+    /// Returns the changes by which a run with this identity differs from the training configuration of this
+    /// checkpoint.
     ///
     /// # Errors
     /// Returns an error that ends with `remedy` if anything else differs, or a field that must not change.
@@ -344,8 +345,8 @@ impl State {
     }
 }
 
-/// The fields of the training configuration that a resumed run may change. The others determine the parts of the run, or
-/// the random numbers.
+/// The fields of the training configuration that a resumed run may change. The others determine the parts of the run,
+/// or the random numbers.
 const CHANGEABLE: [&str; 11] = [
     "batch_size",
     "accumulation",

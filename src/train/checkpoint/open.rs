@@ -248,12 +248,12 @@ impl Checkpoint {
     /// training. Karras et al. 2024 (EDM2), section 3.2.
     ///
     /// The average is the sum of the [`AverageConfig::Power`] averages of this checkpoint and of all older ones of the
-    /// run beside it, with factors by which its weighting comes closest to that of `sigma_rel`. A run with
+    /// run beside it. The factors bring the weighting of the sum closest to that of `sigma_rel`. A run with
     /// [`AverageConfig::POST_HOC`] that keeps many checkpoints ([`TrainConfig::keep_checkpoints`]) has them. The sum is
     /// computed in f64.
     ///
     /// # Errors
-    /// Returns an error if `sigma_rel` is not positive and less than 0.288, if the run has no such averages, or if a
+    /// Returns an error if `sigma_rel` is not positive and less than 0.2886, if the run has no such averages, or if a
     /// file is damaged.
     pub fn post_hoc<N: Architecture>(&self, sigma_rel: f64, device: &Device) -> Result<N::Model> {
         let wanted = exponent(sigma_rel)?;

@@ -26,8 +26,8 @@ pub enum AverageConfig {
     /// several checkpoints, [`Checkpoint::post_hoc`](crate::Checkpoint::post_hoc) computes the average of any width.
     /// Karras et al. 2024 (EDM2), section 3.
     Power {
-        /// The standard deviation of the weighting as a fraction of the training so far; positive and less than 0.288,
-        /// that of a uniform average. EDM2 stores averages of 0.05 and 0.10.
+        /// The standard deviation of the weighting as a fraction of the training so far; positive and less than 0.2886,
+        /// about that of a uniform average. EDM2 stores averages of 0.05 and 0.10.
         sigma_rel: f64,
     },
 }
@@ -152,7 +152,8 @@ impl WeightAverage {
         &self.config
     }
 
-    /// The averaged weights by name. Training changes them in place; use `Tensor::copy` for values that must not change.
+    /// The averaged weights by name. Training changes them in place; use `Tensor::copy` for values that must not
+    /// change.
     pub fn values(&self) -> &BTreeMap<String, Tensor> {
         &self.values
     }

@@ -73,9 +73,9 @@ impl MuonConfig {
 /// ```
 ///
 /// Five Newton-Schulz iterations orthogonalise the update, with the coefficients 3.4445, -4.7750 and 2.0315. The factor
-/// `0.2 √max(rows, columns)` is that of Liu et al. 2025, equation 4: an update is then about as large as one of Adam, so
-/// both use one learning rate. The update is that of PyTorch's `Muon` with `adjust_lr_fn="match_rms_adamw"`, which
-/// computes the iterations in bf16. Here they are in f32.
+/// `0.2 √max(rows, columns)` is that of Liu et al. 2025, equation 4. An update is then about as large as an update of
+/// Adam, so both use one learning rate. The update is that of PyTorch's `Muon` with `adjust_lr_fn="match_rms_adamw"`,
+/// which computes the iterations in bf16. Here they are in f32.
 #[derive(Debug)]
 pub struct Muon {
     config: MuonConfig,
@@ -112,7 +112,8 @@ impl Muon {
         Ok(Self { config, slots })
     }
 
-    /// Makes one update. `gradients` are keyed by the names of the weights. A weight without a gradient does not change.
+    /// Makes one update. `gradients` are keyed by the names of the weights. A weight without a gradient does not
+    /// change.
     ///
     /// # Errors
     /// Returns an error if the learning rate is negative, infinite or NaN, or if the shape, dtype or device of a

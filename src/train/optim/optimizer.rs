@@ -45,8 +45,9 @@ impl Optimizer {
         Self { adam, muon, ema, averages, scaler, max_norm, updater }
     }
 
-    /// Clips the gradients of this number of images, updates the weights, and then their averages. Returns the norm before clipping. The result
-    /// equals that of [`clip_grad_norm`](super::clip::clip_grad_norm), [`AdamW::step`] and [`Ema::update`].
+    /// Clips the gradients of this number of images, updates the weights, and then their averages. Returns the norm
+    /// before clipping. The result equals that of [`clip_grad_norm`](super::clip::clip_grad_norm), [`AdamW::step`] and
+    /// [`Ema::update`].
     ///
     /// With a scaler, divides the gradients by its scale first. If the norm is not finite, changes only the scale.
     ///

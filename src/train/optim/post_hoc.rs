@@ -1,4 +1,5 @@
-//! Averages of any width, computed after training from stored ones. Karras et al. 2024 (EDM2), section 3.2 and appendix C.
+//! Averages of any width, computed from stored ones after training. Karras et al. 2024 (EDM2), section 3.2 and
+//! appendix C.
 //!
 //! The average of a run of length `t` by a power function weights the weights at time `τ` by the profile
 //! `(γ + 1) τ^γ / t^(γ + 1)`. Several stored averages are added with factors that bring the sum of their profiles as
@@ -54,8 +55,8 @@ pub(in crate::train) fn factors(stored: &[Profile], wanted: Profile) -> Result<V
     solve(stored.iter().map(row).collect())
 }
 
-/// Solves linear equations, given as the rows of their matrix with the right-hand side at the end. Gauss, with the
-/// largest pivot of each column.
+/// Solves linear equations, given as the rows of their matrix with the right-hand side at the end. Gaussian elimination
+/// with the largest pivot of each column.
 fn solve(mut rows: Vec<Vec<f64>>) -> Result<Vec<f64>> {
     let size = rows.len();
     for k in 0..size {

@@ -25,8 +25,8 @@ pub enum LearningRateSchedule {
         /// The last fraction of the learning rate, from 0 to 1.
         end: f64,
     },
-    /// The full learning rate for the first `reference_steps` updates, and then `√(reference_steps / n)` times it, where
-    /// `n` is the number of updates so far. Karras et al. 2024 (EDM2), appendix B.
+    /// The full learning rate for the first `reference_steps` updates, and then `√(reference_steps / n)` times it,
+    /// where `n` is the number of updates so far. Karras et al. 2024 (EDM2), appendix B.
     InverseSqrt {
         /// Number of updates with the full learning rate; at least 1.
         reference_steps: u64,

@@ -51,7 +51,7 @@ pub(crate) fn sinusoids(
     Ok(y)
 }
 
-/// Adds to each vector of `x` (batch, columns) the row of `table` (rows, columns) with its number in `index` (batch), in
+/// Adds to each vector of `x` (batch, columns) a row of `table` (rows, columns), whose number is in `index` (batch), in
 /// u32. A row that the table does not have gives NaN.
 pub(crate) fn add_class(
     gpu: &Gpu,
@@ -76,7 +76,8 @@ pub(crate) fn add_class(
     Ok(y)
 }
 
-/// Writes to each row of `sums` (rows, columns), in f32, the sum of the vectors of `x` with its number in `index`.
+/// Writes to each row of `sums` (rows, columns), in f32, the sum of the vectors of `x` whose number in `index` is that
+/// of the row.
 pub(crate) fn sums_by_class(
     gpu: &Gpu,
     index: &Tensor,
