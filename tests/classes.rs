@@ -225,6 +225,35 @@ fn guidance_without_classes_is_an_error() -> Result<()> {
 }
 
 #[test]
+fn an_even_image_is_not_rescaled() -> Result<()> {
+    let even = ddpm::nn::from_fn(|x_t: &Tensor, _: &Tensor| Ok((x_t.zeros_like()? + 0.5)?));
+    let weak = ddpm::nn::from_fn(|x_t: &Tensor, _: &Tensor| Ok((x_t.zeros_like()? + 0.3)?));
+    let guidance = Guidance::new(1.5).rescale(0.7);
+    let found = guided(&Autoguidance::new(even, weak), Some(guidance))?;
+    assert!((found - 0.6).abs() < 1e-5, "{found}");
+    Ok(())
+}
+
+#[test]
+fn labels_and_guidance_that_do_not_fit_are_refused_before_they_matter() -> Result<()> {
+    let mut trainer = trainer(2)?;
+    let mut batch = ddpm::data::Batch::from(Sampler::prior((2, 1, 8, 8), 0, &DEVICE)?);
+    batch.classes = Some(Tensor::new(&[0u32, 1, 2], &DEVICE)?);
+    let (t, eps) = (Tensor::new(&[1u32, 2], &DEVICE)?, batch.images.clone());
+    let message = trainer.step_with(&batch, &t, &eps).unwrap_err().to_string();
+    assert_eq!(message, "the list of classes has shape [3]; it must be [2], one per image");
+
+    let config = UNetConfig { classes: None, ..config() };
+    let mut plain = Trainer::new(config, train_config(1), Diffusion::ddpm(), &DEVICE)?;
+    let sampling = ddpm::sample::SamplerConfig::new(Solver::ddim(), 2);
+    let guided = sampling.guidance(Some(Guidance::new(2.0)));
+    let message = plain.set_sampling(guided).unwrap_err().to_string();
+    let expected = "sampling.guidance is set; it must be none, because the network has no classes";
+    assert_eq!(message, expected);
+    trainer.set_sampling(guided)
+}
+
+#[test]
 fn a_guided_image_does_not_depend_on_the_others() -> Result<()> {
     let (network, guidance) = (network()?, Guidance::new(3.0).rescale(0.7));
     let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddpm(), 3)?.guidance(guidance)?;

@@ -60,8 +60,14 @@ pub(super) fn resume_command(cargo_target: &str) -> String {
         Some(_) => format!("cargo run{} {cargo_target} --", cargo_options()),
         None => quoted(program),
     };
-    for argument in arguments.iter().filter(|a| *a != "--resume") {
-        command = format!("{command} {}", quoted(argument));
+    // The checkpoint has the configuration, and the changes were made.
+    let (mut of_config, left_out) = (false, ["--resume", "--change", "--config"]);
+    for argument in arguments {
+        let keep = !of_config && !argument.starts_with("--config=");
+        of_config = argument == "--config";
+        if keep && !left_out.contains(&argument.as_str()) {
+            command = format!("{command} {}", quoted(argument));
+        }
     }
     format!("{command} --resume")
 }

@@ -12,8 +12,8 @@ use crate::process::Diffusion;
 use crate::sample::SamplerConfig;
 use crate::train::TrainConfig;
 
-/// The configuration of a run: the content of the file `config.json` in its directory. With the same images, it
-/// reproduces the run.
+/// The configuration with which a run began: the content of the file `config.json` in its directory. With the same
+/// images, it reproduces the run. The choice of the images, such as the crop of pictures, is not part of it.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct RunConfig {
@@ -39,6 +39,9 @@ impl RunConfig {
             if value == 0 {
                 return Err(Error::config(field, value, "at least 1").into());
             }
+        }
+        if !(1..=1024).contains(&config.sample_count) {
+            return Err(Error::config("sample_count", config.sample_count, "from 1 to 1024").into());
         }
         config.network.validate()?;
         config.diffusion.validate()?;

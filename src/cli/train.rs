@@ -78,14 +78,18 @@ pub fn train<D: Dataset>(
     let (mut known, mut other_images) = (false, false);
     if saved.is_some() {
         match identity.check(&files.identity) {
-            Err(_) if args.change => other_images = true,
+            Err(_) if args.change => {
+                // A file that cannot be read remains an error.
+                Identity::read(&files.identity)?;
+                other_images = true;
+            }
             found => known = found?,
         }
     }
     let device = pick(args.cpu)?;
     let mut trainer = begin(recipe, args, saved.as_ref(), network, config, &device)?;
     let mut sampling = recipe.sampling;
-    sampling.guidance = guidance.or(sampling.guidance);
+    sampling.guidance = sampling.guidance.or(guidance);
     if let Some(&run) = saved.as_ref().and_then(Checkpoint::sampling) {
         sampling = run;
     }
@@ -121,6 +125,14 @@ pub fn train<D: Dataset>(
         }
         identity.write(&files.identity)?;
     }
+    if let Some(before) = saved.as_ref().map(|saved| saved.train_config().steps)
+        && before != trainer.config().steps
+        && trainer.config().rate_depends_on_steps()
+    {
+        err(format_args!(
+            "warning: the run had --steps {before}; its learning rate depends on --steps, and changes"
+        ));
+    }
     let recorded = saved.as_ref().map_or(0, |saved| saved.history().len());
     for change in trainer.history().iter().skip(recorded) {
         out(format_args!("changed  {} from {} to {}", change.field, change.from, change.to));
@@ -154,6 +166,10 @@ fn condition(
         (true, true, _) => {
             network.classes = Some(classes);
             Ok(Some(Guidance::new(GUIDANCE)))
+        }
+        (false, _, Some(_)) if classes == 0 => {
+            let expected = "pass --conditional, so that the folders of the pictures are classes";
+            Err(format!("the network has classes, and {} have none; {expected}", set.about).into())
         }
         _ => Ok(None),
     }

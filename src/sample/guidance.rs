@@ -83,7 +83,10 @@ impl Guidance {
         if self.rescale == 0.0 {
             return Ok(guided);
         }
-        let ratio = (deviations(prediction)? / deviations(&guided)?)?;
+        let (wanted, found) = (deviations(prediction)?, deviations(&guided)?);
+        // An image without contrast cannot be rescaled. It stays as it is.
+        let flat = found.eq(0f64)?.to_dtype(found.dtype())?;
+        let ratio = ((wanted * (1.0 - &flat)?)? + &flat)?.div(&(&found + &flat)?)?;
         let factor = ((ratio * self.rescale)? + (1.0 - self.rescale))?;
         Ok(guided.broadcast_mul(&factor)?)
     }

@@ -200,7 +200,22 @@ impl TrainConfig {
             return Err(Error::config("number of averages", self.averages.len(), expected));
         }
         self.averages.iter().try_for_each(AverageConfig::validate)?;
+        let averages = &self.averages;
+        if let Some(twice) = (0..averages.len()).find(|&i| averages[..i].contains(&averages[i])) {
+            let value = format!("{:?} twice", averages[twice]);
+            return Err(Error::config("averages", value, "each at most once"));
+        }
         self.ema.map_or(Ok(()), |ema| ema.validate())
+    }
+
+    /// Returns whether the learning rate of an update depends on [`steps`](Self::steps): with a cool-down, or with a
+    /// schedule that ends there. Another number of steps then changes a run that is resumed.
+    pub fn rate_depends_on_steps(&self) -> bool {
+        let ends = matches!(
+            self.schedule,
+            LearningRateSchedule::Linear { .. } | LearningRateSchedule::Cosine { .. }
+        );
+        ends || self.cooldown > 0.0
     }
 
     /// The learning rate of an update; `step` counts from 0.

@@ -138,6 +138,7 @@ impl<N: Architecture> Trainer<N> {
         eps: &Tensor,
     ) -> Result<Update> {
         let batch = batch.into();
+        batch.check()?;
         self.check_step()?;
         let (executor, mut context) = self.context();
         let results = executor.update_with(&mut context, &batch, t, eps)?;
@@ -255,9 +256,16 @@ impl<N: Architecture> Trainer<N> {
     /// [`Checkpoint::sampling`](crate::Checkpoint::sampling). Training does not depend on them.
     ///
     /// # Errors
-    /// Returns the errors of [`Sampler::new`](crate::Sampler::new) for the process of this run.
+    /// Returns the errors of [`Sampler::new`](crate::Sampler::new) for the process of this run, and an error if there is
+    /// guidance, but the network has no classes.
     pub fn set_sampling(&mut self, sampling: SamplerConfig) -> Result<()> {
         sampling.sampler(&self.diffusion)?;
+        if sampling.guidance.is_some_and(|guidance| guidance.scale != 1.0)
+            && self.model.classes().is_none()
+        {
+            let expected = "none, because the network has no classes";
+            return Err(Error::config("sampling.guidance", "set", expected));
+        }
         self.state.progress.sampling = Some(sampling);
         Ok(())
     }

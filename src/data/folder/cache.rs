@@ -68,9 +68,10 @@ impl Cache {
         files::write_unflushed(&self.path(key), &encoded(scaled))
     }
 
+    /// Another version of the crate may scale otherwise, and has other files.
     fn path(&self, key: &Key) -> PathBuf {
         let name: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
-        self.directory.join(name + EXTENSION)
+        self.directory.join(format!("{name}-{}{EXTENSION}", env!("CARGO_PKG_VERSION")))
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Cursor, Read};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
@@ -37,11 +38,20 @@ pub(super) fn content(path: &Path, max_pixels: u64) -> Result<Vec<u8>, Reason> {
 
 /// Returns whether the header of a picture says that it has no colours.
 pub(super) fn is_grey(content: &[u8], max_pixels: u64) -> Result<bool, Reason> {
-    Ok(!decoder(content, max_pixels)?.color_type().has_color())
+    caught(|| Ok(!decoder(content, max_pixels)?.color_type().has_color()))
 }
 
 /// Decodes a picture, and turns it as its EXIF orientation says.
 pub(super) fn decode(content: &[u8], max_pixels: u64) -> Result<DynamicImage, Reason> {
+    caught(|| decode_unguarded(content, max_pixels))
+}
+
+/// Turns a panic of a decoder into a reason: decoders are not written here, and content is not trusted.
+fn caught<T>(f: impl FnOnce() -> Result<T, Reason>) -> Result<T, Reason> {
+    catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|_| Err("its decoder panicked".into()))
+}
+
+fn decode_unguarded(content: &[u8], max_pixels: u64) -> Result<DynamicImage, Reason> {
     let mut decoder = decoder(content, max_pixels)?;
     // The decoder takes missing data of a JPEG file as grey.
     if format_of(content) == Some(ImageFormat::Jpeg) && !is_complete_jpeg(content) {

@@ -43,11 +43,11 @@ pub(super) struct Recipe {
 }
 
 impl Recipe {
-    /// A text that is equal for recipes whose scaled pictures are equal.
+    /// A text that is equal for recipes with the same settings of scaled pictures.
     pub fn identity(&self) -> String {
         let FolderConfig { height, width, background, crop, filter, .. } = &self.config;
         let size = (height, width, self.channels);
-        format!("{} {size:?} {background:?} {crop:?} {filter:?}", env!("CARGO_PKG_VERSION"))
+        format!("{size:?} {background:?} {crop:?} {filter:?}")
     }
 
     /// Decodes and scales a picture.

@@ -301,7 +301,8 @@ impl State {
         if self.diffusion != **diffusion {
             compare("diffusion", &to_value(&self.diffusion)?, &to_value(diffusion)?, remedy)?;
         }
-        // These fields change the length of a run and its reports, but not its results.
+        // These fields change the length of a run and its reports. With a cool-down, or with a schedule that ends at
+        // `steps`, they also change the learning rate of later updates.
         let TrainConfig { steps, log_every, keep_checkpoints, .. } = **train;
         let saved = TrainConfig { steps, log_every, keep_checkpoints, ..self.train.clone() };
         let mut saved = to_value(&saved)?;
