@@ -300,9 +300,11 @@ fn every_solver_begins_without_signal() {
     ];
     for prediction in [Prediction::Sample, Prediction::Velocity] {
         let diffusion = Diffusion::new(zero_terminal(), prediction);
-        let bars = diffusion.schedule().alpha_bars().to_vec();
+        let schedule = diffusion.schedule().clone();
         let denoiser = from_fn(move |x_t: &Tensor, t: &Tensor| {
-            let bar = bars[t.to_vec1::<u32>()?[0] as usize];
+            // Churn evaluates the network between two timesteps.
+            let t = t.to_dtype(DType::F64)?.to_vec1::<f64>()?[0];
+            let bar = 1.0 / (1.0 + (-schedule.log_snr(t)?).exp());
             let x_0 = (x_t.zeros_like()? + image)?;
             if prediction == Prediction::Sample {
                 return Ok(x_0);

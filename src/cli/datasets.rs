@@ -5,8 +5,9 @@ use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use flate2::Crc;
+
 use super::arguments::quoted;
-use super::identity::Identity;
 use super::result::Result;
 use crate::data::folder::Folder;
 use crate::data::{self, Dataset, Images, Split};
@@ -33,7 +34,7 @@ pub struct DataSet<D = Images> {
 impl DataSet {
     /// Creates a set whose description is its name.
     pub fn new(name: &str, images: Images) -> Self {
-        let (options, crc32) = ("choose its images".into(), Identity::crc32(images.pixels()));
+        let (options, crc32) = ("choose its images".into(), crc32(images.pixels()));
         Self { name: name.into(), images, about: name.into(), options, crc32 }
     }
 
@@ -65,6 +66,13 @@ impl<D: Dataset> DataSet<D> {
         }
         Ok(())
     }
+}
+
+/// Computes the CRC-32 of bytes, as gzip does, in hexadecimal.
+pub(super) fn crc32(bytes: &[u8]) -> String {
+    let mut crc = Crc::new();
+    crc.update(bytes);
+    format!("{:08x}", crc.sum())
 }
 
 /// A published set.

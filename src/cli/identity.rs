@@ -2,10 +2,9 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use flate2::Crc;
 use serde::{Deserialize, Serialize};
 
-use super::datasets::DataSet;
+use super::datasets::{DataSet, crc32};
 use super::result::Result;
 use crate::data::Dataset;
 use crate::error::Error;
@@ -36,9 +35,7 @@ impl Identity {
 
     /// The CRC-32 of bytes, as gzip computes it, in hexadecimal.
     pub fn crc32(bytes: &[u8]) -> String {
-        let mut crc = Crc::new();
-        crc.update(bytes);
-        format!("{:08x}", crc.sum())
+        crc32(bytes)
     }
 
     pub(super) fn write(&self, path: &Path) -> Result<()> {

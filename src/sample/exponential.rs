@@ -38,8 +38,8 @@ impl Step {
     /// The positions of the levels before `levels[i]` for a step of this order from `levels[i]`. A first level without
     /// signal is infinitely far away and has none, which lowers the order.
     pub fn positions(&self, levels: &[Level], i: usize, order: usize) -> Vec<f64> {
-        let positions = (1..order).map(|back| self.position(levels[i - back]));
-        positions.filter(|position| position.is_finite()).collect()
+        let before = (1..order).map(|back| levels[i - back]);
+        before.filter(|level| level.alpha_bar > 0.0).map(|level| self.position(level)).collect()
     }
 
     /// The factor of `x_0` at the beginning of the step, if `x_0` is constant.
