@@ -11,16 +11,16 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use candle_core::{Device, Tensor};
-use candle_nn::{Init, VarBuilder};
 use ddpm::data::folder::{
     Channels, Crop, Filter, Folder, FolderConfig, Progress, Stage, Unreadable, UnreadableFile,
 };
 use ddpm::data::{Dataset, ImageShape};
-use ddpm::nn::{Architecture, Condition, Output, Trainable};
-use ddpm::{Denoiser, Diffusion, Error, Result, TrainConfig, Trainer};
+use ddpm::{Diffusion, Error, Result, TrainConfig, Trainer};
 use image::{DynamicImage, GrayImage, ImageFormat, Rgb, RgbImage};
-use serde::{Deserialize, Serialize};
 use tempfile::{TempDir, tempdir};
+
+mod small;
+use small::Scale;
 
 const FIXTURES: &str = "tests/data/folder";
 
@@ -733,29 +733,6 @@ fn configurations_without_a_meaning_are_refused_by_field() {
 }
 
 // Training.
-
-/// One weight for all pixels, whose gradient depends on all of them.
-#[derive(Serialize, Deserialize)]
-struct Scale;
-
-struct Scaled(Tensor);
-
-impl Architecture for Scale {
-    const KIND: &'static str = "scale";
-    type Model = Scaled;
-
-    fn build(&self, vb: VarBuilder) -> Result<Scaled> {
-        Ok(Scaled(vb.get_with_hints(1, "scale", Init::Const(0.5))?))
-    }
-}
-
-impl Denoiser for Scaled {
-    fn denoise(&self, x_t: &Tensor, _: &Tensor, _: &Condition) -> Result<Output> {
-        Ok(Output::new(x_t.broadcast_mul(&self.0)?))
-    }
-}
-
-impl Trainable for Scaled {}
 
 fn trainer(steps: u64) -> Trainer<Scale> {
     let config =

@@ -36,7 +36,7 @@ pub struct FolderConfig {
     /// numbered in the order of the bytes of their names. A picture directly in the root is then an error, because it
     /// would have no class.
     pub classes: bool,
-    /// What happens to pictures that cannot be read.
+    /// The treatment of pictures that cannot be read.
     pub unreadable: Unreadable,
     /// Maximum number of pixels of a picture; from 1 to 2^40. A picture with more is unreadable. While a picture is
     /// decoded, up to about 24 bytes per pixel of this limit can be allocated on each thread, whatever a file claims.
@@ -89,7 +89,7 @@ pub enum Filter {
     Lanczos,
 }
 
-/// What happens to pictures that cannot be read.
+/// The treatment of pictures that cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]

@@ -39,7 +39,7 @@ pub(super) fn format_of(content: &[u8]) -> Option<ImageFormat> {
     FORMATS.iter().any(|(known, _)| *known == format).then_some(format)
 }
 
-/// What a file is.
+/// The kind of a file.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Picture,

@@ -246,8 +246,8 @@ pub(super) fn state_to_write(
 impl State {
     /// Parses and checks the fields. `malformed` makes an error of one of JSON.
     ///
-    /// Whether this build supports the training configuration is checked only when a run is resumed: the weights can be
-    /// read in any case.
+    /// Only resuming a run checks that this build supports its training configuration: the weights can be read in any
+    /// case.
     ///
     /// # Errors
     /// Returns an error that names the first field that is not valid, or the first number that no run can reach.
