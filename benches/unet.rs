@@ -132,8 +132,7 @@ fn run(args: &Args) -> Result<()> {
             // Includes the noise, because training draws it on the device.
             Where::Cuda => trainer.step(&x).map(drop),
         })?;
-        if args.device == Where::Cuda && args.optimizer != Optimizer::Muon && !trainer.is_captured()
-        {
+        if args.device == Where::Cuda && !trainer.is_captured() {
             eprintln!("the step was not captured as a graph: {trainer:?}");
             std::process::exit(1);
         }

@@ -6,7 +6,7 @@
 
 use candle_core::Device;
 use ddpm::data::Images;
-use ddpm::train::AdamConfig;
+use ddpm::train::{AdamConfig, MuonConfig};
 use ddpm::{Diffusion, Precision, Result, TrainConfig, Trainer, UNetConfig};
 
 fn waits() -> Option<String> {
@@ -29,9 +29,16 @@ fn steps_do_not_wait() -> Result<()> {
         ..UNetConfig::mnist()
     };
     let half = if cfg!(feature = "f16") { Precision::F16 } else { Precision::Highest };
-    for (precision, accumulation) in [(Precision::Highest, 1), (half, 1), (Precision::Highest, 2)] {
+    let muon = Some(MuonConfig::default());
+    for (precision, accumulation, muon) in [
+        (Precision::Highest, 1, None),
+        (half, 1, None),
+        (Precision::Highest, 2, None),
+        (half, 1, muon),
+    ] {
         let config = TrainConfig {
             optimizer: AdamConfig::adamw(1e-3, 0.1),
+            muon,
             batch_size: 4,
             accumulation,
             clip_norm: Some(1.0),

@@ -134,7 +134,7 @@ impl Updater for CudaUpdater {
         let vars: Vec<Tensor> = weights.iter().map(|own| own.weight.as_detached_tensor()).collect();
         let suit = |(own, var): (&WeightState<'_>, &Tensor)| match &own.square {
             Some(square) => are_plain(&[var, own.mean, square]),
-            None => false,
+            None => rule.muon.is_some() && are_plain(&[var, own.mean]),
         };
         let none = weights.iter().all(|own| own.gradient.is_none());
         if none || !weights.iter().zip(&vars).all(suit) {
@@ -150,17 +150,15 @@ impl Updater for CudaUpdater {
         let own: Vec<_> = weights
             .iter()
             .zip(&vars)
-            .filter_map(|(own, weight)| {
-                Some(WeightUpdate {
-                    weight,
-                    mean: own.mean,
-                    square: own.square.as_deref()?,
-                    gradient: own.gradient.as_deref(),
-                    average: own.average.as_deref(),
-                })
+            .map(|(own, weight)| WeightUpdate {
+                weight,
+                mean: own.mean,
+                square: own.square.as_deref(),
+                gradient: own.gradient.as_deref(),
+                average: own.average.as_deref(),
             })
             .collect();
-        let norm = self.with(counters)?.update(&own, rule.into(), learning_rate)?;
+        let norm = self.with(counters)?.update(own, rule.into(), learning_rate)?;
         rule.count(counters);
         self.assume(counters);
         Ok(norm)
@@ -197,6 +195,11 @@ impl From<&UpdateRule> for UpdateSettings {
         if let Some(average) = average {
             settings.ema_decay = average.decay;
             settings.ema_warmup = f64::from(u8::from(average.warmup));
+        }
+        if let Some(muon) = rule.muon {
+            settings.momentum = muon.momentum;
+            settings.nesterov = f64::from(u8::from(muon.nesterov));
+            settings.muon_decoupled = muon.decoupled;
         }
         if let Some(scale) = scale {
             settings.scaled = 1.0;

@@ -27,6 +27,7 @@ mod linear;
 mod maps;
 mod memory;
 mod modules;
+mod muon;
 mod norm;
 mod owned;
 mod pixels;

@@ -83,10 +83,10 @@ impl Optimizer {
         Ok(norm)
     }
 
-    /// Returns whether a recorded update can be repeated. Muon and the averages beside
-    /// `ema` are composed of operations that cannot.
+    /// Returns whether a recorded update can be repeated. The averages beside `ema` are composed of operations that
+    /// cannot.
     pub fn is_repeatable(&self) -> bool {
-        self.muon.is_none() && self.averages.is_empty()
+        self.averages.is_empty()
     }
 
     /// The factor of the loss's gradient, a scalar. `None` without a scaler.

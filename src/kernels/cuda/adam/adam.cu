@@ -1,11 +1,14 @@
-// AdamW, gradient clipping, loss scaling and the average of the weights. Three launches update all weights,
-// and the host waits for none of them.
+// AdamW, gradient clipping, loss scaling and the average of the weights. Three launches update all weights, except for
+// the matrices of Muon, which need more. The host waits for none of them.
 
-// The tensors of a weight, in f32. The addresses of the gradient and the average may be null.
+// The tensors of a weight, in f32. The addresses of the gradient and the average may be null. A matrix that Muon updates
+// has no mean of squares, but memory for the matrix to be orthogonalised, and the scale of its update.
 struct Weight {
     float *weight, *mean, *square, *average;
     const float *gradient;
     u64 count;
+    float *direction;
+    double scale;
 };
 
 // The part of a weight that one block updates: at most CHUNK values.
@@ -22,6 +25,8 @@ struct UpdateSettings {
     double ema_decay, ema_warmup;
     // 0 if gradients are not scaled.
     double scaled, growth_factor, growth_interval, backoff_factor, min_scale;
+    // The settings of Muon.
+    double momentum, nesterov, muon_decoupled;
 };
 
 // The state that updates change, and the factors of the present update.
@@ -31,6 +36,8 @@ struct Control {
     float skip;
     float mean[2], square[2], average[2];
     float eps, step_size, root_scale, keep, l2, gradient_scale;
+    // Of Muon's matrices.
+    float momentum[2], nesterov, muon_keep, learning_rate;
 };
 
 // Computes the sum of squares of each block's part of the gradient.
@@ -106,9 +113,15 @@ extern "C" __global__ void begin_update(
     c.keep = (float)(1.0 - *learning_rate * s.decoupled);
     c.l2 = (float)s.l2;
     c.gradient_scale = (float)(unscale * clip);
+    c.momentum[0] = (float)s.momentum;
+    c.momentum[1] = (float)(1.0 - s.momentum);
+    c.nesterov = (float)s.nesterov;
+    c.muon_keep = (float)(1.0 - *learning_rate * s.muon_decoupled);
+    c.learning_rate = (float)*learning_rate;
     *control = c;
 }
 
+// Updates the weights of Adam.
 extern "C" __global__ void update_weights(const Weight *weights, const Part *parts, const Control *control) {
     Control c = *control;
     if (c.skip != 0.0f) return;
@@ -124,6 +137,50 @@ extern "C" __global__ void update_weights(const Weight *weights, const Part *par
             own.mean[i] = mean;
             own.square[i] = square;
             weight = weight * c.keep - mean * c.step_size / root;
+            own.weight[i] = weight;
+        }
+        if (own.average) own.average[i] = own.average[i] * c.average[0] + weight * c.average[1];
+    }
+}
+
+// Updates the momentum of Muon's matrices, whose parts begin at `parts`. Writes the matrices to be orthogonalised, and the
+// sum of squares of each block's part of them.
+extern "C" __global__ void begin_matrices(
+    const Weight *weights, const Part *parts, const Control *control, double *squares
+) {
+    __shared__ double sums[THREADS];
+    Control c = *control;
+    if (c.skip != 0.0f) return;
+    Weight own = weights[parts[blockIdx.x].weight];
+    u64 first = (u64)parts[blockIdx.x].chunk * CHUNK;
+    double sum = 0.0;
+    for (u64 i = first + threadIdx.x; own.gradient && i < own.count && i < first + CHUNK; i += THREADS) {
+        float gradient = own.gradient[i] * c.gradient_scale;
+        float mean = own.mean[i] * c.momentum[0] + gradient * c.momentum[1];
+        own.mean[i] = mean;
+        float direction = c.nesterov != 0.0f ? mean * c.momentum[0] + gradient * c.momentum[1] : mean;
+        own.direction[i] = direction;
+        sum += (double)direction * direction;
+    }
+    sum = block_sum(sum, sums);
+    if (threadIdx.x == 0) squares[blockIdx.x] = sum;
+}
+
+// Updates matrices of Muon, whose parts begin at `parts`. `directions` is the memory of the first matrix to be
+// orthogonalised, and `orthogonal` holds the results in the same order.
+extern "C" __global__ void update_matrices(
+    const Weight *weights, const Part *parts, const Control *control, const float *directions, const float *orthogonal
+) {
+    Control c = *control;
+    if (c.skip != 0.0f) return;
+    Weight own = weights[parts[blockIdx.x].weight];
+    const float *update = orthogonal + (own.direction - directions);
+    float size = c.learning_rate * (float)own.scale;
+    u64 first = (u64)parts[blockIdx.x].chunk * CHUNK;
+    for (u64 i = first + threadIdx.x; i < own.count && i < first + CHUNK; i += THREADS) {
+        float weight = own.weight[i];
+        if (own.gradient) {
+            weight = weight * c.muon_keep - update[i] * size;
             own.weight[i] = weight;
         }
         if (own.average) own.average[i] = own.average[i] * c.average[0] + weight * c.average[1];
