@@ -1,15 +1,20 @@
+use std::cell::RefCell;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use candle_core::{DType, Device, Tensor};
+
 use super::checkpoint::store::Saved;
+use super::objective::Noised;
 use super::observer::{Metrics, Observer};
 use super::optim::scaler::GradScaler;
 use super::run::{Outcome, Run, Scene, View};
 use super::trainer::Trainer;
 use crate::data::dataset::Dataset;
+use crate::data::loader::Batch;
 use crate::data::prefetch::prefetch;
-use crate::denoiser::Denoiser;
-use crate::error::Result;
+use crate::denoiser::{Condition, Denoiser};
+use crate::error::{Result, check_dims};
 use crate::model::Architecture;
 
 impl<N: Architecture> Trainer<N> {
@@ -20,7 +25,8 @@ impl<N: Architecture> Trainer<N> {
     /// Returns an error if the data set is empty, or if its images do not have the shape that the network takes.
     /// Returns an error if a loss or a gradient is not finite, and the errors of the data set and of the observer.
     pub fn fit(&mut self, dataset: &dyn Dataset, mut observer: impl Observer) -> Result<()> {
-        let scene = Scene { image_shape: dataset.shape().into(), frontends: observer.frontends() };
+        let (image_shape, frontends) = (dataset.shape().into(), observer.frontends());
+        let scene = Scene { image_shape, frontends, published: RefCell::default() };
         let fitted = self.observed(dataset, &mut observer, &scene);
         scene.frontends.iter().for_each(|frontend| frontend.finish());
         fitted
@@ -34,6 +40,7 @@ impl<N: Architecture> Trainer<N> {
         scene: &Scene,
     ) -> Result<()> {
         observer.on_start(&self.run(scene))?;
+        self.deliver(observer, scene)?;
         let trained = self.train(dataset, observer, scene);
         let run = self.run(scene);
         let outcome = match &trained {
@@ -42,7 +49,27 @@ impl<N: Architecture> Trainer<N> {
             Ok(()) => Outcome::Stopped,
         };
         observer.on_end(&run, outcome)?;
+        self.deliver(observer, scene)?;
         trained
+    }
+
+    /// Passes the values that observers published to all of them.
+    fn deliver(&self, observer: &mut dyn Observer, scene: &Scene) -> Result<()> {
+        loop {
+            let published = scene.published.take();
+            if published.is_empty() {
+                return Ok(());
+            }
+            observer.on_published(&self.run(scene), &published)?;
+        }
+    }
+
+    /// Publishes the norms of the gradients of the next update.
+    fn publish_gradient_norms(&mut self, batch: &Batch, scene: &Scene) -> Result<()> {
+        for (layer, norm) in self.gradient_norms(batch)? {
+            scene.publish(self.steps() + 1, format!("grad_norm/{layer}"), norm.into());
+        }
+        Ok(())
     }
 
     /// The loop of [`fit`](Self::fit).
@@ -66,8 +93,14 @@ impl<N: Architecture> Trainer<N> {
             while self.steps() < self.config.steps {
                 let start = Instant::now();
                 let batch = next()?;
-                waited += start.elapsed();
-                self.step(batch.upload(&self.device)?)?;
+                let reading = start.elapsed();
+                (elapsed, waited) = (elapsed + reading, waited + reading);
+                let batch = batch.upload(&self.device)?;
+                if observer.wants_gradient_norms(self.steps() + 1) {
+                    self.publish_gradient_norms(&batch, scene)?;
+                }
+                let start = Instant::now();
+                self.step(batch)?;
                 let last = self.steps() == self.config.steps;
                 if self.steps().is_multiple_of(self.config.log_every) || last {
                     let mut metrics = self.report()?;
@@ -81,8 +114,9 @@ impl<N: Architecture> Trainer<N> {
                 } else {
                     elapsed += start.elapsed();
                 }
-                let run = self.run(scene);
-                if observer.on_step(&run)?.is_break() || run.is_stopping() {
+                let stops = observer.on_step(&self.run(scene))?.is_break();
+                self.deliver(observer, scene)?;
+                if stops || self.run(scene).is_stopping() {
                     break;
                 }
             }
@@ -115,6 +149,22 @@ impl<N: Architecture> Trainer<N> {
 impl<N: Architecture> View for Trainer<N> {
     fn averaged_model(&self) -> Result<Box<dyn Denoiser + '_>> {
         Ok(Box::new(self.ema_model()?))
+    }
+
+    fn loss(&self, model: &dyn Denoiser, batch: &Batch, t: &Tensor, eps: &Tensor) -> Result<f64> {
+        self.executor.wait_for_other_thread()?;
+        let mut batch = batch.clone();
+        batch.check()?;
+        if let (None, Some(none)) = (&batch.classes, model.classes()) {
+            batch.classes = Some(Tensor::full(none, batch.images.dim(0)?, &Device::Cpu)?);
+        }
+        self.diffusion.check(&batch.images, t, eps)?;
+        let noised = Noised::new(&self.diffusion, &batch, t, eps)?;
+        let output = model.denoise(&noised.x_t, t, &Condition::from(batch.classes))?;
+        let (found, expected) = (output.prediction.dims(), noised.x_t.dims());
+        check_dims("the network's output", found, expected, "that of its input")?;
+        let (loss, _) = self.objective.loss(&noised, &output)?;
+        Ok(loss.to_dtype(DType::F64)?.to_scalar()?)
     }
 
     fn save(&self, dir: &Path) -> Result<Saved> {
