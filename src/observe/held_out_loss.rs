@@ -1,3 +1,4 @@
+use std::fmt;
 use std::ops::ControlFlow;
 
 use candle_core::Tensor;
@@ -32,19 +33,23 @@ const PAIRS: usize = 64;
 /// # fn fit(mut trainer: Trainer<UNetConfig>) -> Result<()> {
 /// let images = mnist("data/mnist", Split::Train)?;
 /// let (images, held_out) = hold_out(&images, 1_000)?;
-/// let best = SaveBest::lowest(HeldOutLoss::<()>::NAME, "out/best");
-/// trainer.fit(&images, (HeldOutLoss::steps(500, held_out), best))
+/// let best = SaveBest::lowest(HeldOutLoss::NAME, "out/best");
+/// trainer.fit(&images, (HeldOutLoss::steps(500, &held_out), best))
 /// # }
 /// ```
-#[derive(Debug, Clone)]
-pub struct HeldOutLoss<D> {
+#[derive(Clone)]
+pub struct HeldOutLoss<'a> {
     every: u64,
-    images: D,
+    images: &'a dyn Dataset,
 }
 
-impl HeldOutLoss<()> {
-    /// The name of the mean over all images.
-    pub const NAME: &'static str = "held_out/loss";
+// A data set has no `Debug`.
+impl fmt::Debug for HeldOutLoss<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { every, images } = self;
+        let images = images.len();
+        f.debug_struct("HeldOutLoss").field("every", every).field("images", &images).finish()
+    }
 }
 
 /// A pair of an image and its noise, at a timestep.
@@ -56,9 +61,12 @@ struct Pair {
     t: u32,
 }
 
-impl<D: Dataset> HeldOutLoss<D> {
+impl<'a> HeldOutLoss<'a> {
+    /// The name of the mean over all images.
+    pub const NAME: &'static str = "held_out/loss";
+
     /// Publishes the loss on `images` every `every` updates. With 0, the loss is computed only at the end.
-    pub fn steps(every: u64, images: D) -> Self {
+    pub fn steps(every: u64, images: &'a dyn Dataset) -> Self {
         Self { every, images }
     }
 
@@ -87,11 +95,11 @@ impl<D: Dataset> HeldOutLoss<D> {
         let (sum, count) = losses.iter().fold((0.0, 0), |(sum, count), (of_quartile, pairs)| {
             (sum + of_quartile, count + pairs)
         });
-        run.publish(HeldOutLoss::NAME, sum / count as f64);
+        run.publish(Self::NAME, sum / count as f64);
         for (quartile, (sum, count)) in losses.into_iter().enumerate() {
             // A schedule of fewer than four timesteps has empty quartiles.
             if count > 0 {
-                run.publish(format!("{}_q{quartile}", HeldOutLoss::NAME), sum / count as f64);
+                run.publish(format!("{}_q{quartile}", Self::NAME), sum / count as f64);
             }
         }
         Ok(())
@@ -118,7 +126,7 @@ impl<D: Dataset> HeldOutLoss<D> {
     /// Computes the mean loss of some pairs.
     fn loss(&self, run: &Run<'_>, model: &dyn Denoiser, pairs: &[Pair]) -> Result<f64> {
         let indices: Vec<usize> = pairs.iter().map(|pair| pair.image).collect();
-        let batch = loader::read(&self.images, &indices)?.upload(run.device())?;
+        let batch = loader::read(self.images, &indices)?.upload(run.device())?;
         let dims = batch.images.dims();
         let mut eps = vec![0.0; batch.images.elem_count()];
         for (pair, eps) in pairs.iter().zip(eps.chunks_mut(batch.images.elem_count() / pairs.len()))
@@ -132,13 +140,13 @@ impl<D: Dataset> HeldOutLoss<D> {
     }
 }
 
-impl<D: Dataset> Observer for HeldOutLoss<D> {
+impl Observer for HeldOutLoss<'_> {
     fn on_start(&mut self, run: &Run<'_>) -> Result<()> {
-        loader::check(&self.images)?;
-        let (found, expected) = (self.images.shape().into(), run.image_shape());
+        loader::check(self.images)?;
+        let (found, expected) = (self.images.shape(), run.image_shape().into());
         if found != expected {
-            let expected = format!("{expected:?}, that of the training images");
-            return Err(Error::config("shape of the held-out images", format!("{found:?}"), expected));
+            let (found, expected) = (format!("{found:?}"), format!("{expected:?}, as in training"));
+            return Err(Error::config("shape of the held-out images", found, expected));
         }
         let classes = self.images.classes();
         match run.model().classes() {

@@ -21,8 +21,8 @@ use crate::train::{Checkpoint, Observer, Published, Run};
 /// use ddpm::observe::{HeldOutLoss, SaveBest};
 ///
 /// # fn fit(mut trainer: Trainer<UNetConfig>, images: Images, held_out: Images) -> Result<()> {
-/// let loss = HeldOutLoss::steps(500, held_out);
-/// trainer.fit(&images, (loss, SaveBest::lowest(HeldOutLoss::<()>::NAME, "out/best")))
+/// let loss = HeldOutLoss::steps(500, &held_out);
+/// trainer.fit(&images, (loss, SaveBest::lowest(HeldOutLoss::NAME, "out/best")))
 /// # }
 /// ```
 #[derive(Debug, Clone)]
@@ -156,8 +156,11 @@ impl Observer for SaveBest {
     }
 
     fn on_published(&mut self, run: &Run<'_>, published: &[Published]) -> Result<()> {
-        for value in published.iter().filter(|value| value.name == self.metric) {
-            if let Some(value) = value.scalar().filter(|&value| self.is_better(value)) {
+        for published in published {
+            if let Some(value) = published.scalar()
+                && published.name == self.metric
+                && self.is_better(value)
+            {
                 self.save(run, value)?;
             }
         }
