@@ -729,7 +729,7 @@ fn the_norms_of_all_layers_are_published_and_make_up_the_whole_norm() {
     let norms: Vec<_> = seen.seen.iter().map(|p| (p.name.clone(), p.scalar().unwrap())).collect();
     assert!(seen.seen.iter().all(|published| published.step == 2));
     let names: Vec<&str> = norms.iter().map(|(name, _)| name.as_str()).collect();
-    assert!(names.contains(&"grad_norm/block.conv1") && names.contains(&"grad_norm/input"));
+    assert!(names.contains(&"grad_norm/input") && names.contains(&"grad_norm/attention.norm"));
     // Each layer once, although most have a weight and a bias.
     assert!(names.is_sorted() && names.windows(2).all(|pair| pair[0] != pair[1]), "{names:?}");
     let sum = norms.iter().map(|(_, norm)| norm * norm).sum::<f64>().sqrt();

@@ -1,4 +1,5 @@
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -64,14 +65,6 @@ impl<N: Architecture> Trainer<N> {
         }
     }
 
-    /// Publishes the norms of the gradients of the next update.
-    fn publish_gradient_norms(&mut self, batch: &Batch, scene: &Scene) -> Result<()> {
-        for (layer, norm) in self.gradient_norms(batch)? {
-            scene.publish(self.steps() + 1, format!("grad_norm/{layer}"), norm.into());
-        }
-        Ok(())
-    }
-
     /// The loop of [`fit`](Self::fit).
     fn train(
         &mut self,
@@ -93,14 +86,18 @@ impl<N: Architecture> Trainer<N> {
             while self.steps() < self.config.steps {
                 let start = Instant::now();
                 let batch = next()?;
-                let reading = start.elapsed();
-                (elapsed, waited) = (elapsed + reading, waited + reading);
+                waited += start.elapsed();
                 let batch = batch.upload(&self.device)?;
-                if observer.wants_gradient_norms(self.steps() + 1) {
-                    self.publish_gradient_norms(&batch, scene)?;
-                }
+                elapsed += start.elapsed();
+                let norms = match observer.wants_gradient_norms(self.steps() + 1) {
+                    true => self.gradient_norms(&batch)?,
+                    false => BTreeMap::new(),
+                };
                 let start = Instant::now();
                 self.step(batch)?;
+                for (layer, norm) in norms {
+                    scene.publish(self.steps(), format!("grad_norm/{layer}"), norm.into());
+                }
                 let last = self.steps() == self.config.steps;
                 if self.steps().is_multiple_of(self.config.log_every) || last {
                     let mut metrics = self.report()?;
