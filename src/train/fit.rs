@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use super::checkpoint::store::Saved;
 use super::objective::Noised;
@@ -150,14 +150,15 @@ impl<N: Architecture> View for Trainer<N> {
 
     fn loss(&self, model: &dyn Denoiser, batch: &Batch, t: &Tensor, eps: &Tensor) -> Result<f64> {
         self.executor.wait_for_other_thread()?;
-        let mut batch = batch.clone();
         batch.check()?;
-        if let (None, Some(none)) = (&batch.classes, model.classes()) {
-            batch.classes = Some(Tensor::full(none, batch.images.dim(0)?, &Device::Cpu)?);
-        }
         self.diffusion.check(&batch.images, t, eps)?;
-        let noised = Noised::new(&self.diffusion, &batch, t, eps)?;
-        let output = model.denoise(&noised.x_t, t, &Condition::from(batch.classes))?;
+        let noised = Noised::new(&self.diffusion, batch, t, eps)?;
+        let condition = match (model.classes(), &batch.classes) {
+            (None, _) => Condition::None,
+            (Some(_), Some(classes)) => Condition::Classes(classes.clone()),
+            (Some(none), None) => Condition::classes(vec![none; batch.images.dim(0)?])?,
+        };
+        let output = model.denoise(&noised.x_t, t, &condition)?;
         let (found, expected) = (output.prediction.dims(), noised.x_t.dims());
         check_dims("the network's output", found, expected, "that of its input")?;
         let (loss, _) = self.objective.loss(&noised, &output)?;

@@ -107,8 +107,9 @@ impl<'a> Run<'a> {
     }
 
     /// Computes the loss of `model` by the run's objective, for a batch with the noise `eps` at the timesteps `t`
-    /// (batch). Weights, random numbers and reports of the run do not change. The images of a network with classes have
-    /// no class if the batch has none.
+    /// (batch). Weights, random numbers and reports of the run do not change. A network
+    /// [with classes](Denoiser::classes) receives those of the batch, or no class if the batch has none. Another network
+    /// receives no condition.
     ///
     /// # Errors
     /// Returns an error if the shapes or dtypes do not fit each other, and the errors of the network and the objective.
