@@ -51,6 +51,11 @@ pub(crate) enum Purpose {
     Offset = 11,
     /// The images of a batch whose class the network does not see.
     ClassDropout = 10,
+    /// Timesteps and noise of images that are not trained on; `step` is 0 for the order of the timesteps, and 1 for the
+    /// noise.
+    HeldOut = 12,
+    /// The images that are not trained on.
+    Split = 13,
 }
 
 impl Noise {

@@ -137,6 +137,56 @@ fn a_resumed_run_is_the_uninterrupted_one() -> Result<()> {
     Ok(())
 }
 
+/// A resumed run is that without an interruption, including its division of the images and its best checkpoint.
+#[test]
+fn a_run_holds_out_the_same_images_after_a_resume_and_keeps_its_best_checkpoint() -> Result<()> {
+    let temp = TempDir::new()?;
+    let (whole, halves) = (temp.path().join("whole"), temp.path().join("halves"));
+    write_idx(&temp.path().join("mnist"), 5)?;
+    let data = temp.path().to_str().ok_or("a path in UTF-8")?;
+    let watch = ["--held-out-every", "2", "--gradient-norms", "4", "--tensorboard"];
+    let args = [&SMALL[..], &["--data", data, "--held-out", "2"], &watch].concat();
+    let said = mnist(&whole, &[&args[..], &["--steps", "4"]].concat())?;
+    assert!(said.contains("5 images, 2 held out"), "{said}");
+    assert!(said.contains("best     held-out loss "), "{said}");
+    mnist(&halves, &[&args[..], &["--steps", "2"]].concat())?;
+    let resume = [&["--data", data, "--steps", "4", "--resume", "--sample-count", "3"], &watch[..]];
+    let resume = resume.concat();
+    let mut other = example("mnist");
+    other.args(&resume).args(["--held-out", "1"]).arg("--out").arg(&halves);
+    assert_fails(&mut other, &["data.json: the run holds out 2 images, not 1", "omit --held-out"])?;
+    mnist(&halves, &resume)?;
+
+    for file in ["checkpoint/model.safetensors", "checkpoint/ema.safetensors", "best/best.json"] {
+        assert!(fs::read(whole.join(file))? == fs::read(halves.join(file))?, "{file} differs");
+    }
+    let published = |out: &Path| -> Result<Vec<Value>> {
+        Ok(metrics(out)?.into_iter().filter(|line| line.get("loss").is_none()).collect())
+    };
+    let lines = published(&whole)?;
+    assert_eq!(lines, published(&halves)?);
+    assert_eq!(lines.iter().map(|line| &line["step"]).collect::<Vec<_>>(), [2, 4]);
+    let least = lines.iter().filter_map(|line| line["held_out/loss"].as_f64()).reduce(f64::min);
+    let norms =
+        |line: &Value| line.as_object().map(|l| l.keys().filter(|k| k.starts_with("grad")).count());
+    assert!(norms(&lines[0]) == Some(0) && norms(&lines[1]) > Some(20), "{lines:?}");
+    let best: Value = serde_json::from_slice(&fs::read(whole.join("best/best.json"))?)?;
+    assert_eq!(best["value"].as_f64(), least);
+    let checkpoint = Checkpoint::open(whole.join("best/checkpoint"))?;
+    assert_eq!(best["step"].as_u64(), Some(checkpoint.step()));
+    assert_eq!(fs::read_dir(whole.join("tensorboard"))?.count(), 1);
+    assert_eq!(fs::read_dir(halves.join("tensorboard"))?.count(), 2);
+
+    let all = ["--data", data, "--held-out", "5"];
+    let out = temp.path().join("none");
+    assert_fails(
+        example("mnist").args(all).arg("--out").arg(&out),
+        &["--held-out: held-out images is 5; it must be at least 1, and less than 5"],
+    )?;
+    assert!(!out.exists());
+    Ok(())
+}
+
 #[test]
 fn a_run_on_the_embedded_digits_writes_all_its_files() -> Result<()> {
     let temp = TempDir::new()?;

@@ -11,10 +11,13 @@ use candle_core::{Device, Tensor};
 use ddpm::data::{Dataset, ImageShape, Images};
 use ddpm::eval::Generator;
 use ddpm::nn::{Condition, Output};
-use ddpm::observe::{LossCurve, MetricsFile, SampleGrid, SaveEvery};
+use ddpm::observe::{
+    Best, GradientNorms, HeldOutLoss, LossCurve, MetricsFile, SampleGrid, SaveBest, SaveEvery,
+};
 use ddpm::process::Prediction;
 use ddpm::train::{
-    Frontend, Metrics, Noised, Objective, ObjectiveConfig, Observer, Outcome, Run, on_metrics,
+    AdamConfig, EmaConfig, Frontend, Metrics, Noised, Objective, ObjectiveConfig, Observer,
+    Outcome, Published, Run, Value, on_metrics,
 };
 use ddpm::{
     Checkpoint, Denoiser, Diffusion, Error, NoiseSchedule, Result, Sampler, Solver, TrainConfig,
@@ -470,4 +473,346 @@ fn images_drawn_in_parts_have_their_own_conditions() {
     assert!(draw(24).is_err());
     let message = sampler.sample(&Classes, (2, 1, 1, 1), 0, &Device::Cpu).unwrap_err().to_string();
     assert_eq!(message, "the list of classes has shape [23]; it must be [2], one per image");
+}
+
+/// Publishes a value of its list after each update, beginning with the first. Collects everything that is published.
+#[derive(Default)]
+struct Scripted {
+    values: Vec<f64>,
+    seen: Vec<Published>,
+}
+
+impl Scripted {
+    fn numbers(&self, name: &str) -> Vec<(u64, f64)> {
+        let of_name = self.seen.iter().filter(|published| published.name == name);
+        of_name.filter_map(|published| Some((published.step, published.scalar()?))).collect()
+    }
+}
+
+impl Observer for Scripted {
+    fn on_step(&mut self, run: &Run<'_>) -> Result<ControlFlow<()>> {
+        if let Some(&value) = self.values.get(run.step() as usize - 1) {
+            run.publish("metric", value);
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    fn on_published(&mut self, _: &Run<'_>, published: &[Published]) -> Result<()> {
+        self.seen.extend_from_slice(published);
+        Ok(())
+    }
+}
+
+/// Publishes at the beginning and at the end, and an answer to each value of another name.
+struct Answers;
+
+impl Observer for Answers {
+    fn on_start(&mut self, run: &Run<'_>) -> Result<()> {
+        run.publish("start", 0.0);
+        Ok(())
+    }
+
+    fn on_published(&mut self, run: &Run<'_>, published: &[Published]) -> Result<()> {
+        for value in published.iter().filter(|value| value.name != "answer") {
+            run.publish("answer", value.scalar().unwrap() + 1.0);
+        }
+        Ok(())
+    }
+
+    fn on_end(&mut self, run: &Run<'_>, _: Outcome<'_>) -> Result<()> {
+        run.publish("end", 5.0);
+        Ok(())
+    }
+}
+
+#[test]
+fn every_observer_receives_what_is_published_whatever_their_order() {
+    let (mut first, mut last) = (Scripted::default(), Scripted::default());
+    let source = Scripted { values: vec![3.0], ..Scripted::default() };
+    trainer(2).fit(&images(), (&mut first, (source, Answers), vec![&mut last])).unwrap();
+    let expected = [
+        (0, "start", 0.0),
+        (0, "answer", 1.0),
+        (1, "metric", 3.0),
+        (1, "answer", 4.0),
+        (2, "end", 5.0),
+        (2, "answer", 6.0),
+    ];
+    for observer in [&first, &last] {
+        let seen = observer.seen.iter().map(|p| (p.step, p.name.as_str(), p.scalar().unwrap()));
+        assert_eq!(seen.collect::<Vec<_>>(), expected);
+    }
+}
+
+#[test]
+fn published_numbers_have_their_own_lines_in_the_file_of_metrics() {
+    let temp = TempDir::new().unwrap();
+    let path = temp.path().join("metrics.jsonl");
+    let mut run = trainer(4);
+    let source = |values| Scripted { values, ..Scripted::default() };
+    let stop = Recorder { break_at: Some(3), ..Recorder::default() };
+    run.fit(&images(), (MetricsFile::new(&path), source(vec![0.5, 0.25, 1.0]), stop)).unwrap();
+    let later = fs::read_to_string(&path).unwrap() + "{\"metric\":9.0,\"step\":4}\n";
+    fs::write(&path, later).unwrap();
+    run.fit(&images(), (source(vec![0.0, 0.0, 0.0, 2.0]), MetricsFile::new(&path))).unwrap();
+    let text = fs::read_to_string(&path).unwrap();
+    let numbers: Vec<&str> = text.lines().filter(|line| line.contains("metric")).collect();
+    let expected = [(0.5, 1), (0.25, 2), (1.0, 3), (2.0, 4)];
+    assert_eq!(numbers, expected.map(|(m, step)| format!("{{\"metric\":{m:?},\"step\":{step}}}")));
+    // The other lines are those of the reports, and the only ones with a loss.
+    let losses = MetricsFile::losses(&path).unwrap();
+    assert_eq!(losses.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [2, 4]);
+    assert_eq!(text.lines().count(), 6);
+}
+
+#[test]
+fn a_grid_is_published_as_the_picture_in_its_file() {
+    let temp = TempDir::new().unwrap();
+    let grid = SampleGrid::steps(2, temp.path()).count(3);
+    let mut seen = Scripted::default();
+    trainer(3).fit(&images(), (&mut seen, grid.clone())).unwrap();
+    assert_eq!(seen.seen.iter().map(|p| p.step).collect::<Vec<_>>(), [2, 3]);
+    for published in seen.seen {
+        let Value::Picture(picture) = published.value else { panic!("not a picture") };
+        assert_eq!(picture.png, fs::read(grid.path(published.step)).unwrap());
+        assert_eq!((picture.width, picture.height, picture.channels), (70, 70, 1));
+    }
+}
+
+/// The noised images of a call of an objective, and the factor by which the network multiplied them.
+#[derive(Debug, Clone, PartialEq)]
+struct Call {
+    x_0: Vec<Vec<f32>>,
+    x_t: Vec<f32>,
+    eps: Vec<f32>,
+    t: Vec<u32>,
+    classes: Option<Vec<u32>>,
+    factor: f32,
+}
+
+/// Records its calls. The loss is the mean timestep or the usual loss.
+#[derive(Debug, Clone, Default)]
+struct Spy {
+    calls: Arc<Mutex<Vec<Call>>>,
+    times: bool,
+}
+
+impl Objective for Spy {
+    fn loss(&self, batch: &Noised<'_>, output: &Output) -> Result<(Tensor, Output)> {
+        let flat = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let (x_t, t) = (flat(&batch.x_t), batch.t.to_vec1::<u32>()?);
+        let factor = flat(&output.prediction)[0] / x_t[0];
+        let (x_0, eps) = (batch.x_0.flatten_from(1)?.to_vec2()?, flat(&batch.eps));
+        let classes = batch.classes.as_ref().map(Tensor::to_vec1).transpose()?;
+        let mean = t.iter().map(|&t| t as f32).sum::<f32>() / t.len() as f32;
+        self.calls.lock().unwrap().push(Call { x_0, x_t, eps, t, classes, factor });
+        let (loss, gradient) = ObjectiveConfig::default().loss(batch, output)?;
+        Ok((if self.times { Tensor::new(mean, &Device::Cpu)? } else { loss }, gradient))
+    }
+}
+
+#[test]
+fn the_held_out_loss_is_at_even_timesteps_and_the_same_noise_each_time() {
+    let spy = Spy { times: true, ..Spy::default() };
+    let config = TrainConfig {
+        optimizer: AdamConfig::adam(0.1),
+        ema: Some(EmaConfig { decay: 0.9, warmup: false }),
+        ..config(2)
+    };
+    let builder = Trainer::builder(Scale).config(config).objective(spy.clone());
+    let mut trainer = builder.build().unwrap();
+    let images = images().with_labels((0..10).collect()).unwrap();
+    let mut seen = Scripted::default();
+    trainer.fit(&images, (HeldOutLoss::steps(1, &images), &mut seen)).unwrap();
+
+    // 70 pairs in batches of 2, and one of 1 if the number of pairs of a quartile is odd.
+    let calls = spy.calls.lock().unwrap();
+    let half = calls.len() / 2;
+    let (first, second) = (&calls[1..half], &calls[half + 1..]);
+    for (a, b) in first.iter().zip(second) {
+        assert_eq!((&a.x_t, &a.eps, &a.t), (&b.x_t, &b.eps, &b.t));
+    }
+    // The weights are the averaged ones.
+    let average = trainer.ema().unwrap().averages()["scale"].to_vec1::<f32>().unwrap()[0];
+    let weight = trainer.vars()["scale"].to_vec1::<f32>().unwrap()[0];
+    assert!((average - weight).abs() > 0.01, "{average}, {weight}");
+    assert!(second.iter().all(|call| (call.factor - average).abs() < 1e-5), "{average}");
+    assert!(first.iter().all(|call| (call.factor - average).abs() > 1e-3), "{average}");
+
+    let times: Vec<u32> = second.iter().flat_map(|call| call.t.clone()).collect();
+    assert!(times.len() == 70 && times[0] <= 14 && times[69] >= 985, "{times:?}");
+    // 1000 / 70 is 14.3.
+    assert!(times.windows(2).all(|pair| (14..=15).contains(&(pair[1] - pair[0]))), "{times:?}");
+    let mean = |times: &[u32]| f64::from(times.iter().sum::<u32>()) / times.len() as f64;
+    let close = |name: &str, times: &[u32]| {
+        for (step, value) in seen.numbers(name) {
+            assert!((value - mean(times)).abs() < 1e-4, "{name} at step {step}: {value}");
+        }
+        assert_eq!(seen.numbers(name).len(), 2, "{name}");
+    };
+    close("held_out/loss", &times);
+    for quartile in 0..4 {
+        let range = quartile * 250..(quartile + 1) * 250;
+        let times: Vec<u32> = times.iter().copied().filter(|t| range.contains(t)).collect();
+        close(&format!("held_out/loss_q{quartile}"), &times);
+    }
+
+    // Every image appears with its class seven times, each time with other noise.
+    let mut count = [0; 10];
+    for (x_0, class) in
+        second.iter().flat_map(|call| call.x_0.iter().zip(call.classes.as_ref().unwrap()))
+    {
+        assert_eq!(x_0[0], (class * 16 * 7 % 251) as f32 / 127.5 - 1.0);
+        count[*class as usize] += 1;
+    }
+    assert_eq!(count, [7; 10]);
+    let eps: Vec<f64> = second.iter().flat_map(|c| c.eps.iter().map(|&e| f64::from(e))).collect();
+    let distinct: std::collections::BTreeSet<u64> = eps.iter().map(|e| e.to_bits()).collect();
+    assert_eq!((eps.len(), distinct.len()), (70 * 16, 70 * 16));
+    let moment = |power| eps.iter().map(|e: &f64| e.powi(power)).sum::<f64>() / eps.len() as f64;
+    // Four standard errors of 1120 normal numbers.
+    assert!(moment(1).abs() < 0.12 && (moment(2) - 1.0).abs() < 0.17, "{}", moment(2));
+}
+
+#[test]
+fn held_out_images_of_another_shape_are_refused_before_training() {
+    let other = Images::new(vec![0; 18], (1, 3, 3)).unwrap();
+    let mut trainer = trainer(1);
+    let error = trainer.fit(&images(), HeldOutLoss::steps(1, &other)).unwrap_err().to_string();
+    assert!(error.contains("shape of the held-out images is") && error.contains("as in training"));
+    assert_eq!(trainer.steps(), 0);
+}
+
+#[test]
+fn the_norm_of_a_layer_is_that_of_the_gradient_of_the_next_update() {
+    let spy = Spy::default();
+    let builder = Trainer::builder(Scale).config(config(1)).objective(spy.clone());
+    let mut trainer = builder.build().unwrap();
+    let batch = trainer.next_batch(&images()).unwrap();
+    let norms = trainer.gradient_norms(&batch).unwrap();
+    let update = trainer.step(&batch).unwrap().grad_norm.to_scalar::<f32>().unwrap();
+    let calls = spy.calls.lock().unwrap();
+    assert_eq!(calls[0], calls[1]);
+    // The derivative of mean (w x_t - eps)² with respect to w = 0.5.
+    let Call { x_t, eps, .. } = &calls[0];
+    let terms = x_t.iter().zip(eps).map(|(&x, &e)| 2.0 * f64::from((0.5 * x - e) * x));
+    let expected = (terms.sum::<f64>() / x_t.len() as f64).abs();
+    let found = norms["scale"];
+    assert_eq!(norms.len(), 1);
+    assert!((found / expected - 1.0).abs() < 1e-5, "{found}, {expected}");
+    assert!((found / f64::from(update) - 1.0).abs() < 1e-6, "{found}, {update}");
+}
+
+fn small(log_every: u64) -> (Trainer<small::SmallConfig>, Images) {
+    let config = TrainConfig {
+        accumulation: 2,
+        batch_size: 4,
+        log_every,
+        horizontal_flip: true,
+        ema: Some(EmaConfig { decay: 0.9, warmup: false }),
+        ..config(3)
+    };
+    let images = Images::new((0..6 * 192).map(|i| (i * 7 % 251) as u8).collect(), (3, 8, 8));
+    let trainer = Trainer::new(small::CONFIG, config, Diffusion::ddpm(), &Device::Cpu);
+    (trainer.unwrap(), images.unwrap())
+}
+
+#[test]
+fn the_norms_of_all_layers_are_published_and_make_up_the_whole_norm() {
+    let (mut trainer, images) = small(1);
+    let (mut seen, mut whole) = (Scripted::default(), Vec::new());
+    let collect = on_metrics(|metrics| {
+        whole.push((metrics.step, f64::from(metrics.grad_norm)));
+        Ok(())
+    });
+    trainer.fit(&images, (&mut seen, collect, GradientNorms::steps(2))).unwrap();
+    let norms: Vec<_> = seen.seen.iter().map(|p| (p.name.clone(), p.scalar().unwrap())).collect();
+    assert!(seen.seen.iter().all(|published| published.step == 2));
+    let names: Vec<&str> = norms.iter().map(|(name, _)| name.as_str()).collect();
+    assert!(names.contains(&"grad_norm/input") && names.contains(&"grad_norm/attention.norm"));
+    // Each layer once, although most have a weight and a bias.
+    assert!(names.is_sorted() && names.windows(2).all(|pair| pair[0] != pair[1]), "{names:?}");
+    let sum = norms.iter().map(|(_, norm)| norm * norm).sum::<f64>().sqrt();
+    assert!((sum / whole[1].1 - 1.0).abs() < 1e-5, "{sum}, {whole:?}");
+}
+
+#[test]
+fn observers_that_compute_do_not_change_the_run() {
+    let temp = TempDir::new().unwrap();
+    let end = |observed: bool| {
+        let (mut trainer, images) = small(2);
+        let best = SaveBest::lowest(HeldOutLoss::NAME, temp.path().join("best"));
+        let all = (HeldOutLoss::steps(1, &images), GradientNorms::steps(1), best);
+        trainer.fit(&images, observed.then_some(all)).unwrap();
+        let bits = |tensor: &Tensor| -> Vec<u32> {
+            let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            values.into_iter().map(f32::to_bits).collect()
+        };
+        let weights = trainer.vars().values().map(|var| bits(var)).collect::<Vec<_>>();
+        (weights, trainer.ema().unwrap().averages().values().map(bits).collect::<Vec<_>>())
+    };
+    assert_eq!(end(true), end(false));
+}
+
+#[test]
+fn the_checkpoint_of_the_best_value_is_kept_whatever_the_order_of_observers() {
+    let temp = TempDir::new().unwrap();
+    let values = [0.5, f64::NAN, 0.25, 0.75, f64::NEG_INFINITY, 0.25];
+    let dir = |name: &str| temp.path().join(name);
+    let source = || Scripted { values: values.into(), ..Scripted::default() };
+    let mut low = SaveBest::lowest("metric", dir("low"));
+    let mut high = SaveBest::highest("metric", dir("high"));
+    trainer(6).fit(&images(), (&mut low, source(), &mut high)).unwrap();
+    for (observer, name, value, step) in [(&low, "low", 0.25, 3), (&high, "high", 0.75, 4)] {
+        let best = observer.best().unwrap();
+        assert_eq!((best.value, best.step, best.metric.as_str()), (value, step, "metric"));
+        assert_eq!(Best::read(dir(name)).unwrap().as_ref(), Some(best));
+        let json = fs::read_to_string(dir(name).join("best.json")).unwrap();
+        assert!(json.contains(&format!("\"value\":{value},\"step\":{step},")), "{json}");
+        assert_eq!(Checkpoint::open(observer.checkpoint()).unwrap().step(), step);
+    }
+    // Another name is not the metric.
+    let mut other = SaveBest::lowest("other", dir("other"));
+    trainer(2).fit(&images(), (source(), &mut other)).unwrap();
+    assert_eq!((other.best(), Best::read(dir("other")).unwrap()), (None, None));
+}
+
+#[test]
+fn the_best_value_survives_a_resume_and_not_another_run() {
+    let temp = TempDir::new().unwrap();
+    let (dir, checkpoint) = (temp.path().join("best"), temp.path().join("checkpoint"));
+    let source = |values: &[f64]| Scripted { values: values.into(), ..Scripted::default() };
+    let stop = |step| Recorder { break_at: Some(step), ..Recorder::default() };
+    let best = || SaveBest::lowest("metric", &dir);
+    let resume =
+        || Trainer::resume(&checkpoint, Scale, config(9), Diffusion::ddpm(), &Device::Cpu).unwrap();
+    let read = || Best::read(&dir).unwrap().map(|best| (best.value, best.step));
+    let mut run = trainer(9);
+    run.fit(&images(), (source(&[0.5, 0.4, 0.9]), best(), stop(3))).unwrap();
+    run.save(&checkpoint).unwrap();
+    // The rest of the run is lost, except for its best checkpoint.
+    run.fit(&images(), (source(&[0.0, 0.0, 0.0, 0.45, 0.3]), best(), stop(5))).unwrap();
+    assert_eq!(read(), Some((0.3, 5)));
+
+    // Nothing of the repeated steps is better than before.
+    resume().fit(&images(), (best(), source(&[0., 0., 0., 0.45, 0.3]), stop(5))).unwrap();
+    assert_eq!(read(), Some((0.3, 5)));
+    assert!(!temp.path().join("best-old").exists());
+
+    // The run changed: an earlier step is better, and its checkpoint cannot replace a later one.
+    let screen = Arc::new(Screen::default());
+    let shows = Recorder { frontend: Some(Arc::clone(&screen)), ..Recorder::default() };
+    resume().fit(&images(), (best(), source(&[0., 0., 0., 0.2]), shows, stop(4))).unwrap();
+    assert_eq!(read(), Some((0.2, 4)));
+    assert_eq!(Best::read(temp.path().join("best-old")).unwrap().unwrap().step, 5);
+    let warned = screen.log.lock().unwrap().clone();
+    assert!(warned.iter().any(|line| line.ends_with("its checkpoint is of a later step")));
+
+    // A run that begins, or looks at another value, does not take over the best value.
+    trainer(1).fit(&images(), (best(), source(&[0.8]))).unwrap();
+    assert_eq!(read(), Some((0.8, 1)));
+    let other = SaveBest::highest("metric", &dir);
+    resume().fit(&images(), (other, source(&[0., 0., 0., 0.1]), stop(4))).unwrap();
+    assert_eq!(read(), Some((0.1, 4)));
+    assert_eq!(Best::read(temp.path().join("best-old-3")).unwrap().unwrap().value, 0.8);
 }

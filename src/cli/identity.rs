@@ -18,6 +18,9 @@ pub struct Identity {
     images: usize,
     /// The CRC-32 of all pixels, or the fingerprint of a folder.
     crc32: String,
+    /// The number of images that are not trained on.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub(super) held_out: usize,
     /// The instruction to select the set.
     options: String,
 }
@@ -29,8 +32,14 @@ impl Identity {
             name: set.name.clone(),
             images: set.images.len(),
             crc32: set.crc32.clone(),
+            held_out: 0,
             options: set.options.clone(),
         }
+    }
+
+    /// Sets the number of images that are not trained on.
+    pub(super) fn holding_out(self, held_out: usize) -> Self {
+        Self { held_out, ..self }
     }
 
     /// The CRC-32 of bytes, as gzip computes it, in hexadecimal.
@@ -62,12 +71,25 @@ impl Identity {
             let wrong = format!("{path}: the run is of {run}, not of {self}");
             return Err(format!("{wrong}; to go on with it, {options}").into());
         }
+        if run.held_out != self.held_out {
+            let (path, run, found) = (path.display(), run.held_out, self.held_out);
+            let wrong = format!("{path}: the run holds out {run} images, not {found}");
+            return Err(format!("{wrong}; to go on with it, omit --held-out").into());
+        }
         Ok(true)
     }
 }
 
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({} images, crc32 {})", self.name, self.images, self.crc32)
+        write!(f, "{} ({} images, crc32 {}", self.name, self.images, self.crc32)?;
+        match self.held_out {
+            0 => write!(f, ")"),
+            held_out => write!(f, ", {held_out} held out)"),
+        }
     }
+}
+
+fn is_zero(number: &usize) -> bool {
+    *number == 0
 }

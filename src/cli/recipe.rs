@@ -31,11 +31,20 @@ pub struct Recipe {
     pub sample_count: usize,
     /// Sampler settings of the grids.
     pub sampling: SamplerConfig,
+    /// Number of images that are not trained on, by which the held-out loss is computed.
+    pub held_out: usize,
+    /// Number of updates between two held-out losses.
+    pub held_out_every: u64,
+    /// Number of updates between two lists of the gradient norms of all layers. With 0, none are computed.
+    pub gradient_norms: u64,
 }
+
+/// The usual number of updates between two held-out losses.
+pub(super) const HELD_OUT_EVERY: u64 = 500;
 
 impl Recipe {
     /// Creates a recipe that saves every 500 updates, draws a grid of 64 samples every 1,000 by the
-    /// [usual](SamplerConfig::usual) sampler, and writes to `out`.
+    /// [usual](SamplerConfig::usual) sampler, holds out no images, and writes to `out`.
     pub fn new(network: UNetConfig, diffusion: Diffusion, train: TrainConfig) -> Self {
         Self {
             sampling: SamplerConfig::usual(&diffusion),
@@ -47,6 +56,9 @@ impl Recipe {
             save_every: 500,
             sample_every: 1_000,
             sample_count: 64,
+            held_out: 0,
+            held_out_every: HELD_OUT_EVERY,
+            gradient_norms: 0,
         }
     }
 
@@ -63,7 +75,8 @@ impl Recipe {
         };
         let solver = self.sampling.solver;
         format!(
-            "{when}: --out {} --save-every {} --sample-every {} --sample-count {}\n  \
+            "{when}: --out {} --save-every {} --sample-every {} --sample-count {} \
+             --held-out-every {}\n  \
              new runs only (--resume uses the checkpoint's values, and accepts others for the last three): \
              --batch-size {} --learning-rate {} --accumulation {} --precision {} --seed {} \
              --steps {} --log-every {} --sampling-steps {}\n  \
@@ -72,6 +85,7 @@ impl Recipe {
             self.save_every,
             self.sample_every,
             self.sample_count,
+            self.held_out_every,
             train.batch_size,
             train.optimizer.learning_rate,
             train.accumulation,
@@ -135,8 +149,8 @@ pub struct TrainArgs {
           value_parser = whole::<u64>(0..=u64::MAX))]
     seed: Option<u64>,
     /// Directory for checkpoint/, samples/, metrics.jsonl, loss.png, config.json, and data.json, which
-    /// names the training images; a new run renames metrics.jsonl and samples/ of an earlier run to
-    /// metrics-old.jsonl and samples-old/
+    /// names the training images; a new run renames metrics.jsonl, samples/, best/ and tensorboard/ of an
+    /// earlier run to metrics-old.jsonl, samples-old/ and so on
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
     /// Configuration of a new run: the config.json of another run, which may be edited; other options
@@ -169,6 +183,22 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<u64>(1..=1_000_000_000))]
     log_every: Option<u64>,
+    /// Images that a new run does not train on, chosen at random; their loss is logged, and best/ in --out
+    /// holds the checkpoint with the lowest
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<usize>(0..=1_000_000_000))]
+    pub(super) held_out: Option<usize>,
+    /// Updates from one loss of the --held-out images to the next; one is always computed at the end
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<u64>(1..=1_000_000_000))]
+    pub(super) held_out_every: Option<u64>,
+    /// Updates from one list of the gradient norms of all layers to the next; 0 for none
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<u64>(0..=1_000_000_000))]
+    pub(super) gradient_norms: Option<u64>,
+    /// Write event files for TensorBoard to tensorboard/ in --out
+    #[arg(long)]
+    pub(super) tensorboard: bool,
     /// Train on the CPU, even in a build for a GPU
     #[arg(long)]
     pub(super) cpu: bool,

@@ -3,7 +3,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::recipe::Recipe;
+use super::recipe::{HELD_OUT_EVERY, Recipe};
 use super::result::Result;
 use crate::error::Error;
 use crate::files;
@@ -24,6 +24,17 @@ pub(super) struct RunConfig {
     pub save_every: u64,
     pub sample_every: u64,
     pub sample_count: usize,
+    // Files of earlier versions lack the following fields.
+    #[serde(default)]
+    pub held_out: usize,
+    #[serde(default = "held_out_every")]
+    pub held_out_every: u64,
+    #[serde(default)]
+    pub gradient_norms: u64,
+}
+
+fn held_out_every() -> u64 {
+    HELD_OUT_EVERY
 }
 
 impl RunConfig {
@@ -33,9 +44,11 @@ impl RunConfig {
         let text = fs::read(path).map_err(Error::io(path))?;
         let config = serde_json::from_slice::<Self>(&text);
         let config = config.map_err(|e| format!("--config {}: {e}", path.display()))?;
-        for (field, value) in
-            [("save_every", config.save_every), ("sample_every", config.sample_every)]
-        {
+        for (field, value) in [
+            ("save_every", config.save_every),
+            ("sample_every", config.sample_every),
+            ("held_out_every", config.held_out_every),
+        ] {
             if value == 0 {
                 return Err(Error::config(field, value, "at least 1").into());
             }
@@ -56,16 +69,18 @@ impl RunConfig {
 
     /// Replaces the configuration of a recipe.
     pub fn replace(self, recipe: &Recipe) -> Recipe {
-        let Self { network, diffusion, train, sampling, save_every, sample_every, sample_count } =
-            self;
+        let Self { network, diffusion, train, sampling, .. } = self;
         Recipe {
             network,
             diffusion,
             train,
             sampling,
-            save_every,
-            sample_every,
-            sample_count,
+            save_every: self.save_every,
+            sample_every: self.sample_every,
+            sample_count: self.sample_count,
+            held_out: self.held_out,
+            held_out_every: self.held_out_every,
+            gradient_norms: self.gradient_norms,
             ..recipe.clone()
         }
     }

@@ -13,12 +13,13 @@ use super::print::{err, grouped, out};
 use super::recipe::{Recipe, TrainArgs};
 use super::result::Result;
 use super::run_config::RunConfig;
-use crate::data::Dataset;
+use crate::data::{Dataset, hold_out};
 use crate::error::Error;
 use crate::files;
 use crate::model::UNetConfig;
 use crate::observe::{
-    LossCurve, MetricsFile, Progress, SampleGrid, SaveEvery, StopOnSignal, duration, is_removed,
+    Best, GradientNorms, HeldOutLoss, LossCurve, MetricsFile, Progress, SampleGrid, SaveBest,
+    SaveEvery, StopOnSignal, TensorBoard, duration, is_removed,
 };
 use crate::sample::Guidance;
 use crate::train::{Checkpoint, TrainConfig, Trainer, on_metrics};
@@ -30,6 +31,8 @@ struct Files {
     samples: PathBuf,
     metrics: PathBuf,
     curve: PathBuf,
+    best: PathBuf,
+    tensorboard: PathBuf,
     identity: PathBuf,
     config: PathBuf,
 }
@@ -41,6 +44,8 @@ impl Files {
             samples: out.join("samples"),
             metrics: out.join("metrics.jsonl"),
             curve: out.join("loss.png"),
+            best: out.join("best"),
+            tensorboard: out.join("tensorboard"),
             identity: out.join("data.json"),
             config: out.join("config.json"),
             out,
@@ -74,7 +79,12 @@ pub fn train<D: Dataset>(
     let set = load()?;
     let guidance = condition(&mut network, args, &set, saved.is_none())?;
     set.check_shape(network.image_shape())?;
-    let identity = Identity::of(&set);
+    let held_out = match &saved {
+        Some(_) => Identity::read(&files.identity)?.map_or(0, |run| run.held_out),
+        None => recipe.held_out,
+    };
+    let held_out = args.held_out.unwrap_or(held_out);
+    let identity = Identity::of(&set).holding_out(held_out);
     let (mut known, mut other_images) = (false, false);
     if saved.is_some() {
         match identity.check(&files.identity) {
@@ -86,6 +96,11 @@ pub fn train<D: Dataset>(
             found => known = found?,
         }
     }
+    let parts = match held_out {
+        0 => None,
+        count => Some(hold_out(&set.images, count).map_err(|e| format!("--held-out: {e}"))?),
+    };
+    let images = parts.as_ref().map_or(&set.images as &dyn Dataset, |(train, _)| train);
     let device = pick(args.cpu)?;
     let mut trainer = begin(recipe, args, saved.as_ref(), network, config, &device)?;
     let mut sampling = recipe.sampling;
@@ -107,18 +122,21 @@ pub fn train<D: Dataset>(
             save_every: args.save_every.unwrap_or(recipe.save_every),
             sample_every: args.sample_every.unwrap_or(recipe.sample_every),
             sample_count: args.sample_count.unwrap_or(recipe.sample_count),
+            held_out,
+            held_out_every: args.held_out_every.unwrap_or(recipe.held_out_every),
+            gradient_norms: args.gradient_norms.unwrap_or(recipe.gradient_norms),
         };
         config.write(&files.config)?;
     }
     if other_images {
         // Records the number of images in the history.
-        trainer.next_batch(&set.images)?;
+        trainer.next_batch(images)?;
         out(format_args!("changed  the images to {identity}"));
         identity.write(&files.identity)?;
     } else if !known {
         if saved.is_some() {
             // A different number of images means that they are not those of the run. They must not be recorded as such.
-            trainer.next_batch(&set.images)?;
+            trainer.next_batch(images)?;
             let unknown = "the images with which the run began are unknown";
             let file = files.identity.display();
             err(format_args!("warning: {file} does not exist: {unknown}; it now names {identity}"));
@@ -137,12 +155,13 @@ pub fn train<D: Dataset>(
     for change in trainer.history().iter().skip(recorded) {
         out(format_args!("changed  {} from {} to {}", change.field, change.from, change.to));
     }
-    announce(&trainer, &set, &files.out);
+    announce(&trainer, &set, held_out, &files.out);
     check_speed(trainer.config().precision, &device);
     if saved.is_none() && fs::metadata(&files.metrics).is_ok_and(|f| f.is_file() && f.len() > 0) {
         keep(&files.metrics)?;
     }
-    fit(recipe, args, &mut trainer, &set, &files)
+    let held_out = parts.as_ref().map(|(_, held_out)| held_out as &dyn Dataset);
+    fit(recipe, args, &mut trainer, (images, held_out), &identity, &files)
 }
 
 /// Adds the classes of the images to a new network, if the user asks for that. Returns the guidance of its grids.
@@ -183,11 +202,12 @@ fn fit(
     recipe: &Recipe,
     args: &TrainArgs,
     trainer: &mut Trainer<UNetConfig>,
-    set: &DataSet<impl Dataset>,
+    (images, held_out): (&dyn Dataset, Option<&dyn Dataset>),
+    identity: &Identity,
     files: &Files,
 ) -> Result<ExitCode> {
     let (step, steps) = (trainer.steps(), trainer.config().steps);
-    let progress = Progress::new();
+    let progress = Progress::new().showing(HeldOutLoss::NAME);
     let say = progress.clone();
     let stop = StopOnSignal::install(move || {
         say.say("stopping after this step; press Ctrl-C again to quit without saving");
@@ -205,7 +225,6 @@ fn fit(
     let mut grid = SampleGrid::steps(sample_every, &files.samples)
         .count(args.sample_count.unwrap_or(recipe.sample_count));
     // The observers recreate only their own files.
-    let identity = Identity::of(set);
     let restore = || {
         if is_removed(&files.identity) {
             fs::create_dir_all(&files.samples).map_err(Error::io(&files.samples))?;
@@ -213,6 +232,14 @@ fn fit(
         }
         Ok(())
     };
+    let held_out_every = args.held_out_every.unwrap_or(recipe.held_out_every);
+    let mut best = held_out.map(|_| SaveBest::lowest(HeldOutLoss::NAME, &files.best));
+    let watching = (
+        held_out.map(|images| HeldOutLoss::steps(held_out_every, images)),
+        GradientNorms::steps(args.gradient_norms.unwrap_or(recipe.gradient_norms)),
+        args.tensorboard.then(|| TensorBoard::new(&files.tensorboard)),
+        &mut best,
+    );
     let observers = (
         progress.clone(),
         stop,
@@ -221,8 +248,9 @@ fn fit(
         &mut save,
         LossCurve::steps(save_every, &files.metrics, &files.curve),
         &mut grid,
+        watching,
     );
-    let fitted = trainer.fit(&set.images, observers).and_then(|()| restore());
+    let fitted = trainer.fit(images, observers).and_then(|()| restore());
     let now = trainer.steps();
     fitted.map_err(|error| -> Box<dyn StdError + Send + Sync> {
         if now == step || save.saved_step() != now {
@@ -238,6 +266,12 @@ fn fit(
     }
     if let Some(loss) = progress.smooth_loss() {
         out(format_args!("loss     {loss:.4}, smoothed, at step {now}"));
+    }
+    if let Some((best, dir)) =
+        best.as_ref().and_then(|best| Some((best.best()?, best.checkpoint())))
+    {
+        let (dir, Best { value, step, .. }) = (dir.display(), best);
+        out(format_args!("best     held-out loss {value:.4}, at step {step}: {dir}"));
     }
     if step < steps {
         out(format_args!("time     {}", duration(progress.elapsed())));
@@ -290,13 +324,16 @@ fn begin(
     })
 }
 
-/// Prepares the directory for the run. A new run keeps the samples of an earlier one.
+/// Prepares the directory for the run. A new run keeps the directories of an earlier one.
 fn prepare(files: &Files, new: bool) -> Result<()> {
     let written = ["config.json", "data.json", "loss.png", "metrics.jsonl"];
     files::clear_leftovers(&files.out, |name| written.contains(&name));
     files::clear_leftovers(&files.samples, |name| name.starts_with("step-"));
-    if new && fs::read_dir(&files.samples).is_ok_and(|mut grids| grids.next().is_some()) {
-        keep(&files.samples)?;
+    files::clear_leftovers(&files.best, |name| name == "best.json");
+    for dir in [&files.samples, &files.best, &files.tensorboard] {
+        if new && fs::read_dir(dir).is_ok_and(|mut content| content.next().is_some()) {
+            keep(dir)?;
+        }
     }
     Ok(fs::create_dir_all(&files.samples).map_err(Error::io(&files.samples))?)
 }
@@ -338,9 +375,18 @@ fn with_options(error: Error) -> Box<dyn StdError + Send + Sync> {
     format!("{error}; {remedy}").into()
 }
 
-fn announce(trainer: &Trainer<UNetConfig>, set: &DataSet<impl Dataset>, directory: &Path) {
+fn announce(
+    trainer: &Trainer<UNetConfig>,
+    set: &DataSet<impl Dataset>,
+    held_out: usize,
+    directory: &Path,
+) {
     let weights: usize = trainer.vars().values().map(|v| v.elem_count()).sum();
-    out(format_args!("data     {}, {} images", set.about, grouped(set.images.len())));
+    let (about, count) = (&set.about, grouped(set.images.len()));
+    match held_out {
+        0 => out(format_args!("data     {about}, {count} images")),
+        _ => out(format_args!("data     {about}, {count} images, {} held out", grouped(held_out))),
+    }
     out(format_args!("network  {} weights", grouped(weights)));
     out(format_args!("device   {}", describe(trainer.device())));
     out(format_args!("output   {}", directory.display()));

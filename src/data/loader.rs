@@ -181,6 +181,28 @@ impl Loader {
     }
 }
 
+/// Reads images of a data set, without random changes.
+///
+/// # Errors
+/// Returns an error if the data set fails to read, or if a class is not one of its classes.
+pub(crate) fn read(dataset: &dyn Dataset, indices: &[usize]) -> Result<HostBatch> {
+    let (size, shape, classes) = (check(dataset)?, dataset.shape(), dataset.classes());
+    let read = |&index: &usize| {
+        let mut bytes = vec![0; size];
+        let class = dataset.read(index, &mut bytes)?;
+        Ok((bytes, check_class(index, class, classes)?))
+    };
+    let never = AtomicBool::new(false);
+    let images = parallel::map(dataset.threads(), indices.iter(), &never, read)?;
+    let (bytes, found): (Vec<_>, Vec<_>) = images.into_iter().flatten().unzip();
+    Ok(HostBatch {
+        pixels: bytes.into_iter().flatten().map(normalized).collect(),
+        classes: (classes > 0).then(|| found.into_iter().flatten().collect()),
+        dims: [indices.len(), shape.channels, shape.height, shape.width],
+        first: 0,
+    })
+}
+
 /// Returns the number of values of an image.
 ///
 /// # Errors

@@ -14,6 +14,7 @@ pub(crate) mod loader;
 mod parallel;
 pub(crate) mod prefetch;
 mod split;
+mod subset;
 
 pub use cifar::cifar10;
 pub use dataset::{Dataset, ImageShape, normalized};
@@ -23,3 +24,4 @@ pub use idx::{mnist, read_idx_images, read_idx_labels};
 pub use images::Images;
 pub use loader::Batch;
 pub use split::Split;
+pub use subset::{Subset, hold_out};

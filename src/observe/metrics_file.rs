@@ -2,13 +2,17 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::files;
-use crate::train::{Metrics, Observer, Outcome, Run};
+use crate::train::{Metrics, Observer, Outcome, Published, Run};
 
 /// Writes each report as a line of a file: a JSON object of the fields of [`Metrics`].
+///
+/// The numbers that observers [publish](Run::publish) after an update are a line of their own: a JSON object of the step
+/// and of the numbers by their names, such as `{"step":500,"held_out/loss":0.0312}`.
 ///
 /// A new run puts an existing file [aside](files::put_aside). A resumed run first removes the lines of steps that it
 /// repeats, and an incomplete last line. It then appends to the file. If the file is removed during the run, it is
@@ -20,11 +24,11 @@ pub struct MetricsFile {
     file: Option<File>,
 }
 
-/// The fields of a line that are read back.
+/// The fields of a line that are read back. A line of published numbers has no loss.
 #[derive(Deserialize)]
 struct Logged {
     step: u64,
-    loss: f64,
+    loss: Option<f64>,
 }
 
 impl MetricsFile {
@@ -40,7 +44,7 @@ impl MetricsFile {
     /// Returns an error if the file cannot be read.
     pub fn losses(path: impl AsRef<Path>) -> Result<Vec<(u64, f64)>> {
         let text = read(path.as_ref())?;
-        Ok(lines(&text).map(|(_, logged)| (logged.step, logged.loss)).collect())
+        Ok(lines(&text).filter_map(|(_, logged)| Some((logged.step, logged.loss?))).collect())
     }
 
     /// Removes the lines that a run at `step` will repeat, and opens the file.
@@ -54,6 +58,17 @@ impl MetricsFile {
             files::write(&self.path, &kept)?;
         }
         create(&self.path)
+    }
+
+    /// Appends a line with the content of a step.
+    fn write(&mut self, run: &Run<'_>, content: &impl Serialize) -> Result<()> {
+        self.restore(run, run.step().saturating_sub(1))?;
+        let mut line = serde_json::to_vec(content).map_err(Error::external)?;
+        line.push(b'\n');
+        match &mut self.file {
+            Some(file) => file.write_all(&line).map_err(Error::io(&self.path)),
+            None => Ok(()),
+        }
     }
 
     /// Recreates the file and its directory if they were removed. The file then holds the lines up to `step`. Without
@@ -84,13 +99,17 @@ impl Observer for MetricsFile {
     }
 
     fn on_metrics(&mut self, run: &Run<'_>, metrics: &Metrics) -> Result<()> {
-        self.restore(run, metrics.step.saturating_sub(1))?;
-        let mut line = serde_json::to_vec(metrics).map_err(Error::external)?;
-        line.push(b'\n');
-        match &mut self.file {
-            Some(file) => file.write_all(&line).map_err(Error::io(&self.path)),
-            None => Ok(()),
+        self.write(run, metrics)
+    }
+
+    fn on_published(&mut self, run: &Run<'_>, published: &[Published]) -> Result<()> {
+        let numbers = published.iter().filter_map(|p| Some((p.name.clone(), p.scalar()?.into())));
+        let mut line: Map<String, Value> = numbers.collect();
+        if line.is_empty() {
+            return Ok(());
         }
+        line.insert("step".into(), run.step().into());
+        self.write(run, &line)
     }
 
     fn on_end(&mut self, run: &Run<'_>, outcome: Outcome<'_>) -> Result<()> {

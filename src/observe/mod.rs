@@ -26,16 +26,23 @@
 //! | observer | feature | |
 //! | --- | --- | --- |
 //! | [`SaveEvery`] | | saves checkpoints, also when the run stops or fails |
-//! | [`MetricsFile`] | | writes the reports as JSON, one per line |
+//! | [`SaveBest`] | | saves a checkpoint whenever a published value is better than all before |
+//! | [`MetricsFile`] | | writes the reports and published numbers as JSON, one per line |
+//! | [`HeldOutLoss`] | | publishes the loss on images that are not trained on |
+//! | [`GradientNorms`] | | publishes the norm of the gradient of each layer |
+//! | `TensorBoard` | `tensorboard` | writes reports, published numbers and grids as event files of TensorBoard |
 //! | `SampleGrid` | `image` | draws grids of samples as PNG files |
 //! | `LossCurve` | `plot` | draws the loss as a PNG file |
 //! | `Progress` | `progress` | shows the progress in one line of the terminal |
 //! | `StopOnSignal` | `signals` | stops the run at Ctrl-C or if the terminal is closed |
 //!
 //! Observers reach each other only through [`Run`](crate::train::Run): `Progress` shows the warnings of the others, and
-//! after a signal `SampleGrid` ends a grid that is being drawn. The feature `cli` combines all of them to a
+//! after a signal `SampleGrid` ends a grid that is being drawn. An observer [publishes](crate::train::Run::publish)
+//! numbers and pictures by name, and every other one receives them, whatever the order in the tuple. The feature `cli` combines all of them to a
 //! command-line program.
 
+mod gradient_norms;
+mod held_out_loss;
 #[cfg(feature = "plot")]
 mod loss_curve;
 mod metrics_file;
@@ -43,12 +50,17 @@ mod metrics_file;
 mod progress;
 #[cfg(feature = "image")]
 mod sample_grid;
+mod save_best;
 mod save_every;
 #[cfg(feature = "signals")]
 mod signals;
+#[cfg(feature = "tensorboard")]
+mod tensorboard;
 #[cfg(feature = "progress")]
 mod terminal_line;
 
+pub use gradient_norms::GradientNorms;
+pub use held_out_loss::HeldOutLoss;
 #[cfg(feature = "plot")]
 pub use loss_curve::LossCurve;
 pub use metrics_file::MetricsFile;
@@ -60,6 +72,9 @@ pub use progress::Progress;
 pub(crate) use progress::duration;
 #[cfg(feature = "image")]
 pub use sample_grid::SampleGrid;
+pub use save_best::{Best, SaveBest};
 pub use save_every::SaveEvery;
 #[cfg(feature = "signals")]
 pub use signals::StopOnSignal;
+#[cfg(feature = "tensorboard")]
+pub use tensorboard::TensorBoard;

@@ -7,7 +7,7 @@ use console::Term;
 
 use super::terminal_line::Line;
 use crate::error::Result;
-use crate::train::{Frontend, Metrics, Observer, Run};
+use crate::train::{Frontend, Metrics, Observer, Published, Run};
 
 /// The interval between lines without a terminal.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -58,6 +58,8 @@ struct State {
     /// Sum and weight of an exponential mean.
     loss: (f64, f64),
     loss_step: u64,
+    /// The published value that the line shows: its name, and the latest value.
+    shown: Option<(String, Option<f64>)>,
     /// Work other than steps.
     work: String,
 }
@@ -84,8 +86,16 @@ impl Progress {
             rate: (0.0, 0.0),
             loss: (0.0, 0.0),
             loss_step: 0,
+            shown: None,
             work: String::new(),
         })))
+    }
+
+    /// Also shows the latest value that an observer [published](Run::publish) under this name.
+    #[must_use]
+    pub fn showing(self, name: impl Into<String>) -> Self {
+        self.lock().shown = Some((name.into(), None));
+        self
     }
 
     /// Creates the progress of `total` steps, and starts it.
@@ -184,6 +194,14 @@ impl Observer for Progress {
         Ok(())
     }
 
+    fn on_published(&mut self, _: &Run<'_>, published: &[Published]) -> Result<()> {
+        if let Some((name, latest)) = &mut self.lock().shown {
+            let values = published.iter().filter(|value| value.name == *name);
+            *latest = values.filter_map(Published::scalar).last().or(*latest);
+        }
+        Ok(())
+    }
+
     fn on_step(&mut self, run: &Run<'_>) -> Result<ControlFlow<()>> {
         self.advance(run.step());
         Ok(ControlFlow::Continue(()))
@@ -260,9 +278,14 @@ impl State {
         let left = (total - at.min(total)) as f64 / rate.max(1e-9);
         let left = format!("{} left", duration(Duration::from_secs_f64(left.min(1e9))));
         let loss = self.smooth_loss().map(|loss| format!("loss {loss:.4}, ")).unwrap_or_default();
+        let shown = match &self.shown {
+            Some((name, Some(value))) => format!("{name} {value:.4}, "),
+            _ => String::new(),
+        };
         let rate = if rate < 10.0 { format!("{rate:.2}") } else { format!("{rate:.0}") };
         vec![
-            format!("{count} {rate} steps/s, {loss}{left}"),
+            format!("{count} {rate} steps/s, {loss}{shown}{left}"),
+            format!("{count} {loss}{shown}{left}"),
             format!("{count} {loss}{left}"),
             format!("{count} {left}"),
         ]

@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use crate::denoiser::{Condition, Denoiser};
 use crate::error::{Error, Result};
 use crate::eval::Generator;
-use crate::train::{Observer, Outcome, Run};
+use crate::train::{Observer, Outcome, Picture, Run};
 use crate::{files, pictures};
 
 /// Draws grids of samples at intervals, and one when the run is complete.
 ///
-/// The samples are drawn from the averaged weights, with the sampler settings that the run
+/// Grids are also [published](Run::publish) as `samples`. The samples are drawn from the averaged weights, with the sampler settings that the run
 /// [records](crate::Trainer::set_sampling). A network with classes draws one class after the other. The seed is always
 /// the same, so that grids show the effect of training. A failure to draw or write a grid is a warning during the run,
 /// and an error at the end. A run that stops draws no last grid.
@@ -65,7 +65,14 @@ impl SampleGrid {
         run.working("");
         let Some(images) = images? else { return Ok(()) };
         let picture = pictures::grid_of(images.pixels(), run.image_shape())?;
-        files::write(self.path(run.step()), &pictures::png(&picture)?)
+        let png = pictures::png(&picture)?;
+        files::write(self.path(run.step()), &png)?;
+        let (width, height) = (picture.width(), picture.height());
+        run.publish(
+            "samples",
+            Picture { width, height, channels: picture.color().channel_count(), png },
+        );
+        Ok(())
     }
 }
 

@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::thread::{self, ThreadId};
 
 use candle_core::{DType, Device, Tensor};
@@ -77,6 +78,21 @@ impl Executor {
     ) -> Result<(Tensor, Tensor)> {
         self.forget();
         self.eager(context, &context.conditioned(batch)?, t, eps)
+    }
+
+    /// Computes the gradients of the next update without making it. Returns them with the loss scale by which they are
+    /// multiplied.
+    pub fn gradients<D: Trainable>(
+        &mut self,
+        context: &mut UpdateContext<'_, D>,
+        batch: &Batch,
+    ) -> Result<(BTreeMap<String, Tensor>, Option<Tensor>)> {
+        self.forget();
+        self.follow_thread()?;
+        let (batch, t) = (context.conditioned(batch)?, context.timesteps(batch)?);
+        let eps = context.eps(&batch)?;
+        let (_, gradients) = context.summed(&batch, &t, &eps, false)?;
+        Ok((gradients, context.state.optimizer.loss_scale()?))
     }
 
     /// Makes an update, one operation after the other.

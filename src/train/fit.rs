@@ -1,15 +1,21 @@
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use candle_core::{DType, Tensor};
+
 use super::checkpoint::store::Saved;
+use super::objective::Noised;
 use super::observer::{Metrics, Observer};
 use super::optim::scaler::GradScaler;
 use super::run::{Outcome, Run, Scene, View};
 use super::trainer::Trainer;
 use crate::data::dataset::Dataset;
+use crate::data::loader::Batch;
 use crate::data::prefetch::prefetch;
-use crate::denoiser::Denoiser;
-use crate::error::Result;
+use crate::denoiser::{Condition, Denoiser};
+use crate::error::{Result, check_dims};
 use crate::model::Architecture;
 
 impl<N: Architecture> Trainer<N> {
@@ -20,7 +26,8 @@ impl<N: Architecture> Trainer<N> {
     /// Returns an error if the data set is empty, or if its images do not have the shape that the network takes.
     /// Returns an error if a loss or a gradient is not finite, and the errors of the data set and of the observer.
     pub fn fit(&mut self, dataset: &dyn Dataset, mut observer: impl Observer) -> Result<()> {
-        let scene = Scene { image_shape: dataset.shape().into(), frontends: observer.frontends() };
+        let (image_shape, frontends) = (dataset.shape().into(), observer.frontends());
+        let scene = Scene { image_shape, frontends, published: RefCell::default() };
         let fitted = self.observed(dataset, &mut observer, &scene);
         scene.frontends.iter().for_each(|frontend| frontend.finish());
         fitted
@@ -34,6 +41,7 @@ impl<N: Architecture> Trainer<N> {
         scene: &Scene,
     ) -> Result<()> {
         observer.on_start(&self.run(scene))?;
+        self.deliver(observer, scene)?;
         let trained = self.train(dataset, observer, scene);
         let run = self.run(scene);
         let outcome = match &trained {
@@ -42,7 +50,19 @@ impl<N: Architecture> Trainer<N> {
             Ok(()) => Outcome::Stopped,
         };
         observer.on_end(&run, outcome)?;
+        self.deliver(observer, scene)?;
         trained
+    }
+
+    /// Passes the values that observers published to all of them.
+    fn deliver(&self, observer: &mut dyn Observer, scene: &Scene) -> Result<()> {
+        loop {
+            let published = scene.published.take();
+            if published.is_empty() {
+                return Ok(());
+            }
+            observer.on_published(&self.run(scene), &published)?;
+        }
     }
 
     /// The loop of [`fit`](Self::fit).
@@ -67,7 +87,17 @@ impl<N: Architecture> Trainer<N> {
                 let start = Instant::now();
                 let batch = next()?;
                 waited += start.elapsed();
-                self.step(batch.upload(&self.device)?)?;
+                let batch = batch.upload(&self.device)?;
+                elapsed += start.elapsed();
+                let norms = match observer.wants_gradient_norms(self.steps() + 1) {
+                    true => self.gradient_norms(&batch)?,
+                    false => BTreeMap::new(),
+                };
+                let start = Instant::now();
+                self.step(batch)?;
+                for (layer, norm) in norms {
+                    scene.publish(self.steps(), format!("grad_norm/{layer}"), norm.into());
+                }
                 let last = self.steps() == self.config.steps;
                 if self.steps().is_multiple_of(self.config.log_every) || last {
                     let mut metrics = self.report()?;
@@ -81,8 +111,9 @@ impl<N: Architecture> Trainer<N> {
                 } else {
                     elapsed += start.elapsed();
                 }
-                let run = self.run(scene);
-                if observer.on_step(&run)?.is_break() || run.is_stopping() {
+                let stops = observer.on_step(&self.run(scene))?.is_break();
+                self.deliver(observer, scene)?;
+                if stops || self.run(scene).is_stopping() {
                     break;
                 }
             }
@@ -115,6 +146,23 @@ impl<N: Architecture> Trainer<N> {
 impl<N: Architecture> View for Trainer<N> {
     fn averaged_model(&self) -> Result<Box<dyn Denoiser + '_>> {
         Ok(Box::new(self.ema_model()?))
+    }
+
+    fn loss(&self, model: &dyn Denoiser, batch: &Batch, t: &Tensor, eps: &Tensor) -> Result<f64> {
+        self.executor.wait_for_other_thread()?;
+        batch.check()?;
+        self.diffusion.check(&batch.images, t, eps)?;
+        let noised = Noised::new(&self.diffusion, batch, t, eps)?;
+        let condition = match (model.classes(), &batch.classes) {
+            (None, _) => Condition::None,
+            (Some(_), Some(classes)) => Condition::Classes(classes.clone()),
+            (Some(none), None) => Condition::classes(vec![none; batch.images.dim(0)?])?,
+        };
+        let output = model.denoise(&noised.x_t, t, &condition)?;
+        let (found, expected) = (output.prediction.dims(), noised.x_t.dims());
+        check_dims("the network's output", found, expected, "that of its input")?;
+        let (loss, _) = self.objective.loss(&noised, &output)?;
+        Ok(loss.to_dtype(DType::F64)?.to_scalar()?)
     }
 
     fn save(&self, dir: &Path) -> Result<Saved> {

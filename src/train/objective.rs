@@ -3,7 +3,8 @@ use std::fmt;
 use candle_core::Tensor;
 
 use super::weighting::Weighting;
-use crate::backend::Backend;
+use crate::backend::{self, Backend};
+use crate::data::loader::Batch;
 use crate::denoiser::Output;
 use crate::error::Result;
 use crate::kernels::op::loss::Loss;
@@ -55,6 +56,29 @@ pub struct Noised<'a> {
     /// The factor of the loss's gradient, a scalar. `None` if gradients are not scaled.
     pub(super) gradient_scale: Option<Tensor>,
     pub(super) backend: &'static dyn Backend,
+}
+
+impl<'a> Noised<'a> {
+    /// Adds the noise `eps` at the timesteps `t` to a whole batch.
+    pub(super) fn new(
+        diffusion: &'a Diffusion,
+        batch: &Batch,
+        t: &Tensor,
+        eps: &Tensor,
+    ) -> Result<Self> {
+        let x_0 = &batch.images;
+        Ok(Self {
+            x_t: diffusion.q_sample(x_0, t, eps)?,
+            classes: batch.classes.clone(),
+            share: 1.0,
+            gradient_scale: None,
+            backend: backend::of(x_0),
+            x_0: x_0.clone(),
+            eps: eps.clone(),
+            t: t.clone(),
+            diffusion,
+        })
+    }
 }
 
 impl Noised<'_> {

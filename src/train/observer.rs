@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use super::published::Published;
 use super::run::{Frontend, Outcome, Run};
 use crate::error::Result;
 
@@ -101,12 +102,28 @@ pub trait Observer {
         Ok(ControlFlow::Continue(()))
     }
 
+    /// Called with the values that observers [published](Run::publish), in the order of publishing. Comes after `on_step`
+    /// of all observers, and also after `on_start` and `on_end`. Values that are published during this call follow in
+    /// another one.
+    fn on_published(&mut self, run: &Run<'_>, published: &[Published]) -> Result<()> {
+        let _ = (run, published);
+        Ok(())
+    }
+
     /// Called after the last update, and also if an error ended training. Every observer is called, even if another one
     /// returns an error; the first error is returned. After [`Outcome::Failed`] it replaces the error that `fit` would
     /// have returned, so it should contain the original error.
     fn on_end(&mut self, run: &Run<'_>, outcome: Outcome<'_>) -> Result<()> {
         let _ = (run, outcome);
         Ok(())
+    }
+
+    /// Returns whether the norms of the gradients of each layer in the update `step`, counted from 1, should be
+    /// published as `grad_norm/LAYER`. Such an update takes twice as long; see
+    /// [`Trainer::gradient_norms`](crate::Trainer::gradient_norms).
+    fn wants_gradient_norms(&self, step: u64) -> bool {
+        let _ = step;
+        false
     }
 
     /// Returns the [`Frontend`]s that this observer adds to the run. Called once, before `on_start`.
@@ -132,8 +149,16 @@ macro_rules! by_pointer {
                 (**self).on_step(run)
             }
 
+            fn on_published(&mut self, run: &Run<'_>, published: &[Published]) -> Result<()> {
+                (**self).on_published(run, published)
+            }
+
             fn on_end(&mut self, run: &Run<'_>, outcome: Outcome<'_>) -> Result<()> {
                 (**self).on_end(run, outcome)
+            }
+
+            fn wants_gradient_norms(&self, step: u64) -> bool {
+                (**self).wants_gradient_norms(step)
             }
 
             fn frontends(&self) -> Vec<Arc<dyn Frontend>> {
@@ -174,12 +199,27 @@ macro_rules! composed {
                 Ok(flow)
             }
 
+            fn on_published(&mut $self, run: &Run<'_>, published: &[Published]) -> Result<()> {
+                for part in $parts {
+                    part.on_published(run, published)?;
+                }
+                Ok(())
+            }
+
             fn on_end(&mut $self, run: &Run<'_>, outcome: Outcome<'_>) -> Result<()> {
                 let mut first = Ok(());
                 for part in $parts {
                     first = first.and(part.on_end(run, outcome));
                 }
                 first
+            }
+
+            fn wants_gradient_norms(&$self, step: u64) -> bool {
+                let mut wanted = false;
+                for part in $shared {
+                    wanted |= part.wants_gradient_norms(step);
+                }
+                wanted
             }
 
             fn frontends(&$self) -> Vec<Arc<dyn Frontend>> {

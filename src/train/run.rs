@@ -1,12 +1,15 @@
+use std::cell::RefCell;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 
 use super::checkpoint::store::Saved;
 use super::config::TrainConfig;
+use super::published::{Published, Value};
 use super::state::Progress;
+use crate::data::loader::Batch;
 use crate::denoiser::Denoiser;
 use crate::error::{Error, Result};
 use crate::process::Diffusion;
@@ -26,15 +29,24 @@ pub struct Run<'a> {
     pub(super) scene: &'a Scene,
 }
 
-/// The parts of a run that stay the same during one [`fit`](crate::Trainer::fit).
+/// The surroundings of a run during one [`fit`](crate::Trainer::fit).
 pub(super) struct Scene {
     pub image_shape: (usize, usize, usize),
     pub frontends: Vec<Arc<dyn Frontend>>,
+    /// The values that the observers have not received yet.
+    pub published: RefCell<Vec<Published>>,
+}
+
+impl Scene {
+    pub fn publish(&self, step: u64, name: String, value: Value) {
+        self.published.borrow_mut().push(Published { step, name, value });
+    }
 }
 
 /// The methods of a trainer that a [`Run`] calls, without the type of its network.
 pub(super) trait View {
     fn averaged_model(&self) -> Result<Box<dyn Denoiser + '_>>;
+    fn loss(&self, model: &dyn Denoiser, batch: &Batch, t: &Tensor, eps: &Tensor) -> Result<f64>;
     fn save(&self, dir: &Path) -> Result<Saved>;
     fn check_save(&self, dir: &Path) -> Result<()>;
 }
@@ -94,6 +106,23 @@ impl<'a> Run<'a> {
         self.trainer.averaged_model()
     }
 
+    /// Computes the loss of `model` by the run's objective, for a batch with the noise `eps` at the timesteps `t`
+    /// (batch). Weights, random numbers and reports of the run do not change. A network
+    /// [with classes](Denoiser::classes) receives those of the batch, or no class if the batch has none. Another network
+    /// receives no condition.
+    ///
+    /// # Errors
+    /// Returns an error if the shapes or dtypes do not fit each other, and the errors of the network and the objective.
+    pub fn loss(
+        &self,
+        model: &dyn Denoiser,
+        batch: &Batch,
+        t: &Tensor,
+        eps: &Tensor,
+    ) -> Result<f64> {
+        self.trainer.loss(model, batch, t, eps)
+    }
+
     /// Writes a checkpoint to `dir`, as [`Trainer::save`](crate::Trainer::save) does.
     ///
     /// # Errors
@@ -114,6 +143,15 @@ impl<'a> Run<'a> {
     /// report.
     pub fn working(&self, on: &str) {
         self.scene.frontends.iter().for_each(|frontend| frontend.working(on));
+    }
+
+    /// Publishes a value of the present step under a name, such as `held_out/loss`, for all observers of the run.
+    ///
+    /// Every observer, including the one that publishes, receives it by
+    /// [`on_published`](crate::train::Observer::on_published), after all observers have been called for the step. Their
+    /// order does not matter.
+    pub fn publish(&self, name: impl Into<String>, value: impl Into<Value>) {
+        self.scene.publish(self.step(), name.into(), value.into());
     }
 
     /// Passes a warning to the run's [`Frontend`]s. Without a front end, the warning is lost.

@@ -111,18 +111,10 @@ impl<N: Architecture> Trainer<N> {
     /// without either.
     pub fn step(&mut self, batch: impl Into<Batch>) -> Result<Update> {
         let batch = batch.into();
-        let x_0 = &batch.images;
-        if x_0.rank() == 0 {
-            return Err(Error::shape("x_0", [], "(batch, channels, height, width)"));
-        }
-        if x_0.dtype() != DType::F32 {
-            return Err(Error::config("dtype of x_0", x_0.dtype().as_str(), "f32"));
-        }
-        batch.check()?;
-        self.check_step()?;
+        self.check_batch(&batch)?;
         let (executor, mut context) = self.context();
         let results = executor.update(&mut context, &batch)?;
-        self.record(x_0.dim(0)?, results)
+        self.record(batch.images.dim(0)?, results)
     }
 
     /// Makes one update with the given timesteps `t` (batch) and noise `eps`. `t` has an integer dtype and values
@@ -146,6 +138,20 @@ impl<N: Architecture> Trainer<N> {
     }
 
     /// # Errors
+    /// Returns an error if the next update cannot be made with this batch.
+    pub(super) fn check_batch(&self, batch: &Batch) -> Result<()> {
+        let x_0 = &batch.images;
+        if x_0.rank() == 0 {
+            return Err(Error::shape("x_0", [], "(batch, channels, height, width)"));
+        }
+        if x_0.dtype() != DType::F32 {
+            return Err(Error::config("dtype of x_0", x_0.dtype().as_str(), "f32"));
+        }
+        batch.check()?;
+        self.check_step()
+    }
+
+    /// # Errors
     /// Returns an error if no random numbers are left for another update.
     fn check_step(&self) -> Result<()> {
         if self.steps() >= MAX_STEP {
@@ -156,7 +162,7 @@ impl<N: Architecture> Trainer<N> {
     }
 
     /// Borrows the executor, and the parts of the run that an update uses.
-    fn context(&mut self) -> (&mut Executor, UpdateContext<'_, N::Model>) {
+    pub(super) fn context(&mut self) -> (&mut Executor, UpdateContext<'_, N::Model>) {
         let Self { model, config, diffusion, objective, state, executor, .. } = self;
         (executor, UpdateContext { model, config, diffusion, objective: &**objective, state })
     }

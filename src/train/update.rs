@@ -107,6 +107,29 @@ impl<D: Trainable> UpdateContext<'_, D> {
         eps: &Tensor,
         check: bool,
     ) -> Result<Computed> {
+        let (loss, mut sums) = self.summed(batch, t, eps, check)?;
+        let (learning_rate, count) = (self.learning_rate(), batch.images.dim(0)?);
+        let grad_norm = self.state.optimizer.update(&mut sums, learning_rate, count as u64)?;
+        // If the batch is divided, the sums are not buffers of the network.
+        let reusable = self.config.accumulation == 1;
+        Ok((loss, grad_norm, if reusable { sums.into_values().collect() } else { Vec::new() }))
+    }
+
+    /// Returns the memory of [`summed`](Self::summed) gradients to the network.
+    pub fn recycle(&self, sums: BTreeMap<String, Tensor>) {
+        if self.config.accumulation == 1 {
+            self.model.recycle(sums.into_values().collect());
+        }
+    }
+
+    /// Computes the loss of a batch, and the gradients, which are multiplied by the loss scale if there is one.
+    pub fn summed(
+        &mut self,
+        batch: &Batch,
+        t: &Tensor,
+        eps: &Tensor,
+        check: bool,
+    ) -> Result<(Tensor, BTreeMap<String, Tensor>)> {
         let (x_0, parts) = (&batch.images, self.config.accumulation);
         let count = x_0.dims().first().copied().unwrap_or(0);
         if count == 0 || !count.is_multiple_of(parts) {
@@ -121,17 +144,12 @@ impl<D: Trainable> UpdateContext<'_, D> {
         let mut loss = None;
         for first in (0..count).step_by(part) {
             let of_part = |tensor: &Tensor| tensor.narrow(0, first, part);
-            let (x_0, eps, t) = (of_part(x_0)?, of_part(eps)?, of_part(t)?);
+            let classes = batch.classes.as_ref().map(of_part).transpose()?;
+            let images = Batch { images: of_part(x_0)?, classes, first: batch.first };
             let noised = Noised {
-                diffusion: self.diffusion,
-                x_t: self.diffusion.q_sample(&x_0, &t, &eps)?,
-                classes: batch.classes.as_ref().map(of_part).transpose()?,
                 share: 1.0 / parts as f64,
                 gradient_scale: gradient_scale.clone(),
-                backend,
-                x_0,
-                eps,
-                t,
+                ..Noised::new(self.diffusion, &images, &of_part(t)?, &of_part(eps)?)?
             };
             let (of_part, found) = self.gradients(&noised, batch.first as usize + first)?;
             loss = Some(match loss {
@@ -150,11 +168,7 @@ impl<D: Trainable> UpdateContext<'_, D> {
         let Some(loss) = loss else {
             return Err(Error::config("accumulation", parts, "at least 1"));
         };
-        let learning_rate = self.learning_rate();
-        let grad_norm = self.state.optimizer.update(&mut sums, learning_rate, count as u64)?;
-        // If the batch is divided, the sums are not buffers of the network.
-        let gradients = if parts == 1 { sums.into_values().collect() } else { Vec::new() };
-        Ok((loss, grad_norm, gradients))
+        Ok((loss, sums))
     }
 
     /// Computes the loss, and the gradients of the weights, for the part of the batch that begins at image `first`.

@@ -1,0 +1,49 @@
+//! The norms of the gradients of each layer.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Tensor};
+
+use super::trainer::Trainer;
+use crate::backend::clip_norm;
+use crate::data::loader::Batch;
+use crate::error::Result;
+use crate::model::Architecture;
+
+impl<N: Architecture> Trainer<N> {
+    /// Computes the L2 norm of the gradient of each layer, without changing the run.
+    ///
+    /// The gradient is that of the update which [`step`](Self::step) would make next with this batch, before clipping:
+    /// timesteps, noise and dropout are the same. A layer consists of the weights whose names differ only after the last
+    /// dot. The root of the sum of the squares of all norms is [`Update::grad_norm`](crate::train::Update::grad_norm)
+    /// of that update. With [`Precision::F16`](crate::Precision::F16), norms are not finite after an overflow.
+    ///
+    /// The computation takes as long as an update. It reads each norm, so it waits for the device. On a CUDA device, the
+    /// next updates are not launched as a CUDA graph until one is captured again.
+    ///
+    /// # Errors
+    /// Returns the errors of [`step`](Self::step).
+    pub fn gradient_norms(&mut self, batch: impl Into<Batch>) -> Result<BTreeMap<String, f64>> {
+        let batch = batch.into();
+        self.check_batch(&batch)?;
+        let (executor, mut context) = self.context();
+        let (mut gradients, scale) = executor.gradients(&mut context, &batch)?;
+        let scale = scale.map_or(Ok(1.0), |scale| scalar(&scale))?;
+        let mut layers = BTreeMap::<String, Vec<&mut Tensor>>::new();
+        for (name, gradient) in &mut gradients {
+            let layer = name.rsplit_once('.').map_or(name.as_str(), |(layer, _)| layer);
+            layers.entry(layer.into()).or_default().push(gradient);
+        }
+        let norm = |(layer, gradients)| {
+            // An infinite limit changes no gradient.
+            Ok((layer, scalar(&clip_norm(gradients, f64::INFINITY)?)? / scale))
+        };
+        let norms = layers.into_iter().map(norm).collect();
+        context.recycle(gradients);
+        norms
+    }
+}
+
+fn scalar(tensor: &Tensor) -> Result<f64> {
+    Ok(tensor.to_dtype(DType::F64)?.to_scalar()?)
+}

@@ -1,0 +1,56 @@
+/// A named value that an observer [published](crate::train::Run::publish) for all observers of a run.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Published {
+    /// The number of updates to which the value belongs.
+    pub step: u64,
+    /// The name, such as `held_out/loss`. Names with the same part before the first `/` are related.
+    pub name: String,
+    /// The value.
+    pub value: Value,
+}
+
+impl Published {
+    /// The value, if it is a number.
+    pub fn scalar(&self) -> Option<f64> {
+        match self.value {
+            Value::Scalar(value) => Some(value),
+            Value::Picture(_) => None,
+        }
+    }
+}
+
+/// The value of a [`Published`].
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Value {
+    /// A number. It may be infinite or NaN.
+    Scalar(f64),
+    /// A picture.
+    Picture(Picture),
+}
+
+/// A picture as a PNG file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Picture {
+    /// Width in pixels.
+    pub width: u32,
+    /// Height in pixels.
+    pub height: u32,
+    /// The number of channels: 1 for grey, 3 for red, green and blue.
+    pub channels: u8,
+    /// The content of the file.
+    pub png: Vec<u8>,
+}
+
+impl From<f64> for Value {
+    fn from(value: f64) -> Self {
+        Self::Scalar(value)
+    }
+}
+
+impl From<Picture> for Value {
+    fn from(picture: Picture) -> Self {
+        Self::Picture(picture)
+    }
+}
