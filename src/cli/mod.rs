@@ -42,6 +42,7 @@ mod run_config;
 mod sampling;
 mod sized;
 mod train;
+mod trained;
 
 pub use arguments::whole;
 pub use datasets::DataSet;
@@ -50,5 +51,6 @@ pub use print::{err, grouped, out};
 pub use program::{check_output, main};
 pub use recipe::{Recipe, TrainArgs};
 pub use result::{Interrupted, Result};
-pub use sampling::{SamplingArgs, Weights};
+pub use sampling::SamplingArgs;
 pub use train::train;
+pub use trained::{Trained, Weights};
