@@ -7,9 +7,9 @@ use std::process::ExitCode;
 use ddpm::cli::{DataSet, Identity, Result, SamplingArgs, Trained, datasets, err, grouped, out};
 use ddpm::data::{Dataset, Images};
 use ddpm::eval::Statistics;
+use ddpm::files;
 use ddpm::nn::Condition;
 use ddpm::sample::SamplerConfig;
-use ddpm::files;
 use serde::Serialize;
 use serde_json::{Value, json};
 

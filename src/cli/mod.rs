@@ -33,7 +33,9 @@
 mod arguments;
 pub mod datasets;
 pub mod device;
+mod editing;
 mod identity;
+mod output;
 mod print;
 mod program;
 mod recipe;
@@ -46,7 +48,9 @@ mod trained;
 
 pub use arguments::whole;
 pub use datasets::DataSet;
+pub use editing::EditingArgs;
 pub use identity::Identity;
+pub use output::OutputArgs;
 pub use print::{err, grouped, out};
 pub use program::{check_output, main};
 pub use recipe::{Recipe, TrainArgs};

@@ -1,8 +1,8 @@
 use std::path::PathBuf;
 
 use candle_core::Device;
-use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::Args;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 
 use super::arguments::{fraction, precision, quoted, scale, whole};
 use super::device::{check_speed, describe};

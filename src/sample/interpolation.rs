@@ -94,7 +94,8 @@ impl Interpolation {
         let image = ends[0].dims().get(1..).unwrap_or_default();
         let expected = [&[self.weights.len()], image].concat();
         if shape.dims() != expected {
-            let expected = format!("{expected:?}: one image for each weight, of the shape of the ends");
+            let expected =
+                format!("{expected:?}: one image for each weight, of the shape of the ends");
             return Err(Error::shape("sample", shape.dims(), expected));
         }
         let [a, b] = ends.map(|end| end.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>());

@@ -118,8 +118,7 @@ impl Sampler {
     /// # Errors
     /// Returns an error if the levels are too close, or if resampling takes too many steps.
     pub(super) fn planned(self) -> Result<Self> {
-        let plan =
-            plan_of(&self.settings.diffusion, self.solver, &self.levels, self.resampling)?;
+        let plan = plan_of(&self.settings.diffusion, self.solver, &self.levels, self.resampling)?;
         Ok(Self { plan, ..self })
     }
 
@@ -367,7 +366,8 @@ impl Sampler {
         let levels: Vec<Level> = self.levels.iter().rev().copied().collect();
         let stages = |levels: &[Level], i: usize| Ok(inversion::stages(levels[i], levels[i + 1]));
         let plan = Plan::new(&levels, stages)?;
-        let no_noise = |_: &PlannedStep| Err(Error::config("noise of an inversion", "asked for", "none"));
+        let no_noise =
+            |_: &PlannedStep| Err(Error::config("noise of an inversion", "asked for", "none"));
         Steps::new(&self.settings, plan, denoiser, images, no_noise)
     }
 }

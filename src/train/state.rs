@@ -178,8 +178,14 @@ impl Weights {
 }
 
 /// The kind of the [`Weights`].
-pub(super) const MODEL: Kind =
-    Kind { name: "model", weights: true, files: |_| 1, setting: "", fields: &[], check: |_, _| Ok(()) };
+pub(super) const MODEL: Kind = Kind {
+    name: "model",
+    weights: true,
+    files: |_| 1,
+    setting: "",
+    fields: &[],
+    check: |_, _| Ok(()),
+};
 
 impl Stateful for Weights {
     fn kind(&self) -> &'static Kind {

@@ -210,9 +210,8 @@ pub(super) fn read_state(dir: &Path) -> Result<State> {
     let mut json = Vec::new();
     file.take(MAX_STATE_BYTES).read_to_end(&mut json).map_err(Error::io(&path))?;
     check_version(&path, &json, FORMAT)?;
-    let known = |name: &str| {
-        HEAD.contains(&name) || KINDS.iter().any(|kind| kind.fields.contains(&name))
-    };
+    let known =
+        |name: &str| HEAD.contains(&name) || KINDS.iter().any(|kind| kind.fields.contains(&name));
     let fields = fields_of(&json, known).map_err(malformed(&path))?;
     drop(json);
     let state = State::of(fields, malformed(&path)).map_err(|error| match error {
