@@ -165,7 +165,10 @@ fn every_wrong_description_of_weights_is_an_error_that_names_the_file_and_the_fi
         ),
         (|j| j["network"]["config"]["channels"] = 0.into(), "network.config: channels is 0"),
         (|j| j["network"]["config"]["channels"] = "x".into(), "network.config: invalid type"),
-        (|j| j["network"]["config"]["hidden_dims"] = vec![16, 16].into(), "weight bottleneck"),
+        (
+            |j| j["network"]["config"]["hidden_dims"] = vec![16, 16].into(),
+            "weight down_blocks.0.res1.block1.2.weight has shape",
+        ),
         (
             |j| {
                 j["sampling"] =
@@ -377,7 +380,7 @@ fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
         (
             "truncated weights",
             |p| truncate(&p.join("model.safetensors"), |n| n - 1),
-            "model.safetensors: damaged file: 300171 bytes long; 300172 were written",
+            "model.safetensors: damaged file: 300547 bytes long; 300548 were written",
         ),
         (
             "no checksums",

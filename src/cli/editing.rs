@@ -9,6 +9,7 @@ use super::result::Result;
 use crate::data::folder::{Channels, FolderConfig, read_mask, read_picture};
 use crate::data::normalized;
 use crate::denoiser::Denoiser;
+use crate::error::Error;
 use crate::sample::{Ends, Resampling, Sampler};
 
 /// The options of a program that varies, interpolates or fills pictures. At most one of them is given.
@@ -71,7 +72,7 @@ impl EditingArgs {
             let (_, height, width) = shape;
             let filled = read_mask(mask, height, width)?.into_iter().map(u8::from).collect();
             let filled = Tensor::from_vec(filled, (1, height, width), &Device::Cpu);
-            let filled = filled.map_err(crate::Error::from)?;
+            let filled = filled.map_err(Error::from)?;
             let resampling = Resampling { jump: self.jump, count: self.resamplings };
             let sampler = sampler.inpaint(&picture(path, shape)?, &filled, resampling)?;
             let evaluations = sampler.evaluations();
@@ -96,10 +97,10 @@ impl EditingArgs {
                 picture(path, shape)?.unsqueeze(0).and_then(|image| image.to_device(device));
             // The condition of the image at this end.
             let sampler = sampler.part(k, 1)?;
-            Ok(sampler.invert(denoiser, image.map_err(crate::Error::from)?)?)
+            Ok(sampler.invert(denoiser, image.map_err(Error::from)?)?)
         };
         let ends = [inverted(a, 0)?, inverted(b, count.saturating_sub(1))?];
-        let noise = Tensor::cat(&ends, 0).map_err(crate::Error::from)?;
+        let noise = Tensor::cat(&ends, 0).map_err(Error::from)?;
         Ok(sampler.interpolate(Ends::Noise(noise), &weights)?)
     }
 }
@@ -121,5 +122,5 @@ fn picture(path: &Path, shape: (usize, usize, usize)) -> Result<Tensor> {
         FolderConfig { height: height?, width: width?, channels, ..FolderConfig::default() };
     let image = read_picture(path, &config)?;
     let values = image.pixels().iter().copied().map(normalized).collect();
-    Ok(Tensor::from_vec(values, shape, &Device::Cpu).map_err(crate::Error::from)?)
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu).map_err(Error::from)?)
 }
