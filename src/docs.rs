@@ -36,7 +36,7 @@ pub mod network {}
 /// [`clip_grad_norm`](crate::train::clip_grad_norm), [`data`](crate::data). Next: [sampling].
 pub mod training {}
 
-/// Solvers, variances, spacings, inversion, guidance, interpolation, quality.
+/// Solvers, variances, spacings, inversion, guidance, variations, interpolation, inpainting, quality.
 ///
 #[doc = include_str!("../docs/sampling.md")]
 ///

@@ -20,7 +20,7 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use gif::{DisposalMethod, Encoder, Frame, Repeat};
-use image::{DynamicImage, GrayImage, ImageFormat, RgbImage};
+use image::{DynamicImage, GrayAlphaImage, GrayImage, ImageFormat, RgbImage, Rgba, RgbaImage};
 
 use crate::error::{Error, Result};
 pub use crate::eval::bytes;
@@ -60,19 +60,20 @@ pub fn save(samples: &Tensor, path: impl AsRef<Path>) -> Result<()> {
     files::write(path, &picture)
 }
 
-/// Draws a batch of samples (count, channels, height, width) in [-1, 1] as a grid, which is as nearly square as
-/// possible. Small images are enlarged by integer factors, up to 64 pixels.
+/// Draws a batch of samples (count, channels, height, width) in [-1, 1] as a grid: 1 channel is grey, 2 are grey and
+/// alpha, 3 are red, green and blue, and 4 also alpha. The grid is as nearly square as
+/// possible, with opaque gaps. Small images are enlarged by integer factors, up to 64 pixels.
 ///
 /// # Errors
-/// Returns an error if the tensor has another shape, if there are neither 1 nor 3 channels, if a value is not finite,
+/// Returns an error if the tensor has another shape, if there are not 1 to 4 channels, if a value is not finite,
 /// or if there is not enough memory.
 pub fn grid(samples: &Tensor) -> Result<DynamicImage> {
     match samples.dims() {
-        &[_, channels @ (1 | 3), height, width] if samples.elem_count() > 0 => {
+        &[_, channels @ 1..=4, height, width] if samples.elem_count() > 0 => {
             grid_of(&bytes(samples)?, (channels, height, width))
         }
         found => {
-            let expected = "(count, 1 channel or 3, height, width), each at least 1";
+            let expected = "(count, 1 to 4 channels, height, width), each at least 1";
             Err(Error::shape("samples", found, expected))
         }
     }
@@ -81,7 +82,7 @@ pub fn grid(samples: &Tensor) -> Result<DynamicImage> {
 /// Draws a [`grid`] of images of `shape` (channels, height, width) from their [`bytes`].
 ///
 /// # Errors
-/// Returns an error if there are neither 1 nor 3 channels, if the length of `pixels` is not a positive multiple of
+/// Returns an error if there are not 1 to 4 channels, if the length of `pixels` is not a positive multiple of
 /// channels x height x width, or if there is not enough memory.
 pub fn grid_of(pixels: &[u8], shape: (usize, usize, usize)) -> Result<DynamicImage> {
     let (channels, height, width) = shape;
@@ -116,18 +117,14 @@ pub fn grid_of(pixels: &[u8], shape: (usize, usize, usize)) -> Result<DynamicIma
         }
     }
     let (h, w) = (total_h as u32, total_w as u32);
-    let picture = match channels {
-        1 => GrayImage::from_raw(w, h, picture).map(DynamicImage::from),
-        _ => RgbImage::from_raw(w, h, picture).map(DynamicImage::from),
-    };
-    picture.ok_or_else(|| too_large(total_h, total_w))
+    picture_of(channels, w, h, picture).ok_or_else(|| too_large(total_h, total_w))
 }
 
 /// Writes each image of `shape` (channels, height, width) as a PNG file in its own size: `000042.png` for number 42. The
 /// first image has number `first`. The directory is created if it does not exist. `pixels` are the [`bytes`].
 ///
 /// # Errors
-/// Returns an error if there are neither 1 nor 3 channels, if the length of `pixels` is not a multiple of channels x
+/// Returns an error if there are not 1 to 4 channels, if the length of `pixels` is not a multiple of channels x
 /// height x width, or if a file cannot be written.
 pub fn save_each(
     dir: impl AsRef<Path>,
@@ -147,7 +144,7 @@ pub fn save_each(
 /// Draws one image of `shape` (channels, height, width) from its [`bytes`], in its own size.
 ///
 /// # Errors
-/// Returns an error if there are neither 1 nor 3 channels, or if the length of `pixels` is not channels x height x
+/// Returns an error if there are not 1 to 4 channels, or if the length of `pixels` is not channels x height x
 /// width.
 fn image_of(pixels: &[u8], shape: (usize, usize, usize)) -> Result<DynamicImage> {
     let (channels, height, width) = shape;
@@ -160,29 +157,48 @@ fn image_of(pixels: &[u8], shape: (usize, usize, usize)) -> Result<DynamicImage>
     };
     let mixed = (0..pixels.len()).map(|i| pixels[i % channels * area + i / channels]).collect();
     let (h, w) = (height as u32, width as u32);
-    let picture = match channels {
-        1 => GrayImage::from_raw(w, h, mixed).map(DynamicImage::from),
-        _ => RgbImage::from_raw(w, h, mixed).map(DynamicImage::from),
-    };
-    picture.ok_or_else(|| too_large(height, width))
+    picture_of(channels, w, h, mixed).ok_or_else(|| too_large(height, width))
+}
+
+/// The picture with these bytes, of which the channels of a pixel are together.
+fn picture_of(channels: usize, width: u32, height: u32, bytes: Vec<u8>) -> Option<DynamicImage> {
+    match channels {
+        1 => GrayImage::from_raw(width, height, bytes).map(DynamicImage::from),
+        2 => GrayAlphaImage::from_raw(width, height, bytes).map(DynamicImage::from),
+        3 => RgbImage::from_raw(width, height, bytes).map(DynamicImage::from),
+        _ => RgbaImage::from_raw(width, height, bytes).map(DynamicImage::from),
+    }
 }
 
 /// Returns an error if images with this number of channels cannot be drawn. A program calls this before long work.
 ///
 /// # Errors
-/// Returns an error if there are neither 1 nor 3 channels.
+/// Returns an error if there are not 1 to 4 channels.
 pub fn check_channels(channels: usize) -> Result<()> {
     match channels {
-        1 | 3 => Ok(()),
-        _ => Err(Error::config("channels", channels, "1 (grey) or 3 (colour) to be drawn")),
+        1..=4 => Ok(()),
+        _ => {
+            let expected =
+                "1 (grey), 2 (grey and alpha), 3 (colour) or 4 (colour and alpha) to be drawn";
+            Err(Error::config("channels", channels, expected))
+        }
     }
 }
 
-/// Creates the background of a picture.
+/// Whether the last channel is alpha, as in PNG files.
+fn has_alpha(channels: usize) -> bool {
+    matches!(channels, 2 | 4)
+}
+
+/// Creates the background of a picture, which is opaque.
 fn grey(height: usize, width: usize, channels: usize) -> Result<Vec<u8>> {
     let fits = height.max(width) <= u32::MAX as usize;
     let picture = fits.then(|| filled(&[channels, height, width], GAP_GREY)).flatten();
-    picture.ok_or_else(|| too_large(height, width))
+    let mut picture = picture.ok_or_else(|| too_large(height, width))?;
+    if has_alpha(channels) {
+        picture.iter_mut().skip(channels - 1).step_by(channels).for_each(|alpha| *alpha = 255);
+    }
+    Ok(picture)
 }
 
 fn too_large(height: usize, width: usize) -> Error {
@@ -202,7 +218,7 @@ pub fn png(picture: &DynamicImage) -> Result<Vec<u8>> {
 
 /// Encodes pictures of one size as the content of a GIF file. The animation repeats forever, and shows each picture
 /// for 70 ms and the last one for two seconds. Grey pictures are exact. Each coloured picture is reduced to 256
-/// colours.
+/// colours. Transparent pictures are laid over white, because a pixel of a GIF is either opaque or invisible.
 ///
 /// # Errors
 /// Returns an error if there is no picture, if the pictures differ in size, or if their width or height is more than
@@ -243,10 +259,26 @@ fn frame(picture: &DynamicImage, width: u16, height: u16) -> Frame<'static> {
             let ramp: Vec<u8> = (0..=255).flat_map(|grey| [grey; 3]).collect();
             Frame::from_palette_pixels(width, height, grey.as_raw().as_slice(), ramp, None)
         }
-        other => Frame::from_rgb_speed(width, height, other.to_rgb8().as_raw(), QUANTISER_SPEED),
+        other => {
+            let pixels = match other.color().has_alpha() {
+                true => over_white(&other.to_rgba8()),
+                false => other.to_rgb8().into_raw(),
+            };
+            Frame::from_rgb_speed(width, height, &pixels, QUANTISER_SPEED)
+        }
     };
     frame.dispose = DisposalMethod::Background;
     frame
+}
+
+/// The colours of a transparent picture over white.
+fn over_white(picture: &RgbaImage) -> Vec<u8> {
+    let over = |value: u8, alpha: u8| {
+        let (value, alpha) = (u32::from(value), u32::from(alpha));
+        ((value * alpha + 255 * (255 - alpha) + 127) / 255) as u8
+    };
+    let pixels = picture.pixels().map(|Rgba([r, g, b, alpha])| [r, g, b].map(|v| over(*v, *alpha)));
+    pixels.flatten().collect()
 }
 
 /// Collects the frames of an animation of the denoising, for images that may be drawn in parts.
@@ -351,12 +383,14 @@ mod tests {
             (7, 3, 5, 9),
             (2, 1, 100, 3),
             (10, 1, 1, 1),
+            (3, 2, 5, 4),
+            (5, 4, 6, 9),
         ] {
             let size = channels * height * width;
             let pixels: Vec<u8> = (0..count * size).map(|i| (i * 37 % 251) as u8).collect();
             let picture = grid_of(&pixels, (channels, height, width)).unwrap();
             assert_eq!(picture.color().channel_count() as usize, channels);
-            let picture = picture.to_rgb8();
+            let picture = picture.to_rgba8();
 
             let scale = (64 / height.max(width)).clamp(1, 8);
             let (cell_h, cell_w) = (height * scale + 2, width * scale + 2);
@@ -367,11 +401,17 @@ mod tests {
                 let (x, y) = (x as usize, y as usize);
                 let k = y / cell_h * columns + x / cell_w;
                 let gap = y % cell_h < 2 || x % cell_w < 2 || k >= count;
-                let expected = [0, 1, 2].map(|c| {
+                let at = |channel: usize| {
                     let (y, x) = ((y % cell_h).saturating_sub(2), (x % cell_w).saturating_sub(2));
-                    let plane = (k * channels + c % channels) * height;
-                    if gap { 64 } else { pixels[(plane + y / scale) * width + x / scale] }
-                });
+                    pixels[((k * channels + channel) * height + y / scale) * width + x / scale]
+                };
+                let expected = match channels {
+                    _ if gap => [64, 64, 64, 255],
+                    1 => [at(0), at(0), at(0), 255],
+                    2 => [at(0), at(0), at(0), at(1)],
+                    3 => [at(0), at(1), at(2), 255],
+                    _ => [at(0), at(1), at(2), at(3)],
+                };
                 assert_eq!(
                     pixel.0, expected,
                     "{count} x {channels} x {height} x {width} at {x}, {y}"
@@ -384,13 +424,13 @@ mod tests {
     fn what_cannot_be_drawn_is_an_error() {
         let zeros = |shape| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
         let drawn = |shape: &[usize]| message(grid(&zeros(shape.to_vec())));
-        for shape in [&[2, 4, 8, 8][..], &[0, 1, 8, 8], &[2, 1, 0, 8], &[8, 8]] {
+        for shape in [&[2, 5, 8, 8][..], &[0, 1, 8, 8], &[2, 1, 0, 8], &[8, 8]] {
             let expected =
-                format!("samples has shape {shape:?}; it must be (count, 1 channel or 3, ");
+                format!("samples has shape {shape:?}; it must be (count, 1 to 4 channels, ");
             assert!(drawn(shape).starts_with(&expected), "{}", drawn(shape));
         }
-        let found = message(grid_of(&[0; 8], (2, 2, 2)));
-        assert!(found.starts_with("channels is 2; it must be 1 (grey) or 3 (colour)"), "{found}");
+        let found = message(grid_of(&[0; 20], (5, 2, 2)));
+        assert!(found.starts_with("channels is 5; it must be 1 (grey), 2 (grey and"), "{found}");
         let found = message(grid_of(&[], (1, 2, 2)));
         assert!(found.starts_with("pixels.len() is 0; it must be a positive multiple"), "{found}");
         assert!(message(grid_of(&[0; 7], (1, 2, 3))).contains("pixels.len() is 7"));
@@ -466,6 +506,19 @@ mod tests {
         for (frame, picture) in frames.iter().zip(&pictures) {
             assert_eq!(frame.to_rgb8(), picture.to_rgb8());
         }
+    }
+
+    #[test]
+    fn a_film_of_transparent_pictures_lies_over_white() {
+        // A red pixel with a quarter of its colour, an invisible one, and an opaque one.
+        let colours = [200, 0, 10, 0, 0, 20, 0, 0, 30, 64, 0, 255];
+        let picture = image_of(&colours, (4, 1, 3)).unwrap();
+        assert_eq!(picture.to_rgba8().get_pixel(0, 0).0, [200, 0, 0, 64]);
+        let (_, _, frames) = film(&[picture]);
+        let shown: Vec<_> = frames[0].to_rgba8().pixels().map(|pixel| pixel.0).collect();
+        // 255 - 64 (255 - 200) / 255 = 241.2, and 255 - 64 = 191.
+        let expected = [[241, 191, 191, 255], [255, 255, 255, 255], [10, 20, 30, 255]];
+        assert_eq!(shown, expected);
     }
 
     #[test]

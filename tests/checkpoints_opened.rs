@@ -1,5 +1,6 @@
 //! Checkpoints that are opened: what they are read for, and errors that state what is wrong with their files.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,7 +9,8 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use ddpm::nn::{Architecture, Model};
 use ddpm::process::Prediction;
-use ddpm::train::AdamConfig;
+use ddpm::sample::SamplerConfig;
+use ddpm::train::{AdamConfig, AverageConfig, WeightsFile};
 use ddpm::{
     Checkpoint, Denoiser, Diffusion, Error, NoiseSchedule, Sampler, Solver, TrainConfig, Trainer,
     UNet, UNetConfig,
@@ -48,6 +50,158 @@ fn sampling_needs_the_directory_alone() {
     assert_ne!(ema, model);
 }
 
+/// The metadata of a safetensors file.
+fn metadata(file: &Path) -> HashMap<String, String> {
+    let bytes = fs::read(file).unwrap();
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    header.metadata().clone().unwrap_or_default()
+}
+
+#[test]
+fn sampling_needs_one_file_of_weights_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let averages = vec![AverageConfig::Power { sigma_rel: 0.1 }];
+    let mut trainer = new(TrainConfig { averages, ..config(2) });
+    let sampling = SamplerConfig::new(Solver::Ddim { eta: 0.5 }, 4).clip_denoised(true);
+    trainer.set_sampling(sampling).unwrap();
+    trainer.fit(&Waves(11), &mut ()).unwrap();
+    let path = dir.path().join("run");
+    trainer.save(&path).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let sample = |model: &dyn Denoiser, sampler: &Sampler| {
+        let steps = sampler.steps(&model, (2, 1, 8, 8), 5, &Device::Cpu).unwrap();
+        let images = steps.map(|step| step.unwrap().x).last().unwrap();
+        images.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    let device = &Device::Cpu;
+    for (file, model) in [
+        ("model", checkpoint.model::<UNetConfig>(device).unwrap()),
+        ("ema", checkpoint.ema::<UNetConfig>(device).unwrap()),
+        ("average", checkpoint.average::<UNetConfig>(0, device).unwrap()),
+    ] {
+        let alone = dir.path().join("alone.safetensors");
+        fs::copy(path.join(format!("{file}.safetensors")), &alone).unwrap();
+        let weights = WeightsFile::open(&alone).unwrap();
+        fs::remove_file(&alone).unwrap();
+        assert_eq!(weights.architecture::<UNetConfig>().unwrap(), network());
+        assert_eq!((weights.path(), weights.step()), (&*alone, 2));
+        assert_eq!(weights.diffusion(), checkpoint.diffusion());
+        assert_eq!(weights.sampling(), Some(&sampling));
+        let loaded = weights.model::<UNetConfig>(device).unwrap();
+        let expected = sample(&model, &checkpoint.sampler().unwrap());
+        assert_eq!(sample(&loaded, &weights.sampler().unwrap()), expected, "{file}");
+    }
+    assert_eq!(metadata(&path.join("optimizer.safetensors")), HashMap::new());
+    let metadata = metadata(&path.join("ema.safetensors"));
+    assert_eq!(metadata.keys().collect::<Vec<_>>(), ["ddpm"]);
+    let json: serde_json::Value = serde_json::from_str(&metadata["ddpm"]).unwrap();
+    assert_eq!(json["network"]["config"]["image_size"], 8);
+    assert_eq!(json["pixel_range"], serde_json::json!([-1.0, 1.0]));
+    assert_eq!(json["diffusion"]["prediction"], "epsilon");
+    // Nothing but the metadata was added to the files of earlier versions.
+    let tensors = candle_core::safetensors::load(path.join("model.safetensors"), device).unwrap();
+    let plain = dir.path().join("plain.safetensors");
+    candle_core::safetensors::save(&tensors, &plain).unwrap();
+    let data = |file: &Path| {
+        let bytes = fs::read(file).unwrap();
+        let header = u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+        bytes[8 + header..].to_vec()
+    };
+    assert_eq!(data(&path.join("model.safetensors")), data(&plain));
+
+    let error = WeightsFile::open(&plain).unwrap_err().to_string();
+    let advice = "open the directory of the checkpoint instead, or load the weights with";
+    assert!(error.contains("plain.safetensors: the metadata has no key `ddpm`"), "{error}");
+    assert!(error.contains(advice), "{error}");
+    let error = WeightsFile::open(path.join("optimizer.safetensors")).unwrap_err().to_string();
+    assert!(error.contains("no key `ddpm`"), "{error}");
+}
+
+#[test]
+fn every_wrong_description_of_weights_is_an_error_that_names_the_file_and_the_field() {
+    let (dir, path) = saved();
+    let good = path.join("model.safetensors");
+    let tensors = candle_core::safetensors::load(&good, &Device::Cpu).unwrap();
+    let json: serde_json::Value = serde_json::from_str(&metadata(&good)["ddpm"]).unwrap();
+    let file = dir.path().join("edited.safetensors");
+    let open = |text: String| {
+        let metadata = HashMap::from([("ddpm".to_string(), text)]);
+        safetensors::serialize_to_file(&tensors, Some(metadata), &file).unwrap();
+        let opened = WeightsFile::open(&file);
+        opened.and_then(|weights| weights.model::<UNetConfig>(&Device::Cpu).map(drop))
+    };
+    open(json.to_string()).unwrap();
+    type Edit = fn(&mut serde_json::Value);
+    let cases: &[(Edit, &str)] = &[
+        (|j| j["format_version"] = 0.into(), "format_version is 0; it must be from 1 to 1"),
+        (|j| j["format_version"] = 2.into(), "format 2 is newer than 1"),
+        (
+            |j| drop(j.as_object_mut().unwrap().remove("format_version")),
+            "format_version is missing",
+        ),
+        (|j| drop(j.as_object_mut().unwrap().remove("diffusion")), "missing field `diffusion`"),
+        (|j| drop(j.as_object_mut().unwrap().remove("pixel_range")), "missing field `pixel_range`"),
+        (|j| j["schedule"] = 1.into(), "unknown field `schedule`"),
+        (|j| j["step"] = (-1).into(), "step: invalid value"),
+        (|j| j["step"] = u64::MAX.into(), "step is 18446744073709551615; it must be at most"),
+        (
+            |j| j["pixel_range"] = vec![0, 1].into(),
+            "pixel_range is [0.0, 1.0]; it must be [-1.0, 1.0]",
+        ),
+        (|j| j["pixel_range"] = "wide".into(), "pixel_range: invalid type"),
+        (|j| j["diffusion"]["prediction"] = "cat".into(), "diffusion: unknown variant `cat`"),
+        (
+            |j| j["diffusion"]["schedule"]["linear"]["steps"] = 0.into(),
+            "diffusion: schedule steps is 0",
+        ),
+        (
+            |j| j["diffusion"]["schedule"] = serde_json::json!({"custom": {"betas": [2.0]}}),
+            "diffusion: betas is 2 at t = 0",
+        ),
+        (|j| j["network"]["depth"] = 3.into(), "network: unknown field `depth`"),
+        (
+            |j| j["network"]["config"]["hidden_dims"] = vec![16; 1 << 20].into(),
+            "length of network.config is 3145",
+        ),
+        (|j| j["network"]["config"]["channels"] = 0.into(), "network.config: channels is 0"),
+        (|j| j["network"]["config"]["channels"] = "x".into(), "network.config: invalid type"),
+        (
+            |j| j["network"]["config"]["hidden_dims"] = vec![16, 16].into(),
+            "weight down_blocks.0.res1.block1.2.weight has shape",
+        ),
+        (
+            |j| {
+                j["sampling"] =
+                    serde_json::json!({"solver": "heun", "steps": 0, "clip_denoised": true})
+            },
+            "sampling: sampling steps is 0",
+        ),
+        (|j| j["sampling"] = 3.into(), "sampling: invalid type"),
+    ];
+    for (edit, expected) in cases {
+        let mut edited = json.clone();
+        edit(&mut edited);
+        let error = open(edited.to_string()).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}; expected {expected}");
+        assert!(error.contains("edited.safetensors: "), "{error}");
+        assert!(error.len() < 500, "{error}");
+    }
+    for (text, expected) in [
+        (String::new(), "EOF"),
+        ("[1]".into(), "invalid type"),
+        ("{".repeat(1 << 20), "edited.safetensors: damaged file"),
+        (json.to_string().replacen('{', r#"{"step": 1, "#, 1), "duplicate field `step`"),
+        (json.to_string() + "}", "trailing characters"),
+    ] {
+        let error = open(text).unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains("edited.safetensors: "), "{error}");
+    }
+    // Another kind of network is a wrong request, as with a checkpoint.
+    let other = json.to_string().replace(r#""unet""#, r#""transformer""#);
+    let error = open(other).unwrap_err().to_string();
+    assert!(error.contains("network.kind is transformer"), "{error}");
+}
+
 #[test]
 fn without_an_average_the_weights_stand_in() {
     let dir = tempfile::tempdir().unwrap();
@@ -80,7 +234,7 @@ fn as_format_1(path: &Path) {
 }
 
 /// Rewrites a file of tensors of a checkpoint, and removes the checksums.
-fn edit_tensors(file: &Path, edit: impl FnOnce(&mut std::collections::HashMap<String, Tensor>)) {
+fn edit_tensors(file: &Path, edit: impl FnOnce(&mut HashMap<String, Tensor>)) {
     let mut tensors = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
     edit(&mut tensors);
     candle_core::safetensors::save(&tensors, file).unwrap();
@@ -226,7 +380,7 @@ fn every_damage_has_its_own_error_and_nothing_is_overwritten() {
         (
             "truncated weights",
             |p| truncate(&p.join("model.safetensors"), |n| n - 1),
-            "model.safetensors: damaged file: 300171 bytes long; 300172 were written",
+            "model.safetensors: damaged file: 300547 bytes long; 300548 were written",
         ),
         (
             "no checksums",

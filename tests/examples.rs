@@ -493,7 +493,7 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
         command.arg("--cpu");
         command
     };
-    assert!(help("sample")?.contains("any U-Net with images of 1 or 3 channels"));
+    assert!(help("sample")?.contains("any U-Net with images of 1 to 4 channels"));
     // The defaults are the settings of the run's grids.
     let grid = checkpoint.with_file_name("samples").join("step-000003.png");
     let said = succeed(&mut sample(&["--count", "3"], "a.png"))?;
@@ -579,7 +579,71 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
         ))?;
         assert!(read("a.png")? != read(png)?, "{args:?} changed nothing");
     }
-    Ok(())
+    edits(checkpoint, temp)
+}
+
+/// Samples from one file of weights: the same images as from the directory, variations, interpolations and fillings.
+fn edits(checkpoint: &Path, temp: &Path) -> Result<()> {
+    let weights = temp.join("weights.safetensors");
+    fs::copy(checkpoint.join("ema.safetensors"), &weights)?;
+    let dir = |name: &str| temp.join("edits").join(name);
+    let sample = |name: &str, args: &[&str]| {
+        let mut command = example("sample");
+        command.args(["--cpu", "--sampling-steps", "4"]).args(args).arg("--images").arg(dir(name));
+        command.arg("--out").arg(temp.join("edits.png"));
+        command
+    };
+    let edit = |name: &str, args: &[&str]| -> Result<String> {
+        succeed(sample(name, args).arg("--checkpoint").arg(&weights))
+    };
+    let read = |name: &str, k: usize| fs::read(dir(name).join(format!("{k:06}.png")));
+    let said = edit("alone", &["--count", "2", "--seed", "3"])?;
+    assert!(said.contains("weights.safetensors, step 3\n"), "{said}");
+    succeed(sample("whole", &["--count", "2", "--seed", "3"]).arg("--checkpoint").arg(checkpoint))?;
+    assert!(read("alone", 0)? == read("whole", 0)? && read("alone", 1)? == read("whole", 1)?);
+    let asked = sample("x", &["--weights", "ema"]).arg("--checkpoint").arg(&weights).output()?;
+    let expected = "--weights is for a directory; --checkpoint is ";
+    assert!(String::from_utf8(asked.stderr)?.contains(expected));
+
+    // A picture of more than the network's size, and a mask.
+    let (picture, mask) = (temp.join("picture.png"), temp.join("mask.png"));
+    let shade = |x: u32, y: u32| image::Luma([(x * 9 + y * 3) as u8]);
+    image::GrayImage::from_fn(28, 28, shade).save(&picture)?;
+    let white = |x, _| image::Luma([if x < 14 { 255 } else { 0 }]);
+    image::GrayImage::from_fn(28, 28, white).save(&mask)?;
+    let (picture, mask) = (picture.display().to_string(), mask.display().to_string());
+    let said = edit("varied", &["--vary", &picture, "--strength", "0.7", "--count", "3"])?;
+    assert!(said.contains("picture.png, strength 0.7, 3 of 4 steps"), "{said}");
+    edit("one", &["--vary", &picture, "--strength", "0.7", "--count", "1", "--from", "2"])?;
+    assert!(read("varied", 2)? == read("one", 2)? && read("varied", 0)? != read("one", 2)?);
+
+    edit("seed", &["--count", "1", "--seed", "7"])?;
+    edit("path", &["--interpolate", "3", "7", "--count", "3"])?;
+    assert!(read("path", 0)? == read("alone", 0)? && read("path", 2)? == read("seed", 0)?);
+    let between = ["--interpolate-pictures", &picture, &picture, "--count", "2"];
+    edit("pictures", &[&between[..], &["--eta", "0"]].concat())?;
+    assert!(read("pictures", 0)? == read("pictures", 1)?);
+    let mut command = sample("x", &between);
+    let expected = "--interpolate-pictures needs a solver without noise";
+    assert_fails(command.arg("--checkpoint").arg(&weights), &[expected])?;
+
+    let fill = ["--inpaint", &picture, "--mask", &mask, "--solver", "ddpm"];
+    let twice = ["--jump", "1", "--resamplings", "2", "--count", "2"];
+    let said = edit("filled", &[&fill[..], &twice].concat())?;
+    assert!(said.contains("picture.png, 7 evaluations"), "{said}");
+    let known = image::open(&picture)?.into_luma8();
+    for k in 0..2 {
+        let filled = image::open(dir("filled").join(format!("{k:06}.png")))?.into_luma8();
+        let differs = |x: u32| (0..28).any(|y| filled.get_pixel(x, y) != known.get_pixel(x, y));
+        assert!((14..28).all(|x| !differs(x)) && (0..14).any(differs), "image {k}");
+    }
+    edit("second", &[&fill[..], &twice[..4], &["--count", "1", "--from", "1"]].concat())?;
+    assert!(read("filled", 1)? == read("second", 1)? && read("filled", 0)? != read("second", 1)?);
+    image::GrayImage::new(28, 27).save(temp.join("small.png"))?;
+    let small = temp.join("small.png").display().to_string();
+    let mut command = sample("x", &["--inpaint", &picture, "--mask", &small]);
+    let expected = "small.png: 27 x 28 pixels (height x width); a mask has 28 x 28";
+    assert_fails(command.arg("--checkpoint").arg(&weights), &[expected])
 }
 
 fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
@@ -881,7 +945,22 @@ fn wrong_arguments_are_reported_in_one_line() -> Result<()> {
         ("cifar10", &["--out", &nothing, "--data", "absent"], &["scripts/fetch-data cifar10"]),
         ("cifar10", &["--out", &nothing, "--data", &batches], &["3000 bytes", "3073"]),
         ("cifar10", &["--fashion"], &["unexpected argument '--fashion'"]),
-        ("sample", &[], &["required", "--checkpoint <DIR>"]),
+        ("sample", &[], &["required", "--checkpoint <PATH>"]),
+        ("sample", &["--strength", "0"], &["'0'", "a number above 0, up to 1"]),
+        ("sample", &["--checkpoint", "a", "--strength", "1"], &["not provided: --vary <FILE>"]),
+        ("sample", &["--checkpoint", "a", "--inpaint", "b"], &["not provided: --mask <FILE>"]),
+        ("sample", &["--checkpoint", "a", "--jump", "3"], &["not provided: ", "--inpaint <FILE>"]),
+        (
+            "sample",
+            &["--checkpoint", "a", "--vary", "b", "--interpolate", "1", "2"],
+            &["'--vary <FILE>' cannot be used with"],
+        ),
+        (
+            "sample",
+            &["--checkpoint", "a", "--interpolate", "1", "2", "--seed", "3"],
+            &["cannot be used with", "--seed <K>"],
+        ),
+        ("sample", &["--checkpoint", "a", "--interpolate", "1"], &["2 values required"]),
         ("sample", &["--checkpoint", &nothing], &["nothing", "no checkpoint here"]),
         ("sample", &["--checkpoint", &file], &["file", "no checkpoint here"]),
         ("sample", &["--checkpoint", &spaced], &["--checkpoint '", "my run/checkpoint' is one"]),
@@ -891,7 +970,7 @@ fn wrong_arguments_are_reported_in_one_line() -> Result<()> {
         ("sample", &["--eta", "nan"], &["'nan'", "a number from 0 to 1"]),
         ("sample", &["--count", "0"], &["'0'", "whole number from 1 to 1024"]),
         ("mnist-fd", &["--checkpoint", &nothing], &["required", "--data <DIR>"]),
-        ("mnist-fd", &["--data", &cut], &["required", "--checkpoint <DIR>"]),
+        ("mnist-fd", &["--data", &cut], &["required", "--checkpoint <PATH>"]),
         ("mnist-fd", &["--data", &cut, "--checkpoint", &nothing], &["no checkpoint here"]),
         ("mnist-fd", &["--count", "1"], &["'1'", "whole number from 2 to 60000"]),
         ("mnist-fd", &["--classifier-steps", "0"], &["'0'", "whole number from 1 to 1000000"]),

@@ -13,6 +13,7 @@ use std::sync::Mutex;
 use candle_core::{Device, Tensor};
 use ddpm::data::folder::{
     Channels, Crop, Filter, Folder, FolderConfig, Progress, Stage, Unreadable, UnreadableFile,
+    read_mask, read_picture,
 };
 use ddpm::data::{Dataset, ImageShape};
 use ddpm::{Diffusion, Error, Result, TrainConfig, Trainer};
@@ -83,6 +84,56 @@ fn folder_of(names: &[&str]) -> TempDir {
         put(dir.path(), name, content(picture(30, 21, seed as u32), ImageFormat::Png));
     }
     dir
+}
+
+// Single pictures.
+
+#[test]
+fn a_picture_alone_is_the_image_of_its_folder() {
+    for channels in [Channels::Grey, Channels::Rgb, Channels::Rgba, Channels::Auto] {
+        let config = FolderConfig { channels, ..config() };
+        let folder = Folder::open(FIXTURES, config.clone()).unwrap();
+        for (index, path) in paths(&folder).iter().enumerate().step_by(5) {
+            let alone = read_picture(Path::new(FIXTURES).join(path), &config);
+            let alone = alone.unwrap();
+            // The channels of `Auto` are those of this picture.
+            if channels != Channels::Auto {
+                assert_eq!(alone.shape(), folder.shape(), "{path}");
+                let mut pixels = vec![0; alone.pixels().len()];
+                folder.read(index, &mut pixels).unwrap();
+                assert_eq!(alone.pixels(), pixels, "{path}");
+            }
+        }
+    }
+    let dir = tempdir().unwrap();
+    put(dir.path(), "a.png", "no picture");
+    let error = read_picture(dir.path().join("a.png"), &config()).unwrap_err().to_string();
+    assert!(error.contains("a.png: ") && error.contains("none of PNG"), "{error}");
+    let grey = DynamicImage::new_luma8(3, 3);
+    put(dir.path(), "grey.png", content(grey, ImageFormat::Png));
+    let auto = FolderConfig { channels: Channels::Auto, ..config() };
+    assert_eq!(read_picture(dir.path().join("grey.png"), &auto).unwrap().shape().channels, 1);
+}
+
+#[test]
+fn a_mask_is_white_from_128_and_has_the_size_of_the_images() {
+    let dir = tempdir().unwrap();
+    let grey = image::GrayImage::from_raw(3, 2, vec![0, 127, 128, 255, 200, 1]).unwrap();
+    put(dir.path(), "grey.png", content(grey, ImageFormat::Png));
+    let white = [false, false, true, true, true, false];
+    assert_eq!(read_mask(dir.path().join("grey.png"), 2, 3).unwrap(), white);
+    // Luma 149.7 and 76.2.
+    let colour = RgbImage::from_raw(2, 1, vec![0, 255, 0, 255, 0, 0]).unwrap();
+    put(dir.path(), "colour.png", content(colour, ImageFormat::Png));
+    assert_eq!(read_mask(dir.path().join("colour.png"), 1, 2).unwrap(), [true, false]);
+    let clear = image::RgbaImage::from_raw(2, 1, vec![255, 255, 255, 100, 255, 255, 255, 200]);
+    put(dir.path(), "clear.png", content(clear.unwrap(), ImageFormat::Png));
+    assert_eq!(read_mask(dir.path().join("clear.png"), 1, 2).unwrap(), [false, true]);
+    let error = read_mask(dir.path().join("grey.png"), 3, 2).unwrap_err().to_string();
+    assert!(
+        error.ends_with("grey.png: 2 x 3 pixels (height x width); a mask has 3 x 2"),
+        "{error}"
+    );
 }
 
 // Values.

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Tensor};
 use ddpm::nn::from_fn;
 use ddpm::process::Prediction;
-use ddpm::sample::{DynamicThreshold, Variance};
+use ddpm::sample::{DynamicThreshold, Ends, Resampling, Variance};
 use ddpm::{Denoiser, Diffusion, Error, NoiseSchedule, Sampler, Solver};
 
 /// Data that is normal in every pixel.
@@ -46,46 +46,62 @@ fn expected(
     timesteps: &[usize],
     solver: Solver,
 ) -> (f64, f64) {
-    let (mut mean, mut variance) = (0.0, 1.0);
+    expected_from((0.0, 1.0), data, schedule, timesteps, solver)
+}
+
+/// Like [`expected`], for a start of this mean and variance.
+fn expected_from(
+    (mut mean, mut variance): (f64, f64),
+    data: Normal,
+    schedule: &NoiseSchedule,
+    timesteps: &[usize],
+    solver: Solver,
+) -> (f64, f64) {
     for (i, &t) in timesteps.iter().enumerate() {
         let bar = schedule.alpha_bars()[t];
         let prev = timesteps.get(i + 1).map_or(1.0, |&t| schedule.alpha_bars()[t]);
-        // x_0 = g x + h
-        let g = data.std * data.std * bar.sqrt() / (bar * data.std * data.std + 1.0 - bar);
-        let h = data.mean * (1.0 - g * bar.sqrt());
-        // eps = e x + f
-        let (e, f) =
-            ((1.0 - bar.sqrt() * g) / (1.0 - bar).sqrt(), -bar.sqrt() * h / (1.0 - bar).sqrt());
-        let beta = 1.0 - bar / prev;
-        let posterior = beta * (1.0 - prev) / (1.0 - bar);
-        let (slope, offset, sigma2) = match solver {
-            Solver::Ddpm { variance } => {
-                // Ho et al. 2020, equation 11: (x - beta / sqrt(1 - abar) eps) / sqrt(alpha)
-                let scale = beta / (1.0 - bar).sqrt();
-                let root = (1.0 - beta).sqrt();
-                let sigma2 = match variance {
-                    _ if prev == 1.0 => 0.0,
-                    Variance::Beta => beta,
-                    Variance::Posterior => posterior,
-                    other => panic!("no formula of {other:?}"),
-                };
-                ((1.0 - scale * e) / root, -scale * f / root, sigma2)
-            }
-            Solver::Ddim { eta } => {
-                // Song et al. 2021, equation 12
-                let sigma2 = eta * eta * posterior;
-                let direction = (1.0 - prev - sigma2).sqrt();
-                (prev.sqrt() * g + direction * e, prev.sqrt() * h + direction * f, sigma2)
-            }
-            Solver::Heun => {
-                let (slope, offset) = heun(data, bar, prev);
-                (slope, offset, 0.0)
-            }
-            other => panic!("no formula of {other:?}"),
-        };
+        let (slope, offset, sigma2) = step(data, bar, prev, solver);
         (mean, variance) = (slope * mean + offset, slope * slope * variance + sigma2);
     }
     (mean, variance)
+}
+
+/// A step from the level `bar` to the level `prev`: the slope and the offset of its result, which is linear in x, and
+/// the variance of its noise.
+fn step(data: Normal, bar: f64, prev: f64, solver: Solver) -> (f64, f64, f64) {
+    // x_0 = g x + h
+    let g = data.std * data.std * bar.sqrt() / (bar * data.std * data.std + 1.0 - bar);
+    let h = data.mean * (1.0 - g * bar.sqrt());
+    // eps = e x + f
+    let (e, f) =
+        ((1.0 - bar.sqrt() * g) / (1.0 - bar).sqrt(), -bar.sqrt() * h / (1.0 - bar).sqrt());
+    let beta = 1.0 - bar / prev;
+    let posterior = beta * (1.0 - prev) / (1.0 - bar);
+    match solver {
+        Solver::Ddpm { variance } => {
+            // Ho et al. 2020, equation 11: (x - beta / sqrt(1 - abar) eps) / sqrt(alpha)
+            let scale = beta / (1.0 - bar).sqrt();
+            let root = (1.0 - beta).sqrt();
+            let sigma2 = match variance {
+                _ if prev == 1.0 => 0.0,
+                Variance::Beta => beta,
+                Variance::Posterior => posterior,
+                other => panic!("no formula of {other:?}"),
+            };
+            ((1.0 - scale * e) / root, -scale * f / root, sigma2)
+        }
+        Solver::Ddim { eta } => {
+            // Song et al. 2021, equation 12
+            let sigma2 = eta * eta * posterior;
+            let direction = (1.0 - prev - sigma2).sqrt();
+            (prev.sqrt() * g + direction * e, prev.sqrt() * h + direction * f, sigma2)
+        }
+        Solver::Heun => {
+            let (slope, offset) = heun(data, bar, prev);
+            (slope, offset, 0.0)
+        }
+        other => panic!("no formula of {other:?}"),
+    }
 }
 
 /// Karras et al. 2022, algorithm 1, in its own variable, x / sqrt(abar), from the level `bar` to the level `prev`.
@@ -139,18 +155,26 @@ fn agrees(data: Normal, diffusion: &Diffusion, solver: Solver, steps: usize) -> 
     let denoiser = gaussian(diffusion, data);
     let x = sampler.steps(&denoiser, (16, 1, 32, 32), 1, &Device::Cpu).unwrap();
     let x = x.map(|step| step.unwrap().x).last().unwrap();
-    let x: Vec<f32> = x.flatten_all().unwrap().to_vec1().unwrap();
+    let what = format!("{:?}, {solver:?}, {steps} steps", diffusion.prediction());
+    assert_moments(&x, (mean, variance), &what);
+    (mean, variance)
+}
+
+/// Asserts that independent values have this mean and variance, up to four standard errors of those of normal values.
+fn assert_moments(x: &Tensor, (mean, variance): (f64, f64), what: &str) {
+    let x = values(x);
     let n = x.len() as f64;
     let m = x.iter().map(|&v| f64::from(v)).sum::<f64>() / n;
     let v = x.iter().map(|&v| (f64::from(v) - m).powi(2)).sum::<f64>() / (n - 1.0);
 
-    // Four standard errors of a normal sample's mean and variance.
-    let what = format!("{:?}, {solver:?}, {steps} steps", diffusion.prediction());
     let mean_error = 4.0 * (variance / n).sqrt();
     assert!((m - mean).abs() < mean_error, "{what}: mean {m}, expected {mean}");
     let variance_error = 4.0 * variance * (2.0 / n).sqrt();
     assert!((v - variance).abs() < variance_error, "{what}: variance {v}, expected {variance}");
-    (mean, variance)
+}
+
+fn values(x: &Tensor) -> Vec<f32> {
+    x.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 /// Even the best denoiser cannot correct a schedule that ends with signal. The scaled schedule ends without.
@@ -575,6 +599,292 @@ fn compare_trajectories(oracle: &Diffusers, schedules: &Diffusers) -> usize {
         compared += 1;
     }
     compared
+}
+
+/// A picture (1, 8, 32) whose pixels stand for all bytes, from 0 to 255.
+fn all_bytes() -> Tensor {
+    let values = (0..=255).map(ddpm::data::normalized).collect();
+    Tensor::from_vec(values, (1, 8, 32), &Device::Cpu).unwrap()
+}
+
+/// Samples without a clamp.
+fn drawn(sampler: &Sampler, denoiser: &impl Denoiser, count: usize, seed: u64) -> Tensor {
+    let steps = sampler.steps(denoiser, (count, 1, 8, 32), seed, &Device::Cpu).unwrap();
+    steps.map(|step| step.unwrap().x).last().unwrap()
+}
+
+#[test]
+fn variations_have_the_mean_and_the_variance_of_the_closed_form() {
+    let diffusion = Diffusion::ddpm();
+    let (denoiser, schedule) = (gaussian(&diffusion, DATA), diffusion.schedule());
+    let picture = Tensor::full(-0.9f32, (1, 8, 32), &Device::Cpu).unwrap();
+    for solver in solvers() {
+        // The largest of 50 timesteps that is at most 499, 99 and 999.
+        for (strength, from) in [(0.5, 489), (0.1, 82), (1.0, 999)] {
+            let sampler = Sampler::new(&diffusion, solver, 50).unwrap();
+            let sampler = sampler.vary(&picture, strength).unwrap();
+            let timesteps: Vec<usize> = sampler.timesteps().map(|t| t as usize).collect();
+            assert_eq!(timesteps[0], from);
+            let bar = schedule.alpha_bars()[from];
+            let start = (-0.9 * bar.sqrt(), 1.0 - bar);
+            let moments = expected_from(start, DATA, schedule, &timesteps, solver);
+            let what = format!("{solver:?}, strength {strength}");
+            assert_moments(&drawn(&sampler, &denoiser, 64, 2), moments, &what);
+        }
+    }
+}
+
+#[test]
+fn a_variation_does_not_depend_on_the_batch_and_begins_at_any_time() {
+    let diffusion = Diffusion::ddpm();
+    let sampler = Sampler::new(&diffusion, Solver::DpmSolver { order: 3 }, 20).unwrap();
+    let sampler = sampler.vary_from(&all_bytes(), 700.5).unwrap();
+    assert_eq!(sampler.timesteps().next(), Some(684.0));
+    let denoiser = gaussian(&diffusion, DATA);
+    let three = drawn(&sampler, &denoiser, 3, 5);
+    let last = drawn(&sampler.clone().first_image(2), &denoiser, 1, 5);
+    assert_eq!(values(&three.narrow(0, 2, 1).unwrap()), values(&last));
+    assert_ne!(values(&three.narrow(0, 0, 1).unwrap()), values(&last));
+    assert_eq!(values(&three), values(&drawn(&sampler, &denoiser, 3, 5)));
+}
+
+/// With deterministic steps an image is `slope x_T + offset`.
+#[test]
+fn an_interpolated_image_is_that_of_spherically_interpolated_noise() {
+    let diffusion = Diffusion::ddpm();
+    let denoiser = gaussian(&diffusion, DATA);
+    let weights = [0.0, 0.2, 0.5, 1.0];
+    let image = |sampler: &Sampler, seed| values(&drawn(sampler, &denoiser, 1, seed));
+    for solver in solvers() {
+        let sampler = Sampler::new(&diffusion, solver, 10).unwrap();
+        let path = sampler.clone().interpolate(Ends::Seeds([3, 7]), &weights).unwrap();
+        let images = drawn(&path, &denoiser, weights.len(), 0);
+        let at = |k: usize| values(&images.narrow(0, k, 1).unwrap());
+        assert_eq!((at(0), at(3)), (image(&sampler, 3), image(&sampler, 7)), "{solver:?}");
+        // A part of the path.
+        let part = sampler.clone().interpolate(Ends::Seeds([3, 7]), &weights[2..3]).unwrap();
+        assert_eq!(image(&part, 9), at(2), "{solver:?}");
+
+        let timesteps: Vec<usize> = sampler.timesteps().map(|t| t as usize).collect();
+        let moments = expected(DATA, diffusion.schedule(), &timesteps, solver);
+        assert_eq!(
+            sampler.is_deterministic(),
+            matches!(solver, Solver::Ddim { eta: 0.0 } | Solver::Heun)
+        );
+        if !sampler.is_deterministic() {
+            assert_moments(&images.narrow(0, 1, 2).unwrap(), moments, &format!("{solver:?}"));
+            continue;
+        }
+        let x_t = |seed| values(&Sampler::prior((1, 1, 8, 32), seed, &Device::Cpu).unwrap());
+        let (a, b) = (x_t(3), x_t(7));
+        let dot = |a: &[f32], b: &[f32]| -> f64 {
+            a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+        };
+        let angle = (dot(&a, &b) / (dot(&a, &a) * dot(&b, &b)).sqrt()).acos();
+        let (slope, offset) = timesteps.iter().enumerate().fold((1.0, 0.0), |(s, o), (i, &t)| {
+            let bars = diffusion.schedule().alpha_bars();
+            let prev = timesteps.get(i + 1).map_or(1.0, |&t| bars[t]);
+            let (slope, offset, _) = step(DATA, bars[t], prev, solver);
+            (slope * s, slope * o + offset)
+        });
+        for (k, weight) in weights.into_iter().enumerate() {
+            let factor = |weight: f64| (weight * angle).sin() / angle.sin();
+            for (found, (a, b)) in at(k).into_iter().zip(a.iter().zip(&b)) {
+                let noise = factor(1.0 - weight) * f64::from(*a) + factor(weight) * f64::from(*b);
+                let exact = slope * noise + offset;
+                assert!((f64::from(found) - exact).abs() < 1e-5, "{solver:?}: {found}, {exact}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_interpolation_of_inverted_pictures_begins_and_ends_at_the_pictures() {
+    let diffusion = Diffusion::ddpm();
+    let denoiser = gaussian(&diffusion, DATA);
+    let a = all_bytes();
+    let pictures = Tensor::stack(&[&a, &(a.sqr().unwrap() * 0.5).unwrap()], 0).unwrap();
+    let sampler = Sampler::new(&diffusion, Solver::ddim(), 500).unwrap();
+    let noise = sampler.invert(&denoiser, pictures.clone()).unwrap();
+    let path = sampler.clone().interpolate(Ends::Noise(noise), &[0.0, 0.3, 1.0]).unwrap();
+    let images = drawn(&path, &denoiser, 3, 0);
+    for (k, end) in [(0, 0), (2, 1)] {
+        let error = (images.get(k).unwrap() - pictures.get(end).unwrap()).unwrap();
+        let error = values(&error).into_iter().fold(0f32, |most, e| most.max(e.abs()));
+        assert!(error < 0.01, "end {end}: {error}");
+    }
+}
+
+#[test]
+fn repaint_agrees_with_diffusers() {
+    let oracle = Diffusers::read("repaint");
+    let cases: serde_json::Value = serde_json::from_str(&oracle.metadata["cases"]).unwrap();
+    let diffusion = Diffusion::ddpm();
+    let denoiser = gaussian(&diffusion, DATA);
+    assert_eq!([&oracle.metadata["mean"], &oracle.metadata["std"]], ["0.3", "0.5"]);
+    let posterior = Solver::Ddpm { variance: Variance::Posterior };
+    for (name, solver) in [
+        ("ancestral", posterior),
+        ("ancestral", Solver::Ddim { eta: 1.0 }),
+        ("half", Solver::Ddim { eta: 0.5 }),
+    ] {
+        let part = |part: &str| oracle.get(&format!("{name}.{part}"));
+        let setting = |name_of: &str| cases[name][name_of].as_u64().unwrap() as usize;
+        let count = setting("count");
+        let timesteps: Vec<usize> = (0..count).map(|i| i * (1000 / count)).collect();
+        let resampling = Resampling { jump: setting("jump"), count: setting("resamplings") };
+        let sampler = Sampler::with_timesteps(&diffusion, solver, &timesteps).unwrap();
+        let sampler = sampler.inpaint(part("picture"), part("filled"), resampling).unwrap();
+        let times: Vec<i64> = sampler.timesteps().map(|t| t as i64).collect();
+        assert_eq!(times, part("times").to_vec1::<i64>().unwrap(), "{name}");
+
+        let (mut asked, z) = (0, part("z"));
+        let noise = |t: f64| {
+            asked += 1;
+            assert_eq!(t, times[asked - 1] as f64);
+            Ok(z.get(asked - 1)?)
+        };
+        let steps = sampler.steps_from(&denoiser, part("x_T").clone(), noise).unwrap();
+        let mut last = None;
+        for step in steps {
+            let step = step.unwrap();
+            let exact = part("x").get(step.index).unwrap();
+            let error = max_abs(&(&step.x - &exact).unwrap());
+            assert!(error < 1e-12, "{name}, {solver:?}, step {}: {error:e}", step.index);
+            last = Some(step.x);
+        }
+        // The step to the image needs no noise.
+        assert_eq!(asked + 1, times.len());
+        let (last, kept) = (last.unwrap(), (1.0 - part("filled")).unwrap());
+        let of_image = |k: usize| (last.get(k).unwrap() * &kept).unwrap();
+        let known = (part("picture") * &kept).unwrap();
+        for k in [0, 1] {
+            assert_eq!(max_abs(&(of_image(k) - &known).unwrap()), 0.0);
+        }
+    }
+}
+
+#[test]
+fn known_pixels_are_those_of_the_picture_bit_for_bit() {
+    let diffusion = Diffusion::ddpm();
+    let denoiser = gaussian(&diffusion, DATA);
+    let filled: Vec<u8> = (0..256).map(|i| u8::from(i % 3 == 0)).collect();
+    let mask = Tensor::from_vec(filled.clone(), (1, 8, 32), &Device::Cpu).unwrap();
+    let sampler = Sampler::new(&diffusion, Solver::ddpm(), 6).unwrap();
+    let inpaint = |mask: &Tensor, count| {
+        sampler.clone().inpaint(&all_bytes(), mask, Resampling { jump: 2, count }).unwrap()
+    };
+    let twice = inpaint(&mask, 2);
+    assert_eq!((twice.timesteps().len(), twice.evaluations()), (6 + 2 * 3, 6 + 2 * 2));
+    let images = twice.sample(&denoiser, (3, 1, 8, 32), 4, &Device::Cpu).unwrap();
+    let picture = values(&all_bytes());
+    for k in 0..3 {
+        let image = values(&images.get(k).unwrap());
+        let bytes = ddpm::eval::bytes(&images.get(k).unwrap()).unwrap();
+        for i in 0..256 {
+            assert!(filled[i] == 1 || image[i].to_bits() == picture[i].to_bits(), "pixel {i}");
+            assert!(filled[i] == 1 || usize::from(bytes[i]) == i, "pixel {i}");
+        }
+        assert!((0..256).any(|i| filled[i] == 1 && image[i] != picture[i]));
+    }
+    let last = twice.clone().first_image(2);
+    let last = last.sample(&denoiser, (1, 1, 8, 32), 4, &Device::Cpu).unwrap();
+    assert_eq!(values(&last), values(&images.narrow(0, 2, 1).unwrap()));
+
+    // Without a known pixel and without resampling, samples are those of the sampler alone.
+    let all = Tensor::ones((1, 1, 1), DType::U8, &Device::Cpu).unwrap();
+    let free = drawn(&inpaint(&all, 1), &denoiser, 2, 4);
+    assert_eq!(values(&free), values(&drawn(&sampler, &denoiser, 2, 4)));
+    let once = drawn(&inpaint(&mask, 1), &denoiser, 3, 4);
+    assert_ne!(values(&once), values(&drawn(&twice, &denoiser, 3, 4)));
+}
+
+/// If a repeated step had the noise of the first one, the variance would be larger.
+#[test]
+fn every_resampling_has_new_noise() {
+    let diffusion = Diffusion::ddpm();
+    let (denoiser, bars) = (gaussian(&diffusion, DATA), diffusion.schedule().alpha_bars());
+    let all = Tensor::ones((1, 1, 1), DType::U8, &Device::Cpu).unwrap();
+    let sampler = Sampler::new(&diffusion, Solver::ddpm(), 4).unwrap();
+    let resampling = Resampling { jump: 1, count: 4 };
+    let sampler = sampler.inpaint(&all_bytes(), &all, resampling).unwrap();
+    let (mut mean, mut variance) = (0.0, 1.0);
+    for levels in [[999, 666], [666, 333], [333, 0]] {
+        let [bar, prev] = levels.map(|t: usize| bars[t]);
+        let (slope, offset, sigma2) = step(DATA, bar, prev, Solver::ddpm());
+        for repetition in 0..4 {
+            if repetition > 0 {
+                let alpha: f64 = bar / prev;
+                (mean, variance) = (alpha.sqrt() * mean, alpha * variance + 1.0 - alpha);
+            }
+            (mean, variance) = (slope * mean + offset, slope * slope * variance + sigma2);
+        }
+    }
+    let (slope, offset, _) = step(DATA, bars[0], 1.0, Solver::ddpm());
+    let moments = (slope * mean + offset, slope * slope * variance);
+    assert_moments(&drawn(&sampler, &denoiser, 64, 1), moments, "resampled");
+}
+
+#[test]
+fn edits_that_do_not_fit_are_refused() {
+    let diffusion = Diffusion::ddpm();
+    let denoiser = gaussian(&diffusion, DATA);
+    let sampler = |solver| Sampler::new(&diffusion, solver, 6).unwrap();
+    let full = |value: f64, shape: &[usize]| {
+        Tensor::full(value as f32, shape.to_vec(), &Device::Cpu).unwrap()
+    };
+    let (picture, mask) = (all_bytes(), full(1.0, &[1, 8, 32]));
+    let fails = |result: ddpm::Result<Sampler>, expected: &str| {
+        let sampled =
+            result.and_then(|sampler| sampler.sample(&denoiser, (2, 1, 8, 32), 0, &Device::Cpu));
+        let found = sampled.unwrap_err().to_string();
+        assert!(found.starts_with(expected), "{found}");
+    };
+    for strength in [0.0, -0.1, 1.1, f64::NAN] {
+        let expected = format!("strength is {strength}; it must be above 0 and at most 1");
+        fails(sampler(Solver::Heun).vary(&picture, strength), &expected);
+    }
+    let late = Sampler::with_timesteps(&diffusion, Solver::ddim(), &[10, 500]).unwrap();
+    for t in [9.0, f64::NAN] {
+        let expected =
+            format!("timestep of the start is {t}; it must be at least 10, the smallest");
+        fails(late.clone().vary_from(&picture, t), &expected);
+    }
+    let wrong = full(0.0, &[1, 32, 8]);
+    let shape = "the picture has shape [1, 32, 8]; it must be [1, 8, 32], that of an image";
+    fails(sampler(Solver::Heun).vary(&wrong, 0.5), shape);
+    let ddpm = || sampler(Solver::ddpm());
+    let once = Resampling { jump: 1, count: 1 };
+    fails(ddpm().inpaint(&wrong, &full(1.0, &[1, 1, 1]), once), shape);
+    let solver = "solver is Heun; it must be DDPM or DDIM";
+    fails(sampler(Solver::Heun).inpaint(&picture, &mask, once), solver);
+    let size = "the mask has shape [1, 8, 31]; it must be [1, 8, 32], that of the picture";
+    fails(ddpm().inpaint(&picture, &full(1.0, &[1, 8, 31]), once), size);
+    let grey = "the mask is 0.5; it must be 0 (known) or 1 (filled)";
+    fails(ddpm().inpaint(&picture, &full(0.5, &[1, 8, 32]), once), grey);
+    for (jump, count, expected) in [
+        (0, 1, "jump is 0; it must be at least 1"),
+        (1, 0, "count is 0; it must be at least 1"),
+        (1, usize::MAX, "count is 18446744073709551615; it must be small enough for at most"),
+    ] {
+        fails(ddpm().inpaint(&picture, &mask, Resampling { jump, count }), expected);
+    }
+    let between = |ends, weights: &[f64]| ddpm().interpolate(ends, weights);
+    let seeds = || Ends::Seeds([0, 1]);
+    fails(between(seeds(), &[0.5, 1.5]), "weight is 1.5; it must be from 0 to 1");
+    fails(
+        between(seeds(), &[0.5]),
+        "sample has shape [2, 1, 8, 32]; it must be [1, 1, 8, 32]: one",
+    );
+    let noise = |a: f64, b: f64| {
+        Ends::Noise(Tensor::cat(&[full(a, &[1, 1, 8, 32]), full(b, &[1, 1, 8, 32])], 0).unwrap())
+    };
+    let weights = [0.0, 0.5];
+    fails(between(noise(1.0, -1.0), &weights), "angle of the noise of the ends is 3.14159");
+    fails(between(noise(0.0, 1.0), &weights), "length of the noise of an end is 0; it must be");
+    fails(between(Ends::Noise(picture.clone()), &weights), "the noise of the ends has shape [1, 8");
+    let same = between(noise(1.0, 1.0), &weights).unwrap();
+    assert_eq!(values(&drawn(&same, &denoiser, 2, 0)).len(), 512);
 }
 
 /// A file of `tests/data` with results of diffusers; see `tests/data/README.md`.

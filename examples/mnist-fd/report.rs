@@ -4,12 +4,12 @@ use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 
-use ddpm::cli::{DataSet, Identity, Result, SamplingArgs, datasets, err, grouped, out};
+use ddpm::cli::{DataSet, Identity, Result, SamplingArgs, Trained, datasets, err, grouped, out};
 use ddpm::data::{Dataset, Images};
 use ddpm::eval::Statistics;
+use ddpm::files;
 use ddpm::nn::Condition;
 use ddpm::sample::SamplerConfig;
-use ddpm::{Checkpoint, UNetConfig, files};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -103,8 +103,8 @@ fn best(probabilities: &[f32]) -> usize {
 
 /// Returns an error if the run was trained on images other than digits. A file beside the checkpoint names the images
 /// of the run. Checkpoints without such a file are accepted.
-pub fn check_digits(checkpoint: &Checkpoint) -> Result<()> {
-    let dir = checkpoint.dir();
+pub fn check_digits(checkpoint: &Trained) -> Result<()> {
+    let dir = checkpoint.path();
     let file = match dir.file_name() {
         Some(_) => dir.with_file_name("data.json"),
         // A path such as `.` has no name to replace.
@@ -117,7 +117,7 @@ pub fn check_digits(checkpoint: &Checkpoint) -> Result<()> {
         }
         _ => {}
     }
-    let found = checkpoint.architecture::<UNetConfig>()?.image_shape();
+    let found = checkpoint.architecture()?.image_shape();
     if found != (1, SIZE, SIZE) {
         let expected = format!("the classifier's have {:?}", (1, SIZE, SIZE));
         return Err(format!("the network's images have shape {found:?}; {expected}").into());
@@ -145,11 +145,11 @@ pub struct Report {
 }
 
 impl Report {
-    pub fn new(sampling: &SamplingArgs, config: &SamplerConfig, checkpoint: &Checkpoint) -> Self {
+    pub fn new(sampling: &SamplingArgs, config: &SamplerConfig, checkpoint: &Trained) -> Self {
         let json = json!({
-            "checkpoint": checkpoint.dir(),
+            "checkpoint": checkpoint.path(),
             "step": checkpoint.step(),
-            "weights": sampling.weights,
+            "weights": checkpoint.weights(sampling.weights),
             "solver": config.solver,
             "sampling_steps": config.steps,
             "spacing": config.spacing,

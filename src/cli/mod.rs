@@ -33,7 +33,9 @@
 mod arguments;
 pub mod datasets;
 pub mod device;
+mod editing;
 mod identity;
+mod output;
 mod print;
 mod program;
 mod recipe;
@@ -42,13 +44,17 @@ mod run_config;
 mod sampling;
 mod sized;
 mod train;
+mod trained;
 
 pub use arguments::whole;
 pub use datasets::DataSet;
+pub use editing::EditingArgs;
 pub use identity::Identity;
+pub use output::OutputArgs;
 pub use print::{err, grouped, out};
 pub use program::{check_output, main};
 pub use recipe::{Recipe, TrainArgs};
 pub use result::{Interrupted, Result};
-pub use sampling::{SamplingArgs, Weights};
+pub use sampling::SamplingArgs;
 pub use train::train;
+pub use trained::{Trained, Weights};

@@ -1,27 +1,28 @@
 use std::path::PathBuf;
 
 use candle_core::Device;
+use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use clap::{Args, ValueEnum};
-use serde::Serialize;
 
 use super::arguments::{fraction, precision, quoted, scale, whole};
 use super::device::{check_speed, describe};
 use super::print::{grouped, out};
 use super::result::Result;
+use super::trained::{Trained, Weights};
 use crate::denoiser::Condition;
 use crate::engine::Model;
 use crate::error::Error;
 use crate::model::{UNet, UNetConfig};
 use crate::precision::Precision;
 use crate::sample::{Guidance, SamplerConfig, Solver, Spacing};
-use crate::train::Checkpoint;
+use crate::train::{Checkpoint, WeightsFile};
 
 /// The options of a program that draws images from a checkpoint of a U-Net.
 #[derive(Debug, Clone, Args)]
 pub struct SamplingArgs {
-    /// The checkpoint's directory, such as out/mnist/checkpoint
-    #[arg(long, value_name = "DIR")]
+    /// The checkpoint's directory, such as out/mnist/checkpoint, or one of its files of weights,
+    /// such as ema.safetensors
+    #[arg(long, value_name = "PATH")]
     checkpoint: PathBuf,
     /// Solver of the sampler; the defaults of --solver, --spacing, --sampling-steps and --eta are
     /// those of the run's grids
@@ -51,9 +52,9 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "K", default_value = "0", allow_negative_numbers = true,
           value_parser = whole::<u64>(0..=u64::MAX))]
     pub seed: u64,
-    /// The averaged weights, or those of the last update
-    #[arg(long, value_enum, default_value = "ema")]
-    pub weights: Weights,
+    /// The averaged weights (the default), or those of the last update
+    #[arg(long, value_enum)]
+    pub weights: Option<Weights>,
     /// Precision of products: highest or high; bf16 or f16 (with the feature f16)
     #[arg(long, value_name = "P", default_value = "highest", value_parser = precision)]
     pub precision: Precision,
@@ -72,26 +73,24 @@ fn named<T: ToString, const N: usize>(names: [(&'static str, T); N]) -> impl Typ
     PossibleValuesParser::new(names.map(value))
 }
 
-/// The weights to sample from: the averaged weights, or those of the last update.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-#[allow(
-    missing_docs,
-    reason = "clap would print a list of documented variants instead of their names"
-)]
-pub enum Weights {
-    Ema,
-    Model,
-}
-
 impl SamplingArgs {
-    /// Opens the checkpoint.
+    /// Opens the checkpoint, or the file of weights.
     ///
     /// # Errors
-    /// Returns an error if there is no complete checkpoint.
-    pub fn open(&self) -> Result<Checkpoint> {
-        Checkpoint::open(&self.checkpoint).map_err(|error| {
-            let nested = self.checkpoint.join("checkpoint");
+    /// Returns an error if there is no complete checkpoint, if a file does not describe its network and its process, or
+    /// if an option selects one of the files of weights, and the path is already a file.
+    pub fn open(&self) -> Result<Trained> {
+        let path = &self.checkpoint;
+        if path.extension().is_some_and(|e| e == "safetensors") && !path.is_dir() {
+            if self.weights.is_some() {
+                let path = path.display();
+                return Err(format!("--weights is for a directory; --checkpoint is {path}").into());
+            }
+            return Ok(Trained::File(WeightsFile::open(path)?));
+        }
+        let opened = Checkpoint::open(path).map(Trained::Checkpoint);
+        opened.map_err(|error| {
+            let nested = path.join("checkpoint");
             match error {
                 Error::NoCheckpoint { .. } if nested.is_dir() => {
                     let nested = quoted(&nested.to_string_lossy());
@@ -106,7 +105,7 @@ impl SamplingArgs {
     ///
     /// # Errors
     /// Returns an error if an option is not one of the solver.
-    pub fn config(&self, checkpoint: &Checkpoint) -> Result<SamplerConfig> {
+    pub fn config(&self, checkpoint: &Trained) -> Result<SamplerConfig> {
         let all = checkpoint.diffusion().schedule().steps();
         let usual = SamplerConfig::usual(checkpoint.diffusion());
         let run = checkpoint.sampling().copied().unwrap_or(usual);
@@ -165,7 +164,7 @@ impl SamplingArgs {
     }
 
     /// Prints the checkpoint, the sampler settings, compared with those of the run, and the device.
-    pub fn announce(&self, config: &SamplerConfig, checkpoint: &Checkpoint, device: &Device) {
+    pub fn announce(&self, config: &SamplerConfig, checkpoint: &Trained, device: &Device) {
         let (solver, steps) = (config.solver, grouped(config.steps));
         let steps = match config.spacing {
             Spacing::Even => format!("{steps} steps"),
@@ -181,7 +180,7 @@ impl SamplingArgs {
             Some(_) => "different from the run's grids",
             None => "the checkpoint does not record the run's settings",
         };
-        let (dir, step) = (checkpoint.dir().display(), checkpoint.step());
+        let (dir, step) = (checkpoint.path().display(), checkpoint.step());
         out(format_args!("checkpoint  {dir}, step {step}"));
         out(format_args!("sampler     {solver}, {steps}, {clipped} ({whose})"));
         if let Some(Guidance { scale, .. }) = config.guidance {
@@ -194,12 +193,9 @@ impl SamplingArgs {
     /// The network with the selected weights, in the selected precision.
     ///
     /// # Errors
-    /// Returns the errors of [`Checkpoint::ema`].
-    pub fn model(&self, checkpoint: &Checkpoint, device: &Device) -> Result<Model<UNet>> {
-        let model = match self.weights {
-            Weights::Ema => checkpoint.ema::<UNetConfig>(device)?,
-            Weights::Model => checkpoint.model::<UNetConfig>(device)?,
-        };
+    /// Returns the errors of [`Trained::model`].
+    pub fn model(&self, checkpoint: &Trained, device: &Device) -> Result<Model<UNet>> {
+        let model = checkpoint.model(self.weights, device)?;
         Ok(model.with_precision(self.precision)?)
     }
 }

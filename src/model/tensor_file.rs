@@ -68,6 +68,15 @@ pub(crate) fn tensors_of(
     Ok(tensors)
 }
 
+/// Returns the text of `key` in the metadata of a safetensors file, from its content.
+///
+/// # Errors
+/// Returns an error if this is not the complete content of a safetensors file.
+pub(crate) fn metadata_of(path: &Path, bytes: &[u8], key: &str) -> Result<Option<String>> {
+    let header = SafeTensors::read_metadata(bytes).map_err(|e| not_safetensors(path, bytes, e))?;
+    Ok(header.1.metadata().as_ref().and_then(|metadata| metadata.get(key).cloned()))
+}
+
 /// Returns the tensor of this name and shape among those of a file.
 ///
 /// # Errors

@@ -2,12 +2,13 @@
 
 use candle_core::{DType, Device, Shape, Tensor};
 
+use super::plan::PlannedStep;
 use crate::backend;
 use crate::error::{Error, Result, check_dims, check_float};
 use crate::random::{Address, Noise, Purpose};
 
-/// A source of noise for the step that begins at a time.
-pub(super) type NoiseSource<'a> = dyn FnMut(f64) -> Result<Tensor> + 'a;
+/// A source of noise for a step.
+pub(super) type NoiseSource<'a> = dyn FnMut(&PlannedStep) -> Result<Tensor> + 'a;
 
 /// Draws the start of images, beginning with number `first`: standard normals.
 pub(super) fn draw_prior(first: u32, shape: &Shape, seed: u64, device: &Device) -> Result<Tensor> {
@@ -28,6 +29,19 @@ pub(super) fn draw_step(
     let (timestep, high, low) = (fixed >> 36, fixed >> 20, fixed & 0xf_ffff);
     let at = Noise::new(seed).address(Purpose::Sampling, high as u16, low << 20 | timestep);
     draw(at, first, shape, device)
+}
+
+/// Draws the noise of a step of a plan, for images beginning with number `first`: that of [`draw_step`], or other noise if
+/// an earlier step began at the same time.
+pub(super) fn draw_planned(
+    step: &PlannedStep,
+    first: u32,
+    shape: &Shape,
+    seed: u64,
+    device: &Device,
+) -> Result<Tensor> {
+    let Some(index) = step.again else { return draw_step(step.at.t, first, shape, seed, device) };
+    draw(Noise::new(seed).address(Purpose::Resampling, 0, index), first, shape, device)
 }
 
 fn draw(at: Address, first: u32, shape: &Shape, device: &Device) -> Result<Tensor> {

@@ -1,3 +1,4 @@
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
@@ -81,7 +82,23 @@ impl Stage {
 pub(super) struct PlannedStep {
     /// The noisier end of the step. A step of a solver begins there.
     pub at: Level,
+    /// The end of the step. It is `at` if the step adds noise.
+    pub to: Level,
+    /// The index of this step, if an earlier step has the same noisier end. It needs other noise than that step.
+    pub again: Option<u64>,
     pub stages: Vec<Stage>,
+}
+
+impl PlannedStep {
+    /// Whether the step leads to less noise.
+    pub fn denoises(&self) -> bool {
+        self.to.t < self.at.t
+    }
+
+    /// Whether a stage adds noise.
+    pub fn adds_noise(&self) -> bool {
+        self.stages.iter().any(|stage| stage.z != 0.0)
+    }
 }
 
 /// Everything that a sampler computes besides the network: the steps from noise to the image, with all factors in f64.
@@ -94,7 +111,8 @@ pub(super) struct Plan {
 
 impl Plan {
     /// Creates the plan with one step from each of these levels to the next. One end of the list is
-    /// [`Level::IMAGE`]: the last level of the plan of a solver, and the first level of an inversion.
+    /// [`Level::IMAGE`]: the last level of the plan of a solver, and the first level of an inversion. A list with
+    /// resampling returns to levels that it had left.
     ///
     /// `stages(levels, i)` returns the stages of the step from `levels[i]` to `levels[i + 1]`.
     ///
@@ -104,11 +122,13 @@ impl Plan {
         levels: &[Level],
         stages: impl Fn(&[Level], usize) -> Result<Vec<Stage>>,
     ) -> Result<Self> {
+        let mut begun = HashSet::new();
         let step = |i: usize| {
             let at = if levels[i].t > levels[i + 1].t { levels[i] } else { levels[i + 1] };
             let stages = stages(levels, i)?;
             if stages.iter().all(Stage::is_finite) {
-                return Ok(PlannedStep { at, stages });
+                let again = (!begun.insert(at.t.to_bits())).then_some(i as u64);
+                return Ok(PlannedStep { at, to: levels[i + 1], again, stages });
             }
             let expected = "far enough from its neighbours that alpha_bar differs in f64";
             Err(Error::config("timesteps", at.t, expected))

@@ -1,11 +1,13 @@
 use candle_core::{Device, Shape, Tensor};
 
 use super::guidance::Guidance;
+use super::inpainting::{self, Resampling};
 use super::inversion;
 use super::noise::{draw_prior, draw_step};
-use super::plan::{Level, Plan};
+use super::plan::{Level, Plan, PlannedStep};
 use super::solver::Solver;
 use super::spacing::{self, Spacing};
+use super::start::Start;
 use super::steps::{Settings, Step, Steps};
 use super::threshold::DynamicThreshold;
 use crate::backend;
@@ -27,8 +29,13 @@ use crate::process::Diffusion;
 /// ```
 #[derive(Debug, Clone)]
 pub struct Sampler {
-    settings: Settings,
+    pub(super) settings: Settings,
+    pub(super) solver: Solver,
+    /// The times at which steps begin, and the image.
+    pub(super) levels: Vec<Level>,
+    pub(super) resampling: Option<Resampling>,
     pub(super) plan: Plan,
+    pub(super) start: Start,
     /// The number of the first image of a batch, among those of a seed.
     first: u32,
 }
@@ -93,16 +100,26 @@ impl Sampler {
         spacing::check(times, schedule.steps())?;
         let levels = times.iter().rev().map(|&t| Level::new(schedule, t));
         let levels: Vec<Level> = levels.chain([Ok(Level::IMAGE)]).collect::<Result<_>>()?;
-        let plan = Plan::new(&levels, |levels, i| solver.stages(schedule, levels, i))?;
-        Ok(Self::with_plan(diffusion, plan))
+        let plan = plan_of(diffusion, solver, &levels, None)?;
+        let settings = Settings {
+            diffusion: diffusion.clone(),
+            clip: false,
+            threshold: None,
+            condition: Condition::None,
+            guidance: None,
+            known: None,
+        };
+        let (resampling, start, first) = (None, Start::Prior, 0);
+        Ok(Self { settings, solver, levels, resampling, plan, start, first })
     }
 
-    pub(super) fn with_plan(diffusion: &Diffusion, plan: Plan) -> Self {
-        let diffusion = diffusion.clone();
-        let condition = Condition::None;
-        let settings =
-            Settings { diffusion, clip: false, threshold: None, condition, guidance: None };
-        Self { settings, plan, first: 0 }
+    /// Computes the plan anew, after a change of what it depends on.
+    ///
+    /// # Errors
+    /// Returns an error if the levels are too close, or if resampling takes too many steps.
+    pub(super) fn planned(self) -> Result<Self> {
+        let plan = plan_of(&self.settings.diffusion, self.solver, &self.levels, self.resampling)?;
+        Ok(Self { plan, ..self })
     }
 
     /// Sets whether the predicted `x_0` of each step is clipped to [-1, 1] before it is used. The default is off, as
@@ -189,13 +206,17 @@ impl Sampler {
         Ok(self)
     }
 
-    /// The sampler of a part of a batch, with the conditions of its images.
+    /// The sampler of a part of a batch, with the conditions and the starts of its images.
     pub(crate) fn part(&self, first: usize, len: usize) -> Result<Self> {
-        Ok(self.clone().condition(self.settings.condition.narrow(first, len)?))
+        let start = self.start.narrow(first, len)?;
+        let part = Self { start, ..self.clone() };
+        Ok(part.condition(self.settings.condition.narrow(first, len)?))
     }
 
     /// The timesteps in the order of sampling, which is decreasing. Each is the beginning of one sampling step. With
-    /// some [spacings](Spacing) they lie between two timesteps of the schedule.
+    /// some [spacings](Spacing) they lie between two timesteps of the schedule. With the resampling of
+    /// [`inpaint`](Self::inpaint) they also increase: a step that only adds noise is listed with the time at which it
+    /// ends.
     pub fn timesteps(&self) -> impl ExactSizeIterator<Item = f64> + '_ {
         self.plan.steps.iter().map(|step| step.at.t)
     }
@@ -203,6 +224,11 @@ impl Sampler {
     /// The number of network evaluations for one batch. Most solvers evaluate the network once per sampling step.
     pub fn evaluations(&self) -> usize {
         self.plan.evaluations()
+    }
+
+    /// Whether images depend only on their `x_T`, because no step adds noise.
+    pub fn is_deterministic(&self) -> bool {
+        self.settings.known.is_none() && !self.plan.steps.iter().any(PlannedStep::adds_noise)
     }
 
     /// Draws images of this shape (batch, channels, height, width), clamped to [-1, 1].
@@ -250,8 +276,10 @@ impl Sampler {
         device: &Device,
     ) -> Result<Steps<'a, D>> {
         let (shape, device, first) = (shape.into(), device.clone(), self.first);
-        let start = draw_prior(first, &shape, seed, &device)?;
-        self.steps_from(denoiser, start, move |t| draw_step(t, first, &shape, seed, &device))
+        let start = self.start.draw(self.plan.steps[0].at, first, &shape, seed, &device)?;
+        Steps::new(&self.settings, self.plan.clone(), denoiser, start, move |step| {
+            self.start.noise(step, first, &shape, seed, &device)
+        })
     }
 
     /// Draws the `x_T` of the images of this seed, beginning with number 0: standard normals of shape (batch, ...).
@@ -289,8 +317,9 @@ impl Sampler {
         &'a self,
         denoiser: &'a D,
         start: Tensor,
-        z: impl FnMut(f64) -> Result<Tensor> + 'a,
+        mut z: impl FnMut(f64) -> Result<Tensor> + 'a,
     ) -> Result<Steps<'a, D>> {
+        let z = move |step: &PlannedStep| z(step.at.t);
         Steps::new(&self.settings, self.plan.clone(), denoiser, start, z)
     }
 
@@ -334,13 +363,29 @@ impl Sampler {
         denoiser: &'a D,
         images: Tensor,
     ) -> Result<Steps<'a, D>> {
-        let levels = self.plan.steps.iter().rev().map(|step| step.at);
-        let levels: Vec<Level> = [Level::IMAGE].into_iter().chain(levels).collect();
+        let levels: Vec<Level> = self.levels.iter().rev().copied().collect();
         let stages = |levels: &[Level], i: usize| Ok(inversion::stages(levels[i], levels[i + 1]));
         let plan = Plan::new(&levels, stages)?;
-        let no_noise = |_| Err(Error::config("noise of an inversion", "asked for", "none"));
+        let no_noise =
+            |_: &PlannedStep| Err(Error::config("noise of an inversion", "asked for", "none"));
         Steps::new(&self.settings, plan, denoiser, images, no_noise)
     }
+}
+
+/// The plan of a solver along these levels.
+fn plan_of(
+    diffusion: &Diffusion,
+    solver: Solver,
+    levels: &[Level],
+    resampling: Option<Resampling>,
+) -> Result<Plan> {
+    let Some(resampling) = resampling else {
+        return Plan::new(levels, |levels, i| solver.stages(diffusion.schedule(), levels, i));
+    };
+    Plan::new(&resampling.path(levels)?, |path, i| match path[i].t < path[i + 1].t {
+        true => Ok(inpainting::noising(path[i], path[i + 1])),
+        false => solver.stages(diffusion.schedule(), path, i),
+    })
 }
 
 /// The sample after the last step.

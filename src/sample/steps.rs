@@ -4,8 +4,9 @@ use candle_core::Tensor;
 
 use super::finite::FiniteCheck;
 use super::guidance::Guidance;
+use super::inpainting::Known;
 use super::noise::{NoiseSource, check_start, like};
-use super::plan::{Level, Plan, Stage};
+use super::plan::{Level, Plan, PlannedStep, Stage};
 use super::threshold::DynamicThreshold;
 use crate::backend;
 use crate::denoiser::{Condition, Denoiser};
@@ -21,6 +22,8 @@ pub(super) struct Settings {
     pub threshold: Option<DynamicThreshold>,
     pub condition: Condition,
     pub guidance: Option<Guidance>,
+    /// The known part of the images.
+    pub known: Option<Known>,
 }
 
 /// The sampling loop; see [`Sampler::steps`](super::Sampler::steps). The first error ends it.
@@ -33,6 +36,7 @@ pub struct Steps<'a, D: ?Sized> {
     predictions: Vec<Tensor>,
     /// The learned variance of the newest output, if the network has one.
     variance: Option<Tensor>,
+    known: Option<Known>,
     z: Box<NoiseSource<'a>>,
     next: usize,
     finite: FiniteCheck,
@@ -54,14 +58,15 @@ impl<D: ?Sized> fmt::Debug for Steps<'_, D> {
 pub struct Step {
     /// The number of steps before this one.
     pub index: usize,
-    /// The time at which this step began, a timestep or between two. In an inversion, the time at which it ended.
+    /// The time at which this step began, a timestep or between two. In an inversion, and in a step of
+    /// [`inpaint`](super::Sampler::inpaint) that only adds noise, the time at which it ended.
     pub t: f64,
     /// The sample after the step, which is less noisy than at `t`. After the last step it is the image. Shape and
     /// dtype are those of `x_T`.
     pub x: Tensor,
     /// The image that the network predicted from the sample before the step, clipped if the sampler clips. It has the
     /// same shape. If a solver evaluates the network more than once per step, it is the first prediction that the step
-    /// used.
+    /// used. In a step that only adds noise, it is that of the step before.
     pub x_0: Tensor,
 }
 
@@ -75,12 +80,13 @@ impl<'a, D: Denoiser + ?Sized> Steps<'a, D> {
         plan: Plan,
         denoiser: &'a D,
         start: Tensor,
-        z: impl FnMut(f64) -> Result<Tensor> + 'a,
+        z: impl FnMut(&PlannedStep) -> Result<Tensor> + 'a,
     ) -> Result<Self> {
         settings.condition.check(start.dims().first().copied().unwrap_or(0))?;
         check_start(&start)?;
         let mut finite = FiniteCheck::default();
         finite.add("the start", plan.steps[0].at.t, &start)?;
+        let known = settings.known.as_ref().map(|known| known.like(&start)).transpose()?;
         let (z, predictions) = (Box::new(z), Vec::new());
         Ok(Self {
             settings,
@@ -89,6 +95,7 @@ impl<'a, D: Denoiser + ?Sized> Steps<'a, D> {
             x: start,
             predictions,
             variance: None,
+            known,
             z,
             next: 0,
             finite,
@@ -98,9 +105,10 @@ impl<'a, D: Denoiser + ?Sized> Steps<'a, D> {
     /// Runs the stages of one step. Every solver is computed here.
     fn step(&mut self, index: usize) -> Result<Step> {
         let plan = self.plan.clone();
-        let (t, stages) = (plan.steps[index].at.t, &plan.steps[index].stages);
+        let planned = &plan.steps[index];
+        let t = planned.at.t;
         let (mut x, mut x_0, mut z) = (self.x.clone(), None, None);
-        for stage in stages {
+        for stage in &planned.stages {
             if let Some(level) = stage.evaluate {
                 // Predictions that no stage needs are dropped before the network needs memory.
                 self.predictions.truncate(plan.predictions.saturating_sub(1));
@@ -108,7 +116,7 @@ impl<'a, D: Denoiser + ?Sized> Steps<'a, D> {
                 self.predictions.insert(0, prediction);
             }
             if stage.z != 0.0 && z.is_none() {
-                z = Some(like(&self.x, &(self.z)(t)?, ["z", "dtype of z"])?);
+                z = Some(self.noise(planned)?);
             }
             x = self.combined(stage, z.as_ref())?;
             self.finite.add("the sample", t, &x)?;
@@ -120,11 +128,25 @@ impl<'a, D: Denoiser + ?Sized> Steps<'a, D> {
                 }
             }
         }
+        if let Some(known) = self.known.clone().filter(|_| planned.denoises()) {
+            if planned.to.noise() != 0.0 && z.is_none() {
+                z = Some(self.noise(planned)?);
+            }
+            x = known.restored(&x, planned.to, z.as_ref())?;
+            self.finite.add("the sample", t, &x)?;
+        }
         if index + 1 == plan.steps.len() {
             self.finite.read()?;
         }
+        // A step that only adds noise follows one that predicted an image.
+        let x_0 = x_0.or_else(|| self.predictions.first().cloned());
         let x_0 = x_0.ok_or_else(|| Error::config("predictions of a step", 0, "at least 1"))?;
         Ok(Step { index, t, x, x_0 })
+    }
+
+    /// The noise of a step.
+    fn noise(&mut self, step: &PlannedStep) -> Result<Tensor> {
+        like(&self.x, &(self.z)(step)?, ["z", "dtype of z"])
     }
 
     /// Computes the image that the network predicts from `x` at this level.

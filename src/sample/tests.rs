@@ -62,7 +62,8 @@ fn run(plan: Plan, starts: &[f64], noise: &[f64]) -> Vec<[Vec<f64>; 2]> {
         let values = x.iter().zip(t).map(|(&x, t)| network(x, t)).collect();
         Ok(Tensor::from_vec(values, x.len(), &Device::Cpu)?)
     });
-    let sampler = Sampler::with_plan(&diffusion(), plan);
+    let mut sampler = Sampler::new(&diffusion(), Solver::ddim(), 1).unwrap();
+    sampler.plan = plan;
     let steps = sampler.steps_from(&denoiser, tensor(starts), |_| Ok(tensor(noise))).unwrap();
     let values = |step: Result<Step>| {
         let step = step.unwrap();
@@ -255,7 +256,7 @@ fn every_stage_of_every_solver_can_be_computed() {
         for steps in [1, 2, 3, 10, 1000] {
             let sampler = Sampler::with_spacing(&diffusion, solver, spacing, steps).unwrap();
             let mut predictions = 0;
-            for PlannedStep { at, stages } in sampler.plan.steps.iter() {
+            for PlannedStep { at, stages, .. } in sampler.plan.steps.iter() {
                 for stage in stages {
                     predictions += usize::from(stage.evaluate.is_some());
                     // Churn raises the noise, but not above that of the last timestep.

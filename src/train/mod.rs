@@ -27,6 +27,7 @@ mod weighting;
 pub use builder::TrainerBuilder;
 pub use checkpoint::open::Checkpoint;
 pub use checkpoint::store::Saved;
+pub use checkpoint::weights::WeightsFile;
 pub use config::TrainConfig;
 pub use gradients::gradients;
 pub use history::Change;

@@ -131,6 +131,7 @@ const MAX_HISTORY_BYTES: u64 = 1 << 20;
 
 const PROGRESS: Kind = Kind {
     name: "progress",
+    weights: false,
     files: |_| 0,
     setting: "",
     fields: &["step", "images_seen", "dataset_len", "sampling", "history"],
@@ -177,8 +178,14 @@ impl Weights {
 }
 
 /// The kind of the [`Weights`].
-pub(super) const MODEL: Kind =
-    Kind { name: "model", files: |_| 1, setting: "", fields: &[], check: |_, _| Ok(()) };
+pub(super) const MODEL: Kind = Kind {
+    name: "model",
+    weights: true,
+    files: |_| 1,
+    setting: "",
+    fields: &[],
+    check: |_, _| Ok(()),
+};
 
 impl Stateful for Weights {
     fn kind(&self) -> &'static Kind {
@@ -201,6 +208,7 @@ impl Stateful for Weights {
 
 const OPTIMIZER: Kind = Kind {
     name: "optimizer",
+    weights: false,
     files: |_| 1,
     setting: "",
     fields: &["optimizer_updates"],
@@ -244,6 +252,7 @@ impl Stateful for AdamW {
 /// The kind of the [`Ema`].
 pub(super) const EMA: Kind = Kind {
     name: "ema",
+    weights: true,
     files: |train| usize::from(train.ema.is_some()),
     setting: "train.ema",
     fields: &["ema_updates"],
@@ -272,6 +281,7 @@ impl Stateful for Option<Ema> {
 
 const MUON: Kind = Kind {
     name: "muon",
+    weights: false,
     files: |train| usize::from(train.muon.is_some()),
     setting: "train.muon",
     fields: &[],
@@ -295,6 +305,7 @@ impl Stateful for Muon {
 /// The kind of each [`WeightAverage`].
 pub(super) const AVERAGE: Kind = Kind {
     name: "average",
+    weights: true,
     files: |train| train.averages.len(),
     setting: "train.averages",
     fields: &["averaged"],
@@ -333,6 +344,7 @@ impl Stateful for WeightAverage {
 /// The kind of the [`GradScaler`].
 pub(super) const GRAD_SCALER: Kind = Kind {
     name: "grad_scaler",
+    weights: false,
     files: |_| 0,
     setting: "",
     fields: &["grad_scaler"],

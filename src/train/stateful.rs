@@ -72,6 +72,8 @@ impl Serialize for Fields {
 pub(super) struct Kind {
     /// The name of the first part's file of tensors, without `.safetensors`. The names of further parts are numbered.
     pub name: &'static str,
+    /// Whether the tensors are weights with which the network can be built.
+    pub weights: bool,
     /// The number of parts with tensors in a run with this configuration.
     pub files: fn(&TrainConfig) -> usize,
     /// The field of the configuration that determines this number.

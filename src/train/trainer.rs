@@ -255,7 +255,8 @@ impl<N: Architecture> Trainer<N> {
     fn snapshot(&self) -> Result<Snapshot<'_>> {
         let identity = Identity::new(&self.network, &self.config, &self.diffusion, self.history())?;
         let counters = self.state.optimizer.exact_counters()?;
-        Ok(Snapshot { identity, step: self.steps(), parts: self.state.parts(), counters })
+        let (step, sampling) = (self.steps(), self.state.progress.sampling.as_ref());
+        Ok(Snapshot { identity, step, sampling, parts: self.state.parts(), counters })
     }
 
     /// Records the run's sampler settings in its checkpoints; see

@@ -58,7 +58,9 @@ mod decode;
 mod pictures;
 mod recipe;
 mod scan;
+mod single;
 
 pub use builder::{FolderBuilder, Progress, Stage};
 pub use config::{Channels, Crop, Filter, FolderConfig, Unreadable};
 pub use pictures::{Folder, UnreadableFile};
+pub use single::{read_mask, read_picture};

@@ -193,7 +193,11 @@ fn scaled(size: u32, numerator: u32, denominator: u32) -> u32 {
 }
 
 /// The pixels of a picture with 1, 3 or 4 channels.
-fn interleaved(image: DynamicImage, channels: u8, background: [u8; 3]) -> Result<Vec<u8>, Reason> {
+pub(super) fn interleaved(
+    image: DynamicImage,
+    channels: u8,
+    background: [u8; 3],
+) -> Result<Vec<u8>, Reason> {
     match (image, channels) {
         (DynamicImage::ImageLuma8(image), 1) => Ok(image.into_raw()),
         (DynamicImage::ImageRgb8(image), 3) => Ok(image.into_raw()),

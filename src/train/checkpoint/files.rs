@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
@@ -92,13 +92,16 @@ pub(super) fn read_tensors(
     tensors_of(path, &bytes, DType::F32, device)
 }
 
-/// Writes tensors of finite f32, and flushes them to disk.
+/// Writes tensors of finite f32 with metadata (a key and its text, if there is any), and flushes them to disk.
+///
+/// There is at most one key, because `safetensors` writes several in a random order.
 ///
 /// # Errors
 /// Returns an error that names the tensor if a value is not finite, or an error if the file cannot be written.
 pub(super) fn write_tensors(
     path: &Path,
     tensors: &BTreeMap<String, Tensor>,
+    metadata: Option<(&str, &str)>,
     step: u64,
 ) -> Result<Checksum> {
     let mut on_cpu = BTreeMap::new();
@@ -112,7 +115,8 @@ pub(super) fn write_tensors(
         }
         on_cpu.insert(name, tensor);
     }
-    safetensors::serialize_to_file(on_cpu, None, path).map_err(|error| match error {
+    let metadata = metadata.map(|(key, text)| HashMap::from([(key.into(), text.into())]));
+    safetensors::serialize_to_file(on_cpu, metadata, path).map_err(|error| match error {
         SafeTensorError::IoError(error) => Error::io(path)(error),
         error => Error::external(error),
     })?;

@@ -10,6 +10,7 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::files::Checksum;
+use super::network::NetworkState;
 use crate::error::{Error, Result, in_short};
 use crate::model::Architecture;
 use crate::model::tensor_file::open_regular;
@@ -17,7 +18,7 @@ use crate::process::diffusion::Diffusion;
 use crate::train::config::TrainConfig;
 use crate::train::history::Change;
 use crate::train::state::{KINDS, Progress};
-use crate::train::stateful::{Fields, within};
+use crate::train::stateful::Fields;
 
 /// The name of the file that holds everything except tensors.
 pub(super) const STATE: &str = "checkpoint.json";
@@ -31,9 +32,6 @@ pub(super) const FORMAT: u32 = 2;
 /// The largest `checkpoint.json` that is read; a custom schedule of a million steps fits.
 const MAX_STATE_BYTES: u64 = 64 << 20;
 
-/// The longest configuration of a network that is read.
-const MAX_NETWORK_BYTES: usize = 1 << 20;
-
 /// The content of `checkpoint.json`: everything except the tensors.
 pub(super) struct State {
     pub network: NetworkState<Box<RawValue>>,
@@ -44,15 +42,6 @@ pub(super) struct State {
     pub progress: Progress,
     /// The fields of the parts of the run.
     pub fields: Fields,
-}
-
-/// `C` is the network's configuration. It is kept as text until its type is known, because a parsed value would
-/// take many times the memory.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct NetworkState<C> {
-    pub kind: String,
-    pub config: C,
 }
 
 /// Checksums of the files of tensors, by file name, in the order of the parts.
@@ -146,20 +135,49 @@ impl<'de> Deserialize<'de> for Files {
     }
 }
 
-/// All fields of `checkpoint.json`.
-struct AllFields(Fields);
+/// Reads the fields of an object, which `known` accepts by name, as text.
+///
+/// # Errors
+/// Returns an error if this is no object, or if a field is unknown or occurs twice.
+pub(super) fn fields_of(json: &[u8], known: fn(&str) -> bool) -> serde_json::Result<Fields> {
+    let mut deserializer = serde_json::Deserializer::from_slice(json);
+    let entries: Vec<(String, Box<RawValue>)> =
+        deserializer.deserialize_map(Entries(known, std::marker::PhantomData))?;
+    deserializer.end()?;
+    let mut fields = Fields::default();
+    entries.into_iter().for_each(|(name, text)| fields.push(name, text));
+    Ok(fields)
+}
 
-impl<'de> Deserialize<'de> for AllFields {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        let known = |name: &str| {
-            HEAD.contains(&name) || KINDS.iter().any(|kind| kind.fields.contains(&name))
-        };
-        let entries: Vec<(String, Box<RawValue>)> =
-            deserializer.deserialize_map(Entries(known, std::marker::PhantomData))?;
-        let mut fields = Fields::default();
-        entries.into_iter().for_each(|(name, text)| fields.push(name, text));
-        Ok(Self(fields))
+/// Checks the version, before the other fields, which a newer version may have changed.
+///
+/// # Errors
+/// Returns an error if `format_version` is not from 1 to `newest`.
+pub(super) fn check_version(path: &Path, json: &[u8], newest: u32) -> Result<()> {
+    #[derive(Deserialize)]
+    struct Version {
+        format_version: Option<Box<RawValue>>,
     }
+    let version: Version = serde_json::from_slice(json).map_err(malformed(path))?;
+    let Some(version) = version.format_version else {
+        return Err(Error::damaged(path, "format_version is missing"));
+    };
+    match version.get().parse::<u64>() {
+        Ok(found) if found > u64::from(newest) => {
+            let found = u32::try_from(found).unwrap_or(u32::MAX);
+            Err(Error::NewerFormat { path: path.to_owned(), found, supported: newest })
+        }
+        Ok(1..) => Ok(()),
+        _ => {
+            let found = in_short(version.get());
+            let reason = format!("format_version is {found}; it must be from 1 to {newest}");
+            Err(Error::damaged(path, reason))
+        }
+    }
+}
+
+fn malformed(path: &Path) -> impl Fn(serde_json::Error) -> Error {
+    move |error| Error::damaged(path, in_short(&error.to_string()))
 }
 
 /// Reads `checkpoint.json`, with little more memory than the size of the file.
@@ -191,32 +209,12 @@ pub(super) fn read_state(dir: &Path) -> Result<State> {
     }
     let mut json = Vec::new();
     file.take(MAX_STATE_BYTES).read_to_end(&mut json).map_err(Error::io(&path))?;
-    let malformed = |e: serde_json::Error| Error::damaged(&path, in_short(&e.to_string()));
-
-    /// The version, read before the other fields, which a newer version may have changed.
-    #[derive(Deserialize)]
-    struct Version {
-        format_version: Option<Box<RawValue>>,
-    }
-    let version: Version = serde_json::from_slice(&json).map_err(malformed)?;
-    let Some(version) = version.format_version else {
-        return Err(Error::damaged(path, "format_version is missing"));
-    };
-    match version.get().parse::<u64>() {
-        Ok(found) if found > u64::from(FORMAT) => {
-            let found = u32::try_from(found).unwrap_or(u32::MAX);
-            return Err(Error::NewerFormat { path, found, supported: FORMAT });
-        }
-        Ok(1..) => {}
-        _ => {
-            let found = in_short(version.get());
-            let reason = format!("format_version is {found}; it must be from 1 to {FORMAT}");
-            return Err(Error::damaged(path, reason));
-        }
-    }
-    let AllFields(fields) = serde_json::from_slice(&json).map_err(malformed)?;
+    check_version(&path, &json, FORMAT)?;
+    let known =
+        |name: &str| HEAD.contains(&name) || KINDS.iter().any(|kind| kind.fields.contains(&name));
+    let fields = fields_of(&json, known).map_err(malformed(&path))?;
     drop(json);
-    let state = State::of(fields, malformed).map_err(|error| match error {
+    let state = State::of(fields, malformed(&path)).map_err(|error| match error {
         Error::Damaged { .. } => error,
         error => Error::damaged(&path, error.to_string()),
     })?;
@@ -273,8 +271,7 @@ impl State {
             fields,
         };
         KINDS.iter().try_for_each(|kind| (kind.check)(&state.fields, state.progress.step))?;
-        let length = state.network.config.get().len();
-        within("length of network.config", length as u64, MAX_NETWORK_BYTES as u64)?;
+        state.network.check()?;
         match &state.files {
             None if version > 1 => {
                 return Err(Error::config("files", "missing", "present since format 2"));
@@ -285,11 +282,6 @@ impl State {
         Ok(state)
     }
 
-    /// The network's configuration as a JSON value, because its type is not known here.
-    fn network_value(&self) -> Result<Value> {
-        serde_json::from_str(self.network.config.get()).map_err(Error::external)
-    }
-
     /// # Errors
     /// Returns an error that ends with `remedy` if this is not a run with these configurations.
     pub fn must_match(&self, identity: &Identity<'_>, remedy: &'static str) -> Result<()> {
@@ -297,7 +289,7 @@ impl State {
         if self.network.kind != *kind {
             return Err(mismatch("network.kind", &self.network.kind, kind, remedy));
         }
-        compare("network", &self.network_value()?, network, remedy)?;
+        compare("network", &self.network.value()?, network, remedy)?;
         if self.diffusion != **diffusion {
             compare("diffusion", &to_value(&self.diffusion)?, &to_value(diffusion)?, remedy)?;
         }
@@ -340,7 +332,7 @@ impl State {
             return other.is_of_the_run_of(self);
         }
         let (kind, train, diffusion) = (&other.network.kind, &other.train, &other.diffusion);
-        other.network_value().is_ok_and(|network| {
+        other.network.value().is_ok_and(|network| {
             self.must_match(&Identity { kind, network, train, diffusion, history }, "").is_ok()
         })
     }

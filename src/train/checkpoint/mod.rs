@@ -1,11 +1,13 @@
 //! Checkpoints: training runs on disk. [`format`](self::format) defines the files, [`store`] writes them, and
-//! [`open`] reads them.
+//! [`open`] reads them. [`weights`] describes a file of weights within that file.
 
 pub(super) mod claim;
 mod files;
 pub(super) mod format;
 mod found;
 mod lock;
+mod network;
 pub(super) mod open;
 mod paths;
 pub(super) mod store;
+pub(super) mod weights;

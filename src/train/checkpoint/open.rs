@@ -5,9 +5,9 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 
 use super::files::{Checksum, read_tensors};
-use super::format::{Files, Identity, STATE, mismatch, read_state};
+use super::format::{Files, Identity, STATE, read_state};
 use super::found::{Found, archived};
-use crate::error::{Error, Result, in_short};
+use crate::error::{Error, Result};
 use crate::model::tensor_file::{check_known, weight_of};
 use crate::model::{Architecture, Parameters};
 use crate::process::diffusion::Diffusion;
@@ -22,7 +22,8 @@ use crate::train::stateful::Stateful;
 /// A training run on disk: a directory of safetensors and JSON files from which a network can sample, or a run
 /// resume.
 ///
-/// [`Trainer::save`](crate::Trainer::save) writes it. All tensors are f32 and are named after the weights.
+/// [`Trainer::save`](crate::Trainer::save) writes it. All tensors are f32 and are named after the weights. Each file of
+/// weights also describes the network and the process, so that [`WeightsFile`](crate::train::WeightsFile) reads it alone.
 ///
 /// | file | content |
 /// | --- | --- |
@@ -194,17 +195,7 @@ impl Checkpoint {
     /// Returns an error if the checkpoint holds another kind of network, or a configuration that `N` does not
     /// accept.
     pub fn architecture<N: Architecture>(&self) -> Result<N> {
-        let network = &self.0.state.network;
-        if network.kind != N::KIND {
-            let remedy = "ask for a network of that kind";
-            return Err(mismatch("network.kind", &network.kind, N::KIND, remedy));
-        }
-        serde_json::from_str(network.config.get()).map_err(|e| self.damaged_config(e))
-    }
-
-    fn damaged_config(&self, error: impl std::fmt::Display) -> Error {
-        let reason = format!("network.config: {}", in_short(&error.to_string()));
-        Error::damaged(self.0.dir.join(STATE), reason)
+        self.0.state.network.architecture(&self.0.dir.join(STATE))
     }
 
     /// Builds the network with the weights of the checkpoint. They take no gradients.
@@ -314,10 +305,7 @@ impl Checkpoint {
     }
 
     fn build<N: Architecture>(&self, parameters: &Parameters) -> Result<N::Model> {
-        parameters.build(&self.architecture::<N>()?).map_err(|error| match error {
-            Error::Config { .. } => self.damaged_config(error),
-            error => error,
-        })
+        self.0.state.network.build::<N>(&self.0.dir.join(STATE), parameters)
     }
 
     pub(in crate::train) fn parameters(&self, device: &Device) -> Result<Parameters> {

@@ -11,9 +11,11 @@ use super::found::{Found, archived};
 use super::paths::{
     REMOVING, SAVING, archive_names, aside, check_place, entries, foreign, parent, sibling,
 };
+use super::weights;
 use crate::backend::Counters;
 use crate::error::{Error, Result};
 use crate::files::existing;
+use crate::sample::SamplerConfig;
 use crate::train::stateful::{Fields, Stateful};
 
 /// The result of a successful [`Trainer::save`](crate::Trainer::save).
@@ -29,6 +31,8 @@ pub struct Saved {
 pub(in crate::train) struct Snapshot<'a> {
     pub identity: Identity<'a>,
     pub step: u64,
+    /// The sampler settings of the run, if they were set.
+    pub sampling: Option<&'a SamplerConfig>,
     pub parts: Vec<&'a dyn Stateful>,
     /// The exact counts of the updates.
     pub counters: Counters,
@@ -153,10 +157,12 @@ fn make_way(dir: &Path, snapshot: &Snapshot<'_>) -> Result<()> {
 
 fn write_files(dir: &Path, snapshot: &Snapshot<'_>) -> Result<()> {
     let mut files = Files::default();
+    let description = weights::describe(&snapshot.identity, snapshot.step, snapshot.sampling)?;
     for part in &snapshot.parts {
         if let Some(tensors) = part.tensors() {
             let file = part.kind().file(part.index());
-            let checksum = write_tensors(&dir.join(&file), &tensors, snapshot.step)?;
+            let metadata = part.kind().weights.then_some((weights::KEY, &*description));
+            let checksum = write_tensors(&dir.join(&file), &tensors, metadata, snapshot.step)?;
             files.insert(file, checksum);
         }
     }

@@ -1,0 +1,126 @@
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use clap::Args;
+
+use super::arguments::{positive_fraction, whole};
+use super::print::out;
+use super::result::Result;
+use crate::data::folder::{Channels, FolderConfig, read_mask, read_picture};
+use crate::data::normalized;
+use crate::denoiser::Denoiser;
+use crate::error::Error;
+use crate::sample::{Ends, Resampling, Sampler};
+
+/// The options of a program that varies, interpolates or fills pictures. At most one of them is given.
+#[derive(Debug, Clone, Args)]
+pub struct EditingArgs {
+    /// Picture of which the images are variations
+    #[arg(long, value_name = "FILE", group = "edit")]
+    vary: Option<PathBuf>,
+    /// Strength of the variations: the timestep to which the picture is noised, as a share of all
+    #[arg(long, value_name = "S", default_value = "0.5", allow_negative_numbers = true,
+          value_parser = positive_fraction, requires = "vary")]
+    strength: f64,
+    /// Draw images from the first image of one seed to that of another, both included
+    #[arg(long, value_names = ["SEED", "SEED"], group = "edit", conflicts_with_all = ["seed", "from"],
+          value_parser = whole::<u64>(0..=u64::MAX))]
+    interpolate: Option<Vec<u64>>,
+    /// Draw images from one picture to another, both as the network draws them; needs a solver
+    /// without noise, such as ddim with eta 0
+    #[arg(long, value_names = ["FILE", "FILE"], group = "edit", conflicts_with = "from")]
+    interpolate_pictures: Option<Vec<PathBuf>>,
+    /// Picture of which a part is filled, with --solver ddpm or ddim
+    #[arg(long, value_name = "FILE", group = "edit", requires = "mask")]
+    inpaint: Option<PathBuf>,
+    /// Picture of the size of the images, white where --inpaint fills
+    #[arg(long, value_name = "FILE", requires = "inpaint")]
+    mask: Option<PathBuf>,
+    /// Number of sampling steps that --inpaint repeats at a time
+    #[arg(long, value_name = "S", default_value = "10", allow_negative_numbers = true,
+          value_parser = whole::<usize>(1..=1_000_000), requires = "inpaint")]
+    jump: usize,
+    /// Number of times that --inpaint computes these steps; 1 for no repetition
+    #[arg(long, value_name = "N", default_value = "10", allow_negative_numbers = true,
+          value_parser = whole::<usize>(1..=1000), requires = "inpaint")]
+    resamplings: usize,
+}
+
+impl EditingArgs {
+    /// Sets where a sampler of `count` images of this shape (channels, height, width) begins, and what is known. Without
+    /// an option it stays as it is.
+    ///
+    /// # Errors
+    /// Returns an error if a picture cannot be read or has another size than its mask, or if the solver does not fit.
+    pub fn apply(
+        &self,
+        sampler: Sampler,
+        shape: (usize, usize, usize),
+        count: usize,
+        denoiser: &impl Denoiser,
+        device: &Device,
+    ) -> Result<Sampler> {
+        if let Some(path) = &self.vary {
+            let all = sampler.timesteps().len();
+            let sampler = sampler.vary(&picture(path, shape)?, self.strength)?;
+            let (path, steps) = (path.display(), sampler.timesteps().len());
+            let strength = self.strength;
+            out(format_args!("variations  of {path}, strength {strength}, {steps} of {all} steps"));
+            return Ok(sampler);
+        }
+        if let (Some(path), Some(mask)) = (&self.inpaint, &self.mask) {
+            let (_, height, width) = shape;
+            let filled = read_mask(mask, height, width)?.into_iter().map(u8::from).collect();
+            let filled = Tensor::from_vec(filled, (1, height, width), &Device::Cpu);
+            let filled = filled.map_err(Error::from)?;
+            let resampling = Resampling { jump: self.jump, count: self.resamplings };
+            let sampler = sampler.inpaint(&picture(path, shape)?, &filled, resampling)?;
+            let evaluations = sampler.evaluations();
+            out(format_args!("filling     {}, {evaluations} evaluations", path.display()));
+            return Ok(sampler);
+        }
+        let last = count.saturating_sub(1).max(1) as f64;
+        let weights: Vec<f64> = (0..count).map(|k| k as f64 / last).collect();
+        if let Some(&[a, b]) = self.interpolate.as_deref() {
+            return Ok(sampler.interpolate(Ends::Seeds([a, b]), &weights)?);
+        }
+        let Some([a, b]) = self.interpolate_pictures.as_deref() else { return Ok(sampler) };
+        if !sampler.is_deterministic() {
+            return Err(
+                "--interpolate-pictures needs a solver without noise, such as --solver ddim \
+                        with --eta 0"
+                    .into(),
+            );
+        }
+        let inverted = |path: &Path, k: usize| -> Result<Tensor> {
+            let image =
+                picture(path, shape)?.unsqueeze(0).and_then(|image| image.to_device(device));
+            // The condition of the image at this end.
+            let sampler = sampler.part(k, 1)?;
+            Ok(sampler.invert(denoiser, image.map_err(Error::from)?)?)
+        };
+        let ends = [inverted(a, 0)?, inverted(b, count.saturating_sub(1))?];
+        let noise = Tensor::cat(&ends, 0).map_err(Error::from)?;
+        Ok(sampler.interpolate(Ends::Noise(noise), &weights)?)
+    }
+}
+
+/// Reads a picture as an image of this shape (channels, height, width), with values in [-1, 1].
+fn picture(path: &Path, shape: (usize, usize, usize)) -> Result<Tensor> {
+    let (channels, height, width) = shape;
+    let channels = match channels {
+        1 => Channels::Grey,
+        3 => Channels::Rgb,
+        4 => Channels::Rgba,
+        _ => {
+            let expected = "1, 3 or 4 channels to begin at a picture";
+            return Err(format!("the network's images have {channels} channels; {expected}").into());
+        }
+    };
+    let [height, width] = [height, width].map(u32::try_from);
+    let config =
+        FolderConfig { height: height?, width: width?, channels, ..FolderConfig::default() };
+    let image = read_picture(path, &config)?;
+    let values = image.pixels().iter().copied().map(normalized).collect();
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu).map_err(Error::from)?)
+}

@@ -1,0 +1,103 @@
+use std::path::Path;
+
+use candle_core::Device;
+use clap::ValueEnum;
+use serde::Serialize;
+
+use super::result::Result;
+use crate::engine::Model;
+use crate::error;
+use crate::model::{UNet, UNetConfig};
+use crate::process::Diffusion;
+use crate::sample::SamplerConfig;
+use crate::train::{Checkpoint, WeightsFile};
+
+/// The weights to sample from: the averaged weights, or those of the last update.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(
+    missing_docs,
+    reason = "clap would print a list of documented variants instead of their names"
+)]
+pub enum Weights {
+    Ema,
+    Model,
+}
+
+/// A trained U-Net, as the option `--checkpoint` names it.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Trained {
+    /// The directory of a checkpoint.
+    Checkpoint(Checkpoint),
+    /// A file of weights, such as `ema.safetensors` of a checkpoint.
+    File(WeightsFile),
+}
+
+impl Trained {
+    /// The directory or the file.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Checkpoint(checkpoint) => checkpoint.dir(),
+            Self::File(file) => file.path(),
+        }
+    }
+
+    /// The number of updates of the weights.
+    pub fn step(&self) -> u64 {
+        match self {
+            Self::Checkpoint(checkpoint) => checkpoint.step(),
+            Self::File(file) => file.step(),
+        }
+    }
+
+    /// The process that the network learned to reverse.
+    pub fn diffusion(&self) -> &Diffusion {
+        match self {
+            Self::Checkpoint(checkpoint) => checkpoint.diffusion(),
+            Self::File(file) => file.diffusion(),
+        }
+    }
+
+    /// The sampler settings of the run, if it recorded them.
+    pub fn sampling(&self) -> Option<&SamplerConfig> {
+        match self {
+            Self::Checkpoint(checkpoint) => checkpoint.sampling(),
+            Self::File(file) => file.sampling(),
+        }
+    }
+
+    /// The network's configuration.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Checkpoint::architecture`].
+    pub fn architecture(&self) -> error::Result<UNetConfig> {
+        match self {
+            Self::Checkpoint(checkpoint) => checkpoint.architecture(),
+            Self::File(file) => file.architecture(),
+        }
+    }
+
+    /// The weights that the network of [`model`](Self::model) has: those that were asked for, or the averaged ones. A
+    /// file does not know which it holds.
+    pub fn weights(&self, asked: Option<Weights>) -> Option<Weights> {
+        match self {
+            Self::Checkpoint(_) => Some(asked.unwrap_or(Weights::Ema)),
+            Self::File(_) => None,
+        }
+    }
+
+    /// The network.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Checkpoint::ema`], and an error if one of two weights of a file was asked for.
+    pub fn model(&self, asked: Option<Weights>, device: &Device) -> Result<Model<UNet>> {
+        match self {
+            Self::Checkpoint(checkpoint) => Ok(match asked {
+                Some(Weights::Model) => checkpoint.model::<UNetConfig>(device)?,
+                Some(Weights::Ema) | None => checkpoint.ema::<UNetConfig>(device)?,
+            }),
+            Self::File(file) => Ok(file.model::<UNetConfig>(device)?),
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! Files of weights that describe their network and their process: metadata of safetensors files.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device};
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+use super::format::{Identity, check_version, fields_of};
+use super::network::NetworkState;
+use crate::error::{Error, Result, in_short};
+use crate::model::tensor_file::{metadata_of, read_regular, tensors_of};
+use crate::model::{Architecture, Parameters};
+use crate::process::diffusion::Diffusion;
+use crate::sample::{Sampler, SamplerConfig};
+use crate::train::state::MAX_STEP;
+use crate::train::stateful::within;
+
+/// The key of the description in the metadata.
+pub(super) const KEY: &str = "ddpm";
+
+/// The format of the description that this version writes, and the newest that it reads.
+const FORMAT: u32 = 1;
+
+/// The values of the bytes 0 and 255 in training; see [`normalized`](crate::data::normalized).
+const PIXEL_RANGE: [f64; 2] = [-1.0, 1.0];
+
+/// The description of the weights of a run after `step` updates, as JSON. The order of its fields is fixed.
+///
+/// # Errors
+/// Returns an error if a value cannot be written as JSON.
+pub(super) fn describe(
+    identity: &Identity<'_>,
+    step: u64,
+    sampling: Option<&SamplerConfig>,
+) -> Result<String> {
+    #[derive(Serialize)]
+    struct Described<'a, C> {
+        format_version: u32,
+        step: u64,
+        network: NetworkState<C>,
+        diffusion: &'a Diffusion,
+        pixel_range: [f64; 2],
+        #[serde(skip_serializing_if = "Option::is_none")]
+        sampling: Option<&'a SamplerConfig>,
+    }
+    let described = Described {
+        format_version: FORMAT,
+        step,
+        network: NetworkState { kind: identity.kind.to_owned(), config: &identity.network },
+        diffusion: identity.diffusion,
+        pixel_range: PIXEL_RANGE,
+        sampling,
+    };
+    serde_json::to_string(&described).map_err(Error::external)
+}
+
+/// A safetensors file of weights that describes its network and its process, so that it is enough to sample.
+///
+/// The files of weights of a [`Checkpoint`](crate::Checkpoint) are such files: `model.safetensors`, `ema.safetensors`
+/// and the further averages. They can be copied and renamed. The description is the text of the key `ddpm` in the
+/// metadata of the file (`__metadata__`), a JSON object:
+///
+/// | field | content |
+/// | --- | --- |
+/// | `format_version` | 1 |
+/// | `step` | the number of updates |
+/// | `network` | `kind`, and `config`: the configuration, for the U-Net with the size and the channels of the images |
+/// | `diffusion` | the schedule, and the meaning of the network's output |
+/// | `pixel_range` | the values of the bytes 0 and 255: `[-1.0, 1.0]` |
+/// | `sampling` | the sampler settings of the run, if they were set |
+///
+/// The whole file is in memory as long as this value exists.
+///
+/// ```no_run
+/// use candle_core::Device;
+/// use ddpm::UNetConfig;
+/// use ddpm::train::WeightsFile;
+///
+/// let weights = WeightsFile::open("digits.safetensors")?;
+/// let unet = weights.model::<UNetConfig>(&Device::Cpu)?;
+/// let (channels, height, width) = weights.architecture::<UNetConfig>()?.image_shape();
+/// let images = weights.sampler()?.sample(&unet, (16, channels, height, width), 0, &Device::Cpu)?;
+/// # Ok::<(), ddpm::Error>(())
+/// ```
+pub struct WeightsFile {
+    path: PathBuf,
+    content: Vec<u8>,
+    step: u64,
+    network: NetworkState<Box<RawValue>>,
+    diffusion: Diffusion,
+    sampling: Option<SamplerConfig>,
+}
+
+impl WeightsFile {
+    /// Reads a file. The tensors are checked when the network is built.
+    ///
+    /// # Errors
+    /// Returns an error if the file cannot be read, if it is not a complete safetensors file, or if it has no
+    /// description, such as a file of PyTorch or of an earlier version. Returns an error that names the field if the
+    /// description is not valid, or of a newer version.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_owned();
+        let content = read_regular(&path)?;
+        let Some(json) = metadata_of(&path, &content, KEY)? else {
+            let reason = format!(
+                "the metadata has no key `{KEY}`, which describes the network and the process; open the directory of \
+                 the checkpoint instead, or load the weights with Parameters::load and the configuration of the network"
+            );
+            return Err(Error::data(path, reason));
+        };
+        check_version(&path, json.as_bytes(), FORMAT)?;
+        Self::described(&path, content, &json)
+            .map_err(|error| Error::damaged(path, format!("metadata `{KEY}`: {error}")))
+    }
+
+    /// # Errors
+    /// Returns an error that names the first field that is not valid.
+    fn described(path: &Path, content: Vec<u8>, json: &str) -> Result<Self> {
+        let known = |name: &str| {
+            let names =
+                ["format_version", "step", "network", "diffusion", "pixel_range", "sampling"];
+            names.contains(&name)
+        };
+        let fields = fields_of(json.as_bytes(), known)
+            .map_err(|error| Error::external(in_short(&error.to_string())))?;
+        let file = Self {
+            path: path.to_owned(),
+            content,
+            step: fields.get("step")?,
+            network: fields.get("network")?,
+            diffusion: fields.get("diffusion")?,
+            sampling: fields.get("sampling")?,
+        };
+        within("step", file.step, MAX_STEP)?;
+        file.network.check()?;
+        let range: [f64; 2] = fields.get("pixel_range")?;
+        if range != PIXEL_RANGE {
+            return Err(Error::config(
+                "pixel_range",
+                format!("{range:?}"),
+                format!("{PIXEL_RANGE:?}"),
+            ));
+        }
+        if let Some(sampling) = &file.sampling {
+            let sampler = sampling.sampler(&file.diffusion);
+            sampler.map_err(|error| Error::external(format!("sampling: {error}")))?;
+        }
+        Ok(file)
+    }
+
+    /// The path of the file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The number of updates of the weights.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// The process that the network learned to reverse.
+    pub fn diffusion(&self) -> &Diffusion {
+        &self.diffusion
+    }
+
+    /// The sampler settings of the run, if it [recorded](crate::Trainer::set_sampling) them.
+    pub fn sampling(&self) -> Option<&SamplerConfig> {
+        self.sampling.as_ref()
+    }
+
+    /// Creates a sampler with the settings of the run, or with [`SamplerConfig::usual`] if it recorded none.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Sampler::new`].
+    pub fn sampler(&self) -> Result<Sampler> {
+        let usual = SamplerConfig::usual(&self.diffusion);
+        self.sampling.as_ref().unwrap_or(&usual).sampler(&self.diffusion)
+    }
+
+    /// The network's configuration.
+    ///
+    /// # Errors
+    /// Returns an error if the file holds another kind of network, or a configuration that `N` does not accept.
+    pub fn architecture<N: Architecture>(&self) -> Result<N> {
+        self.network.architecture(&self.path)
+    }
+
+    /// Builds the network with the weights of the file. They take no gradients.
+    ///
+    /// # Errors
+    /// Returns the errors of [`architecture`](Self::architecture), and an error if the file does not hold exactly the
+    /// weights of the network, all of them finite.
+    pub fn model<N: Architecture>(&self, device: &Device) -> Result<N::Model> {
+        let tensors = tensors_of(&self.path, &self.content, DType::F32, device)?;
+        let weights = Parameters::frozen(&self.path, tensors, DType::F32, device);
+        self.network.build::<N>(&self.path, &weights)
+    }
+}
+
+// A derived `Debug` would print the content.
+impl fmt::Debug for WeightsFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WeightsFile")
+            .field("path", &self.path)
+            .field("step", &self.step)
+            .finish_non_exhaustive()
+    }
+}
