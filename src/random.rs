@@ -46,7 +46,7 @@ pub(crate) enum Purpose {
     /// Noise within the sampling loop; `step` is the timestep.
     Sampling = 8,
     /// Noise of a sampling step from a timestep at which an earlier step began; `step` is the index of the step.
-    Resampling = 12,
+    Resampling = 14,
     /// Random changes of training images by the data set, such as crops.
     Augment = 9,
     /// The offset of the training noise of each channel.
