@@ -5,11 +5,14 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, Var};
+use ddpm::process::Prediction;
 use ddpm::train::{
-    AdamConfig, AverageConfig, EmaConfig, LearningRateSchedule, Length, MuonConfig, WeightAverage,
-    WeightDecay,
+    AdamConfig, AverageConfig, EmaConfig, LearningRateSchedule, Length, MuonConfig,
+    TimestepSampling, WeightAverage, WeightDecay,
 };
-use ddpm::{Checkpoint, Diffusion, Error, Precision, TrainConfig, Trainer, UNetConfig};
+use ddpm::{
+    Checkpoint, Diffusion, Error, NoiseSchedule, Precision, TrainConfig, Trainer, UNetConfig,
+};
 
 mod runs;
 use runs::{Waves, config, edit, names, network, new, resume, snapshot, step_and_save};
@@ -18,7 +21,7 @@ const SLOW: AverageConfig =
     AverageConfig::HalfLife { length: Length::Images(30.0), ramp_up: Some(0.5) };
 const FAST: AverageConfig = AverageConfig::HalfLife { length: Length::Updates(2.0), ramp_up: None };
 
-/// Configurations that have every optimiser, schedule and average.
+/// Configurations that have every optimiser, schedule and average, and timesteps by their losses.
 fn configs() -> Vec<TrainConfig> {
     let [narrow, wide] = AverageConfig::POST_HOC;
     let base = || TrainConfig { optimizer: AdamConfig::adam(1e-2), ..config(10) };
@@ -50,6 +53,7 @@ fn configs() -> Vec<TrainConfig> {
             averages: vec![FAST, narrow],
             ..base()
         },
+        TrainConfig { timesteps: TimestepSampling::Importance, accumulation: 2, ..base() },
     ]
 }
 
@@ -58,8 +62,16 @@ fn a_resumed_run_is_the_unbroken_one_at_every_step() {
     for (case, config) in configs().into_iter().enumerate() {
         let dir = tempfile::tempdir().unwrap();
         let (unbroken, broken) = (dir.path().join("unbroken"), dir.path().join("broken"));
-        let mut whole = new(config.clone());
-        let mut part = new(config.clone());
+        // With two timesteps, each has its ten losses before the last step.
+        let by_losses = config.timesteps == TimestepSampling::Importance;
+        let diffusion = match by_losses {
+            true => Diffusion::new(NoiseSchedule::cosine(2).unwrap(), Prediction::Velocity),
+            false => Diffusion::ddpm(),
+        };
+        let builder =
+            || Trainer::builder(network()).config(config.clone()).diffusion(diffusion.clone());
+        let mut whole = builder().build().unwrap();
+        let mut part = builder().build().unwrap();
         for step in 1..=10 {
             step_and_save(&mut whole, &unbroken);
             step_and_save(&mut part, &broken);
@@ -72,11 +84,17 @@ fn a_resumed_run_is_the_unbroken_one_at_every_step() {
             };
             assert_eq!(files(&unbroken), files(&broken), "case {case}, step {step}");
             assert_eq!(part.steps(), step);
-            part = resume(&broken, config.clone()).unwrap();
+            part = builder().resume(&broken).unwrap();
         }
         let expected = 3 + usize::from(config.ema.is_some()) + usize::from(config.muon.is_some());
+        let expected = expected + config.averages.len() + usize::from(by_losses);
         let found = names(&broken);
-        assert_eq!(found.len(), expected + config.averages.len(), "{found:?}");
+        assert_eq!(found.len(), expected, "{found:?}");
+        if by_losses {
+            let file = broken.join("timesteps.safetensors");
+            let tensors = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
+            assert_eq!(tensors["counts"].to_vec1::<f32>().unwrap(), [10.0, 10.0]);
+        }
     }
 }
 

@@ -7,6 +7,7 @@ use super::checkpoint::open::Checkpoint;
 use super::config::TrainConfig;
 use super::executor::Executor;
 use super::history::Change;
+use super::importance::LossHistory;
 use super::meter::Meter;
 use super::objective::Objective;
 use super::optim::adam::AdamW;
@@ -16,6 +17,7 @@ use super::optim::muon::Muon;
 use super::optim::optimizer::Optimizer;
 use super::optim::scaler::GradScaler;
 use super::state::{GRAD_SCALER, Progress, TrainState, Weights};
+use super::timesteps::TimestepSampling;
 use super::trainer::Trainer;
 use crate::data::loader::Loader;
 use crate::denoiser::Trainable;
@@ -89,8 +91,8 @@ impl<N: Architecture> TrainerBuilder<N> {
     /// those of an uninterrupted run.
     ///
     /// A run continues with the network, the process and the training configuration with which it began, except for
-    /// [`steps`](TrainConfig::steps), [`log_every`](TrainConfig::log_every) and
-    /// [`keep_checkpoints`](TrainConfig::keep_checkpoints). To train its weights with another configuration, begin
+    /// [`steps`](TrainConfig::steps), [`log_every`](TrainConfig::log_every),
+    /// [`loss_quartiles`](TrainConfig::loss_quartiles) and [`keep_checkpoints`](TrainConfig::keep_checkpoints). To train its weights with another configuration, begin
     /// a new run with [`set_weights`](Trainer::set_weights), or use [`resume_with_changes`](Self::resume_with_changes).
     ///
     /// # Errors
@@ -163,8 +165,16 @@ impl<N: Architecture> TrainerBuilder<N> {
             .transpose()?;
         let mut optimizer = Optimizer::new(adam, muon, ema, scaler, config.clip_norm);
         optimizer.averages = WeightAverage::all(&config.averages, &vars)?;
+        let losses = (config.timesteps == TimestepSampling::Importance)
+            .then(|| LossHistory::new(diffusion.schedule().steps()))
+            .transpose()?;
         Ok(Trainer {
-            state: TrainState { progress: Progress::default(), weights: Weights(vars), optimizer },
+            state: TrainState {
+                progress: Progress::default(),
+                weights: Weights(vars),
+                optimizer,
+                losses,
+            },
             loader: Loader::new(config.seed, config.batch_size, config.horizontal_flip),
             executor: Executor::new(&device),
             meter: Meter::default(),

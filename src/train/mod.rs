@@ -7,6 +7,8 @@ mod executor;
 mod fit;
 mod gradients;
 mod history;
+mod image_losses;
+mod importance;
 mod loss;
 mod meter;
 mod noise;

@@ -9,7 +9,7 @@ use super::checkpoint::claim::Claim;
 use super::checkpoint::format::Identity;
 use super::checkpoint::store::{self, Saved, Snapshot};
 use super::config::TrainConfig;
-use super::executor::Executor;
+use super::executor::{Executor, Updated};
 use super::history::Change;
 use super::meter::{Meter, Update};
 use super::objective::Objective;
@@ -162,10 +162,11 @@ impl<N: Architecture> Trainer<N> {
     }
 
     /// Counts and records an update.
-    fn record(&mut self, batch: usize, (loss, grad_norm): (Tensor, Tensor)) -> Result<Update> {
+    fn record(&mut self, batch: usize, updated: Updated) -> Result<Update> {
         self.state.progress.step += 1;
         self.state.progress.images_seen += batch as u64;
-        let update = Update { step: self.steps(), loss, grad_norm };
+        let Updated { loss, grad_norm, images } = updated;
+        let update = Update { step: self.steps(), loss, grad_norm, images };
         if self.meter.is_full() {
             self.read_losses()?;
         }

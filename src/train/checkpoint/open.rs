@@ -22,7 +22,7 @@ use crate::train::stateful::Stateful;
 /// A training run on disk: a directory of safetensors and JSON files from which a network can sample, or a run
 /// resume.
 ///
-/// [`Trainer::save`](crate::Trainer::save) writes it. All tensors are f32 and are named after the weights.
+/// [`Trainer::save`](crate::Trainer::save) writes it. All tensors are f32. Those that belong to weights are named after them.
 ///
 /// | file | content |
 /// | --- | --- |
@@ -32,6 +32,7 @@ use crate::train::stateful::Stateful;
 /// | `average.safetensors`, `average-2.safetensors`, … | further averages of the weights, if the run has them |
 /// | `optimizer.safetensors` | the state of the optimiser |
 /// | `muon.safetensors` | the state of Muon, if the run uses it |
+/// | `timesteps.safetensors` | the last losses of each timestep, if timesteps are drawn by importance |
 ///
 /// ```no_run
 /// use candle_core::Device;
