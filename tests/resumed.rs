@@ -327,6 +327,8 @@ fn a_run_changes_only_if_asked_and_remembers_it() {
             "2 train.optimizer.learning_rate 0.0001 0.003",
             r#"2 train.precision "highest" "high""#,
             r#"2 train.schedule null {"cosine":{"end":0.1}}"#,
+            // Its end depends on the number of steps.
+            "2 train.steps 2 6",
         ]
     );
     // Moments and averages are kept, and the checkpoint of the same run is replaced.
@@ -352,7 +354,7 @@ fn a_run_changes_only_if_asked_and_remembers_it() {
     // The run goes on as usual with its new configuration, and not with the old one.
     assert!(resume(&path, before).is_err());
     let mut trainer = resume(&path, after.clone()).unwrap();
-    assert_eq!((trainer.steps(), trainer.images_seen(), trainer.history().len()), (3, 14, 6));
+    assert_eq!((trainer.steps(), trainer.images_seen(), trainer.history().len()), (3, 14, 7));
     trainer.fit(&Waves(13), ()).unwrap();
     trainer.save(&path).unwrap();
     // Checkpoints from before and after the change are those of one run: two are kept.
@@ -363,9 +365,52 @@ fn a_run_changes_only_if_asked_and_remembers_it() {
     drop(trainer);
     let back = TrainConfig { batch_size: 4, accumulation: 1, ..after };
     let mut trainer = resume_with_changes(&path, back).unwrap();
-    assert_eq!(trainer.history().len(), 8);
+    assert_eq!(trainer.history().len(), 9);
     trainer.claim(&path).unwrap();
     trainer.save(&path).unwrap();
+}
+
+#[test]
+fn another_number_of_steps_is_remembered_if_rates_depend_on_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run");
+    let falling = |steps| TrainConfig { cooldown: 0.5, keep_checkpoints: 9, ..config(steps) };
+    step_and_save(&mut new(falling(10)), &path);
+    let history = |trainer: &Trainer<UNetConfig>| -> Vec<String> {
+        let line = |c: &ddpm::train::Change| format!("{} {} {} {}", c.step, c.field, c.from, c.to);
+        trainer.history().iter().map(line).collect()
+    };
+    let first = "1 train.steps 10 20".to_string();
+    let mut trainer = resume(&path, falling(20)).unwrap();
+    assert_eq!(history(&trainer), [first.clone()]);
+    step_and_save(&mut trainer, &path);
+    drop(trainer);
+    let mut trainer = resume(&path, falling(20)).unwrap();
+    assert_eq!(history(&trainer), [first.clone()]);
+    step_and_save(&mut trainer, &path);
+    drop(trainer);
+    // Without the cool-down the number is no longer remembered, and every checkpoint is still one of the run.
+    let constant = |steps| TrainConfig { cooldown: 0.0, ..falling(steps) };
+    let mut trainer = resume_with_changes(&path, constant(20)).unwrap();
+    step_and_save(&mut trainer, &path);
+    drop(trainer);
+    let mut trainer = resume(&path, constant(30)).unwrap();
+    assert_eq!(history(&trainer), [first, "3 train.cooldown 0.5 0.0".into()]);
+    trainer.claim(&path).unwrap();
+    step_and_save(&mut trainer, &path);
+    let one = TrainConfig { keep_checkpoints: 1, ..constant(30) };
+    drop(trainer);
+    step_and_save(&mut resume(&path, one).unwrap(), &path);
+    assert_eq!(names(dir.path()), ["run"]);
+    // Other changes are added by the program.
+    let mut trainer = resume(&path, constant(30)).unwrap();
+    trainer.record_change("images", "old".into(), "new".into()).unwrap();
+    step_and_save(&mut trainer, &path);
+    let last = Checkpoint::open(&path).unwrap().history().last().unwrap().clone();
+    assert_eq!((last.step, &*last.field, &last.to), (6, "images", &"new".into()));
+    for field in ["train.batch_size", "dataset_len"] {
+        assert!(trainer.record_change(field, 1.into(), 2.into()).is_err(), "{field}");
+    }
 }
 
 #[test]

@@ -94,6 +94,8 @@ impl<N: Architecture> TrainerBuilder<N> {
     /// [`steps`](TrainConfig::steps), [`log_every`](TrainConfig::log_every),
     /// [`loss_quartiles`](TrainConfig::loss_quartiles) and [`keep_checkpoints`](TrainConfig::keep_checkpoints). To train its weights with another configuration, begin
     /// a new run with [`set_weights`](Trainer::set_weights), or use [`resume_with_changes`](Self::resume_with_changes).
+    /// Another number of steps is recorded in the [`history`](Trainer::history) if it changes the learning rate of
+    /// later updates.
     ///
     /// # Errors
     /// Returns an error if `dir` holds no complete checkpoint, or a checkpoint of another run.
@@ -124,7 +126,7 @@ impl<N: Architecture> TrainerBuilder<N> {
         self.config.validate()?;
         let checkpoint = Checkpoint::open(dir)?;
         let identity = Identity::new(&self.network, &self.config, &self.diffusion, &[])?;
-        let changes = if may_change {
+        let mut changes = if may_change {
             let remedy = "this field cannot change during a run; begin a new run at its weights with \
                           Trainer::set_weights";
             checkpoint.changes(&identity, remedy)?
@@ -134,6 +136,16 @@ impl<N: Architecture> TrainerBuilder<N> {
             checkpoint.must_match(&identity, remedy)?;
             Vec::new()
         };
+        let before = checkpoint.train_config();
+        let depends = before.rate_depends_on_steps() || self.config.rate_depends_on_steps();
+        if before.steps != self.config.steps && depends {
+            changes.push(Change {
+                step: checkpoint.step(),
+                field: Change::STEPS.into(),
+                from: before.steps.into(),
+                to: self.config.steps.into(),
+            });
+        }
         let had_scaler = checkpoint.train_config().precision == Precision::F16;
         let parameters = checkpoint.parameters(&self.device)?;
         let mut trainer = self.with_weights(&parameters)?;

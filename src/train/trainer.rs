@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use candle_core::{DType, Device, Tensor, Var};
+use serde_json::Value;
 
 use super::checkpoint::claim::Claim;
 use super::checkpoint::format::Identity;
@@ -355,6 +356,21 @@ impl<N: Architecture> Trainer<N> {
     /// [`TrainerBuilder::resume_with_changes`](crate::train::TrainerBuilder::resume_with_changes).
     pub fn history(&self) -> &[Change] {
         &self.state.progress.history
+    }
+
+    /// Adds a change that the trainer cannot detect to the [history](Self::history) of the run, such as other images of
+    /// the same number.
+    ///
+    /// # Errors
+    /// Returns an error if the trainer itself records changes of this field (`train.…` and `dataset_len`), or if the
+    /// run has 1,000 changes.
+    pub fn record_change(&mut self, field: &str, from: Value, to: Value) -> Result<()> {
+        if field.starts_with("train.") || field == "dataset_len" {
+            let expected = "a field that the trainer does not record itself";
+            return Err(Error::config("field of the change", field, expected));
+        }
+        let change = Change { step: self.steps(), field: field.into(), from, to };
+        Change::record(&mut self.state.progress.history, vec![change])
     }
 
     /// The number of updates so far.
