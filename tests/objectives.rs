@@ -578,6 +578,21 @@ fn reports_have_the_mean_losses_of_the_quartiles() {
     assert!(json.starts_with(r#"{"step":3,"loss":"#) && !json.contains("loss_q"), "{json}");
 }
 
+/// The weighted hybrid loss of a divided batch, with both gradients.
+#[test]
+fn image_by_image_the_update_is_that_of_the_batch() {
+    for accumulation in [1, 2] {
+        let [whole, by_image] = [false, true].map(|loss_quartiles| {
+            let mut trainer = trainer(TrainConfig { accumulation, loss_quartiles, ..everything() });
+            let batch = trainer.next_batch(&runs::Waves(10)).unwrap();
+            let update = trainer.step(&batch).unwrap();
+            [update.loss, update.grad_norm].map(|x| values(&x)[0])
+        });
+        close("loss and norm", &by_image, &whole, 1e-5);
+        close("norm", &by_image[1..], &whole[1..], 1e-5);
+    }
+}
+
 /// With timesteps by importance, the mean of a quartile is weighted as if they were uniform.
 #[test]
 fn quartiles_are_those_of_uniform_timesteps() {

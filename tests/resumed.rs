@@ -382,11 +382,11 @@ fn another_number_of_steps_is_remembered_if_rates_depend_on_it() {
     };
     let first = "1 train.steps 10 20".to_string();
     let mut trainer = resume(&path, falling(20)).unwrap();
-    assert_eq!(history(&trainer), [first.clone()]);
+    assert_eq!(history(&trainer), [&*first]);
     step_and_save(&mut trainer, &path);
     drop(trainer);
     let mut trainer = resume(&path, falling(20)).unwrap();
-    assert_eq!(history(&trainer), [first.clone()]);
+    assert_eq!(history(&trainer), [&*first]);
     step_and_save(&mut trainer, &path);
     drop(trainer);
     // Without the cool-down the number is no longer remembered, and every checkpoint is still one of the run.
@@ -395,7 +395,7 @@ fn another_number_of_steps_is_remembered_if_rates_depend_on_it() {
     step_and_save(&mut trainer, &path);
     drop(trainer);
     let mut trainer = resume(&path, constant(30)).unwrap();
-    assert_eq!(history(&trainer), [first, "3 train.cooldown 0.5 0.0".into()]);
+    assert_eq!(history(&trainer), [&*first, "3 train.cooldown 0.5 0.0"]);
     trainer.claim(&path).unwrap();
     step_and_save(&mut trainer, &path);
     let one = TrainConfig { keep_checkpoints: 1, ..constant(30) };
