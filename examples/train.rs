@@ -52,6 +52,9 @@ fn main() -> ExitCode {
             unreadable: if cli.skip_unreadable { Unreadable::Skip } else { Unreadable::Refuse },
             ..FolderConfig::default()
         };
+        // The channels are known only after the pictures.
+        let (height, width) = (config.height as usize, config.width as usize);
+        cli::check(&recipe((3, height, width))?.0, &cli.train)?;
         let mut builder = Folder::builder(&cli.data, config).on_progress(|progress| {
             if progress.done > 0 && progress.done.is_multiple_of(1000) {
                 err(progress);
@@ -65,9 +68,14 @@ fn main() -> ExitCode {
         for file in folder.unreadable() {
             err(format_args!("warning: skipped {}: {}", file.path.display(), file.reason));
         }
-        let (recipe, reason) = Recipe::for_images(folder.shape().into())?;
+        let (recipe, reason) = recipe(folder.shape().into())?;
         out(format_args!("recipe   {reason}"));
-        let recipe = Recipe { out: "out/train", cargo_target: "--example train", ..recipe };
         cli::train(&recipe, &cli.train, || Ok(DataSet::folder(folder)))
     })
+}
+
+fn recipe(shape: (usize, usize, usize)) -> cli::Result<(Recipe, String)> {
+    let (recipe, reason) = Recipe::for_images(shape)?;
+    let recipe = Recipe { out: "out/train", cargo_target: "--example train", ..recipe };
+    Ok((recipe, reason))
 }

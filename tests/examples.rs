@@ -354,7 +354,23 @@ fn a_folder_of_pictures_is_trained_on_and_its_configuration_repeats_the_run() ->
 
     fs::write(data.join("dark/0.png"), "no picture")?;
     let unreadable = "0.png";
-    assert_fails(&mut train(&again, &["--resume", "--conditional"]), &[unreadable])
+    assert_fails(&mut train(&again, &["--resume", "--conditional"]), &[unreadable])?;
+    // What needs no pictures is checked before them.
+    for (out, args, expected) in [
+        (&again, &[][..], "holds a run at step 2"),
+        (&again, &["--resume", "--seed", "9"], "train.seed is 0"),
+        (&again, &["--resume", "--loss", "l1"], "omit --loss to continue the run, or begin"),
+        (&temp.path().join("none"), &["--resume"], "requires the --out of a saved run"),
+        (&temp.path().join("none"), &["--config", "no-such.json"], "no-such.json"),
+        (
+            &temp.path().join("none"),
+            &["--schedule", "inverse-sqrt"],
+            "--schedule inverse-sqrt needs --reference-steps N",
+        ),
+    ] {
+        assert_fails(&mut train(out, args), &[expected])?;
+    }
+    Ok(())
 }
 
 #[test]
@@ -451,7 +467,33 @@ fn a_run_goes_on_with_its_own_images_only() -> Result<()> {
     assert_fails(
         example("mnist").args(&resume).args(["--fashion", "--out"]).arg(&out),
         &["data.json", digits, others],
-    )
+    )?;
+
+    // The checkpoint records other images before their first update.
+    let before = fs::read(out.join("data.json"))?;
+    let fashion = [&small[..], &[data, "--fashion"]].concat();
+    let changed = [&fashion[..], &["--change"]].concat();
+    let said = mnist(&out, &changed)?;
+    assert!(said.contains("changed  the images to Fashion-MNIST (5 images"), "{said}");
+    let history = Checkpoint::open(out.join("checkpoint"))?.history().to_vec();
+    let [change] = &history[..] else { return Err(format!("{history:?}").into()) };
+    assert_eq!((change.step, &*change.field), (5, "images"));
+    assert_eq!(
+        (&change.from["name"], &change.to["name"]),
+        (&"MNIST".into(), &"Fashion-MNIST".into())
+    );
+    // An interruption before data.json was written: the history states the images.
+    let after = fs::read(out.join("data.json"))?;
+    assert_ne!(after, before);
+    fs::write(out.join("data.json"), before)?;
+    assert_fails(
+        example("mnist").args(&elsewhere).arg("--out").arg(&out),
+        &["the run is of Fashion-MNIST (5 images", "not of MNIST"],
+    )?;
+    mnist(&out, &[&fashion[..], &["--steps", "6"]].concat())?;
+    assert_eq!(fs::read(out.join("data.json"))?, after);
+    assert_eq!(saved_step(&out)?, 6);
+    Ok(())
 }
 
 /// Files that a run without a checkpoint, or a foreign program, may have left.

@@ -8,7 +8,8 @@ use ddpm::nn::{Output, Parameters, Trainable, from_fn};
 use ddpm::process::Prediction;
 use ddpm::sample::{BFunction, Churn, Spacing, Variance};
 use ddpm::train::{
-    Loss, NoiseConfig, Noised, Objective, ObjectiveConfig, TimestepSampling, Weighting,
+    AdamConfig, Loss, Metrics, NoiseConfig, Noised, Objective, ObjectiveConfig, TimestepSampling,
+    Update, Weighting, on_metrics,
 };
 use ddpm::{
     Denoiser, Diffusion, NoiseSchedule, Result, Sampler, Solver, TrainConfig, Trainer, UNetConfig,
@@ -397,6 +398,232 @@ fn stratified_timesteps_take_each_part_of_the_schedule_once_per_batch() {
     let parts = TrainConfig { accumulation: 4, ..config.clone() };
     let [whole, parts] = [config, parts].map(|config| recorded(config, Diffusion::ddpm(), 3));
     assert!(whole.iter().zip(&parts).all(|(a, b)| a.0 == b.0));
+}
+
+/// Trains [`small::Scale`] on random images with a recorder around an objective, and returns the parts that the
+/// objective saw, the updates and the reports.
+fn trained(
+    config: TrainConfig,
+    objective: ObjectiveConfig,
+    diffusion: Diffusion,
+) -> (Vec<Part>, Vec<Update>, Vec<Metrics>) {
+    let recorder = PartRecorder { objective, parts: Arc::default() };
+    let builder = Trainer::builder(small::Scale).config(config.clone()).diffusion(diffusion);
+    let mut trainer = builder.objective(recorder.clone()).build().unwrap();
+    let (mut updates, mut reports) = (Vec::new(), Vec::new());
+    for _ in 0..config.steps {
+        let batch = trainer.next_batch(&runs::Waves(11)).unwrap();
+        updates.push(trainer.step(&batch).unwrap());
+    }
+    // A second run of the same steps, for its reports.
+    let mut again = Trainer::builder(small::Scale)
+        .config(config)
+        .diffusion(trainer.diffusion().clone())
+        .objective(objective)
+        .build()
+        .unwrap();
+    again
+        .fit(
+            &runs::Waves(11),
+            on_metrics(|metrics| {
+                reports.push(metrics.clone());
+                Ok(())
+            }),
+        )
+        .unwrap();
+    let parts = recorder.parts.lock().unwrap().clone();
+    (parts, updates, reports)
+}
+
+/// The images of one evaluation of an objective: their timesteps, the network's input, and the target.
+type Part = (Vec<u32>, Tensor, Tensor);
+
+#[derive(Debug, Clone)]
+struct PartRecorder {
+    objective: ObjectiveConfig,
+    parts: Arc<Mutex<Vec<Part>>>,
+}
+
+impl Objective for PartRecorder {
+    fn loss(&self, batch: &Noised<'_>, output: &Output) -> Result<(Tensor, Output)> {
+        let part = (batch.t.to_vec1()?, batch.x_t.clone(), batch.target()?);
+        self.parts.lock().unwrap().push(part);
+        self.objective.loss(batch, output)
+    }
+}
+
+/// The mean squared error of `scale x_t`, and its derivative by the scale.
+fn error_of_scale(scale: f64, (_, x_t, target): &Part) -> (f64, f64) {
+    let (x, y) = (values(x_t), values(target));
+    let errors = x.iter().zip(&y).map(|(x, y)| (scale * x - y, x));
+    let [loss, slope] = errors
+        .map(|(error, x)| [error * error, 2.0 * error * x])
+        .fold([0.0; 2], |sum, now| [sum[0] + now[0], sum[1] + now[1]]);
+    (loss / x.len() as f64, slope / x.len() as f64)
+}
+
+/// A process of few timesteps, whose losses differ much.
+fn few_timesteps(count: usize) -> Diffusion {
+    Diffusion::new(NoiseSchedule::cosine(count).unwrap(), Prediction::Velocity)
+}
+
+#[test]
+fn losses_are_divided_by_the_importance_of_their_timesteps() {
+    const T: usize = 4;
+    for accumulation in [1, 2] {
+        let config = TrainConfig {
+            timesteps: TimestepSampling::Importance,
+            accumulation,
+            steps: 40,
+            optimizer: AdamConfig::adam(1e-9),
+            ..batches_of(8)
+        };
+        let objective = ObjectiveConfig::default();
+        let (parts, updates, _) = trained(config.clone(), objective, few_timesteps(T));
+        // Until each timestep has its losses, the run is that of uniform timesteps.
+        let uniform = TrainConfig { timesteps: TimestepSampling::Uniform, ..config };
+        let (as_uniform, ..) = trained(uniform, objective, few_timesteps(T));
+        let as_uniform: Vec<u32> = as_uniform.into_iter().flat_map(|(t, ..)| t).collect();
+        let mut last: [Vec<f64>; T] = Default::default();
+        let (mut weighted, mut drawn) = (0, [0.0; T]);
+        for (step, (images, update)) in parts.chunks(8).zip(&updates).enumerate() {
+            let warm = last.iter().all(|losses| losses.len() == 10);
+            let roots: Vec<f64> = last
+                .iter()
+                .map(|losses| (losses.iter().map(|loss| loss * loss).sum::<f64>() / 10.0).sqrt())
+                .collect();
+            let (mut loss, mut slope) = (0.0, 0.0);
+            for (k, image) in images.iter().enumerate() {
+                let t = image.0[0] as usize;
+                let weight = if warm {
+                    let p = 0.999 * roots[t] / roots.iter().sum::<f64>() + 0.001 / T as f64;
+                    drawn[t] += 1.0;
+                    1.0 / (T as f64 * p)
+                } else {
+                    assert_eq!(image.0, [as_uniform[8 * step + k]]);
+                    1.0
+                };
+                let (of_image, slope_of_image) = error_of_scale(0.5, image);
+                loss += weight * of_image / 8.0;
+                slope += weight * slope_of_image / 8.0;
+            }
+            for image in images {
+                let losses = &mut last[image.0[0] as usize];
+                losses.push(error_of_scale(0.5, image).0);
+                losses.drain(..losses.len().saturating_sub(10));
+            }
+            weighted += usize::from(warm);
+            close("loss", &values(&update.loss), &[loss], 1e-5);
+            close("slope", &values(&update.grad_norm), &[slope.abs()], 1e-4);
+        }
+        assert!((10..35).contains(&weighted), "{weighted}");
+        // The counts of the draws are those of the probabilities within four standard deviations.
+        let roots = last.map(|losses| {
+            (losses.iter().map(|loss| loss * loss).sum::<f64>() / losses.len() as f64).sqrt()
+        });
+        let draws = 8.0 * weighted as f64;
+        for (drawn, root) in drawn.iter().zip(&roots) {
+            let p = root / roots.iter().sum::<f64>();
+            let deviation = (draws * p * (1.0 - p)).sqrt();
+            assert!((drawn - draws * p).abs() < 4.0 * deviation, "{drawn}, not {}", draws * p);
+        }
+    }
+}
+
+#[test]
+fn reports_have_the_mean_losses_of_the_quartiles() {
+    let config = TrainConfig {
+        loss_quartiles: true,
+        steps: 6,
+        log_every: 3,
+        optimizer: AdamConfig::adam(1e-9),
+        ..batches_of(2)
+    };
+    let objective = ObjectiveConfig::default();
+    // Of nine timesteps, the first quartile has three.
+    let (parts, updates, reports) = trained(config.clone(), objective, few_timesteps(9));
+    assert_eq!(reports.len(), 2);
+    let mut absent = 0;
+    for (images, report) in parts.chunks(6).zip(&reports) {
+        let json = serde_json::to_value(report).unwrap();
+        for quartile in 0..4 {
+            let of_quartile = images
+                .iter()
+                .filter(|image| [0..3, 3..5, 5..7, 7..9][quartile].contains(&image.0[0]));
+            let losses: Vec<f64> = of_quartile.map(|image| error_of_scale(0.5, image).0).collect();
+            let name = format!("loss_q{quartile}");
+            match report.loss_quartiles[quartile] {
+                Some(found) => {
+                    let mean = losses.iter().sum::<f64>() / losses.len() as f64;
+                    close(&name, &[f64::from(found)], &[mean], 1e-5);
+                    assert!((json[&name].as_f64().unwrap() - mean).abs() < 1e-5);
+                }
+                None => {
+                    absent += 1;
+                    assert!(losses.is_empty() && json.get(&name).is_none());
+                }
+            }
+        }
+    }
+    assert!(absent > 0 && absent < 8, "{absent}");
+    // The losses are those of a run without quartiles, up to the order of sums.
+    let without = TrainConfig { loss_quartiles: false, ..config };
+    let (_, expected, reports) = trained(without, objective, few_timesteps(9));
+    for (found, expected) in updates.iter().zip(&expected) {
+        close("loss", &values(&found.loss), &values(&expected.loss), 1e-6);
+        close("norm", &values(&found.grad_norm), &values(&expected.grad_norm), 1e-6);
+    }
+    assert!(reports.iter().all(|report| report.loss_quartiles == [None; 4]));
+    let json = serde_json::to_string(&reports[0]).unwrap();
+    assert!(json.starts_with(r#"{"step":3,"loss":"#) && !json.contains("loss_q"), "{json}");
+}
+
+/// The weighted hybrid loss of a divided batch, with both gradients.
+#[test]
+fn image_by_image_the_update_is_that_of_the_batch() {
+    let update = |accumulation, loss_quartiles, bound| {
+        let objective =
+            ObjectiveConfig { variational_bound: Some(bound), ..everything().objective };
+        let config = TrainConfig { objective, accumulation, loss_quartiles, ..everything() };
+        let mut trainer = trainer(config);
+        let batch = trainer.next_batch(&runs::Waves(10)).unwrap();
+        let update = trainer.step(&batch).unwrap();
+        [update.loss, update.grad_norm].map(|x| values(&x)[0])
+    };
+    for accumulation in [1, 2] {
+        let (whole, by_image) = (update(accumulation, false, 1.0), update(accumulation, true, 1.0));
+        for (found, expected) in by_image.into_iter().zip(whole) {
+            close("loss or norm", &[found], &[expected], 1e-5);
+        }
+        // The tolerance is less than the effect of the variance's gradient on the norm.
+        let twice = update(accumulation, false, 2.0);
+        assert!((twice[1] / whole[1] - 1.0).abs() > 5e-5, "{twice:?}, {whole:?}");
+    }
+}
+
+/// With timesteps by importance, the mean of a quartile is weighted as if they were uniform.
+#[test]
+fn quartiles_are_those_of_uniform_timesteps() {
+    let config = TrainConfig {
+        timesteps: TimestepSampling::Importance,
+        steps: 400,
+        log_every: 400,
+        optimizer: AdamConfig::adam(1e-9),
+        ..batches_of(16)
+    };
+    let uniform = TrainConfig {
+        timesteps: TimestepSampling::Uniform,
+        loss_quartiles: true,
+        ..config.clone()
+    };
+    let [found, expected] = [config, uniform].map(|config| {
+        let (.., reports) = trained(config, ObjectiveConfig::default(), few_timesteps(16));
+        reports[0].loss_quartiles.map(|loss| f64::from(loss.unwrap()))
+    });
+    for (found, expected) in found.iter().zip(&expected) {
+        // The standard error of 1,600 losses whose deviation is less than their mean.
+        assert!((found / expected - 1.0).abs() < 0.1, "{found}, not {expected}");
+    }
 }
 
 #[test]

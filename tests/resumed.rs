@@ -5,11 +5,14 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, Var};
+use ddpm::process::Prediction;
 use ddpm::train::{
-    AdamConfig, AverageConfig, EmaConfig, LearningRateSchedule, Length, MuonConfig, WeightAverage,
-    WeightDecay,
+    AdamConfig, AverageConfig, EmaConfig, LearningRateSchedule, Length, MuonConfig,
+    TimestepSampling, WeightAverage, WeightDecay,
 };
-use ddpm::{Checkpoint, Diffusion, Error, Precision, TrainConfig, Trainer, UNetConfig};
+use ddpm::{
+    Checkpoint, Diffusion, Error, NoiseSchedule, Precision, TrainConfig, Trainer, UNetConfig,
+};
 
 mod runs;
 use runs::{Waves, config, edit, names, network, new, resume, snapshot, step_and_save};
@@ -18,7 +21,7 @@ const SLOW: AverageConfig =
     AverageConfig::HalfLife { length: Length::Images(30.0), ramp_up: Some(0.5) };
 const FAST: AverageConfig = AverageConfig::HalfLife { length: Length::Updates(2.0), ramp_up: None };
 
-/// Configurations that have every optimiser, schedule and average.
+/// Configurations that have every optimiser, schedule and average, and timesteps by their losses.
 fn configs() -> Vec<TrainConfig> {
     let [narrow, wide] = AverageConfig::POST_HOC;
     let base = || TrainConfig { optimizer: AdamConfig::adam(1e-2), ..config(10) };
@@ -50,6 +53,7 @@ fn configs() -> Vec<TrainConfig> {
             averages: vec![FAST, narrow],
             ..base()
         },
+        TrainConfig { timesteps: TimestepSampling::Importance, accumulation: 2, ..base() },
     ]
 }
 
@@ -58,8 +62,16 @@ fn a_resumed_run_is_the_unbroken_one_at_every_step() {
     for (case, config) in configs().into_iter().enumerate() {
         let dir = tempfile::tempdir().unwrap();
         let (unbroken, broken) = (dir.path().join("unbroken"), dir.path().join("broken"));
-        let mut whole = new(config.clone());
-        let mut part = new(config.clone());
+        // With two timesteps, each has its ten losses before the last step.
+        let by_losses = config.timesteps == TimestepSampling::Importance;
+        let diffusion = match by_losses {
+            true => Diffusion::new(NoiseSchedule::cosine(2).unwrap(), Prediction::Velocity),
+            false => Diffusion::ddpm(),
+        };
+        let builder =
+            || Trainer::builder(network()).config(config.clone()).diffusion(diffusion.clone());
+        let mut whole = builder().build().unwrap();
+        let mut part = builder().build().unwrap();
         for step in 1..=10 {
             step_and_save(&mut whole, &unbroken);
             step_and_save(&mut part, &broken);
@@ -72,11 +84,17 @@ fn a_resumed_run_is_the_unbroken_one_at_every_step() {
             };
             assert_eq!(files(&unbroken), files(&broken), "case {case}, step {step}");
             assert_eq!(part.steps(), step);
-            part = resume(&broken, config.clone()).unwrap();
+            part = builder().resume(&broken).unwrap();
         }
         let expected = 3 + usize::from(config.ema.is_some()) + usize::from(config.muon.is_some());
+        let expected = expected + config.averages.len() + usize::from(by_losses);
         let found = names(&broken);
-        assert_eq!(found.len(), expected + config.averages.len(), "{found:?}");
+        assert_eq!(found.len(), expected, "{found:?}");
+        if by_losses {
+            let file = broken.join("timesteps.safetensors");
+            let tensors = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
+            assert_eq!(tensors["counts"].to_vec1::<f32>().unwrap(), [10.0, 10.0]);
+        }
     }
 }
 
@@ -309,6 +327,8 @@ fn a_run_changes_only_if_asked_and_remembers_it() {
             "2 train.optimizer.learning_rate 0.0001 0.003",
             r#"2 train.precision "highest" "high""#,
             r#"2 train.schedule null {"cosine":{"end":0.1}}"#,
+            // Its end depends on the number of steps.
+            "2 train.steps 2 6",
         ]
     );
     // Moments and averages are kept, and the checkpoint of the same run is replaced.
@@ -334,7 +354,7 @@ fn a_run_changes_only_if_asked_and_remembers_it() {
     // The run goes on as usual with its new configuration, and not with the old one.
     assert!(resume(&path, before).is_err());
     let mut trainer = resume(&path, after.clone()).unwrap();
-    assert_eq!((trainer.steps(), trainer.images_seen(), trainer.history().len()), (3, 14, 6));
+    assert_eq!((trainer.steps(), trainer.images_seen(), trainer.history().len()), (3, 14, 7));
     trainer.fit(&Waves(13), ()).unwrap();
     trainer.save(&path).unwrap();
     // Checkpoints from before and after the change are those of one run: two are kept.
@@ -345,9 +365,52 @@ fn a_run_changes_only_if_asked_and_remembers_it() {
     drop(trainer);
     let back = TrainConfig { batch_size: 4, accumulation: 1, ..after };
     let mut trainer = resume_with_changes(&path, back).unwrap();
-    assert_eq!(trainer.history().len(), 8);
+    assert_eq!(trainer.history().len(), 9);
     trainer.claim(&path).unwrap();
     trainer.save(&path).unwrap();
+}
+
+#[test]
+fn another_number_of_steps_is_remembered_if_rates_depend_on_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run");
+    let falling = |steps| TrainConfig { cooldown: 0.5, keep_checkpoints: 9, ..config(steps) };
+    step_and_save(&mut new(falling(10)), &path);
+    let history = |trainer: &Trainer<UNetConfig>| -> Vec<String> {
+        let line = |c: &ddpm::train::Change| format!("{} {} {} {}", c.step, c.field, c.from, c.to);
+        trainer.history().iter().map(line).collect()
+    };
+    let first = "1 train.steps 10 20".to_string();
+    let mut trainer = resume(&path, falling(20)).unwrap();
+    assert_eq!(history(&trainer), [&*first]);
+    step_and_save(&mut trainer, &path);
+    drop(trainer);
+    let mut trainer = resume(&path, falling(20)).unwrap();
+    assert_eq!(history(&trainer), [&*first]);
+    step_and_save(&mut trainer, &path);
+    drop(trainer);
+    // Without the cool-down the number is no longer remembered, and every checkpoint is still one of the run.
+    let constant = |steps| TrainConfig { cooldown: 0.0, ..falling(steps) };
+    let mut trainer = resume_with_changes(&path, constant(20)).unwrap();
+    step_and_save(&mut trainer, &path);
+    drop(trainer);
+    let mut trainer = resume(&path, constant(30)).unwrap();
+    assert_eq!(history(&trainer), [&*first, "3 train.cooldown 0.5 0.0"]);
+    trainer.claim(&path).unwrap();
+    step_and_save(&mut trainer, &path);
+    let one = TrainConfig { keep_checkpoints: 1, ..constant(30) };
+    drop(trainer);
+    step_and_save(&mut resume(&path, one).unwrap(), &path);
+    assert_eq!(names(dir.path()), ["run"]);
+    // Other changes are added by the program.
+    let mut trainer = resume(&path, constant(30)).unwrap();
+    trainer.record_change("images", "old".into(), "new".into()).unwrap();
+    step_and_save(&mut trainer, &path);
+    let last = Checkpoint::open(&path).unwrap().history().last().unwrap().clone();
+    assert_eq!((last.step, &*last.field, &last.to), (6, "images", &"new".into()));
+    for field in ["train.batch_size", "dataset_len"] {
+        assert!(trainer.record_change(field, 1.into(), 2.into()).is_err(), "{field}");
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@ use super::result::Result;
 use crate::data::Dataset;
 use crate::error::Error;
 use crate::files;
+use crate::train::Change;
 
 /// The images on which a run is trained: the content of the file `data.json` beside its checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +27,9 @@ pub struct Identity {
 }
 
 impl Identity {
+    /// The field of a run's history that records other images.
+    pub(super) const FIELD: &str = "images";
+
     /// The identity of a data set.
     pub fn of(set: &DataSet<impl Dataset>) -> Self {
         Self {
@@ -62,21 +66,39 @@ impl Identity {
         Ok(Some(run))
     }
 
-    /// Returns an error if the run with this file was trained on other images. Returns false if there is no such
-    /// file.
-    pub(super) fn check(&self, path: &Path) -> Result<bool> {
-        let Some(run) = Self::read(path)? else { return Ok(false) };
-        if (run.images, &run.crc32) != (self.images, &self.crc32) {
-            let (path, options) = (path.display(), &run.options);
-            let wrong = format!("{path}: the run is of {run}, not of {self}");
-            return Err(format!("{wrong}; to go on with it, {options}").into());
+    /// The images of a run: those of the last change in its history, or else those of its file. A checkpoint that
+    /// records a change is written before the file.
+    pub(super) fn of_run(path: &Path, history: &[Change]) -> Result<Option<Self>> {
+        let in_file = Self::read(path)?;
+        match history.iter().rfind(|change| change.field == Self::FIELD) {
+            Some(change) => Ok(Some(serde_json::from_value(change.to.clone())?)),
+            None => Ok(in_file),
         }
-        if run.held_out != self.held_out {
-            let (path, run, found) = (path.display(), run.held_out, self.held_out);
+    }
+
+    /// Returns whether these are the images of the file.
+    pub(super) fn is_in(&self, path: &Path) -> Result<bool> {
+        Ok(Self::read(path)?.is_some_and(|run| self.has_images_of(&run)))
+    }
+
+    /// Returns whether a run with these images is trained on the same ones.
+    pub(super) fn has_images_of(&self, run: &Self) -> bool {
+        self.is_of_set(run) && self.held_out == run.held_out
+    }
+
+    fn is_of_set(&self, run: &Self) -> bool {
+        (run.images, &run.crc32) == (self.images, &self.crc32)
+    }
+
+    /// The error of images that are not those of the run with this file.
+    pub(super) fn mismatch(&self, run: &Self, path: &Path) -> String {
+        let (path, options) = (path.display(), &run.options);
+        if self.is_of_set(run) {
+            let (run, found) = (run.held_out, self.held_out);
             let wrong = format!("{path}: the run holds out {run} images, not {found}");
-            return Err(format!("{wrong}; to go on with it, omit --held-out").into());
+            return format!("{wrong}; to go on with it, omit --held-out");
         }
-        Ok(true)
+        format!("{path}: the run is of {run}, not of {self}; to go on with it, {options}")
     }
 }
 

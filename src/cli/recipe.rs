@@ -3,6 +3,8 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use super::arguments::{positive_fraction, precision, whole};
+use super::objective_args::ObjectiveArgs;
+use super::result::Result;
 use crate::model::UNetConfig;
 use crate::precision::Precision;
 use crate::process::Diffusion;
@@ -110,6 +112,7 @@ enum ScheduleName {
     Constant,
     Linear,
     Cosine,
+    InverseSqrt,
 }
 
 /// The options of a program that trains. Without an option, the value of the [`Recipe`] holds, or that of the run
@@ -131,9 +134,14 @@ pub struct TrainArgs {
     /// Optimiser: adam, with the weight decay of the recipe, or muon, which is Muon for matrices and Adam for the rest
     #[arg(long, value_name = "O", value_enum)]
     optimizer: Option<OptimizerName>,
-    /// Learning rate after the warm-up: constant, or falling to zero at --steps as a line or a cosine
+    /// Learning rate after the warm-up: constant; falling to zero at --steps as a line or a cosine; or inverse-sqrt,
+    /// falling after --reference-steps
     #[arg(long, value_name = "S", value_enum)]
     schedule: Option<ScheduleName>,
+    /// Updates with the full learning rate of --schedule inverse-sqrt
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<u64>(1..=1_000_000_000))]
+    reference_steps: Option<u64>,
     /// Parts into which a batch is divided to save memory; --batch-size must be a multiple
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=65_536))]
@@ -202,12 +210,17 @@ pub struct TrainArgs {
     /// Train on the CPU, even in a build for a GPU
     #[arg(long)]
     pub(super) cpu: bool,
+    #[command(flatten)]
+    objective: ObjectiveArgs,
 }
 
 impl TrainArgs {
     /// Replaces the values of the configuration for which an option was given.
-    pub(super) fn apply(&self, config: &TrainConfig) -> TrainConfig {
-        TrainConfig {
+    ///
+    /// # Errors
+    /// Returns an error that names the option if options do not fit each other.
+    pub(super) fn apply(&self, config: &TrainConfig) -> Result<TrainConfig> {
+        Ok(TrainConfig {
             seed: self.seed.unwrap_or(config.seed),
             steps: self.steps.unwrap_or(config.steps),
             batch_size: self.batch_size.unwrap_or(config.batch_size),
@@ -220,16 +233,40 @@ impl TrainArgs {
                 Some(OptimizerName::Adam) => None,
                 Some(OptimizerName::Muon) => Some(config.muon.clone().unwrap_or_default()),
             },
-            schedule: match self.schedule {
-                None => config.schedule,
-                Some(ScheduleName::Constant) => LearningRateSchedule::Constant,
-                Some(ScheduleName::Linear) => LearningRateSchedule::Linear { end: 0.0 },
-                Some(ScheduleName::Cosine) => LearningRateSchedule::Cosine { end: 0.0 },
-            },
+            schedule: self.schedule(config.schedule)?,
             accumulation: self.accumulation.unwrap_or(config.accumulation),
             precision: self.precision.unwrap_or(config.precision),
             log_every: self.log_every.unwrap_or(config.log_every),
-            ..config.clone()
+            ..self.objective.apply(config)
+        })
+    }
+
+    fn schedule(&self, present: LearningRateSchedule) -> Result<LearningRateSchedule> {
+        let schedule = match self.schedule {
+            None => present,
+            Some(ScheduleName::Constant) => LearningRateSchedule::Constant,
+            Some(ScheduleName::Linear) => LearningRateSchedule::Linear { end: 0.0 },
+            Some(ScheduleName::Cosine) => LearningRateSchedule::Cosine { end: 0.0 },
+            Some(ScheduleName::InverseSqrt) => match (self.reference_steps, present) {
+                (Some(reference_steps), _)
+                | (None, LearningRateSchedule::InverseSqrt { reference_steps }) => {
+                    LearningRateSchedule::InverseSqrt { reference_steps }
+                }
+                _ => {
+                    let expected = "the number of updates with the full learning rate";
+                    return Err(format!(
+                        "--schedule inverse-sqrt needs --reference-steps N, {expected}"
+                    )
+                    .into());
+                }
+            },
+        };
+        match (schedule, self.reference_steps) {
+            (LearningRateSchedule::InverseSqrt { .. }, Some(reference_steps)) => {
+                Ok(LearningRateSchedule::InverseSqrt { reference_steps })
+            }
+            (_, Some(_)) => Err("--reference-steps needs --schedule inverse-sqrt".into()),
+            (schedule, None) => Ok(schedule),
         }
     }
 }

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use candle_core::Device;
+use serde::Serialize;
+use serde_json::Value;
 
 use super::arguments::resume_command;
 use super::datasets::DataSet;
@@ -65,44 +67,37 @@ pub fn train<D: Dataset>(
     args: &TrainArgs,
     load: impl FnOnce() -> Result<DataSet<D>>,
 ) -> Result<ExitCode> {
-    let recipe = &match &args.config {
-        Some(path) => RunConfig::read(path)?.replace(recipe),
-        None => recipe.clone(),
-    };
-    let files = Files::of(args.out.clone().unwrap_or_else(|| recipe.out.into()));
-    let saved = find(&files, args.resume)?;
-    let mut network =
-        saved.as_ref().map_or(Ok(recipe.network.clone()), Checkpoint::architecture)?;
-    let config = args.apply(saved.as_ref().map_or(&recipe.train, Checkpoint::train_config));
-    config.validate()?;
+    let Plan { recipe, files, config, device, resumed } = Plan::new(recipe, args)?;
+    let recipe = &recipe;
 
     let set = load()?;
-    let guidance = condition(&mut network, args, &set, saved.is_none())?;
+    let network = resumed.as_ref().map_or(&recipe.network, |(_, run)| run.architecture());
+    let mut network = network.clone();
+    let guidance = condition(&mut network, args, &set, resumed.is_none())?;
     set.check_shape(network.image_shape())?;
+    let (saved, mut trainer) = match resumed {
+        Some((saved, trainer)) => (Some(saved), trainer),
+        None => (None, Trainer::new(network, config, recipe.diffusion.clone(), &device)?),
+    };
+    let before = match &saved {
+        Some(_) => Identity::of_run(&files.identity, trainer.history())?,
+        None => None,
+    };
     let held_out = match &saved {
-        Some(_) => Identity::read(&files.identity)?.map_or(0, |run| run.held_out),
+        Some(_) => before.as_ref().map_or(0, |before| before.held_out),
         None => recipe.held_out,
     };
     let held_out = args.held_out.unwrap_or(held_out);
     let identity = Identity::of(&set).holding_out(held_out);
-    let (mut known, mut other_images) = (false, false);
-    if saved.is_some() {
-        match identity.check(&files.identity) {
-            Err(_) if args.change => {
-                // A file that cannot be read remains an error.
-                Identity::read(&files.identity)?;
-                other_images = true;
-            }
-            found => known = found?,
-        }
+    let other_images = before.as_ref().is_some_and(|before| !identity.has_images_of(before));
+    if let (Some(before), true, false) = (&before, other_images, args.change) {
+        return Err(identity.mismatch(before, &files.identity).into());
     }
     let parts = match held_out {
         0 => None,
         count => Some(hold_out(&set.images, count).map_err(|e| format!("--held-out: {e}"))?),
     };
     let images = parts.as_ref().map_or(&set.images as &dyn Dataset, |(train, _)| train);
-    let device = pick(args.cpu)?;
-    let mut trainer = begin(recipe, args, saved.as_ref(), network, config, &device)?;
     let mut sampling = recipe.sampling;
     sampling.guidance = sampling.guidance.or(guidance);
     if let Some(&run) = saved.as_ref().and_then(Checkpoint::sampling) {
@@ -129,12 +124,17 @@ pub fn train<D: Dataset>(
         config.write(&files.config)?;
     }
     if other_images {
+        trainer.record_change(Identity::FIELD, value(&before)?, value(&identity)?)?;
         // Records the number of images in the history.
         trainer.next_batch(images)?;
+        // After an interruption, the history of the checkpoint states its images.
+        for warning in trainer.save(&files.checkpoint)?.warnings {
+            err(format_args!("warning: {warning}"));
+        }
         out(format_args!("changed  the images to {identity}"));
         identity.write(&files.identity)?;
-    } else if !known {
-        if saved.is_some() {
+    } else if !identity.is_in(&files.identity)? {
+        if saved.is_some() && before.is_none() {
             // A different number of images means that they are not those of the run. They must not be recorded as such.
             trainer.next_batch(images)?;
             let unknown = "the images with which the run began are unknown";
@@ -152,7 +152,8 @@ pub fn train<D: Dataset>(
         ));
     }
     let recorded = saved.as_ref().map_or(0, |saved| saved.history().len());
-    for change in trainer.history().iter().skip(recorded) {
+    let changes = trainer.history().iter().skip(recorded);
+    for change in changes.filter(|change| change.field != Identity::FIELD) {
         out(format_args!("changed  {} from {} to {}", change.field, change.from, change.to));
     }
     announce(&trainer, &set, held_out, &files.out);
@@ -162,6 +163,52 @@ pub fn train<D: Dataset>(
     }
     let held_out = parts.as_ref().map(|(_, held_out)| held_out as &dyn Dataset);
     fit(recipe, args, &mut trainer, (images, held_out), &identity, &files)
+}
+
+/// Performs the checks of [`train`] that need no images: the configuration, the directory of the run, and the run that
+/// is resumed. A program calls this before it reads images for a long time.
+///
+/// # Errors
+/// Returns an error if the run cannot begin or continue there with these options.
+pub fn check(recipe: &Recipe, args: &TrainArgs) -> Result<()> {
+    Plan::new(recipe, args).map(drop)
+}
+
+/// What is known of a run before its images.
+struct Plan {
+    recipe: Recipe,
+    files: Files,
+    config: TrainConfig,
+    device: Device,
+    /// The checkpoint and the trainer of a run that is resumed.
+    resumed: Option<(Checkpoint, Trainer<UNetConfig>)>,
+}
+
+impl Plan {
+    fn new(recipe: &Recipe, args: &TrainArgs) -> Result<Self> {
+        let recipe = match &args.config {
+            Some(path) => RunConfig::read(path)?.replace(recipe),
+            None => recipe.clone(),
+        };
+        let files = Files::of(args.out.clone().unwrap_or_else(|| recipe.out.into()));
+        let saved = find(&files, args.resume)?;
+        let config = saved.as_ref().map_or(&recipe.train, Checkpoint::train_config);
+        let config = args.apply(config)?;
+        config.validate()?;
+        let device = pick(args.cpu)?;
+        let resumed = match saved {
+            Some(saved) => {
+                let trainer = resume(&saved, args.change, config.clone(), &device)?;
+                Some((saved, trainer))
+            }
+            None => None,
+        };
+        Ok(Self { recipe, files, config, device, resumed })
+    }
+}
+
+fn value(images: &impl Serialize) -> Result<Value> {
+    Ok(serde_json::to_value(images)?)
 }
 
 /// Adds the classes of the images to a new network, if the user asks for that. Returns the guidance of its grids.
@@ -303,24 +350,18 @@ fn find(files: &Files, resume: bool) -> Result<Option<Checkpoint>> {
     }
 }
 
-fn begin(
-    recipe: &Recipe,
-    args: &TrainArgs,
-    saved: Option<&Checkpoint>,
-    network: UNetConfig,
+/// Continues the run of a checkpoint.
+fn resume(
+    saved: &Checkpoint,
+    change: bool,
     config: TrainConfig,
     device: &Device,
 ) -> Result<Trainer<UNetConfig>> {
-    Ok(match saved {
-        Some(saved) => {
-            let builder = Trainer::builder(network).config(config).device(device);
-            let builder = builder.diffusion(saved.diffusion().clone());
-            match args.change {
-                true => builder.resume_with_changes(saved.dir())?,
-                false => builder.resume(saved.dir()).map_err(with_options)?,
-            }
-        }
-        None => Trainer::new(network, config, recipe.diffusion.clone(), device)?,
+    let builder = Trainer::builder(saved.architecture()?).config(config).device(device);
+    let builder = builder.diffusion(saved.diffusion().clone());
+    Ok(match change {
+        true => builder.resume_with_changes(saved.dir())?,
+        false => builder.resume(saved.dir()).map_err(with_options)?,
     })
 }
 
@@ -356,11 +397,17 @@ fn with_options(error: Error) -> Box<dyn StdError + Send + Sync> {
                 "train.schedule" => "--schedule",
                 "train.muon" => "--optimizer",
                 "train.seed" => "--seed",
+                "train.timesteps" => "--timesteps",
+                "train.objective.loss" => "--loss",
+                "train.objective.weighting" => "--weighting",
+                "train.noise.offset" => "--offset-noise",
+                "train.noise.immiscible" => "--immiscible",
                 _ => return error.into(),
             };
             let change = match option {
-                "--seed" | "--optimizer" => "",
-                _ => ", add --change to change it",
+                "--batch-size" | "--learning-rate" | "--accumulation" | "--precision"
+                | "--schedule" => ", add --change to change it",
+                _ => "",
             };
             return format!(
                 "{field} is {found} in the checkpoint, but {expected} was requested; omit {option} \

@@ -7,6 +7,7 @@ use super::checkpoint::open::Checkpoint;
 use super::config::TrainConfig;
 use super::executor::Executor;
 use super::history::Change;
+use super::importance::LossHistory;
 use super::meter::Meter;
 use super::objective::Objective;
 use super::optim::adam::AdamW;
@@ -16,6 +17,7 @@ use super::optim::muon::Muon;
 use super::optim::optimizer::Optimizer;
 use super::optim::scaler::GradScaler;
 use super::state::{GRAD_SCALER, Progress, TrainState, Weights};
+use super::timesteps::TimestepSampling;
 use super::trainer::Trainer;
 use crate::data::loader::Loader;
 use crate::denoiser::Trainable;
@@ -89,9 +91,11 @@ impl<N: Architecture> TrainerBuilder<N> {
     /// those of an uninterrupted run.
     ///
     /// A run continues with the network, the process and the training configuration with which it began, except for
-    /// [`steps`](TrainConfig::steps), [`log_every`](TrainConfig::log_every) and
-    /// [`keep_checkpoints`](TrainConfig::keep_checkpoints). To train its weights with another configuration, begin
+    /// [`steps`](TrainConfig::steps), [`log_every`](TrainConfig::log_every),
+    /// [`loss_quartiles`](TrainConfig::loss_quartiles) and [`keep_checkpoints`](TrainConfig::keep_checkpoints). To train its weights with another configuration, begin
     /// a new run with [`set_weights`](Trainer::set_weights), or use [`resume_with_changes`](Self::resume_with_changes).
+    /// Another number of steps is recorded in the [`history`](Trainer::history) if it changes the learning rate of
+    /// later updates.
     ///
     /// # Errors
     /// Returns an error if `dir` holds no complete checkpoint, or a checkpoint of another run.
@@ -122,7 +126,7 @@ impl<N: Architecture> TrainerBuilder<N> {
         self.config.validate()?;
         let checkpoint = Checkpoint::open(dir)?;
         let identity = Identity::new(&self.network, &self.config, &self.diffusion, &[])?;
-        let changes = if may_change {
+        let mut changes = if may_change {
             let remedy = "this field cannot change during a run; begin a new run at its weights with \
                           Trainer::set_weights";
             checkpoint.changes(&identity, remedy)?
@@ -132,6 +136,16 @@ impl<N: Architecture> TrainerBuilder<N> {
             checkpoint.must_match(&identity, remedy)?;
             Vec::new()
         };
+        let before = checkpoint.train_config();
+        let depends = before.rate_depends_on_steps() || self.config.rate_depends_on_steps();
+        if before.steps != self.config.steps && depends {
+            changes.push(Change {
+                step: checkpoint.step(),
+                field: Change::STEPS.into(),
+                from: before.steps.into(),
+                to: self.config.steps.into(),
+            });
+        }
         let had_scaler = checkpoint.train_config().precision == Precision::F16;
         let parameters = checkpoint.parameters(&self.device)?;
         let mut trainer = self.with_weights(&parameters)?;
@@ -163,8 +177,16 @@ impl<N: Architecture> TrainerBuilder<N> {
             .transpose()?;
         let mut optimizer = Optimizer::new(adam, muon, ema, scaler, config.clip_norm);
         optimizer.averages = WeightAverage::all(&config.averages, &vars)?;
+        let losses = (config.timesteps == TimestepSampling::Importance)
+            .then(|| LossHistory::new(diffusion.schedule().steps()))
+            .transpose()?;
         Ok(Trainer {
-            state: TrainState { progress: Progress::default(), weights: Weights(vars), optimizer },
+            state: TrainState {
+                progress: Progress::default(),
+                weights: Weights(vars),
+                optimizer,
+                losses,
+            },
             loader: Loader::new(config.seed, config.batch_size, config.horizontal_flip),
             executor: Executor::new(&device),
             meter: Meter::default(),

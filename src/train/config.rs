@@ -78,6 +78,11 @@ pub struct TrainConfig {
     pub class_dropout: f64,
     /// Number of updates between two reports of the loss; at least 1. Reading the loss waits for the GPU.
     pub log_every: u64,
+    /// Whether [`Metrics`](super::Metrics) report the loss by quartiles of the timesteps; always with
+    /// [`TimestepSampling::Importance`]. The objective is then evaluated for one image after the other, and an update
+    /// is not captured as a CUDA graph.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub loss_quartiles: bool,
     /// Number of checkpoints that are kept, including the latest; at least 1.
     pub keep_checkpoints: usize,
 }
@@ -134,6 +139,7 @@ impl TrainConfig {
             horizontal_flip: false,
             class_dropout: class_dropout(),
             log_every: 1,
+            loss_quartiles: false,
             keep_checkpoints: 2,
         }
     }
@@ -216,6 +222,11 @@ impl TrainConfig {
             LearningRateSchedule::Linear { .. } | LearningRateSchedule::Cosine { .. }
         );
         ends || self.cooldown > 0.0
+    }
+
+    /// Returns whether an update computes the loss of each image.
+    pub(super) fn needs_image_losses(&self) -> bool {
+        self.loss_quartiles || self.timesteps == TimestepSampling::Importance
     }
 
     /// The learning rate of an update; `step` counts from 0.

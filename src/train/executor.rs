@@ -3,7 +3,9 @@ use std::thread::{self, ThreadId};
 
 use candle_core::{DType, Device, Tensor};
 
+use super::image_losses::ImageLosses;
 use super::noise::NoiseConfig;
+use super::timesteps::Timesteps;
 use super::update::UpdateContext;
 use crate::backend::{self, Capture, Inputs, Recorded};
 use crate::data::loader::Batch;
@@ -17,6 +19,14 @@ const STEPS_BEFORE: usize = 4;
 /// Maximum number of consecutive failures to record. A cause that some more steps do not remove is taken to be
 /// permanent.
 const ATTEMPTS: usize = 3;
+
+/// The results of an update: the loss, the norm of the gradient, and the losses of the images if they are needed.
+#[derive(Debug)]
+pub(super) struct Updated {
+    pub loss: Tensor,
+    pub grad_norm: Tensor,
+    pub images: Option<ImageLosses>,
+}
 
 /// Makes updates: one operation after the other, or by repeating a recorded update.
 #[derive(Debug)]
@@ -54,18 +64,18 @@ impl Executor {
         self.recorded.is_some()
     }
 
-    /// Makes an update with timesteps and noise of the run. Returns the loss and the norm of the gradient.
+    /// Makes an update with timesteps and noise of the run.
     pub fn update<D: Trainable>(
         &mut self,
         context: &mut UpdateContext<'_, D>,
         batch: &Batch,
-    ) -> Result<(Tensor, Tensor)> {
-        let (batch, t) = (context.conditioned(batch)?, context.timesteps(batch)?);
-        if let Some(results) = self.repeat(context, &batch, &t)? {
-            return Ok(results);
+    ) -> Result<Updated> {
+        let (batch, timesteps) = (context.conditioned(batch)?, context.timesteps(batch)?);
+        if let Some((loss, grad_norm)) = self.repeat(context, &batch, &timesteps.t)? {
+            return Ok(Updated { loss, grad_norm, images: None });
         }
         let eps = context.eps(&batch)?;
-        self.eager(context, &batch, &t, &eps)
+        self.eager(context, &batch, &timesteps, &eps)
     }
 
     /// Makes an update with these timesteps and this noise.
@@ -75,9 +85,10 @@ impl Executor {
         batch: &Batch,
         t: &Tensor,
         eps: &Tensor,
-    ) -> Result<(Tensor, Tensor)> {
+    ) -> Result<Updated> {
         self.forget();
-        self.eager(context, &context.conditioned(batch)?, t, eps)
+        let timesteps = Timesteps { t: t.clone(), weights: None };
+        self.eager(context, &context.conditioned(batch)?, &timesteps, eps)
     }
 
     /// Computes the gradients of the next update without making it. Returns them with the loss scale by which they are
@@ -91,8 +102,8 @@ impl Executor {
         self.follow_thread()?;
         let (batch, t) = (context.conditioned(batch)?, context.timesteps(batch)?);
         let eps = context.eps(&batch)?;
-        let (_, gradients) = context.summed(&batch, &t, &eps, false)?;
-        Ok((gradients, context.state.optimizer.loss_scale()?))
+        let summed = context.summed(&batch, &t, &eps, false)?;
+        Ok((summed.gradients, context.state.optimizer.loss_scale()?))
     }
 
     /// Makes an update, one operation after the other.
@@ -100,20 +111,20 @@ impl Executor {
         &mut self,
         context: &mut UpdateContext<'_, D>,
         batch: &Batch,
-        t: &Tensor,
+        timesteps: &Timesteps,
         eps: &Tensor,
-    ) -> Result<(Tensor, Tensor)> {
+    ) -> Result<Updated> {
         self.follow_thread()?;
         let whole = batch.images.dims();
-        let result = context.update(batch, t, eps, !self.gradients_checked);
-        let (loss, grad_norm, gradients) = result.map_err(|error| match error {
+        let result = context.update(batch, timesteps, eps, !self.gradients_checked);
+        let ((loss, grad_norm, gradients), images) = result.map_err(|error| match error {
             // The caller passed x_0; x_t belongs to a part of it.
             Error::Shape { what: "x_t", expected, .. } => Error::shape("x_0", whole, expected),
             error => error,
         })?;
         self.gradients_checked = true;
         context.model.recycle(gradients);
-        Ok((loss, grad_norm))
+        Ok(Updated { loss, grad_norm, images })
     }
 
     /// Makes an update by repeating a recorded one, if there is one or if it can be recorded.
@@ -139,6 +150,7 @@ impl Executor {
             Some(recorded) => recorded,
             None => {
                 let repeatable = context.config.accumulation == 1
+                    && !context.config.needs_image_losses()
                     && context.state.optimizer.is_repeatable()
                     && context.config.noise == NoiseConfig::default()
                     && context.objective.is_repeatable()
@@ -207,7 +219,8 @@ fn record<D: Trainable>(
     let recorded = capture.record(inputs, &mut |Inputs { x_0, t, classes }| {
         let batch = Batch { images: x_0.clone(), classes: classes.clone(), first: 0 };
         let eps = context.eps(&batch)?;
-        context.update(&batch, t, &eps, false)
+        let timesteps = Timesteps { t: t.clone(), weights: None };
+        context.update(&batch, &timesteps, &eps, false).map(|(computed, _)| computed)
     });
     context.state.optimizer.assume(&before);
     recorded

@@ -3,8 +3,9 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 
-/// A change of a run's configuration, made by
-/// [`TrainerBuilder::resume_with_changes`](crate::train::TrainerBuilder::resume_with_changes).
+/// A change of a run: of its configuration, made by
+/// [`TrainerBuilder::resume_with_changes`](crate::train::TrainerBuilder::resume_with_changes), of its length, or one that
+/// [`Trainer::record_change`](crate::Trainer::record_change) added.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
@@ -20,6 +21,9 @@ pub struct Change {
 }
 
 impl Change {
+    /// The field of the number of updates. Each trainer has its own number, so [`apply`](Self::apply) does not set it.
+    pub(super) const STEPS: &str = "train.steps";
+
     /// The largest number of changes of a run.
     const MAX: usize = 1000;
 
@@ -39,6 +43,9 @@ impl Change {
 
     /// Makes the change in a configuration, which is at the path `root`.
     pub(super) fn apply(&self, root: &str, config: &mut Value) {
+        if self.field == Self::STEPS {
+            return;
+        }
         let Some(path) = self.field.strip_prefix(root).and_then(|f| f.strip_prefix('.')) else {
             return;
         };

@@ -1,5 +1,6 @@
 use candle_core::{DType, Tensor};
 
+use super::image_losses::{ImageLosses, Quartiles};
 use super::observer::Metrics;
 use crate::error::{Error, Result};
 
@@ -18,6 +19,8 @@ pub struct Update {
     /// The global norm of the gradient before clipping, a scalar. With [`Precision::F16`](crate::Precision::F16) it is
     /// not finite if the update was skipped.
     pub grad_norm: Tensor,
+    /// The losses of the images, if they are needed.
+    pub(super) images: Option<ImageLosses>,
 }
 
 impl Update {
@@ -48,6 +51,7 @@ pub(super) struct Meter {
     count: u64,
     /// The last finite norm that was read.
     grad_norm: f32,
+    quartiles: Quartiles,
 }
 
 impl Meter {
@@ -76,6 +80,9 @@ impl Meter {
     pub fn read(&mut self, may_skip: bool) -> Result<()> {
         let read: Vec<_> =
             self.unread.iter().map(|update| update.read(may_skip)).collect::<Result<_>>()?;
+        for images in self.unread.iter().filter_map(|update| update.images.as_ref()) {
+            self.quartiles.add(images)?;
+        }
         self.unread.clear();
         self.sum += read.iter().map(|(loss, _)| f64::from(*loss)).sum::<f64>();
         self.count += read.len() as u64;
@@ -89,7 +96,17 @@ impl Meter {
     pub fn report(&mut self, step: u64, lr: f64, loss_scale: Option<f64>) -> Metrics {
         let loss = (self.sum / self.count.max(1) as f64) as f32;
         (self.sum, self.count) = (0.0, 0);
+        let loss_quartiles = std::mem::take(&mut self.quartiles).means();
         let (grad_norm, images_per_second, waiting) = (self.grad_norm, 0.0, 0.0);
-        Metrics { step, loss, lr, grad_norm, loss_scale, images_per_second, waiting }
+        Metrics {
+            step,
+            loss,
+            loss_quartiles,
+            lr,
+            grad_norm,
+            loss_scale,
+            images_per_second,
+            waiting,
+        }
     }
 }

@@ -8,6 +8,8 @@ mod fit;
 mod gradient_norms;
 mod gradients;
 mod history;
+mod image_losses;
+mod importance;
 mod loss;
 mod meter;
 mod noise;

@@ -16,7 +16,9 @@ pub trait Objective: fmt::Debug + Send + Sync {
     /// `output`.
     ///
     /// The loss is a mean over the images. Both results must be weighted for the batch, with [`Noised::mean_square`] or
-    /// [`Noised::weighted`].
+    /// [`Noised::weighted`]. If the loss of each image is needed, `batch` is one image; see
+    /// [`TrainConfig::loss_quartiles`](super::TrainConfig::loss_quartiles) and
+    /// [`TimestepSampling::Importance`](super::TimestepSampling::Importance).
     ///
     /// The call may run on any of the threads that share the work, so it must not wait for other threads, or hold a
     /// lock across tensor operations.
@@ -51,7 +53,7 @@ pub struct Noised<'a> {
     pub x_t: Tensor,
     /// The classes of the images, if they have any.
     pub classes: Option<Tensor>,
-    /// The fraction of these images in the whole batch, from 0 to 1.
+    /// The fraction of these images in the whole batch, from 0 to 1, times their weight.
     pub(super) share: f64,
     /// The factor of the loss's gradient, a scalar. `None` if gradients are not scaled.
     pub(super) gradient_scale: Option<Tensor>,

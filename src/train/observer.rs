@@ -2,7 +2,7 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::published::Published;
 use super::run::{Frontend, Outcome, Run};
@@ -17,6 +17,14 @@ pub struct Metrics {
     /// Mean loss of the updates since the last report, or since [`fit`](crate::Trainer::fit) began. Updates made
     /// outside of `fit` are not included.
     pub loss: f32,
+    /// Mean loss of the images whose timesteps are in each quarter of the schedule, in the same updates. Serialised as
+    /// `loss_q0` to `loss_q3`, the names of Nichol and Dhariwal's code. `None` without
+    /// [`TrainConfig::loss_quartiles`](crate::TrainConfig::loss_quartiles), or if there was no such image.
+    ///
+    /// Timesteps that are drawn by [importance](crate::train::TimestepSampling::Importance) are weighted, so that these
+    /// losses are comparable with those of uniform timesteps.
+    #[serde(flatten, serialize_with = "by_name")]
+    pub loss_quartiles: [Option<f32>; 4],
     /// Learning rate of the last update.
     pub lr: f64,
     /// Global norm of the gradient of the last update that was not skipped, before clipping.
@@ -29,6 +37,15 @@ pub struct Metrics {
     /// Share of this time, from 0 to 1, in which the training loop waited for the data set to read the next batch. If
     /// it is more than a few hundredths, reading is slower than training.
     pub waiting: f64,
+}
+
+/// Writes the quartiles that have a loss as fields.
+fn by_name<S: Serializer>(
+    quartiles: &[Option<f32>; 4],
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    let named = ["loss_q0", "loss_q1", "loss_q2", "loss_q3"].into_iter().zip(quartiles);
+    serializer.collect_map(named.filter_map(|(name, loss)| Some((name, (*loss)?))))
 }
 
 impl fmt::Display for Metrics {

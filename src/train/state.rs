@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::Var;
 
 use super::history::Change;
+use super::importance::{LossHistory, TIMESTEPS};
 use super::optim::adam::AdamW;
 use super::optim::average::{Followed, WeightAverage};
 use super::optim::ema::Ema;
@@ -22,7 +23,7 @@ pub(in crate::train) const MAX_STEP: u64 = (1 << 40) - 1;
 
 /// The kinds of parts that checkpoints hold.
 pub(super) const KINDS: &[&Kind] =
-    &[&PROGRESS, &MODEL, &EMA, &OPTIMIZER, &MUON, &AVERAGE, &GRAD_SCALER];
+    &[&PROGRESS, &MODEL, &EMA, &OPTIMIZER, &MUON, &AVERAGE, &GRAD_SCALER, &TIMESTEPS];
 
 /// The state of a run.
 #[derive(Debug)]
@@ -30,6 +31,8 @@ pub(super) struct TrainState {
     pub progress: Progress,
     pub weights: Weights,
     pub optimizer: Optimizer,
+    /// The losses by which timesteps are drawn, if they are drawn by importance.
+    pub losses: Option<LossHistory>,
 }
 
 impl TrainState {
@@ -40,6 +43,7 @@ impl TrainState {
         parts.extend(muon.as_ref().map(|muon| muon as &dyn Stateful));
         parts.extend(averages.iter().map(|average| average as &dyn Stateful));
         parts.extend(scaler.as_ref().map(|scaler| scaler as &dyn Stateful));
+        parts.extend(self.losses.as_ref().map(|losses| losses as &dyn Stateful));
         parts
     }
 
@@ -51,6 +55,7 @@ impl TrainState {
         parts.extend(muon.as_mut().map(|muon| muon as &mut dyn Stateful));
         parts.extend(averages.iter_mut().map(|average| average as &mut dyn Stateful));
         parts.extend(scaler.as_mut().map(|scaler| scaler as &mut dyn Stateful));
+        parts.extend(self.losses.as_mut().map(|losses| losses as &mut dyn Stateful));
         parts
     }
 }

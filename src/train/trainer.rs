@@ -4,12 +4,13 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use candle_core::{DType, Device, Tensor, Var};
+use serde_json::Value;
 
 use super::checkpoint::claim::Claim;
 use super::checkpoint::format::Identity;
 use super::checkpoint::store::{self, Saved, Snapshot};
 use super::config::TrainConfig;
-use super::executor::Executor;
+use super::executor::{Executor, Updated};
 use super::history::Change;
 use super::meter::{Meter, Update};
 use super::objective::Objective;
@@ -168,10 +169,11 @@ impl<N: Architecture> Trainer<N> {
     }
 
     /// Counts and records an update.
-    fn record(&mut self, batch: usize, (loss, grad_norm): (Tensor, Tensor)) -> Result<Update> {
+    fn record(&mut self, batch: usize, updated: Updated) -> Result<Update> {
         self.state.progress.step += 1;
         self.state.progress.images_seen += batch as u64;
-        let update = Update { step: self.steps(), loss, grad_norm };
+        let Updated { loss, grad_norm, images } = updated;
+        let update = Update { step: self.steps(), loss, grad_norm, images };
         if self.meter.is_full() {
             self.read_losses()?;
         }
@@ -361,6 +363,21 @@ impl<N: Architecture> Trainer<N> {
     /// [`TrainerBuilder::resume_with_changes`](crate::train::TrainerBuilder::resume_with_changes).
     pub fn history(&self) -> &[Change] {
         &self.state.progress.history
+    }
+
+    /// Adds a change that the trainer cannot detect to the [history](Self::history) of the run, such as other images of
+    /// the same number.
+    ///
+    /// # Errors
+    /// Returns an error if the trainer itself records changes of this field (`train.…` and `dataset_len`), or if the
+    /// run has 1,000 changes.
+    pub fn record_change(&mut self, field: &str, from: Value, to: Value) -> Result<()> {
+        if field.starts_with("train.") || field == "dataset_len" {
+            let expected = "a field that the trainer does not record itself";
+            return Err(Error::config("field of the change", field, expected));
+        }
+        let change = Change { step: self.steps(), field: field.into(), from, to };
+        Change::record(&mut self.state.progress.history, vec![change])
     }
 
     /// The number of updates so far.

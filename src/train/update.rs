@@ -6,9 +6,12 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use super::config::TrainConfig;
 use super::gradients::by_name;
+use super::image_losses::{self, ImageLosses};
+use super::importance::LossHistory;
 use super::noise::{self, NoiseConfig};
 use super::objective::{Noised, Objective};
 use super::state::TrainState;
+use super::timesteps::{Distribution, Timesteps};
 use crate::backend::{self, Backend, Computed};
 use crate::data::loader::Batch;
 use crate::denoiser::{Condition, Trainable};
@@ -26,6 +29,14 @@ pub(super) struct UpdateContext<'a, D> {
     pub state: &'a mut TrainState,
 }
 
+/// The loss and the gradients of a batch.
+pub(super) struct Summed {
+    pub loss: Tensor,
+    pub gradients: BTreeMap<String, Tensor>,
+    /// The losses of the images, if they are needed.
+    pub images: Option<ImageLosses>,
+}
+
 impl<D: Trainable> UpdateContext<'_, D> {
     pub fn learning_rate(&self) -> f64 {
         self.config.learning_rate(self.state.progress.step)
@@ -36,16 +47,22 @@ impl<D: Trainable> UpdateContext<'_, D> {
     }
 
     /// Draws timesteps for a batch.
-    pub fn timesteps(&self, batch: &Batch) -> Result<Tensor> {
+    pub fn timesteps(&self, batch: &Batch) -> Result<Timesteps> {
         let (step, first) = (self.state.progress.step, batch.first as u32);
         let (schedule, size) = (self.diffusion.schedule(), self.config.batch_size);
+        let history = self.state.losses.as_ref();
+        let found = history.map_or(Ok(None), LossHistory::probabilities)?.map(Distribution::new);
         let draw = |k| {
-            let position = first.wrapping_add(k);
-            self.config.timesteps.draw(schedule, (self.noise(), step), (position, size))
+            let (at, position) = ((self.noise(), step), first.wrapping_add(k));
+            match &found {
+                Some(distribution) => Ok(distribution.draw(at, position)),
+                None => self.config.timesteps.draw(schedule, at, (position, size)),
+            }
         };
-        let t = (0..batch.images.dim(0)? as u32).map(draw).collect::<Result<_>>()?;
+        let t: Vec<u32> = (0..batch.images.dim(0)? as u32).map(draw).collect::<Result<_>>()?;
+        let weights = found.map(|found| t.iter().map(|&t| found.weight(t)).collect());
         let device = batch.images.device();
-        backend::on(device, DType::F32).upload_integers(t, device)
+        Ok(Timesteps { t: backend::on(device, DType::F32).upload_integers(t, device)?, weights })
     }
 
     /// Returns the batch with the classes that the network sees, on the device of the images. Some of the classes are
@@ -98,21 +115,25 @@ impl<D: Trainable> UpdateContext<'_, D> {
         Ok(eps)
     }
 
-    /// Updates the weights. Returns the loss, the norm of the gradient, and gradients whose memory can be reused. With
-    /// `check`, returns an error if a weight has no gradient.
+    /// Updates the weights. Returns the loss, the norm of the gradient, and gradients whose memory can be reused, and
+    /// the losses of the images if they are needed. With `check`, returns an error if a weight has no gradient.
     pub fn update(
         &mut self,
         batch: &Batch,
-        t: &Tensor,
+        timesteps: &Timesteps,
         eps: &Tensor,
         check: bool,
-    ) -> Result<Computed> {
-        let (loss, mut sums) = self.summed(batch, t, eps, check)?;
+    ) -> Result<(Computed, Option<ImageLosses>)> {
+        let Summed { loss, mut gradients, images } = self.summed(batch, timesteps, eps, check)?;
         let (learning_rate, count) = (self.learning_rate(), batch.images.dim(0)?);
-        let grad_norm = self.state.optimizer.update(&mut sums, learning_rate, count as u64)?;
+        let grad_norm = self.state.optimizer.update(&mut gradients, learning_rate, count as u64)?;
+        if let (Some(history), Some(images)) = (&mut self.state.losses, &images) {
+            history.record(&images.read()?)?;
+        }
         // If the batch is divided, the sums are not buffers of the network.
         let reusable = self.config.accumulation == 1;
-        Ok((loss, grad_norm, if reusable { sums.into_values().collect() } else { Vec::new() }))
+        let gradients = if reusable { gradients.into_values().collect() } else { Vec::new() };
+        Ok(((loss, grad_norm, gradients), images))
     }
 
     /// Returns the memory of [`summed`](Self::summed) gradients to the network.
@@ -126,10 +147,11 @@ impl<D: Trainable> UpdateContext<'_, D> {
     pub fn summed(
         &mut self,
         batch: &Batch,
-        t: &Tensor,
+        timesteps: &Timesteps,
         eps: &Tensor,
         check: bool,
-    ) -> Result<(Tensor, BTreeMap<String, Tensor>)> {
+    ) -> Result<Summed> {
+        let t = &timesteps.t;
         let (x_0, parts) = (&batch.images, self.config.accumulation);
         let count = x_0.dims().first().copied().unwrap_or(0);
         if count == 0 || !count.is_multiple_of(parts) {
@@ -140,8 +162,12 @@ impl<D: Trainable> UpdateContext<'_, D> {
         let backend = backend::of(x_0);
         let gradient_scale = self.state.optimizer.loss_scale()?;
         let part = count / parts;
+        let weights = self
+            .config
+            .needs_image_losses()
+            .then(|| timesteps.weights.clone().unwrap_or_else(|| vec![1.0; count]));
         let mut sums = BTreeMap::new();
-        let mut loss = None;
+        let (mut loss, mut of_images) = (None, Vec::new());
         for first in (0..count).step_by(part) {
             let of_part = |tensor: &Tensor| tensor.narrow(0, first, part);
             let classes = batch.classes.as_ref().map(of_part).transpose()?;
@@ -151,7 +177,17 @@ impl<D: Trainable> UpdateContext<'_, D> {
                 gradient_scale: gradient_scale.clone(),
                 ..Noised::new(self.diffusion, &images, &of_part(t)?, &of_part(eps)?)?
             };
-            let (of_part, found) = self.gradients(&noised, batch.first as usize + first)?;
+            let weights = weights.as_ref().map(|weights| &weights[first..first + part]);
+            let (of_part, found) =
+                self.gradients(&noised, weights, batch.first as usize + first)?;
+            let of_part = match weights {
+                Some(_) => {
+                    let sum = of_part.sum_all()?;
+                    of_images.push(of_part);
+                    sum
+                }
+                None => of_part,
+            };
             loss = Some(match loss {
                 Some(sum) => backend.combine(&sum, 1.0, &of_part, 1.0)?,
                 None => of_part,
@@ -168,13 +204,24 @@ impl<D: Trainable> UpdateContext<'_, D> {
         let Some(loss) = loss else {
             return Err(Error::config("accumulation", parts, "at least 1"));
         };
-        Ok((loss, sums))
+        let images = match weights {
+            Some(weights) => Some(ImageLosses {
+                t: t.clone(),
+                losses: Tensor::cat(&of_images, 0)?,
+                weights,
+                timesteps: self.diffusion.schedule().steps(),
+            }),
+            None => None,
+        };
+        Ok(Summed { loss, gradients: sums, images })
     }
 
-    /// Computes the loss, and the gradients of the weights, for the part of the batch that begins at image `first`.
+    /// Computes the loss, and the gradients of the weights, for the part of the batch that begins at image `first`. With
+    /// `weights`, returns the weighted loss of each image instead of their sum.
     fn gradients(
         &self,
         noised: &Noised<'_>,
+        weights: Option<&[f64]>,
         first: usize,
     ) -> Result<(Tensor, BTreeMap<String, Tensor>)> {
         let step = self.state.progress.step;
@@ -185,7 +232,10 @@ impl<D: Trainable> UpdateContext<'_, D> {
         let found = self.model.gradients(x_t, t, &condition, &dropout, &mut |output| {
             let found = output.prediction.dims();
             check_dims("the network's output", found, x_t.dims(), "that of its input")?;
-            let (loss, gradient) = objective.loss(noised, output)?;
+            let (loss, gradient) = match weights {
+                Some(weights) => image_losses::evaluate(objective, noised, output, weights)?,
+                None => objective.loss(noised, output)?,
+            };
             losses.push(loss);
             Ok(gradient)
         })?;

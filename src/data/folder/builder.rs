@@ -50,6 +50,7 @@ pub struct FolderBuilder<'a> {
     config: FolderConfig,
     memory_limit: u64,
     cache: Option<PathBuf>,
+    cache_limit: u64,
     on_progress: Report<'a>,
 }
 
@@ -108,14 +109,18 @@ impl Folder {
     /// progress.
     pub fn builder<'a>(root: impl Into<PathBuf>, config: FolderConfig) -> FolderBuilder<'a> {
         let on_progress = Box::new(|_| ControlFlow::Continue(()));
-        let memory_limit = FolderBuilder::MEMORY_LIMIT;
-        FolderBuilder { root: root.into(), config, memory_limit, cache: None, on_progress }
+        let (memory_limit, cache_limit) = (FolderBuilder::MEMORY_LIMIT, FolderBuilder::CACHE_LIMIT);
+        let root = root.into();
+        FolderBuilder { root, config, memory_limit, cache: None, cache_limit, on_progress }
     }
 }
 
 impl<'a> FolderBuilder<'a> {
     /// The default of [`memory_limit`](Self::memory_limit): 2 GiB.
     pub const MEMORY_LIMIT: u64 = 2 << 30;
+
+    /// The default of [`cache_limit`](Self::cache_limit): 16 GiB.
+    pub const CACHE_LIMIT: u64 = 16 << 30;
 
     /// Sets the number of bytes of scaled pictures that are kept in memory. The default is 2 GiB: 174,000 colour images
     /// of 64 x 64 pixels. Pictures beyond the limit are decoded each time a batch is read.
@@ -134,6 +139,13 @@ impl<'a> FolderBuilder<'a> {
         self
     }
 
+    /// Sets the largest number of bytes of the files in the [cache](Self::cache). The default is 16 GiB: 1.4 million
+    /// colour images of 64 x 64 pixels. Beyond the limit, the files that were not used for the longest time are removed.
+    pub fn cache_limit(mut self, bytes: u64) -> Self {
+        self.cache_limit = bytes;
+        self
+    }
+
     /// Sets a function that is called after each file, from the thread that has read it, and never from two threads at
     /// once. If it returns `Break`, opening the folder ends with [`Error::Stopped`].
     pub fn on_progress(mut self, f: impl FnMut(Progress) -> ControlFlow<()> + Send + 'a) -> Self {
@@ -148,8 +160,8 @@ impl<'a> FolderBuilder<'a> {
     /// [`on_progress`](Self::on_progress) returned `Break`, and [`Error::Io`] if the cache cannot be written.
     pub fn open(self) -> Result<Folder> {
         self.config.validate()?;
-        let Self { root, config, memory_limit, cache, on_progress } = self;
-        let cache = cache.map(Cache::open).transpose()?;
+        let Self { root, config, memory_limit, cache, cache_limit, on_progress } = self;
+        let cache = cache.map(|directory| Cache::open(directory, cache_limit)).transpose()?;
         let work = Work {
             root: &root,
             config: &config,
@@ -367,6 +379,7 @@ impl fmt::Debug for FolderBuilder<'_> {
             .field("config", &self.config)
             .field("memory_limit", &self.memory_limit)
             .field("cache", &self.cache)
+            .field("cache_limit", &self.cache_limit)
             .finish_non_exhaustive()
     }
 }

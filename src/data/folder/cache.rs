@@ -4,14 +4,18 @@
 //! the CRC-32 of the remaining bytes, the width, the height, and the pixels. All numbers are little-endian. The
 //! checksum detects damage, but no forgery: a program that can write to the directory can change the images.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::SystemTime;
 
 use flate2::Crc;
 use sha2::{Digest, Sha256};
 
 use super::recipe::{Recipe, Scaled};
+use crate::data::parallel::lock;
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -22,6 +26,9 @@ const MAGIC: &[u8; 8] = b"ddpm-px1";
 const HEADER: usize = 8 + 4 + 4 + 4;
 
 const EXTENSION: &str = ".pixels";
+
+/// The fraction of the limit to which files are removed, so that not every new file removes another.
+const KEPT: f64 = 0.9;
 
 /// The hash of a recipe and the content of a picture.
 pub(super) type Key = [u8; 32];
@@ -35,6 +42,10 @@ pub(super) fn key(recipe: &Recipe, content: &[u8]) -> Key {
 #[derive(Debug)]
 pub(super) struct Cache {
     directory: PathBuf,
+    /// The largest number of bytes of all files.
+    limit: u64,
+    /// The bytes of all files, as far as this process knows.
+    bytes: Mutex<u64>,
 }
 
 impl Cache {
@@ -42,10 +53,12 @@ impl Cache {
     ///
     /// # Errors
     /// Returns an error if no file can be written there.
-    pub fn open(directory: PathBuf) -> Result<Self> {
+    pub fn open(directory: PathBuf, limit: u64) -> Result<Self> {
         files::check_writable(directory.join("check"))?;
         files::clear_leftovers(&directory, |name| name.ends_with(EXTENSION));
-        Ok(Self { directory })
+        let cache = Self { directory, limit, bytes: Mutex::new(0) };
+        cache.prune(&mut lock(&cache.bytes));
+        Ok(cache)
     }
 
     /// Returns the scaled picture of this key. Returns `None` if there is none, or if its file is damaged.
@@ -55,7 +68,10 @@ impl Cache {
         let data = fs::metadata(&path).ok().filter(|data| data.is_file() && data.len() <= limit)?;
         let mut bytes = Vec::new();
         bytes.try_reserve_exact(data.len() as usize).ok()?;
-        File::open(&path).ok()?.take(limit).read_to_end(&mut bytes).ok()?;
+        let mut file = File::open(&path).ok()?;
+        file.by_ref().take(limit).read_to_end(&mut bytes).ok()?;
+        // The time orders files by their last use. Without it, a file is only removed earlier.
+        let _ = file.set_modified(SystemTime::now());
         let scaled = decoded(bytes)?;
         recipe.allows(&scaled).then_some(scaled)
     }
@@ -65,7 +81,45 @@ impl Cache {
     /// # Errors
     /// Returns an error if the file cannot be written, for example on a full disk.
     pub fn put(&self, key: &Key, scaled: &Scaled) -> Result<()> {
-        files::write_unflushed(&self.path(key), &encoded(scaled))
+        let content = encoded(scaled);
+        if content.len() as u64 > self.limit {
+            return Ok(());
+        }
+        files::write_unflushed(&self.path(key), &content)?;
+        let mut bytes = lock(&self.bytes);
+        *bytes += content.len() as u64;
+        if *bytes > self.limit {
+            self.prune(&mut bytes);
+        }
+        Ok(())
+    }
+
+    /// Counts the bytes of all files. If they exceed the limit, removes those that were not used for the longest time. A
+    /// file that cannot be removed, or that another process has removed, is not an error.
+    fn prune(&self, bytes: &mut u64) {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&self.directory).into_iter().flatten().flatten() {
+            let (path, Ok(metadata)) = (entry.path(), entry.metadata()) else { continue };
+            let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
+            if name.ends_with(EXTENSION) && !name.starts_with('.') && metadata.is_file() {
+                let used = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+                found.push((used, metadata.len(), path));
+            }
+        }
+        *bytes = found.iter().map(|(_, len, _)| len).sum();
+        if *bytes <= self.limit {
+            return;
+        }
+        found.sort();
+        let kept = (self.limit as f64 * KEPT) as u64;
+        for (_, len, path) in found {
+            if *bytes <= kept {
+                break;
+            }
+            if fs::remove_file(path).is_ok() {
+                *bytes -= len;
+            }
+        }
     }
 
     /// Another version of the crate may scale otherwise, and has other files.
@@ -102,4 +156,49 @@ fn checksum(bytes: &[u8]) -> u32 {
 /// The error of a picture whose content is not that of its key.
 pub(super) fn changed(path: PathBuf) -> Error {
     Error::data(path, "changed since the folder was opened; open the folder again")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::config::FolderConfig;
+    use super::*;
+
+    #[test]
+    fn files_that_were_not_used_for_the_longest_time_are_removed_first() -> Result<()> {
+        let temporary = tempfile::tempdir().map_err(Error::io("."))?;
+        let config = FolderConfig { height: 10, width: 10, ..FolderConfig::default() };
+        let recipe = Recipe { config, channels: 1 };
+        let scaled = Scaled { width: 10, height: 10, pixels: vec![7; 100] };
+        let cache = |limit| Cache::open(temporary.path().into(), limit);
+        let keys: Vec<Key> = (0..8).map(|k| [k; 32]).collect();
+        let held = |cache: &Cache| -> Vec<u8> {
+            keys.iter().filter(|key| cache.path(key).exists()).map(|key| key[0]).collect()
+        };
+        // A file has 120 bytes, so five fit, and four are kept.
+        let small = cache(620)?;
+        for (key, age) in keys[..5].iter().zip(1..) {
+            small.put(key, &scaled)?;
+            let time = SystemTime::now() - Duration::from_secs(1000 - 100 * age);
+            let file = File::options().write(true).open(small.path(key)).map_err(Error::io("."))?;
+            file.set_modified(time).map_err(Error::io("."))?;
+        }
+        fs::write(temporary.path().join("notes"), vec![0; 1000]).map_err(Error::io("."))?;
+        assert_eq!(held(&small), [0, 1, 2, 3, 4]);
+        // The oldest becomes the newest.
+        assert_eq!(small.get(&keys[0], &recipe).map(|found| found.pixels), Some(vec![7; 100]));
+        small.put(&keys[5], &scaled)?;
+        assert_eq!(held(&small), [0, 3, 4, 5]);
+        small.put(&keys[6], &scaled)?;
+        assert_eq!(held(&small), [0, 3, 4, 5, 6]);
+        // A smaller limit holds when the cache is opened. Larger files are not kept, and remove nothing.
+        let smaller = cache(130)?;
+        assert_eq!(held(&smaller).len(), 0);
+        smaller.put(&keys[7], &scaled)?;
+        smaller.put(&keys[6], &Scaled { width: 10, height: 20, pixels: vec![7; 200] })?;
+        assert_eq!(held(&smaller), [7]);
+        assert!(temporary.path().join("notes").exists());
+        Ok(())
+    }
 }

@@ -282,6 +282,13 @@ impl State {
         Ok(state)
     }
 
+    /// Returns the training configuration with the length and the reports of another one. With a cool-down, or with a
+    /// schedule that ends at `steps`, the length also changes the learning rate of later updates.
+    fn train_as_in(&self, other: &TrainConfig) -> TrainConfig {
+        let TrainConfig { steps, log_every, loss_quartiles, keep_checkpoints, .. } = *other;
+        TrainConfig { steps, log_every, loss_quartiles, keep_checkpoints, ..self.train.clone() }
+    }
+
     /// # Errors
     /// Returns an error that ends with `remedy` if this is not a run with these configurations.
     pub fn must_match(&self, identity: &Identity<'_>, remedy: &'static str) -> Result<()> {
@@ -293,11 +300,7 @@ impl State {
         if self.diffusion != **diffusion {
             compare("diffusion", &to_value(&self.diffusion)?, &to_value(diffusion)?, remedy)?;
         }
-        // These fields change the length of a run and its reports. With a cool-down, or with a schedule that ends at
-        // `steps`, they also change the learning rate of later updates.
-        let TrainConfig { steps, log_every, keep_checkpoints, .. } = **train;
-        let saved = TrainConfig { steps, log_every, keep_checkpoints, ..self.train.clone() };
-        let mut saved = to_value(&saved)?;
+        let mut saved = to_value(&self.train_as_in(train))?;
         // The changes that the run has made since this checkpoint.
         let later = identity.history.iter().skip(self.progress.history.len());
         later.for_each(|change| change.apply("train", &mut saved));
@@ -312,9 +315,8 @@ impl State {
     pub fn changes(&self, identity: &Identity<'_>, remedy: &'static str) -> Result<Vec<Change>> {
         let own = Identity { train: &self.train, ..identity.clone() };
         self.must_match(&own, remedy)?;
-        let TrainConfig { steps, log_every, keep_checkpoints, .. } = *identity.train;
-        let saved = TrainConfig { steps, log_every, keep_checkpoints, ..self.train.clone() };
-        let found = differences("train", &to_value(&saved)?, &to_value(identity.train)?);
+        let saved = to_value(&self.train_as_in(identity.train))?;
+        let found = differences("train", &saved, &to_value(identity.train)?);
         let change = |(field, from, to): (String, Value, Value)| {
             let rest = field.strip_prefix("train.").unwrap_or_default();
             if !CHANGEABLE.contains(&rest.split('.').next().unwrap_or_default()) {

@@ -22,8 +22,9 @@ use crate::train::stateful::Stateful;
 /// A training run on disk: a directory of safetensors and JSON files from which a network can sample, or a run
 /// resume.
 ///
-/// [`Trainer::save`](crate::Trainer::save) writes it. All tensors are f32 and are named after the weights. Each file of
-/// weights also describes the network and the process, so that [`WeightsFile`](crate::train::WeightsFile) reads it alone.
+/// [`Trainer::save`](crate::Trainer::save) writes it. All tensors are f32. Those that belong to weights are named after
+/// them. Each file of weights also describes the network and the process, so that
+/// [`WeightsFile`](crate::train::WeightsFile) reads it alone.
 ///
 /// | file | content |
 /// | --- | --- |
@@ -33,6 +34,7 @@ use crate::train::stateful::Stateful;
 /// | `average.safetensors`, `average-2.safetensors`, … | further averages of the weights, if the run has them |
 /// | `optimizer.safetensors` | the state of the optimiser |
 /// | `muon.safetensors` | the state of Muon, if the run uses it |
+/// | `timesteps.safetensors` | the last losses of each timestep, if timesteps are drawn by importance |
 ///
 /// ```no_run
 /// use candle_core::Device;
@@ -244,8 +246,9 @@ impl Checkpoint {
     /// computed in f64.
     ///
     /// # Errors
-    /// Returns an error if `sigma_rel` is not positive and less than 0.2886, if the run has no such averages, or if a
-    /// file is damaged.
+    /// Returns an error if `sigma_rel` is not positive and less than 0.2886, if the run has no such averages, if the
+    /// magnitudes of the factors add up to more than 1,000 because the averages are too similar, or if a file is
+    /// damaged.
     pub fn post_hoc<N: Architecture>(&self, sigma_rel: f64, device: &Device) -> Result<N::Model> {
         let wanted = exponent(sigma_rel)?;
         let (here, files) = (&self.0.state, self.power_averages()?);

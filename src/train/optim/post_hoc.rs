@@ -49,11 +49,28 @@ pub(in crate::train) fn exponent(sigma_rel: f64) -> Result<f64> {
 /// Returns the factors of stored averages whose sum is closest to the average with the profile `wanted`.
 ///
 /// # Errors
-/// Returns an error if two profiles are equal, so that the factors are not determined.
+/// Returns an error if two profiles are equal, so that the factors are not determined, or if the factors would multiply
+/// the rounding errors of the averages too much.
 pub(in crate::train) fn factors(stored: &[Profile], wanted: Profile) -> Result<Vec<f64>> {
     let row = |a: &Profile| stored.iter().map(|b| a.dot(*b)).chain([a.dot(wanted)]).collect();
-    solve(stored.iter().map(row).collect())
+    let factors = solve(stored.iter().map(row).collect())?;
+    let magnitude: f64 = factors.iter().map(|factor| factor.abs()).sum();
+    if magnitude.is_nan() || magnitude > MAX_MAGNITUDE {
+        let expected = format!(
+            "at most {MAX_MAGNITUDE}; the stored averages are too similar for this sigma_rel: store widths that differ \
+             more, such as AverageConfig::POST_HOC, or choose a sigma_rel nearer to a stored one"
+        );
+        return Err(Error::config("sum of the factors' magnitudes", magnitude, expected));
+    }
+    Ok(factors)
 }
+
+/// The largest sum of the magnitudes of factors. Stored averages are f32, with relative errors of 6e-8, which the sum
+/// multiplies to at most 6e-5 of the weights. With the widths 0.05 and 0.10, as in EDM2, the sum is at most 240, even for
+/// a width of 0.01 from 300 checkpoints. It is inversely proportional to the difference of two widths: with 0.05 and
+/// 0.0505, a width of 0.10 has 87. The condition number of the equations says less: it grows with the number of
+/// checkpoints, while the factors stay small.
+const MAX_MAGNITUDE: f64 = 1000.0;
 
 /// Solves linear equations, given as the rows of their matrix with the right-hand side at the end. Gaussian elimination
 /// with the largest pivot of each column.
@@ -134,6 +151,24 @@ mod tests {
             }
         }
         assert!(factors(&[stored[0], stored[0]], stored[1]).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn averages_that_are_too_similar_are_refused() -> Result<()> {
+        let profile =
+            |sigma| -> Result<Profile> { Ok(Profile { end: 1000.0, exponent: exponent(sigma)? }) };
+        let magnitude = |other, wanted| -> Result<f64> {
+            let found = factors(&[profile(0.05)?, profile(other)?], profile(wanted)?)?;
+            Ok(found.iter().map(|factor| factor.abs()).sum())
+        };
+        // The sums come from NumPy: `np.linalg.solve`.
+        assert!((magnitude(0.0505, 0.1)? / 87.2712470678832 - 1.0).abs() < 1e-9);
+        assert!((magnitude(0.05 * 1.001, 0.1)? / 871.0316503643876 - 1.0).abs() < 1e-7);
+        assert!(magnitude(0.05 * 1.0001, 0.05)? < 1.001);
+        let message = magnitude(0.05 * 1.0001, 0.1).unwrap_err().to_string();
+        assert!(message.starts_with("sum of the factors' magnitudes is 870"), "{message}");
+        assert!(message.contains("at most 1000; the stored averages are too similar"), "{message}");
         Ok(())
     }
 
