@@ -11,7 +11,7 @@ use crate::error::{Error, Result, check_float};
 
 impl Sampler {
     /// Sets a picture of which images are variations: SDEdit, Meng et al. 2022,
-    /// [SDEdit](https://arxiv.org/abs/2108.01073), algorithm 2.
+    /// [SDEdit](https://arxiv.org/abs/2108.01073), section 3.
     ///
     /// Each image begins at the picture, noised to timestep `t = strength T - 1` (rounded) by the forward process
     /// `sqrt(alpha_bar_t) picture + sqrt(1 - alpha_bar_t) eps`. Of the timesteps of this sampler, those up to `t` are
