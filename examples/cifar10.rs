@@ -4,31 +4,44 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use ddpm::cli::{self, Recipe, TrainArgs, datasets};
+use ddpm::cli::{self, Recipe, RecipeName, TrainArgs, datasets};
 use ddpm::{Diffusion, TrainConfig, UNetConfig};
 
-/// The default sampler draws the grids: deterministic DDIM with 50 steps.
-fn recipe() -> Recipe {
-    Recipe {
+/// The recipe of this name. That of the paper draws its grids by the usual sampler: deterministic DDIM with 50 steps.
+fn recipe(name: RecipeName) -> Recipe {
+    let recipe = Recipe {
         out: "out/cifar10",
         cargo_target: "--example cifar10",
         save_every: 1_000,
         sample_every: 5_000,
         ..Recipe::new(UNetConfig::cifar10(), Diffusion::ddpm(), TrainConfig::cifar10())
+    };
+    match name {
+        RecipeName::Ddpm => recipe,
+        RecipeName::Recommended => recipe.recommended(100_000, 128),
     }
+}
+
+fn defaults() -> String {
+    let [ddpm, recommended] = [RecipeName::Ddpm, RecipeName::Recommended].map(recipe);
+    let recommended = recommended.defaults("With --recipe recommended");
+    format!("{}\n\n{recommended}", ddpm.defaults("Defaults"))
 }
 
 /// Train a DDPM on CIFAR-10, and draw samples from it
 #[derive(Parser)]
-#[command(name = "cifar10", version, after_help = recipe().defaults("Defaults"))]
+#[command(name = "cifar10", version, after_help = defaults())]
 struct Cli {
     /// Directory that contains cifar-10-batches-bin/, or `hub`
     #[arg(long, value_name = "DIR", default_value = "data")]
     data: PathBuf,
+    /// Recipe: ddpm, with the process of the paper, or recommended, with velocity and Muon
+    #[arg(long, value_name = "R", value_enum, default_value = "ddpm")]
+    recipe: RecipeName,
     #[command(flatten)]
     train: TrainArgs,
 }
 
 fn main() -> ExitCode {
-    cli::main(|cli: Cli| cli::train(&recipe(), &cli.train, || datasets::cifar10(&cli.data)))
+    cli::main(|cli: Cli| cli::train(&recipe(cli.recipe), &cli.train, || datasets::cifar10(&cli.data)))
 }

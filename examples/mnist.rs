@@ -4,52 +4,38 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use ddpm::cli::{self, Recipe, TrainArgs, datasets};
-use ddpm::process::Prediction;
+use ddpm::cli::{self, Recipe, RecipeName, TrainArgs, datasets};
 use ddpm::sample::SamplerConfig;
-use ddpm::train::AdamConfig;
-use ddpm::{Diffusion, NoiseSchedule, Result, Solver, TrainConfig, UNetConfig};
+use ddpm::{Diffusion, Solver, TrainConfig, UNetConfig};
 
 /// The digits in the repository.
 const DIGITS: &str = "examples/data/mnist-train-10k-images-idx3-ubyte.gz";
 
-/// The recipe for a full set: the process of the paper.
-fn full(out: &'static str) -> Recipe {
+/// The recipe for a full set: the process of the paper, or the recommended one.
+fn full(out: &'static str, name: RecipeName) -> Recipe {
     // Noise corrects the errors that a briefly trained network makes in earlier sampling steps.
-    let solver = Solver::Ddim { eta: 1.0 };
-    Recipe {
-        out,
-        cargo_target: "--example mnist",
-        sampling: SamplerConfig::new(solver, 100).clip_denoised(true),
-        ..Recipe::new(UNetConfig::mnist(), Diffusion::ddpm(), TrainConfig::mnist())
+    let sampling = SamplerConfig::new(Solver::Ddim { eta: 1.0 }, 100).clip_denoised(true);
+    let recipe = Recipe::new(UNetConfig::mnist(), Diffusion::ddpm(), TrainConfig::mnist());
+    let recipe = Recipe { out, cargo_target: "--example mnist", sampling, ..recipe };
+    match name {
+        RecipeName::Ddpm => recipe,
+        RecipeName::Recommended => recipe.recommended(6_000, 64),
     }
 }
 
-/// The recipe for the digits in the repository, which takes a quarter of an hour. In such a short training, the cosine
-/// schedule and velocity give better results than the process of the paper. Nichol and Dhariwal 2021; Salimans and Ho
-/// 2022.
-fn quick() -> Result<Recipe> {
-    // Many large updates of small batches achieve more than a few accurate ones. They need a warm-up and clipping to
-    // stay stable, and a cool-down.
-    let train = TrainConfig {
-        steps: 7_500,
-        batch_size: 8,
-        optimizer: AdamConfig::adam(1e-3),
-        warmup_steps: 200,
-        cooldown: 0.7,
-        clip_norm: Some(1.0),
-        ..TrainConfig::mnist()
-    };
-    let diffusion = Diffusion::new(NoiseSchedule::cosine(1000)?, Prediction::Velocity);
-    Ok(Recipe { diffusion, train, sample_every: 2_500, ..full("out/mnist") })
+/// The recipe for the digits in the repository, which takes a few minutes: many updates of small batches.
+fn quick() -> Recipe {
+    let recipe = full("out/mnist", RecipeName::Recommended).recommended(1_875, 16);
+    Recipe { sample_every: 625, ..recipe }
 }
 
 fn defaults() -> String {
-    let quick = quick().map(|recipe| recipe.defaults("Defaults")).unwrap_or_default();
-    let full = full("out/mnist-full").defaults("With --data");
+    let full = |name| full("out/mnist-full", name);
     format!(
-        "{quick}\n  the network predicts velocity, on the cosine schedule\n\n{full}\n  the network predicts noise, \
-         on the linear schedule\n\nWith --fashion: as with --data, except for --out out/fashion-mnist."
+        "{}\n\n{}\n\n{}\n\nWith --fashion: as with --data, except for --out out/fashion-mnist.",
+        quick().defaults("Defaults"),
+        full(RecipeName::Ddpm).defaults("With --data"),
+        full(RecipeName::Recommended).defaults("With --data --recipe recommended"),
     )
 }
 
@@ -63,16 +49,19 @@ struct Cli {
     /// Train on Fashion-MNIST instead of the digits; requires --data
     #[arg(long)]
     fashion: bool,
+    /// Recipe for a full set: ddpm, with the process of the paper, or recommended, with velocity and Muon
+    #[arg(long, value_name = "R", value_enum, default_value = "ddpm", requires = "data")]
+    recipe: RecipeName,
     #[command(flatten)]
     train: TrainArgs,
 }
 
 fn main() -> ExitCode {
-    cli::main(|Cli { data, fashion, train }| {
+    cli::main(|Cli { data, fashion, recipe, train }| {
         let recipe = match (fashion, &data) {
-            (true, _) => full("out/fashion-mnist"),
-            (false, Some(_)) => full("out/mnist-full"),
-            (false, None) => quick()?,
+            (true, _) => full("out/fashion-mnist", recipe),
+            (false, Some(_)) => full("out/mnist-full", recipe),
+            (false, None) => quick(),
         };
         let (data, repository) = (data.as_deref(), env!("CARGO_MANIFEST_DIR"));
         cli::train(&recipe, &train, || datasets::mnist(data, fashion, repository, DIGITS))

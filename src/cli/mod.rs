@@ -54,7 +54,7 @@ pub use identity::Identity;
 pub use output::OutputArgs;
 pub use print::{err, grouped, out};
 pub use program::{check_output, main};
-pub use recipe::{Recipe, TrainArgs};
+pub use recipe::{Recipe, RecipeName, TrainArgs};
 pub use result::{Interrupted, Result};
 pub use sampling::SamplingArgs;
 pub use train::{check, train};

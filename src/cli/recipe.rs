@@ -9,7 +9,7 @@ use crate::model::UNetConfig;
 use crate::precision::Precision;
 use crate::process::Diffusion;
 use crate::sample::SamplerConfig;
-use crate::train::{AdamConfig, LearningRateSchedule, TrainConfig};
+use crate::train::{AdamConfig, LearningRateSchedule, TimestepSampling, TrainConfig};
 
 /// A network, a process, and the defaults of a program that trains it.
 #[derive(Debug, Clone)]
@@ -41,6 +41,17 @@ pub struct Recipe {
     pub gradient_norms: u64,
 }
 
+/// The name of a recipe for a data set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(
+    missing_docs,
+    reason = "clap would print a list of documented variants instead of their names"
+)]
+pub enum RecipeName {
+    Ddpm,
+    Recommended,
+}
+
 /// The usual number of updates between two held-out losses.
 pub(super) const HELD_OUT_EVERY: u64 = 500;
 
@@ -64,6 +75,19 @@ impl Recipe {
         }
     }
 
+    /// Replaces the process, the training and the sampler by those that this crate recommends. Flips remain.
+    #[must_use]
+    pub fn recommended(self, steps: u64, batch_size: usize) -> Self {
+        let TrainConfig { horizontal_flip, log_every, .. } = self.train;
+        let train = TrainConfig::recommended(steps, batch_size);
+        Self {
+            diffusion: Diffusion::velocity(),
+            train: TrainConfig { horizontal_flip, log_every, ..train },
+            sampling: SamplerConfig::recommended(),
+            ..self
+        }
+    }
+
     /// Formats the defaults in the case `when`, for the end of --help.
     pub fn defaults(&self, when: &str) -> String {
         let Self { train, .. } = self;
@@ -76,13 +100,18 @@ impl Recipe {
             share => format!("cool-down over the last {:.0}%", 100.0 * share),
         };
         let solver = self.sampling.solver;
+        let optimizer = if train.muon.is_some() { "muon" } else { "adam" };
+        let timesteps = match train.timesteps {
+            TimestepSampling::Stratified => "stratified",
+            _ => "uniform",
+        };
         format!(
             "{when}: --out {} --save-every {} --sample-every {} --sample-count {} \
              --held-out-every {}\n  \
              new runs only (--resume uses the checkpoint's values, and accepts others for the last three): \
-             --batch-size {} --learning-rate {} --accumulation {} --precision {} --seed {} \
-             --steps {} --log-every {} --sampling-steps {}\n  \
-             fixed: warm-up over {} updates, {cooldown}, {clipping}; grids by {solver}.",
+             --batch-size {} --optimizer {optimizer} --learning-rate {} --timesteps {timesteps} --accumulation {} \
+             --precision {} --seed {} --steps {} --log-every {} --sampling-steps {}\n  \
+             fixed: prediction of {}, warm-up over {} updates, {cooldown}, {clipping}; grids by {solver}.",
             self.out,
             self.save_every,
             self.sample_every,
@@ -96,6 +125,7 @@ impl Recipe {
             train.steps,
             train.log_every,
             self.sampling.steps,
+            self.diffusion.prediction(),
             train.warmup_steps,
         )
     }

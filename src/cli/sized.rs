@@ -2,7 +2,8 @@ use super::recipe::Recipe;
 use super::result::Result;
 use crate::model::UNetConfig;
 use crate::process::{Diffusion, NoiseSchedule, Prediction};
-use crate::train::{AdamConfig, TrainConfig};
+use crate::sample::SamplerConfig;
+use crate::train::TrainConfig;
 
 /// The smallest side of the feature maps in the bottleneck, if the size of the images allows it. Fewer pixels would
 /// lose the positions of the parts of an image, which attention relates.
@@ -64,24 +65,16 @@ impl Recipe {
             attention_levels,
             ..UNetConfig::mnist()
         };
-        let train = TrainConfig {
-            steps: 20_000,
-            batch_size,
-            optimizer: AdamConfig::adam(5e-4),
-            warmup_steps: 500,
-            cooldown: 0.5,
-            clip_norm: Some(1.0),
-            log_every: 10,
-            ..TrainConfig::mnist()
-        };
+        let train = TrainConfig { log_every: 10, ..TrainConfig::recommended(20_000, batch_size) };
         let bottleneck = format!("{} x {}", height >> levels, width >> levels);
         let reason = format!(
             "{levels} halvings to {bottleneck} pixels, {:?} channels, attention at {ATTENTION} pixels and less; velocity \
-             on the cosine schedule{shifted}; batches of {batch_size}",
+             on the cosine schedule{shifted}; Muon, batches of {batch_size}",
             network.hidden_dims,
         );
         let diffusion = Diffusion::new(schedule, Prediction::Velocity);
-        Ok((Self::new(network, diffusion, train), reason))
+        let sampling = SamplerConfig::recommended();
+        Ok((Self { sampling, ..Self::new(network, diffusion, train) }, reason))
     }
 }
 

@@ -1,3 +1,5 @@
+use std::fmt;
+
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +19,16 @@ pub enum Prediction {
     Sample,
     /// `v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0`. Salimans and Ho 2022, section 4.
     Velocity,
+}
+
+impl fmt::Display for Prediction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Epsilon => "noise",
+            Self::Sample => "x_0",
+            Self::Velocity => "velocity",
+        })
+    }
 }
 
 /// The diffusion process: a schedule, and the quantity that the network predicts.
@@ -41,6 +53,13 @@ impl Diffusion {
         let schedule =
             NoiseSchedule::linear(1000, 1e-4, 0.02).expect("the published schedule is valid");
         Self::new(schedule, Prediction::Epsilon)
+    }
+
+    /// The process that this crate recommends: 1000 timesteps of the cosine schedule (Nichol and Dhariwal 2021), and
+    /// prediction of velocity (Salimans and Ho 2022).
+    pub fn velocity() -> Self {
+        let schedule = NoiseSchedule::cosine(1000).expect("the published schedule is valid");
+        Self::new(schedule, Prediction::Velocity)
     }
 
     /// Checks whether `x_0` follows from a prediction at every timestep. [`Trainer`](crate::Trainer) and

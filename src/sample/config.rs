@@ -84,6 +84,12 @@ impl SamplerConfig {
         Self::new(Solver::ddim(), steps).clip_denoised(true)
     }
 
+    /// The settings that this crate recommends for networks that predict [velocity](Diffusion::velocity):
+    /// DPM-Solver++(2M) with 20 timesteps, with clipping.
+    pub const fn recommended() -> Self {
+        Self::new(Solver::DpmSolver { order: 2 }, 20).clip_denoised(true)
+    }
+
     /// Creates the sampler with these settings.
     ///
     /// # Errors

@@ -159,6 +159,26 @@ impl TrainConfig {
         }
     }
 
+    /// The recipe of this crate, for [velocity](crate::Diffusion::velocity): Muon for matrices and Adam for the other weights,
+    /// with a learning rate of 1e-3 that rises over the first 5% of the updates (at most 500) and falls to zero over the
+    /// last 70%, timesteps spread over each batch, gradients clipped to norm 1, and an average of decay 0.999 with
+    /// warm-up. `steps` is the total number of updates, and `batch_size` the images per update.
+    ///
+    /// The results of training in the repository compare it with [`mnist`](Self::mnist).
+    pub fn recommended(steps: u64, batch_size: usize) -> Self {
+        Self {
+            steps,
+            batch_size,
+            optimizer: AdamConfig::adam(1e-3),
+            muon: Some(MuonConfig::default()),
+            warmup_steps: (steps / 20).min(500),
+            cooldown: 0.7,
+            clip_norm: Some(1.0),
+            timesteps: TimestepSampling::Stratified,
+            ..Self::mnist()
+        }
+    }
+
     /// Checks the configuration. [`Trainer::new`](crate::Trainer::new) calls this.
     ///
     /// # Errors
