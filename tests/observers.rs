@@ -749,7 +749,8 @@ fn observers_that_compute_do_not_change_the_run() {
             values.into_iter().map(f32::to_bits).collect()
         };
         let weights = trainer.vars().values().map(|var| bits(var)).collect::<Vec<_>>();
-        (weights, trainer.ema().unwrap().averages().values().map(bits).collect::<Vec<_>>())
+        let averages = trainer.ema().unwrap().averages().values().map(bits).collect::<Vec<_>>();
+        (weights, averages, trainer.images_seen())
     };
     assert_eq!(end(true), end(false));
 }

@@ -86,9 +86,9 @@ impl SamplingArgs {
                 let path = path.display();
                 return Err(format!("--weights is for a directory; --checkpoint is {path}").into());
             }
-            return Ok(Trained::File(WeightsFile::open(path)?));
+            return Ok(Trained::File(Box::new(WeightsFile::open(path)?)));
         }
-        let opened = Checkpoint::open(path).map(Trained::Checkpoint);
+        let opened = Checkpoint::open(path).map(|found| Trained::Checkpoint(Box::new(found)));
         opened.map_err(|error| {
             let nested = path.join("checkpoint");
             match error {

@@ -29,9 +29,9 @@ pub enum Weights {
 #[non_exhaustive]
 pub enum Trained {
     /// The directory of a checkpoint.
-    Checkpoint(Checkpoint),
+    Checkpoint(Box<Checkpoint>),
     /// A file of weights, such as `ema.safetensors` of a checkpoint.
-    File(WeightsFile),
+    File(Box<WeightsFile>),
 }
 
 impl Trained {

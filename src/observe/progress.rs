@@ -197,7 +197,7 @@ impl Observer for Progress {
     fn on_published(&mut self, _: &Run<'_>, published: &[Published]) -> Result<()> {
         if let Some((name, latest)) = &mut self.lock().shown {
             let values = published.iter().filter(|value| value.name == *name);
-            *latest = values.filter_map(Published::scalar).last().or(*latest);
+            *latest = values.filter_map(Published::scalar).next_back().or(*latest);
         }
         Ok(())
     }
