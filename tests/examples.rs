@@ -1026,7 +1026,7 @@ fn wrong_arguments_are_reported_in_one_line() -> Result<()> {
     let lines = succeed(example("mnist").arg("--help"))?;
     assert!(lines.lines().all(|line| line.len() <= 100), "{lines}");
     let help = help("mnist")?;
-    assert!(help.contains("--save-every") && help.contains("--steps 7500"), "{help}");
+    assert!(help.contains("--save-every") && help.contains("--steps 1875"), "{help}");
     assert!(help.contains("--steps 20000"), "{help}");
     Ok(())
 }
