@@ -102,9 +102,9 @@ impl Sampler {
     /// (equation 8a; line 5 of the algorithm has the variance in place of its root). After the last step, the known
     /// pixels are identical to those of the picture in each bit. `resampling` repeats parts of the steps.
     ///
-    /// `picture` has the shape of an image, (channels, height, width), and values in [-1, 1]. `filled` has the same shape,
-    /// except for dimensions of 1, such as (1, height, width). Its values are 1 at the pixels to be filled, and 0 at the
-    /// known ones.
+    /// `picture` has the shape of an image, (channels, height, width), and values in [-1, 1]. `filled` has the same
+    /// shape, except for dimensions of 1, such as (1, height, width). Its values are 1 at the pixels to be filled, and
+    /// 0 at the known ones.
     ///
     /// ```
     /// # use candle_core::{DType, Device, Tensor};
@@ -123,9 +123,9 @@ impl Sampler {
     /// ```
     ///
     /// # Errors
-    /// Returns an error if the solver is neither [`Solver::Ddpm`] nor [`Solver::Ddim`], whose steps need only the sample.
-    /// Returns an error if the shapes or dtypes do not fit, if `filled` has other values, or if a setting of the
-    /// resampling is not in its range.
+    /// Returns an error if the solver is neither [`Solver::Ddpm`] nor [`Solver::Ddim`], whose steps need only the
+    /// sample. Returns an error if the shapes or dtypes do not fit, if `filled` has other values, or if a setting of
+    /// the resampling is not in its range.
     pub fn inpaint(
         mut self,
         picture: &Tensor,

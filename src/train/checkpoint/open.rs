@@ -23,8 +23,8 @@ use crate::train::stateful::Stateful;
 /// resume.
 ///
 /// [`Trainer::save`](crate::Trainer::save) writes it. All tensors are f32. Those that belong to weights are named after
-/// them. Each file of weights also describes the network and the process, so that
-/// [`WeightsFile`](crate::train::WeightsFile) reads it alone.
+/// them. Each weights file also describes the network and the process, so that
+/// [`WeightsFile`](crate::train::WeightsFile) reads it without the other files.
 ///
 /// | file | content |
 /// | --- | --- |
@@ -34,7 +34,7 @@ use crate::train::stateful::Stateful;
 /// | `average.safetensors`, `average-2.safetensors`, … | further averages of the weights, if the run has them |
 /// | `optimizer.safetensors` | the state of the optimiser |
 /// | `muon.safetensors` | the state of Muon, if the run uses it |
-/// | `timesteps.safetensors` | the last losses of each timestep, if timesteps are drawn by importance |
+/// | `timesteps.safetensors` | the last losses of each timestep, with importance sampling |
 ///
 /// ```no_run
 /// use candle_core::Device;
