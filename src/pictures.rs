@@ -60,7 +60,7 @@ pub fn save(samples: &Tensor, path: impl AsRef<Path>) -> Result<()> {
     files::write(path, &picture)
 }
 
-/// Draws a batch of samples (count, channels, height, width) in [-1, 1] as a grid: 1 channel is grey, 2 are grey and
+/// Draws a batch of samples (count, channels, height, width) in [-1, 1] as a grid. 1 channel is grey, 2 are grey and
 /// alpha, 3 are red, green and blue, and 4 are red, green, blue and alpha. The grid is as nearly square as possible,
 /// with opaque gaps. Small images are enlarged by integer factors, up to 64 pixels.
 ///

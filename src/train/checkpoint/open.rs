@@ -246,9 +246,9 @@ impl Checkpoint {
     /// computed in f64.
     ///
     /// # Errors
-    /// Returns an error if `sigma_rel` is not positive and less than 0.2886, if the run has no such averages, if the
-    /// magnitudes of the factors add up to more than 1,000 because the averages are too similar, or if a file is
-    /// damaged.
+    /// Returns an error if `sigma_rel` is not positive and less than 0.2886, if the run has no such averages, or if a
+    /// file is damaged. Returns an error if the magnitudes of the factors add up to more than 1,000, because the
+    /// averages are too similar.
     pub fn post_hoc<N: Architecture>(&self, sigma_rel: f64, device: &Device) -> Result<N::Model> {
         let wanted = exponent(sigma_rel)?;
         let (here, files) = (&self.0.state, self.power_averages()?);

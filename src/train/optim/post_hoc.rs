@@ -49,8 +49,8 @@ pub(in crate::train) fn exponent(sigma_rel: f64) -> Result<f64> {
 /// Returns the factors of stored averages whose sum is closest to the average with the profile `wanted`.
 ///
 /// # Errors
-/// Returns an error if two profiles are equal, so that the factors are not determined, or if the factors would multiply
-/// the rounding errors of the averages too much.
+/// Returns an error if two profiles are equal, because the factors are then not determined. Returns an error if the
+/// magnitudes of the factors add up to more than [`MAX_MAGNITUDE`].
 pub(in crate::train) fn factors(stored: &[Profile], wanted: Profile) -> Result<Vec<f64>> {
     let row = |a: &Profile| stored.iter().map(|b| a.dot(*b)).chain([a.dot(wanted)]).collect();
     let factors = solve(stored.iter().map(row).collect())?;
