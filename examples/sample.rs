@@ -9,8 +9,7 @@ use ddpm::eval::Generator;
 use ddpm::observe::Progress;
 use ddpm::pictures;
 
-/// Draw images from a checkpoint of any U-Net with images of 1 to 4 channels, begin at pictures, or fill
-/// parts of them
+/// Draw images from a checkpoint of any U-Net with images of 1 to 4 channels; vary, interpolate or inpaint pictures
 #[derive(Parser)]
 #[command(name = "sample", version)]
 struct Cli {

@@ -202,10 +202,10 @@ pub trait Trainable: Denoiser {
     /// Computes the output during training. Networks with dropout draw their masks from `dropout`. Shapes and errors
     /// are those of [`denoise`](Denoiser::denoise), which the default calls.
     ///
-    /// If the images of the data set have classes, so has the `condition`, even for a network without classes.
-    /// [`Model::denoise_train`](crate::nn::Model) then ignores them, but [`Model::denoise`](crate::nn::Model) returns
-    /// an error. A network that wraps another one therefore calls the same method of it here, which also has its
-    /// dropout.
+    /// If the images of the data set have classes, the `condition` has classes, too, even for a network without
+    /// classes. [`Model::denoise_train`](crate::nn::Model) then ignores them, but [`Model::denoise`](crate::nn::Model)
+    /// returns an error. A network that wraps another one therefore calls the `denoise_train` of that network here.
+    /// This method also applies the dropout.
     ///
     /// # Errors
     /// Returns the errors of the network.

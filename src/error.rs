@@ -89,7 +89,7 @@ pub enum Error {
         reason: String,
     },
 
-    /// A file of weights, or of a checkpoint, is truncated, malformed, or inconsistent with other files.
+    /// A weights file, or a file of a checkpoint, is truncated, malformed, or inconsistent with other files.
     #[error("{}: damaged file: {reason}", path.display())]
     Damaged {
         /// The file.

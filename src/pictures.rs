@@ -60,9 +60,9 @@ pub fn save(samples: &Tensor, path: impl AsRef<Path>) -> Result<()> {
     files::write(path, &picture)
 }
 
-/// Draws a batch of samples (count, channels, height, width) in [-1, 1] as a grid: 1 channel is grey, 2 are grey and
-/// alpha, 3 are red, green and blue, and 4 also alpha. The grid is as nearly square as
-/// possible, with opaque gaps. Small images are enlarged by integer factors, up to 64 pixels.
+/// Draws a batch of samples (count, channels, height, width) in [-1, 1] as a grid. 1 channel is grey, 2 are grey and
+/// alpha, 3 are red, green and blue, and 4 are red, green, blue and alpha. The grid is as nearly square as possible,
+/// with opaque gaps. Small images are enlarged by integer factors, up to 64 pixels.
 ///
 /// # Errors
 /// Returns an error if the tensor has another shape, if there are not 1 to 4 channels, if a value is not finite,
@@ -160,7 +160,7 @@ fn image_of(pixels: &[u8], shape: (usize, usize, usize)) -> Result<DynamicImage>
     picture_of(channels, w, h, mixed).ok_or_else(|| too_large(height, width))
 }
 
-/// The picture with these bytes, of which the channels of a pixel are together.
+/// Creates the picture with these bytes. The channels of a pixel are adjacent.
 fn picture_of(channels: usize, width: u32, height: u32, bytes: Vec<u8>) -> Option<DynamicImage> {
     match channels {
         1 => GrayImage::from_raw(width, height, bytes).map(DynamicImage::from),
@@ -185,7 +185,7 @@ pub fn check_channels(channels: usize) -> Result<()> {
     }
 }
 
-/// Whether the last channel is alpha, as in PNG files.
+/// Returns whether the last channel is alpha, as in PNG files.
 fn has_alpha(channels: usize) -> bool {
     matches!(channels, 2 | 4)
 }
@@ -216,9 +216,9 @@ pub fn png(picture: &DynamicImage) -> Result<Vec<u8>> {
     Ok(bytes.into_inner())
 }
 
-/// Encodes pictures of one size as the content of a GIF file. The animation repeats forever, and shows each picture
-/// for 70 ms and the last one for two seconds. Grey pictures are exact. Each coloured picture is reduced to 256
-/// colours. Transparent pictures are laid over white, because a pixel of a GIF is either opaque or invisible.
+/// Encodes pictures of one size as the content of a GIF file. The animation repeats forever, and shows each picture for
+/// 70 ms and the last one for two seconds. Grey pictures are exact. Each coloured picture is reduced to 256 colours.
+/// Transparent pictures are composited over white, because a pixel of a GIF is either opaque or invisible.
 ///
 /// # Errors
 /// Returns an error if there is no picture, if the pictures differ in size, or if their width or height is more than
@@ -271,7 +271,7 @@ fn frame(picture: &DynamicImage, width: u16, height: u16) -> Frame<'static> {
     frame
 }
 
-/// The colours of a transparent picture over white.
+/// Composites a transparent picture over white.
 fn over_white(picture: &RgbaImage) -> Vec<u8> {
     let over = |value: u8, alpha: u8| {
         let (value, alpha) = (u32::from(value), u32::from(alpha));
@@ -510,7 +510,7 @@ mod tests {
 
     #[test]
     fn a_film_of_transparent_pictures_lies_over_white() {
-        // A red pixel with a quarter of its colour, an invisible one, and an opaque one.
+        // A red pixel with an alpha of 64, an invisible one, and an opaque one.
         let colours = [200, 0, 10, 0, 0, 20, 0, 0, 30, 64, 0, 255];
         let picture = image_of(&colours, (4, 1, 3)).unwrap();
         assert_eq!(picture.to_rgba8().get_pixel(0, 0).0, [200, 0, 0, 64]);

@@ -45,7 +45,7 @@ pub(crate) enum Purpose {
     Prior = 7,
     /// Noise within the sampling loop; `step` is the timestep.
     Sampling = 8,
-    /// Noise of a sampling step from a timestep at which an earlier step began; `step` is the index of the step.
+    /// Noise of a sampling step whose noisier timestep an earlier step had, too; `step` is the index of the step.
     Resampling = 14,
     /// Random changes of training images by the data set, such as crops.
     Augment = 9,
@@ -53,10 +53,9 @@ pub(crate) enum Purpose {
     Offset = 11,
     /// The images of a batch whose class the network does not see.
     ClassDropout = 10,
-    /// Timesteps and noise of images that are not trained on; `step` is 0 for the order of the timesteps, and 1 for the
-    /// noise.
+    /// Timesteps and noise of the held-out loss; `step` is 0 for the order of the timesteps, and 1 for the noise.
     HeldOut = 12,
-    /// The images that are not trained on.
+    /// The choice of the held-out images.
     Split = 13,
 }
 

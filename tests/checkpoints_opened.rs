@@ -508,7 +508,7 @@ fn a_network_that_cannot_be_built_names_the_file() {
     assert!(message.contains(expected), "{message}");
 }
 
-/// Files of weights may have another precision, because they may come from elsewhere.
+/// Weights files may have another precision, because they may come from elsewhere.
 #[test]
 fn averages_of_another_precision_go_on_in_the_weights() {
     let (_dir, path) = saved();

@@ -137,7 +137,7 @@ fn a_resumed_run_is_the_uninterrupted_one() -> Result<()> {
     Ok(())
 }
 
-/// A resumed run is that without an interruption, including its division of the images and its best checkpoint.
+/// A resumed run equals one without an interruption, including its division of the images and its best checkpoint.
 #[test]
 fn a_run_holds_out_the_same_images_after_a_resume_and_keeps_its_best_checkpoint() -> Result<()> {
     let temp = TempDir::new()?;
@@ -355,7 +355,7 @@ fn a_folder_of_pictures_is_trained_on_and_its_configuration_repeats_the_run() ->
     fs::write(data.join("dark/0.png"), "no picture")?;
     let unreadable = "0.png";
     assert_fails(&mut train(&again, &["--resume", "--conditional"]), &[unreadable])?;
-    // What needs no pictures is checked before them.
+    // Checks that need no pictures come before the pictures are read.
     for (out, args, expected) in [
         (&again, &[][..], "holds a run at step 2"),
         (&again, &["--resume", "--seed", "9"], "train.seed is 0"),
@@ -624,7 +624,7 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
     edits(checkpoint, temp)
 }
 
-/// Samples from one file of weights: the same images as from the directory, variations, interpolations and fillings.
+/// Samples from a weights file: the same images as from the directory, variations, interpolations and inpainting.
 fn edits(checkpoint: &Path, temp: &Path) -> Result<()> {
     let weights = temp.join("weights.safetensors");
     fs::copy(checkpoint.join("ema.safetensors"), &weights)?;

@@ -24,7 +24,7 @@ fn ones(shape: &[usize]) -> Tensor {
     Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap()
 }
 
-/// Names and shapes must stay compatible with every file of weights. These lists are PyTorch's.
+/// Names and shapes must stay compatible with every weights file. These lists are PyTorch's.
 #[test]
 fn weights_are_named_and_shaped_as_in_pytorch() {
     for (config, expected) in [

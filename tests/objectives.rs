@@ -601,7 +601,7 @@ fn image_by_image_the_update_is_that_of_the_batch() {
     }
 }
 
-/// With timesteps by importance, the mean of a quartile is weighted as if they were uniform.
+/// With importance sampling, the mean of a quartile is weighted as if the timesteps were uniform.
 #[test]
 fn quartiles_are_those_of_uniform_timesteps() {
     let config = TrainConfig {

@@ -559,7 +559,7 @@ fn published_numbers_have_their_own_lines_in_the_file_of_metrics() {
     let numbers: Vec<&str> = text.lines().filter(|line| line.contains("metric")).collect();
     let expected = [(0.5, 1), (0.25, 2), (1.0, 3), (2.0, 4)];
     assert_eq!(numbers, expected.map(|(m, step)| format!("{{\"metric\":{m:?},\"step\":{step}}}")));
-    // The other lines are those of the reports, and the only ones with a loss.
+    // The other lines are those of the reports. Only they have a loss.
     let losses = MetricsFile::losses(&path).unwrap();
     assert_eq!(losses.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [2, 4]);
     assert_eq!(text.lines().count(), 6);
@@ -809,7 +809,7 @@ fn the_best_value_survives_a_resume_and_not_another_run() {
     let warned = screen.log.lock().unwrap().clone();
     assert!(warned.iter().any(|line| line.ends_with("its checkpoint is of a later step")));
 
-    // A run that begins, or looks at another value, does not take over the best value.
+    // A new run, or one with another number, does not continue from the best value.
     trainer(1).fit(&images(), (best(), source(&[0.8]))).unwrap();
     assert_eq!(read(), Some((0.8, 1)));
     let other = SaveBest::highest("metric", &dir);

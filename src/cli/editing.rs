@@ -12,28 +12,28 @@ use crate::denoiser::Denoiser;
 use crate::error::Error;
 use crate::sample::{Ends, Resampling, Sampler};
 
-/// The options of a program that varies, interpolates or fills pictures. At most one of them is given.
+/// The options of a program that varies, interpolates or inpaints pictures. Each of these options excludes the others.
 #[derive(Debug, Clone, Args)]
 pub struct EditingArgs {
     /// Picture of which the images are variations
     #[arg(long, value_name = "FILE", group = "edit")]
     vary: Option<PathBuf>,
-    /// Strength of the variations: the timestep to which the picture is noised, as a share of all
+    /// Strength of the variations: the timestep to which the picture is noised, as a fraction of all timesteps
     #[arg(long, value_name = "S", default_value = "0.5", allow_negative_numbers = true,
           value_parser = positive_fraction, requires = "vary")]
     strength: f64,
-    /// Draw images from the first image of one seed to that of another, both included
+    /// Interpolate from the first image of one seed to that of another, both included
     #[arg(long, value_names = ["SEED", "SEED"], group = "edit", conflicts_with_all = ["seed", "from"],
           value_parser = whole::<u64>(0..=u64::MAX))]
     interpolate: Option<Vec<u64>>,
-    /// Draw images from one picture to another, both as the network draws them; needs a solver
-    /// without noise, such as ddim with eta 0
+    /// Interpolate from one picture to another, both as the network draws them; needs a deterministic solver, such as
+    /// ddim with eta 0
     #[arg(long, value_names = ["FILE", "FILE"], group = "edit", conflicts_with = "from")]
     interpolate_pictures: Option<Vec<PathBuf>>,
-    /// Picture of which a part is filled, with --solver ddpm or ddim
+    /// Picture to inpaint, with --solver ddpm or ddim
     #[arg(long, value_name = "FILE", group = "edit", requires = "mask")]
     inpaint: Option<PathBuf>,
-    /// Picture of the size of the images, white where --inpaint fills
+    /// Mask of the size of the images; --inpaint fills its white pixels
     #[arg(long, value_name = "FILE", requires = "inpaint")]
     mask: Option<PathBuf>,
     /// Number of sampling steps that --inpaint repeats at a time
@@ -47,8 +47,8 @@ pub struct EditingArgs {
 }
 
 impl EditingArgs {
-    /// Sets where a sampler of `count` images of this shape (channels, height, width) begins, and what is known. Without
-    /// an option it stays as it is.
+    /// Sets the start and the known pixels of a sampler of `count` images of this shape (channels, height, width).
+    /// Without an option, returns the sampler unchanged.
     ///
     /// # Errors
     /// Returns an error if a picture cannot be read or has another size than its mask, or if the solver does not fit.
@@ -76,7 +76,7 @@ impl EditingArgs {
             let resampling = Resampling { jump: self.jump, count: self.resamplings };
             let sampler = sampler.inpaint(&picture(path, shape)?, &filled, resampling)?;
             let evaluations = sampler.evaluations();
-            out(format_args!("filling     {}, {evaluations} evaluations", path.display()));
+            out(format_args!("inpainting  {}, {evaluations} evaluations", path.display()));
             return Ok(sampler);
         }
         let last = count.saturating_sub(1).max(1) as f64;
@@ -95,7 +95,7 @@ impl EditingArgs {
         let inverted = |path: &Path, k: usize| -> Result<Tensor> {
             let image =
                 picture(path, shape)?.unsqueeze(0).and_then(|image| image.to_device(device));
-            // The condition of the image at this end.
+            // The sampler with the condition of the image at this end.
             let sampler = sampler.part(k, 1)?;
             Ok(sampler.invert(denoiser, image.map_err(Error::from)?)?)
         };
@@ -113,7 +113,7 @@ fn picture(path: &Path, shape: (usize, usize, usize)) -> Result<Tensor> {
         3 => Channels::Rgb,
         4 => Channels::Rgba,
         _ => {
-            let expected = "1, 3 or 4 channels to begin at a picture";
+            let expected = "1, 3 or 4 channels to start from a picture";
             return Err(format!("the network's images have {channels} channels; {expected}").into());
         }
     };

@@ -19,7 +19,7 @@ pub struct Identity {
     images: usize,
     /// The CRC-32 of all pixels, or the fingerprint of a folder.
     crc32: String,
-    /// The number of images that are not trained on.
+    /// The number of held-out images.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub(super) held_out: usize,
     /// The instruction to select the set.
@@ -41,7 +41,7 @@ impl Identity {
         }
     }
 
-    /// Sets the number of images that are not trained on.
+    /// Sets the number of held-out images.
     pub(super) fn holding_out(self, held_out: usize) -> Self {
         Self { held_out, ..self }
     }
@@ -66,8 +66,8 @@ impl Identity {
         Ok(Some(run))
     }
 
-    /// The images of a run: those of the last change in its history, or else those of its file. A checkpoint that
-    /// records a change is written before the file.
+    /// Reads the identity of the images of a run: that of the last change in its history, otherwise that of its file. A
+    /// checkpoint that records a change is written before the file.
     pub(super) fn of_run(path: &Path, history: &[Change]) -> Result<Option<Self>> {
         let in_file = Self::read(path)?;
         match history.iter().rfind(|change| change.field == Self::FIELD) {
@@ -76,12 +76,12 @@ impl Identity {
         }
     }
 
-    /// Returns whether these are the images of the file.
+    /// Returns whether these are the images that the file names.
     pub(super) fn is_in(&self, path: &Path) -> Result<bool> {
         Ok(Self::read(path)?.is_some_and(|run| self.has_images_of(&run)))
     }
 
-    /// Returns whether a run with these images is trained on the same ones.
+    /// Returns whether these are the images of `run`, with the same number held out.
     pub(super) fn has_images_of(&self, run: &Self) -> bool {
         self.is_of_set(run) && self.held_out == run.held_out
     }
@@ -90,15 +90,15 @@ impl Identity {
         (run.images, &run.crc32) == (self.images, &self.crc32)
     }
 
-    /// The error of images that are not those of the run with this file.
+    /// Formats the error that these images are not those of the run with this file.
     pub(super) fn mismatch(&self, run: &Self, path: &Path) -> String {
         let (path, options) = (path.display(), &run.options);
         if self.is_of_set(run) {
             let (run, found) = (run.held_out, self.held_out);
             let wrong = format!("{path}: the run holds out {run} images, not {found}");
-            return format!("{wrong}; to go on with it, omit --held-out");
+            return format!("{wrong}; to continue it, omit --held-out");
         }
-        format!("{path}: the run is of {run}, not of {self}; to go on with it, {options}")
+        format!("{path}: the run is of {run}, not of {self}; to continue it, {options}")
     }
 }
 

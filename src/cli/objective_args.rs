@@ -26,8 +26,8 @@ enum TimestepsName {
     Importance,
 }
 
-/// The options for the loss, the timesteps and the noise. An option that names what the configuration has already keeps
-/// its parameters.
+/// The options for the loss, the timesteps and the noise. If an option names the present setting, the parameters of
+/// this setting are kept.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Objective")]
 pub(super) struct ObjectiveArgs {
@@ -39,16 +39,16 @@ pub(super) struct ObjectiveArgs {
     #[arg(long, value_name = "W", value_enum)]
     weighting: Option<WeightingName>,
     /// Distribution of the timesteps: uniform; stratified over the batch; log-normal, with mean -1.2 and standard
-    /// deviation 1.2; or importance, by the losses
+    /// deviation 1.2; or importance, in proportion to the losses
     #[arg(long, value_name = "T", value_enum)]
     timesteps: Option<TimestepsName>,
-    /// Exchange the noise of the images of a batch so that it is near them
+    /// Assign the noise of a batch to its images so that the distances are small
     #[arg(long)]
     immiscible: bool,
-    /// Add a normal number times R to all noise of a channel; from 0 to 1
+    /// Add R times a normal number, the same for all pixels of a channel, to the noise; from 0 to 1
     #[arg(long, value_name = "R", allow_negative_numbers = true, value_parser = fraction)]
     offset_noise: Option<f64>,
-    /// Write the losses of the four quarters of the timesteps to metrics.jsonl, as loss_q0 to loss_q3
+    /// Write the loss of each quartile of the timesteps to metrics.jsonl, as loss_q0 to loss_q3
     #[arg(long)]
     loss_quartiles: bool,
 }
@@ -157,7 +157,7 @@ mod tests {
         ] {
             let found = applied(&recipe, args)?;
             assert_eq!(found, expected, "{args}");
-            // Every setting can be taken back, except for those that are only switched on.
+            // Every setting can be reset, except for those that can only be switched on.
             let back = "--loss mse --weighting uniform --timesteps uniform --offset-noise 0 --schedule constant";
             let found = applied(&found, back)?;
             let TrainConfig { noise, loss_quartiles, .. } = &found;

@@ -22,21 +22,21 @@ pub struct OutputArgs {
 }
 
 impl OutputArgs {
-    /// Checks before long work that the files can be written.
+    /// Checks that the files can be written. A program calls this before long work.
     ///
     /// # Errors
-    /// Returns an error if a path is not that of a picture, or cannot be written.
+    /// Returns an error if a path has another extension than its picture, or cannot be written.
     pub fn check(&self) -> Result<()> {
         check_output("--out", &self.out, "png")?;
         self.gif.as_deref().map_or(Ok(()), |gif| check_output("--gif", gif, "gif"))
     }
 
-    /// Whether an animation is written.
+    /// Returns whether an animation is written.
     pub fn is_animated(&self) -> bool {
         self.gif.is_some()
     }
 
-    /// Writes the images, of which the first has number `first`, and the animation. Returns the paths for the user.
+    /// Writes the images and the animation. The first image has the number `first`. Returns the paths for the user.
     ///
     /// # Errors
     /// Returns an error if a file cannot be written.

@@ -20,8 +20,7 @@ use crate::train::{Checkpoint, WeightsFile};
 /// The options of a program that draws images from a checkpoint of a U-Net.
 #[derive(Debug, Clone, Args)]
 pub struct SamplingArgs {
-    /// The checkpoint's directory, such as out/mnist/checkpoint, or one of its files of weights,
-    /// such as ema.safetensors
+    /// Directory of a checkpoint, such as out/mnist/checkpoint, or a weights file, such as its ema.safetensors
     #[arg(long, value_name = "PATH")]
     checkpoint: PathBuf,
     /// Solver of the sampler; the defaults of --solver, --spacing, --sampling-steps and --eta are
@@ -74,11 +73,11 @@ fn named<T: ToString, const N: usize>(names: [(&'static str, T); N]) -> impl Typ
 }
 
 impl SamplingArgs {
-    /// Opens the checkpoint, or the file of weights.
+    /// Opens the checkpoint or the weights file.
     ///
     /// # Errors
-    /// Returns an error if there is no complete checkpoint, if a file does not describe its network and its process, or
-    /// if an option selects one of the files of weights, and the path is already a file.
+    /// Returns an error if there is no complete checkpoint, or if a weights file does not describe its network and its
+    /// process. Returns an error if the path is a weights file and `--weights` is given.
     pub fn open(&self) -> Result<Trained> {
         let path = &self.checkpoint;
         if path.extension().is_some_and(|e| e == "safetensors") && !path.is_dir() {
@@ -104,7 +103,7 @@ impl SamplingArgs {
     /// The sampler settings: those of the run's grids, except for the given options.
     ///
     /// # Errors
-    /// Returns an error if an option is not one of the solver.
+    /// Returns an error if an option is not an option of the solver.
     pub fn config(&self, checkpoint: &Trained) -> Result<SamplerConfig> {
         let all = checkpoint.diffusion().schedule().steps();
         let usual = SamplerConfig::usual(checkpoint.diffusion());

@@ -127,7 +127,7 @@ pub fn train<D: Dataset>(
         trainer.record_change(Identity::FIELD, value(&before)?, value(&identity)?)?;
         // Records the number of images in the history.
         trainer.next_batch(images)?;
-        // After an interruption, the history of the checkpoint states its images.
+        // After an interruption, only the history of the checkpoint names the new images.
         for warning in trainer.save(&files.checkpoint)?.warnings {
             err(format_args!("warning: {warning}"));
         }
@@ -135,7 +135,8 @@ pub fn train<D: Dataset>(
         identity.write(&files.identity)?;
     } else if !identity.is_in(&files.identity)? {
         if saved.is_some() && before.is_none() {
-            // A different number of images means that they are not those of the run. They must not be recorded as such.
+            // Another number of images shows that these are not the images of the run. They must not be recorded as the
+            // images of the run.
             trainer.next_batch(images)?;
             let unknown = "the images with which the run began are unknown";
             let file = files.identity.display();
@@ -166,7 +167,7 @@ pub fn train<D: Dataset>(
 }
 
 /// Performs the checks of [`train`] that need no images: the configuration, the directory of the run, and the run that
-/// is resumed. A program calls this before it reads images for a long time.
+/// is resumed. A program calls this before it reads its images.
 ///
 /// # Errors
 /// Returns an error if the run cannot begin or continue there with these options.
@@ -174,7 +175,7 @@ pub fn check(recipe: &Recipe, args: &TrainArgs) -> Result<()> {
     Plan::new(recipe, args).map(drop)
 }
 
-/// What is known of a run before its images.
+/// The parts of a run that need no images.
 struct Plan {
     recipe: Recipe,
     files: Files,

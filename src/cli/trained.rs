@@ -24,13 +24,13 @@ pub enum Weights {
     Model,
 }
 
-/// A trained U-Net, as the option `--checkpoint` names it.
+/// A trained U-Net, which the option `--checkpoint` names.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Trained {
     /// The directory of a checkpoint.
     Checkpoint(Box<Checkpoint>),
-    /// A file of weights, such as `ema.safetensors` of a checkpoint.
+    /// A weights file, such as `ema.safetensors` of a checkpoint.
     File(Box<WeightsFile>),
 }
 
@@ -78,8 +78,8 @@ impl Trained {
         }
     }
 
-    /// The weights that the network of [`model`](Self::model) has: those that were asked for, or the averaged ones. A
-    /// file does not know which it holds.
+    /// The weights that [`model`](Self::model) uses: the requested ones, otherwise the averaged ones. `None` for a
+    /// weights file, which does not state which weights it holds.
     pub fn weights(&self, asked: Option<Weights>) -> Option<Weights> {
         match self {
             Self::Checkpoint(_) => Some(asked.unwrap_or(Weights::Ema)),
@@ -87,10 +87,10 @@ impl Trained {
         }
     }
 
-    /// The network.
+    /// Builds the network. With a weights file, `asked` has no effect.
     ///
     /// # Errors
-    /// Returns the errors of [`Checkpoint::ema`], and an error if one of two weights of a file was asked for.
+    /// Returns the errors of [`Checkpoint::ema`].
     pub fn model(&self, asked: Option<Weights>, device: &Device) -> Result<Model<UNet>> {
         match self {
             Self::Checkpoint(checkpoint) => Ok(match asked {

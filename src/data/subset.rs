@@ -11,11 +11,12 @@ pub struct Subset<'a> {
     indices: Vec<u32>,
 }
 
-/// Divides a data set at random into images to train on and `count` images that are held out, both in the order of the
-/// data set.
+/// Divides a data set at random into training images and `count` held-out images. Both parts keep the order of the data
+/// set.
 ///
-/// The division depends only on the two numbers of images, so a resumed run has the same one, and runs with different
-/// seeds can be compared. It is random because the images of a class are often consecutive.
+/// The division depends only on `count` and the number of images. A resumed run therefore has the same division, and
+/// runs with different seeds can be compared. The division is random because the images of a class are often
+/// consecutive.
 ///
 /// # Errors
 /// Returns an error if one of the two parts would be empty, or if there is not enough memory.

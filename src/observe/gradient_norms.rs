@@ -1,6 +1,6 @@
 use crate::train::Observer;
 
-/// Publishes the norm of the gradient of each layer at intervals, as `grad_norm/LAYER`.
+/// Publishes the gradient norm of each layer at intervals, as `grad_norm/LAYER`.
 ///
 /// The norms are those of the update's gradient before clipping; see
 /// [`Trainer::gradient_norms`](crate::Trainer::gradient_norms). An update with norms takes twice as long.

@@ -9,21 +9,21 @@ use crate::error::{Error, Result};
 use crate::random::{Noise, Purpose};
 use crate::train::{Observer, Run};
 
-/// The least number of pairs of an image and a timestep. Fewer would leave too few for a quartile.
+/// The smallest number of pairs of an image and a timestep. With fewer, a quartile would have too few pairs.
 const PAIRS: usize = 64;
 
-/// Publishes the loss on images that are not trained on, at intervals and when the run is complete.
+/// Publishes the held-out loss, on images that are not used for training, at intervals and when the run is complete.
 ///
-/// The loss is that of the averaged weights, or of the weights if the run has no average, by the run's objective:
+/// It is the loss by the run's objective, with the averaged weights, or with the weights if the run has no average:
 ///
 /// - `held_out/loss`: the mean over all images,
-/// - `held_out/loss_q0` to `held_out/loss_q3`: the means over the images with a timestep in each quarter of the
-///   schedule. `q0` has the least noise. Nichol and Dhariwal 2021 log the same quartiles.
+/// - `held_out/loss_q0` to `held_out/loss_q3`: the mean for each quartile of the timesteps. `q0` has the least noise.
+///   Nichol and Dhariwal 2021 log the same quartiles.
 ///
 /// Timesteps are spread evenly over the schedule, in a random order, so that the loss has no noise from their choice.
 /// Timesteps and noise are the same every time and in every run, so that the losses of one set of images can be
-/// compared. A set of fewer than 64 images is used several times, with other timesteps and noise. Images are given with
-/// their classes, and without flips. Offset noise and paired noise are not used.
+/// compared. A set of fewer than 64 images is used several times, each time with other timesteps and noise. The network
+/// receives the classes of the images. Flips, offset noise and paired noise are not used.
 ///
 /// ```no_run
 /// use ddpm::data::{Split, hold_out, mnist};
@@ -56,7 +56,7 @@ impl fmt::Debug for HeldOutLoss<'_> {
 #[derive(Debug, Clone, Copy)]
 struct Pair {
     image: usize,
-    /// The number of the pair, which determines its noise.
+    /// The index of the pair, which determines its noise.
     noise: u32,
     t: u32,
 }
@@ -86,7 +86,7 @@ impl<'a> HeldOutLoss<'a> {
         Ok(quartiles)
     }
 
-    /// Publishes the losses, unless the run is asked to stop in the meantime.
+    /// Publishes the losses. If the run is stopped in the meantime, publishes nothing.
     fn publish(&self, run: &Run<'_>) -> Result<()> {
         run.working("computing the held-out loss");
         let losses = self.losses(run);

@@ -11,8 +11,8 @@ use crate::train::{Metrics, Observer, Outcome, Published, Run};
 
 /// Writes each report as a line of a file: a JSON object of the fields of [`Metrics`].
 ///
-/// The numbers that observers [publish](Run::publish) after an update are a line of their own: a JSON object of the step
-/// and of the numbers by their names, such as `{"step":500,"held_out/loss":0.0312}`.
+/// The numbers that observers [publish](Run::publish) after an update have a separate line. It is a JSON object with
+/// the step and the numbers by name, such as `{"step":500,"held_out/loss":0.0312}`.
 ///
 /// A new run puts an existing file [aside](files::put_aside). A resumed run first removes the lines of steps that it
 /// repeats, and an incomplete last line. It then appends to the file. If the file is removed during the run, it is

@@ -26,20 +26,20 @@
 //! | observer | feature | |
 //! | --- | --- | --- |
 //! | [`SaveEvery`] | | saves checkpoints, also when the run stops or fails |
-//! | [`SaveBest`] | | saves a checkpoint whenever a published value is better than all before |
+//! | [`SaveBest`] | | saves a checkpoint whenever a published number is better than all earlier ones |
 //! | [`MetricsFile`] | | writes the reports and published numbers as JSON, one per line |
-//! | [`HeldOutLoss`] | | publishes the loss on images that are not trained on |
-//! | [`GradientNorms`] | | publishes the norm of the gradient of each layer |
-//! | `TensorBoard` | `tensorboard` | writes reports, published numbers and grids as event files of TensorBoard |
+//! | [`HeldOutLoss`] | | publishes the held-out loss, on images that are not used for training |
+//! | [`GradientNorms`] | | publishes the gradient norm of each layer |
+//! | `TensorBoard` | `tensorboard` | writes reports, published numbers and grids as event files for TensorBoard |
 //! | `SampleGrid` | `image` | draws grids of samples as PNG files |
 //! | `LossCurve` | `plot` | draws the loss as a PNG file |
 //! | `Progress` | `progress` | shows the progress in one line of the terminal |
 //! | `StopOnSignal` | `signals` | stops the run at Ctrl-C or if the terminal is closed |
 //!
-//! Observers reach each other only through [`Run`](crate::train::Run): `Progress` shows the warnings of the others, and
-//! after a signal `SampleGrid` ends a grid that is being drawn. An observer [publishes](crate::train::Run::publish)
-//! numbers and pictures by name, and every other one receives them, whatever the order in the tuple. The feature `cli` combines all of them to a
-//! command-line program.
+//! Observers affect each other only through [`Run`](crate::train::Run): `Progress` shows the warnings of the others,
+//! and after a signal `SampleGrid` ends a grid that is being drawn. An observer [publishes](crate::train::Run::publish)
+//! numbers and pictures by name. Every observer receives them, in any order of the tuple. The module `cli` combines all
+//! observers in a command-line program.
 
 mod gradient_norms;
 mod held_out_loss;

@@ -58,7 +58,7 @@ struct State {
     /// Sum and weight of an exponential mean.
     loss: (f64, f64),
     loss_step: u64,
-    /// The published value that the line shows: its name, and the latest value.
+    /// The published number that the line shows: its name and its latest value.
     shown: Option<(String, Option<f64>)>,
     /// Work other than steps.
     work: String,
@@ -91,7 +91,7 @@ impl Progress {
         })))
     }
 
-    /// Also shows the latest value that an observer [published](Run::publish) under this name.
+    /// Also shows the latest number that an observer [published](Run::publish) under this name.
     #[must_use]
     pub fn showing(self, name: impl Into<String>) -> Self {
         self.lock().shown = Some((name.into(), None));

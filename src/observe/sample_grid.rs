@@ -10,10 +10,10 @@ use crate::{files, pictures};
 
 /// Draws grids of samples at intervals, and one when the run is complete.
 ///
-/// Grids are also [published](Run::publish) as `samples`. The samples are drawn from the averaged weights, with the sampler settings that the run
-/// [records](crate::Trainer::set_sampling). A network with classes draws one class after the other. The seed is always
-/// the same, so that grids show the effect of training. A failure to draw or write a grid is a warning during the run,
-/// and an error at the end. A run that stops draws no last grid.
+/// The grids are also [published](Run::publish) as `samples`. The samples are drawn from the averaged weights, with the
+/// sampler settings that the run [records](crate::Trainer::set_sampling). A network with classes draws one class after
+/// the other. The seed is always the same, so that grids show the effect of training. A failure to draw or write a grid
+/// is a warning during the run, and an error at the end. A run that stops draws no last grid.
 #[derive(Debug, Clone)]
 pub struct SampleGrid {
     every: u64,

@@ -7,13 +7,13 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::train::{Checkpoint, Observer, Published, Run};
 
-/// Saves a checkpoint whenever a published value is better than all before.
+/// Saves a checkpoint whenever a published number is better than all earlier ones.
 ///
-/// Its directory holds `checkpoint`, which is written as [`Trainer::save`](crate::Trainer::save) does, and `best.json`,
-/// a [`Best`]: the name, the value and the step. A resumed run continues from this value, also if it was reached after
-/// the step at which the run is resumed, because such a run repeats its steps. A new run puts the directory of another
-/// one [aside](files::put_aside). The same happens if the directory belongs to another value, or if its checkpoint would
-/// be replaced by one of an earlier step. NaN and infinite values are never the best.
+/// Its directory holds a checkpoint, `checkpoint`, as [`Trainer::save`](crate::Trainer::save) writes it. It also holds
+/// `best.json`, a [`Best`]: the name, the value and the step. A resumed run continues from this value, even if a later
+/// step than that of the resumed checkpoint reached it, because the resumed run repeats these steps. A new run puts the
+/// directory of an earlier run [aside](files::put_aside). A directory is also put aside if its number has another name,
+/// or if its checkpoint would be replaced by one of an earlier step. NaN and infinite values are never the best.
 ///
 /// ```no_run
 /// # use ddpm::data::Images;
@@ -39,7 +39,7 @@ pub struct SaveBest {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Best {
-    /// The name under which the value was published.
+    /// The name of the published number.
     pub metric: String,
     /// The value.
     pub value: f64,
@@ -50,7 +50,7 @@ pub struct Best {
 }
 
 impl Best {
-    /// Reads the best value from the directory of a [`SaveBest`]. Returns `None` if it has none.
+    /// Reads the best value from the directory of a [`SaveBest`]. Returns `None` if the directory holds no best value.
     ///
     /// # Errors
     /// Returns an error if the file cannot be read.
@@ -64,13 +64,13 @@ impl Best {
 }
 
 impl SaveBest {
-    /// Saves to `dir` whenever the value of this name is lower than before.
+    /// Saves to `dir` whenever the number of this name is lower than all earlier ones.
     pub fn lowest(metric: impl Into<String>, dir: impl Into<PathBuf>) -> Self {
         let (metric, dir) = (metric.into(), dir.into());
         Self { metric, higher_is_better: false, dir, best: None, saved: None }
     }
 
-    /// Saves to `dir` whenever the value of this name is higher than before.
+    /// Saves to `dir` whenever the number of this name is higher than all earlier ones.
     pub fn highest(metric: impl Into<String>, dir: impl Into<PathBuf>) -> Self {
         Self { higher_is_better: true, ..Self::lowest(metric, dir) }
     }
@@ -130,7 +130,7 @@ impl SaveBest {
         let best = Best { metric, value, step: run.step(), higher_is_better };
         let mut json = serde_json::to_vec(&best).map_err(Error::external)?;
         json.push(b'\n');
-        // After the checkpoint: if the process is killed in between, the resumed run saves this step again.
+        // The checkpoint is written first. If the process is killed in between, the resumed run saves this step again.
         files::write(file(&self.dir), &json)?;
         (self.saved, self.best) = (Some(run.step()), Some(best));
         Ok(())

@@ -1,4 +1,4 @@
-//! Samplers that begin at pictures or between images, or that fill a part of a picture.
+//! Variations of a picture, interpolation and inpainting, as settings of a sampler.
 
 use candle_core::Tensor;
 
@@ -10,16 +10,16 @@ use super::start::Start;
 use crate::error::{Error, Result, check_float};
 
 impl Sampler {
-    /// Sets a picture of which images are variations: SDEdit, Meng et al. 2022,
-    /// [SDEdit](https://arxiv.org/abs/2108.01073), section 3.
+    /// Sets a picture whose variations are drawn: SDEdit, Meng et al. 2022, [SDEdit](https://arxiv.org/abs/2108.01073),
+    /// section 3.
     ///
-    /// Each image begins at the picture, noised to timestep `t = strength T - 1` (rounded) by the forward process
-    /// `sqrt(alpha_bar_t) picture + sqrt(1 - alpha_bar_t) eps`. Of the timesteps of this sampler, those up to `t` are
-    /// computed; the largest of them is where sampling begins. Image `k` of a seed has the `eps` of its
-    /// [prior](Self::prior).
+    /// Each image starts from the picture, noised to timestep `t = strength T - 1` (rounded) by the forward process
+    /// `sqrt(alpha_bar_t) picture + sqrt(1 - alpha_bar_t) eps`. Sampling begins at the largest timestep of this sampler
+    /// that is at most `t`, and uses all smaller ones. Image `k` of a seed has the `eps` of its [prior](Self::prior).
     ///
     /// `picture` has the shape of an image, (channels, height, width), and values in [-1, 1]. `strength` is above 0 and
-    /// at most 1. With 1, sampling begins with little of the picture; 0 would return the picture.
+    /// at most 1. With a strength of 1, sampling starts with little of the picture. A strength of 0 would return the
+    /// picture.
     ///
     /// ```
     /// # use candle_core::{Device, Tensor};
@@ -60,11 +60,11 @@ impl Sampler {
         self.planned()
     }
 
-    /// Sets an interpolation between two ends, with an image for each weight: from 0, the first end, to 1, the second. A
-    /// batch has one image per weight.
+    /// Sets an interpolation between two ends. A batch has one image per weight, from 0 (the first end) to 1 (the
+    /// second).
     ///
     /// Noise is interpolated spherically, which keeps its standard deviation (Song et al. 2021, appendix D.5).
-    /// [`first_image`](Self::first_image) has no influence, and the seed of a batch only on the noise of the steps of
+    /// [`first_image`](Self::first_image) has no effect. The seed of a batch affects only the noise of the steps with
     /// [`Ends::Noise`].
     ///
     /// ```
@@ -90,21 +90,21 @@ impl Sampler {
         Ok(self)
     }
 
-    /// Sets a picture of which a part is known, so that images fill the rest: RePaint, Lugmayr et al. 2022,
+    /// Sets a picture with a known part. Sampling fills the rest: RePaint, Lugmayr et al. 2022,
     /// [RePaint](https://arxiv.org/abs/2201.09865), algorithm 1.
     ///
-    /// After each step, the known pixels are replaced by those of the picture, noised to the same level:
+    /// After each step, the known pixels are replaced by those of the picture, noised to the noise level of the sample:
     ///
     /// ```text
     /// sqrt(alpha_bar) picture + sqrt(1 - alpha_bar) eps
     /// ```
     ///
-    /// (equation 8a; line 5 of the algorithm has the variance in place of its root). After the last step they are those
-    /// of the picture, bit for bit. `resampling` repeats parts of the steps.
+    /// (equation 8a; line 5 of the algorithm has the variance in place of its root). After the last step, the known
+    /// pixels are identical to those of the picture in each bit. `resampling` repeats parts of the steps.
     ///
-    /// `picture` has the shape of an image, (channels, height, width), and values in [-1, 1]. `filled` has the same shape,
-    /// except for dimensions of 1, such as (1, height, width). Its values are 1 at the pixels to be filled, and 0 at the
-    /// known ones.
+    /// `picture` has the shape of an image, (channels, height, width), and values in [-1, 1]. `filled` has the same
+    /// shape, except for dimensions of 1, such as (1, height, width). Its values are 1 at the pixels to be filled, and
+    /// 0 at the known ones.
     ///
     /// ```
     /// # use candle_core::{DType, Device, Tensor};
@@ -123,9 +123,9 @@ impl Sampler {
     /// ```
     ///
     /// # Errors
-    /// Returns an error if the solver is neither [`Solver::Ddpm`] nor [`Solver::Ddim`], whose steps need only the sample.
-    /// Returns an error if the shapes or dtypes do not fit, if `filled` has other values, or if a setting of the
-    /// resampling is not in its range.
+    /// Returns an error if the solver is neither [`Solver::Ddpm`] nor [`Solver::Ddim`], whose steps need only the
+    /// sample. Returns an error if the shapes or dtypes do not fit, if `filled` has other values, or if a setting of
+    /// the resampling is not in its range.
     pub fn inpaint(
         mut self,
         picture: &Tensor,

@@ -8,14 +8,14 @@ use crate::error::{Error, Result, check_dims};
 
 /// The resampling of [`Sampler::inpaint`](super::Sampler::inpaint). Lugmayr et al. 2022, section 4.2.
 ///
-/// A step sees the filled pixels of the step before together with new noise of the known ones. Resampling adds noise
-/// again and repeats the steps, so that the filled pixels fit the known ones.
+/// The input of a step combines the filled pixels of the previous step with new noise in the known pixels. Resampling
+/// adds noise again and repeats the steps, so that the filled pixels fit the known ones.
 ///
 /// The default is that of the paper, which has 250 sampling steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Resampling {
-    /// The number of sampling steps that are repeated at a time, at least 1. With at least as many as the sampler has,
-    /// none are repeated.
+    /// The number of sampling steps that are repeated at a time, at least 1. If the sampler has no more steps than
+    /// this, no step is repeated.
     pub jump: usize,
     /// The number of times that each of these parts is computed, at least 1. With 1 there is no resampling.
     pub count: usize,
@@ -31,8 +31,8 @@ impl Resampling {
     /// The largest number of steps of a plan.
     const MOST: usize = 1 << 24;
 
-    /// The levels in the order in which they are visited, of a sampler with these levels. It returns from every
-    /// `jump`-th level, counted from the last timestep, to the level `jump` before.
+    /// Returns the levels of a sampler in the order in which resampling visits them. From every `jump`-th level,
+    /// counted from the last timestep, the order returns to the level `jump` places earlier.
     ///
     /// # Errors
     /// Returns an error if a setting is 0, or if there are too many steps.
@@ -66,15 +66,15 @@ impl Resampling {
     }
 }
 
-/// The step from `from` to the noisier level `to`: a sample of `q(x_to | x_from)`, which is that of several forward steps
-/// of the process in one. Ho et al. 2020, equation 2.
+/// The step from `from` to the noisier level `to`: a sample of `q(x_to | x_from)`, which combines several forward steps
+/// of the process. Ho et al. 2020, equation 2.
 pub(super) fn noising(from: Level, to: Level) -> Vec<Stage> {
     let alpha = to.alpha_bar / from.alpha_bar;
     let (x, z) = (alpha.sqrt(), (1.0 - alpha).sqrt());
     vec![Stage { evaluate: None, x_0: vec![], x, z, learned: None }]
 }
 
-/// A picture of which a part is known.
+/// A picture with a known part.
 #[derive(Debug, Clone)]
 pub(super) struct Known {
     picture: Tensor,
@@ -116,8 +116,8 @@ impl Known {
         Ok(Self { picture, filled: batch(&self.filled)? })
     }
 
-    /// Replaces the known part of `x` by the picture, noised to this level: Lugmayr et al. 2022, equation 8. At the level
-    /// of the image, it is the picture itself.
+    /// Replaces the known part of `x` by the picture, noised to this level: Lugmayr et al. 2022, equation 8. At the
+    /// level of the image, the known part is the picture itself.
     ///
     /// The filled part of `x` depends on the same noise `z` if the solver adds noise. No pixel is in both parts, so the
     /// noise of a pixel is used once.

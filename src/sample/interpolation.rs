@@ -10,12 +10,12 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Ends {
-    /// The first image of each of two seeds. Their `x_T`, and the noise of every step, are interpolated. Both ends are
-    /// thus the images of these seeds, with every solver.
+    /// The first image of each of two seeds. Their `x_T`, and the noise of every step, are interpolated. With every
+    /// solver, the ends are thus the images of these seeds.
     Seeds([u64; 2]),
     /// Two `x_T`, of shape (2, ...), such as the noise of two pictures by [`Sampler::invert`](super::Sampler::invert).
-    /// They are interpolated. With a [deterministic](super::Sampler::is_deterministic) solver, both ends are the images
-    /// that it samples from them.
+    /// The two `x_T` are interpolated. With a [deterministic](super::Sampler::is_deterministic) solver, the ends are
+    /// the images that it samples from these `x_T`.
     Noise(Tensor),
 }
 
@@ -41,7 +41,7 @@ impl Interpolation {
         }
     }
 
-    /// The interpolation of some of the images.
+    /// Returns the interpolation of some of the images.
     pub fn narrow(&self, first: usize, len: usize) -> Result<Self> {
         let weights = first.checked_add(len).and_then(|end| self.weights.get(first..end));
         let Some(weights) = weights else {
@@ -51,7 +51,7 @@ impl Interpolation {
         Ok(Self { ends: self.ends.clone(), weights: weights.to_vec() })
     }
 
-    /// The `x_T` of the images.
+    /// Returns the `x_T` of the images.
     pub fn start(&self, shape: &Shape, device: &Device) -> Result<Tensor> {
         let prior = |seed, one: &Shape| draw_prior(0, one, seed, &Device::Cpu);
         match &self.ends {
@@ -63,7 +63,7 @@ impl Interpolation {
         }
     }
 
-    /// The noise of the images in a step, if it is interpolated.
+    /// Returns the noise of the images in a step, if it is interpolated.
     pub fn noise(
         &self,
         step: &PlannedStep,
@@ -110,8 +110,8 @@ impl Interpolation {
 /// (sin((1 - w) c) a + sin(w c) b) / sin(c)
 /// ```
 ///
-/// Shoemake 1985; Song et al. 2021 (DDIM), appendix D.5. Unlike linear interpolation it keeps the length, and thus the
-/// standard deviation of noise.
+/// Shoemake 1985; Song et al. 2021 (DDIM), appendix D.5. Unlike linear interpolation, spherical interpolation keeps the
+/// length, and thus the standard deviation of the noise.
 ///
 /// # Errors
 /// Returns an error if an end is zero or not finite, or if the ends are opposite.

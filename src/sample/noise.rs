@@ -31,8 +31,8 @@ pub(super) fn draw_step(
     draw(at, first, shape, device)
 }
 
-/// Draws the noise of a step of a plan, for images beginning with number `first`: that of [`draw_step`], or other noise if
-/// an earlier step began at the same time.
+/// Draws the noise of a step of a plan, for images beginning with number `first`. This is the noise of [`draw_step`],
+/// or other noise if an earlier step began at the same time.
 pub(super) fn draw_planned(
     step: &PlannedStep,
     first: u32,

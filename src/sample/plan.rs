@@ -84,18 +84,18 @@ pub(super) struct PlannedStep {
     pub at: Level,
     /// The end of the step. It is `at` if the step adds noise.
     pub to: Level,
-    /// The index of this step, if an earlier step has the same noisier end. It needs other noise than that step.
+    /// The index of this step, if an earlier step has the same noisier end. The two steps need different noise.
     pub again: Option<u64>,
     pub stages: Vec<Stage>,
 }
 
 impl PlannedStep {
-    /// Whether the step leads to less noise.
+    /// Returns whether the step leads to less noise.
     pub fn denoises(&self) -> bool {
         self.to.t < self.at.t
     }
 
-    /// Whether a stage adds noise.
+    /// Returns whether a stage adds noise.
     pub fn adds_noise(&self) -> bool {
         self.stages.iter().any(|stage| stage.z != 0.0)
     }
@@ -110,9 +110,9 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Creates the plan with one step from each of these levels to the next. One end of the list is
-    /// [`Level::IMAGE`]: the last level of the plan of a solver, and the first level of an inversion. A list with
-    /// resampling returns to levels that it had left.
+    /// Creates the plan with one step from each of these levels to the next. One end of the list is [`Level::IMAGE`]:
+    /// the last level of the plan of a solver, and the first level of an inversion. A list with resampling returns to
+    /// earlier levels.
     ///
     /// `stages(levels, i)` returns the stages of the step from `levels[i]` to `levels[i + 1]`.
     ///

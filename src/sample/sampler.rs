@@ -113,7 +113,7 @@ impl Sampler {
         Ok(Self { settings, solver, levels, resampling, plan, start, first })
     }
 
-    /// Computes the plan anew, after a change of what it depends on.
+    /// Computes the plan again, after a change of a setting on which it depends.
     ///
     /// # Errors
     /// Returns an error if the levels are too close, or if resampling takes too many steps.
@@ -206,7 +206,7 @@ impl Sampler {
         Ok(self)
     }
 
-    /// The sampler of a part of a batch, with the conditions and the starts of its images.
+    /// Returns the sampler of a part of a batch, with the conditions and the starts of its images.
     pub(crate) fn part(&self, first: usize, len: usize) -> Result<Self> {
         let start = self.start.narrow(first, len)?;
         let part = Self { start, ..self.clone() };
@@ -215,8 +215,8 @@ impl Sampler {
 
     /// The timesteps in the order of sampling, which is decreasing. Each is the beginning of one sampling step. With
     /// some [spacings](Spacing) they lie between two timesteps of the schedule. With the resampling of
-    /// [`inpaint`](Self::inpaint) they also increase: a step that only adds noise is listed with the time at which it
-    /// ends.
+    /// [`inpaint`](Self::inpaint) they also increase, because a step that only adds noise is listed with the time at
+    /// which it ends.
     pub fn timesteps(&self) -> impl ExactSizeIterator<Item = f64> + '_ {
         self.plan.steps.iter().map(|step| step.at.t)
     }
@@ -226,7 +226,7 @@ impl Sampler {
         self.plan.evaluations()
     }
 
-    /// Whether images depend only on their `x_T`, because no step adds noise.
+    /// Returns whether images depend only on their `x_T`, because no step adds noise.
     pub fn is_deterministic(&self) -> bool {
         self.settings.known.is_none() && !self.plan.steps.iter().any(PlannedStep::adds_noise)
     }

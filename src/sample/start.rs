@@ -11,13 +11,13 @@ use crate::error::{Result, check_dims};
 pub(super) enum Start {
     /// Noise.
     Prior,
-    /// A picture (...), which is noised for each image.
+    /// A picture of the shape of an image, which is noised for each image.
     Picture(Tensor),
     Between(Interpolation),
 }
 
 impl Start {
-    /// The start of some of the images.
+    /// Returns the start of some of the images.
     pub fn narrow(&self, first: usize, len: usize) -> Result<Self> {
         Ok(match self {
             Self::Between(interpolation) => Self::Between(interpolation.narrow(first, len)?),

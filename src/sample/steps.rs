@@ -59,14 +59,14 @@ pub struct Step {
     /// The number of steps before this one.
     pub index: usize,
     /// The time at which this step began, a timestep or between two. In an inversion, and in a step of
-    /// [`inpaint`](super::Sampler::inpaint) that only adds noise, the time at which it ended.
+    /// [`inpaint`](super::Sampler::inpaint) that only adds noise, it is the time at which the step ended.
     pub t: f64,
     /// The sample after the step, which is less noisy than at `t`. After the last step it is the image. Shape and
     /// dtype are those of `x_T`.
     pub x: Tensor,
     /// The image that the network predicted from the sample before the step, clipped if the sampler clips. It has the
     /// same shape. If a solver evaluates the network more than once per step, it is the first prediction that the step
-    /// used. In a step that only adds noise, it is that of the step before.
+    /// used. In a step that only adds noise, it is the prediction of the previous step.
     pub x_0: Tensor,
 }
 

@@ -20,7 +20,7 @@ const STEPS_BEFORE: usize = 4;
 /// permanent.
 const ATTEMPTS: usize = 3;
 
-/// The results of an update: the loss, the norm of the gradient, and the losses of the images if they are needed.
+/// The results of an update: the loss, the gradient norm, and the losses of the images if they are needed.
 #[derive(Debug)]
 pub(super) struct Updated {
     pub loss: Tensor,
@@ -64,7 +64,7 @@ impl Executor {
         self.recorded.is_some()
     }
 
-    /// Makes an update with timesteps and noise of the run.
+    /// Performs an update with timesteps and noise of the run.
     pub fn update<D: Trainable>(
         &mut self,
         context: &mut UpdateContext<'_, D>,
@@ -91,8 +91,8 @@ impl Executor {
         self.eager(context, &context.conditioned(batch)?, &timesteps, eps)
     }
 
-    /// Computes the gradients of the next update without making it. Returns them with the loss scale by which they are
-    /// multiplied.
+    /// Computes the gradients of the next update without performing the update. Returns the gradients, and the loss
+    /// scale by which they are multiplied.
     pub fn gradients<D: Trainable>(
         &mut self,
         context: &mut UpdateContext<'_, D>,

@@ -54,7 +54,7 @@ impl<N: Architecture> Trainer<N> {
         trained
     }
 
-    /// Passes the values that observers published to all of them.
+    /// Passes the published values to all observers.
     fn deliver(&self, observer: &mut dyn Observer, scene: &Scene) -> Result<()> {
         loop {
             let published = scene.published.take();

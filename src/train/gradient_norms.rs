@@ -1,4 +1,4 @@
-//! The norms of the gradients of each layer.
+//! The gradient norm of each layer.
 
 use std::collections::BTreeMap;
 
@@ -11,12 +11,12 @@ use crate::error::Result;
 use crate::model::Architecture;
 
 impl<N: Architecture> Trainer<N> {
-    /// Computes the L2 norm of the gradient of each layer, without changing the run.
+    /// Computes the gradient norm (L2) of each layer, without changing the run.
     ///
-    /// The gradient is that of the update which [`step`](Self::step) would make next with this batch, before clipping:
-    /// timesteps, noise and dropout are the same. A layer consists of the weights whose names differ only after the last
-    /// dot. The root of the sum of the squares of all norms is [`Update::grad_norm`](crate::train::Update::grad_norm)
-    /// of that update. With [`Precision::F16`](crate::Precision::F16), norms are not finite after an overflow.
+    /// The gradient is that of the next [`step`](Self::step) with this batch, before clipping. Timesteps, noise and
+    /// dropout are the same. A layer consists of the weights whose names differ only after the last dot. The root of
+    /// the sum of the squares of all norms is [`Update::grad_norm`](crate::train::Update::grad_norm) of that update.
+    /// With [`Precision::F16`](crate::Precision::F16), norms are not finite after an overflow.
     ///
     /// The computation takes as long as an update. It reads each norm, so it waits for the device. On a CUDA device, the
     /// next updates are not launched as a CUDA graph until one is captured again.

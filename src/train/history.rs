@@ -3,9 +3,9 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 
-/// A change of a run: of its configuration, made by
-/// [`TrainerBuilder::resume_with_changes`](crate::train::TrainerBuilder::resume_with_changes), of its length, or one that
-/// [`Trainer::record_change`](crate::Trainer::record_change) added.
+/// A change of a run: a change of its configuration by
+/// [`TrainerBuilder::resume_with_changes`](crate::train::TrainerBuilder::resume_with_changes), a change of its number
+/// of steps, or a change that [`Trainer::record_change`](crate::Trainer::record_change) added.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]

@@ -1,5 +1,5 @@
-//! The loss of each image of an update. An [`Objective`] computes the loss of a batch, so it is evaluated for one image
-//! after the other.
+//! The loss of each image of an update. An [`Objective`] computes the loss of a batch, so it is evaluated for each
+//! image separately.
 
 use candle_core::{DType, Device, Tensor};
 
@@ -12,7 +12,7 @@ use crate::error::Result;
 pub(super) struct ImageLosses {
     /// The timesteps (batch).
     pub t: Tensor,
-    /// The loss of each image, weighted for the batch: their sum is the loss of the update.
+    /// The loss of each image, weighted for the batch. The sum of these losses is the loss of the update.
     pub losses: Tensor,
     /// The weight of each image.
     pub weights: Vec<f64>,
@@ -47,7 +47,7 @@ impl ImageLosses {
     }
 }
 
-/// The sums of losses by quartiles of the timesteps.
+/// The sums of the losses of each quartile of the timesteps.
 #[derive(Debug, Default)]
 pub(super) struct Quartiles([WeightedSum; 4]);
 
@@ -71,7 +71,7 @@ impl Quartiles {
         Ok(())
     }
 
-    /// The mean loss of each quartile, weighted as if the timesteps were uniform.
+    /// Returns the mean loss of each quartile, weighted as if the timesteps were uniform.
     pub fn means(&self) -> [Option<f32>; 4] {
         let mean =
             |sum: &WeightedSum| (sum.weights > 0.0).then(|| (sum.losses / sum.weights) as f32);
@@ -79,7 +79,7 @@ impl Quartiles {
     }
 }
 
-/// Evaluates the objective for each image, whose loss and gradient are multiplied by its weight. Returns the losses
+/// Evaluates the objective for each image, and multiplies its loss and its gradient by its weight. Returns the losses
 /// (batch) and the gradient, both weighted for the batch.
 ///
 /// # Errors

@@ -1,4 +1,5 @@
-//! The losses by which timesteps are drawn. Nichol and Dhariwal 2021, section 3.3, with the constants of their code.
+//! The losses of importance sampling of timesteps. Nichol and Dhariwal 2021, section 3.3, with the constants of their
+//! code.
 
 use std::collections::BTreeMap;
 
@@ -11,10 +12,10 @@ use crate::error::{Error, Result};
 use crate::kernels::{with_values, with_values_mut};
 use crate::memory::zeros;
 
-/// Number of losses of a timestep that count.
+/// Number of losses that are kept for each timestep.
 const LENGTH: usize = 10;
 
-/// The share of draws that are uniform, so that every timestep is drawn again.
+/// The fraction of draws that are uniform, so that every timestep is drawn again.
 const UNIFORM: f64 = 0.001;
 
 /// The last losses of each timestep.
@@ -36,9 +37,9 @@ impl LossHistory {
         Ok(Self { losses: empty(&[timesteps, LENGTH])?, counts: empty(&[timesteps])? })
     }
 
-    /// Returns the probability of each timestep: proportional to the root of the mean square of its last losses, with a
-    /// small part that is uniform. Returns `None`, for uniform ones, until every timestep has ten losses, and also if
-    /// all losses are 0.
+    /// Returns the probability of each timestep. It is proportional to the root mean square of the last losses of the
+    /// timestep, except for the uniform draws. Returns `None`, which stands for equal probabilities, until every
+    /// timestep has ten losses. Also returns `None` if all losses are 0.
     pub fn probabilities(&self) -> Result<Option<Vec<f64>>> {
         let probabilities = with_values([&self.losses, &self.counts], |[losses, counts]| {
             if counts.iter().any(|&count| (count as usize) < LENGTH) {
@@ -56,8 +57,8 @@ impl LossHistory {
         Ok(probabilities)
     }
 
-    /// Adds the losses of an update, in the order of the images. A loss that is not finite ends the run when it is read,
-    /// and is left out here, so that no probability is NaN until then.
+    /// Adds the losses of an update, in the order of the images. A loss that is not finite ends the run when it is
+    /// read. It is omitted here, so that no probability is NaN until then.
     pub fn record(&mut self, images: &[ImageLoss]) -> Result<()> {
         let Self { losses, counts } = self;
         with_values_mut(losses, |losses| {

@@ -53,7 +53,7 @@ pub struct Noised<'a> {
     pub x_t: Tensor,
     /// The classes of the images, if they have any.
     pub classes: Option<Tensor>,
-    /// The fraction of these images in the whole batch, from 0 to 1, times their weight.
+    /// The fraction of these images in the whole batch, from 0 to 1, multiplied by their weight.
     pub(super) share: f64,
     /// The factor of the loss's gradient, a scalar. `None` if gradients are not scaled.
     pub(super) gradient_scale: Option<Tensor>,

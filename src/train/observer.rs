@@ -17,12 +17,12 @@ pub struct Metrics {
     /// Mean loss of the updates since the last report, or since [`fit`](crate::Trainer::fit) began. Updates made
     /// outside of `fit` are not included.
     pub loss: f32,
-    /// Mean loss of the images whose timesteps are in each quarter of the schedule, in the same updates. Serialised as
-    /// `loss_q0` to `loss_q3`, the names of Nichol and Dhariwal's code. `None` without
-    /// [`TrainConfig::loss_quartiles`](crate::TrainConfig::loss_quartiles), or if there was no such image.
+    /// Mean loss of each quartile of the timesteps, in the same updates. Serialised as `loss_q0` to `loss_q3`, the
+    /// names of Nichol and Dhariwal's code. `None` without
+    /// [`TrainConfig::loss_quartiles`](crate::TrainConfig::loss_quartiles), or if no timestep was in the quartile.
     ///
-    /// Timesteps that are drawn by [importance](crate::train::TimestepSampling::Importance) are weighted, so that these
-    /// losses are comparable with those of uniform timesteps.
+    /// With [importance sampling](crate::train::TimestepSampling::Importance), the losses are weighted, so that the
+    /// means are comparable with those of uniform timesteps.
     #[serde(flatten, serialize_with = "by_name")]
     pub loss_quartiles: [Option<f32>; 4],
     /// Learning rate of the last update.
@@ -119,9 +119,9 @@ pub trait Observer {
         Ok(ControlFlow::Continue(()))
     }
 
-    /// Called with the values that observers [published](Run::publish), in the order of publishing. Comes after `on_step`
-    /// of all observers, and also after `on_start` and `on_end`. Values that are published during this call follow in
-    /// another one.
+    /// Called with the values that observers [published](Run::publish), in the order of publishing. The call comes
+    /// after `on_step` of all observers, and also after `on_start` and `on_end`. Values that are published during this
+    /// call are passed in a further call.
     fn on_published(&mut self, run: &Run<'_>, published: &[Published]) -> Result<()> {
         let _ = (run, published);
         Ok(())
@@ -135,8 +135,8 @@ pub trait Observer {
         Ok(())
     }
 
-    /// Returns whether the norms of the gradients of each layer in the update `step`, counted from 1, should be
-    /// published as `grad_norm/LAYER`. Such an update takes twice as long; see
+    /// Returns whether the gradient norm of each layer in the update `step`, counted from 1, should be published as
+    /// `grad_norm/LAYER`. Such an update takes twice as long; see
     /// [`Trainer::gradient_norms`](crate::Trainer::gradient_norms).
     fn wants_gradient_norms(&self, step: u64) -> bool {
         let _ = step;

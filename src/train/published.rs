@@ -11,7 +11,7 @@ pub struct Published {
 }
 
 impl Published {
-    /// The value, if it is a number.
+    /// Returns the value if it is a number.
     pub fn scalar(&self) -> Option<f64> {
         match self.value {
             Value::Scalar(value) => Some(value),

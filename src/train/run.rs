@@ -107,8 +107,8 @@ impl<'a> Run<'a> {
     }
 
     /// Computes the loss of `model` by the run's objective, for a batch with the noise `eps` at the timesteps `t`
-    /// (batch). Weights, random numbers and reports of the run do not change. A network
-    /// [with classes](Denoiser::classes) receives those of the batch, or no class if the batch has none. Another network
+    /// (batch). The weights, the random numbers and the reports of the run do not change. A network [with
+    /// classes](Denoiser::classes) receives those of the batch, or no class if the batch has none. Another network
     /// receives no condition.
     ///
     /// # Errors
@@ -145,11 +145,11 @@ impl<'a> Run<'a> {
         self.scene.frontends.iter().for_each(|frontend| frontend.working(on));
     }
 
-    /// Publishes a value of the present step under a name, such as `held_out/loss`, for all observers of the run.
+    /// Publishes a value of the current step under a name, such as `held_out/loss`, for all observers of the run.
     ///
-    /// Every observer, including the one that publishes, receives it by
-    /// [`on_published`](crate::train::Observer::on_published), after all observers have been called for the step. Their
-    /// order does not matter.
+    /// Every observer, including the one that publishes, receives the value by
+    /// [`on_published`](crate::train::Observer::on_published), after all observers have been called for the step. The
+    /// order of the observers does not matter.
     pub fn publish(&self, name: impl Into<String>, value: impl Into<Value>) {
         self.scene.publish(self.step(), name.into(), value.into());
     }

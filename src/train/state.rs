@@ -31,7 +31,7 @@ pub(super) struct TrainState {
     pub progress: Progress,
     pub weights: Weights,
     pub optimizer: Optimizer,
-    /// The losses by which timesteps are drawn, if they are drawn by importance.
+    /// The losses of each timestep, with importance sampling.
     pub losses: Option<LossHistory>,
 }
 

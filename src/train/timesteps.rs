@@ -27,12 +27,13 @@ pub enum TimestepSampling {
         /// The standard deviation of `ln sigma`; positive.
         std: f64,
     },
-    /// Proportional to the root of the mean square of the last ten losses of a timestep, with 0.1% of uniform draws.
-    /// The loss of an image is divided by its probability relative to uniform draws, so its mean does not change, but
-    /// varies less. Draws are uniform until every timestep has ten losses. Nichol and Dhariwal 2021, [Improved
-    /// Denoising Diffusion](https://arxiv.org/abs/2102.09672), section 3.3, who use it for the variational bound.
+    /// Importance sampling: the probability of a timestep is proportional to the root mean square of its last ten
+    /// losses, with 0.1% of uniform draws. The loss of an image is divided by this probability, relative to that of
+    /// uniform draws. The mean of the loss does not change, but the loss of a batch varies less. Draws are uniform
+    /// until every timestep has ten losses. Nichol and Dhariwal 2021, [Improved Denoising
+    /// Diffusion](https://arxiv.org/abs/2102.09672), section 3.3, who use it for the variational bound.
     ///
-    /// The losses are a part of checkpoints. They are read from the device in each update, and such an update is not
+    /// Checkpoints contain the losses. The losses are read from the device in each update, and such an update is not
     /// captured as a CUDA graph.
     Importance,
 }
@@ -87,7 +88,7 @@ pub(super) struct Timesteps {
     pub weights: Option<Vec<f64>>,
 }
 
-/// Timesteps with these probabilities, for a process of as many timesteps.
+/// Timesteps with these probabilities, one per timestep of the process.
 #[derive(Debug)]
 pub(super) struct Distribution {
     probabilities: Vec<f64>,
@@ -112,7 +113,7 @@ impl Distribution {
         before.min(self.sums.len().saturating_sub(1)) as u32
     }
 
-    /// The factor of the loss at a timestep that leaves the mean as it is with uniform timesteps.
+    /// The factor of the loss at a timestep. With it, the mean loss is that of uniform timesteps.
     pub fn weight(&self, t: u32) -> f64 {
         let count = self.probabilities.len() as f64;
         self.probabilities.get(t as usize).map_or(1.0, |p| 1.0 / (count * p))

@@ -365,8 +365,8 @@ impl<N: Architecture> Trainer<N> {
         &self.state.progress.history
     }
 
-    /// Adds a change that the trainer cannot detect to the [history](Self::history) of the run, such as other images of
-    /// the same number.
+    /// Adds a change that the trainer cannot detect to the [history](Self::history) of the run, such as the same number
+    /// of other images.
     ///
     /// # Errors
     /// Returns an error if the trainer itself records changes of this field (`train.…` and `dataset_len`), or if the

@@ -115,8 +115,8 @@ impl<D: Trainable> UpdateContext<'_, D> {
         Ok(eps)
     }
 
-    /// Updates the weights. Returns the loss, the norm of the gradient, and gradients whose memory can be reused, and
-    /// the losses of the images if they are needed. With `check`, returns an error if a weight has no gradient.
+    /// Updates the weights. Returns the loss, the gradient norm, gradients whose memory can be reused, and the losses
+    /// of the images if they are needed. With `check`, returns an error if a weight has no gradient.
     pub fn update(
         &mut self,
         batch: &Batch,

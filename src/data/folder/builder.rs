@@ -140,7 +140,7 @@ impl<'a> FolderBuilder<'a> {
     }
 
     /// Sets the largest number of bytes of the files in the [cache](Self::cache). The default is 16 GiB: 1.4 million
-    /// colour images of 64 x 64 pixels. Beyond the limit, the files that were not used for the longest time are removed.
+    /// colour images of 64 x 64 pixels. Beyond the limit, the least recently used files are removed.
     pub fn cache_limit(mut self, bytes: u64) -> Self {
         self.cache_limit = bytes;
         self

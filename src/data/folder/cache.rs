@@ -27,7 +27,7 @@ const HEADER: usize = 8 + 4 + 4 + 4;
 
 const EXTENSION: &str = ".pixels";
 
-/// The fraction of the limit to which files are removed, so that not every new file removes another.
+/// The fraction of the limit down to which files are removed, so that not every new file removes another.
 const KEPT: f64 = 0.9;
 
 /// The hash of a recipe and the content of a picture.
@@ -44,7 +44,7 @@ pub(super) struct Cache {
     directory: PathBuf,
     /// The largest number of bytes of all files.
     limit: u64,
-    /// The bytes of all files, as far as this process knows.
+    /// The bytes of all files. Files that other processes write are not included before the next count.
     bytes: Mutex<u64>,
 }
 
@@ -70,7 +70,8 @@ impl Cache {
         bytes.try_reserve_exact(data.len() as usize).ok()?;
         let mut file = File::open(&path).ok()?;
         file.by_ref().take(limit).read_to_end(&mut bytes).ok()?;
-        // The time orders files by their last use. Without it, a file is only removed earlier.
+        // The time of modification orders files by their last use. If it cannot be set, the file is only removed
+        // earlier.
         let _ = file.set_modified(SystemTime::now());
         let scaled = decoded(bytes)?;
         recipe.allows(&scaled).then_some(scaled)
@@ -94,8 +95,8 @@ impl Cache {
         Ok(())
     }
 
-    /// Counts the bytes of all files. If they exceed the limit, removes those that were not used for the longest time. A
-    /// file that cannot be removed, or that another process has removed, is not an error.
+    /// Counts the bytes of all files. If they exceed the limit, removes the least recently used files. A file that
+    /// cannot be removed, or that another process has removed, is not an error.
     fn prune(&self, bytes: &mut u64) {
         let mut found = Vec::new();
         for entry in fs::read_dir(&self.directory).into_iter().flatten().flatten() {
@@ -192,7 +193,8 @@ mod tests {
         assert_eq!(held(&small), [0, 3, 4, 5]);
         small.put(&keys[6], &scaled)?;
         assert_eq!(held(&small), [0, 3, 4, 5, 6]);
-        // A smaller limit holds when the cache is opened. Larger files are not kept, and remove nothing.
+        // A smaller limit takes effect when the cache is opened. A file over the limit is not kept, and removes no
+        // other file.
         let smaller = cache(130)?;
         assert_eq!(held(&smaller).len(), 0);
         smaller.put(&keys[7], &scaled)?;

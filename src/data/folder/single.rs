@@ -1,4 +1,4 @@
-//! Pictures that are read alone, and masks.
+//! Single pictures and masks.
 
 use std::path::Path;
 
@@ -8,11 +8,11 @@ use super::recipe::{Recipe, interleaved};
 use crate::data::images::Images;
 use crate::error::{Error, Result};
 
-/// The least grey value of a mask that counts as white.
+/// The smallest grey value that is white in a mask.
 const WHITE: u8 = 128;
 
-/// Reads one picture as an image: decoded, turned, cropped and scaled like those of a [`Folder`](super::Folder), with
-/// the part around its centre.
+/// Reads one picture as an image. The picture is decoded, rotated, cropped around its centre and scaled like the
+/// pictures of a [`Folder`](super::Folder).
 ///
 /// # Errors
 /// Returns an error if the configuration is not valid, or if the picture cannot be read.
@@ -35,8 +35,8 @@ pub fn read_picture(path: impl AsRef<Path>, config: &FolderConfig) -> Result<Ima
     Images::new(pixels, shape)
 }
 
-/// Reads a mask: a grey or coloured picture of exactly this height and width. Returns, row by row, whether each pixel is
-/// white, that is, has a grey value of 128 or more. Transparent pixels are laid over black.
+/// Reads a mask: a grey or coloured picture of exactly this height and width. Returns, row by row, whether each pixel
+/// is white. A white pixel has a grey value of at least 128. Transparent pixels are composited over black.
 ///
 /// # Errors
 /// Returns an error if the picture cannot be read, or if it has another size.

@@ -8,12 +8,12 @@ use crate::train::{Picture, Value};
 /// The version of the format. Readers discard values from before a [restart](Content::Restart) since version 2.
 const VERSION: &[u8] = b"brain.Event:2";
 
-/// The content of an event, apart from its time and its step.
+/// The content of an event, except for its time and its step.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Content<'a> {
     /// The beginning of a file.
     Version,
-    /// A run that continues at this step. Values of this step and of later ones, from before the restart, are void.
+    /// A run that continues at this step. Earlier values of this step and of later steps are discarded.
     Restart,
     /// Values by name.
     Values(&'a [(&'a str, &'a Value)]),

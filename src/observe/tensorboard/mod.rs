@@ -15,16 +15,16 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::train::{Metrics, Observer, Published, Run, Value};
 
-/// Writes event files for [TensorBoard](https://www.tensorflow.org/tensorboard): `tensorboard --logdir DIR` shows them.
+/// Writes event files for [TensorBoard](https://www.tensorflow.org/tensorboard). `tensorboard --logdir DIR` shows them.
 ///
-/// The files hold every number of [`Metrics`] under names such as `train/loss`, and all values that observers
-/// [publish](Run::publish) under their own names: the grids of [`SampleGrid`](super::SampleGrid), the losses of
-/// [`HeldOutLoss`](super::HeldOutLoss), the norms of [`GradientNorms`](super::GradientNorms).
+/// The files hold every number of [`Metrics`] under names such as `train/loss`. They also hold all values that
+/// observers [publish](Run::publish), under their published names: the grids of [`SampleGrid`](super::SampleGrid), the
+/// losses of [`HeldOutLoss`](super::HeldOutLoss), the norms of [`GradientNorms`](super::GradientNorms).
 ///
-/// Each part of a run has its own file. The file of a resumed run begins with a mark, by which TensorBoard drops the
-/// values of the steps that the run repeats. A file only grows. If the process is killed, all complete values can be
-/// read. A new run puts a directory with the files of another run [aside](files::put_aside). If a file is removed
-/// during the run, another one is created, with a warning.
+/// Each part of a run has its own file. The file of a resumed run begins with a restart event. TensorBoard then
+/// discards the values of the steps that the run repeats. Values are only appended to a file. If the process is killed,
+/// all complete values can be read. A new run puts a directory with the files of another run [aside](files::put_aside).
+/// If a file is removed during the run, another one is created, with a warning.
 #[derive(Debug)]
 pub struct TensorBoard {
     dir: PathBuf,
@@ -32,7 +32,7 @@ pub struct TensorBoard {
     file: Option<(PathBuf, File)>,
 }
 
-/// The beginning of the names of event files, by which TensorBoard finds them.
+/// The prefix of the names of event files, by which TensorBoard finds them.
 const PREFIX: &str = "events.out.tfevents.";
 
 impl TensorBoard {

@@ -92,9 +92,9 @@ pub(super) fn read_tensors(
     tensors_of(path, &bytes, DType::F32, device)
 }
 
-/// Writes tensors of finite f32 with metadata (a key and its text, if there is any), and flushes them to disk.
+/// Writes tensors of finite f32 with optional metadata (a key and its text), and flushes them to disk.
 ///
-/// There is at most one key, because `safetensors` writes several in a random order.
+/// There is at most one key, because `safetensors` writes several keys in a random order.
 ///
 /// # Errors
 /// Returns an error that names the tensor if a value is not finite, or an error if the file cannot be written.

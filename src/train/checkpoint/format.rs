@@ -135,10 +135,10 @@ impl<'de> Deserialize<'de> for Files {
     }
 }
 
-/// Reads the fields of an object, which `known` accepts by name, as text.
+/// Reads the fields of an object as text. `known` accepts the names of fields.
 ///
 /// # Errors
-/// Returns an error if this is no object, or if a field is unknown or occurs twice.
+/// Returns an error if the text is not an object, or if a field is unknown or occurs twice.
 pub(super) fn fields_of(json: &[u8], known: fn(&str) -> bool) -> serde_json::Result<Fields> {
     let mut deserializer = serde_json::Deserializer::from_slice(json);
     let entries: Vec<(String, Box<RawValue>)> =
@@ -149,7 +149,7 @@ pub(super) fn fields_of(json: &[u8], known: fn(&str) -> bool) -> serde_json::Res
     Ok(fields)
 }
 
-/// Checks the version, before the other fields, which a newer version may have changed.
+/// Checks the version before the other fields, because a newer version may have changed them.
 ///
 /// # Errors
 /// Returns an error if `format_version` is not from 1 to `newest`.
@@ -282,8 +282,8 @@ impl State {
         Ok(state)
     }
 
-    /// Returns the training configuration with the length and the reports of another one. With a cool-down, or with a
-    /// schedule that ends at `steps`, the length also changes the learning rate of later updates.
+    /// Returns the training configuration with the number of steps and the reports of another one. With a cool-down, or
+    /// with a schedule that ends at `steps`, the number of steps also changes the learning rate of later updates.
     fn train_as_in(&self, other: &TrainConfig) -> TrainConfig {
         let TrainConfig { steps, log_every, loss_quartiles, keep_checkpoints, .. } = *other;
         TrainConfig { steps, log_every, loss_quartiles, keep_checkpoints, ..self.train.clone() }

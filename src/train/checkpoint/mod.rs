@@ -1,5 +1,5 @@
-//! Checkpoints: training runs on disk. [`format`](self::format) defines the files, [`store`] writes them, and
-//! [`open`] reads them. [`weights`] describes a file of weights within that file.
+//! Checkpoints: training runs on disk. [`format`](self::format) defines the files, [`store`] writes them, and [`open`]
+//! reads them. [`weights`] defines the description in the metadata of a weights file.
 
 pub(super) mod claim;
 mod files;

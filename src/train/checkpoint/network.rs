@@ -1,4 +1,4 @@
-//! The network of a checkpoint, or of a file of weights: its kind and its configuration.
+//! The network of a checkpoint or a weights file: its kind and its configuration.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::error::{Error, Result, in_short};
 use crate::model::{Architecture, Parameters};
 use crate::train::stateful::within;
 
-/// The longest configuration of a network that is read.
+/// The greatest length in bytes of a network's configuration.
 const MAX_BYTES: u64 = 1 << 20;
 
 /// `C` is the network's configuration. It is kept as text until its type is known, because a parsed value would
@@ -24,20 +24,20 @@ pub(super) struct NetworkState<C> {
 
 impl NetworkState<Box<RawValue>> {
     /// # Errors
-    /// Returns an error if the configuration is longer than that of any network.
+    /// Returns an error if the configuration is too long.
     pub fn check(&self) -> Result<()> {
         within("length of network.config", self.config.get().len() as u64, MAX_BYTES)
     }
 
-    /// The configuration as a JSON value, because its type is not known here.
+    /// Returns the configuration as a JSON value, because its type is not known here.
     pub fn value(&self) -> Result<Value> {
         serde_json::from_str(self.config.get()).map_err(Error::external)
     }
 
-    /// The configuration, which was read from the file `path`.
+    /// Returns the configuration, which was read from the file `path`.
     ///
     /// # Errors
-    /// Returns an error if this is another kind of network, or a configuration that `N` does not accept.
+    /// Returns an error if the network is of another kind, or if `N` does not accept the configuration.
     pub fn architecture<N: Architecture>(&self, path: &Path) -> Result<N> {
         if self.kind != N::KIND {
             return Err(Error::ConfigMismatch {
@@ -53,7 +53,7 @@ impl NetworkState<Box<RawValue>> {
     /// Builds the network with these weights. The configuration was read from the file `path`.
     ///
     /// # Errors
-    /// Returns the errors of [`architecture`](Self::architecture), and an error if these are not exactly the weights of
+    /// Returns the errors of [`architecture`](Self::architecture), and an error if the weights are not exactly those of
     /// the network.
     pub fn build<N: Architecture>(&self, path: &Path, weights: &Parameters) -> Result<N::Model> {
         weights.build(&self.architecture::<N>(path)?).map_err(|error| match error {

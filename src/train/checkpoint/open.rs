@@ -23,8 +23,8 @@ use crate::train::stateful::Stateful;
 /// resume.
 ///
 /// [`Trainer::save`](crate::Trainer::save) writes it. All tensors are f32. Those that belong to weights are named after
-/// them. Each file of weights also describes the network and the process, so that
-/// [`WeightsFile`](crate::train::WeightsFile) reads it alone.
+/// them. Each weights file also describes the network and the process, so that
+/// [`WeightsFile`](crate::train::WeightsFile) reads it without the other files.
 ///
 /// | file | content |
 /// | --- | --- |
@@ -34,7 +34,7 @@ use crate::train::stateful::Stateful;
 /// | `average.safetensors`, `average-2.safetensors`, … | further averages of the weights, if the run has them |
 /// | `optimizer.safetensors` | the state of the optimiser |
 /// | `muon.safetensors` | the state of Muon, if the run uses it |
-/// | `timesteps.safetensors` | the last losses of each timestep, if timesteps are drawn by importance |
+/// | `timesteps.safetensors` | the last losses of each timestep, with importance sampling |
 ///
 /// ```no_run
 /// use candle_core::Device;
@@ -246,9 +246,9 @@ impl Checkpoint {
     /// computed in f64.
     ///
     /// # Errors
-    /// Returns an error if `sigma_rel` is not positive and less than 0.2886, if the run has no such averages, if the
-    /// magnitudes of the factors add up to more than 1,000 because the averages are too similar, or if a file is
-    /// damaged.
+    /// Returns an error if `sigma_rel` is not positive and less than 0.2886, if the run has no such averages, or if a
+    /// file is damaged. Returns an error if the magnitudes of the factors add up to more than 1,000, because the
+    /// averages are too similar.
     pub fn post_hoc<N: Architecture>(&self, sigma_rel: f64, device: &Device) -> Result<N::Model> {
         let wanted = exponent(sigma_rel)?;
         let (here, files) = (&self.0.state, self.power_averages()?);

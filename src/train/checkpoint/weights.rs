@@ -1,4 +1,4 @@
-//! Files of weights that describe their network and their process: metadata of safetensors files.
+//! Weights files, which describe their network and their process in the metadata of a safetensors file.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ use crate::train::stateful::within;
 /// The key of the description in the metadata.
 pub(super) const KEY: &str = "ddpm";
 
-/// The format of the description that this version writes, and the newest that it reads.
+/// The format of the description that this version writes, and the newest format that it reads.
 const FORMAT: u32 = 1;
 
 /// The values of the bytes 0 and 255 in training; see [`normalized`](crate::data::normalized).
@@ -56,17 +56,18 @@ pub(super) fn describe(
     serde_json::to_string(&described).map_err(Error::external)
 }
 
-/// A safetensors file of weights that describes its network and its process, so that it is enough to sample.
+/// A weights file: a safetensors file with weights, and a description of their network and process. Sampling needs no
+/// other file.
 ///
-/// The files of weights of a [`Checkpoint`](crate::Checkpoint) are such files: `model.safetensors`, `ema.safetensors`
-/// and the further averages. They can be copied and renamed. The description is the text of the key `ddpm` in the
-/// metadata of the file (`__metadata__`), a JSON object:
+/// A [`Checkpoint`](crate::Checkpoint) has these weights files: `model.safetensors`, `ema.safetensors` and the further
+/// averages. They can be copied and renamed. The description is the text of the key `ddpm` in the metadata of the file
+/// (`__metadata__`), a JSON object:
 ///
 /// | field | content |
 /// | --- | --- |
 /// | `format_version` | 1 |
 /// | `step` | the number of updates |
-/// | `network` | `kind`, and `config`: the configuration, for the U-Net with the size and the channels of the images |
+/// | `network` | `kind`, and `config`: the configuration, which for the U-Net includes the shape of the images |
 /// | `diffusion` | the schedule, and the meaning of the network's output |
 /// | `pixel_range` | the values of the bytes 0 and 255: `[-1.0, 1.0]` |
 /// | `sampling` | the sampler settings of the run, if they were set |
@@ -94,12 +95,12 @@ pub struct WeightsFile {
 }
 
 impl WeightsFile {
-    /// Reads a file. The tensors are checked when the network is built.
+    /// Reads a weights file. The tensors are checked when the network is built.
     ///
     /// # Errors
     /// Returns an error if the file cannot be read, if it is not a complete safetensors file, or if it has no
-    /// description, such as a file of PyTorch or of an earlier version. Returns an error that names the field if the
-    /// description is not valid, or of a newer version.
+    /// description. Files of PyTorch or of an earlier version have no description. Returns an error that names the
+    /// field if the description is not valid or has a newer format.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_owned();
         let content = read_regular(&path)?;
@@ -182,7 +183,7 @@ impl WeightsFile {
     /// The network's configuration.
     ///
     /// # Errors
-    /// Returns an error if the file holds another kind of network, or a configuration that `N` does not accept.
+    /// Returns an error if the network is of another kind, or if `N` does not accept the configuration.
     pub fn architecture<N: Architecture>(&self) -> Result<N> {
         self.network.architecture(&self.path)
     }

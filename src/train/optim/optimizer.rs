@@ -83,8 +83,8 @@ impl Optimizer {
         Ok(norm)
     }
 
-    /// Returns whether a recorded update can be repeated. The averages beside `ema` are composed of operations that
-    /// cannot.
+    /// Returns whether a recorded update can be repeated. The operations of the averages beside `ema` cannot be
+    /// repeated.
     pub fn is_repeatable(&self) -> bool {
         self.averages.is_empty()
     }

@@ -49,8 +49,8 @@ pub(in crate::train) fn exponent(sigma_rel: f64) -> Result<f64> {
 /// Returns the factors of stored averages whose sum is closest to the average with the profile `wanted`.
 ///
 /// # Errors
-/// Returns an error if two profiles are equal, so that the factors are not determined, or if the factors would multiply
-/// the rounding errors of the averages too much.
+/// Returns an error if two profiles are equal, because the factors are then not determined. Returns an error if the
+/// magnitudes of the factors add up to more than [`MAX_MAGNITUDE`].
 pub(in crate::train) fn factors(stored: &[Profile], wanted: Profile) -> Result<Vec<f64>> {
     let row = |a: &Profile| stored.iter().map(|b| a.dot(*b)).chain([a.dot(wanted)]).collect();
     let factors = solve(stored.iter().map(row).collect())?;
@@ -65,11 +65,11 @@ pub(in crate::train) fn factors(stored: &[Profile], wanted: Profile) -> Result<V
     Ok(factors)
 }
 
-/// The largest sum of the magnitudes of factors. Stored averages are f32, with relative errors of 6e-8, which the sum
-/// multiplies to at most 6e-5 of the weights. With the widths 0.05 and 0.10, as in EDM2, the sum is at most 240, even for
-/// a width of 0.01 from 300 checkpoints. It is inversely proportional to the difference of two widths: with 0.05 and
-/// 0.0505, a width of 0.10 has 87. The condition number of the equations says less: it grows with the number of
-/// checkpoints, while the factors stay small.
+/// The largest sum of the magnitudes of factors. Stored averages are f32, with relative errors of 6e-8. With this
+/// limit, the error of the result is at most 6e-5 of the weights. With the widths 0.05 and 0.10, as in EDM2, the sum is
+/// at most 240, even for a width of 0.01 from 300 checkpoints. The sum is inversely proportional to the difference of
+/// two widths. With the widths 0.05 and 0.0505, it is 87 for a width of 0.10. The condition number of the equations is
+/// no measure of this error: it grows with the number of checkpoints, while the factors stay small.
 const MAX_MAGNITUDE: f64 = 1000.0;
 
 /// Solves linear equations, given as the rows of their matrix with the right-hand side at the end. Gaussian elimination

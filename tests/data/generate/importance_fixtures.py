@@ -1,5 +1,5 @@
-"""Writes the probabilities of timesteps drawn by importance (Nichol and Dhariwal 2021, section 3.3), computed by NumPy in
-float64.
+"""Writes the probabilities of timesteps with importance sampling (Nichol and Dhariwal 2021, section 3.3), computed by
+NumPy in float64.
 
     python importance_fixtures.py OUT.json
 """

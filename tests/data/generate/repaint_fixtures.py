@@ -1,4 +1,4 @@
-"""Writes what the RePaint scheduler of diffusers does with the best denoiser of normal data and known noise.
+"""Writes trajectories of the RePaint scheduler of diffusers, with the best denoiser of normal data and known noise.
 
     python repaint_fixtures.py OUT.safetensors
 

@@ -1,8 +1,8 @@
-// AdamW, gradient clipping, loss scaling and the average of the weights. Three launches update all weights, except for
-// the matrices of Muon, which need more. The host waits for none of them.
+// AdamW, gradient clipping, loss scaling and the average of the weights. Three launches update all weights except for
+// the matrices of Muon, which need more launches. The host waits for no launch.
 
-// The tensors of a weight, in f32. The addresses of the gradient and the average may be null. A matrix that Muon updates
-// has no mean of squares, but memory for the matrix to be orthogonalised, and the scale of its update.
+// The tensors of a weight, in f32. The addresses of the gradient and the average may be null. A matrix that Muon
+// updates has no mean of squares. It has memory for the matrix to be orthogonalised, and the scale of its update.
 struct Weight {
     float *weight, *mean, *square, *average;
     const float *gradient;
@@ -143,8 +143,8 @@ extern "C" __global__ void update_weights(const Weight *weights, const Part *par
     }
 }
 
-// Updates the momentum of Muon's matrices, whose parts begin at `parts`. Writes the matrices to be orthogonalised, and the
-// sum of squares of each block's part of them.
+// Updates the momentum of Muon's matrices, whose parts begin at `parts`. Writes the matrices to be orthogonalised, and
+// the sum of squares of the part of each block.
 extern "C" __global__ void begin_matrices(
     const Weight *weights, const Part *parts, const Control *control, double *squares
 ) {

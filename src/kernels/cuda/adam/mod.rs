@@ -60,7 +60,7 @@ pub(crate) struct UpdateSettings {
     pub growth_interval: f64,
     pub backoff_factor: f64,
     pub min_scale: f64,
-    /// Muon's momentum, whether it is Nesterov's (nonzero), and the decoupled decay of matrices.
+    /// Muon's momentum, a nonzero value for Nesterov momentum, and the decoupled weight decay of matrices.
     pub momentum: f64,
     pub nesterov: f64,
     pub muon_decoupled: f64,
@@ -200,7 +200,7 @@ impl Updater {
             norm,
         };
         gpu.launch(Element::F32, blocks_of((1, 1), (THREADS, 1)), begin)?;
-        // The matrices of Muon are the last weights.
+        // Muon's matrices are the last weights.
         let adam = weights.partition_point(|own| own.matrix().is_none());
         let (adam, matrices) = weights.split_at(adam);
         let count = adam.iter().map(WeightUpdate::parts).sum();
@@ -214,7 +214,7 @@ impl Updater {
         Ok(norm_tensor)
     }
 
-    /// Makes the update of Muon's matrices, whose parts begin with number `first`.
+    /// Updates Muon's matrices, whose parts begin at index `first`.
     fn update_matrices(
         &self,
         gpu: &Gpu,

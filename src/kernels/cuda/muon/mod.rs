@@ -26,12 +26,12 @@ kernel! { MODULE, "polynomial", Polynomial {
     q: Pointer, x: Pointer, a: f32, b: f32, c: f32, rows: u32, count: u32,
 } }
 
-/// Matrices of one shape, one after the other in memory.
+/// Matrices of one shape, contiguous in memory.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Matrices {
     pub values: Pointer,
     pub batch: usize,
-    /// Rows and columns of each.
+    /// The rows and columns of each matrix.
     pub shape: (usize, usize),
     /// The sums of squares of the parts of each matrix, in f64.
     pub squares: Pointer,

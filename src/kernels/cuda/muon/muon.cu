@@ -1,4 +1,4 @@
-// Muon's orthogonalisation of matrices of one shape. The products are cuBLASLt's.
+// Muon's orthogonalisation of matrices of one shape. cuBLASLt computes the products.
 
 // Computes 1 / max(norm, least) of each matrix, in one block per matrix, from the sums of squares of its `parts` parts.
 extern "C" __global__ void inverse_norms(const double *squares, u32 parts, double least, double *inverse) {
