@@ -76,6 +76,5 @@ fn main() -> ExitCode {
 
 fn recipe(shape: (usize, usize, usize)) -> cli::Result<(Recipe, String)> {
     let (recipe, reason) = Recipe::for_images(shape)?;
-    let recipe = Recipe { out: "out/train", cargo_target: "--example train", ..recipe };
-    Ok((recipe, reason))
+    Ok((Recipe { out: "out/train", cargo_target: "--example train", ..recipe }, reason))
 }
