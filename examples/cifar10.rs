@@ -43,5 +43,7 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    cli::main(|cli: Cli| cli::train(&recipe(cli.recipe), &cli.train, || datasets::cifar10(&cli.data)))
+    cli::main(|cli: Cli| {
+        cli::train(&recipe(cli.recipe), &cli.train, || datasets::cifar10(&cli.data))
+    })
 }
