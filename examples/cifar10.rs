@@ -43,7 +43,5 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    cli::main(|cli: Cli| {
-        cli::train(&recipe(cli.recipe), &cli.train, || datasets::cifar10(&cli.data))
-    })
+    cli::main(|cli: Cli| cli::train(&recipe(cli.recipe), &cli.train, || datasets::cifar10(&cli.data)))
 }
