@@ -150,11 +150,12 @@ fn a_run_holds_out_the_same_images_after_a_resume_and_keeps_its_best_checkpoint(
     assert!(said.contains("5 images, 2 held out"), "{said}");
     assert!(said.contains("best     held-out loss "), "{said}");
     mnist(&halves, &[&args[..], &["--steps", "2"]].concat())?;
-    let resume = [&["--data", data, "--steps", "4", "--resume", "--sample-count", "3"], &watch[..]];
-    let resume = resume.concat();
+    // The other options are in config.json.
+    let resume = ["--data", data, "--steps", "4", "--resume"];
     let mut other = example("mnist");
     other.args(&resume).args(["--held-out", "1"]).arg("--out").arg(&halves);
-    assert_fails(&mut other, &["data.json: the run holds out 2 images, not 1", "omit --held-out"])?;
+    let advice = "omit --held-out, or add --change";
+    assert_fails(&mut other, &["data.json: the run holds out 2 images, not 1", advice])?;
     mnist(&halves, &resume)?;
 
     for file in ["checkpoint/model.safetensors", "checkpoint/ema.safetensors", "best/best.json"] {
@@ -176,6 +177,14 @@ fn a_run_holds_out_the_same_images_after_a_resume_and_keeps_its_best_checkpoint(
     assert_eq!(best["step"].as_u64(), Some(checkpoint.step()));
     assert_eq!(fs::read_dir(whole.join("tensorboard"))?.count(), 1);
     assert_eq!(fs::read_dir(halves.join("tensorboard"))?.count(), 2);
+
+    // The loss of other images is not compared with the best one.
+    let change = ["--data", data, "--resume", "--change", "--held-out", "1"];
+    let said = mnist(&halves, &change)?;
+    assert!(said.contains("best-old, with the held-out loss of the images before"), "{said}");
+    let of_others: Value = serde_json::from_slice(&fs::read(halves.join("best/best.json"))?)?;
+    assert_eq!(of_others["step"].as_u64(), Some(4));
+    assert_ne!(of_others["value"], best["value"]);
 
     let all = ["--data", data, "--held-out", "5"];
     let out = temp.path().join("none");

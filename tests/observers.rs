@@ -17,7 +17,7 @@ use ddpm::observe::{
 use ddpm::process::Prediction;
 use ddpm::train::{
     AdamConfig, EmaConfig, Frontend, Metrics, Noised, Objective, ObjectiveConfig, Observer,
-    Outcome, Published, Run, Value, on_metrics,
+    Outcome, Published, Run, TimestepSampling, Value, on_metrics,
 };
 use ddpm::{
     Checkpoint, Denoiser, Diffusion, Error, NoiseSchedule, Result, Sampler, Solver, TrainConfig,
@@ -492,7 +492,7 @@ impl Scripted {
 impl Observer for Scripted {
     fn on_step(&mut self, run: &Run<'_>) -> Result<ControlFlow<()>> {
         if let Some(&value) = self.values.get(run.step() as usize - 1) {
-            run.publish("metric", value);
+            run.publish("a/metric", value);
         }
         Ok(ControlFlow::Continue(()))
     }
@@ -508,19 +508,19 @@ struct Answers;
 
 impl Observer for Answers {
     fn on_start(&mut self, run: &Run<'_>) -> Result<()> {
-        run.publish("start", 0.0);
+        run.publish("a/start", 0.0);
         Ok(())
     }
 
     fn on_published(&mut self, run: &Run<'_>, published: &[Published]) -> Result<()> {
-        for value in published.iter().filter(|value| value.name != "answer") {
-            run.publish("answer", value.scalar().unwrap() + 1.0);
+        for value in published.iter().filter(|value| value.name != "a/answer") {
+            run.publish("a/answer", value.scalar().unwrap() + 1.0);
         }
         Ok(())
     }
 
     fn on_end(&mut self, run: &Run<'_>, _: Outcome<'_>) -> Result<()> {
-        run.publish("end", 5.0);
+        run.publish("a/end", 5.0);
         Ok(())
     }
 }
@@ -531,17 +531,83 @@ fn every_observer_receives_what_is_published_whatever_their_order() {
     let source = Scripted { values: vec![3.0], ..Scripted::default() };
     trainer(2).fit(&images(), (&mut first, (source, Answers), vec![&mut last])).unwrap();
     let expected = [
-        (0, "start", 0.0),
-        (0, "answer", 1.0),
-        (1, "metric", 3.0),
-        (1, "answer", 4.0),
-        (2, "end", 5.0),
-        (2, "answer", 6.0),
+        (0, "a/start", 0.0),
+        (0, "a/answer", 1.0),
+        (1, "a/metric", 3.0),
+        (1, "a/answer", 4.0),
+        (2, "a/end", 5.0),
+        (2, "a/answer", 6.0),
     ];
     for observer in [&first, &last] {
         let seen = observer.seen.iter().map(|p| (p.step, p.name.as_str(), p.scalar().unwrap()));
         assert_eq!(seen.collect::<Vec<_>>(), expected);
     }
+}
+
+/// Publishes a number of this name after each update.
+struct Named(&'static str);
+
+impl Observer for Named {
+    fn on_step(&mut self, run: &Run<'_>) -> Result<ControlFlow<()>> {
+        run.publish(self.0, 1.0);
+        Ok(ControlFlow::Continue(()))
+    }
+}
+
+#[test]
+fn a_number_cannot_have_the_name_of_a_field_of_a_report() {
+    for name in ["loss", "step", "metric"] {
+        let error = trainer(2).fit(&images(), Named(name)).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("name of a published number is {name}; ")), "{error}");
+    }
+    trainer(2).fit(&images(), Named("my/loss")).unwrap();
+}
+
+/// Records the step of the checkpoint `run` when values arrive.
+struct Looks<'a>(&'a TempDir, Vec<(u64, Option<u64>)>);
+
+impl Observer for Looks<'_> {
+    fn on_published(&mut self, run: &Run<'_>, _: &[Published]) -> Result<()> {
+        self.1.push((run.step(), saved(self.0, "run")));
+        Ok(())
+    }
+}
+
+/// Otherwise a run that is killed before would lose the values: it would not repeat the step.
+#[test]
+fn a_step_is_saved_after_its_values_reached_all_observers() {
+    let temp = TempDir::new().unwrap();
+    let save = SaveEvery::steps(1, temp.path().join("run"));
+    let mut looks = Looks(&temp, Vec::new());
+    trainer(3).fit(&images(), (save, Named("a/metric"), &mut looks)).unwrap();
+    assert_eq!(looks.1, [(1, None), (2, Some(1)), (3, Some(2))]);
+    assert_eq!(saved(&temp, "run"), Some(3));
+}
+
+#[test]
+fn a_held_out_loss_that_a_stop_prevents_is_published_by_the_resumed_run() {
+    let temp = TempDir::new().unwrap();
+    let path = temp.path().join("metrics.jsonl");
+    let (images, mut run, mut seen) = (images(), trainer(4), Scripted::default());
+    let mut fit = |stop| {
+        let screen = Arc::new(Screen::default());
+        let shows = Recorder { frontend: Some(Arc::clone(&screen)), ..Recorder::default() };
+        let stop_at = on_metrics(|metrics| {
+            screen.stop.store(metrics.step == stop, Ordering::SeqCst);
+            Ok(())
+        });
+        let loss = HeldOutLoss::steps(2, &images);
+        run.fit(&images, (loss, &mut seen, shows, stop_at, MetricsFile::new(&path))).unwrap();
+        seen.numbers(HeldOutLoss::NAME).into_iter().map(|(step, _)| step).collect::<Vec<_>>()
+    };
+    assert_eq!(fit(2), [0; 0]);
+    assert_eq!(fit(4), [2]);
+    assert_eq!(fit(0), [2, 4]);
+    // The observer does not know that the loss was published, but the file does.
+    assert_eq!(fit(0), [2, 4, 4]);
+    let text = fs::read_to_string(&path).unwrap();
+    let lines: Vec<_> = text.lines().filter(|line| line.contains("held_out/loss\"")).collect();
+    assert!(lines.len() == 2 && lines[1].contains("\"step\":4"), "{lines:?}");
 }
 
 #[test]
@@ -552,14 +618,17 @@ fn published_numbers_have_their_own_lines_in_the_file_of_metrics() {
     let source = |values| Scripted { values, ..Scripted::default() };
     let stop = Recorder { break_at: Some(3), ..Recorder::default() };
     run.fit(&images(), (MetricsFile::new(&path), source(vec![0.5, 0.25, 1.0]), stop)).unwrap();
-    let later = fs::read_to_string(&path).unwrap() + "{\"metric\":9.0,\"step\":4}\n";
+    let later = fs::read_to_string(&path).unwrap() + "{\"a/metric\":9.0,\"step\":4}\n";
     fs::write(&path, later).unwrap();
     run.fit(&images(), (source(vec![0.0, 0.0, 0.0, 2.0]), MetricsFile::new(&path))).unwrap();
     let text = fs::read_to_string(&path).unwrap();
-    let numbers: Vec<&str> = text.lines().filter(|line| line.contains("metric")).collect();
+    let numbers: Vec<&str> = text.lines().filter(|line| line.contains("a/metric")).collect();
     let expected = [(0.5, 1), (0.25, 2), (1.0, 3), (2.0, 4)];
-    assert_eq!(numbers, expected.map(|(m, step)| format!("{{\"metric\":{m:?},\"step\":{step}}}")));
-    // The other lines are those of the reports. Only they have a loss.
+    assert_eq!(
+        numbers,
+        expected.map(|(m, step)| format!("{{\"a/metric\":{m:?},\"step\":{step}}}"))
+    );
+    // The other lines are those of the reports, and the only ones with a loss.
     let losses = MetricsFile::losses(&path).unwrap();
     assert_eq!(losses.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [2, 4]);
     assert_eq!(text.lines().count(), 6);
@@ -736,13 +805,21 @@ fn the_norms_of_all_layers_are_published_and_make_up_the_whole_norm() {
     assert!((sum / whole[1].1 - 1.0).abs() < 1e-5, "{sum}, {whole:?}");
 }
 
+/// The network has dropout. After ten losses of each of the four timesteps, these are drawn by importance.
 #[test]
 fn observers_that_compute_do_not_change_the_run() {
     let temp = TempDir::new().unwrap();
     let end = |observed: bool| {
-        let (mut trainer, images) = small(2);
+        let (trainer, images) = small(2);
+        let config = TrainConfig {
+            steps: 24,
+            timesteps: TimestepSampling::Importance,
+            ..trainer.config().clone()
+        };
+        let process = Diffusion::new(NoiseSchedule::cosine(4).unwrap(), Prediction::Velocity);
+        let mut trainer = Trainer::new(small::CONFIG, config, process, &Device::Cpu).unwrap();
         let best = SaveBest::lowest(HeldOutLoss::NAME, temp.path().join("best"));
-        let all = (HeldOutLoss::steps(1, &images), GradientNorms::steps(1), best);
+        let all = (HeldOutLoss::steps(5, &images), GradientNorms::steps(3), best);
         trainer.fit(&images, observed.then_some(all)).unwrap();
         let bits = |tensor: &Tensor| -> Vec<u32> {
             let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -761,16 +838,18 @@ fn the_checkpoint_of_the_best_value_is_kept_whatever_the_order_of_observers() {
     let values = [0.5, f64::NAN, 0.25, 0.75, f64::NEG_INFINITY, 0.25];
     let dir = |name: &str| temp.path().join(name);
     let source = || Scripted { values: values.into(), ..Scripted::default() };
-    let mut low = SaveBest::lowest("metric", dir("low"));
-    let mut high = SaveBest::highest("metric", dir("high"));
+    let mut low = SaveBest::lowest("a/metric", dir("low"));
+    let mut high = SaveBest::highest("a/metric", dir("high"));
     trainer(6).fit(&images(), (&mut low, source(), &mut high)).unwrap();
     for (observer, name, value, step) in [(&low, "low", 0.25, 3), (&high, "high", 0.75, 4)] {
         let best = observer.best().unwrap();
-        assert_eq!((best.value, best.step, best.metric.as_str()), (value, step, "metric"));
+        assert_eq!((best.value, best.step, best.metric.as_str()), (value, step, "a/metric"));
         assert_eq!(Best::read(dir(name)).unwrap().as_ref(), Some(best));
         let json = fs::read_to_string(dir(name).join("best.json")).unwrap();
         assert!(json.contains(&format!("\"value\":{value},\"step\":{step},")), "{json}");
         assert_eq!(Checkpoint::open(observer.checkpoint()).unwrap().step(), step);
+        // The checkpoints before are not kept, although the run keeps two.
+        assert_eq!(fs::read_dir(dir(name)).unwrap().count(), 2);
     }
     // Another name is not the metric.
     let mut other = SaveBest::lowest("other", dir("other"));
@@ -784,7 +863,7 @@ fn the_best_value_survives_a_resume_and_not_another_run() {
     let (dir, checkpoint) = (temp.path().join("best"), temp.path().join("checkpoint"));
     let source = |values: &[f64]| Scripted { values: values.into(), ..Scripted::default() };
     let stop = |step| Recorder { break_at: Some(step), ..Recorder::default() };
-    let best = || SaveBest::lowest("metric", &dir);
+    let best = || SaveBest::lowest("a/metric", &dir);
     let resume =
         || Trainer::resume(&checkpoint, Scale, config(9), Diffusion::ddpm(), &Device::Cpu).unwrap();
     let read = || Best::read(&dir).unwrap().map(|best| (best.value, best.step));
@@ -812,8 +891,67 @@ fn the_best_value_survives_a_resume_and_not_another_run() {
     // A new run, or one with another number, does not continue from the best value.
     trainer(1).fit(&images(), (best(), source(&[0.8]))).unwrap();
     assert_eq!(read(), Some((0.8, 1)));
-    let other = SaveBest::highest("metric", &dir);
+    let other = SaveBest::highest("a/metric", &dir);
     resume().fit(&images(), (other, source(&[0., 0., 0., 0.1]), stop(4))).unwrap();
     assert_eq!(read(), Some((0.1, 4)));
     assert_eq!(Best::read(temp.path().join("best-old-3")).unwrap().unwrap().value, 0.8);
+}
+
+#[test]
+fn the_best_value_of_an_abandoned_change_is_put_aside() {
+    let temp = TempDir::new().unwrap();
+    let (dir, checkpoint) = (temp.path().join("best"), temp.path().join("checkpoint"));
+    let fit = |run: &mut Trainer<Scale>, values: &[f64], stop| {
+        let screen = Arc::new(Screen::default());
+        let shows = Recorder { frontend: Some(Arc::clone(&screen)), ..Recorder::default() };
+        let source = Scripted { values: values.into(), ..Scripted::default() };
+        let stop = Recorder { break_at: Some(stop), ..Recorder::default() };
+        let best = SaveBest::lowest("a/metric", &dir);
+        run.fit(&images(), (best, source, stop, shows)).unwrap();
+        let best = Best::read(&dir).unwrap().map(|best| (best.value, best.step));
+        let warned = screen.log.lock().unwrap().iter().any(|line| line.contains("learning_rate"));
+        (best, warned)
+    };
+    let changed = |learning_rate| {
+        let config = TrainConfig { optimizer: AdamConfig::adam(learning_rate), ..config(9) };
+        Trainer::builder(Scale).config(config).resume_with_changes(&checkpoint).unwrap()
+    };
+    let initial = TrainConfig { optimizer: AdamConfig::adam(0.1), ..config(9) };
+    let mut run = Trainer::builder(Scale).config(initial).build().unwrap();
+    assert_eq!(fit(&mut run, &[0.9], 3), (Some((0.9, 1)), false));
+    run.save(&checkpoint).unwrap();
+    // The best value from before the change remains, until the changed run has a better one.
+    let better = [0.0, 0.0, 0.0, 0.5];
+    assert_eq!(fit(&mut changed(1e-3), &[], 4), (Some((0.9, 1)), false));
+    assert_eq!(fit(&mut changed(1e-3), &better, 4), (Some((0.5, 4)), false));
+    // The changed run was killed. Another change from the same step, whose better value comes later.
+    let mut run = changed(2e-4);
+    assert_eq!(fit(&mut run, &[0.0, 0.0, 0.0, f64::NAN, 0.6], 5), (Some((0.6, 5)), true));
+    let aside = Best::read(temp.path().join("best-old")).unwrap().unwrap();
+    assert_eq!((aside.value, aside.step), (0.5, 4));
+    run.save(&checkpoint).unwrap();
+    assert_eq!(fit(&mut changed(2e-4), &[], 6), (Some((0.6, 5)), false));
+}
+
+#[test]
+fn a_damaged_record_of_the_best_value_does_not_end_the_run() {
+    let temp = TempDir::new().unwrap();
+    let dir = temp.path().join("best");
+    let mut run = trainer(9);
+    let mut fit = |stop| {
+        let source = Scripted { values: vec![0.5; 9], ..Scripted::default() };
+        let stop = Recorder { break_at: Some(stop), ..Recorder::default() };
+        run.fit(&images(), (SaveBest::lowest("a/metric", &dir), source, stop)).unwrap();
+        Best::read(&dir).unwrap().map(|best| best.step)
+    };
+    let damage = |file: &str| fs::write(dir.join(file), "damaged").unwrap();
+    assert_eq!(fit(1), Some(1));
+    // The weights are not read.
+    damage("checkpoint/model.safetensors");
+    assert_eq!(fit(2), Some(1));
+    damage("best.json");
+    assert_eq!(fit(3), Some(3));
+    damage("checkpoint/checkpoint.json");
+    assert_eq!(fit(4), Some(4));
+    assert!(temp.path().join("best-old").is_dir() && temp.path().join("best-old-2").is_dir());
 }

@@ -96,9 +96,10 @@ impl Identity {
         if self.is_of_set(run) {
             let (run, found) = (run.held_out, self.held_out);
             let wrong = format!("{path}: the run holds out {run} images, not {found}");
-            return format!("{wrong}; to continue it, omit --held-out");
+            return format!("{wrong}; to continue it, omit --held-out, or add --change");
         }
-        format!("{path}: the run is of {run}, not of {self}; to continue it, {options}")
+        let wrong = format!("{path}: the run is of {run}, not of {self}");
+        format!("{wrong}; to continue it, {options}, or add --change to train on these images")
     }
 }
 

@@ -39,6 +39,8 @@ pub struct Recipe {
     pub held_out_every: u64,
     /// Number of updates between two lists of the gradient norms of all layers. With 0, none are computed.
     pub gradient_norms: u64,
+    /// Whether event files for TensorBoard are written.
+    pub tensorboard: bool,
 }
 
 /// The name of a recipe for a data set.
@@ -72,6 +74,7 @@ impl Recipe {
             held_out: 0,
             held_out_every: HELD_OUT_EVERY,
             gradient_norms: 0,
+            tensorboard: false,
         }
     }
 
@@ -204,15 +207,15 @@ pub struct TrainArgs {
     /// Updates from one checkpoint to the next; one is always written at the end
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<u64>(1..=1_000_000_000))]
-    pub(super) save_every: Option<u64>,
+    save_every: Option<u64>,
     /// Updates from one grid of samples to the next; one is always drawn at the end
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<u64>(1..=1_000_000_000))]
-    pub(super) sample_every: Option<u64>,
+    sample_every: Option<u64>,
     /// Images in a grid
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=1024))]
-    pub(super) sample_count: Option<usize>,
+    sample_count: Option<usize>,
     /// Sampling steps for the grids
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=1000))]
@@ -229,14 +232,14 @@ pub struct TrainArgs {
     /// Updates from one loss of the --held-out images to the next; one is always computed at the end
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<u64>(1..=1_000_000_000))]
-    pub(super) held_out_every: Option<u64>,
+    held_out_every: Option<u64>,
     /// Updates from one list of the gradient norms of all layers to the next; 0 for none
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<u64>(0..=1_000_000_000))]
-    pub(super) gradient_norms: Option<u64>,
+    gradient_norms: Option<u64>,
     /// Write event files for TensorBoard to tensorboard/ in --out
     #[arg(long)]
-    pub(super) tensorboard: bool,
+    tensorboard: bool,
     /// Train on the CPU, even in a build for a GPU
     #[arg(long)]
     pub(super) cpu: bool,
@@ -269,6 +272,20 @@ impl TrainArgs {
             log_every: self.log_every.unwrap_or(config.log_every),
             ..self.objective.apply(config)
         })
+    }
+
+    /// Replaces the values of the recipe that are not part of a checkpoint and for which an option was given, except for
+    /// the number of held-out images.
+    pub(super) fn watch(&self, recipe: Recipe) -> Recipe {
+        Recipe {
+            save_every: self.save_every.unwrap_or(recipe.save_every),
+            sample_every: self.sample_every.unwrap_or(recipe.sample_every),
+            sample_count: self.sample_count.unwrap_or(recipe.sample_count),
+            held_out_every: self.held_out_every.unwrap_or(recipe.held_out_every),
+            gradient_norms: self.gradient_norms.unwrap_or(recipe.gradient_norms),
+            tensorboard: self.tensorboard || recipe.tensorboard,
+            ..recipe
+        }
     }
 
     fn schedule(&self, present: LearningRateSchedule) -> Result<LearningRateSchedule> {

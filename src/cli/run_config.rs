@@ -10,7 +10,7 @@ use crate::files;
 use crate::model::UNetConfig;
 use crate::process::Diffusion;
 use crate::sample::SamplerConfig;
-use crate::train::TrainConfig;
+use crate::train::{TrainConfig, Trainer};
 
 /// The configuration with which a run began: the content of the file `config.json` in its directory. With the same
 /// images, it reproduces the run. The choice of the images, such as the crop of pictures, is not part of it.
@@ -31,6 +31,8 @@ pub(super) struct RunConfig {
     pub held_out_every: u64,
     #[serde(default)]
     pub gradient_norms: u64,
+    #[serde(default)]
+    pub tensorboard: bool,
 }
 
 fn held_out_every() -> u64 {
@@ -38,12 +40,29 @@ fn held_out_every() -> u64 {
 }
 
 impl RunConfig {
+    /// The configuration of a new run.
+    pub fn new(trainer: &Trainer<UNetConfig>, recipe: &Recipe) -> Self {
+        Self {
+            network: trainer.architecture().clone(),
+            diffusion: trainer.diffusion().clone(),
+            train: trainer.config().clone(),
+            sampling: recipe.sampling,
+            save_every: recipe.save_every,
+            sample_every: recipe.sample_every,
+            sample_count: recipe.sample_count,
+            held_out: recipe.held_out,
+            held_out_every: recipe.held_out_every,
+            gradient_norms: recipe.gradient_norms,
+            tensorboard: recipe.tensorboard,
+        }
+    }
+
     /// # Errors
     /// Returns an error if the file cannot be read, or names the field that is not valid.
     pub fn read(path: &Path) -> Result<Self> {
         let text = fs::read(path).map_err(Error::io(path))?;
         let config = serde_json::from_slice::<Self>(&text);
-        let config = config.map_err(|e| format!("--config {}: {e}", path.display()))?;
+        let config = config.map_err(|e| format!("{}: {e}", path.display()))?;
         for (field, value) in [
             ("save_every", config.save_every),
             ("sample_every", config.sample_every),
@@ -69,18 +88,20 @@ impl RunConfig {
 
     /// Replaces the configuration of a recipe.
     pub fn replace(self, recipe: &Recipe) -> Recipe {
-        let Self { network, diffusion, train, sampling, .. } = self;
+        let watched = self.watch(recipe);
+        let Self { network, diffusion, train, sampling, held_out, .. } = self;
+        Recipe { network, diffusion, train, sampling, held_out, ..watched }
+    }
+
+    /// Replaces the values of a recipe that a checkpoint does not hold, except for the number of held-out images.
+    pub fn watch(&self, recipe: &Recipe) -> Recipe {
         Recipe {
-            network,
-            diffusion,
-            train,
-            sampling,
             save_every: self.save_every,
             sample_every: self.sample_every,
             sample_count: self.sample_count,
-            held_out: self.held_out,
             held_out_every: self.held_out_every,
             gradient_norms: self.gradient_norms,
+            tensorboard: self.tensorboard,
             ..recipe.clone()
         }
     }

@@ -109,19 +109,8 @@ pub fn train<D: Dataset>(
     trainer.claim(&files.checkpoint).map_err(with_options)?;
     prepare(&files, saved.is_none())?;
     if saved.is_none() {
-        let config = RunConfig {
-            network: trainer.architecture().clone(),
-            diffusion: trainer.diffusion().clone(),
-            train: trainer.config().clone(),
-            sampling,
-            save_every: args.save_every.unwrap_or(recipe.save_every),
-            sample_every: args.sample_every.unwrap_or(recipe.sample_every),
-            sample_count: args.sample_count.unwrap_or(recipe.sample_count),
-            held_out,
-            held_out_every: args.held_out_every.unwrap_or(recipe.held_out_every),
-            gradient_norms: args.gradient_norms.unwrap_or(recipe.gradient_norms),
-        };
-        config.write(&files.config)?;
+        let recipe = Recipe { sampling, held_out, ..recipe.clone() };
+        RunConfig::new(&trainer, &recipe).write(&files.config)?;
     }
     if other_images {
         trainer.record_change(Identity::FIELD, value(&before)?, value(&identity)?)?;
@@ -132,6 +121,7 @@ pub fn train<D: Dataset>(
             err(format_args!("warning: {warning}"));
         }
         out(format_args!("changed  the images to {identity}"));
+        keep_best(&files.best)?;
         identity.write(&files.identity)?;
     } else if !identity.is_in(&files.identity)? {
         if saved.is_some() && before.is_none() {
@@ -141,6 +131,9 @@ pub fn train<D: Dataset>(
             let unknown = "the images with which the run began are unknown";
             let file = files.identity.display();
             err(format_args!("warning: {file} does not exist: {unknown}; it now names {identity}"));
+        } else if saved.is_some() {
+            // The images were changed, and the process was killed after it saved the change.
+            keep_best(&files.best)?;
         }
         identity.write(&files.identity)?;
     }
@@ -163,7 +156,7 @@ pub fn train<D: Dataset>(
         keep(&files.metrics)?;
     }
     let held_out = parts.as_ref().map(|(_, held_out)| held_out as &dyn Dataset);
-    fit(recipe, args, &mut trainer, (images, held_out), &identity, &files)
+    fit(recipe, &mut trainer, (images, held_out), &identity, &files)
 }
 
 /// Performs the checks of [`train`] that need no images: the configuration, the directory of the run, and the run that
@@ -187,12 +180,20 @@ struct Plan {
 
 impl Plan {
     fn new(recipe: &Recipe, args: &TrainArgs) -> Result<Self> {
-        let recipe = match &args.config {
-            Some(path) => RunConfig::read(path)?.replace(recipe),
-            None => recipe.clone(),
-        };
         let files = Files::of(args.out.clone().unwrap_or_else(|| recipe.out.into()));
         let saved = find(&files, args.resume)?;
+        let recipe = match &args.config {
+            Some(path) => {
+                RunConfig::read(path).map_err(|e| format!("--config {e}"))?.replace(recipe)
+            }
+            None if saved.is_some() && !is_removed(&files.config) => {
+                let remedy = "remove this file to go on with the usual values";
+                let config = RunConfig::read(&files.config);
+                config.map_err(|e| format!("{e}; {remedy}"))?.watch(recipe)
+            }
+            None => recipe.clone(),
+        };
+        let recipe = args.watch(recipe);
         let config = saved.as_ref().map_or(&recipe.train, Checkpoint::train_config);
         let config = args.apply(config)?;
         config.validate()?;
@@ -248,7 +249,6 @@ const GUIDANCE: f64 = 2.0;
 /// Trains with all observers, and reports the result.
 fn fit(
     recipe: &Recipe,
-    args: &TrainArgs,
     trainer: &mut Trainer<UNetConfig>,
     (images, held_out): (&dyn Dataset, Option<&dyn Dataset>),
     identity: &Identity,
@@ -267,11 +267,9 @@ fn fit(
         let further = "use --steps to train further";
         out(format_args!("nothing to train: the run is at step {step} of {steps}; {further}"));
     }
-    let save_every = args.save_every.unwrap_or(recipe.save_every);
-    let sample_every = args.sample_every.unwrap_or(recipe.sample_every);
-    let mut save = SaveEvery::steps(save_every, &files.checkpoint);
-    let mut grid = SampleGrid::steps(sample_every, &files.samples)
-        .count(args.sample_count.unwrap_or(recipe.sample_count));
+    let mut save = SaveEvery::steps(recipe.save_every, &files.checkpoint);
+    let mut grid =
+        SampleGrid::steps(recipe.sample_every, &files.samples).count(recipe.sample_count);
     // The observers recreate only their own files.
     let restore = || {
         if is_removed(&files.identity) {
@@ -280,12 +278,11 @@ fn fit(
         }
         Ok(())
     };
-    let held_out_every = args.held_out_every.unwrap_or(recipe.held_out_every);
     let mut best = held_out.map(|_| SaveBest::lowest(HeldOutLoss::NAME, &files.best));
     let watching = (
-        held_out.map(|images| HeldOutLoss::steps(held_out_every, images)),
-        GradientNorms::steps(args.gradient_norms.unwrap_or(recipe.gradient_norms)),
-        args.tensorboard.then(|| TensorBoard::new(&files.tensorboard)),
+        held_out.map(|images| HeldOutLoss::steps(recipe.held_out_every, images)),
+        GradientNorms::steps(recipe.gradient_norms),
+        recipe.tensorboard.then(|| TensorBoard::new(&files.tensorboard)),
         &mut best,
     );
     let observers = (
@@ -294,7 +291,7 @@ fn fit(
         on_metrics(|_| restore()),
         MetricsFile::new(&files.metrics),
         &mut save,
-        LossCurve::steps(save_every, &files.metrics, &files.curve),
+        LossCurve::steps(recipe.save_every, &files.metrics, &files.curve),
         &mut grid,
         watching,
     );
@@ -383,6 +380,18 @@ fn prepare(files: &Files, new: bool) -> Result<()> {
 /// Renames a file of an earlier run.
 fn keep(path: &Path) -> Result<()> {
     out(format_args!("kept     {}, of an earlier run", files::put_aside(path)?.display()));
+    Ok(())
+}
+
+/// Renames the directory of the best checkpoint, whose loss is that of other images.
+fn keep_best(best: &Path) -> Result<()> {
+    if fs::read_dir(best).is_ok_and(|mut content| content.next().is_some()) {
+        let aside = files::put_aside(best)?;
+        out(format_args!(
+            "kept     {}, with the held-out loss of the images before",
+            aside.display()
+        ));
+    }
     Ok(())
 }
 

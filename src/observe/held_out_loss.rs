@@ -25,6 +25,10 @@ const PAIRS: usize = 64;
 /// compared. A set of fewer than 64 images is used several times, each time with other timesteps and noise. The network
 /// receives the classes of the images. Flips, offset noise and paired noise are not used.
 ///
+/// A run that is asked to stop publishes no loss. If the loss of its step was due, the resumed run publishes it before
+/// the first update. It cannot know whether this loss was published before, so a loss may be published twice, with the
+/// same value.
+///
 /// ```no_run
 /// use ddpm::data::{Split, hold_out, mnist};
 /// use ddpm::observe::{HeldOutLoss, SaveBest};
@@ -41,13 +45,14 @@ const PAIRS: usize = 64;
 pub struct HeldOutLoss<'a> {
     every: u64,
     images: &'a dyn Dataset,
+    /// The last step whose loss was published.
+    published: Option<u64>,
 }
 
 // A data set has no `Debug`.
 impl fmt::Debug for HeldOutLoss<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { every, images } = self;
-        let images = images.len();
+        let (every, images) = (&self.every, self.images.len());
         f.debug_struct("HeldOutLoss").field("every", every).field("images", &images).finish()
     }
 }
@@ -67,7 +72,7 @@ impl<'a> HeldOutLoss<'a> {
 
     /// Publishes the loss on `images` every `every` updates. With 0, the loss is computed only at the end.
     pub fn steps(every: u64, images: &'a dyn Dataset) -> Self {
-        Self { every, images }
+        Self { every, images, published: None }
     }
 
     /// Returns the pairs of each quartile of a schedule with this number of timesteps.
@@ -86,8 +91,12 @@ impl<'a> HeldOutLoss<'a> {
         Ok(quartiles)
     }
 
-    /// Publishes the losses. If the run is stopped in the meantime, publishes nothing.
-    fn publish(&self, run: &Run<'_>) -> Result<()> {
+    /// Publishes the losses if they are due, unless the run is asked to stop in the meantime.
+    fn publish_if_due(&mut self, run: &Run<'_>) -> Result<()> {
+        let due = run.step().is_multiple_of(self.every) || run.is_complete();
+        if !due || run.is_stopping() || self.published == Some(run.step()) {
+            return Ok(());
+        }
         run.working("computing the held-out loss");
         let losses = self.losses(run);
         run.working("");
@@ -102,6 +111,7 @@ impl<'a> HeldOutLoss<'a> {
                 run.publish(format!("{}_q{quartile}", Self::NAME), sum / count as f64);
             }
         }
+        self.published = Some(run.step());
         Ok(())
     }
 
@@ -152,17 +162,18 @@ impl Observer for HeldOutLoss<'_> {
         match run.model().classes() {
             Some(expected) if expected as usize != classes => {
                 let expected = format!("{expected}, the number of classes of the network");
-                Err(Error::config("classes of the held-out images", classes, expected))
+                return Err(Error::config("classes of the held-out images", classes, expected));
             }
-            _ => Ok(()),
+            _ => {}
+        }
+        match run.step() {
+            0 => Ok(()),
+            _ => self.publish_if_due(run),
         }
     }
 
     fn on_step(&mut self, run: &Run<'_>) -> Result<ControlFlow<()>> {
-        let due = run.step().is_multiple_of(self.every) || run.is_complete();
-        if due && !run.is_stopping() {
-            self.publish(run)?;
-        }
+        self.publish_if_due(run)?;
         Ok(ControlFlow::Continue(()))
     }
 }

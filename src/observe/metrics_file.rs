@@ -11,8 +11,9 @@ use crate::train::{Metrics, Observer, Outcome, Published, Run};
 
 /// Writes each report as a line of a file: a JSON object of the fields of [`Metrics`].
 ///
-/// The numbers that observers [publish](Run::publish) after an update have a separate line. It is a JSON object with
-/// the step and the numbers by name, such as `{"step":500,"held_out/loss":0.0312}`.
+/// The numbers that observers [publish](Run::publish) after an update are a line of their own: a JSON object of the step
+/// and of the numbers by their names, such as `{"step":500,"held_out/loss":0.0312}`. A number that a resumed run
+/// publishes again, for the step at which it begins, is not written twice.
 ///
 /// A new run puts an existing file [aside](files::put_aside). A resumed run first removes the lines of steps that it
 /// repeats, and an incomplete last line. It then appends to the file. If the file is removed during the run, it is
@@ -22,6 +23,8 @@ pub struct MetricsFile {
     path: PathBuf,
     /// `None` before the run begins.
     file: Option<File>,
+    /// The content of the lines of the step at which the run begins.
+    first: Map<String, Value>,
 }
 
 /// The fields of a line that are read back. A line of published numbers has no loss.
@@ -34,7 +37,7 @@ struct Logged {
 impl MetricsFile {
     /// Creates an observer that writes to `path`, whose directory must exist.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), file: None }
+        Self { path: path.into(), file: None, first: Map::new() }
     }
 
     /// Reads the steps and the losses of all reports in such a file. Returns an empty list if the file does not
@@ -48,12 +51,15 @@ impl MetricsFile {
     }
 
     /// Removes the lines that a run at `step` will repeat, and opens the file.
-    fn open(&self, step: u64) -> Result<File> {
+    fn open(&mut self, step: u64) -> Result<File> {
         let old = read(&self.path)?;
         let kept: Vec<u8> = lines(&old)
             .filter(|(_, logged)| logged.step <= step)
             .flat_map(|(line, _)| line.iter().copied())
             .collect();
+        let present = lines(&old).filter(|(_, logged)| logged.step == step);
+        let content = present.filter_map(|(line, _)| serde_json::from_slice(line).ok());
+        self.first = content.flat_map(|line: Map<String, Value>| line).collect();
         if kept != old {
             files::write(&self.path, &kept)?;
         }
@@ -105,6 +111,9 @@ impl Observer for MetricsFile {
     fn on_published(&mut self, run: &Run<'_>, published: &[Published]) -> Result<()> {
         let numbers = published.iter().filter_map(|p| Some((p.name.clone(), p.scalar()?.into())));
         let mut line: Map<String, Value> = numbers.collect();
+        if self.first.get("step").is_some_and(|step| *step == run.step()) {
+            line.retain(|name, number| self.first.get(name) != Some(number));
+        }
         if line.is_empty() {
             return Ok(());
         }

@@ -9,11 +9,19 @@ use crate::train::{Checkpoint, Observer, Published, Run};
 
 /// Saves a checkpoint whenever a published number is better than all earlier ones.
 ///
-/// Its directory holds a checkpoint, `checkpoint`, as [`Trainer::save`](crate::Trainer::save) writes it. It also holds
-/// `best.json`, a [`Best`]: the name, the value and the step. A resumed run continues from this value, even if a later
-/// step than that of the resumed checkpoint reached it, because the resumed run repeats these steps. A new run puts the
-/// directory of an earlier run [aside](files::put_aside). A directory is also put aside if its number has another name,
-/// or if its checkpoint would be replaced by one of an earlier step. NaN and infinite values are never the best.
+/// Its directory holds `checkpoint`, which is written as [`Trainer::save`](crate::Trainer::save) does, and `best.json`,
+/// a [`Best`]: the name, the value and the step. A resumed run continues from this value, also if it was reached after
+/// the step at which the run is resumed, because such a run repeats its steps. A new run puts the directory of another
+/// one [aside](files::put_aside), with a warning. The same happens
+///
+/// - if the directory belongs to another value,
+/// - if its checkpoint has a configuration that the run has left, for example because it was saved after a change, and
+///   the run continues from before the change with another one,
+/// - if its checkpoint would be replaced by one of an earlier step,
+/// - if its record or `checkpoint.json` is damaged. The other files of the checkpoint are not read.
+///
+/// If the value is measured in another way from some step on, such as on other images, put the directory aside before
+/// the run continues. NaN and infinite values are never the best. No older checkpoints are kept.
 ///
 /// ```no_run
 /// # use ddpm::data::Images;
@@ -59,7 +67,7 @@ impl Best {
         let text = files::existing(fs::read(&path)).map_err(Error::io(&path))?;
         let Some(text) = text else { return Ok(None) };
         let best = serde_json::from_slice(&text);
-        best.map(Some).map_err(|error| Error::external(format!("{}: {error}", path.display())))
+        best.map(Some).map_err(|error| Error::damaged(path, error.to_string()))
     }
 }
 
@@ -96,11 +104,7 @@ impl SaveBest {
     /// Reads the directory that an earlier part of the run left.
     fn find(&mut self) -> Result<()> {
         self.best = Best::read(&self.dir)?;
-        self.saved = match Checkpoint::open(self.checkpoint()) {
-            Ok(checkpoint) => Some(checkpoint.step()),
-            Err(Error::NoCheckpoint { .. }) => None,
-            Err(error) => return Err(error),
-        };
+        self.saved = Checkpoint::saved_step(&self.checkpoint())?;
         Ok(())
     }
 
@@ -121,7 +125,7 @@ impl SaveBest {
         }
         run.working("saving");
         self.create()?;
-        let saved = run.save(self.checkpoint());
+        let saved = run.save_one(self.checkpoint());
         run.working("");
         for warning in saved?.warnings {
             run.warn(&format!("{warning:?}"));
@@ -140,7 +144,10 @@ impl SaveBest {
 impl Observer for SaveBest {
     fn on_start(&mut self, run: &Run<'_>) -> Result<()> {
         self.create()?;
-        self.find()?;
+        match self.find() {
+            Err(error @ Error::Damaged { .. }) => self.put_aside(run, &error.to_string())?,
+            found => found?,
+        }
         let is_used = self.best.is_some() || self.saved.is_some();
         let is_other = self.best.as_ref().is_some_and(|best| {
             (&best.metric, best.higher_is_better) != (&self.metric, self.higher_is_better)
@@ -149,10 +156,16 @@ impl Observer for SaveBest {
             self.put_aside(run, "it is of another value")?;
         } else if is_used && run.step() == 0 {
             self.put_aside(run, "it is of an earlier run")?;
-        } else if self.saved.is_some_and(|saved| saved > run.step()) {
-            return Ok(());
         }
-        run.check_save(self.checkpoint())
+        match run.check_save(self.checkpoint()) {
+            Err(error @ Error::ConfigMismatch { .. }) => {
+                self.put_aside(run, &format!("it is not of this run: {error}"))?;
+                run.check_save(self.checkpoint())
+            }
+            // Only a better value of an earlier step would replace it.
+            Err(_) if self.saved.is_some_and(|saved| saved > run.step()) => Ok(()),
+            checked => checked,
+        }
     }
 
     fn on_published(&mut self, run: &Run<'_>, published: &[Published]) -> Result<()> {

@@ -1,4 +1,3 @@
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use crate::error::{Error, Result};
@@ -51,12 +50,13 @@ impl Observer for SaveEvery {
         run.check_save(&self.dir)
     }
 
-    fn on_step(&mut self, run: &Run<'_>) -> Result<ControlFlow<()>> {
+    // After the values of the step reached all observers: a run that is killed before repeats the step.
+    fn after_step(&mut self, run: &Run<'_>) -> Result<()> {
         // The end of the run saves in any case.
         if run.step().is_multiple_of(self.every) && !run.is_complete() && !run.is_stopping() {
             self.save(run)?;
         }
-        Ok(ControlFlow::Continue(()))
+        Ok(())
     }
 
     fn on_end(&mut self, run: &Run<'_>, outcome: Outcome<'_>) -> Result<()> {

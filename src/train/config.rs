@@ -79,8 +79,8 @@ pub struct TrainConfig {
     /// Number of updates between two reports of the loss; at least 1. Reading the loss waits for the GPU.
     pub log_every: u64,
     /// Whether [`Metrics`](super::Metrics) report the loss by quartiles of the timesteps; always with
-    /// [`TimestepSampling::Importance`]. The objective is then evaluated for one image after the other, and an update
-    /// is not captured as a CUDA graph.
+    /// [`TimestepSampling::Importance`]. The objective is then also evaluated for one image after the other, and an
+    /// update is not captured as a CUDA graph. The weights are the same in each bit.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub loss_quartiles: bool,
     /// Number of checkpoints that are kept, including the latest; at least 1.
@@ -246,7 +246,12 @@ impl TrainConfig {
 
     /// Returns whether an update computes the loss of each image.
     pub(super) fn needs_image_losses(&self) -> bool {
-        self.loss_quartiles || self.timesteps == TimestepSampling::Importance
+        self.loss_quartiles || self.weights_images()
+    }
+
+    /// Returns whether the loss of each image has its own weight.
+    pub(super) fn weights_images(&self) -> bool {
+        self.timesteps == TimestepSampling::Importance
     }
 
     /// The learning rate of an update; `step` counts from 0.

@@ -9,6 +9,7 @@ use super::checkpoint::store::Saved;
 use super::objective::Noised;
 use super::observer::{Metrics, Observer};
 use super::optim::scaler::GradScaler;
+use super::published::Published;
 use super::run::{Outcome, Run, Scene, View};
 use super::trainer::Trainer;
 use crate::data::dataset::Dataset;
@@ -61,6 +62,7 @@ impl<N: Architecture> Trainer<N> {
             if published.is_empty() {
                 return Ok(());
             }
+            published.iter().try_for_each(Published::check)?;
             observer.on_published(&self.run(scene), &published)?;
         }
     }
@@ -112,6 +114,8 @@ impl<N: Architecture> Trainer<N> {
                     elapsed += start.elapsed();
                 }
                 let stops = observer.on_step(&self.run(scene))?.is_break();
+                self.deliver(observer, scene)?;
+                observer.after_step(&self.run(scene))?;
                 self.deliver(observer, scene)?;
                 if stops || self.run(scene).is_stopping() {
                     break;
@@ -165,8 +169,8 @@ impl<N: Architecture> View for Trainer<N> {
         Ok(loss.to_dtype(DType::F64)?.to_scalar()?)
     }
 
-    fn save(&self, dir: &Path) -> Result<Saved> {
-        Trainer::save(self, dir)
+    fn save(&self, dir: &Path, keep: usize) -> Result<Saved> {
+        self.save_keeping(dir, keep)
     }
 
     fn check_save(&self, dir: &Path) -> Result<()> {

@@ -12,7 +12,7 @@ use crate::error::Result;
 pub(super) struct ImageLosses {
     /// The timesteps (batch).
     pub t: Tensor,
-    /// The loss of each image, weighted for the batch. The sum of these losses is the loss of the update.
+    /// The loss of each image, weighted for the batch: their sum is the loss of the update, except for rounding.
     pub losses: Tensor,
     /// The weight of each image.
     pub weights: Vec<f64>,

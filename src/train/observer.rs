@@ -127,6 +127,13 @@ pub trait Observer {
         Ok(())
     }
 
+    /// Called after an update whose published values every observer has received. What is saved here includes them: a
+    /// run that is killed before, and resumes from an earlier checkpoint, publishes them again.
+    fn after_step(&mut self, run: &Run<'_>) -> Result<()> {
+        let _ = run;
+        Ok(())
+    }
+
     /// Called after the last update, and also if an error ended training. Every observer is called, even if another one
     /// returns an error; the first error is returned. After [`Outcome::Failed`] it replaces the error that `fit` would
     /// have returned, so it should contain the original error.
@@ -168,6 +175,10 @@ macro_rules! by_pointer {
 
             fn on_published(&mut self, run: &Run<'_>, published: &[Published]) -> Result<()> {
                 (**self).on_published(run, published)
+            }
+
+            fn after_step(&mut self, run: &Run<'_>) -> Result<()> {
+                (**self).after_step(run)
             }
 
             fn on_end(&mut self, run: &Run<'_>, outcome: Outcome<'_>) -> Result<()> {
@@ -219,6 +230,13 @@ macro_rules! composed {
             fn on_published(&mut $self, run: &Run<'_>, published: &[Published]) -> Result<()> {
                 for part in $parts {
                     part.on_published(run, published)?;
+                }
+                Ok(())
+            }
+
+            fn after_step(&mut $self, run: &Run<'_>) -> Result<()> {
+                for part in $parts {
+                    part.after_step(run)?;
                 }
                 Ok(())
             }

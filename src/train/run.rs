@@ -47,7 +47,7 @@ impl Scene {
 pub(super) trait View {
     fn averaged_model(&self) -> Result<Box<dyn Denoiser + '_>>;
     fn loss(&self, model: &dyn Denoiser, batch: &Batch, t: &Tensor, eps: &Tensor) -> Result<f64>;
-    fn save(&self, dir: &Path) -> Result<Saved>;
+    fn save(&self, dir: &Path, keep: usize) -> Result<Saved>;
     fn check_save(&self, dir: &Path) -> Result<()>;
 }
 
@@ -128,7 +128,12 @@ impl<'a> Run<'a> {
     /// # Errors
     /// Returns the errors of [`Trainer::save`](crate::Trainer::save).
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<Saved> {
-        self.trainer.save(dir.as_ref())
+        self.trainer.save(dir.as_ref(), self.config.keep_checkpoints)
+    }
+
+    /// Does what [`save`](Self::save) does, but keeps no older checkpoints beside `dir`.
+    pub(crate) fn save_one(&self, dir: impl AsRef<Path>) -> Result<Saved> {
+        self.trainer.save(dir.as_ref(), 1)
     }
 
     /// Does everything that [`save`](Self::save) does, except for writing weights.
@@ -147,9 +152,13 @@ impl<'a> Run<'a> {
 
     /// Publishes a value of the current step under a name, such as `held_out/loss`, for all observers of the run.
     ///
-    /// Every observer, including the one that publishes, receives the value by
-    /// [`on_published`](crate::train::Observer::on_published), after all observers have been called for the step. The
-    /// order of the observers does not matter.
+    /// Every observer, including the one that publishes, receives it by
+    /// [`on_published`](crate::train::Observer::on_published), after all observers have been called for the step. Their
+    /// order does not matter.
+    ///
+    /// The name of a number contains a `/`, so that it differs from the fields of [`Metrics`](crate::train::Metrics). Of
+    /// another name, [`fit`](crate::Trainer::fit) returns an error. Publish a name once per step: a file that holds one
+    /// value per name and step keeps the last.
     pub fn publish(&self, name: impl Into<String>, value: impl Into<Value>) {
         self.scene.publish(self.step(), name.into(), value.into());
     }

@@ -239,18 +239,23 @@ impl<N: Architecture> Trainer<N> {
     /// [`claim`](Self::claim). Nothing is changed in these cases. Returns an error if a file cannot be written. An
     /// old checkpoint that cannot be removed is not an error, but a warning in [`Saved`].
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<Saved> {
+        self.save_keeping(dir.as_ref(), self.config.keep_checkpoints)
+    }
+
+    /// Does what [`save`](Self::save) does, with another number of checkpoints to keep.
+    pub(super) fn save_keeping(&self, dir: &Path, keep: usize) -> Result<Saved> {
         self.executor.wait_for_other_thread()?;
         self.meter.check(self.may_skip()?)?;
         let snapshot = self.snapshot()?;
         let for_now;
         let claim = match &self.claim {
-            Some(claim) if claim.is_for(dir.as_ref()) => claim,
+            Some(claim) if claim.is_for(dir) => claim,
             _ => {
-                for_now = Claim::take(dir.as_ref())?;
+                for_now = Claim::take(dir)?;
                 &for_now
             }
         };
-        store::save(claim, self.config.keep_checkpoints, &snapshot)
+        store::save(claim, keep, &snapshot)
     }
 
     /// The values from which a checkpoint is written.

@@ -167,7 +167,7 @@ impl<D: Trainable> UpdateContext<'_, D> {
             .needs_image_losses()
             .then(|| timesteps.weights.clone().unwrap_or_else(|| vec![1.0; count]));
         let mut sums = BTreeMap::new();
-        let (mut loss, mut of_images) = (None, Vec::new());
+        let (mut loss, mut losses) = (None, Vec::new());
         for first in (0..count).step_by(part) {
             let of_part = |tensor: &Tensor| tensor.narrow(0, first, part);
             let classes = batch.classes.as_ref().map(of_part).transpose()?;
@@ -178,16 +178,9 @@ impl<D: Trainable> UpdateContext<'_, D> {
                 ..Noised::new(self.diffusion, &images, &of_part(t)?, &of_part(eps)?)?
             };
             let weights = weights.as_ref().map(|weights| &weights[first..first + part]);
-            let (of_part, found) =
+            let (of_part, of_images, found) =
                 self.gradients(&noised, weights, batch.first as usize + first)?;
-            let of_part = match weights {
-                Some(_) => {
-                    let sum = of_part.sum_all()?;
-                    of_images.push(of_part);
-                    sum
-                }
-                None => of_part,
-            };
+            losses.extend(of_images);
             loss = Some(match loss {
                 Some(sum) => backend.combine(&sum, 1.0, &of_part, 1.0)?,
                 None => of_part,
@@ -207,7 +200,7 @@ impl<D: Trainable> UpdateContext<'_, D> {
         let images = match weights {
             Some(weights) => Some(ImageLosses {
                 t: t.clone(),
-                losses: Tensor::cat(&of_images, 0)?,
+                losses: Tensor::cat(&losses, 0)?,
                 weights,
                 timesteps: self.diffusion.schedule().steps(),
             }),
@@ -217,13 +210,13 @@ impl<D: Trainable> UpdateContext<'_, D> {
     }
 
     /// Computes the loss, and the gradients of the weights, for the part of the batch that begins at image `first`. With
-    /// `weights`, returns the weighted loss of each image instead of their sum.
+    /// `weights`, also returns the weighted loss of each image.
     fn gradients(
         &self,
         noised: &Noised<'_>,
         weights: Option<&[f64]>,
         first: usize,
-    ) -> Result<(Tensor, BTreeMap<String, Tensor>)> {
+    ) -> Result<(Tensor, Option<Tensor>, BTreeMap<String, Tensor>)> {
         let step = self.state.progress.step;
         let dropout = Dropout { noise: self.noise(), step, first_sample: first };
         let (objective, x_t) = (self.objective, &noised.x_t);
@@ -232,15 +225,23 @@ impl<D: Trainable> UpdateContext<'_, D> {
         let found = self.model.gradients(x_t, t, &condition, &dropout, &mut |output| {
             let found = output.prediction.dims();
             check_dims("the network's output", found, x_t.dims(), "that of its input")?;
-            let (loss, gradient) = match weights {
-                Some(weights) => image_losses::evaluate(objective, noised, output, weights)?,
-                None => objective.loss(noised, output)?,
+            let by_image =
+                weights.map(|weights| image_losses::evaluate(objective, noised, output, weights));
+            let (of_images, weighted) = by_image.transpose()?.unzip();
+            let (loss, gradient) = match (&of_images, weighted) {
+                (Some(losses), Some(gradient)) if self.config.weights_images() => {
+                    (losses.sum_all()?, gradient)
+                }
+                // The sum over images rounds differently. To report more losses must not change the update.
+                _ => objective.loss(noised, output)?,
             };
-            losses.push(loss);
+            losses.push((loss, of_images));
             Ok(gradient)
         })?;
         match losses.as_slice() {
-            [loss] => Ok((loss.clone(), by_name(found, &self.state.weights.0))),
+            [(loss, of_images)] => {
+                Ok((loss.clone(), of_images.clone(), by_name(found, &self.state.weights.0)))
+            }
             _ => {
                 let expected = "called once by Trainable::gradients";
                 Err(Error::config("d_output", "called more often, or never", expected))

@@ -41,10 +41,12 @@ impl TensorBoard {
         Self { dir: dir.into(), file: None }
     }
 
-    /// Begins a file. TensorBoard reads the files of a directory in the order of their names.
+    /// Begins a file. TensorBoard reads the files of a directory in the order of their names, so the name is after those
+    /// of all earlier files, even if the clock was set back.
     fn open(&mut self, restart: Option<u64>) -> Result<()> {
         fs::create_dir_all(&self.dir).map_err(Error::io(&self.dir))?;
-        let seconds = now() as u64;
+        let newest = event_files(&self.dir)?.max().unwrap_or(0);
+        let seconds = (now() as u64).max(newest.saturating_add(1));
         for n in 0.. {
             let path = self.dir.join(format!("{PREFIX}{seconds:010}.{n}.ddpm"));
             match OpenOptions::new().create_new(true).append(true).open(&path) {
@@ -83,7 +85,7 @@ impl TensorBoard {
 impl Observer for TensorBoard {
     fn on_start(&mut self, run: &Run<'_>) -> Result<()> {
         let step = run.step();
-        if step == 0 && has_events(&self.dir)? {
+        if step == 0 && event_files(&self.dir)?.next().is_some() {
             files::put_aside(&self.dir)?;
         }
         // The values of the present step are not repeated.
@@ -121,10 +123,15 @@ fn flatten(path: &str, json: &Json, numbers: &mut Vec<(String, Value)>) {
     }
 }
 
-fn has_events(dir: &Path) -> Result<bool> {
+/// Returns the seconds in the names of the event files of a directory, or 0 if a name has none.
+fn event_files(dir: &Path) -> Result<impl Iterator<Item = u64>> {
     let entries = files::existing(fs::read_dir(dir)).map_err(Error::io(dir))?;
-    let is_ours = |entry: fs::DirEntry| entry.file_name().to_string_lossy().starts_with(PREFIX);
-    Ok(entries.into_iter().flatten().flatten().any(is_ours))
+    let seconds = |entry: fs::DirEntry| {
+        let name = entry.file_name();
+        let rest = name.to_str()?.strip_prefix(PREFIX)?;
+        Some(rest.split('.').next()?.parse().unwrap_or(0))
+    };
+    Ok(entries.into_iter().flatten().flatten().filter_map(seconds))
 }
 
 /// The seconds since 1970.

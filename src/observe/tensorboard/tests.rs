@@ -118,6 +118,13 @@ fn a_resumed_run_begins_a_file_that_voids_the_steps_it_repeats() {
     let mut source = Source { stop: 2, ..Source::default() };
     trainer.fit(&images, (TensorBoard::new(&dir), &mut source)).unwrap();
     source.stop = 0;
+    // The clock was set back since.
+    let [first] = &fs::read_dir(&dir).unwrap().map(|e| e.unwrap().path()).collect::<Vec<_>>()[..]
+    else {
+        panic!("one file")
+    };
+    let later = format!("{PREFIX}{:010}.0.ddpm", now() as u64 + 1_000);
+    fs::rename(first, dir.join(later)).unwrap();
     trainer.fit(&images, (TensorBoard::new(&dir), &mut source)).unwrap();
 
     let metrics =

@@ -101,6 +101,18 @@ impl Checkpoint {
         newest.map(Self).ok_or(missing)
     }
 
+    /// Returns the step of the checkpoint at `dir`, or `None` if there is none. Reads only `checkpoint.json`.
+    ///
+    /// # Errors
+    /// Returns an error if this file is damaged, or cannot be read.
+    pub(crate) fn saved_step(dir: &Path) -> Result<Option<u64>> {
+        match Found::newest(dir) {
+            Ok(found) => Ok(Some(found.state.progress.step)),
+            Err(Error::NoCheckpoint { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Compares all existing files with their checksums.
     ///
     /// # Errors
