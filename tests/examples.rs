@@ -153,7 +153,7 @@ fn a_run_holds_out_the_same_images_after_a_resume_and_keeps_its_best_checkpoint(
     // The other options are in config.json.
     let resume = ["--data", data, "--steps", "4", "--resume"];
     let mut other = example("mnist");
-    other.args(&resume).args(["--held-out", "1"]).arg("--out").arg(&halves);
+    other.args(resume).args(["--held-out", "1"]).arg("--out").arg(&halves);
     let advice = "omit --held-out, or add --change";
     assert_fails(&mut other, &["data.json: the run holds out 2 images, not 1", advice])?;
     mnist(&halves, &resume)?;
