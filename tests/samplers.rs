@@ -845,11 +845,21 @@ fn edits_that_do_not_fit_are_refused() {
         fails(sampler(Solver::Heun).vary(&picture, strength), &expected);
     }
     let late = Sampler::with_timesteps(&diffusion, Solver::ddim(), &[10, 500]).unwrap();
-    for t in [9.0, f64::NAN] {
-        let expected =
-            format!("timestep of the start is {t}; it must be at least 10, the smallest");
+    for t in [9.0, 999.5, 1e9, f64::NAN] {
+        let expected = format!(
+            "timestep of the start is {t}; it must be at least 10, the smallest timestep of the \
+             sampler, and at most 999"
+        );
         fails(late.clone().vary_from(&picture, t), &expected);
     }
+    let varied = || sampler(Solver::Heun).vary(&picture, 0.5).unwrap();
+    let path = || sampler(Solver::Heun).interpolate(Ends::Seeds([0, 1]), &[0.0, 1.0]).unwrap();
+    let second = "start is a picture; it must be noise to set another";
+    fails(varied().interpolate(Ends::Seeds([0, 1]), &[0.0, 1.0]), second);
+    fails(varied().vary(&picture, 1.0), second);
+    let second = "start is an interpolation; it must be noise to set another";
+    fails(path().vary(&picture, 0.5), second);
+    fails(path().interpolate(Ends::Seeds([0, 1]), &[0.0, 1.0]), second);
     let wrong = full(0.0, &[1, 32, 8]);
     let shape = "the picture has shape [1, 32, 8]; it must be [1, 8, 32], that of an image";
     fails(sampler(Solver::Heun).vary(&wrong, 0.5), shape);
@@ -866,6 +876,8 @@ fn edits_that_do_not_fit_are_refused() {
         (0, 1, "jump is 0; it must be at least 1"),
         (1, 0, "count is 0; it must be at least 1"),
         (1, usize::MAX, "count is 18446744073709551615; it must be small enough for at most"),
+        // 5 jumps of 2 steps, 131,072 times.
+        (1, 131_073, "count is 131073; it must be small enough for at most 1048576 sampling"),
     ] {
         fails(ddpm().inpaint(&picture, &mask, Resampling { jump, count }), expected);
     }
