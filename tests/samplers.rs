@@ -799,6 +799,24 @@ fn known_pixels_are_those_of_the_picture_bit_for_bit() {
     assert_ne!(values(&once), values(&drawn(&twice, &denoiser, 3, 4)));
 }
 
+/// The known pixels are noised, whatever the solver.
+#[test]
+fn filling_asks_for_noise_by_time_in_every_step_but_the_last() {
+    let denoiser = gaussian(&Diffusion::ddpm(), DATA);
+    let sampler = Sampler::with_timesteps(&Diffusion::ddpm(), Solver::ddim(), &[9, 500, 999]);
+    let all = Tensor::ones((1, 1, 1), DType::U8, &Device::Cpu).unwrap();
+    let resampling = Resampling { jump: 1, count: 2 };
+    let sampler = sampler.unwrap().inpaint(&all_bytes(), &all, resampling).unwrap();
+    let start = Sampler::prior((1, 1, 8, 32), 0, &Device::Cpu).unwrap();
+    let (mut times, z) = (vec![], start.clone());
+    let noise = |t: f64| {
+        times.push(t);
+        Ok(z.clone())
+    };
+    assert_eq!(sampler.steps_from(&denoiser, start, noise).unwrap().count(), 7);
+    assert_eq!(times, [999.0, 999.0, 999.0, 500.0, 500.0, 500.0]);
+}
+
 /// If a repeated step had the noise of the first one, the variance would be larger.
 #[test]
 fn every_resampling_has_new_noise() {
