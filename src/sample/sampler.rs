@@ -304,8 +304,8 @@ impl Sampler {
     ///
     /// In each step that adds noise, the loop calls `z(t)` once, where `t` is the time at which the step begins. It
     /// must return standard normals of the shape of `x_T`, such as those of [`noise`](Self::noise). The loop of a
-    /// [deterministic](Self::is_deterministic) sampler never calls it. Steps are computed in the dtype of `x_T`, even if
-    /// the network has another dtype.
+    /// [deterministic](Self::is_deterministic) sampler never calls it. Steps are computed in the dtype of `x_T`, even
+    /// if the network has another dtype.
     ///
     /// With [`inpaint`](Self::inpaint), every step except the last needs noise, also with a deterministic
     /// solver: the known pixels are noised. A step that only adds noise receives the time at which it ends. Resampling
