@@ -17,7 +17,7 @@ struct Cli {
     sampling: SamplingArgs,
     /// Number of images; only a few at a time are in memory
     #[arg(long, value_name = "N", default_value = "64", allow_negative_numbers = true,
-          value_parser = whole::<usize>(1..=1024))]
+          value_parser = whole::<usize>(1..=10_000_000))]
     count: usize,
     /// Number of the first image, among those of a seed
     #[arg(long, value_name = "K", default_value = "0", allow_negative_numbers = true,
@@ -41,7 +41,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let config = cli.sampling.config(&checkpoint)?;
     let condition = cli.sampling.condition(&network, cli.from, cli.count)?;
     let sampler = config.sampler(checkpoint.diffusion())?.condition(condition);
-    cli.output.check()?;
+    cli.output.check(cli.count)?;
     let device = device::pick(cli.sampling.cpu)?;
     let model = cli.sampling.model(&checkpoint, &device)?;
     cli.sampling.announce(&config, &checkpoint, &device);
@@ -49,17 +49,15 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let sampler = cli.editing.apply(sampler, shape, cli.count, &model, &device)?;
     let generator =
         Generator::new(&sampler, shape, cli.sampling.seed, &device).first_image(cli.from);
-    let mut frames = pictures::Frames::new(sampler.timesteps().len());
+    let mut output = cli.output.begin(shape, cli.count, sampler.timesteps().len())?;
     let progress = Progress::started(generator.steps(cli.count) as u64);
-    let drawn = generator.draw(&model, cli.count, |step| {
-        if cli.output.is_animated() {
-            frames.add(step.index, step.x)?;
-        }
+    let _ = generator.visit(&model, cli.count, |step| {
+        output.add(&step)?;
         progress.advance(step.done as u64);
         Ok(ControlFlow::Continue(()))
     })?;
     progress.finish();
-    let written = cli.output.write(cli.from, &drawn.ok_or(cli::Interrupted)?, &frames)?;
+    let written = output.finish()?;
     let (n, images) = (cli.count, if cli.count == 1 { "image" } else { "images" });
     out(format_args!("{n} {images} in {:.1} s: {written}", start.elapsed().as_secs_f64()));
     Ok(ExitCode::SUCCESS)

@@ -672,7 +672,8 @@ fn edits(checkpoint: &Path, temp: &Path) -> Result<()> {
     edit("path", &["--interpolate", "3", "7", "--count", "3"])?;
     assert!(read("path", 0)? == read("alone", 0)? && read("path", 2)? == read("seed", 0)?);
     let between = ["--interpolate-pictures", &picture, &picture, "--count", "2"];
-    edit("pictures", &[&between[..], &["--eta", "0"]].concat())?;
+    let said = edit("pictures", &[&between[..], &["--eta", "0"]].concat())?;
+    assert!(said.contains("inverting   ") && said.contains("picture.png, 4 steps each"), "{said}");
     assert!(read("pictures", 0)? == read("pictures", 1)?);
     let mut command = sample("x", &between);
     let expected = "--interpolate-pictures needs a solver without noise";
@@ -694,7 +695,55 @@ fn edits(checkpoint: &Path, temp: &Path) -> Result<()> {
     let small = temp.join("small.png").display().to_string();
     let mut command = sample("x", &["--inpaint", &picture, "--mask", &small]);
     let expected = "small.png: 27 x 28 pixels (height x width); a mask has 28 x 28";
-    assert_fails(command.arg("--checkpoint").arg(&weights), &[expected])
+    assert_fails(command.arg("--checkpoint").arg(&weights), &[expected])?;
+    single_files(&weights, &picture, temp)
+}
+
+/// Writes a PNG file per image while further ones are drawn.
+fn single_files(weights: &Path, picture: &str, temp: &Path) -> Result<()> {
+    let sample = |dir: &Path, args: &[&str]| {
+        let mut command = example("sample");
+        command.args(["--cpu", "--sampling-steps", "1"]).args(args).arg("--checkpoint");
+        command.arg(weights).arg("--images").arg(dir).current_dir(temp);
+        command
+    };
+    let dir = temp.join("many");
+    let first = dir.join("000000.png");
+    let mut many = sample(&dir, &["--count", "1000000"]).stdout(Stdio::null()).spawn()?;
+    let begun = Instant::now();
+    while !first.is_file() && begun.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    many.kill()?;
+    many.wait()?;
+    let drawn = fs::read(&first)?;
+    fs::write(dir.join(".000007.png.1-0"), "what a killed process left")?;
+    let said = succeed(&mut sample(&dir, &["--count", "1"]))?;
+    assert!(said.ends_with(&format!(": {}\n", dir.display())), "{said}");
+    assert!(fs::read(&first)? == drawn && !temp.join("samples.png").exists());
+    for entry in fs::read_dir(&dir)? {
+        let name = entry?.file_name();
+        assert!(!name.to_string_lossy().starts_with('.'), "{name:?} is left");
+    }
+
+    let most = "it must be at most 1,024";
+    let expected = "--count is 1,025; with --out or --gif, or without --images, ";
+    for option in [["--out", "grid.png"], ["--gif", "film.gif"]] {
+        let mut command = sample(&dir, &["--count", "1025"]);
+        assert_fails(command.args(option), &[expected, most])?;
+    }
+    let mut command = example("sample");
+    command.args(["--cpu", "--count", "1025", "--checkpoint"]).arg(weights);
+    assert_fails(&mut command, &[expected, most])?;
+    // Nothing is drawn for a directory that cannot be written.
+    let picture = Path::new(picture);
+    let blocked = [(picture.into(), "a file; it must be a directory"), (picture.join("in"), "")];
+    for (dir, expected) in blocked {
+        let mut command = sample(&dir, &["--count", "1"]);
+        assert_fails(&mut command, &["picture.png", expected])?;
+        assert!(command.output()?.stdout.is_empty());
+    }
+    Ok(())
 }
 
 fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
@@ -1019,7 +1068,7 @@ fn wrong_arguments_are_reported_in_one_line() -> Result<()> {
         ("sample", &["--spacing", "odd"], &["'odd'", "[possible values: even, leading, "]),
         ("sample", &["--eta", "2"], &["'2'", "a number from 0 to 1"]),
         ("sample", &["--eta", "nan"], &["'nan'", "a number from 0 to 1"]),
-        ("sample", &["--count", "0"], &["'0'", "whole number from 1 to 1024"]),
+        ("sample", &["--count", "0"], &["'0'", "whole number from 1 to 10000000"]),
         ("mnist-fd", &["--checkpoint", &nothing], &["required", "--data <DIR>"]),
         ("mnist-fd", &["--data", &cut], &["required", "--checkpoint <PATH>"]),
         ("mnist-fd", &["--data", &cut, "--checkpoint", &nothing], &["no checkpoint here"]),

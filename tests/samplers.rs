@@ -799,6 +799,24 @@ fn known_pixels_are_those_of_the_picture_bit_for_bit() {
     assert_ne!(values(&once), values(&drawn(&twice, &denoiser, 3, 4)));
 }
 
+/// The known pixels are noised, whatever the solver.
+#[test]
+fn filling_asks_for_noise_by_time_in_every_step_but_the_last() {
+    let denoiser = gaussian(&Diffusion::ddpm(), DATA);
+    let sampler = Sampler::with_timesteps(&Diffusion::ddpm(), Solver::ddim(), &[9, 500, 999]);
+    let all = Tensor::ones((1, 1, 1), DType::U8, &Device::Cpu).unwrap();
+    let resampling = Resampling { jump: 1, count: 2 };
+    let sampler = sampler.unwrap().inpaint(&all_bytes(), &all, resampling).unwrap();
+    let start = Sampler::prior((1, 1, 8, 32), 0, &Device::Cpu).unwrap();
+    let (mut times, z) = (vec![], start.clone());
+    let noise = |t: f64| {
+        times.push(t);
+        Ok(z.clone())
+    };
+    assert_eq!(sampler.steps_from(&denoiser, start, noise).unwrap().count(), 7);
+    assert_eq!(times, [999.0, 999.0, 999.0, 500.0, 500.0, 500.0]);
+}
+
 /// If a repeated step had the noise of the first one, the variance would be larger.
 #[test]
 fn every_resampling_has_new_noise() {
@@ -845,11 +863,21 @@ fn edits_that_do_not_fit_are_refused() {
         fails(sampler(Solver::Heun).vary(&picture, strength), &expected);
     }
     let late = Sampler::with_timesteps(&diffusion, Solver::ddim(), &[10, 500]).unwrap();
-    for t in [9.0, f64::NAN] {
-        let expected =
-            format!("timestep of the start is {t}; it must be at least 10, the smallest");
+    for t in [9.0, 999.5, 1e9, f64::NAN] {
+        let expected = format!(
+            "timestep of the start is {t}; it must be at least 10, the smallest timestep of the \
+             sampler, and at most 999"
+        );
         fails(late.clone().vary_from(&picture, t), &expected);
     }
+    let varied = || sampler(Solver::Heun).vary(&picture, 0.5).unwrap();
+    let path = || sampler(Solver::Heun).interpolate(Ends::Seeds([0, 1]), &[0.0, 1.0]).unwrap();
+    let second = "start is a picture; it must be noise to set another";
+    fails(varied().interpolate(Ends::Seeds([0, 1]), &[0.0, 1.0]), second);
+    fails(varied().vary(&picture, 1.0), second);
+    let second = "start is an interpolation; it must be noise to set another";
+    fails(path().vary(&picture, 0.5), second);
+    fails(path().interpolate(Ends::Seeds([0, 1]), &[0.0, 1.0]), second);
     let wrong = full(0.0, &[1, 32, 8]);
     let shape = "the picture has shape [1, 32, 8]; it must be [1, 8, 32], that of an image";
     fails(sampler(Solver::Heun).vary(&wrong, 0.5), shape);
@@ -866,6 +894,8 @@ fn edits_that_do_not_fit_are_refused() {
         (0, 1, "jump is 0; it must be at least 1"),
         (1, 0, "count is 0; it must be at least 1"),
         (1, usize::MAX, "count is 18446744073709551615; it must be small enough for at most"),
+        // 5 jumps of 2 steps, 131,072 times.
+        (1, 131_073, "count is 131073; it must be small enough for at most 1048576 sampling"),
     ] {
         fails(ddpm().inpaint(&picture, &mask, Resampling { jump, count }), expected);
     }

@@ -10,6 +10,7 @@ use crate::data::folder::{Channels, FolderConfig, read_mask, read_picture};
 use crate::data::normalized;
 use crate::denoiser::Denoiser;
 use crate::error::Error;
+use crate::observe::Progress;
 use crate::sample::{Ends, Resampling, Sampler};
 
 /// The options of a program that varies, interpolates or inpaints pictures. Each of these options excludes the others.
@@ -92,14 +93,27 @@ impl EditingArgs {
                     .into(),
             );
         }
-        let inverted = |path: &Path, k: usize| -> Result<Tensor> {
-            let image =
-                picture(path, shape)?.unsqueeze(0).and_then(|image| image.to_device(device));
-            // The sampler with the condition of the image at this end.
+        let pictures = [picture(a, shape)?, picture(b, shape)?];
+        let steps = sampler.timesteps().len() as u64;
+        out(format_args!("inverting   {} and {}, {steps} steps each", a.display(), b.display()));
+        let progress = Progress::started(2 * steps);
+        let inverted = |picture: &Tensor, k: usize, done: u64| -> Result<Tensor> {
+            let image = picture.unsqueeze(0).and_then(|image| image.to_device(device));
+            let mut x = image.map_err(Error::from)?;
+            // The condition of the image at this end.
             let sampler = sampler.part(k, 1)?;
-            Ok(sampler.invert(denoiser, image.map_err(Error::from)?)?)
+            for step in sampler.invert_steps(denoiser, x.clone())? {
+                let step = step?;
+                progress.advance(done + step.index as u64 + 1);
+                x = step.x;
+            }
+            Ok(x)
         };
-        let ends = [inverted(a, 0)?, inverted(b, count.saturating_sub(1))?];
+        let ends = [
+            inverted(&pictures[0], 0, 0)?,
+            inverted(&pictures[1], count.saturating_sub(1), steps)?,
+        ];
+        progress.finish();
         let noise = Tensor::cat(&ends, 0).map_err(Error::from)?;
         Ok(sampler.interpolate(Ends::Noise(noise), &weights)?)
     }

@@ -51,7 +51,7 @@ pub use arguments::whole;
 pub use datasets::DataSet;
 pub use editing::EditingArgs;
 pub use identity::Identity;
-pub use output::OutputArgs;
+pub use output::{Output, OutputArgs};
 pub use print::{err, grouped, out};
 pub use program::{check_output, main};
 pub use recipe::{Recipe, RecipeName, TrainArgs};

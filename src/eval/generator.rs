@@ -7,7 +7,7 @@ use crate::data::Images;
 use crate::denoiser::Denoiser;
 use crate::error::{Error, Result};
 use crate::memory::reserved;
-use crate::sample::Sampler;
+use crate::sample::{Sampler, Step};
 
 /// The number of images that share a seed.
 const SEEDED: usize = 100;
@@ -49,8 +49,12 @@ pub struct Generator {
 /// A sampling step of one part of the images.
 #[derive(Debug, Clone, Copy)]
 pub struct Drawn<'a> {
+    /// The position of the first image of the part.
+    pub first: usize,
     /// The index of the sampling step within its part, from 0.
     pub index: usize,
+    /// Whether this is the last step of its part, after which the samples are images.
+    pub is_last: bool,
     /// The samples of the part after the step: (count, channels, height, width).
     pub x: &'a Tensor,
     /// The number of sampling steps so far, of [`Generator::steps`] in total.
@@ -111,6 +115,32 @@ impl Generator {
             let expected = "small enough for the pixels of all images to be in memory";
             return Err(Error::config("count", count, expected));
         };
+        let flow = self.visit(denoiser, count, |drawn| {
+            let flow = seen(drawn)?;
+            if drawn.is_last && flow.is_continue() {
+                pixels.extend(bytes(drawn.x)?);
+            }
+            Ok(flow)
+        })?;
+        match flow {
+            ControlFlow::Continue(()) => Images::new(pixels, self.image_shape).map(Some),
+            ControlFlow::Break(()) => Ok(None),
+        }
+    }
+
+    /// Draws images without keeping them: `seen` is called after each sampling step, and receives the images of a part
+    /// with its [last](Drawn::is_last) step. Any number of images has the memory of one part. Returns `Break` if `seen`
+    /// does.
+    ///
+    /// # Errors
+    /// Returns the errors of the sampler and of `seen`.
+    pub fn visit(
+        &self,
+        denoiser: &(impl Denoiser + ?Sized),
+        count: usize,
+        mut seen: impl FnMut(Drawn<'_>) -> Result<ControlFlow<()>>,
+    ) -> Result<ControlFlow<()>> {
+        let (channels, height, width) = self.image_shape;
         let mut done = 0;
         for (first, len) in self.parts(count) {
             let shape = (len, channels, height, width);
@@ -120,20 +150,17 @@ impl Generator {
             };
             let sampler = self.sampler.part(first - self.first, len)?;
             let sampler = sampler.first_image((first % SEEDED) as u32);
-            let mut samples = None;
+            let steps = sampler.timesteps().len();
             for step in sampler.steps(denoiser, shape, seed, &self.device)? {
-                let step = step?;
+                let Step { index, x, .. } = &step?;
                 done += 1;
-                if seen(Drawn { index: step.index, x: &step.x, done })?.is_break() {
-                    return Ok(None);
+                let drawn = Drawn { first, index: *index, is_last: index + 1 == steps, x, done };
+                if seen(drawn)?.is_break() {
+                    return Ok(ControlFlow::Break(()));
                 }
-                samples = Some(step.x);
-            }
-            if let Some(samples) = samples {
-                pixels.extend(bytes(&samples)?);
             }
         }
-        Images::new(pixels, self.image_shape).map(Some)
+        Ok(ControlFlow::Continue(()))
     }
 }
 

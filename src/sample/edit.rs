@@ -34,7 +34,7 @@ impl Sampler {
     /// ```
     ///
     /// # Errors
-    /// Returns an error if `strength` is out of its range, and the errors of [`vary_from`](Self::vary_from).
+    /// Returns an error if `strength` is not in its range, and the errors of [`vary_from`](Self::vary_from).
     pub fn vary(self, picture: &Tensor, strength: f64) -> Result<Self> {
         if !(strength > 0.0 && strength <= 1.0) {
             return Err(Error::config("strength", strength, "above 0 and at most 1"));
@@ -47,16 +47,20 @@ impl Sampler {
     /// Like [`vary`](Self::vary), with a timestep instead of a strength.
     ///
     /// # Errors
-    /// Returns an error if the sampler has no timestep up to `t`, or if the picture is not of a floating-point dtype.
+    /// Returns an error if `t` is over `T - 1`, if the sampler has no timestep up to `t`, if the picture is not of a
+    /// floating-point dtype, or if the sampler already begins at a picture or at an interpolation.
     pub fn vary_from(mut self, picture: &Tensor, t: f64) -> Result<Self> {
         check_float("dtype of the picture", picture.dtype())?;
         let smallest = self.levels.iter().rev().nth(1).map_or(0.0, |level| level.t);
-        if t.is_nan() || t < smallest {
-            let expected = format!("at least {smallest}, the smallest timestep of the sampler");
+        let largest = (self.settings.diffusion.schedule().steps() - 1) as f64;
+        if !(smallest..=largest).contains(&t) {
+            let expected = format!(
+                "at least {smallest}, the smallest timestep of the sampler, and at most {largest}"
+            );
             return Err(Error::config("timestep of the start", t, expected));
         }
+        self = self.starting(Start::Picture(picture.clone()))?;
         self.levels.retain(|level| level.t <= t);
-        self.start = Start::Picture(picture.clone());
         self.planned()
     }
 
@@ -83,11 +87,24 @@ impl Sampler {
     /// ```
     ///
     /// # Errors
-    /// Returns an error if a weight is not in [0, 1], or if the noise of the ends is not that of two images. Sampling
-    /// returns an error if an end is zero or not finite, or if the ends are opposite.
-    pub fn interpolate(mut self, ends: Ends, weights: &[f64]) -> Result<Self> {
-        self.start = Start::Between(Interpolation::new(ends, weights)?);
-        Ok(self)
+    /// Returns an error if a weight is not in [0, 1], if the noise of the ends is not that of two images, or if the
+    /// sampler already begins at a picture or at an interpolation. Sampling returns an error if an end is zero or not
+    /// finite, or if the ends are opposite.
+    pub fn interpolate(self, ends: Ends, weights: &[f64]) -> Result<Self> {
+        self.starting(Start::Between(Interpolation::new(ends, weights)?))
+    }
+
+    /// Sets the start. A second one is refused: the first may have left out the noisier timesteps that it needs.
+    fn starting(mut self, start: Start) -> Result<Self> {
+        let set = match self.start {
+            Start::Prior => {
+                self.start = start;
+                return Ok(self);
+            }
+            Start::Picture(_) => "a picture",
+            Start::Between(_) => "an interpolation",
+        };
+        Err(Error::config("start", set, "noise to set another: a sampler has one start"))
     }
 
     /// Sets a picture with a known part. Sampling fills the rest: RePaint, Lugmayr et al. 2022,

@@ -5,6 +5,7 @@ use candle_core::{DType, Tensor};
 use super::plan::{Level, Stage};
 use crate::backend;
 use crate::error::{Error, Result, check_dims};
+use crate::process::NoiseSchedule;
 
 /// The resampling of [`Sampler::inpaint`](super::Sampler::inpaint). Lugmayr et al. 2022, section 4.2.
 ///
@@ -29,7 +30,7 @@ impl Default for Resampling {
 
 impl Resampling {
     /// The largest number of steps of a plan.
-    const MOST: usize = 1 << 24;
+    const MOST: usize = NoiseSchedule::MAX_STEPS;
 
     /// Returns the levels of a sampler in the order in which resampling visits them. From every `jump`-th level,
     /// counted from the last timestep, the order returns to the level `jump` places earlier.

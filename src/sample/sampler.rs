@@ -303,8 +303,36 @@ impl Sampler {
     /// The sampling loop with a given `x_T` (`start`, of shape (batch, ...)) and a given source of noise.
     ///
     /// In each step that adds noise, the loop calls `z(t)` once, where `t` is the time at which the step begins. It
-    /// must return standard normals of the shape of `x_T`, such as those of [`noise`](Self::noise). Deterministic
-    /// solvers add no noise. Steps are computed in the dtype of `x_T`, even if the network has another dtype.
+    /// must return standard normals of the shape of `x_T`, such as those of [`noise`](Self::noise). The loop of a
+    /// [deterministic](Self::is_deterministic) sampler never calls it. Steps are computed in the dtype of `x_T`, even
+    /// if the network has another dtype.
+    ///
+    /// With [`inpaint`](Self::inpaint), every step except the last needs noise, also with a deterministic
+    /// solver: the known pixels are noised. A step that only adds noise receives the time at which it ends. Resampling
+    /// therefore calls `z` several times with the same `t`, and each call must return new noise. [`noise`](Self::noise)
+    /// returns the same noise for the same arguments, so each call needs another seed:
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use ddpm::nn::from_fn;
+    /// # use ddpm::sample::Resampling;
+    /// # use ddpm::{Diffusion, Sampler, Solver};
+    /// # let denoiser = from_fn(|x_t: &Tensor, _t: &Tensor| Ok(x_t.clone()));
+    /// # let (device, shape) = (Device::Cpu, (1, 1, 8, 8));
+    /// # let picture = Tensor::zeros((1, 8, 8), DType::F32, &device)?;
+    /// # let filled = Tensor::ones((1, 1, 1), DType::U8, &device)?;
+    /// let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddim(), 3)?; // eta 0
+    /// let resampling = Resampling { jump: 1, count: 2 };
+    /// let sampler = sampler.inpaint(&picture, &filled, resampling)?;
+    /// let (start, mut calls) = (Sampler::prior(shape, 7, &device)?, 0);
+    /// let z = |t| {
+    ///     calls += 1;
+    ///     Sampler::noise(t, shape, calls, &device)
+    /// };
+    /// let image = sampler.steps_from(&denoiser, start, z)?.last().expect("a step")?.x;
+    /// assert_eq!(calls, 6); // of 7 steps
+    /// # Ok::<(), ddpm::Error>(())
+    /// ```
     ///
     /// # Errors
     /// Returns an error if `start` is a scalar or not of a floating-point dtype. The iterator returns
