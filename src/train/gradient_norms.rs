@@ -15,8 +15,8 @@ impl<N: Architecture> Trainer<N> {
     ///
     /// The gradient is that of the update which [`step`](Self::step) would make next with this batch, before clipping:
     /// timesteps, noise and dropout are the same. A layer consists of the weights whose names differ only after the last
-    /// dot. The root of the sum of the squares of all norms is [`Update::grad_norm`](crate::train::Update::grad_norm)
-    /// of that update. With [`Precision::F16`](crate::Precision::F16), norms are not finite after an overflow.
+    /// dot. The root of the sum of the squares of all norms equals
+    /// [`Update::grad_norm`](crate::train::Update::grad_norm) of that update up to rounding. With [`Precision::F16`](crate::Precision::F16), norms are not finite after an overflow.
     ///
     /// The computation takes as long as an update. It reads each norm, so it waits for the device. On a CUDA device, the
     /// next updates are not launched as a CUDA graph until one is captured again.

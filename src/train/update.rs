@@ -11,7 +11,7 @@ use super::importance::LossHistory;
 use super::noise::{self, NoiseConfig};
 use super::objective::{Noised, Objective};
 use super::state::TrainState;
-use super::timesteps::{Distribution, Timesteps};
+use super::timesteps::{Distribution, TimestepSampling, Timesteps};
 use crate::backend::{self, Backend, Computed};
 use crate::data::loader::Batch;
 use crate::denoiser::{Condition, Trainable};
@@ -35,6 +35,12 @@ pub(super) struct Summed {
     pub gradients: BTreeMap<String, Tensor>,
     /// The losses of the images, if they are needed.
     pub images: Option<ImageLosses>,
+}
+
+/// The loss of a part of a batch, and the weighted loss of each of its images (images) if they are needed.
+struct PartLoss {
+    loss: Tensor,
+    images: Option<Tensor>,
 }
 
 impl<D: Trainable> UpdateContext<'_, D> {
@@ -178,16 +184,9 @@ impl<D: Trainable> UpdateContext<'_, D> {
                 ..Noised::new(self.diffusion, &images, &of_part(t)?, &of_part(eps)?)?
             };
             let weights = weights.as_ref().map(|weights| &weights[first..first + part]);
-            let (of_part, found) =
+            let (PartLoss { loss: of_part, images }, found) =
                 self.gradients(&noised, weights, batch.first as usize + first)?;
-            let of_part = match weights {
-                Some(_) => {
-                    let sum = of_part.sum_all()?;
-                    of_images.push(of_part);
-                    sum
-                }
-                None => of_part,
-            };
+            of_images.extend(images);
             loss = Some(match loss {
                 Some(sum) => backend.combine(&sum, 1.0, &of_part, 1.0)?,
                 None => of_part,
@@ -217,13 +216,13 @@ impl<D: Trainable> UpdateContext<'_, D> {
     }
 
     /// Computes the loss, and the gradients of the weights, for the part of the batch that begins at image `first`. With
-    /// `weights`, returns the weighted loss of each image instead of their sum.
+    /// the `weights` of the images, also computes the loss of each image.
     fn gradients(
         &self,
         noised: &Noised<'_>,
         weights: Option<&[f64]>,
         first: usize,
-    ) -> Result<(Tensor, BTreeMap<String, Tensor>)> {
+    ) -> Result<(PartLoss, BTreeMap<String, Tensor>)> {
         let step = self.state.progress.step;
         let dropout = Dropout { noise: self.noise(), step, first_sample: first };
         let (objective, x_t) = (self.objective, &noised.x_t);
@@ -232,15 +231,27 @@ impl<D: Trainable> UpdateContext<'_, D> {
         let found = self.model.gradients(x_t, t, &condition, &dropout, &mut |output| {
             let found = output.prediction.dims();
             check_dims("the network's output", found, x_t.dims(), "that of its input")?;
-            let (loss, gradient) = match weights {
-                Some(weights) => image_losses::evaluate(objective, noised, output, weights)?,
-                None => objective.loss(noised, output)?,
+            let images = weights
+                .map(|weights| image_losses::evaluate(objective, noised, output, weights))
+                .transpose()?;
+            let (loss, gradient) = match images {
+                // Only by importance do images have different weights.
+                Some((images, gradient))
+                    if self.config.timesteps == TimestepSampling::Importance =>
+                {
+                    (PartLoss { loss: images.sum_all()?, images: Some(images) }, gradient)
+                }
+                // Losses that are only reported must not change the bits of the update.
+                images => {
+                    let (loss, gradient) = objective.loss(noised, output)?;
+                    (PartLoss { loss, images: images.map(|(images, _)| images) }, gradient)
+                }
             };
             losses.push(loss);
             Ok(gradient)
         })?;
-        match losses.as_slice() {
-            [loss] => Ok((loss.clone(), by_name(found, &self.state.weights.0))),
+        match (losses.pop(), losses.is_empty()) {
+            (Some(loss), true) => Ok((loss, by_name(found, &self.state.weights.0))),
             _ => {
                 let expected = "called once by Trainable::gradients";
                 Err(Error::config("d_output", "called more often, or never", expected))
