@@ -6,9 +6,10 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
-use ddpm::data::Batch;
+use ddpm::data::{Batch, Images};
 use ddpm::nn::{Architecture, Condition, Model, Output, Trainable};
 use ddpm::nn::{Dropout, Parameters, from_fn};
+use ddpm::observe::{GradientNorms, HeldOutLoss};
 use ddpm::process::Prediction;
 use ddpm::sample::{DynamicThreshold, Spacing};
 use ddpm::train::{AdamConfig, GradScalerConfig};
@@ -422,6 +423,27 @@ fn a_custom_network_is_computed_by_the_same_kernels_and_captured() -> Result<()>
         trainer.step(&Sampler::prior((2, 3, 6, 10), k, &device)?)?;
     }
     assert!(trainer.is_captured(), "{trainer:?}");
+    Ok(())
+}
+
+/// The observers compute between captured updates, and their passes reuse the same memory.
+#[test]
+fn observers_that_compute_do_not_change_a_captured_run() -> Result<()> {
+    let pixels = (0..10 * 48).map(|i| (i * 7 % 251) as u8).collect();
+    let (images, device) = (Images::new(pixels, (3, 4, 4))?, gpu());
+    let end = |observed: bool| -> Result<_> {
+        let config = TrainConfig { steps: 9, batch_size: 8, ..TrainConfig::cifar10() };
+        let mut trainer = Trainer::new(small::CONFIG, config, Diffusion::ddpm(), &device)?;
+        // Updates are captured from the fourth on, and again from the fourth after the norms.
+        let observers = (GradientNorms::steps(5), HeldOutLoss::steps(4, &images));
+        trainer.fit(&images, observed.then_some(observers))?;
+        assert!(trainer.is_captured(), "{trainer:?}");
+        let weights = all(trainer.vars().values().map(|var| var.as_detached_tensor()))?;
+        let averages = all(trainer.ema().unwrap().averages().values().cloned())?;
+        Ok([weights, averages]
+            .map(|x| values(&x).into_iter().map(f32::to_bits).collect::<Vec<_>>()))
+    };
+    assert!(end(true)? == end(false)?);
     Ok(())
 }
 

@@ -549,16 +549,22 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
     let grid = checkpoint.with_file_name("samples").join("step-000003.png");
     let said = succeed(&mut sample(&["--count", "3"], "a.png"))?;
     assert!(fs::read(temp.join("a.png"))? == fs::read(&grid)?, "not the run's grid");
-    let sampler = "sampler     DDIM with eta 1, 2 steps, clipped (same as the run's grids)\n";
+    let sampler = "sampler     DPM-Solver++(2M), 2 steps, clipped (same as the run's grids)\n";
     assert!(said.contains(sampler), "{said}");
     for (args, sampler) in [
-        (&["--eta", "0"][..], "DDIM with eta 0, 2 steps, clipped (different from the run's grids)"),
-        (&["--no-clip"], "DDIM with eta 1, 2 steps, not clipped (different from the run's grids)"),
+        (
+            &["--solver", "ddim", "--sampling-steps", "2"][..],
+            "DDIM with eta 0, 2 steps, clipped (different from the run's grids)",
+        ),
+        (&["--no-clip"], "DPM-Solver++(2M), 2 steps, not clipped (different from the run's grids)"),
         (
             &["--sampling-steps", "3"],
-            "DDIM with eta 1, 3 steps, clipped (different from the run's grids)",
+            "DPM-Solver++(2M), 3 steps, clipped (different from the run's grids)",
         ),
-        (&["--solver", "ddim"], "DDIM with eta 1, 2 steps, clipped (same as the run's grids)"),
+        (
+            &["--solver", "dpm-solver-2m"],
+            "DPM-Solver++(2M), 2 steps, clipped (same as the run's grids)",
+        ),
         (
             &["--solver", "heun", "--sampling-steps", "2"],
             "Heun, 2 steps, clipped (different from the run's grids)",
@@ -573,7 +579,7 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
         ),
         (
             &["--spacing", "trailing"],
-            "DDIM with eta 1, 2 steps (trailing), clipped (different from the run's grids)",
+            "DPM-Solver++(2M), 2 steps (trailing), clipped (different from the run's grids)",
         ),
     ] {
         let said = succeed(sample(args, "a.png").args(["--count", "1"]))?;
@@ -619,7 +625,7 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
     assert!(film()?[0].buffer() == &image::open(temp.join("h.png"))?.to_rgba8());
     for (args, png) in [
         (vec!["--seed", "1"], "c.png"),
-        (vec!["--eta", "0"], "d.png"),
+        (vec!["--solver", "ddim"], "d.png"),
         (vec!["--solver", "ddpm"], "e.png"),
         (vec!["--weights", "model"], "f.png"),
         (vec!["--no-clip"], "f.png"),
@@ -672,10 +678,10 @@ fn edits(checkpoint: &Path, temp: &Path) -> Result<()> {
     edit("path", &["--interpolate", "3", "7", "--count", "3"])?;
     assert!(read("path", 0)? == read("alone", 0)? && read("path", 2)? == read("seed", 0)?);
     let between = ["--interpolate-pictures", &picture, &picture, "--count", "2"];
-    let said = edit("pictures", &[&between[..], &["--eta", "0"]].concat())?;
+    let said = edit("pictures", &between)?;
     assert!(said.contains("inverting   ") && said.contains("picture.png, 4 steps each"), "{said}");
     assert!(read("pictures", 0)? == read("pictures", 1)?);
-    let mut command = sample("x", &between);
+    let mut command = sample("x", &[&between[..], &["--solver", "ddpm"]].concat());
     let expected = "--interpolate-pictures needs a solver without noise";
     assert_fails(command.arg("--checkpoint").arg(&weights), &[expected])?;
 

@@ -306,9 +306,24 @@ fn updates_are_those_of_the_reference() -> Result<()> {
     Ok(())
 }
 
+/// Matrices of one shape are orthogonalised together, wherever they are among the other weights. The largest ones are
+/// divided among blocks of the device.
 #[test]
 fn matrices_are_updated_by_muon_as_by_the_reference() -> Result<()> {
-    const SHAPES: [&[usize]; 3] = [&[24, 8, 3, 3], &[40, 24], &[16, 16]];
+    /// The shapes of the weights, and whether Muon updates them.
+    const WEIGHTS: [(&[usize], bool); 9] = [
+        (&[72, 64], true),
+        (&[5000], false),
+        (&[40, 24], true),
+        (&[24, 8, 3, 3], true),
+        (&[72, 64], true),
+        (&[16, 3], false),
+        (&[40, 24], true),
+        (&[7], false),
+        (&[16, 16], true),
+    ];
+    /// A matrix and another weight that have no gradient in the first update.
+    const LATE: [usize; 2] = [4, 5];
     let scale =
         ScaleRule { growth_factor: 2.0, growth_interval: 9, backoff_factor: 0.5, min_scale: 1.0 };
     let muon = Some(MuonRule { momentum: 0.9, nesterov: true, decoupled: 0.1 });
@@ -316,16 +331,15 @@ fn matrices_are_updated_by_muon_as_by_the_reference() -> Result<()> {
     let rule = UpdateRule { muon, average, max_norm: 0.5, scale: Some(scale), ..RULE };
     let run = |device: &Device, dtype: DType| -> Result<(Vec<Vec<f64>>, Counters)> {
         let of_each = |f: &dyn Fn(u32, &[usize]) -> Result<Tensor>| -> Result<Vec<Tensor>> {
-            (0..).zip(SHAPES).map(|(k, dims)| f(k, dims)).collect()
+            (0..).zip(WEIGHTS).map(|(k, (dims, _))| f(k, dims)).collect()
         };
         let place = |t: Tensor| -> Result<Tensor> { Ok(t.to_dtype(dtype)?.to_device(device)?) };
         let weights: Vec<Var> = of_each(&|k, dims| place(Normals(1).tensor(k, dims)))?
             .iter()
             .map(Var::from_tensor)
             .collect::<candle_core::Result<_>>()?;
-        let mut momenta = of_each(&|_, dims| place(Tensor::zeros(dims, dtype, device)?))?;
-        let mut averages =
-            momenta.iter().map(Tensor::copy).collect::<candle_core::Result<Vec<_>>>()?;
+        let zeros = || of_each(&|_, dims| place(Tensor::zeros(dims, dtype, device)?));
+        let (mut means, mut squares, mut averages) = (zeros()?, zeros()?, zeros()?);
         let mut counters = Counters { scale: 64.0, ..Counters::default() };
         let mut updater = on(device, dtype).updater(device);
         // The infinite one is skipped.
@@ -334,20 +348,20 @@ fn matrices_are_updated_by_muon_as_by_the_reference() -> Result<()> {
                 let gradient = Normals(2 + step).tensor(k, dims).affine(size, 0.0)?;
                 place((gradient * counters.scale)?)
             })?;
-            // The last matrix has no gradient in the first update.
-            let present = gradients.len() - usize::from(step == 0);
-            let mut gradients = gradients[..present].iter_mut();
-            let states = weights.iter().zip(&mut momenta).zip(&mut averages);
-            let states = states.map(|((weight, mean), average)| {
-                let gradient = gradients.next();
-                WeightState { weight, mean, square: None, gradient, average: Some(average) }
+            let states = means.iter_mut().zip(&mut squares).zip(&mut averages);
+            let states = weights.iter().zip(&mut gradients).zip(states).enumerate();
+            let states = states.map(|(k, ((weight, gradient), ((mean, square), average)))| {
+                let gradient = (step > 0 || !LATE.contains(&k)).then_some(gradient);
+                let square = (!WEIGHTS[k].1).then_some(square);
+                WeightState { weight, mean, square, gradient, average: Some(average) }
             });
             updater.update(states.collect(), &rule, 1e-2, &mut counters)?;
             counters = updater.read(&counters)?;
             updater.assume(&counters);
         }
         let weights = weights.iter().map(|var| values(var));
-        Ok((weights.chain(momenta.iter().chain(&averages).map(values)).collect(), counters))
+        let states = means.iter().chain(&squares).chain(&averages).map(values);
+        Ok((weights.chain(states).collect(), counters))
     };
     let (expected, counters) = run(&Device::Cpu, DType::F64)?;
     assert_eq!((counters.updates, counters.skipped), (2, 1));

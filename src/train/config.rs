@@ -79,8 +79,8 @@ pub struct TrainConfig {
     /// Number of updates between two reports of the loss; at least 1. Reading the loss waits for the GPU.
     pub log_every: u64,
     /// Whether [`Metrics`](super::Metrics) report the loss by quartiles of the timesteps; always with
-    /// [`TimestepSampling::Importance`]. The objective is then also evaluated for one image after the other, and an
-    /// update is not captured as a CUDA graph. The weights are the same in each bit.
+    /// [`TimestepSampling::Importance`]. The objective is then also evaluated for each image, and an update is not
+    /// captured as a CUDA graph. The losses and the weights stay the same in each bit.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub loss_quartiles: bool,
     /// Number of checkpoints that are kept, including the latest; at least 1.

@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::checkpoint::store::Saved;
 use super::objective::Noised;
@@ -166,7 +166,7 @@ impl<N: Architecture> View for Trainer<N> {
         let (found, expected) = (output.prediction.dims(), noised.x_t.dims());
         check_dims("the network's output", found, expected, "that of its input")?;
         let (loss, _) = self.objective.loss(&noised, &output)?;
-        Ok(loss.to_dtype(DType::F64)?.to_scalar()?)
+        Ok(loss.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_scalar()?)
     }
 
     fn save(&self, dir: &Path, keep: usize) -> Result<Saved> {

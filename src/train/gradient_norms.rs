@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::trainer::Trainer;
-use crate::backend::clip_norm;
+use crate::backend;
 use crate::data::loader::Batch;
 use crate::error::Result;
 use crate::model::Architecture;
@@ -15,7 +15,8 @@ impl<N: Architecture> Trainer<N> {
     ///
     /// The gradient is that of the next [`step`](Self::step) with this batch, before clipping. Timesteps, noise and
     /// dropout are the same. A layer consists of the weights whose names differ only after the last dot. The root of
-    /// the sum of the squares of all norms is [`Update::grad_norm`](crate::train::Update::grad_norm) of that update.
+    /// the sum of the squares of all norms equals [`Update::grad_norm`](crate::train::Update::grad_norm) of that update
+    /// up to rounding.
     /// With [`Precision::F16`](crate::Precision::F16), norms are not finite after an overflow.
     ///
     /// The computation takes as long as an update. It reads each norm, so it waits for the device. On a CUDA device, the
@@ -27,23 +28,25 @@ impl<N: Architecture> Trainer<N> {
         let batch = batch.into();
         self.check_batch(&batch)?;
         let (executor, mut context) = self.context();
-        let (mut gradients, scale) = executor.gradients(&mut context, &batch)?;
+        let (gradients, scale) = executor.gradients(&mut context, &batch)?;
         let scale = scale.map_or(Ok(1.0), |scale| scalar(&scale))?;
-        let mut layers = BTreeMap::<String, Vec<&mut Tensor>>::new();
-        for (name, gradient) in &mut gradients {
+        let mut squares = BTreeMap::<String, f64>::new();
+        for (name, gradient) in &gradients {
             let layer = name.rsplit_once('.').map_or(name.as_str(), |(layer, _)| layer);
-            layers.entry(layer.into()).or_default().push(gradient);
+            *squares.entry(layer.into()).or_default() += square(gradient)?;
         }
-        let norm = |(layer, gradients)| {
-            // An infinite limit changes no gradient.
-            Ok((layer, scalar(&clip_norm(gradients, f64::INFINITY)?)? / scale))
-        };
-        let norms = layers.into_iter().map(norm).collect();
         context.recycle(gradients);
-        norms
+        Ok(squares.into_iter().map(|(layer, square)| (layer, square.sqrt() / scale)).collect())
     }
 }
 
+/// Computes the sum of squares, as the squared error of zeros. Every device has kernels for both.
+fn square(gradient: &Tensor) -> Result<f64> {
+    let backend = backend::of(gradient);
+    let zeros = backend.combine(gradient, 0.0, gradient, 0.0)?;
+    scalar(&backend.squared_error(gradient, &zeros, 1.0, None)?.0)
+}
+
 fn scalar(tensor: &Tensor) -> Result<f64> {
-    Ok(tensor.to_dtype(DType::F64)?.to_scalar()?)
+    Ok(tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_scalar()?)
 }

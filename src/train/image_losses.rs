@@ -1,5 +1,5 @@
-//! The loss of each image of an update. An [`Objective`] computes the loss of a batch, so it is evaluated for each
-//! image separately.
+//! The loss of each image of an update. An [`Objective`] computes the loss of a batch, so it is evaluated for one image
+//! after the other. The order of the sums, and thus their rounding, is not that of the batch.
 
 use candle_core::{DType, Device, Tensor};
 

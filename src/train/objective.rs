@@ -16,9 +16,12 @@ pub trait Objective: fmt::Debug + Send + Sync {
     /// `output`.
     ///
     /// The loss is a mean over the images. Both results must be weighted for the batch, with [`Noised::mean_square`] or
-    /// [`Noised::weighted`]. If the loss of each image is needed, `batch` is one image; see
-    /// [`TrainConfig::loss_quartiles`](super::TrainConfig::loss_quartiles) and
-    /// [`TimestepSampling::Importance`](super::TimestepSampling::Importance).
+    /// [`Noised::weighted`].
+    ///
+    /// If the loss of each image is needed, the objective is evaluated for one image after the other. With
+    /// [`TimestepSampling::Importance`](super::TimestepSampling::Importance) the sums of these results replace those of
+    /// the batch. With [`TrainConfig::loss_quartiles`](super::TrainConfig::loss_quartiles) they are only reported, so
+    /// results must not depend on the number of calls.
     ///
     /// The call may run on any of the threads that share the work, so it must not wait for other threads, or hold a
     /// lock across tensor operations.

@@ -37,6 +37,12 @@ pub(super) struct Summed {
     pub images: Option<ImageLosses>,
 }
 
+/// The loss of a part of a batch, and the weighted loss of each of its images (images) if they are needed.
+struct PartLoss {
+    loss: Tensor,
+    images: Option<Tensor>,
+}
+
 impl<D: Trainable> UpdateContext<'_, D> {
     pub fn learning_rate(&self) -> f64 {
         self.config.learning_rate(self.state.progress.step)
@@ -178,9 +184,9 @@ impl<D: Trainable> UpdateContext<'_, D> {
                 ..Noised::new(self.diffusion, &images, &of_part(t)?, &of_part(eps)?)?
             };
             let weights = weights.as_ref().map(|weights| &weights[first..first + part]);
-            let (of_part, of_images, found) =
+            let (PartLoss { loss: of_part, images }, found) =
                 self.gradients(&noised, weights, batch.first as usize + first)?;
-            losses.extend(of_images);
+            losses.extend(images);
             loss = Some(match loss {
                 Some(sum) => backend.combine(&sum, 1.0, &of_part, 1.0)?,
                 None => of_part,
@@ -210,13 +216,13 @@ impl<D: Trainable> UpdateContext<'_, D> {
     }
 
     /// Computes the loss, and the gradients of the weights, for the part of the batch that begins at image `first`. With
-    /// `weights`, also returns the weighted loss of each image.
+    /// the `weights` of the images, also computes the loss of each image.
     fn gradients(
         &self,
         noised: &Noised<'_>,
         weights: Option<&[f64]>,
         first: usize,
-    ) -> Result<(Tensor, Option<Tensor>, BTreeMap<String, Tensor>)> {
+    ) -> Result<(PartLoss, BTreeMap<String, Tensor>)> {
         let step = self.state.progress.step;
         let dropout = Dropout { noise: self.noise(), step, first_sample: first };
         let (objective, x_t) = (self.objective, &noised.x_t);
@@ -225,23 +231,25 @@ impl<D: Trainable> UpdateContext<'_, D> {
         let found = self.model.gradients(x_t, t, &condition, &dropout, &mut |output| {
             let found = output.prediction.dims();
             check_dims("the network's output", found, x_t.dims(), "that of its input")?;
-            let by_image =
-                weights.map(|weights| image_losses::evaluate(objective, noised, output, weights));
-            let (of_images, weighted) = by_image.transpose()?.unzip();
-            let (loss, gradient) = match (&of_images, weighted) {
-                (Some(losses), Some(gradient)) if self.config.weights_images() => {
-                    (losses.sum_all()?, gradient)
+            let images = weights
+                .map(|weights| image_losses::evaluate(objective, noised, output, weights))
+                .transpose()?;
+            let (loss, gradient) = match images {
+                // Only by importance do images have different weights.
+                Some((images, gradient)) if self.config.weights_images() => {
+                    (PartLoss { loss: images.sum_all()?, images: Some(images) }, gradient)
                 }
-                // The sum over images rounds differently. To report more losses must not change the update.
-                _ => objective.loss(noised, output)?,
+                // Losses that are only reported must not change the bits of the update.
+                images => {
+                    let (loss, gradient) = objective.loss(noised, output)?;
+                    (PartLoss { loss, images: images.map(|(images, _)| images) }, gradient)
+                }
             };
-            losses.push((loss, of_images));
+            losses.push(loss);
             Ok(gradient)
         })?;
-        match losses.as_slice() {
-            [(loss, of_images)] => {
-                Ok((loss.clone(), of_images.clone(), by_name(found, &self.state.weights.0)))
-            }
+        match (losses.pop(), losses.is_empty()) {
+            (Some(loss), true) => Ok((loss, by_name(found, &self.state.weights.0))),
             _ => {
                 let expected = "called once by Trainable::gradients";
                 Err(Error::config("d_output", "called more often, or never", expected))
