@@ -105,8 +105,10 @@ impl Recipe {
         let solver = self.sampling.solver;
         let optimizer = if train.muon.is_some() { "muon" } else { "adam" };
         let timesteps = match train.timesteps {
+            TimestepSampling::Uniform => "uniform",
             TimestepSampling::Stratified => "stratified",
-            _ => "uniform",
+            TimestepSampling::LogNormal { .. } => "log-normal",
+            TimestepSampling::Importance => "importance",
         };
         format!(
             "{when}: --out {} --save-every {} --sample-every {} --sample-count {} \

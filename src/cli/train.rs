@@ -187,7 +187,7 @@ impl Plan {
                 RunConfig::read(path).map_err(|e| format!("--config {e}"))?.replace(recipe)
             }
             None if saved.is_some() && !is_removed(&files.config) => {
-                let remedy = "remove this file to go on with the usual values";
+                let remedy = "remove this file to continue with the usual values";
                 let config = RunConfig::read(&files.config);
                 config.map_err(|e| format!("{e}; {remedy}"))?.watch(recipe)
             }

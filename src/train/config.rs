@@ -159,12 +159,12 @@ impl TrainConfig {
         }
     }
 
-    /// The recipe of this crate, for [velocity](crate::Diffusion::velocity): Muon for matrices and Adam for the other weights,
-    /// with a learning rate of 1e-3 that rises over the first 5% of the updates (at most 500) and falls to zero over the
-    /// last 70%, timesteps spread over each batch, gradients clipped to norm 1, and an average of decay 0.999 with
-    /// warm-up. `steps` is the total number of updates, and `batch_size` the images per update.
+    /// The recipe of this crate for the prediction of [velocity](crate::Diffusion::velocity). Muon updates matrices, and
+    /// Adam the other weights. The learning rate of 1e-3 rises over the first 5% of the updates (at most 500), and falls
+    /// to zero over the last 70%. Timesteps are spread over each batch, and gradients are clipped to norm 1. The average
+    /// has a decay of 0.999 with warm-up. `steps` is the total number of updates, and `batch_size` the images per update.
     ///
-    /// The results of training in the repository compare it with [`mnist`](Self::mnist).
+    /// The results of training in the repository compare it with another recipe.
     pub fn recommended(steps: u64, batch_size: usize) -> Self {
         Self {
             steps,
