@@ -57,7 +57,8 @@ use kernels::op::attention::AttentionShape;
 use kernels::op::conv::{ConvShape, Scale};
 use kernels::op::norm::NormConfig;
 use kernels::{
-    AdamStep, Isa, add_values, clamp_values, squared_errors, sum_of_squares, weighted_sum,
+    AdamStep, Isa, add_values, clamp_values, orthogonalize_all, squared_errors, sum_of_squares,
+    weighted_sum,
 };
 use precision::Precision;
 use random::{Noise, Purpose};
@@ -182,6 +183,9 @@ fn main() {
     }
     for (model, weights) in [("mnist", 2_268_929), ("cifar10", 21_355_395)] {
         bench.adam(model, weights);
+    }
+    for (model, count, rows) in [("mnist", 8, 128), ("cifar10", 16, 256)] {
+        bench.muon(model, count, rows);
     }
     for (model, dims) in [("mnist", [32, 1, 28, 28]), ("cifar10", [8, 3, 32, 32])] {
         bench.process(model, dims);
@@ -421,6 +425,21 @@ impl Bench<'_> {
                 (&mut mean, &mut square),
                 Some(&mut average),
             );
+        });
+    }
+
+    /// Measures the orthogonalisation of the weights of 3x3 convolutions with as many inputs as outputs.
+    fn muon(&self, model: &str, count: usize, rows: usize) {
+        let cols = 9 * rows;
+        let shape = format!("{model} {count} of {rows}x{cols}");
+        if !self.wants_any(&["muon, orthogonalisation"], &shape) {
+            return;
+        }
+        let mut matrices = vec![(normal(rows * cols), (rows, cols)); count];
+        // Five iterations, each with products for X X', its square, and the polynomial with X.
+        let flops = 5 * count * (4 * rows * rows * cols + 2 * rows * rows * rows);
+        self.measure("muon, orthogonalisation", &shape, Work::Flops(flops), || {
+            orthogonalize_all(self.isa, &mut matrices);
         });
     }
 

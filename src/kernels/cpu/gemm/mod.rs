@@ -84,7 +84,6 @@ fn multiply(
 mod tests {
     use proptest::prelude::*;
 
-    use super::pack::pack;
     use super::*;
     use crate::kernels::tests::{F32, Normals, roundings};
     use crate::random_inputs::inputs;
@@ -113,10 +112,8 @@ mod tests {
                 (mat(&a, transpose_a, a_size, a_row), mat(&b_values, transpose_b, b_size, b_row));
             let mut found = [before.clone(), before.clone()];
             gemm(isa, (&mut found[0], c_row), a_mat, b_mat, accumulate);
-            let Mat { data, rows, cols, row_stride, col_stride } = b_mat;
             let mut packed = vec![f32::NAN; 9];
-            pack(data, (rows, cols), |i| i * row_stride, |j| j * col_stride, &mut packed);
-            let b = Panels::new(&packed, rows, cols);
+            let b = b_mat.packed(&mut packed);
             gemm_packed(isa, (&mut found[1], c_row), a_mat, b, accumulate);
             assert_eq!(&found[0], &found[1]);
             let b = &b_values;

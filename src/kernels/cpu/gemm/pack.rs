@@ -57,6 +57,13 @@ impl<'a> Mat<'a> {
         Self { data: &self.data[first * self.row_stride..], rows: count, ..self }
     }
 
+    /// Packs the matrix to the first values of `memory`, which grows if necessary.
+    pub(crate) fn packed(self, memory: &mut Vec<f32>) -> Panels<'_> {
+        let Self { data, rows, cols, row_stride, col_stride } = self;
+        pack(data, (rows, cols), |i| i * row_stride, |j| j * col_stride, memory);
+        Panels::new(memory, rows, cols)
+    }
+
     /// Copies [`PANEL`] columns from `first` on to a panel. Columns beyond the last are zero.
     pub(super) fn pack_panel(&self, first: usize, panel: &mut [f32]) {
         let count = PANEL.min(self.cols - first);
@@ -85,6 +92,12 @@ impl<'a> Panels<'a> {
     /// Returns the panels that [`pack`] wrote to `values`.
     pub(crate) fn new(values: &'a [f32], rows: usize, cols: usize) -> Self {
         Self { values, rows, cols }
+    }
+
+    /// Returns the columns from `first` on, a multiple of [`PANEL`].
+    pub(crate) fn columns_from(self, first: usize) -> Self {
+        assert!(first.is_multiple_of(PANEL) && first <= self.cols);
+        Self { values: &self.values[first * self.rows..], cols: self.cols - first, ..self }
     }
 
     /// Returns the panel that begins with column `first`.
