@@ -549,25 +549,25 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
     let grid = checkpoint.with_file_name("samples").join("step-000003.png");
     let said = succeed(&mut sample(&["--count", "3"], "a.png"))?;
     assert!(fs::read(temp.join("a.png"))? == fs::read(&grid)?, "not the run's grid");
-    let sampler = "sampler     DPM-Solver++(2M), 2 steps, clipped (same as the run's grids)\n";
+    let sampler = "sampler     UniPC-2, 2 steps, clipped (same as the run's grids)\n";
     assert!(said.contains(sampler), "{said}");
     for (args, sampler) in [
         (
             &["--solver", "ddim", "--sampling-steps", "2"][..],
             "DDIM with eta 0, 2 steps, clipped (different from the run's grids)",
         ),
-        (&["--no-clip"], "DPM-Solver++(2M), 2 steps, not clipped (different from the run's grids)"),
+        (&["--no-clip"], "UniPC-2, 2 steps, not clipped (different from the run's grids)"),
         (
             &["--sampling-steps", "3"],
-            "DPM-Solver++(2M), 3 steps, clipped (different from the run's grids)",
+            "UniPC-2, 3 steps, clipped (different from the run's grids)",
         ),
         (
-            &["--solver", "dpm-solver-2m"],
-            "DPM-Solver++(2M), 2 steps, clipped (same as the run's grids)",
+            &["--solver", "unipc-2"],
+            "UniPC-2, 2 steps, clipped (same as the run's grids)",
         ),
         (
             &["--solver", "heun", "--sampling-steps", "2"],
-            "Heun, 2 steps, clipped (different from the run's grids)",
+            "Heun, 2 steps (even in log-SNR), clipped (different from the run's grids)",
         ),
         (
             &["--solver", "euler-ancestral", "--eta", "0.5", "--sampling-steps", "2"],
@@ -579,7 +579,7 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
         ),
         (
             &["--spacing", "trailing"],
-            "DPM-Solver++(2M), 2 steps (trailing), clipped (different from the run's grids)",
+            "UniPC-2, 2 steps (trailing), clipped (different from the run's grids)",
         ),
     ] {
         let said = succeed(sample(args, "a.png").args(["--count", "1"]))?;

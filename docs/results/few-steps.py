@@ -16,17 +16,18 @@ from PIL import Image, ImageDraw
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "target/release/examples"
 STEPS = [5, 8, 10, 15, 20, 50]
-# The name of a row, its options, and the numbers of sampling steps. Heun and EDM evaluate the network twice per step.
+# The name of a row, its options, the spacing of its timesteps, and the numbers of sampling steps. Heun and EDM evaluate
+# the network twice per step.
 SOLVERS = [
-    ("DDIM", ["--solver", "ddim", "--eta", "0"], [*STEPS, 100]),
-    ("DDIM with eta 1", ["--solver", "ddim", "--eta", "1"], [*STEPS, 100]),
-    ("DPM-Solver++(2M)", ["--solver", "dpm-solver-2m"], STEPS),
-    ("SDE-DPM-Solver++(2M)", ["--solver", "dpm-solver-sde"], STEPS),
-    ("UniPC-2", ["--solver", "unipc-2"], STEPS),
-    ("DPM-Solver++(3M)", ["--solver", "dpm-solver-3m"], STEPS[:-1]),
-    ("UniPC-3", ["--solver", "unipc-3"], STEPS[:-1]),
-    ("Heun", ["--solver", "heun"], STEPS[:-1]),
-    ("EDM with churn", ["--solver", "edm"], STEPS[:-1]),
+    ("DDIM", ["--solver", "ddim", "--eta", "0"], "even", [*STEPS, 100]),
+    ("DDIM with eta 1", ["--solver", "ddim", "--eta", "1"], "even", [*STEPS, 100]),
+    ("DPM-Solver++(2M)", ["--solver", "dpm-solver-2m"], "even", STEPS),
+    ("SDE-DPM-Solver++(2M)", ["--solver", "dpm-solver-sde"], "even", STEPS),
+    ("UniPC-2", ["--solver", "unipc-2"], "even", STEPS),
+    ("DPM-Solver++(3M)", ["--solver", "dpm-solver-3m"], "even", STEPS),
+    ("UniPC-3", ["--solver", "unipc-3"], "even", STEPS),
+    ("Heun", ["--solver", "heun"], "log-snr", STEPS),
+    ("EDM with churn", ["--solver", "edm"], "log-snr", STEPS),
 ]
 DIGITS = 8
 
@@ -37,22 +38,21 @@ def main():
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--classifier", required=True)
     parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--spacing", default="even")
     parser.add_argument("--examples", type=pathlib.Path, default=EXAMPLES)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     figures = {}
     # The rows for few steps first, because they are the quickest.
-    cells = [(count, k) for k, (_, _, steps) in enumerate(SOLVERS) for count in steps]
+    cells = [(count, k) for k, (_, _, _, steps) in enumerate(SOLVERS) for count in steps]
     for count, k in sorted(cells):
-        name, options, _ = SOLVERS[k]
-        options = [*options, "--sampling-steps", str(count)]
-        figures[name, count] = measure(args, f"{k}-{args.spacing}-{count}", options)
+        name, options, spacing, _ = SOLVERS[k]
+        options = [*options, "--spacing", spacing, "--sampling-steps", str(count)]
+        figures[name, count] = measure(args, f"{k}-{spacing}-{count}", options)
     columns = [*STEPS, 100]
     print("| solver | " + " | ".join(str(s) for s in columns) + " |")
     print("| --- |" + " --- |" * len(columns))
-    for name, _, steps in SOLVERS:
+    for name, _, _, steps in SOLVERS:
         cells = [f"{figures[name, s]:.1f}" if s in steps else "" for s in columns]
         print(f"| {name} | " + " | ".join(cells) + " |")
     draw(args)
@@ -60,7 +60,7 @@ def main():
 
 def measure(args, name, options):
     found = args.out / f"{name}.json"
-    both = ["--checkpoint", args.checkpoint, "--spacing", args.spacing, *options]
+    both = ["--checkpoint", args.checkpoint, *options]
     if not found.exists():
         run(args, "mnist-fd", "--data", args.data, "--classifier", args.classifier, "--count", str(args.count), *both,
             "--json", found)
@@ -85,11 +85,11 @@ def draw(args):
     pen = ImageDraw.Draw(page)
     for column, count in enumerate(STEPS):
         pen.text((label + column * width, 2), f"{count} steps", fill=0)
-    for row, (name, _, _) in enumerate(SOLVERS):
+    for row, (name, _, spacing, _) in enumerate(SOLVERS):
         y = top + row * height
         pen.text((4, y + 8), name, fill=0)
         for column, count in enumerate(STEPS):
-            images = sorted((args.out / f"{row}-{args.spacing}-{count}").glob("*.png"))
+            images = sorted((args.out / f"{row}-{spacing}-{count}").glob("*.png"))
             for i, image in enumerate(images):
                 page.paste(Image.open(image), (label + column * width + i * 28, y))
     page.save(args.out / "few-steps.png", optimize=True)

@@ -23,11 +23,12 @@ pub struct SamplingArgs {
     /// Directory of a checkpoint, such as out/mnist/checkpoint, or a weights file, such as its ema.safetensors
     #[arg(long, value_name = "PATH")]
     checkpoint: PathBuf,
-    /// Solver of the sampler; the defaults of --solver, --spacing, --sampling-steps and --eta are
-    /// those of the run's grids
+    /// Solver of the sampler; the defaults of --solver, --sampling-steps and --eta are those of the run's
+    /// grids
     #[arg(long, value_name = "NAME", value_parser = named(Solver::NAMES))]
     solver: Option<String>,
-    /// Choice of the timesteps
+    /// Choice of the timesteps; by default that of the run's grids, or with another solver log-snr for heun
+    /// and edm, and even for all others
     #[arg(long, value_name = "NAME", value_parser = named(Spacing::NAMES))]
     spacing: Option<String>,
     /// Number of sampling steps; with another solver than the run's, the default is 50, or all
@@ -109,13 +110,13 @@ impl SamplingArgs {
         let usual = SamplerConfig::usual(checkpoint.diffusion());
         let run = checkpoint.sampling().copied().unwrap_or(usual);
         // The run's solver may have settings that its name does not have.
-        let (mut solver, mut steps) = match self.solver.as_deref() {
+        let (mut solver, mut steps, mut spacing) = match self.solver.as_deref() {
             Some(name) if run.solver.name() != Some(name) => {
                 let solver: Solver = name.parse()?;
                 let ancestral = matches!(solver, Solver::Ddpm { .. });
-                (solver, if ancestral { all } else { usual.steps })
+                (solver, if ancestral { all } else { usual.steps }, solver.usual_spacing())
             }
-            _ => (run.solver, run.steps),
+            _ => (run.solver, run.steps, run.spacing),
         };
         match (&mut solver, self.eta) {
             (Solver::Ddim { eta }, Some(asked)) => *eta = asked,
@@ -123,10 +124,9 @@ impl SamplingArgs {
             (_, None) => {}
         }
         steps = self.sampling_steps.unwrap_or(steps);
-        let spacing = match self.spacing.as_deref() {
-            Some(name) => name.parse()?,
-            None => run.spacing,
-        };
+        if let Some(name) = self.spacing.as_deref() {
+            spacing = name.parse()?;
+        }
         let clip_denoised = run.clip_denoised && !self.no_clip;
         let dynamic_threshold = run.dynamic_threshold.filter(|_| !self.no_clip);
         let guidance = match self.guidance {

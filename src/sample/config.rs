@@ -5,6 +5,7 @@ use super::sampler::Sampler;
 use super::solver::Solver;
 use super::spacing::Spacing;
 use super::threshold::DynamicThreshold;
+use super::unipc::BFunction;
 use crate::error::Result;
 use crate::process::Diffusion;
 
@@ -85,9 +86,9 @@ impl SamplerConfig {
     }
 
     /// The settings that this crate recommends for networks that predict [velocity](Diffusion::velocity):
-    /// DPM-Solver++(2M) with 20 timesteps, with clipping.
+    /// UniPC of order 2 with 20 timesteps, with clipping.
     pub const fn recommended() -> Self {
-        Self::new(Solver::DpmSolver { order: 2 }, 20).clip_denoised(true)
+        Self::new(Solver::UniPc { order: 2, b: BFunction::Bh2 }, 20).clip_denoised(true)
     }
 
     /// Creates the sampler with these settings.

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::ancestral::{self, Variance};
 use super::edm::{self, Churn};
 use super::plan::{Level, Stage};
+use super::spacing::Spacing;
 use super::unipc::{self, BFunction};
 use super::{ddim, dpm_solver, heun};
 use crate::error::{Error, Result};
@@ -35,8 +36,8 @@ pub enum Solver {
     /// Heun's second-order method for the probability-flow ODE, without noise. Karras et al. 2022, algorithm 1.
     ///
     /// Each step evaluates the network twice, except the last one. A step that divides
-    /// `sqrt((1 - alpha_bar) / alpha_bar)` by a large factor is inaccurate. With the cosine schedule, whose last
-    /// timestep is almost without signal, a sampler of few steps should therefore begin at an earlier timestep. The
+    /// `sqrt((1 - alpha_bar) / alpha_bar)` by a large factor is inaccurate. Even timesteps of the cosine schedule, whose
+    /// last timestep is almost without signal, have such steps; [`usual_spacing`](Self::usual_spacing) avoids them. The
     /// chapter on sampling has the numbers.
     Heun,
     /// Heun's method after noise that each step adds first. Karras et al. 2022, algorithm 2.
@@ -117,6 +118,15 @@ impl Solver {
             other => other,
         };
         Self::NAMES.iter().find(|(_, solver)| *solver == usual).map(|(name, _)| *name)
+    }
+
+    /// The spacing with which the solver is usually best in few steps: [`Spacing::LogSnr`] for the solvers that take
+    /// Heun's steps, whose steps must not divide the noise by a large factor, and otherwise [`Spacing::Even`].
+    pub const fn usual_spacing(self) -> Spacing {
+        match self {
+            Self::Heun | Self::Edm(_) => Spacing::LogSnr,
+            _ => Spacing::Even,
+        }
     }
 
     /// Returns the stages of the step from `levels[i]` to `levels[i + 1]`; see [`Plan::new`](super::plan::Plan::new).
