@@ -110,7 +110,8 @@ impl Bound {
             by_timestep.entry(term.t).or_default().push(*term);
         }
         let terms = by_timestep.into_iter().map(|(t, terms)| {
-            let mean = |of: fn(&Term) -> f64| terms.iter().map(of).sum::<f64>() / terms.len() as f64;
+            let mean =
+                |of: fn(&Term) -> f64| terms.iter().map(of).sum::<f64>() / terms.len() as f64;
             let (x_0_mse, noise_mse) = (mean(|term| term.x_0_mse), mean(|term| term.noise_mse));
             Term { t, bits: mean(|term| term.bits), x_0_mse, noise_mse }
         });
@@ -130,7 +131,8 @@ impl VariationalBound {
     /// Returns the errors of [`Diffusion::validate`].
     pub fn new(diffusion: &Diffusion, variance: Variance, seed: u64) -> Result<Self> {
         diffusion.validate()?;
-        let (timesteps, bars) = (0..diffusion.schedule().steps(), diffusion.schedule().alpha_bars());
+        let (timesteps, bars) =
+            (0..diffusion.schedule().steps(), diffusion.schedule().alpha_bars());
         Ok(Self {
             diffusion: diffusion.clone(),
             variance,
@@ -247,7 +249,8 @@ impl VariationalBound {
         let Some(count) = self.sampled else { return (0..=all).collect() };
         let mut stream = request.stream(Use::Terms, 0, k);
         let part = all as f64 / count as f64;
-        let steps = (0..count).map(|i| 1 + (((i as f64 + stream.uniform()) * part) as usize).min(all - 1));
+        let steps =
+            (0..count).map(|i| 1 + (((i as f64 + stream.uniform()) * part) as usize).min(all - 1));
         [0].into_iter().chain(steps).collect()
     }
 

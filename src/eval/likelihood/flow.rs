@@ -167,7 +167,8 @@ impl ProbabilityFlow {
     ) -> Result<Option<Vec<Likelihood>>> {
         let request = Request::new(denoiser, batch.into(), self.seed)?;
         let schedule = self.diffusion.schedule();
-        let (first, last) = (schedule.log_snr(0.0)?, schedule.log_snr((schedule.steps() - 1) as f64)?);
+        let (first, last) =
+            (schedule.log_snr(0.0)?, schedule.log_snr((schedule.steps() - 1) as f64)?);
         let step = (last - first) / self.steps as f64;
         let mut x = self.start(&request)?;
         let mut integrals = vec![0.0; request.count];

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::data::Batch;
 use crate::denoiser::{Condition, Denoiser};
 use crate::error::{Error, Result, check_dims, check_float};
+use crate::memory::zeros;
 use crate::random::{Noise, Purpose, Stream};
 
 /// The progress of an evaluation after one of its steps.
@@ -48,11 +49,7 @@ pub(super) struct Request {
 impl Request {
     /// # Errors
     /// Returns an error if the batch is not one of floating-point images, or if its classes or positions do not fit.
-    pub fn new(
-        denoiser: &(impl Denoiser + ?Sized),
-        batch: Batch,
-        seed: u64,
-    ) -> Result<Self> {
+    pub fn new(denoiser: &(impl Denoiser + ?Sized), batch: Batch, seed: u64) -> Result<Self> {
         batch.check()?;
         let images = batch.images.detach();
         let count = images.dims().first().copied().unwrap_or(0);
@@ -76,7 +73,7 @@ impl Request {
 
     /// Returns a tensor like the images, whose values `fill` writes for each image `k`.
     pub fn filled(&self, mut fill: impl FnMut(usize, &mut [f32])) -> Result<Tensor> {
-        let mut numbers = crate::memory::zeros("random numbers", self.images.dims())?;
+        let mut numbers = zeros("random numbers", self.images.dims())?;
         for (k, numbers) in numbers.chunks_mut(self.values).enumerate() {
             fill(k, numbers);
         }

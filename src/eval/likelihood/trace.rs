@@ -65,9 +65,9 @@ impl Trace {
         request.filled(|k, values| {
             let mut stream = request.stream(Use::Probe, number as u64, k);
             match self {
-                Self::Rademacher(_) => {
-                    values.iter_mut().for_each(|v| *v = if stream.uniform() < 0.5 { -1.0 } else { 1.0 })
-                }
+                Self::Rademacher(_) => values
+                    .iter_mut()
+                    .for_each(|v| *v = if stream.uniform() < 0.5 { -1.0 } else { 1.0 }),
                 Self::Normal(_) => stream.fill_normal(values),
                 Self::Exact => values[number] = 1.0,
             }
