@@ -3,6 +3,8 @@
 mod bound;
 mod flow;
 mod request;
+#[cfg(test)]
+mod tests;
 mod trace;
 
 pub use bound::{Bound, Term, VariationalBound};
