@@ -181,7 +181,7 @@ impl VariationalBound {
     }
 
     /// Sets whether the predicted `x_0` is clipped to [-1, 1] before it is used. The default is off. Nichol and
-    /// Dhariwal's code clips, which makes the bound smaller.
+    /// Dhariwal's code clips, which usually makes the bound smaller.
     #[must_use]
     pub fn clip_denoised(self, clip: bool) -> Self {
         Self { clip, ..self }

@@ -23,7 +23,7 @@ use crate::sample::timesteps_of;
 ///
 /// The divergence follows from candle's gradient of the network's output with respect to its input. A [`Model`], such as
 /// the [`UNet`](crate::UNet), has this gradient on every device. A closure has it if it is composed of candle's
-/// operations.
+/// operations. An output without a gradient is an error, even if it is constant.
 ///
 /// [`Model`]: crate::nn::Model
 ///
@@ -38,7 +38,7 @@ use crate::sample::timesteps_of;
 ///
 /// // If the data is standard normal noise, so is every x_t, and its velocity is 0.
 /// let diffusion = Diffusion::new(NoiseSchedule::cosine(1000)?, Prediction::Velocity);
-/// let denoiser = from_fn(|x_t: &Tensor, _t: &Tensor| Ok((x_t * 0.0)?));
+/// let denoiser = from_fn(|x_t: &Tensor, _t: &Tensor| Ok((x_t - x_t)?));
 /// let images = Tensor::zeros((2, 1, 2, 2), DType::F32, &Device::Cpu)?;
 /// let flow = ProbabilityFlow::new(&diffusion, 4, 0)?.trace(Trace::Exact)?.dequantised(false);
 /// let found = flow.evaluate(&denoiser, images, |_| Ok(ControlFlow::Continue(())))?;

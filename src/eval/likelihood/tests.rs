@@ -143,7 +143,7 @@ fn bits_of_a_unet_are_those_of_torch() {
     let found = bounds(&bound.clip_denoised(true), &unet(), &images);
     compare("unet", &found, &fixture, 1e-4);
 
-    let flow = ProbabilityFlow::new(&diffusion, 30, SEED).unwrap();
+    let flow = ProbabilityFlow::new(&diffusion, 200, SEED).unwrap();
     let flow = flow.trace(Trace::Rademacher(2)).unwrap();
     for (k, found) in likelihoods(&flow, &unet(), &images).into_iter().enumerate() {
         let [bits, density] =
