@@ -1,6 +1,6 @@
 """Writes bits per dimension, by the variational bound and by the probability-flow ODE, computed by PyTorch in float64.
 
-    python likelihood_fixtures.py ../pytorch/attention_everywhere.safetensors OUT.safetensors
+    python likelihood_fixtures.py UNET.safetensors OUT.safetensors
 
 The file's tensors are described in ../README.md.
 """
