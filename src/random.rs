@@ -57,6 +57,8 @@ pub(crate) enum Purpose {
     HeldOut = 12,
     /// The choice of the held-out images.
     Split = 13,
+    /// Random numbers of likelihoods; `index` is their use, and `step` the timestep or the number of the probe.
+    Likelihood = 15,
 }
 
 impl Noise {

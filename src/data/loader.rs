@@ -29,6 +29,22 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// Reads the images with these indices, without random changes, for example to evaluate a network on them. `first`
+    /// is the index of the first image, so that random numbers of an image do not depend on the batch.
+    ///
+    /// # Errors
+    /// Returns an error if the range is empty or exceeds the data set, if the data set fails to read, or if a class is
+    /// not one of its classes.
+    pub fn read(dataset: &dyn Dataset, images: Range<usize>, device: &Device) -> Result<Self> {
+        if images.is_empty() || images.end > dataset.len() {
+            let expected = format!("a range of at least one of the {} images", dataset.len());
+            return Err(Error::config("images", format!("{images:?}"), expected));
+        }
+        let first = images.start as u64;
+        let indices: Vec<usize> = images.collect();
+        Ok(Self { first, ..read(dataset, &indices)?.upload(device)? })
+    }
+
     /// # Errors
     /// Returns an error if there is not one class for each image, or if the positions of the images are not less than
     /// 2^32.

@@ -1,4 +1,5 @@
-//! Evaluation: many images from a sampler, and the Fréchet distance between the features of two sets of images.
+//! Evaluation: many images from a sampler, the Fréchet distance between the features of two sets of images, and the bits
+//! per dimension of images.
 //!
 //! The distance compares sets of images by the [`Statistics`] of their features. The caller supplies the features:
 //! numbers per image that a classifier or another network computes. With the features of Inception, the distance is the
@@ -17,12 +18,19 @@
 //! assert!((real.frechet_distance(&generated)? - 1.0).abs() < 1e-9);
 //! # Ok::<(), ddpm::Error>(())
 //! ```
+//!
+//! [`VariationalBound`] and [`ProbabilityFlow`] compute the number of bits per value that images need with a network as
+//! their model: as an upper bound, and by the density of the probability-flow ODE.
 
 mod frechet;
 mod generator;
+mod likelihood;
 mod statistics;
 mod symmetric;
 
 pub use frechet::Gaussian;
 pub use generator::{Drawn, Generator, bytes};
+pub use likelihood::{
+    Bound, Evaluated, Integrator, Likelihood, ProbabilityFlow, Term, Trace, VariationalBound,
+};
 pub use statistics::Statistics;

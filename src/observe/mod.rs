@@ -40,9 +40,16 @@
 //! and after a signal `SampleGrid` ends a grid that is being drawn. An observer [publishes](crate::train::Run::publish)
 //! numbers and pictures by name. Every observer receives them, in any order of the tuple. The module `cli` combines all
 //! observers in a command-line program.
+//!
+//! With the feature `plot`, `save_bound_curve` draws the terms of a [`Bound`](crate::eval::Bound), which is computed
+//! after training.
 
+#[cfg(feature = "plot")]
+mod bound_curve;
 mod gradient_norms;
 mod held_out_loss;
+#[cfg(feature = "plot")]
+mod line_chart;
 #[cfg(feature = "plot")]
 mod loss_curve;
 mod metrics_file;
@@ -59,6 +66,8 @@ mod tensorboard;
 #[cfg(feature = "progress")]
 mod terminal_line;
 
+#[cfg(feature = "plot")]
+pub use bound_curve::save_bound_curve;
 pub use gradient_norms::GradientNorms;
 pub use held_out_loss::HeldOutLoss;
 #[cfg(feature = "plot")]

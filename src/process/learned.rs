@@ -20,22 +20,28 @@ impl LogVariances {
         Self { least: libm::log(posterior), most }
     }
 
-    /// The variances of a timestep in training. The posterior of timestep 0 has no variance, so that of timestep 1
-    /// takes its place, as in Nichol and Dhariwal's code. A schedule of one timestep has only its beta.
+    /// The variances of a timestep in training.
     ///
     /// # Errors
     /// Returns an error if `t` is not less than the number of timesteps.
     pub fn of_training(schedule: &NoiseSchedule, t: usize) -> Result<Self> {
-        let bar = schedule.alpha_bar(t)?;
-        if let Some(before) = t.checked_sub(1) {
-            return Ok(Self::between(bar, schedule.alpha_bar(before)?));
+        schedule.alpha_bar(t)?;
+        Ok(Self::of_chain(schedule.alpha_bars(), t))
+    }
+
+    /// The variances of the step from `bars[i]`, where the `alpha_bar` are those of decreasing signal. The posterior of
+    /// the first has no variance, so that of the second takes its place, as in Nichol and Dhariwal's code. A chain of
+    /// one `alpha_bar` has only its beta. `i` must be less than the length of `bars`.
+    pub fn of_chain(bars: &[f64], i: usize) -> Self {
+        if let Some(before) = i.checked_sub(1) {
+            return Self::between(bars[i], bars[before]);
         }
-        let most = libm::log(1.0 - bar);
-        let least = match schedule.alpha_bars() {
+        let most = libm::log(1.0 - bars[0]);
+        let least = match bars {
             [first, second, ..] => Self::between(*second, *first).least,
             _ => most,
         };
-        Ok(Self { least, most })
+        Self { least, most }
     }
 
     /// The logarithm of the variance for an output `v` of the network: -1 is the least variance, and 1 the largest.

@@ -1,5 +1,6 @@
 //! The forward and the reverse process: schedules and the formulae that relate `x_0`, `x_t` and noise.
 
+pub(crate) mod bound;
 pub(crate) mod diffusion;
 pub(crate) mod learned;
 pub(crate) mod schedule;

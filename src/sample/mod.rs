@@ -37,6 +37,7 @@ pub use interpolation::Ends;
 pub use sampler::Sampler;
 pub use solver::Solver;
 pub use spacing::Spacing;
+pub(crate) use steps::timesteps_of;
 pub use steps::{Step, Steps};
 pub use threshold::DynamicThreshold;
 pub use unipc::BFunction;

@@ -203,7 +203,7 @@ impl<'a, D: Denoiser + ?Sized> Steps<'a, D> {
 }
 
 /// The `t` of a batch whose images are all at the same time: u32 at a timestep of the schedule, f32 between two.
-fn timesteps_of(x: &Tensor, t: f64) -> Result<Tensor> {
+pub(crate) fn timesteps_of(x: &Tensor, t: f64) -> Result<Tensor> {
     let batch = x.dim(0)?;
     Ok(if t.fract() == 0.0 {
         Tensor::from_vec(vec![t as u32; batch], batch, x.device())?
