@@ -1,8 +1,18 @@
-//! Evaluation: many images from a sampler, and the Fréchet distance between the features of two sets of images.
+//! Evaluation: many images from a sampler, features of images, and metrics that compare sets of images by their
+//! features.
 //!
-//! The distance compares sets of images by the [`Statistics`] of their features. The caller supplies the features:
-//! numbers per image that a classifier or another network computes. With the features of Inception, the distance is the
-//! FID (Heusel et al. 2017).
+//! An [`Extractor`] computes [`Features`], which all metrics share. The chapter on [evaluation](crate::docs::evaluation)
+//! has the source of each metric, and the number of images that it needs.
+//!
+//! | metric | item |
+//! | --- | --- |
+//! | Fréchet distance (FID) | [`Statistics`], [`Gaussian`] |
+//! | kernel distance (KID) | [`KernelDistance`] |
+//! | sliced Wasserstein distance (MIND) | [`SlicedDistance`] |
+//! | Inception Score | [`inception_score`] |
+//! | precision, recall, density, coverage | [`Prdc`] |
+//! | nearest training images, memorisation | [`Nearest`] |
+//! | balance of classes | [`Balance`] |
 //!
 //! ```
 //! use ddpm::eval::Statistics;
@@ -18,11 +28,34 @@
 //! # Ok::<(), ddpm::Error>(())
 //! ```
 
+mod balance;
+mod distances;
+mod estimate;
+mod extractor;
+mod factor;
+mod features;
 mod frechet;
 mod generator;
+mod inception;
+mod kernel;
+mod manifold;
+mod memorisation;
+mod npz;
+mod product;
+mod singular;
+mod sliced;
 mod statistics;
-mod symmetric;
+mod statistics_file;
 
+pub use balance::Balance;
+pub use estimate::Estimate;
+pub use extractor::{Extractor, ExtractorIdentity, extract};
+pub use features::{Classes, Features};
 pub use frechet::Gaussian;
 pub use generator::{Drawn, Generator, bytes};
+pub use inception::inception_score;
+pub use kernel::{KernelDistance, kernel_mmd2};
+pub use manifold::Prdc;
+pub use memorisation::Nearest;
+pub use sliced::SlicedDistance;
 pub use statistics::Statistics;
