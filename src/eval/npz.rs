@@ -209,7 +209,9 @@ fn npy(content: &mut impl Read, size: u64) -> std::result::Result<Array, String>
 pub(super) fn write(path: &Path, arrays: &[(&str, &[usize], &[f64])]) -> Result<()> {
     let (mut file, mut directory) = (Vec::new(), Vec::new());
     for (name, shape, values) in arrays {
-        let shape: String = shape.iter().map(|n| format!("{n},")).collect();
+        // As NumPy writes it: `(3,)` and `(3, 3)`.
+        let comma = if shape.len() == 1 { "," } else { "" };
+        let shape = shape.iter().map(usize::to_string).collect::<Vec<_>>().join(", ") + comma;
         let header = format!("{{'descr': '<f8', 'fortran_order': False, 'shape': ({shape}), }}");
         // With the 10 bytes before it, the header ends at a multiple of 64 bytes.
         let length = (header.len() + 11).next_multiple_of(64) - 10;
