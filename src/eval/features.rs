@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 /// let mut features = Features::with_classes(2, Classes::Logits(3));
 /// features.add_scored(&[0.5, 1.0], &[2.0, 0.0, -1.0])?;
 /// features.add_scored(&[0.1, 0.2, 0.3, 0.4], &[0.0, 1.0, 0.0, 0.0, 0.0, 1.0])?;
-/// assert_eq!((features.count(), features.image(2)), (3, &[0.3, 0.4][..]));
+/// assert_eq!((features.count(), features.get(2)), (3, Some(&[0.3, 0.4][..])));
 /// # Ok::<(), ddpm::Error>(())
 /// ```
 #[derive(Clone, PartialEq)]
@@ -78,11 +78,13 @@ impl Features {
         &self.scores
     }
 
-    /// The features of image `index`.
-    ///
-    /// # Panics
-    /// Panics if there is no such image.
-    pub fn image(&self, index: usize) -> &[f32] {
+    /// Returns the features of image `index`, or `None` past the last image.
+    pub fn get(&self, index: usize) -> Option<&[f32]> {
+        (index < self.count()).then(|| self.image(index))
+    }
+
+    /// The features of image `index`, which exists.
+    pub(super) fn image(&self, index: usize) -> &[f32] {
         &self.values[index * self.size..][..self.size]
     }
 
