@@ -1,4 +1,5 @@
-//! The metrics of sets of images, compared with closed forms, with numpy, and with torch-fidelity, pytorch-fid and prdc.
+//! The metrics of sets of images, compared with closed forms, with numpy, and with torch-fidelity, pytorch-fid and
+//! prdc.
 //!
 //! The environment variable `DDPM_METRICS` names a further folder, whose folders were made by
 //! `tests/data/generate/metrics.py`.
@@ -229,8 +230,8 @@ impl Case {
     }
 }
 
-/// The set with the fewest images has fewer than features. `frechet` is computed from the singular values of the points,
-/// so it has no rounding of a singular covariance, which torch-fidelity has.
+/// The set with the fewest images has fewer than features. `frechet` is computed from the singular values of the
+/// points, so it has no rounding of a singular covariance, which torch-fidelity has.
 #[test]
 fn frechet_distances_are_those_of_numpy_torch_fidelity_and_pytorch_fid() {
     for case in Case::all() {
@@ -370,11 +371,11 @@ fn a_set_has_all_of_its_own_images() {
     assert_eq!([none.precision, none.recall, none.density, none.coverage], [0.0; 4]);
 }
 
-/// Distances of about 1e-3 between features of about 1,000 have no digits in `|x|^2 + |y|^2 - 2 x . y`.
+/// Distances of about 1e-3 between features of about 1e8 have no digits in `|x|^2 + |y|^2 - 2 x . y`.
 #[test]
 fn near_images_far_from_the_origin_are_told_apart() {
-    let training: Vec<f32> = (0..50).flat_map(|i| [8192.0, 8192.0 + i as f32 / 1024.0]).collect();
-    let samples = [8192.0, 8192.0 + 20.0 / 1024.0, 8192.0, 8192.0 + 31.0 / 1024.0 + 0.25];
+    let training: Vec<f32> = (0..50).flat_map(|i| [1e8, i as f32 / 1024.0]).collect();
+    let samples = [1e8, 20.0 / 1024.0, 1e8, 31.0 / 1024.0 + 0.25];
     let nearest = Nearest::find(&features(&samples, 2), &features(&training, 2), 3).unwrap();
     let expected = [(20, 0.0), (19, 1.0 / 1024.0), (21, 1.0 / 1024.0)];
     assert_eq!(nearest.of(0).collect::<Vec<_>>(), expected);
@@ -493,6 +494,11 @@ fn what_has_no_metric_is_an_error() {
     }
     let (set, other) = (features(&points(10, 2, 1), 2), features(&[0.0; 6], 3));
     let sliced = SlicedDistance::default();
+    for (directions, found) in [(0, "directions is 0"), (1 << 32, "directions is 4294967296")] {
+        let mut sliced = SlicedDistance::default();
+        sliced.directions = directions;
+        assert!(message(sliced.measure(&set, &set)).contains(found));
+    }
     let mut kernel = KernelDistance::default();
     let size = "features per image is 3; it must be 2";
     assert!(message(kernel_mmd2(&set, &other)).contains(size));

@@ -44,8 +44,8 @@ impl Distances<'_> {
         self.exact(j) <= limit
     }
 
-    /// Returns the `k` nearest images except `without`, with their squared distances, the nearest first. Of equally near
-    /// images the first is returned. There are at least `k` others.
+    /// Returns the `k` nearest images except `without`, with their squared distances, the nearest first. Of equally
+    /// near images the first is returned. There are at least `k` others.
     pub fn nearest(&self, k: usize, without: Option<usize>) -> Vec<(f64, usize)> {
         let others = || (0..self.approximate.len()).filter(|&j| Some(j) != without);
         let mut greatest: Vec<f64> =

@@ -4,6 +4,9 @@ use super::product::{doubles, products};
 use crate::error::{Error, Result};
 use crate::random::{Noise, Purpose};
 
+/// Number of images of each set whose products are in memory at a time.
+const TILE: usize = 1024;
+
 /// The kernel distance between two sets of images. With the features of Inception it is the KID (Bińkowski et al.
 /// 2018).
 ///
@@ -12,8 +15,8 @@ use crate::random::{Noise, Purpose};
 /// depend on the number of images except for its variance, and can be slightly negative.
 ///
 /// Subset `s` of the first set has the first [`subset_size`](Self::subset_size) images of a random order of all its
-/// images, which depends only on the seed, on `s`, and on the number of images. Subset `s` of the second set has another
-/// order. A value is reproduced by the features, the two fields and the seed.
+/// images, which depends only on the seed, on `s`, and on the number of images. Subset `s` of the second set has
+/// another order. A value is reproduced by the features, the two fields and the seed.
 ///
 /// ```
 /// use ddpm::eval::{Features, KernelDistance};
@@ -71,7 +74,8 @@ impl KernelDistance {
 }
 
 /// Computes the unbiased estimate of the squared maximum mean discrepancy of two sets, with the kernel of
-/// [`KernelDistance`]. Gretton et al. 2012, equation 3. The memory is that of the kernel of all pairs of images.
+/// [`KernelDistance`]. Gretton et al. 2012, equation 3. The memory is 50 MB for 2,048 features and any number of
+/// images.
 ///
 /// # Errors
 /// Returns an error if the numbers of features differ, if a set has fewer than 2 images, or if the estimate exceeds the
@@ -80,24 +84,37 @@ pub fn kernel_mmd2(first: &Features, second: &Features) -> Result<f64> {
     first.check_size(second)?;
     first.check_count(2)?;
     second.check_count(2)?;
-    let size = first.size();
-    let [x, y] = [first, second].map(|features| doubles(features.values()));
-    let kernel = |a: &[f64], b: &[f64]| -> Result<Vec<f64>> {
-        let mut values = products(a.to_vec(), b.to_vec(), size)?;
-        values.iter_mut().for_each(|value| *value = (*value / size as f64 + 1.0).powi(3));
-        Ok(values)
-    };
-    // The mean over the pairs of different images of one set.
-    let within = |x: &[f64], count: usize| -> Result<f64> {
-        let kernel = kernel(x, x)?;
-        let same: f64 = kernel.iter().step_by(count + 1).sum();
-        Ok((kernel.iter().sum::<f64>() - same) / (count * (count - 1)) as f64)
-    };
-    let (m, n) = (first.count(), second.count());
-    let across = kernel(&x, &y)?.iter().sum::<f64>() / (m * n) as f64;
-    let estimate = within(&x, m)? + within(&y, n)? - 2.0 * across;
+    let across = kernels(first, second)? / (first.count() as f64 * second.count() as f64);
+    let estimate = within(first)? + within(second)? - 2.0 * across;
     if !estimate.is_finite() {
         return Err(Error::config("kernel distance", estimate, "finite"));
     }
     Ok(estimate)
+}
+
+/// The mean of the kernel over the pairs of different images of a set.
+fn within(x: &Features) -> Result<f64> {
+    let size = x.size();
+    let of_itself = |image: &[f32]| kernel(image.iter().map(|&x| f64::from(x).powi(2)).sum(), size);
+    let same: f64 = x.values().chunks_exact(size).map(of_itself).sum();
+    let count = x.count() as f64;
+    Ok((kernels(x, x)? - same) / (count * (count - 1.0)))
+}
+
+/// The sum of the kernel over all pairs of an image of `x` and one of `y`.
+fn kernels(x: &Features, y: &Features) -> Result<f64> {
+    let size = x.size();
+    let mut sum = 0.0;
+    for x in x.values().chunks(TILE * size).map(doubles) {
+        for y in y.values().chunks(TILE * size).map(doubles) {
+            let products = products(x.clone(), y, size)?;
+            sum += products.into_iter().map(|product| kernel(product, size)).sum::<f64>();
+        }
+    }
+    Ok(sum)
+}
+
+/// The kernel of two images from the product of their `size` features.
+fn kernel(product: f64, size: usize) -> f64 {
+    (product / size as f64 + 1.0).powi(3)
 }

@@ -9,10 +9,10 @@ use crate::error::{Error, Result};
 /// Each set of images stands for the union of balls around its images. The radius of a ball is the distance of its
 /// centre from the `k`-th nearest other image of the set.
 ///
-/// Precision and recall are those of Kynkäänniemi et al. 2019, who use `k = 3`, 50,000 images and the features of VGG-16.
-/// Density and coverage are those of Naeem et al. 2020, who use `k = 5` and 10,000 images. All four depend on `k`, on
-/// both numbers of images, and on the features; compare only with the same. Outliers among real images raise precision,
-/// but hardly density.
+/// Precision and recall are those of Kynkäänniemi et al. 2019, who use `k = 3`, 50,000 images and the features of
+/// VGG-16. Density and coverage are those of Naeem et al. 2020, who use `k = 5` and 10,000 images. All four depend on
+/// `k`, on both numbers of images, and on the features; compare only with the same. Outliers among real images raise
+/// precision, but hardly density.
 ///
 /// Balls are closed, as in Kynkäänniemi's equation 1. `prdc` has open balls, which differ for equal distances only.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -5,8 +5,8 @@ use crate::error::{Error, Result};
 /// The nearest training images of samples.
 ///
 /// Samples that copy training images score well in every metric that compares two sets. They are found by their nearest
-/// training images, in the space of any features; pixels are features, too. Both criteria compare the nearest image with
-/// further ones, because distances vary with the place in this space.
+/// training images, in the space of any features; pixels are features, too. Both criteria compare the nearest image
+/// with further ones, because distances vary with the place in this space.
 ///
 /// ```
 /// use ddpm::eval::{Features, Nearest};
@@ -28,8 +28,9 @@ pub struct Nearest {
 }
 
 impl Nearest {
-    /// Finds the `k` nearest training images of each sample by the Euclidean distance of their features. Of equally near
-    /// images the first is found. The memory is 50 MB beside the features and the result, for any number of images.
+    /// Finds the `k` nearest training images of each sample by the Euclidean distance of their features. Of equally
+    /// near images the first is found. The memory is 50 MB beside the features and the result, for any number of
+    /// images.
     ///
     /// # Errors
     /// Returns an error if the numbers of features differ, if `k` is 0, if there are fewer than `k` training images, or
@@ -71,8 +72,8 @@ impl Nearest {
         self.share(ratio, mean)
     }
 
-    /// The share of samples whose nearest image is nearer than `ratio` times a reference. A copy of an image that occurs
-    /// repeatedly is always near.
+    /// The share of samples whose nearest image is nearer than `ratio` times a reference. A copy of an image that
+    /// occurs repeatedly is always near.
     fn share(&self, ratio: f64, reference: impl Fn(&[(usize, f64)]) -> f64) -> f64 {
         if self.k == 1 {
             return f64::NAN;

@@ -1,8 +1,8 @@
 //! Evaluation: many images from a sampler, features of images, and metrics that compare sets of images by their
 //! features.
 //!
-//! An [`Extractor`] computes [`Features`], which all metrics share. The chapter on [evaluation](crate::docs::evaluation)
-//! has the source of each metric, and the number of images that it needs.
+//! An [`Extractor`] computes [`Features`], which all metrics share. The chapter on
+//! [evaluation](crate::docs::evaluation) has the source of each metric, and the number of images that it needs.
 //!
 //! | metric | item |
 //! | --- | --- |

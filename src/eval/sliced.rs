@@ -14,16 +14,16 @@ const IMAGES: usize = 4096;
 /// Inception Distance (Berthet et al. 2026, arXiv 2605.06797).
 ///
 /// The distance is `3 d` times the mean of `W_2^2(u . x, u . y)` over random directions `u` of length 1, for `d`
-/// features. `W_2^2` is the squared Wasserstein distance of the projections, which sorting yields. The factor is that of
-/// torch-fidelity, whose default of 1,000 directions is also the default here. A shift of one set by a vector `s` has
-/// the distance `3 |s|^2` on average.
+/// features. `W_2^2` is the squared Wasserstein distance of the projections, which sorting yields. The factor is that
+/// of torch-fidelity, whose default of 1,000 directions is also the default here. A shift of one set by a vector `s`
+/// has the distance `3 |s|^2` on average.
 ///
 /// According to the paper 5,000 images replace the 50,000 of the FID, and 1,000 or 2,000 are still informative. The
 /// distance falls with the number of images, towards that of the distributions. Compare only the same numbers.
 ///
 /// Sets of different sizes are compared completely: `W_2^2` is the integral of `(F^-1(t) - G^-1(t))^2` over `t` from 0
-/// to 1, for the quantile functions of both sets. torch-fidelity draws a random part of the larger set instead. For sets
-/// of one size both are the mean over the sorted pairs.
+/// to 1, for the quantile functions of both sets. torch-fidelity draws a random part of the larger set instead. For
+/// sets of one size both are the mean over the sorted pairs.
 ///
 /// Direction `i` consists of the normals of f32 that the seed determines for the position `i`, divided by their length.
 /// The value for two sets is the same for any number of threads.
@@ -52,8 +52,9 @@ impl SlicedDistance {
         first.check_size(second)?;
         first.check_count(1)?;
         second.check_count(1)?;
-        if self.directions == 0 {
-            return Err(Error::config("directions", self.directions, "at least 1"));
+        if self.directions == 0 || u32::try_from(self.directions).is_err() {
+            let expected = "at least 1 and less than 2^32";
+            return Err(Error::config("directions", self.directions, expected));
         }
         let mut sum = 0.0;
         for start in (0..self.directions).step_by(DIRECTIONS) {

@@ -14,8 +14,8 @@ const BLOCK: usize = 1024;
 /// blocks of up to 1,024. The result does not depend on the number of threads. Its last bits depend on the division of
 /// the vectors into calls.
 ///
-/// The statistics of `n` features take `8 n^2` bytes, and adding vectors takes up to `24 n^2 + 33,000 n` more: 34 MB and
-/// 170 MB for 2,048 features.
+/// The statistics of `n` features take `8 n^2` bytes, and adding vectors takes up to `24 n^2 + 33,000 n` more: 34 MB
+/// and 170 MB for 2,048 features.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Statistics {
     count: u64,
