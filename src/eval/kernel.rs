@@ -74,7 +74,7 @@ impl KernelDistance {
 }
 
 /// Computes the unbiased estimate of the squared maximum mean discrepancy of two sets, with the kernel of
-/// [`KernelDistance`]. Gretton et al. 2012, equation 3. The memory is 50 MB for 2,048 features and any number of
+/// [`KernelDistance`]. Gretton et al. 2012, equation 3. The memory is 70 MB for 2,048 features and any number of
 /// images.
 ///
 /// # Errors
