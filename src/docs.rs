@@ -45,8 +45,20 @@ pub mod training {}
 /// [`Variance`](crate::sample::Variance), [`Churn`](crate::sample::Churn), [`BFunction`](crate::sample::BFunction),
 /// [`DynamicThreshold`](crate::sample::DynamicThreshold), [`SamplerConfig`](crate::sample::SamplerConfig),
 /// [`Steps`](crate::sample::Steps), [`Step`](crate::sample::Step), [`from_fn`](crate::nn::from_fn). Next:
-/// [reproducibility].
+/// [evaluation].
 pub mod sampling {}
+
+/// Features of images, metrics of sets of images, memorisation, statistics files.
+///
+#[doc = include_str!("../docs/evaluation.md")]
+///
+/// ---
+/// Items: [`Generator`](crate::eval::Generator), [`Extractor`](crate::eval::Extractor),
+/// [`Features`](crate::eval::Features), [`Statistics`](crate::eval::Statistics), [`Gaussian`](crate::eval::Gaussian),
+/// [`KernelDistance`](crate::eval::KernelDistance), [`SlicedDistance`](crate::eval::SlicedDistance),
+/// [`inception_score`](crate::eval::inception_score), [`Prdc`](crate::eval::Prdc), [`Nearest`](crate::eval::Nearest),
+/// [`Balance`](crate::eval::Balance). Next: [reproducibility].
+pub mod evaluation {}
 
 /// Results that are identical in each bit, and results that are not.
 ///

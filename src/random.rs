@@ -57,8 +57,12 @@ pub(crate) enum Purpose {
     HeldOut = 12,
     /// The choice of the held-out images.
     Split = 13,
+    /// Subsets of images for the kernel distance; `step` is the subset, and `sample` 0 or 1 the set.
+    Subset = 15,
+    /// Directions of the sliced distance; `sample` is the direction.
+    Direction = 16,
     /// Random numbers of likelihoods; `index` is their use, and `step` the timestep or the number of the probe.
-    Likelihood = 15,
+    Likelihood = 17,
 }
 
 impl Noise {

@@ -557,14 +557,8 @@ fn samples(checkpoint: &Path, temp: &Path) -> Result<()> {
             "DDIM with eta 0, 2 steps, clipped (different from the run's grids)",
         ),
         (&["--no-clip"], "UniPC-2, 2 steps, not clipped (different from the run's grids)"),
-        (
-            &["--sampling-steps", "3"],
-            "UniPC-2, 3 steps, clipped (different from the run's grids)",
-        ),
-        (
-            &["--solver", "unipc-2"],
-            "UniPC-2, 2 steps, clipped (same as the run's grids)",
-        ),
+        (&["--sampling-steps", "3"], "UniPC-2, 3 steps, clipped (different from the run's grids)"),
+        (&["--solver", "unipc-2"], "UniPC-2, 2 steps, clipped (same as the run's grids)"),
         (
             &["--solver", "heun", "--sampling-steps", "2"],
             "Heun, 2 steps (even in log-SNR), clipped (different from the run's grids)",

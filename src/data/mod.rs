@@ -9,9 +9,9 @@ mod file;
 #[cfg(feature = "image")]
 pub mod folder;
 mod idx;
-mod images;
+pub(crate) mod images;
 pub(crate) mod loader;
-mod parallel;
+pub(crate) mod parallel;
 pub(crate) mod prefetch;
 mod split;
 mod subset;

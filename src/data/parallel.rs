@@ -12,7 +12,7 @@ use crate::error::Result;
 ///
 /// # Errors
 /// Returns the error of the first item, in their order, that has one. Further items are not taken after an error.
-pub(super) fn map<T: Send, R: Send>(
+pub(crate) fn map<T: Send, R: Send>(
     threads: usize,
     items: impl ExactSizeIterator<Item = T> + Send,
     stop: &AtomicBool,

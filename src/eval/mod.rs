@@ -1,9 +1,18 @@
-//! Evaluation: many images from a sampler, the Fréchet distance between the features of two sets of images, and the bits
-//! per dimension of images.
+//! Evaluation: many images from a sampler, features of images, metrics that compare sets of images by their features,
+//! and the bits per dimension of images.
 //!
-//! The distance compares sets of images by the [`Statistics`] of their features. The caller supplies the features:
-//! numbers per image that a classifier or another network computes. With the features of Inception, the distance is the
-//! FID (Heusel et al. 2017).
+//! An [`Extractor`] computes [`Features`], which all metrics share. The chapter on
+//! [evaluation](crate::docs::evaluation) has the source of each metric, and the number of images that it needs.
+//!
+//! | metric | item |
+//! | --- | --- |
+//! | Fréchet distance (FID) | [`Statistics`], [`Gaussian`] |
+//! | kernel distance (KID) | [`KernelDistance`] |
+//! | sliced Wasserstein distance (MIND) | [`SlicedDistance`] |
+//! | Inception Score | [`inception_score`] |
+//! | precision, recall, density, coverage | [`Prdc`] |
+//! | nearest training images, memorisation | [`Nearest`] |
+//! | balance of classes | [`Balance`] |
 //!
 //! ```
 //! use ddpm::eval::Statistics;
@@ -22,15 +31,38 @@
 //! [`VariationalBound`] and [`ProbabilityFlow`] compute the number of bits per value that images need with a network as
 //! their model: as an upper bound, and by the density of the probability-flow ODE.
 
+mod balance;
+mod distances;
+mod estimate;
+mod extractor;
+mod factor;
+mod features;
 mod frechet;
 mod generator;
+mod inception;
+mod kernel;
 mod likelihood;
+mod manifold;
+mod memorisation;
+mod npz;
+mod product;
+mod singular;
+mod sliced;
 mod statistics;
-mod symmetric;
+mod statistics_file;
 
+pub use balance::Balance;
+pub use estimate::Estimate;
+pub use extractor::{Extractor, ExtractorIdentity, extract};
+pub use features::{Classes, Features};
 pub use frechet::Gaussian;
 pub use generator::{Drawn, Generator, bytes};
+pub use inception::inception_score;
+pub use kernel::{KernelDistance, kernel_mmd2};
 pub use likelihood::{
     Bound, Evaluated, Integrator, Likelihood, ProbabilityFlow, Term, Trace, VariationalBound,
 };
+pub use manifold::Prdc;
+pub use memorisation::Nearest;
+pub use sliced::SlicedDistance;
 pub use statistics::Statistics;

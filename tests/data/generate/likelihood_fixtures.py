@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributions import Normal, kl_divergence
 
-SEED, PURPOSE = 5, 15
+SEED, PURPOSE = 5, 17
 NOISE, DEQUANTISATION, PROBE = 0, 2, 3  # uses of random numbers
 STEPS = 20
 SCHEDULE = LinearSchedule(STEPS, 1e-3, 0.4)
