@@ -113,7 +113,7 @@ impl Graph for Wrong {
             3 => engine.norm_conv(&self.norm, &self.conv, x),
             4 => engine.linear(VectorActivation::None, &self.linear, x),
             5 => engine.concatenate(x, &half()?),
-            6 => engine.attention(&half()?),
+            6 => engine.attention(&half()?, 1),
             _ => engine.drop_maps(x, 0, 1.0),
         }
     }
