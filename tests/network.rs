@@ -9,6 +9,8 @@ use ddpm::nn::Model;
 use ddpm::nn::{
     Architecture, Dropout, Parameters, Resampling, TimeConditioning, UNet2DConfig, UpBlockType,
 };
+use ddpm::process::Prediction;
+use ddpm::sample::{SamplerConfig, Spacing, Variance};
 use ddpm::train::gradients;
 use ddpm::{
     Denoiser, Diffusion, ResBlock, Result, Sampler, Solver, TimeEmbedding, TrainConfig, Trainer,
@@ -166,6 +168,52 @@ fn options_of_diffusers_that_are_lacking_are_refused_by_name() {
         std::fs::write(&path, serde_json::to_string(&options).unwrap()).unwrap();
         let message = UNet2DConfig::from_diffusers(dir.path()).unwrap_err().to_string();
         let message = message.strip_prefix(&format!("{}: ", path.display())).unwrap();
+        assert!(message.starts_with(expected), "{message}");
+    }
+}
+
+#[test]
+fn schedulers_of_diffusers_are_processes_and_samplers() {
+    let read = |json: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("scheduler_config.json");
+        std::fs::write(&path, json).unwrap();
+        let prefix = format!("{}: ", path.display());
+        SamplerConfig::from_diffusers(dir.path()).map_err(|e| e.to_string().replace(&prefix, ""))
+    };
+    // The options of google/ddpm-cifar10-32.
+    let (diffusion, sampler) = read(
+        r#"{"_class_name": "DDPMScheduler", "_diffusers_version": "0.1.1", "beta_end": 0.02, "beta_schedule": "linear",
+            "beta_start": 0.0001, "clip_sample": true, "num_train_timesteps": 1000, "trained_betas": null,
+            "variance_type": "fixed_large"}"#,
+    )
+    .unwrap();
+    assert_eq!(diffusion, Diffusion::ddpm());
+    let ho = SamplerConfig::new(Solver::ddpm(), 1000).clip_denoised(true);
+    assert_eq!(sampler, ho.spacing(Spacing::Leading));
+
+    let (diffusion, sampler) = read(
+        r#"{"_class_name": "DDIMScheduler", "num_train_timesteps": 20, "beta_schedule": "squaredcos_cap_v2",
+            "prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": false,
+            "set_alpha_to_one": true, "rescale_betas_zero_snr": true}"#,
+    )
+    .unwrap();
+    assert_eq!(diffusion.prediction(), Prediction::Velocity);
+    assert_eq!((diffusion.schedule().steps(), diffusion.schedule().terminal_snr()), (20, 0.0));
+    assert_eq!(sampler, SamplerConfig::new(Solver::ddim(), 20).spacing(Spacing::Trailing));
+
+    let posterior = Solver::Ddpm { variance: Variance::Posterior };
+    assert_eq!(read("{}").unwrap().1.solver, Solver::ddim());
+    let ancestral = r#"{"_class_name": "DDPMScheduler"}"#;
+    assert_eq!(read(ancestral).unwrap().1.solver, posterior);
+    for (json, expected) in [
+        (r#"{"thresholding": true}"#, "thresholding is true; it must be false"),
+        (r#"{"beta_schedule": "sigmoid"}"#, "beta_schedule is \"sigmoid\": unknown variant"),
+        (r#"{"steps_offset": 1}"#, "steps_offset is 1; it must be 0"),
+        (r#"{"beta_end": 2}"#, "beta_end is 2; it must be"),
+        (r#"{"lower_order_final": true}"#, "lower_order_final is true: unknown field"),
+    ] {
+        let message = read(json).unwrap_err();
         assert!(message.starts_with(expected), "{message}");
     }
 }

@@ -1,10 +1,11 @@
 //! Networks in folders of the Python library diffusers.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use super::parameters::Parameters;
@@ -13,7 +14,7 @@ use super::unet2d_config::UNet2DConfig;
 use crate::error::{Error, Result, in_short};
 
 /// Options of `UNet2DModel` of which the crate has only these values.
-const FIXED: [(&str, &[&str]); 6] = [
+const FIXED: [Fixed; 6] = [
     ("_class_name", &["\"UNet2DModel\""]),
     ("act_fn", &["\"silu\"", "\"swish\""]),
     ("class_embed_type", &["null"]),
@@ -32,6 +33,74 @@ const RENAMED: [(&str, &str); 4] =
 /// The name of a file of weights.
 const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
 
+/// The values that the crate has of an option, as JSON.
+type Fixed = (&'static str, &'static [&'static str]);
+
+/// The options in a configuration file of diffusers.
+pub(crate) struct Options {
+    path: PathBuf,
+    values: Map<String, Value>,
+}
+
+impl Options {
+    /// # Errors
+    /// Returns an error if the file cannot be read or is not a JSON object.
+    pub fn read(path: PathBuf) -> Result<Self> {
+        match serde_json::from_slice(&read_regular(&path)?) {
+            Ok(values) => Ok(Self { path, values }),
+            Err(error) => Err(Error::Data { path, reason: error.to_string() }),
+        }
+    }
+
+    /// The error of an option that the crate lacks.
+    pub fn refuse(&self, reason: String) -> Error {
+        Error::Data { path: self.path.clone(), reason }
+    }
+
+    /// Removes options of which the crate has only these values.
+    ///
+    /// # Errors
+    /// Returns an error that names the first option with another value.
+    pub fn check(&mut self, fixed: &[Fixed]) -> Result<()> {
+        for (name, allowed) in fixed {
+            let Some(value) = self.values.remove(*name) else { continue };
+            let value = value.to_string();
+            if !allowed.contains(&&*value) {
+                let (value, expected) = (in_short(&value), allowed.join(" or "));
+                return Err(self.refuse(format!("{name} is {value}; it must be {expected}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns whether an option has this text as its value.
+    pub fn is(&self, name: &str, text: &str) -> bool {
+        self.values.get(name).is_some_and(|value| value == text)
+    }
+
+    /// Removes an option that has no effect.
+    pub fn ignore(&mut self, name: &str) {
+        self.values.remove(name);
+    }
+
+    /// Parses all options, except those about the file, whose names begin with an underscore. Every field of `T` has a
+    /// default.
+    ///
+    /// # Errors
+    /// Returns an error that names the first option that is not one of `T`.
+    pub fn parse<T: DeserializeOwned>(&mut self) -> Result<T> {
+        self.values.retain(|name, _| !name.starts_with('_'));
+        for (name, value) in &self.values {
+            if let Err(error) = serde_json::from_value::<T>(json!({ name: value })) {
+                let value = value.to_string();
+                return Err(self.refuse(format!("{name} is {}: {error}", in_short(&value))));
+            }
+        }
+        let all = serde_json::from_value(Value::Object(self.values.clone()));
+        all.map_err(|error| self.refuse(error.to_string()))
+    }
+}
+
 impl UNet2DConfig {
     /// Reads the configuration of a `UNet2DModel` from `config.json` in a folder of diffusers.
     ///
@@ -39,34 +108,16 @@ impl UNet2DConfig {
     /// Returns an error if the file cannot be read or is not JSON. Returns an error that names the option and its value
     /// if the crate lacks it, or if the configuration is not [valid](Self::validate).
     pub fn from_diffusers(folder: impl AsRef<Path>) -> Result<Self> {
-        let path = folder.as_ref().join("config.json");
-        let refuse = |reason: String| Error::Data { path: path.clone(), reason };
-        let parsed = serde_json::from_slice(&read_regular(&path)?);
-        let mut options: Map<String, Value> = parsed.map_err(|e| refuse(e.to_string()))?;
-        for (name, allowed) in FIXED {
-            let Some(value) = options.remove(name).map(|value| value.to_string()) else { continue };
-            if !allowed.contains(&&*value) {
-                let (value, expected) = (in_short(&value), allowed.join(" or "));
-                return Err(refuse(format!("{name} is {value}; it must be {expected}")));
-            }
-        }
-        options.remove(WITHOUT_EFFECT);
-        options.retain(|name, _| !name.starts_with('_'));
-        if let Some(size) = options.get_mut("sample_size")
+        let mut options = Options::read(folder.as_ref().join("config.json"))?;
+        options.check(&FIXED)?;
+        options.ignore(WITHOUT_EFFECT);
+        if let Some(size) = options.values.get_mut("sample_size")
             && let Some([height, width]) = size.as_array().map(Vec::as_slice)
         {
             *size = json!({ "height": height, "width": width });
         }
-        // Every field has a default, so the first option that is refused alone can be named.
-        for (name, value) in &options {
-            if let Err(error) = serde_json::from_value::<Self>(json!({ name: value })) {
-                let value = value.to_string();
-                return Err(refuse(format!("{name} is {}: {error}", in_short(&value))));
-            }
-        }
-        let config: Self =
-            serde_json::from_value(Value::Object(options)).map_err(|e| refuse(e.to_string()))?;
-        config.validate().map_err(|error| refuse(error.to_string()))?;
+        let config: Self = options.parse()?;
+        config.validate().map_err(|error| options.refuse(error.to_string()))?;
         Ok(config)
     }
 }

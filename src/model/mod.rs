@@ -3,7 +3,7 @@
 //! Public `forward`s take images (batch, channels, height, width); between the parts, feature maps stay channels-last.
 
 mod attention;
-mod diffusers;
+pub(crate) mod diffusers;
 mod image_size;
 mod network;
 mod parameters;

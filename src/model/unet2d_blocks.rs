@@ -87,7 +87,7 @@ impl Blocks<'_> {
     /// A block or convolution that halves the size.
     pub fn downsampler(&mut self, channels: usize, block: bool, vb: VarBuilder) -> Result<Resize> {
         if block {
-            return Ok(Resize::Block(self.resizing([channels; 2], Size::Halved, vb)?));
+            return Ok(Resize::Block(self.resizing([channels; 2], Size::Halved, vb)?.into()));
         }
         let conv = Conv2d::new(channels, channels, 3, vb.pp("conv"))?;
         Ok(Resize::Conv(match self.config.downsample_padding {
@@ -99,7 +99,7 @@ impl Blocks<'_> {
     /// A block or convolution that doubles the size.
     pub fn upsampler(&mut self, channels: usize, block: bool, vb: VarBuilder) -> Result<Resize> {
         if block {
-            return Ok(Resize::Block(self.resizing([channels; 2], Size::Doubled, vb)?));
+            return Ok(Resize::Block(self.resizing([channels; 2], Size::Doubled, vb)?.into()));
         }
         Ok(Resize::Conv(Conv2d::new(channels, channels, 3, vb.pp("conv"))?.upsampling()))
     }
@@ -202,7 +202,7 @@ impl Attention2D {
 #[derive(Debug, Clone)]
 pub(super) enum Resize {
     Conv(Conv2d),
-    Block(ResBlock2D),
+    Block(Box<ResBlock2D>),
 }
 
 impl Resize {
