@@ -274,7 +274,8 @@ impl Sinusoids {
         Self::with_divisor(half, half - 1)
     }
 
-    /// Creates `half` sines, followed by `half` cosines. The `divisor`-th frequency is 1 / 10000; `divisor` is positive.
+    /// Creates `half` sines, followed by `half` cosines. The `divisor`-th frequency is 1 / 10000; `divisor` is
+    /// positive.
     pub(crate) fn with_divisor(half: usize, divisor: usize) -> Self {
         Self { half, decay: libm::log(10000.0) / divisor as f64, cosines_first: false }
     }

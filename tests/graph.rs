@@ -137,8 +137,8 @@ fn shapes_that_do_not_fit_are_errors_with_and_without_kernels() -> Result<()> {
         "the input of a linear layer has shape [2, 6, 10, 3]; it must be (batch, 1, 1, 4)",
         "the second map of a concatenation has shape [2, 3, 5, 16]; it must be (2, 6, 10, channels), as the first",
         "the map of queries, keys and values has shape [2, 3, 5, 16]; it must be (batch, height, width, 3 channels)",
-        "the map of queries, keys and values has shape [2, 6, 10, 3]; it must be (batch, height, width, 3 channels), with \
-         channels for 2 heads",
+        "the map of queries, keys and values has shape [2, 6, 10, 3]; it must be (batch, height, width, 3 channels), \
+         with channels for 2 heads",
         "heads is 0; it must be at least 1",
         "the map to be pooled has shape [2, 3, 5, 16]; it must be (batch, even height, even width, channels)",
         "the scales and shifts of a normalisation has shape [2, 6, 10, 3]; it must be (2, 1, 1, 16)",

@@ -99,7 +99,8 @@ fn impossible_networks_of_ho_et_als_kind_are_refused() {
         (|c| c.block_out_channels = vec![], "block_out_channels is []; it must be 1 to 16 numbers"),
         (
             |c| c.block_out_channels = vec![4; 4],
-            "block_out_channels is [4, 4, 4, 4]; it must be more than 4 in at least one entry: with 4 channels a normalisation has one channel per group, and subtracts the time embedding",
+            "block_out_channels is [4, 4, 4, 4]; it must be more than 4 in at least one entry: \
+             with 4 channels a normalisation has one channel per group, and subtracts the time embedding",
         ),
         (
             |c| c.up_block_types = vec![UpBlockType::Plain; 3],

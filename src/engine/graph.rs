@@ -131,8 +131,8 @@ pub trait Engine<'n>: Sealed {
     }
 
     /// Normalises a map, multiplies it by `1 + scale` and adds `shift`, then activates it. The vectors `by` hold the
-    /// scales of the channels of an image, then their shifts. Dhariwal and Nichol 2021, section 3.1. Without `by`, this is
-    /// a [normalisation](Self::norm).
+    /// scales of the channels of an image, then their shifts. Dhariwal and Nichol 2021, section 3.1. Without `by`, this
+    /// is a [normalisation](Self::norm).
     ///
     /// # Errors
     /// Returns an error if a shape does not fit.

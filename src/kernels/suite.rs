@@ -351,8 +351,8 @@ impl NormCase {
     }
 }
 
-/// A normalisation modulated by scales and shifts (batch, 2 channels). The weights and biases of the images are exact in
-/// f32, so each image has the error of a plain normalisation.
+/// A normalisation modulated by scales and shifts (batch, 2 channels). The weights and biases of the images are exact
+/// in f32, so each image has the error of a plain normalisation.
 pub(crate) struct ModulatedCase {
     pub norm: NormCase,
     pub by: Tensor,

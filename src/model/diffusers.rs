@@ -124,8 +124,8 @@ impl UNet2DConfig {
 
 impl Parameters {
     /// Reads the weights of a network from a folder of diffusers: `diffusion_pytorch_model.safetensors`, or the files
-    /// that `diffusion_pytorch_model.safetensors.index.json` lists. They take no gradients. Attentions may have the names
-    /// of earlier versions of diffusers.
+    /// that `diffusion_pytorch_model.safetensors.index.json` lists. They take no gradients. Attentions may have the
+    /// names of earlier versions of diffusers.
     ///
     /// ```no_run
     /// use candle_core::{DType, Device};

@@ -61,8 +61,8 @@ impl UNet2D {
     /// others are copied, so that later changes to them have no effect.
     ///
     /// # Errors
-    /// Returns an error if the configuration is not [valid](UNet2DConfig::validate), if the dtype of `vb` is neither f32
-    /// nor f64, or if `vb` lacks a weight.
+    /// Returns an error if the configuration is not [valid](UNet2DConfig::validate), if the dtype of `vb` is neither
+    /// f32 nor f64, or if `vb` lacks a weight.
     pub fn new(config: &UNet2DConfig, vb: VarBuilder) -> Result<Self> {
         config.validate()?;
         let dims = &config.block_out_channels;
@@ -228,7 +228,8 @@ struct Level {
 }
 
 impl Level {
-    /// Creates a block from each of these numbers of channels to `channels`, followed by attention if `attends` is true.
+    /// Creates a block from each of these numbers of channels to `channels`, followed by attention if `attends` is
+    /// true.
     fn new(
         blocks: &mut Blocks,
         inputs: impl Iterator<Item = usize>,

@@ -113,9 +113,9 @@ enum Size {
     Doubled,
 }
 
-/// Two convolutions, each after a normalisation and SiLU, with the input added at the end. Ho et al. 2020, appendix B. A
-/// block that changes the size resizes the input of both paths: Dhariwal and Nichol 2021, section 3, after Brock et al.
-/// 2018.
+/// Two convolutions, each after a normalisation and SiLU, with the input added at the end. Ho et al. 2020, appendix B.
+/// A block that changes the size resizes the input of both paths: Dhariwal and Nichol 2021, section 3, after Brock et
+/// al. 2018.
 #[derive(Debug, Clone)]
 pub(super) struct ResBlock2D {
     norm1: GroupNorm,

@@ -35,8 +35,8 @@ pub struct UNet2DConfig {
     pub center_input_sample: bool,
     /// Length of the time embedding, from 1 to 65,536. `None` is 4 times the first of `block_out_channels`.
     pub time_embedding_dim: Option<usize>,
-    /// The frequencies of the sinusoids of the timestep fall to 1 / 10000 at number `half - freq_shift`, where `half` is
-    /// half of the first of `block_out_channels`. 0 or 1, as in the code of Ho et al. 2020.
+    /// The frequencies of the sinusoids of the timestep fall to 1 / 10000 at number `half - freq_shift`, where `half`
+    /// is half of the first of `block_out_channels`. 0 or 1, as in the code of Ho et al. 2020.
     pub freq_shift: usize,
     /// Whether the cosines of the timestep precede the sines.
     pub flip_sin_to_cos: bool,
@@ -63,8 +63,8 @@ pub struct UNet2DConfig {
     pub attention_head_dim: Option<usize>,
     /// Number of groups of a normalisation.
     pub norm_num_groups: usize,
-    /// Number of groups of the normalisation before the attention at the smallest size. `None` is `norm_num_groups`. With
-    /// [`TimeConditioning::ScaleShift`], `None` omits this normalisation.
+    /// Number of groups of the normalisation before the attention at the smallest size. `None` is `norm_num_groups`.
+    /// With [`TimeConditioning::ScaleShift`], `None` omits this normalisation.
     pub attn_norm_num_groups: Option<usize>,
     /// Number added to the variance in a normalisation; positive.
     pub norm_eps: f64,
@@ -131,8 +131,8 @@ pub enum TimeConditioning {
 }
 
 impl UNet2DConfig {
-    /// The network of Ho et al. 2020 for 32x32 colour images (`google/ddpm-cifar10-32`): 35.7 million weights, attention
-    /// at 16x16 and at the smallest size, dropout 0.1.
+    /// The network of Ho et al. 2020 for 32x32 colour images (`google/ddpm-cifar10-32`): 35.7 million weights,
+    /// attention at 16x16 and at the smallest size, dropout 0.1.
     pub fn cifar10() -> Self {
         use {DownBlockType as Down, UpBlockType as Up};
         Self {
@@ -205,7 +205,8 @@ impl UNet2DConfig {
         self.attn_norm_num_groups.or(default.then_some(self.norm_num_groups))
     }
 
-    /// Checks whether a network can be built with this configuration. [`UNet2D::new`](crate::nn::UNet2D::new) calls this.
+    /// Checks whether a network can be built with this configuration. [`UNet2D::new`](crate::nn::UNet2D::new) calls
+    /// this.
     ///
     /// # Errors
     /// Returns an error that names the first invalid field, its value and the allowed values.

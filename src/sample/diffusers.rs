@@ -122,8 +122,8 @@ impl Scheduler {
 
 impl SamplerConfig {
     /// Reads `scheduler_config.json` of a `DDPMScheduler` or `DDIMScheduler` in a folder of diffusers: the process, and
-    /// the settings of its sampler. Ancestral sampling takes every timestep, and DDIM at most 50, as in the pipelines of
-    /// diffusers.
+    /// the settings of its sampler. Ancestral sampling takes every timestep, and DDIM at most 50, as in the pipelines
+    /// of diffusers.
     ///
     /// # Errors
     /// Returns an error if the file cannot be read or is not JSON, and an error that names the option and its value if

@@ -41,8 +41,8 @@ pub(crate) fn scale_maps(x: &[f32], mask: &[f32], channels: usize, y: &mut [f32]
     });
 }
 
-/// Writes each pixel of `x`, times `factor`, to two by two pixels of `y`. Rows of `x` have `w` pixels of `c` channels. The
-/// rows of all images are stacked.
+/// Writes each pixel of `x`, times `factor`, to two by two pixels of `y`. Rows of `x` have `w` pixels of `c` channels.
+/// The rows of all images are stacked.
 pub(crate) fn repeat_pixels(x: &[f32], (w, c): (usize, usize), factor: f32, y: &mut [f32]) {
     y.par_chunks_mut(4 * w * c).zip(x.par_chunks(w * c)).for_each(|(y, x)| {
         let (top, bottom) = y.split_at_mut(2 * w * c);
@@ -55,8 +55,8 @@ pub(crate) fn repeat_pixels(x: &[f32], (w, c): (usize, usize), factor: f32, y: &
     });
 }
 
-/// Writes the sums of two by two pixels of `x`, times `factor`, to `y`. Rows of `x` have `w` pixels of `c` channels. `w`
-/// and the height of an image are even.
+/// Writes the sums of two by two pixels of `x`, times `factor`, to `y`. Rows of `x` have `w` pixels of `c` channels.
+/// `w` and the height of an image are even.
 pub(crate) fn sum_pixels(x: &[f32], (w, c): (usize, usize), factor: f32, y: &mut [f32]) {
     y.par_chunks_mut(w / 2 * c).zip(x.par_chunks(2 * w * c)).for_each(|(y, x)| {
         let (top, bottom) = x.split_at(w * c);

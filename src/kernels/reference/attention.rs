@@ -1,7 +1,7 @@
 use candle_core::{D, Result, Tensor};
 
-/// Computes `softmax(q k^T / sqrt(head)) v` over all positions, for each of `heads` heads of `head` channels. q, k and v
-/// lie side by side in `qkv` (batch, positions, 3 channels). The result is (batch, positions, channels).
+/// Computes `softmax(q k^T / sqrt(head)) v` over all positions, for each of `heads` heads of `head` channels. q, k and
+/// v lie side by side in `qkv` (batch, positions, 3 channels). The result is (batch, positions, channels).
 pub(crate) fn attention(qkv: &Tensor, heads: usize) -> Result<Tensor> {
     let channels = qkv.dim(D::Minus1)? / 3;
     let head = channels / heads;

@@ -3,8 +3,8 @@ use candle_core::{Result, Tensor};
 use super::pixels::upsample_nearest_2x;
 use crate::kernels::op::conv::Scale;
 
-/// Computes the convolution of `x` (batch, height, width, in) with `weight` (out, in, k, k), or (out, in) for k = 1, and
-/// `bias` (out), as one product of all patches.
+/// Computes the convolution of `x` (batch, height, width, in) with `weight` (out, in, k, k), or (out, in) for k = 1,
+/// and `bias` (out), as one product of all patches.
 ///
 /// This replaces candle's `conv2d`, whose gradient is a naive loop, and has a wrong shape at stride 2 for
 /// maps that are not square.

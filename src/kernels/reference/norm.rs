@@ -20,8 +20,8 @@ pub(crate) fn group_norm(
     activated(x, config.activation)
 }
 
-/// Computes the activation of `normalized (1 + scale) + shift`. `by` (batch, 1, 1, 2 channels) holds the scales of an image,
-/// then its shifts.
+/// Computes the activation of `normalized (1 + scale) + shift`. `by` (batch, 1, 1, 2 channels) holds the scales of an
+/// image, then its shifts.
 pub(crate) fn modulated(
     normalized: &Tensor,
     by: &Tensor,

@@ -168,8 +168,8 @@ extern "C" __global__ void modulate(
     biases[i] = bias[channel] * factor + get(by[channels]);
 }
 
-// Computes the gradients of scales and shifts from those of the weights and biases of each image. Replaces the latter by
-// their contributions to the gradients of weight and bias.
+// Computes the gradients of scales and shifts from those of the weights and biases of each image. Replaces the latter
+// by their contributions to the gradients of weight and bias.
 extern "C" __global__ void modulate_backward(
     const float *weight, const float *bias, const T *by, float *for_weight, float *for_bias, T *d_by, u32 channels,
     u32 count
