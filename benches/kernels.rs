@@ -285,7 +285,7 @@ impl Bench<'_> {
     fn convolution(&self, model: &str, batch: usize, map: Map) {
         let (size, c_in, c_out, kernel, scale) = map;
         let how = match scale {
-            Scale::Stride(stride) => format!("/{stride}"),
+            Scale::Stride(stride) | Scale::StrideFromEdge(stride) => format!("/{stride}"),
             Scale::Upsample => " upsampled".to_string(),
         };
         let shape = format!("{model} {batch}x{size}x{size} {c_in}->{c_out} {kernel}x{kernel}{how}");
@@ -365,7 +365,7 @@ impl Bench<'_> {
     fn attention(&self, model: &str, batch: usize, size: usize, channels: usize) {
         let shape = format!("{model} {batch}x{size}x{size} {channels}");
         let positions = size * size;
-        let shape_of_maps = AttentionShape { positions, channels };
+        let shape_of_maps = AttentionShape { positions, channels, heads: 1 };
         let sizes = Attention { isa: self.isa, shape: shape_of_maps };
         let count = batch * positions * channels;
         let (qkv, mut y) = (normal(3 * count), normal(count));

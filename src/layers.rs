@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::kernels::cpu::conv::plan::PackedOnce;
 use crate::kernels::op::activation::Activation;
 use crate::kernels::op::conv::Scale;
-use crate::kernels::op::norm::GROUPS;
+use crate::kernels::op::norm::NormConfig;
 
 /// The largest number of channels or vector elements of a layer.
 pub(crate) const MAX_CHANNELS: usize = 1 << 16;
@@ -73,18 +73,41 @@ impl Conv2d {
         }
         let init = uniform(input * kernel * kernel);
         let shape = [output, input, kernel, kernel];
-        Ok(Self {
-            weight: weight(&vb, &shape, "weight", init)?,
-            bias: weight(&vb, &[output], "bias", init)?,
-            scale: Scale::Stride(1),
-            packed: Arc::default(),
-        })
+        let weights = weight(&vb, &shape, "weight", init)?;
+        Ok(Self::with_weights(weights, weight(&vb, &[output], "bias", init)?))
+    }
+
+    /// Creates a linear layer that is applied to each pixel: a convolution with a kernel of size 1, whose weight has
+    /// the shape (output, input) of PyTorch's `Linear`.
+    ///
+    /// # Errors
+    /// Returns an error if a number of channels is not from 1 to 65,536, if the dtype of `vb` is neither f32 nor f64,
+    /// or if `vb` cannot supply a weight.
+    pub fn pointwise(input: usize, output: usize, vb: VarBuilder) -> Result<Self> {
+        check_length("input channels", input, MAX_CHANNELS)?;
+        check_length("output channels", output, MAX_CHANNELS)?;
+        let init = uniform(input);
+        let weights = weight(&vb, &[output, input], "weight", init)?;
+        Ok(Self::with_weights(weights, weight(&vb, &[output], "bias", init)?))
+    }
+
+    /// Creates a convolution of stride 1 with these weights: (out, in, k, k), or (out, in) for k = 1.
+    pub(crate) fn with_weights(weight: Tensor, bias: Tensor) -> Self {
+        Self { weight, bias, scale: Scale::Stride(1), packed: Arc::default() }
     }
 
     /// Halves the height and width of the output, rounded up: a stride of 2.
     #[must_use]
     pub fn downsampling(self) -> Self {
         Self { scale: Scale::Stride(2), ..self }
+    }
+
+    /// Halves the height and width of the output, rounded up, like [`downsampling`](Self::downsampling). The first
+    /// position of the kernel begins at the first pixel, so zeros are read only beyond the right and the bottom edge.
+    /// For even sizes this equals padding by `kernel - 2` zeros there, and a convolution of stride 2 without padding.
+    #[must_use]
+    pub fn downsampling_from_edge(self) -> Self {
+        Self { scale: Scale::StrideFromEdge(2), ..self }
     }
 
     /// Doubles the height and width of the output: each pixel of the input is repeated in both directions before the
@@ -107,7 +130,9 @@ impl Conv2d {
     /// Returns the height and width of the output for an input of height `h` and width `w`.
     pub(crate) fn output_size(&self, [h, w]: [usize; 2]) -> [usize; 2] {
         match self.scale {
-            Scale::Stride(stride) => [h.div_ceil(stride), w.div_ceil(stride)],
+            Scale::Stride(stride) | Scale::StrideFromEdge(stride) => {
+                [h.div_ceil(stride), w.div_ceil(stride)]
+            }
             Scale::Upsample => [2 * h, 2 * w],
         }
     }
@@ -174,30 +199,54 @@ impl Embedding {
     }
 }
 
-/// GroupNorm (Wu and He 2018) of feature maps with 8 groups, followed by an activation. Names of weights are PyTorch's
-/// (`weight`, `bias`).
+/// GroupNorm (Wu and He 2018) of feature maps, followed by an activation. Names of weights are PyTorch's (`weight`,
+/// `bias`).
 #[derive(Debug, Clone)]
 pub struct GroupNorm {
     pub(crate) weight: Tensor,
     pub(crate) bias: Tensor,
-    pub(crate) activation: Activation,
+    pub(crate) config: NormConfig,
 }
 
 impl GroupNorm {
-    /// Creates a normalisation of maps with this number of channels.
+    /// Creates a normalisation of maps with this number of channels, in 8 groups. 1e-5 is added to the variance.
     ///
     /// # Errors
     /// Returns an error if `channels` is not a multiple of 8 from 8 to 65,536, if the dtype of `vb` is neither f32 nor
     /// f64, or if `vb` cannot supply a weight.
     pub fn new(channels: usize, activation: Activation, vb: VarBuilder) -> Result<Self> {
-        if !(GROUPS..=MAX_CHANNELS).contains(&channels) || !channels.is_multiple_of(GROUPS) {
-            let expected = format!("a multiple of {GROUPS}, from {GROUPS} to {MAX_CHANNELS}");
+        Self::with_config(channels, NormConfig::new(activation), vb)
+    }
+
+    /// Creates a normalisation in `groups` groups. `eps` is added to the variance.
+    ///
+    /// # Errors
+    /// Returns an error if `groups` is 0, if `channels` is not a multiple of `groups` from `groups` to 65,536, or if
+    /// `eps` is not positive and finite. Also returns the errors of [`new`](Self::new) for `vb`.
+    pub fn grouped(
+        channels: usize,
+        groups: usize,
+        eps: f64,
+        activation: Activation,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        check_length("groups", groups, MAX_CHANNELS)?;
+        if !(eps > 0.0 && eps.is_finite()) {
+            return Err(Error::config("eps", eps, "positive and finite"));
+        }
+        Self::with_config(channels, NormConfig { groups, eps, activation }, vb)
+    }
+
+    fn with_config(channels: usize, config: NormConfig, vb: VarBuilder) -> Result<Self> {
+        let groups = config.groups;
+        if !(groups..=MAX_CHANNELS).contains(&channels) || !channels.is_multiple_of(groups) {
+            let expected = format!("a multiple of {groups}, from {groups} to {MAX_CHANNELS}");
             return Err(Error::config("channels", channels, expected));
         }
         Ok(Self {
             weight: weight(&vb, &[channels], "weight", Init::Const(1.0))?,
             bias: weight(&vb, &[channels], "bias", Init::Const(0.0))?,
-            activation,
+            config,
         })
     }
 
@@ -207,19 +256,33 @@ impl GroupNorm {
     }
 }
 
-/// The sines and cosines of a timestep at geometrically decreasing frequencies, of which the last is 1 / 10000.
-/// Vaswani et al. 2017; the divisor is that of Ho et al.'s code.
+/// The sines and cosines of a timestep at geometrically decreasing frequencies, of which the first is 1. Vaswani et al.
+/// 2017.
 #[derive(Debug, Clone)]
 pub struct Sinusoids {
     half: usize,
     /// The k-th frequency is `exp(-decay * k)`.
     pub(crate) decay: f64,
+    /// Whether the cosines precede the sines.
+    pub(crate) cosines_first: bool,
 }
 
 impl Sinusoids {
-    /// Creates `half` sines and `half` cosines; `half` is at least 2.
+    /// Creates `half` sines, followed by `half` cosines; `half` is at least 2. The last frequency is 1 / 10000, as in
+    /// the code of Ho et al. 2020.
     pub(crate) fn new(half: usize) -> Self {
-        Self { half, decay: libm::log(10000.0) / (half - 1) as f64 }
+        Self::with_divisor(half, half - 1)
+    }
+
+    /// Creates `half` sines, followed by `half` cosines. The `divisor`-th frequency is 1 / 10000; `divisor` is
+    /// positive.
+    pub(crate) fn with_divisor(half: usize, divisor: usize) -> Self {
+        Self { half, decay: libm::log(10000.0) / divisor as f64, cosines_first: false }
+    }
+
+    /// Exchanges sines and cosines if `flip` is true.
+    pub(crate) fn cosines_first(self, flip: bool) -> Self {
+        Self { cosines_first: flip, ..self }
     }
 
     /// The number of values of a timestep.
@@ -227,7 +290,7 @@ impl Sinusoids {
         2 * self.half
     }
 
-    /// Computes `[sin | cos]` of `t` times each frequency: (batch, dim), in `dtype`.
+    /// Computes `[sin | cos]`, or `[cos | sin]`, of `t` times each frequency: (batch, dim), in `dtype`.
     pub(crate) fn values(&self, t: &Tensor, dtype: DType) -> Result<Tensor> {
         // In half precision the phase would be wrong by 0.1 rad. Metal has no f64, not even to cast from.
         let exact = if t.device().is_metal() { DType::F32 } else { DType::F64 };
@@ -236,6 +299,10 @@ impl Sinusoids {
             .to_dtype(exact)?
             .to_device(t.device())?;
         let angles = t.to_dtype(exact)?.unsqueeze(1)?.broadcast_mul(&frequencies.unsqueeze(0)?)?;
-        Ok(Tensor::cat(&[angles.sin()?, angles.cos()?], 1)?.to_dtype(dtype)?)
+        let mut parts = [angles.sin()?, angles.cos()?];
+        if self.cosines_first {
+            parts.reverse();
+        }
+        Ok(Tensor::cat(&parts, 1)?.to_dtype(dtype)?)
     }
 }

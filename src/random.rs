@@ -8,6 +8,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use rand::RngCore;
+use rayon::prelude::*;
 
 use crate::error::{Error, Result, check_fraction};
 use crate::memory::{reserved, zeros};
@@ -213,11 +214,11 @@ impl Dropout {
         check_fraction("dropout", p)?;
         let keep = (1.0 / (1.0 - p)) as f32;
         let mut mask = zeros("mask", &[batch, channels])?;
-        for (k, maps) in mask.chunks_mut(channels.max(1)).enumerate() {
+        mask.par_chunks_mut(channels.max(1)).enumerate().for_each(|(k, maps)| {
             let sample = (self.first_sample + k) as u32;
             let mut stream = self.noise.indexed(Purpose::Dropout, layer, self.step, sample);
             maps.iter_mut().for_each(|m| *m = if stream.uniform() < p { 0.0 } else { keep });
-        }
+        });
         Ok(Tensor::from_vec(mask, (batch, channels), device)?.to_dtype(dtype)?)
     }
 }

@@ -7,7 +7,10 @@ use std::process::Command;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
-use ddpm::nn::{Architecture, Condition, Dropout, Model, Output, Parameters, Trainable};
+use ddpm::nn::{
+    Architecture, Condition, DownBlockType, Dropout, Graph, Model, Output, Parameters, Resampling,
+    TimeConditioning, Trainable, UNet2D, UNet2DConfig, UpBlockType,
+};
 use ddpm::{Denoiser, Result, Sampler, UNet, UNetConfig};
 use proptest::prelude::*;
 
@@ -22,22 +25,57 @@ const ROUNDING: f64 = 1.0 / (1u64 << 24) as f64;
 /// and the roundings of a term are random in sign.
 const SUMS: f64 = 32.0;
 
+/// The configuration of a network that these tests check.
+trait Network: Architecture<Model = Model<Self::Graph>> {
+    type Graph: Graph;
+
+    /// (channels, height, width)
+    fn shape(&self) -> (usize, usize, usize);
+
+    /// The number of classes.
+    fn class_count(&self) -> Option<usize>;
+}
+
+impl Network for UNetConfig {
+    type Graph = UNet;
+
+    fn shape(&self) -> (usize, usize, usize) {
+        self.image_shape()
+    }
+
+    fn class_count(&self) -> Option<usize> {
+        self.classes
+    }
+}
+
+impl Network for UNet2DConfig {
+    type Graph = UNet2D;
+
+    fn shape(&self) -> (usize, usize, usize) {
+        self.image_shape()
+    }
+
+    fn class_count(&self) -> Option<usize> {
+        self.num_class_embeds.map(|vectors| vectors - 1)
+    }
+}
+
 /// A network, and the training loss of a batch, including dropout.
-struct Problem {
+struct Problem<G> {
     parameters: Parameters,
-    unet: Model<UNet>,
+    unet: Model<G>,
     x_t: Tensor,
     t: Tensor,
     condition: Condition,
     eps: Tensor,
 }
 
-impl Problem {
-    fn new(config: &UNetConfig, batch: usize, dtype: DType) -> Result<Self> {
+impl<G: Graph> Problem<G> {
+    fn new<C: Network<Graph = G>>(config: &C, batch: usize, dtype: DType) -> Result<Self> {
         let device = Device::Cpu;
         let parameters = Parameters::new(3, dtype, &device);
         let unet = parameters.build(config)?;
-        let (channels, height, width) = config.image_shape();
+        let (channels, height, width) = config.shape();
         let shape = (batch, channels, height, width);
         let wave = |frequency: f64| -> Result<Tensor> {
             let count = shape.0 * shape.1 * shape.2 * shape.3;
@@ -46,7 +84,7 @@ impl Problem {
         };
         let t: Vec<u32> = (0..batch as u32).map(|k| (k * 601 + 150) % 1000).collect();
         let t = Tensor::new(t, &device)?;
-        let condition = match config.classes {
+        let condition = match config.class_count() {
             None => Condition::None,
             // Some images have the same class, and some none.
             Some(classes) => {
@@ -202,6 +240,60 @@ fn small() -> impl Strategy<Value = (UNetConfig, usize)> {
     })
 }
 
+/// A small network of Ho et al.'s kind with any of its options, and a batch for it.
+fn small_2d() -> impl Strategy<Value = (UNet2DConfig, usize)> {
+    use {DownBlockType as Down, UpBlockType as Up};
+    let down = prop_oneof![Just(Down::Plain), Just(Down::Attention), Just(Down::Resnet)];
+    let up = prop_oneof![Just(Up::Plain), Just(Up::Attention), Just(Up::Resnet)];
+    let levels = prop::collection::vec((1usize..4, down, up), 1..=3);
+    let sizes = (1usize..3, [2usize..5, 2usize..5], 1usize..4, 1usize..3);
+    let time = (0usize..2, any::<bool>(), prop::option::of(1usize..9));
+    let attention = (any::<bool>(), 0usize..3, prop::option::of(Just(2usize)));
+    let rest = (any::<[bool; 4]>(), prop::option::of(2usize..4), 0f64..0.6, 1usize..4);
+    (levels, sizes, time, attention, rest).prop_map(
+        |(levels, (layers, pixels, channels, groups), time, attention, rest)| {
+            let (scale_shift, blocks, centered, from_edge) = {
+                let [a, b, c, d] = rest.0;
+                (a, b, c, d)
+            };
+            let resampling = if blocks { Resampling::Resnet } else { Resampling::Conv };
+            let halvings = levels.len() - 1;
+            let config = UNet2DConfig {
+                sample_size: ddpm::nn::ImageSize {
+                    height: pixels[0] << halvings,
+                    width: pixels[1] << halvings,
+                },
+                in_channels: channels,
+                out_channels: channels,
+                center_input_sample: centered,
+                time_embedding_dim: time.2,
+                freq_shift: time.0,
+                flip_sin_to_cos: time.1,
+                down_block_types: levels.iter().map(|level| level.1).collect(),
+                up_block_types: levels.iter().map(|level| level.2).collect(),
+                // At least two channels in a group, so that every block depends on the timestep.
+                block_out_channels: levels.iter().map(|level| 4 * groups * level.0).collect(),
+                layers_per_block: layers,
+                downsample_padding: usize::from(!from_edge),
+                downsample_type: resampling,
+                upsample_type: resampling,
+                dropout: rest.2,
+                attention_head_dim: (attention.1 > 0).then_some(2 * attention.1),
+                norm_num_groups: 2 * groups,
+                attn_norm_num_groups: attention.2,
+                norm_eps: 1e-6,
+                resnet_time_scale_shift: match scale_shift {
+                    true => TimeConditioning::ScaleShift,
+                    false => TimeConditioning::Default,
+                },
+                add_attention: attention.0,
+                num_class_embeds: rest.1,
+            };
+            (config, rest.3)
+        },
+    )
+}
+
 fn norm(t: &Tensor) -> Result<f64> {
     Ok(t.to_dtype(DType::F64)?.sqr()?.sum_all()?.sqrt()?.to_scalar()?)
 }
@@ -211,7 +303,7 @@ fn bits(t: &Tensor) -> Result<Vec<u32>> {
 }
 
 /// Computes the gradients of the loss with the network's own backward passes.
-fn by_tape(problem: &Problem) -> Result<GradStore> {
+fn by_tape<G: Graph>(problem: &Problem<G>) -> Result<GradStore> {
     let Problem { unet, x_t, t, condition, eps, .. } = problem;
     let scale = 2.0 / eps.elem_count() as f64;
     let mut d_output = |y: &Output| Ok(Output::new(((&y.prediction - eps)? * scale)?));
@@ -219,14 +311,14 @@ fn by_tape(problem: &Problem) -> Result<GradStore> {
 }
 
 /// Builds the network with the same weights, which take no gradients.
-fn frozen(config: &UNetConfig, vars: &BTreeMap<String, Var>) -> Result<Model<UNet>> {
+fn frozen<C: Network>(config: &C, vars: &BTreeMap<String, Var>) -> Result<Model<C::Graph>> {
     let weights: HashMap<String, Tensor> =
         vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
     config.build(VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu))
 }
 
 /// Compares gradients in f32 with candle's gradients of the same weights in f64.
-fn the_tape_agrees(config: &UNetConfig, batch: usize) -> Result<()> {
+fn the_tape_agrees<C: Network>(config: &C, batch: usize) -> Result<()> {
     let ours = Problem::new(config, batch, DType::F32)?;
     let exact = Problem::new(config, batch, DType::F64)?;
     let (vars, exact_vars) = (ours.parameters.vars(), exact.parameters.vars());
@@ -280,20 +372,29 @@ proptest! {
     fn gradients_on_the_cpu_are_those_of_candle_in_f64((config, batch) in small()) {
         the_tape_agrees(&config, batch).unwrap();
     }
+
+    #[test]
+    fn so_are_those_of_ho_et_als_network((config, batch) in small_2d()) {
+        the_tape_agrees(&config, batch).unwrap();
+    }
 }
 
 /// A process selects its kernels once, so each smaller instruction set is tested in a separate process.
 #[test]
 fn so_they_are_in_every_instruction_set() {
     for isa in ["avx2", "baseline"] {
-        let test = "gradients_on_the_cpu_are_those_of_candle_in_f64";
+        let tests = [
+            "gradients_on_the_cpu_are_those_of_candle_in_f64",
+            "so_are_those_of_ho_et_als_network",
+        ];
         let output = Command::new(std::env::current_exe().unwrap())
-            .args([test, "--exact"])
+            .args(tests)
+            .arg("--exact")
             .env("DDPM_MAX_CPU_ISA", isa)
             .output()
             .unwrap();
         let stdout = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success() && stdout.contains("1 passed"), "{isa}: {stdout}");
+        assert!(output.status.success() && stdout.contains("2 passed"), "{isa}: {stdout}");
     }
 }
 

@@ -113,7 +113,15 @@ impl Graph for Wrong {
             3 => engine.norm_conv(&self.norm, &self.conv, x),
             4 => engine.linear(VectorActivation::None, &self.linear, x),
             5 => engine.concatenate(x, &half()?),
-            6 => engine.attention(&half()?),
+            6 => engine.attention(&half()?, 1),
+            7 => engine.attention(x, 2),
+            8 => engine.attention(x, 0),
+            9 => engine.pool(&half()?),
+            10 => {
+                let y = engine.conv(&self.conv, x)?;
+                engine.modulated_norm(&self.norm, &y, Some(x))
+            }
+            11 => engine.drop_values(x, 0, -0.1),
             _ => engine.drop_maps(x, 0, 1.0),
         }
     }
@@ -129,6 +137,12 @@ fn shapes_that_do_not_fit_are_errors_with_and_without_kernels() -> Result<()> {
         "the input of a linear layer has shape [2, 6, 10, 3]; it must be (batch, 1, 1, 4)",
         "the second map of a concatenation has shape [2, 3, 5, 16]; it must be (2, 6, 10, channels), as the first",
         "the map of queries, keys and values has shape [2, 3, 5, 16]; it must be (batch, height, width, 3 channels)",
+        "the map of queries, keys and values has shape [2, 6, 10, 3]; it must be (batch, height, width, 3 channels), \
+         with channels for 2 heads",
+        "heads is 0; it must be at least 1",
+        "the map to be pooled has shape [2, 3, 5, 16]; it must be (batch, even height, even width, channels)",
+        "the scales and shifts of a normalisation has shape [2, 6, 10, 3]; it must be (2, 1, 1, 16)",
+        "dropout is -0.1; it must be at least 0 and less than 1",
         "dropout is 1; it must be at least 0 and less than 1",
     ];
     for (case, expected) in expected.into_iter().enumerate() {
@@ -172,6 +186,22 @@ fn layers_of_impossible_sizes_are_refused() {
             "channels is 12; it must be a multiple of 8, from 8 to 65536",
         ),
         (Linear::new(0, 1, vb.pp("a")).map(drop), "input length is 0; it must be from 1 to 262144"),
+        (
+            Conv2d::pointwise(0, 8, vb.pp("a")).map(drop),
+            "input channels is 0; it must be from 1 to 65536",
+        ),
+        (
+            GroupNorm::grouped(12, 0, 1e-6, Activation::None, vb.pp("a")).map(drop),
+            "groups is 0; it must be from 1 to 65536",
+        ),
+        (
+            GroupNorm::grouped(12, 5, 1e-6, Activation::None, vb.pp("a")).map(drop),
+            "channels is 12; it must be a multiple of 5, from 5 to 65536",
+        ),
+        (
+            GroupNorm::grouped(12, 4, 0.0, Activation::None, vb.pp("a")).map(drop),
+            "eps is 0; it must be positive and finite",
+        ),
         (
             Attention::new(4, vb.pp("a")).map(drop),
             "channels is 4; it must be a multiple of 8, from 8 to 65536",

@@ -1,12 +1,16 @@
 //! The parts of the network: shapes, names of weights, and errors.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
 use ddpm::nn::Model;
-use ddpm::nn::{Architecture, Dropout, Parameters};
+use ddpm::nn::{
+    Architecture, Dropout, Parameters, Resampling, TimeConditioning, UNet2DConfig, UpBlockType,
+};
+use ddpm::process::Prediction;
+use ddpm::sample::{SamplerConfig, Spacing, Variance};
 use ddpm::train::gradients;
 use ddpm::{
     Denoiser, Diffusion, ResBlock, Result, Sampler, Solver, TimeEmbedding, TrainConfig, Trainer,
@@ -27,19 +31,239 @@ fn ones(shape: &[usize]) -> Tensor {
 /// Names and shapes must stay compatible with every weights file. These lists are PyTorch's.
 #[test]
 fn weights_are_named_and_shaped_as_in_pytorch() {
-    for (config, expected) in [
-        (UNetConfig::mnist(), include_str!("data/weights-mnist.txt")),
-        (UNetConfig::cifar10(), include_str!("data/weights-cifar10.txt")),
-    ] {
+    fn check(config: &impl Architecture, expected: &str) -> usize {
         let parameters = parameters();
-        let _ = parameters.build(&config).unwrap();
-        let ours: Vec<String> = parameters
-            .vars()
-            .iter()
-            .map(|(name, var)| format!("{name} {:?}", var.dims()))
-            .collect();
+        let _ = parameters.build(config).unwrap();
+        let vars = parameters.vars();
+        let ours: Vec<String> =
+            vars.iter().map(|(name, var)| format!("{name} {:?}", var.dims())).collect();
         assert_eq!(ours, expected.lines().collect::<Vec<_>>());
+        vars.values().map(|var| var.elem_count()).sum()
     }
+    check(&UNetConfig::mnist(), include_str!("data/weights-mnist.txt"));
+    check(&UNetConfig::cifar10(), include_str!("data/weights-cifar10.txt"));
+    let list = include_str!("data/weights-unet2d-cifar10.txt");
+    // The number of weights of google/ddpm-cifar10-32.
+    assert_eq!(check(&UNet2DConfig::cifar10(), list), 35_746_307);
+}
+
+/// A small network of Ho et al.'s kind, with dropout of values.
+fn small_2d(dropout: f64) -> UNet2DConfig {
+    UNet2DConfig {
+        sample_size: 8.into(),
+        block_out_channels: vec![8, 16, 16, 16],
+        norm_num_groups: 4,
+        dropout,
+        ..UNet2DConfig::cifar10()
+    }
+}
+
+#[test]
+fn dropout_of_values_is_that_of_an_image_and_of_training() -> Result<()> {
+    let device = Device::Cpu;
+    let x = Sampler::prior((3, 3, 8, 8), 5, &device)?;
+    let t = Tensor::new(&[4u32, 300, 900], &device)?;
+    let values = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let build = |dropout| parameters().build(&small_2d(dropout));
+    let (without, with) = (build(0.0)?, build(0.5)?);
+    assert_eq!(values(without.forward(&x, &t)?), values(with.forward(&x, &t)?));
+
+    let [step, other] = [Dropout::new(1, 0), Dropout::new(1, 1)];
+    let all = train(&with, &x, &t, &step)?;
+    assert_ne!(values(all.clone()), values(without.forward(&x, &t)?));
+    assert_ne!(values(all.clone()), values(train(&with, &x, &t, &other)?));
+    for batch in [1, 2] {
+        let (x, t) = (x.narrow(0, 0, batch)?, t.narrow(0, 0, batch)?);
+        let part = train(&with, &x, &t, &step)?;
+        assert_eq!(values(part), values(all.narrow(0, 0, batch)?), "a batch of {batch}");
+    }
+    Ok(())
+}
+
+#[test]
+fn impossible_networks_of_ho_et_als_kind_are_refused() {
+    type Change = fn(&mut UNet2DConfig);
+    let cases: [(Change, &str); 12] = [
+        (
+            |c| c.sample_size = 12.into(),
+            "sample_size is 12; it must be a multiple of 8, because the levels halve it 3 times, at most 65536",
+        ),
+        (
+            |c| c.out_channels = 4,
+            "out_channels is 4; it must be in_channels, which is 3, or twice as many for a learned variance",
+        ),
+        (
+            |c| c.block_out_channels[1] = 10,
+            "block_out_channels is [8, 10, 16, 16]; it must be multiples of norm_num_groups, 4, up to 65536",
+        ),
+        (|c| c.block_out_channels = vec![], "block_out_channels is []; it must be 1 to 16 numbers"),
+        (
+            |c| c.block_out_channels = vec![4; 4],
+            "block_out_channels is [4, 4, 4, 4]; it must be more than 4 in at least one entry: \
+             with 4 channels a normalisation has one channel per group, and subtracts the time embedding",
+        ),
+        (
+            |c| c.up_block_types = vec![UpBlockType::Plain; 3],
+            "number of up_block_types is 3; it must be 4, that of block_out_channels",
+        ),
+        (
+            |c| c.attention_head_dim = Some(3),
+            "attention_head_dim is 3; it must be a divisor of the 16 channels of a level with attention",
+        ),
+        (
+            |c| c.attn_norm_num_groups = Some(3),
+            "attn_norm_num_groups is 3; it must be a divisor of the 16 channels of the last level",
+        ),
+        (|c| c.norm_eps = 0.0, "norm_eps is 0; it must be positive and finite"),
+        (|c| c.downsample_padding = 2, "downsample_padding is 2; it must be from 0 to 1"),
+        (|c| c.num_class_embeds = Some(1), "num_class_embeds is 1; it must be from 2 to 65537"),
+        (|c| c.dropout = 1.0, "dropout is 1; it must be at least 0 and less than 1"),
+    ];
+    for (change, expected) in cases {
+        let mut config = small_2d(0.0);
+        change(&mut config);
+        assert_eq!(parameters().build(&config).map(drop).unwrap_err().to_string(), expected);
+    }
+}
+
+/// The folder of a network that diffusers saved.
+const FOLDER: &str = "tests/data/diffusers/scale_shift";
+
+#[test]
+fn options_of_diffusers_that_are_lacking_are_refused_by_name() {
+    let config = UNet2DConfig::from_diffusers(FOLDER).unwrap();
+    assert_eq!(config.resnet_time_scale_shift, TimeConditioning::ScaleShift);
+    assert_eq!((config.upsample_type, config.norm_eps), (Resampling::Resnet, 1e-3));
+    // As an architecture of a checkpoint, the configuration is the same.
+    let json = serde_json::to_string(&config).unwrap();
+    assert_eq!(serde_json::from_str::<UNet2DConfig>(&json).unwrap(), config);
+
+    let text = std::fs::read_to_string(format!("{FOLDER}/config.json")).unwrap();
+    for (option, value, expected) in [
+        (
+            "time_embedding_type",
+            "\"fourier\"",
+            "time_embedding_type is \"fourier\"; it must be \"positional\"",
+        ),
+        ("act_fn", "\"mish\"", "act_fn is \"mish\"; it must be \"silu\" or \"swish\""),
+        ("mid_block_scale_factor", "1.4", "mid_block_scale_factor is 1.4; it must be 1 or 1.0"),
+        (
+            "_class_name",
+            "\"UNet1DModel\"",
+            "_class_name is \"UNet1DModel\"; it must be \"UNet2DModel\"",
+        ),
+        (
+            "down_block_types",
+            "[\"SkipDownBlock2D\"]",
+            "down_block_types is [\"SkipDownBlock2D\"]: unknown variant",
+        ),
+        ("norm_num_groups", "null", "norm_num_groups is null: invalid type"),
+        ("flavour", "1", "flavour is 1: unknown field"),
+        ("freq_shift", "3", "freq_shift is 3; it must be from 0 to 1"),
+    ] {
+        let mut options: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_str(&text).unwrap();
+        options.insert(option.into(), serde_json::from_str(value).unwrap());
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        std::fs::write(&path, serde_json::to_string(&options).unwrap()).unwrap();
+        let message = UNet2DConfig::from_diffusers(dir.path()).unwrap_err().to_string();
+        let message = message.strip_prefix(&format!("{}: ", path.display())).unwrap();
+        assert!(message.starts_with(expected), "{message}");
+    }
+}
+
+#[test]
+fn schedulers_of_diffusers_are_processes_and_samplers() {
+    let read = |json: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("scheduler_config.json");
+        std::fs::write(&path, json).unwrap();
+        let prefix = format!("{}: ", path.display());
+        SamplerConfig::from_diffusers(dir.path()).map_err(|e| e.to_string().replace(&prefix, ""))
+    };
+    // The options of google/ddpm-cifar10-32.
+    let (diffusion, sampler) = read(
+        r#"{"_class_name": "DDPMScheduler", "_diffusers_version": "0.1.1", "beta_end": 0.02, "beta_schedule": "linear",
+            "beta_start": 0.0001, "clip_sample": true, "num_train_timesteps": 1000, "trained_betas": null,
+            "variance_type": "fixed_large"}"#,
+    )
+    .unwrap();
+    assert_eq!(diffusion, Diffusion::ddpm());
+    let ho = SamplerConfig::new(Solver::ddpm(), 1000).clip_denoised(true);
+    assert_eq!(sampler, ho.spacing(Spacing::Leading));
+
+    let (diffusion, sampler) = read(
+        r#"{"_class_name": "DDIMScheduler", "num_train_timesteps": 20, "beta_schedule": "squaredcos_cap_v2",
+            "prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": false,
+            "set_alpha_to_one": true, "rescale_betas_zero_snr": true}"#,
+    )
+    .unwrap();
+    assert_eq!(diffusion.prediction(), Prediction::Velocity);
+    assert_eq!((diffusion.schedule().steps(), diffusion.schedule().terminal_snr()), (20, 0.0));
+    assert_eq!(sampler, SamplerConfig::new(Solver::ddim(), 20).spacing(Spacing::Trailing));
+
+    let posterior = Solver::Ddpm { variance: Variance::Posterior };
+    assert_eq!(read("{}").unwrap().1.solver, Solver::ddim());
+    let ancestral = r#"{"_class_name": "DDPMScheduler"}"#;
+    assert_eq!(read(ancestral).unwrap().1.solver, posterior);
+    for (json, expected) in [
+        (r#"{"thresholding": true}"#, "thresholding is true; it must be false"),
+        (r#"{"beta_schedule": "sigmoid"}"#, "beta_schedule is \"sigmoid\": unknown variant"),
+        (r#"{"steps_offset": 1}"#, "steps_offset is 1; it must be 0"),
+        (r#"{"beta_end": 2}"#, "beta_end is 2; it must be"),
+        (r#"{"lower_order_final": true}"#, "lower_order_final is true: unknown field"),
+    ] {
+        let message = read(json).unwrap_err();
+        assert!(message.starts_with(expected), "{message}");
+    }
+}
+
+#[test]
+fn earlier_names_and_several_files_of_diffusers_are_the_same_network() -> Result<()> {
+    let device = Device::Cpu;
+    let config = UNet2DConfig::from_diffusers(FOLDER)?;
+    let forward = |weights: Parameters| -> Result<Vec<f32>> {
+        let x = Sampler::prior((1, 3, 8, 8), 5, &device)?;
+        let y = weights.build(&config)?.forward(&x, &Tensor::new(&[400u32], &device)?)?;
+        Ok(y.flatten_all()?.to_vec1()?)
+    };
+    let expected = forward(Parameters::load_diffusers(FOLDER, DType::F32, &device)?)?;
+
+    let name = "diffusion_pytorch_model.safetensors";
+    let all = candle_core::safetensors::load(format!("{FOLDER}/{name}"), &device)?;
+    let mut files: [HashMap<String, Tensor>; 2] = Default::default();
+    let mut list = serde_json::Map::new();
+    for (k, (name, tensor)) in all.into_iter().enumerate() {
+        let earlier = name
+            .replace("to_q", "query")
+            .replace("to_k", "key")
+            .replace("to_v", "value")
+            .replace("to_out.0", "proj_attn");
+        list.insert(earlier.clone(), format!("part-{}.safetensors", k % 2).into());
+        files[k % 2].insert(earlier, tensor);
+    }
+    assert!(list.contains_key("mid_block.attentions.0.proj_attn.bias"));
+    let dir = tempfile::tempdir().unwrap();
+    for (k, tensors) in files.iter().enumerate() {
+        let path = dir.path().join(format!("part-{k}.safetensors"));
+        candle_core::safetensors::save(tensors, path)?;
+    }
+    let index = dir.path().join(format!("{name}.index.json"));
+    let write = |list: &serde_json::Map<String, serde_json::Value>| {
+        let json = serde_json::json!({ "metadata": {}, "weight_map": list });
+        std::fs::write(&index, json.to_string()).unwrap();
+    };
+    write(&list);
+    let load = || Parameters::load_diffusers(dir.path(), DType::F32, &device);
+    assert_eq!(forward(load()?)?, expected);
+
+    list.insert("conv_in.weight".into(), "../part-0.safetensors".into());
+    write(&list);
+    let message = load().unwrap_err().to_string();
+    let expected = "lists ../part-0.safetensors; it must list the names of files in the folder";
+    assert_eq!(message, format!("{}: {expected}", index.display()));
+    Ok(())
 }
 
 #[test]

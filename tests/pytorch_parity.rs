@@ -4,13 +4,16 @@
 //! variable `DDPM_FIXTURES` names. `tests/data/README.md` describes the content of these files and how
 //! to create them. The test does not depend on a configuration or a size. `DDPM_DEVICE=cuda` selects a
 //! GPU.
+//!
+//! Also compares `UNet2D` with diffusers, over every folder in `tests/data/diffusers/`, and in the folder that the
+//! environment variable `DDPM_DIFFUSERS` names.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
-use ddpm::nn::Dropout;
+use ddpm::nn::{Condition, Dropout, Model, Output, Parameters, Trainable, UNet2D, UNet2DConfig};
 use ddpm::process::Prediction;
 use ddpm::train::{AdamConfig, EmaConfig, WeightDecay};
 use ddpm::{Denoiser, Diffusion, NoiseSchedule, Sampler, Solver, TrainConfig, Trainer, UNetConfig};
@@ -234,6 +237,153 @@ impl Fixture {
         candle_core::safetensors::save(&weights, &path).unwrap();
         trainer.set_weights(&path).unwrap();
         trainer
+    }
+}
+
+/// The allowed difference from diffusers, relative to the largest value or to the norm.
+const DIFFUSERS_OUT: f64 = 1e-4;
+const DIFFUSERS_GRADIENT: f64 = 1e-3;
+
+#[test]
+fn every_network_of_diffusers_agrees() {
+    let folders = |dir: PathBuf| {
+        let entries = std::fs::read_dir(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+        let mut folders: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+        folders.retain(|folder| folder.join("case.safetensors").exists());
+        folders.sort();
+        assert!(!folders.is_empty(), "{} holds no case.safetensors", dir.display());
+        folders
+    };
+    let mut all = folders("tests/data/diffusers".into());
+    all.extend(std::env::var_os("DDPM_DIFFUSERS").into_iter().flat_map(|dir| folders(dir.into())));
+    for folder in all {
+        let network = Diffusers::read(&folder);
+        println!("{}", folder.display());
+        network.output_and_gradients();
+        if network.case.contains_key("train.loss") {
+            network.training_step();
+        }
+    }
+}
+
+/// A network that diffusers saved, with its results.
+struct Diffusers {
+    folder: PathBuf,
+    config: UNet2DConfig,
+    weights: HashMap<String, Tensor>,
+    case: HashMap<String, Tensor>,
+}
+
+impl Diffusers {
+    fn read(folder: &Path) -> Self {
+        let load = |name| candle_core::safetensors::load(folder.join(name), &Device::Cpu).unwrap();
+        Self {
+            folder: folder.to_owned(),
+            config: UNet2DConfig::from_diffusers(folder).unwrap(),
+            weights: load("diffusion_pytorch_model.safetensors"),
+            case: load("case.safetensors"),
+        }
+    }
+
+    /// Builds the network with weights that take gradients.
+    fn trainable(&self) -> (Parameters, Model<UNet2D>) {
+        let parameters = Parameters::new(0, DType::F32, &device());
+        let model = parameters.build(&self.config).unwrap();
+        let vars = parameters.vars();
+        assert_eq!(vars.len(), self.weights.len());
+        for (name, var) in vars {
+            var.set(&there(&self.weights[&name])).unwrap();
+        }
+        (parameters, model)
+    }
+
+    fn output_and_gradients(&self) {
+        let [x, t, d_out] = ["x", "t", "d_out"].map(|name| there(&self.case[name]));
+        let condition = match self.case.get("classes") {
+            Some(classes) => Condition::Classes(there(classes)),
+            None => Condition::None,
+        };
+        let whole = |y: &Output| match &y.variance {
+            Some(variance) => Tensor::cat(&[&y.prediction, variance], 1).unwrap(),
+            None => y.prediction.clone(),
+        };
+        let expected = &self.case["out"];
+        let largest = max_abs(expected, &expected.zeros_like().unwrap());
+        let check_output = |what: &str, y: &Output| {
+            let difference = max_abs(&here(&whole(y)), expected) / largest;
+            close(&format!("out, {what}"), difference, DIFFUSERS_OUT);
+        };
+        let frozen = Parameters::load_diffusers(&self.folder, DType::F32, &device()).unwrap();
+        let frozen = frozen.build(&self.config).unwrap();
+        check_output("frozen", &frozen.denoise(&x, &t, &condition).unwrap());
+
+        let (parameters, model) = self.trainable();
+        let dropout = Dropout::new(0, 0);
+        let channels = self.config.in_channels;
+        let y = model.denoise_train(&x, &t, &condition, &dropout).unwrap();
+        check_output("by candle", &y);
+        let by_candle = (whole(&y) * &d_out).unwrap().sum_all().unwrap().backward().unwrap();
+        let mut gradient = |y: &Output| {
+            check_output("by kernels", y);
+            let d = Output::new(d_out.narrow(1, 0, channels)?.contiguous()?);
+            let rest = d_out.dim(1)? - channels;
+            if rest == 0 {
+                return Ok(d);
+            }
+            Ok(d.with_variance(d_out.narrow(1, channels, rest)?.contiguous()?))
+        };
+        let by_kernels = model.gradients(&x, &t, &condition, &dropout, &mut gradient).unwrap();
+
+        for (what, gradients) in [("by candle", by_candle), ("by kernels", by_kernels)] {
+            let vars = parameters.vars();
+            let expected = |name: &str| &self.case[&format!("grad.{name}")];
+            let largest = vars.keys().map(|name| norm(expected(name))).fold(0.0, f64::max);
+            let mut worst = (0.0, "no weight".to_string());
+            for (name, var) in &vars {
+                let found = gradients.get(var).unwrap_or_else(|| panic!("{name} has no gradient"));
+                let (found, expected) = (here(found), expected(name));
+                // The bias of attention's keys has no gradient in exact arithmetic, as in `without_key`.
+                if norm(expected) < 1e-10 * largest {
+                    assert!(norm(&found) < 1e-5 * largest, "{name} should have no gradient");
+                    continue;
+                }
+                let difference = norm(&(&found - expected).unwrap()) / norm(expected);
+                if difference > worst.0 || difference.is_nan() {
+                    worst = (difference, name.clone());
+                }
+            }
+            close(&format!("gradient of {}, {what}", worst.1), worst.0, DIFFUSERS_GRADIENT);
+        }
+    }
+
+    fn training_step(&self) {
+        let config = TrainConfig {
+            optimizer: AdamConfig { eps: 1e-3, ..AdamConfig::adam(1e-2) },
+            clip_norm: Some(1.0),
+            ema: None,
+            ..TrainConfig::mnist()
+        };
+        let (config, network) = (config, self.config.clone());
+        let mut trainer = Trainer::new(network, config, Diffusion::ddpm(), &device()).unwrap();
+        trainer.set_weights(self.folder.join("diffusion_pytorch_model.safetensors")).unwrap();
+        let [x_0, t, eps] =
+            ["train.x_0", "train.t", "train.eps"].map(|name| there(&self.case[name]));
+        let update = trainer.step_with(x_0, &t, &eps).unwrap();
+        close("train.loss", max_abs(&here(&update.loss), &self.case["train.loss"]), LOSS);
+        let mut worst = (0.0, String::new());
+        for (name, var) in trainer.vars() {
+            let expected = &self.case[&format!("trained.{name}")];
+            let difference = rms(&(here(var) - expected).unwrap());
+            let changed = rms(&(&self.weights[name] - expected).unwrap());
+            assert!(
+                changed > 10.0 * WEIGHT || name.ends_with("to_k.bias"),
+                "{name} stays the same"
+            );
+            if difference > worst.0 || difference.is_nan() {
+                worst = (difference, name.clone());
+            }
+        }
+        close(&format!("trained.{}", worst.1), worst.0, WEIGHT);
     }
 }
 

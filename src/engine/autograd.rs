@@ -7,7 +7,6 @@ use crate::error::{Result, check_fraction};
 use crate::kernels;
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::conv::Add;
-use crate::kernels::op::norm::NormConfig;
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
 
 /// The engine on candle tensors. It runs on every device and in f64, and candle can differentiate it.
@@ -49,10 +48,16 @@ impl Engine<'_> for Autograd<'_> {
         x: &Tensor,
         add: Add<'_, Tensor>,
     ) -> Result<Tensor> {
-        shapes::norm(norm, x.dims4()?)?;
-        let GroupNorm { weight, bias, activation } = norm;
-        let x = kernels::group_norm(x, weight, bias, NormConfig::new(*activation))?;
-        self.conv_add(conv, &x, add)
+        self.conv_add(conv, &self.norm(norm, x)?, add)
+    }
+
+    fn modulated_norm(&self, norm: &GroupNorm, x: &Tensor, by: Option<&Tensor>) -> Result<Tensor> {
+        shapes::modulated_norm(norm, x.dims4()?, by.map(Tensor::dims4).transpose()?)?;
+        let GroupNorm { weight, bias, config } = norm;
+        Ok(match by {
+            None => kernels::group_norm(x, weight, bias, *config)?,
+            Some(by) => kernels::modulated_group_norm(x, weight, bias, by, *config)?,
+        })
     }
 
     fn linear(&self, f: VectorActivation, linear: &Linear, x: &Tensor) -> Result<Tensor> {
@@ -75,18 +80,31 @@ impl Engine<'_> for Autograd<'_> {
         Ok(x.broadcast_mul(&mask.unsqueeze(1)?.unsqueeze(1)?)?)
     }
 
+    fn drop_values(&self, x: &Tensor, layer: u16, p: f64) -> Result<Tensor> {
+        let (batch, h, w, channels) = x.dims4()?;
+        let values = x.reshape((batch, 1, 1, h * w * channels))?;
+        Ok(self.drop_maps(&values, layer, p)?.reshape(x.dims())?)
+    }
+
     fn concatenate(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         shapes::concatenation(a.dims4()?, b.dims4()?)?;
         Ok(Tensor::cat(&[a, b], 3)?)
     }
 
-    fn attention(&self, qkv: &Tensor) -> Result<Tensor> {
-        shapes::attention(qkv.dims4()?)?;
+    fn attention(&self, qkv: &Tensor, heads: usize) -> Result<Tensor> {
+        shapes::attention(qkv.dims4()?, heads)?;
         let (b, h, w, c) = qkv.dims4()?;
-        let (qkv, c) = (qkv.reshape((b, h * w, c))?, c / 3);
-        let part = |i| qkv.narrow(2, i * c, c)?.contiguous();
-        let y = kernels::attention(&part(0)?, &part(1)?, &part(2)?)?;
-        Ok(y.reshape((b, h, w, c))?)
+        let y = kernels::attention(&qkv.reshape((b, h * w, c))?, heads)?;
+        Ok(y.reshape((b, h, w, c / 3))?)
+    }
+
+    fn pool(&self, x: &Tensor) -> Result<Tensor> {
+        shapes::pooling(x.dims4()?)?;
+        Ok(kernels::average_pixels(x)?)
+    }
+
+    fn upsample(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(kernels::upsample_nearest_2x(x)?)
     }
 
     fn sinusoids(&self, sinusoids: &Sinusoids) -> Result<Tensor> {

@@ -121,6 +121,28 @@ pub trait Engine<'n>: Sealed {
         add: Add<'_, Self::Map>,
     ) -> Result<Self::Map>;
 
+    /// Normalises and activates a map. [`norm_conv_add`](Self::norm_conv_add) takes less memory if one convolution
+    /// follows.
+    ///
+    /// # Errors
+    /// Returns an error if a shape does not fit.
+    fn norm(&self, norm: &'n GroupNorm, x: &Self::Map) -> Result<Self::Map> {
+        self.modulated_norm(norm, x, None)
+    }
+
+    /// Normalises a map, multiplies it by `1 + scale` and adds `shift`, then activates it. The vectors `by` hold the
+    /// scales of the channels of an image, then their shifts. Dhariwal and Nichol 2021, section 3.1. Without `by`, this
+    /// is a [normalisation](Self::norm).
+    ///
+    /// # Errors
+    /// Returns an error if a shape does not fit.
+    fn modulated_norm(
+        &self,
+        norm: &'n GroupNorm,
+        x: &Self::Map,
+        by: Option<&Self::Map>,
+    ) -> Result<Self::Map>;
+
     /// Applies an activation to a batch of vectors, then a linear layer.
     ///
     /// # Errors
@@ -141,18 +163,38 @@ pub trait Engine<'n>: Sealed {
     /// Returns an error if `p` is not at least 0 and less than 1.
     fn drop_maps(&self, x: &Self::Map, layer: u16, p: f64) -> Result<Self::Map>;
 
+    /// Drops single values of each image with probability `p` in training passes. In all other passes, returns the map
+    /// unchanged. `layer` is the number of this dropout within the network. The mask of an image depends only on the
+    /// seed, the step, `layer`, and the position of the image in the batch of the update.
+    ///
+    /// # Errors
+    /// Returns an error if `p` is not at least 0 and less than 1.
+    fn drop_values(&self, x: &Self::Map, layer: u16, p: f64) -> Result<Self::Map>;
+
+    /// Halves height and width: each pixel of the output is the mean of two by two pixels.
+    ///
+    /// # Errors
+    /// Returns an error if height or width is odd.
+    fn pool(&self, x: &Self::Map) -> Result<Self::Map>;
+
+    /// Doubles height and width: repeats each pixel in both directions.
+    ///
+    /// # Errors
+    /// Returns an error if there is not enough memory.
+    fn upsample(&self, x: &Self::Map) -> Result<Self::Map>;
+
     /// Concatenates the channels of two maps.
     ///
     /// # Errors
     /// Returns an error if batch, height or width differ.
     fn concatenate(&self, a: &Self::Map, b: &Self::Map) -> Result<Self::Map>;
 
-    /// Computes the softmax attention of all pixels to all, with one head. The channels of `qkv` hold queries, keys and
-    /// values side by side.
+    /// Computes the softmax attention of all pixels to all. The channels of `qkv` hold queries, keys and values side by
+    /// side. Each of the three, and the output, is divided into `heads` heads of equal size.
     ///
     /// # Errors
-    /// Returns an error if the number of channels is not a multiple of 3.
-    fn attention(&self, qkv: &Self::Map) -> Result<Self::Map>;
+    /// Returns an error if `heads` is 0, or if the number of channels is not a multiple of `3 heads`.
+    fn attention(&self, qkv: &Self::Map, heads: usize) -> Result<Self::Map>;
 
     /// Computes the sinusoids of the pass's timesteps, a batch of vectors, for [`TimeEmbedding`](crate::TimeEmbedding).
     #[doc(hidden)]

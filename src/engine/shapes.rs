@@ -44,6 +44,16 @@ pub(super) fn norm(norm: &GroupNorm, x: Dims) -> Result<()> {
     refuse("the input of a normalisation", x, expected)
 }
 
+/// Checks the input of a normalisation, and its scales and shifts.
+pub(super) fn modulated_norm(layer: &GroupNorm, x: Dims, by: Option<Dims>) -> Result<()> {
+    norm(layer, x)?;
+    let expected = (x.0, 1, 1, 2 * layer.channels());
+    match by.filter(|&by| by != expected) {
+        None => Ok(()),
+        Some(by) => refuse("the scales and shifts of a normalisation", by, format!("{expected:?}")),
+    }
+}
+
 /// Checks the input of a linear layer.
 pub(super) fn linear(linear: &Linear, x: Dims) -> Result<()> {
     if (x.1, x.2, x.3) == (1, 1, linear.input()) {
@@ -74,10 +84,24 @@ pub(super) fn concatenation(a: Dims, b: Dims) -> Result<()> {
 }
 
 /// Checks queries, keys and values.
-pub(super) fn attention(qkv: Dims) -> Result<()> {
-    if qkv.3.is_multiple_of(3) {
+pub(super) fn attention(qkv: Dims, heads: usize) -> Result<()> {
+    if heads == 0 {
+        return Err(Error::config("heads", heads, "at least 1"));
+    }
+    if qkv.3.is_multiple_of(3 * heads) {
         return Ok(());
     }
-    let expected = "(batch, height, width, 3 channels)".into();
+    let expected = match heads {
+        1 => "(batch, height, width, 3 channels)".into(),
+        _ => format!("(batch, height, width, 3 channels), with channels for {heads} heads"),
+    };
     refuse("the map of queries, keys and values", qkv, expected)
+}
+
+/// Checks a map whose height and width are halved.
+pub(super) fn pooling(x: Dims) -> Result<()> {
+    if x.1.is_multiple_of(2) && x.2.is_multiple_of(2) {
+        return Ok(());
+    }
+    refuse("the map to be pooled", x, "(batch, even height, even width, channels)".into())
 }

@@ -106,7 +106,24 @@ impl Engine<'_> for Survey {
         Ok(())
     }
 
-    fn attention(&self, _: &()) -> Result<()> {
+    fn attention(&self, _: &(), _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn modulated_norm(&self, norm: &GroupNorm, _: &(), _: Option<&()>) -> Result<()> {
+        self.visit([&norm.weight, &norm.bias]);
+        Ok(())
+    }
+
+    fn drop_values(&self, _: &(), _: u16, _: f64) -> Result<()> {
+        Ok(())
+    }
+
+    fn pool(&self, _: &()) -> Result<()> {
+        Ok(())
+    }
+
+    fn upsample(&self, _: &()) -> Result<()> {
         Ok(())
     }
 

@@ -10,11 +10,13 @@ use candle_core::{DType, Device, Tensor};
 use super::graph::{Engine, Sealed};
 use super::pass::Pass;
 use super::shapes;
-use crate::backend::maps::Maps;
+use crate::backend::maps::{Maps, Norm};
 use crate::error::{Result, check_fraction};
 use crate::kernels::op::activation::VectorActivation;
+use crate::kernels::op::attention::AttentionShape;
 use crate::kernels::op::conv::{Add, Addends};
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
+use crate::random::Dropout;
 
 /// A feature map (batch, height, width, channels), and its gradient in the backward pass.
 pub(crate) struct Map<B: Maps> {
@@ -175,6 +177,49 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
         self.weights.borrow_mut().extend(weights.into_iter().zip(gradients));
     }
 
+    /// Records the gradients of a normalisation's weights, and adds those of its input `x` and of its scales and
+    /// shifts, from that of its output.
+    fn normalize_backward(
+        &self,
+        (norm, by): (&'n GroupNorm, Option<&Map<B>>),
+        x: &Map<B>,
+        statistics: &B::Statistics,
+        mut d: B::Buffer,
+    ) -> Result<()> {
+        let (backend, there) = (&self.backend, x.gradient.take());
+        let (gradients, d_by) = backend.normalize_backward(
+            Norm { layer: norm, by: by.map(|by| &*by.values) },
+            x.dims,
+            &x.values,
+            statistics,
+            &mut d,
+            there.as_ref(),
+        )?;
+        self.record([&norm.weight, &norm.bias], gradients);
+        if let (Some(by), Some(d_by)) = (by, d_by) {
+            by.gradient.add(backend, d_by)?;
+        }
+        x.gradient.add(backend, d)
+    }
+
+    /// Multiplies `x`, seen as a map of dimensions `dims`, by a dropout mask of one factor per image and channel.
+    fn dropped(
+        &self,
+        x: &Map<B>,
+        dims: [usize; 4],
+        dropout: &Dropout,
+        layer: u16,
+        p: f64,
+    ) -> Result<Map<B>> {
+        let mask = self.backend.mask(dropout, layer, dims, p)?;
+        let y = self.backend.scale_maps(dims, &x.values, &mask)?;
+        // The backward pass needs only the gradient of `x`, so the map is not kept.
+        let gradient = x.gradient.clone();
+        Ok(self.output(x.dims, y, move |tape, dy| {
+            gradient.add(&tape.backend, tape.backend.scale_maps(dims, &dy, &mask)?)
+        }))
+    }
+
     /// Computes a convolution's weight gradients, and the gradient of its addend per image, from `dy`.
     fn convolve_weight_gradients(
         &self,
@@ -231,29 +276,36 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
     ) -> Result<Map<B>> {
         shapes::norm(norm, x.dims.into())?;
         check(conv, x, &add)?;
-        let (n, statistics) = self.backend.normalize(norm, x.dims, &x.values)?;
+        let own = Norm { layer: norm, by: None };
+        let (n, statistics) = self.backend.normalize(own, x.dims, &x.values)?;
         let (dims, y) = self.backend.convolve(conv, x.dims, &n, plain(&add))?;
         let (x, added) = (x.clone(), gradients(&add));
         Ok(self.output(dims, y, move |tape, dy| {
             let backend = &tape.backend;
             // Recomputed instead of kept: it is as large as the map, and takes little time.
-            let n = backend.normalize_again(norm, x.dims, &x.values, &statistics)?;
+            let own = Norm { layer: norm, by: None };
+            let n = backend.normalize_again(own, x.dims, &x.values, &statistics)?;
             tape.convolve_weight_gradients(conv, x.dims, &n, &dy, &added.per_image)?;
             // The normalised map is no longer needed, so its gradient overwrites it.
             let mut dn = n;
             backend.convolve_input_gradient(conv, x.dims, &dy, &mut dn, false)?;
             added.residual.add(backend, dy)?;
-            let there = x.gradient.take();
-            let gradients = backend.normalize_backward(
-                norm,
-                x.dims,
-                &x.values,
-                &statistics,
-                &mut dn,
-                there.as_ref(),
-            )?;
-            tape.record([&norm.weight, &norm.bias], gradients);
-            x.gradient.add(backend, dn)
+            tape.normalize_backward((norm, None), &x, &statistics, dn)
+        }))
+    }
+
+    fn modulated_norm(
+        &self,
+        norm: &'n GroupNorm,
+        x: &Map<B>,
+        by: Option<&Map<B>>,
+    ) -> Result<Map<B>> {
+        shapes::modulated_norm(norm, x.dims.into(), by.map(|by| by.dims.into()))?;
+        let own = Norm { layer: norm, by: by.map(|by| &*by.values) };
+        let (n, statistics) = self.backend.normalize(own, x.dims, &x.values)?;
+        let (x, by) = (x.clone(), by.cloned());
+        Ok(self.output(x.dims, n, move |tape, dn| {
+            tape.normalize_backward((norm, by.as_ref()), &x, &statistics, dn)
         }))
     }
 
@@ -284,12 +336,33 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
     fn drop_maps(&self, x: &Map<B>, layer: u16, p: f64) -> Result<Map<B>> {
         check_fraction("dropout", p)?;
         let Some(dropout) = self.pass.dropout else { return Ok(x.clone()) };
-        let mask = self.backend.mask(dropout, layer, x.dims, p)?;
-        let y = self.backend.scale_maps(x.dims, &x.values, &mask)?;
-        // The backward pass needs only the gradient of `x`, so the map is not kept.
-        let (dims, gradient) = (x.dims, x.gradient.clone());
+        self.dropped(x, x.dims, dropout, layer, p)
+    }
+
+    fn drop_values(&self, x: &Map<B>, layer: u16, p: f64) -> Result<Map<B>> {
+        check_fraction("dropout", p)?;
+        let Some(dropout) = self.pass.dropout else { return Ok(x.clone()) };
+        let [batch, h, w, channels] = x.dims;
+        // Each value is a map of one pixel.
+        self.dropped(x, [batch, 1, 1, h * w * channels], dropout, layer, p)
+    }
+
+    fn pool(&self, x: &Map<B>) -> Result<Map<B>> {
+        shapes::pooling(x.dims.into())?;
+        let [batch, h, w, channels] = x.dims;
+        let y = self.backend.sum_pixels(x.dims, &x.values, 0.25)?;
+        let (dims, gradient) = ([batch, h / 2, w / 2, channels], x.gradient.clone());
         Ok(self.output(dims, y, move |tape, dy| {
-            gradient.add(&tape.backend, tape.backend.scale_maps(dims, &dy, &mask)?)
+            gradient.add(&tape.backend, tape.backend.repeat_pixels(dims, &dy, 0.25)?)
+        }))
+    }
+
+    fn upsample(&self, x: &Map<B>) -> Result<Map<B>> {
+        let [batch, h, w, channels] = x.dims;
+        let y = self.backend.repeat_pixels(x.dims, &x.values, 1.0)?;
+        let (dims, gradient) = ([batch, 2 * h, 2 * w, channels], x.gradient.clone());
+        Ok(self.output(dims, y, move |tape, dy| {
+            gradient.add(&tape.backend, tape.backend.sum_pixels(dims, &dy, 1.0)?)
         }))
     }
 
@@ -305,13 +378,14 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         }))
     }
 
-    fn attention(&self, qkv: &Map<B>) -> Result<Map<B>> {
-        shapes::attention(qkv.dims.into())?;
+    fn attention(&self, qkv: &Map<B>, heads: usize) -> Result<Map<B>> {
+        shapes::attention(qkv.dims.into(), heads)?;
         let [batch, h, w, c] = qkv.dims;
-        let y = self.backend.attention(qkv.dims, &qkv.values)?;
+        let shape = AttentionShape::of_map(qkv.dims, heads);
+        let y = self.backend.attention(batch, shape, &qkv.values)?;
         let qkv = qkv.clone();
         Ok(self.output([batch, h, w, c / 3], y, move |tape, dy| {
-            let d = tape.backend.attention_backward(qkv.dims, &qkv.values, &dy)?;
+            let d = tape.backend.attention_backward(batch, shape, &qkv.values, &dy)?;
             qkv.gradient.add(&tape.backend, d)
         }))
     }

@@ -10,6 +10,7 @@ use super::cpu::isa::Isa;
 use super::cpu::linear::{linear_forward, linear_input_gradient, linear_weight_gradient};
 use super::cpu::norm::Normalization;
 use super::cpu::reduce::{sum_over_batch, sums_by_image};
+use super::op::activation::Activation;
 use super::op::conv::{ConvShape, Scale};
 use super::op::norm::NormConfig;
 use super::reference;
@@ -39,6 +40,18 @@ pub(crate) fn group_norm(
     } else {
         reference::norm::group_norm(x, weight, bias, config)
     }
+}
+
+/// Computes the GroupNorm of `x`, modulated by the scales and shifts `by` (batch, 1, 1, 2 channels).
+pub(crate) fn modulated_group_norm(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    by: &Tensor,
+    config: NormConfig,
+) -> Result<Tensor> {
+    let plain = NormConfig { activation: Activation::None, ..config };
+    reference::norm::modulated(&group_norm(x, weight, bias, plain)?, by, config.activation)
 }
 
 /// Computes `x W^T + b`: `x` (batch, in), `weight` (out, in), `bias` (out).

@@ -26,7 +26,7 @@ mod suite;
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub(crate) use autograd::{attention, conv2d, group_norm, linear};
+pub(crate) use autograd::{attention, conv2d, group_norm, linear, modulated_group_norm};
 pub(crate) use cpu::adam::{AdamStep, follow, sum_of_squares};
 pub(crate) use cpu::isa::{Isa, check_limit};
 pub(crate) use cpu::muon::{MuonStep, orthogonalize_all};
@@ -35,4 +35,5 @@ pub(crate) use cpu::pixels::{
 };
 pub(crate) use reference::layout::{to_channels_first, to_channels_last};
 pub(crate) use reference::linear::activated;
+pub(crate) use reference::pixels::{average_pixels, upsample_nearest_2x};
 pub(crate) use slices::{on_cpu_in_f32, same_storage, with_values, with_values_mut};

@@ -61,6 +61,11 @@ pub(crate) trait Subject {
         Ok(Found::new())
     }
 
+    /// `y`, `again`, `dx`, `dweight`, `dbias`, and `dby`: the gradient of scales and shifts.
+    fn modulated(&self, _: &ModulatedCase) -> Result<Found> {
+        Ok(Found::new())
+    }
+
     /// `y`, `dx`, `dweight`, `dbias`.
     fn linear(&self, _: &LinearCase) -> Result<Found> {
         Ok(Found::new())
@@ -68,6 +73,11 @@ pub(crate) trait Subject {
 
     /// `y`, `dx`: the gradient of q, k and v.
     fn attention(&self, _: &AttentionCase) -> Result<Found> {
+        Ok(Found::new())
+    }
+
+    /// `repeated` and `summed`: each pixel four times, and the sums of two by two pixels, times the factor.
+    fn pixels(&self, _: &PixelsCase) -> Result<Found> {
         Ok(Found::new())
     }
 
@@ -278,14 +288,14 @@ pub(crate) struct NormCase {
 impl NormCase {
     fn new(
         [batch, h, w]: [usize; 3],
-        [groups, group]: [usize; 2],
+        ([groups, group], eps): ([usize; 2], f64),
         (activation, more): (Activation, bool),
         mean: f64,
         normals: Normals,
     ) -> Self {
         let dims = [batch, h, w, groups * group];
         Self {
-            config: NormConfig { groups, eps: EPS, activation },
+            config: NormConfig { groups, eps, activation },
             x: (normals.tensor(0, &dims) + mean).unwrap(),
             weight: normals.tensor(1, &dims[3..]),
             bias: normals.tensor(2, &dims[3..]),
@@ -306,8 +316,8 @@ impl NormCase {
             |v| reference::norm::group_norm(&v[0], &v[1], &v[2], *config),
         )?;
         let (run, stored) = subject.norm_arithmetic();
-        let NormConfig { groups, activation, .. } = *config;
-        let norm = Normalization { groups, weight, bias, activation, run };
+        let NormConfig { groups, eps, activation } = *config;
+        let norm = Normalization { groups, weight, bias, eps, activation, run };
         let mut bounds = norm.bounds(&x, &dy)?;
         let mut store = [stored; 2];
         if let Some(more) = &self.more {
@@ -337,6 +347,98 @@ impl NormCase {
         for subject in subjects() {
             let expected = self.expected(&*subject).unwrap();
             compare(&*subject, &case, subject.normalization(self).unwrap(), &expected);
+        }
+    }
+}
+
+/// A normalisation modulated by scales and shifts (batch, 2 channels). The weights and biases of the images are exact
+/// in f32, so each image has the error of a plain normalisation.
+pub(crate) struct ModulatedCase {
+    pub norm: NormCase,
+    pub by: Tensor,
+}
+
+impl ModulatedCase {
+    fn new(mut norm: NormCase, normals: Normals) -> Result<Self> {
+        // Weights, biases and shifts have 8 binary digits after the point. Factors are powers of two.
+        let few_digits = |t: &Tensor| (t * 256.0)?.round()? / 256.0;
+        norm.weight = few_digits(&norm.weight)?;
+        norm.bias = few_digits(&norm.bias)?;
+        let dims = (norm.x.dim(0)?, norm.x.dim(3)?);
+        let factors = normals.tensor(5, &[dims.0, dims.1]).clamp(-2f32, 2f32)?.round()?;
+        let scale = ((factors * std::f64::consts::LN_2)?.exp()?.affine(16.0, 0.0)?.round()?
+            / 16.0)?
+            .affine(1.0, -1.0)?;
+        let shift = few_digits(&normals.tensor(6, &[dims.0, dims.1]))?;
+        Ok(Self { norm, by: Tensor::cat(&[scale, shift], 1)? })
+    }
+
+    fn expected(&self, subject: &dyn Subject) -> Result<Expected> {
+        let NormCase { config, x, weight, bias, dy, more } = &self.norm;
+        let (batch, channels) = (x.dim(0)?, x.dim(3)?);
+        let inputs = [x.clone(), weight.clone(), bias.clone(), self.by.clone()];
+        let plain = NormConfig { activation: Activation::None, ..*config };
+        let mut exact = value_and_gradients(
+            DType::F64,
+            &inputs,
+            |_| dy.clone(),
+            |v| {
+                let n = reference::norm::group_norm(&v[0], &v[1], &v[2], plain)?;
+                let by = v[3].unsqueeze(1)?.unsqueeze(1)?;
+                reference::norm::modulated(&n, &by, config.activation)
+            },
+        )?;
+        let [weight, bias] = [weight, bias].map(|t| t.to_dtype(DType::F64).unwrap());
+        let (mut of_y, mut of_dx, mut of_by) = (vec![], vec![], vec![]);
+        let zeros = weight.zeros_like()?;
+        let (mut of_weight, mut of_bias) = (zeros.clone(), zeros);
+        for k in 0..batch {
+            let by = self.by.get(k)?.to_dtype(DType::F64)?;
+            let factor = (by.narrow(0, 0, channels)? + 1.0)?;
+            let own_weight = (&weight * &factor)?;
+            let own_bias = ((&bias * &factor)? + by.narrow(0, channels, channels)?)?;
+            let image = |t: &Tensor| t.narrow(0, k, 1);
+            let (NormConfig { groups, eps, activation }, run) =
+                (*config, subject.norm_arithmetic().0);
+            let (own_weight, own_bias) = (&own_weight, &own_bias);
+            let norm =
+                Normalization { groups, weight: own_weight, bias: own_bias, eps, activation, run };
+            let [y, dx, dweight, dbias] = norm.bounds(&image(x)?, &image(dy)?)?;
+            of_y.push(y);
+            of_dx.push(dx);
+            let scale = ((&dweight * weight.abs()?)? + (&dbias * bias.abs()?)?)?;
+            of_by.push(Tensor::cat(&[scale, dbias.clone()], 0)?);
+            of_weight = (of_weight + (dweight * &factor)?)?;
+            of_bias = (of_bias + (dbias * &factor)?)?;
+        }
+        if let Some(more) = more {
+            exact[1] = (&exact[1] + more.to_dtype(DType::F64)?)?;
+        }
+        let bounds = [
+            Tensor::cat(&of_y, 0)?,
+            Tensor::cat(&of_dx, 0)?,
+            of_weight,
+            of_bias,
+            Tensor::stack(&of_by, 0)?,
+        ];
+        let names = ["y", "dx", "dweight", "dbias", "dby"];
+        let all = names.into_iter().zip(exact).zip(bounds);
+        // The sums of products round a few times more.
+        let roundings = |exact: &Tensor| (exact.abs()? + 1.0)? * (8.0 * F32);
+        let mut all: Expected = all
+            .map(|((name, exact), bound)| {
+                Ok((name, exact.clone(), ((bound * 1.05)? + roundings(&exact)?)?))
+            })
+            .collect::<Result<_>>()?;
+        all.push(("again", all[0].1.clone(), all[0].2.clone()));
+        Ok(all)
+    }
+
+    fn check(&self) {
+        let case = format!("{:?} of {:?}, modulated", self.norm.config, self.norm.x.dims());
+        for subject in subjects() {
+            let expected = self.expected(&*subject).unwrap();
+            compare(&*subject, &case, subject.modulated(self).unwrap(), &expected);
         }
     }
 }
@@ -418,28 +520,25 @@ impl LinearCase {
 pub(crate) struct AttentionCase {
     /// (batch, positions, 3 channels)
     pub qkv: Tensor,
+    pub heads: usize,
     pub dy: Tensor,
 }
 
 impl AttentionCase {
     fn expected(&self, subject: &dyn Subject) -> Result<Expected> {
         let [qkv, dy] = [&self.qkv, &self.dy].map(|t| rounded(t, subject.maps()));
-        let channels = qkv.dim(2)? / 3;
         let exact = value_and_gradients(
             DType::F64,
             std::slice::from_ref(&qkv),
             |_| dy.clone(),
-            |v| {
-                let part = |i| v[0].narrow(2, i * channels, channels)?.contiguous();
-                reference::attention::attention(&part(0)?, &part(1)?, &part(2)?)
-            },
+            |v| reference::attention::attention(&v[0], self.heads),
         )?;
-        let bounds = subject.products().attention_bounds(&qkv, &dy)?;
+        let bounds = subject.products().attention_bounds(&qkv, &dy, self.heads)?;
         Ok(["y", "dx"].into_iter().zip(exact).zip(bounds).map(|((n, e), b)| (n, e, b)).collect())
     }
 
     fn check(&self) {
-        let case = format!("attention of {:?}", self.qkv.dims());
+        let case = format!("attention of {:?} in {} heads", self.qkv.dims(), self.heads);
         for subject in subjects() {
             let expected = self.expected(&*subject).unwrap();
             compare(&*subject, &case, subject.attention(self).unwrap(), &expected);
@@ -473,8 +572,48 @@ impl MapsCase {
     }
 }
 
+/// A map of even height and width, whose pixels are repeated and summed.
+pub(crate) struct PixelsCase {
+    pub x: Tensor,
+    pub factor: f32,
+}
+
+impl PixelsCase {
+    fn expected(&self, subject: &dyn Subject) -> Result<Expected> {
+        let x = rounded(&self.x, subject.maps());
+        let factor = f64::from(self.factor);
+        let products = subject.products();
+        let repeat = |v: &[Tensor]| reference::pixels::upsample_nearest_2x(&v[0]);
+        let sum = |v: &[Tensor]| reference::pixels::average_pixels(&v[0])? * 4.0;
+        let one = std::slice::from_ref(&x);
+        let ones = |dims: &[usize]| Tensor::ones(dims, DType::F64, &Device::Cpu).unwrap();
+        let repeated = Sums::of(one, ones, repeat, repeat)?.swap_remove(0);
+        let summed = Sums::of(one, ones, sum, sum)?.swap_remove(0);
+        // The factor is a power of two.
+        let times = |name, sums: &Sums| -> Result<(&'static str, Tensor, Tensor)> {
+            let (exact, bound) = ((&sums.exact * factor)?, (products.of(sums) * factor)?);
+            let bound = sum_of([bound, products.storing(&exact)]);
+            Ok((name, exact, bound))
+        };
+        Ok(vec![times("repeated", &repeated)?, times("summed", &summed)?])
+    }
+
+    fn check(&self) {
+        let case = format!("{:?} times {}", self.x.dims(), self.factor);
+        for subject in subjects() {
+            let expected = self.expected(&*subject).unwrap();
+            compare(&*subject, &case, subject.pixels(self).unwrap(), &expected);
+        }
+    }
+}
+
 fn scales() -> impl Strategy<Value = Scale> {
-    prop_oneof![(1usize..4).prop_map(Scale::Stride), Just(Scale::Stride(1)), Just(Scale::Upsample)]
+    prop_oneof![
+        (1usize..4).prop_map(Scale::Stride),
+        Just(Scale::Stride(1)),
+        (1usize..4).prop_map(Scale::StrideFromEdge),
+        Just(Scale::Upsample),
+    ]
 }
 
 /// Size (batch, height, width) of maps before they are upsampled, channels, and kernel and scale of a
@@ -519,6 +658,7 @@ fn convolutions_at_edges() -> impl Strategy<Value = ConvSizes> {
         Just((3, Scale::Upsample)),
         Just((5, Scale::Upsample)),
         Just((3, Scale::Stride(2))),
+        Just((3, Scale::StrideFromEdge(2))),
         Just((1, Scale::Stride(1))),
         Just((5, Scale::Stride(3))),
     ];
@@ -540,7 +680,7 @@ fn a_convolution_whose_gradient_nearly_cancels_agrees() {
 fn normalisations_of_one_value_agree() {
     for activation in [Activation::None, Activation::Silu] {
         for mean in [0.0, 30.0] {
-            NormCase::new([3, 1, 1], [5, 1], (activation, false), mean, Normals(5)).check();
+            NormCase::new([3, 1, 1], ([5, 1], EPS), (activation, false), mean, Normals(5)).check();
         }
     }
 }
@@ -549,7 +689,8 @@ fn normalisations_of_one_value_agree() {
 /// outputs, is more than 4e-5 of it.
 #[test]
 fn a_normalisation_whose_gradient_nearly_cancels_agrees() {
-    NormCase::new([3, 3, 6], [1, 1], (Activation::None, false), 30.0, Normals(34153)).check();
+    NormCase::new([3, 3, 6], ([1, 1], EPS), (Activation::None, false), 30.0, Normals(34153))
+        .check();
 }
 
 proptest! {
@@ -584,13 +725,27 @@ proptest! {
     fn normalisations_agree(
         map in [1usize..6, 1usize..12, 1usize..12],
         groups in [1usize..9, 1usize..5],
+        eps in prop_oneof![Just(EPS), Just(1e-6), Just(1e-3)],
         silu: bool,
         more: bool,
         mean in prop_oneof![Just(0f64), Just(30.0)],
         seed: u64,
     ) {
         let activation = if silu { Activation::Silu } else { Activation::None };
-        NormCase::new(map, groups, (activation, more), mean, Normals(seed)).check();
+        NormCase::new(map, (groups, eps), (activation, more), mean, Normals(seed)).check();
+    }
+
+    #[test]
+    fn modulated_normalisations_agree(
+        map in [1usize..6, 1usize..12, 1usize..12],
+        groups in [1usize..9, 1usize..5],
+        silu: bool,
+        more: bool,
+        seed: u64,
+    ) {
+        let activation = if silu { Activation::Silu } else { Activation::None };
+        let norm = NormCase::new(map, (groups, EPS), (activation, more), 0.0, Normals(seed));
+        ModulatedCase::new(norm, Normals(seed)).unwrap().check();
     }
 
     #[test]
@@ -607,12 +762,22 @@ proptest! {
     #[test]
     fn attention_agrees(
         (batch, positions) in (1usize..4, prop_oneof![Just(1usize), 1usize..40]),
-        channels in 1usize..70,
+        (head, heads) in prop_oneof![(1usize..70, Just(1usize)), (1usize..20, 1usize..5)],
         seed: u64,
     ) {
-        let normals = Normals(seed);
+        let (normals, channels) = (Normals(seed), head * heads);
         let qkv = normals.tensor(0, &[batch, positions, 3 * channels]);
-        AttentionCase { qkv, dy: normals.gradient(&[batch, positions, channels]) }.check();
+        let dy = normals.gradient(&[batch, positions, channels]);
+        AttentionCase { qkv, heads, dy }.check();
+    }
+
+    #[test]
+    fn repeated_and_summed_pixels_agree(
+        [batch, h, w, channels] in [1usize..4, 1usize..5, 1usize..5, 1usize..40],
+        factor in prop_oneof![Just(1f32), Just(0.25)],
+        seed: u64,
+    ) {
+        PixelsCase { x: Normals(seed).tensor(0, &[batch, 2 * h, 2 * w, channels]), factor }.check();
     }
 
     #[test]

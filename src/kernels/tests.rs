@@ -8,7 +8,6 @@
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 
 use super::op::activation::Activation;
-use super::op::norm::EPS;
 use crate::random::{Noise, Purpose};
 
 /// The units of rounding to the nearest.
@@ -165,6 +164,7 @@ pub(super) struct Normalization<'a> {
     pub groups: usize,
     pub weight: &'a Tensor,
     pub bias: &'a Tensor,
+    pub eps: f64,
     pub activation: Activation,
     pub run: usize,
 }
@@ -196,7 +196,7 @@ impl Normalization<'_> {
         // The mean of the squares about a wrong mean is greater by the square of its error.
         let squares_off = ((&variance + mean_off.sqr()?)? * ((in_group + 4.0) * F32))?;
         let squares_off = (squares_off + mean_off.sqr()?)?;
-        let variance = (variance + EPS)?;
+        let variance = (variance + self.eps)?;
         let part = ((squares_off / &variance)? + F32)?;
         // (1 - part)^-1/2
         let rstd_part = (((&part * 0.5)? / (1.0 - &part)?)? + 4.0 * F32)?;
@@ -279,7 +279,24 @@ impl Products {
 
     /// Computes the error bounds of the attention's value, and of the gradient of `qkv` (batch, positions, 3
     /// channels).
-    pub fn attention_bounds(self, qkv: &Tensor, dy: &Tensor) -> Result<[Tensor; 2]> {
+    pub fn attention_bounds(self, qkv: &Tensor, dy: &Tensor, heads: usize) -> Result<[Tensor; 2]> {
+        let channels = qkv.dim(2)? / 3;
+        let head = channels / heads;
+        let (mut of_y, mut of_parts) = (vec![], [vec![], vec![], vec![]]);
+        for first in (0..channels).step_by(head) {
+            let part = |i: usize| qkv.narrow(2, i * channels + first, head);
+            let qkv = Tensor::cat(&[part(0)?, part(1)?, part(2)?], 2)?;
+            let [y, d] = self.head_bounds(&qkv, &dy.narrow(2, first, head)?)?;
+            of_y.push(y);
+            for (i, of_part) in of_parts.iter_mut().enumerate() {
+                of_part.push(d.narrow(2, i * head, head)?);
+            }
+        }
+        Ok([Tensor::cat(&of_y, 2)?, Tensor::cat(&of_parts.concat(), 2)?])
+    }
+
+    /// Computes the error bounds of one head.
+    fn head_bounds(self, qkv: &Tensor, dy: &Tensor) -> Result<[Tensor; 2]> {
         let (_, positions, channels) = qkv.dims3()?;
         let channels = channels / 3;
         let scale = 1.0 / (channels as f64).sqrt();

@@ -25,6 +25,7 @@ use crate::process::check_timesteps;
 pub struct TimeEmbedding {
     sinusoids: Sinusoids,
     hidden: Linear,
+    activation: VectorActivation,
     output: Linear,
     dtype: DType,
 }
@@ -42,8 +43,25 @@ impl TimeEmbedding {
         Ok(Self {
             sinusoids: Sinusoids::new(dim / 2),
             hidden: Linear::new(dim, 4 * dim, vb.pp("0"))?,
+            activation: VectorActivation::Gelu,
             output: Linear::new(4 * dim, dim, vb.pp("2"))?,
             dtype,
+        })
+    }
+
+    /// Creates an embedding of `output` values, with as many hidden values and with SiLU in place of GELU, from these
+    /// sinusoids. The layers are named `linear_1` and `linear_2`.
+    ///
+    /// # Errors
+    /// Returns an error if `output` is not from 1 to 262,144, if the dtype of `vb` is neither f32 nor f64, or if `vb`
+    /// cannot supply a weight.
+    pub(crate) fn with_silu(sinusoids: Sinusoids, output: usize, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            dtype: weights_dtype(&vb)?,
+            hidden: Linear::new(sinusoids.dim(), output, vb.pp("linear_1"))?,
+            activation: VectorActivation::Silu,
+            output: Linear::new(output, output, vb.pp("linear_2"))?,
+            sinusoids,
         })
     }
 
@@ -69,7 +87,7 @@ impl TimeEmbedding {
     pub fn run<'n, E: Engine<'n>>(&'n self, engine: &E) -> Result<E::Map> {
         let sinusoids = engine.sinusoids(&self.sinusoids)?;
         let hidden = engine.linear(VectorActivation::None, &self.hidden, &sinusoids)?;
-        engine.linear(VectorActivation::Gelu, &self.output, &hidden)
+        engine.linear(self.activation, &self.output, &hidden)
     }
 }
 

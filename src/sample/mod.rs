@@ -6,6 +6,7 @@
 mod ancestral;
 mod config;
 mod ddim;
+mod diffusers;
 mod dpm_solver;
 mod edit;
 mod edm;

@@ -96,10 +96,18 @@ fn class_dropout() -> f64 {
 }
 
 impl Default for TrainConfig {
-    /// The settings of the paper for CIFAR-10: Adam with a learning rate of 2e-4 after 5,000 updates of warm-up,
-    /// batches of 128, gradients clipped to norm 1, horizontal flips, an average of decay 0.9999, 800,000 updates. Ho
-    /// et al. 2020, appendix B, and their code.
+    /// The [recipe of the paper](Self::ho).
     fn default() -> Self {
+        Self::ho()
+    }
+}
+
+impl TrainConfig {
+    /// The recipe of the paper for CIFAR-10: Adam with a learning rate of 2e-4 after 5,000 updates of warm-up, batches
+    /// of 128, gradients clipped to norm 1, horizontal flips, an average of decay 0.9999, 800,000 updates. Ho et al.
+    /// 2020, appendix B, and their code. Their network is
+    /// [`UNet2DConfig::cifar10`](crate::nn::UNet2DConfig::cifar10), which has a dropout of 0.1.
+    pub fn ho() -> Self {
         Self {
             steps: 800_000,
             batch_size: 128,
@@ -112,9 +120,7 @@ impl Default for TrainConfig {
             ..Self::mnist()
         }
     }
-}
 
-impl TrainConfig {
     /// The MNIST recipe: Adam with a learning rate of 1e-4, batches of 64, no clipping, and an
     /// average of decay 0.999 with warm-up.
     pub fn mnist() -> Self {

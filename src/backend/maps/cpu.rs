@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::ops::Maps;
+use super::ops::{Maps, Norm};
 use super::pool::{Buffer, Pool};
 use crate::error::Result;
 use crate::kernels::cpu::attention::Attention;
@@ -12,14 +12,15 @@ use crate::kernels::cpu::conv::epilogue::Epilogue;
 use crate::kernels::cpu::conv::plan::Plan;
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::linear::{linear_forward, linear_input_gradient, linear_weight_gradient};
-use crate::kernels::cpu::maps::{add_class, concatenate, scale_maps, split, sums_by_class};
-use crate::kernels::cpu::norm::{Normalization, Stats};
+use crate::kernels::cpu::maps::{
+    add_class, concatenate, repeat_pixels, scale_maps, split, sum_pixels, sums_by_class,
+};
+use crate::kernels::cpu::norm::{Modulated, Normalization, Stats};
 use crate::kernels::cpu::reduce::{sum_over_batch, sums_by_image};
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::attention::AttentionShape;
 use crate::kernels::op::conv::Add;
 use crate::kernels::op::conv::ConvShape;
-use crate::kernels::op::norm::NormConfig;
 use crate::kernels::{
     add_values, to_channels_first, to_channels_last, with_values, with_values_mut,
 };
@@ -74,16 +75,16 @@ impl<'p> Cpu<'p> {
         Ok(Plan::new(self.isa, shape, self.math))
     }
 
-    /// Calls `f` with the normalisation.
+    /// Calls `f` with the normalisation, and with its scales and shifts.
     fn normalization<R>(
         &self,
-        norm: &GroupNorm,
-        f: impl FnOnce(Normalization<'_>) -> R,
+        norm: &Norm<'_, Buffer>,
+        f: impl FnOnce(Normalization<'_>, Option<&[f32]>) -> R,
     ) -> Result<R> {
-        let GroupNorm { weight, bias, activation } = norm;
+        let GroupNorm { weight, bias, config } = norm.layer;
         Ok(with_values([weight, bias], |[weight, bias]| {
-            let config = NormConfig::new(*activation);
-            f(Normalization { isa: self.isa, config, weight, bias })
+            let plain = Normalization { isa: self.isa, config: *config, weight, bias };
+            f(plain, norm.by.map(|by| &**by))
         })?)
     }
 }
@@ -180,43 +181,53 @@ impl Maps for Cpu<'_> {
 
     fn normalize(
         &self,
-        norm: &GroupNorm,
+        norm: Norm<'_, Buffer>,
         dims: [usize; 4],
         x: &Buffer,
     ) -> Result<(Buffer, Vec<Stats>)> {
         let mut n = self.take(x.len())?;
-        let statistics = self.normalization(norm, |norm| norm.forward(dims[0], x, &mut n))?;
+        let statistics = self.normalization(&norm, |norm, by| match by {
+            None => norm.forward(dims[0], x, &mut n),
+            Some(by) => Modulated { norm, by }.forward(x, &mut n),
+        })?;
         Ok((n, statistics))
     }
 
     fn normalize_again(
         &self,
-        norm: &GroupNorm,
+        norm: Norm<'_, Buffer>,
         _: [usize; 4],
         x: &Buffer,
         statistics: &Vec<Stats>,
     ) -> Result<Buffer> {
         let mut n = self.take(x.len())?;
-        self.normalization(norm, |norm| norm.forward_again(x, statistics, &mut n))?;
+        self.normalization(&norm, |norm, by| match by {
+            None => norm.forward_again(x, statistics, &mut n),
+            Some(by) => Modulated { norm, by }.forward_again(x, statistics, &mut n),
+        })?;
         Ok(n)
     }
 
     fn normalize_backward(
         &self,
-        norm: &GroupNorm,
+        norm: Norm<'_, Buffer>,
         _: [usize; 4],
         x: &Buffer,
         statistics: &Vec<Stats>,
         d: &mut Buffer,
         more: Option<&Buffer>,
-    ) -> Result<[Tensor; 2]> {
+    ) -> Result<([Tensor; 2], Option<Buffer>)> {
         let more = more.map(|values| &**values);
-        let (weight, bias) =
-            self.normalization(norm, |norm| norm.backward(x, statistics, d, more))?;
-        Ok([
-            self.weight_gradient(&norm.weight, |d| d.copy_from_slice(&weight))?,
-            self.weight_gradient(&norm.bias, |d| d.copy_from_slice(&bias))?,
-        ])
+        let mut dby = norm.by.map(|by| self.take(by.len())).transpose()?;
+        let (weight, bias) = self.normalization(&norm, |norm, by| match (by, &mut dby) {
+            (Some(by), Some(dby)) => Modulated { norm, by }.backward(x, statistics, d, more, dby),
+            _ => norm.backward(x, statistics, d, more),
+        })?;
+        let weights = [
+            self.weight_gradient(&norm.layer.weight, |d| d.copy_from_slice(&weight))?,
+            self.weight_gradient(&norm.layer.bias, |d| d.copy_from_slice(&bias))?,
+        ];
+        Ok((weights, dby))
     }
 
     fn linear(
@@ -284,6 +295,18 @@ impl Maps for Cpu<'_> {
         Ok(y)
     }
 
+    fn repeat_pixels(&self, [_, _, w, c]: [usize; 4], x: &Buffer, factor: f32) -> Result<Buffer> {
+        let mut y = self.take(4 * x.len())?;
+        repeat_pixels(x, (w, c), factor, &mut y);
+        Ok(y)
+    }
+
+    fn sum_pixels(&self, [_, _, w, c]: [usize; 4], x: &Buffer, factor: f32) -> Result<Buffer> {
+        let mut y = self.take(x.len() / 4)?;
+        sum_pixels(x, (w, c), factor, &mut y);
+        Ok(y)
+    }
+
     fn concatenate(
         &self,
         pixels: usize,
@@ -302,21 +325,23 @@ impl Maps for Cpu<'_> {
         Ok([a, b])
     }
 
-    fn attention(&self, dims: [usize; 4], qkv: &Buffer) -> Result<Buffer> {
+    fn attention(&self, _: usize, shape: AttentionShape, qkv: &Buffer) -> Result<Buffer> {
         let mut y = self.take(qkv.len() / 3)?;
-        attention(self.isa, dims).forward(qkv, &mut y);
+        Attention { isa: self.isa, shape }.forward(qkv, &mut y);
         Ok(y)
     }
 
-    fn attention_backward(&self, dims: [usize; 4], qkv: &Buffer, dy: &Buffer) -> Result<Buffer> {
+    fn attention_backward(
+        &self,
+        _: usize,
+        shape: AttentionShape,
+        qkv: &Buffer,
+        dy: &Buffer,
+    ) -> Result<Buffer> {
         let mut d = self.take(qkv.len())?;
-        attention(self.isa, dims).backward(qkv, dy, &mut d);
+        Attention { isa: self.isa, shape }.backward(qkv, dy, &mut d);
         Ok(d)
     }
-}
-
-fn attention(isa: Isa, qkv: [usize; 4]) -> Attention {
-    Attention { isa, shape: AttentionShape::of_map(qkv) }
 }
 
 fn activated(f: VectorActivation, x: &[f32]) -> Vec<f32> {

@@ -4,15 +4,15 @@ use std::rc::Rc;
 
 use candle_core::{DType, Tensor, TensorId};
 
-use super::ops::Maps;
+use super::ops::{Maps, Norm};
 use super::pool::Pool;
 use crate::error::Result;
 use crate::kernels::cuda::{
-    self, Added, Attention, Convolution, Element, Gpu, LinearLayer, Memory, Norm, NormStatistics,
+    self, Added, Attention, Convolution, Element, Gpu, LinearLayer, Memory, NormStatistics,
 };
 use crate::kernels::op::activation::VectorActivation;
+use crate::kernels::op::attention::AttentionShape;
 use crate::kernels::op::conv::{Add, ConvShape};
-use crate::kernels::op::norm::NormConfig;
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
 use crate::precision::Precision;
 use crate::random::{Dropout, Purpose};
@@ -49,10 +49,9 @@ impl<'p> Cuda<'p> {
         Ok(packed)
     }
 
-    fn norm<'a>(&self, norm: &'a GroupNorm, dims: [usize; 4]) -> Norm<'a> {
-        let GroupNorm { weight, bias, activation } = norm;
-        let element = self.element();
-        Norm { element, dims, config: NormConfig::new(*activation), weight, bias }
+    fn norm<'a>(&self, norm: &Norm<'a, Memory>, dims: [usize; 4]) -> cuda::Norm<'a> {
+        let GroupNorm { weight, bias, config } = norm.layer;
+        cuda::Norm { element: self.element(), dims, config: *config, weight, bias, by: norm.by }
     }
 
     fn layer<'a>(&self, f: VectorActivation, linear: &'a Linear, batch: usize) -> LinearLayer<'a> {
@@ -77,8 +76,8 @@ impl<'p> Cuda<'p> {
         Ok([self.gradient(weights[0])?, self.gradient(weights[1])?])
     }
 
-    fn attention_of(&self, [batch, h, w, c]: [usize; 4]) -> Attention {
-        Attention { precision: self.precision, batch, positions: h * w, channels: c / 3 }
+    fn attention_of(&self, batch: usize, shape: AttentionShape) -> Attention {
+        Attention { precision: self.precision, batch, shape }
     }
 }
 
@@ -98,7 +97,8 @@ impl Maps for Cuda<'_> {
         let dtype = if t.dtype().is_int() { DType::U32 } else { DType::F32 };
         let t = t.to_dtype(dtype)?.contiguous()?;
         let half = sinusoids.dim() / 2;
-        Ok(cuda::sinusoids(&self.gpu, &t, half, sinusoids.decay, self.element())?)
+        let order = (sinusoids.decay, sinusoids.cosines_first);
+        Ok(cuda::sinusoids(&self.gpu, &t, half, order, self.element())?)
     }
 
     fn take(&self, len: usize) -> Result<Memory> {
@@ -153,36 +153,37 @@ impl Maps for Cuda<'_> {
 
     fn normalize(
         &self,
-        norm: &GroupNorm,
+        norm: Norm<'_, Memory>,
         dims: [usize; 4],
         x: &Memory,
     ) -> Result<(Memory, NormStatistics)> {
-        Ok(self.norm(norm, dims).forward(&self.gpu, x)?)
+        Ok(self.norm(&norm, dims).forward(&self.gpu, x)?)
     }
 
     fn normalize_again(
         &self,
-        norm: &GroupNorm,
+        norm: Norm<'_, Memory>,
         dims: [usize; 4],
         x: &Memory,
         statistics: &NormStatistics,
     ) -> Result<Memory> {
-        Ok(self.norm(norm, dims).again(&self.gpu, x, statistics)?)
+        Ok(self.norm(&norm, dims).again(&self.gpu, x, statistics)?)
     }
 
     fn normalize_backward(
         &self,
-        norm: &GroupNorm,
+        norm: Norm<'_, Memory>,
         dims: [usize; 4],
         x: &Memory,
         statistics: &NormStatistics,
         d: &mut Memory,
         more: Option<&Memory>,
-    ) -> Result<[Tensor; 2]> {
-        let [weight, bias] = self.gradients([&norm.weight, &norm.bias])?;
+    ) -> Result<([Tensor; 2], Option<Memory>)> {
+        let [weight, bias] = self.gradients([&norm.layer.weight, &norm.layer.bias])?;
         let gradients = [&weight, &bias];
-        self.norm(norm, dims).backward(&self.gpu, x, statistics, d, more, gradients)?;
-        Ok([weight, bias])
+        let own = self.norm(&norm, dims);
+        let by = own.backward(&self.gpu, x, statistics, d, more, gradients)?;
+        Ok(([weight, bias], by))
     }
 
     fn linear(
@@ -235,6 +236,14 @@ impl Maps for Cuda<'_> {
         Ok(cuda::scale_maps(&self.gpu, x, mask, dims, self.element())?)
     }
 
+    fn repeat_pixels(&self, dims: [usize; 4], x: &Memory, factor: f32) -> Result<Memory> {
+        Ok(cuda::repeat_pixels(&self.gpu, x, dims, factor, self.element())?)
+    }
+
+    fn sum_pixels(&self, dims: [usize; 4], x: &Memory, factor: f32) -> Result<Memory> {
+        Ok(cuda::sum_pixels(&self.gpu, x, dims, factor, self.element())?)
+    }
+
     fn concatenate(
         &self,
         pixels: usize,
@@ -248,11 +257,17 @@ impl Maps for Cuda<'_> {
         Ok(cuda::split(&self.gpu, map, channels, pixels, self.element())?)
     }
 
-    fn attention(&self, dims: [usize; 4], qkv: &Memory) -> Result<Memory> {
-        Ok(self.attention_of(dims).forward(&self.gpu, qkv)?)
+    fn attention(&self, batch: usize, shape: AttentionShape, qkv: &Memory) -> Result<Memory> {
+        Ok(self.attention_of(batch, shape).forward(&self.gpu, qkv)?)
     }
 
-    fn attention_backward(&self, dims: [usize; 4], qkv: &Memory, dy: &Memory) -> Result<Memory> {
-        Ok(self.attention_of(dims).backward(&self.gpu, qkv, dy)?)
+    fn attention_backward(
+        &self,
+        batch: usize,
+        shape: AttentionShape,
+        qkv: &Memory,
+        dy: &Memory,
+    ) -> Result<Memory> {
+        Ok(self.attention_of(batch, shape).backward(&self.gpu, qkv, dy)?)
     }
 }

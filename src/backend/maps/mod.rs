@@ -9,6 +9,6 @@ mod pool;
 mod precision;
 
 pub(crate) use dispatch::{Pass, Place, can_capture, dispatch, has_kernels};
-pub(crate) use ops::Maps;
+pub(crate) use ops::{Maps, Norm};
 pub(crate) use pool::Pool;
 pub(crate) use precision::check_precision;

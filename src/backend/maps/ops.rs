@@ -2,9 +2,16 @@ use candle_core::Tensor;
 
 use crate::error::Result;
 use crate::kernels::op::activation::VectorActivation;
+use crate::kernels::op::attention::AttentionShape;
 use crate::kernels::op::conv::Add;
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
 use crate::random::Dropout;
+
+/// A normalisation layer, and the scales and shifts (batch, 2 channels) that modulate it, if there are any.
+pub(crate) struct Norm<'a, B> {
+    pub layer: &'a GroupNorm,
+    pub by: Option<&'a B>,
+}
 
 /// The operations of networks on the feature maps of a device, forward and backward, for a
 /// [tape](crate::engine::tape).
@@ -68,7 +75,7 @@ pub(crate) trait Maps {
     /// Normalises a map and applies the activation.
     fn normalize(
         &self,
-        norm: &GroupNorm,
+        norm: Norm<'_, Self::Buffer>,
         dims: [usize; 4],
         x: &Self::Buffer,
     ) -> Result<(Self::Buffer, Self::Statistics)>;
@@ -76,23 +83,23 @@ pub(crate) trait Maps {
     /// Repeats [`normalize`](Self::normalize) with the statistics that it returned.
     fn normalize_again(
         &self,
-        norm: &GroupNorm,
+        norm: Norm<'_, Self::Buffer>,
         dims: [usize; 4],
         x: &Self::Buffer,
         statistics: &Self::Statistics,
     ) -> Result<Self::Buffer>;
 
     /// Replaces the gradient `d` of a normalisation's output by that of its input plus `more`. Returns the
-    /// gradients of weight and bias.
+    /// gradients of weight and bias, and of the scales and shifts if there are any.
     fn normalize_backward(
         &self,
-        norm: &GroupNorm,
+        norm: Norm<'_, Self::Buffer>,
         dims: [usize; 4],
         x: &Self::Buffer,
         statistics: &Self::Statistics,
         d: &mut Self::Buffer,
         more: Option<&Self::Buffer>,
-    ) -> Result<[Tensor; 2]>;
+    ) -> Result<([Tensor; 2], Option<Self::Buffer>)>;
 
     /// Applies an activation to a batch of vectors, then a linear layer.
     fn linear(
@@ -142,6 +149,17 @@ pub(crate) trait Maps {
         mask: &Self::Buffer,
     ) -> Result<Self::Buffer>;
 
+    /// Repeats each pixel of a map in both directions, times `factor`: from (h, w) to (2 h, 2 w).
+    fn repeat_pixels(
+        &self,
+        dims: [usize; 4],
+        x: &Self::Buffer,
+        factor: f32,
+    ) -> Result<Self::Buffer>;
+
+    /// Sums each two by two pixels of a map of even height and width, times `factor`: from (h, w) to (h / 2, w / 2).
+    fn sum_pixels(&self, dims: [usize; 4], x: &Self::Buffer, factor: f32) -> Result<Self::Buffer>;
+
     /// Concatenates the channels of two maps. `pixels` is the number of pixels in the batch.
     fn concatenate(
         &self,
@@ -158,14 +176,19 @@ pub(crate) trait Maps {
         map: &Self::Buffer,
     ) -> Result<[Self::Buffer; 2]>;
 
-    /// Computes the attention of all pixels to all. `qkv` has dimensions `dims` and holds q, k and v side by
-    /// side in its channels.
-    fn attention(&self, dims: [usize; 4], qkv: &Self::Buffer) -> Result<Self::Buffer>;
+    /// Computes the attention of all pixels to all. The channels of `qkv` hold q, k and v side by side.
+    fn attention(
+        &self,
+        batch: usize,
+        shape: AttentionShape,
+        qkv: &Self::Buffer,
+    ) -> Result<Self::Buffer>;
 
     /// Computes the gradient of `qkv` from the gradient `dy` of the attention's output.
     fn attention_backward(
         &self,
-        dims: [usize; 4],
+        batch: usize,
+        shape: AttentionShape,
         qkv: &Self::Buffer,
         dy: &Self::Buffer,
     ) -> Result<Self::Buffer>;

@@ -1,4 +1,4 @@
-//! Attention, one image at a time, so that the scores stay in the cache. The backward pass recomputes
+//! Attention, one image and head at a time, so that the scores stay in the cache. The backward pass recomputes
 //! them.
 
 use std::cell::RefCell;
@@ -14,7 +14,7 @@ use super::simd::{Simd, lanes, simd_fn};
 use crate::kernels::op::attention::AttentionShape;
 
 thread_local! {
-    /// The scores of an image and their gradients, reused from call to call. Nothing may wait for other
+    /// The scores of a head and their gradients, reused from call to call. Nothing may wait for other
     /// threads while they are borrowed: this thread could be given work that borrows them again.
     static SCORES: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
 }
@@ -29,14 +29,16 @@ pub(crate) struct Attention {
 impl Attention {
     /// Writes `y` (batch, positions, channels) from `qkv` (batch, positions, 3 channels).
     pub(crate) fn forward(&self, qkv: &[f32], y: &mut [f32]) {
-        let AttentionShape { positions, channels } = self.shape;
+        let AttentionShape { positions, channels, .. } = self.shape;
         let image = positions * channels;
         qkv.par_chunks(3 * image).zip(y.par_chunks_mut(image)).for_each(|(qkv, y)| {
-            let [q, k, v] = self.split(qkv);
-            SCORES.with_borrow_mut(|(shares, _)| {
-                let shares = self.shares(q, k, shares);
-                gemm(self.isa, (y, channels), self.square(shares), v, false);
-            });
+            for first in self.heads() {
+                let [q, k, v] = self.split(qkv, first);
+                SCORES.with_borrow_mut(|(shares, _)| {
+                    let shares = self.shares(q, k, shares);
+                    gemm(self.isa, (&mut y[first..], channels), self.square(shares), v, false);
+                });
+            }
         });
     }
 
@@ -45,19 +47,27 @@ impl Attention {
         let (n, c, isa) = (self.shape.positions, self.shape.channels, self.isa);
         let images = qkv.par_chunks(3 * n * c).zip(dy.par_chunks(n * c));
         images.zip(dqkv.par_chunks_mut(3 * n * c)).for_each(|((qkv, dy), dqkv)| {
-            let [q, k, v] = self.split(qkv);
-            let dy = Mat::new(dy, n, c);
-            SCORES.with_borrow_mut(|(shares, dscores)| {
-                let shares = self.shares(q, k, shares);
-                let dscores = sized(dscores, n * n);
-                gemm(isa, (&mut *dscores, n), dy, v.transposed(), false);
-                softmax_backward(isa, dscores, shares, n, self.shape.scale());
-                let (shares, dscores) = (self.square(shares), self.square(dscores));
-                gemm(isa, (&mut *dqkv, 3 * c), dscores, k, false);
-                gemm(isa, (&mut dqkv[c..], 3 * c), dscores.transposed(), q, false);
-                gemm(isa, (&mut dqkv[2 * c..], 3 * c), shares.transposed(), dy, false);
-            });
+            for first in self.heads() {
+                let [q, k, v] = self.split(qkv, first);
+                let dy = Mat::with_stride(&dy[first..], n, self.shape.head(), c);
+                let dqkv = &mut dqkv[first..];
+                SCORES.with_borrow_mut(|(shares, dscores)| {
+                    let shares = self.shares(q, k, shares);
+                    let dscores = sized(dscores, n * n);
+                    gemm(isa, (&mut *dscores, n), dy, v.transposed(), false);
+                    softmax_backward(isa, dscores, shares, n, self.shape.scale());
+                    let (shares, dscores) = (self.square(shares), self.square(dscores));
+                    gemm(isa, (&mut *dqkv, 3 * c), dscores, k, false);
+                    gemm(isa, (&mut dqkv[c..], 3 * c), dscores.transposed(), q, false);
+                    gemm(isa, (&mut dqkv[2 * c..], 3 * c), shares.transposed(), dy, false);
+                });
+            }
         });
+    }
+
+    /// The first channel of each head.
+    fn heads(&self) -> impl Iterator<Item = usize> + use<> {
+        (0..self.shape.channels).step_by(self.shape.head())
     }
 
     /// A matrix of scores.
@@ -65,10 +75,11 @@ impl Attention {
         Mat::new(values, self.shape.positions, self.shape.positions)
     }
 
-    /// q, k and v of an image, each (positions, channels).
-    fn split<'a>(&self, qkv: &'a [f32]) -> [Mat<'a>; 3] {
-        let (n, c) = (self.shape.positions, self.shape.channels);
-        [0, 1, 2].map(|i| Mat::with_stride(&qkv[i * c..], n, c, 3 * c))
+    /// q, k and v of the head of an image whose first channel is `first`, each (positions, head).
+    fn split<'a>(&self, qkv: &'a [f32], first: usize) -> [Mat<'a>; 3] {
+        let AttentionShape { positions, channels: c, .. } = self.shape;
+        [0, 1, 2]
+            .map(|i| Mat::with_stride(&qkv[i * c + first..], positions, self.shape.head(), 3 * c))
     }
 
     /// Writes the softmax of the scores to `memory`: the weight of each position in the output of each.

@@ -1,5 +1,5 @@
-//! Concatenation of feature maps (pixels, channels), their product with a mask (batch, channels), and tables of
-//! vectors.
+//! Concatenation of feature maps (pixels, channels), their product with a mask (batch, channels), their scaling by two,
+//! and tables of vectors.
 
 use rayon::prelude::*;
 
@@ -37,6 +37,34 @@ pub(crate) fn scale_maps(x: &[f32], mask: &[f32], channels: usize, y: &mut [f32]
     images.zip(mask.par_chunks(channels)).for_each(|((y, x), mask)| {
         for (y, x) in y.chunks_mut(channels).zip(x.chunks(channels)) {
             y.iter_mut().zip(x).zip(mask).for_each(|((y, x), mask)| *y = x * mask);
+        }
+    });
+}
+
+/// Writes each pixel of `x`, times `factor`, to two by two pixels of `y`. Rows of `x` have `w` pixels of `c` channels.
+/// The rows of all images are stacked.
+pub(crate) fn repeat_pixels(x: &[f32], (w, c): (usize, usize), factor: f32, y: &mut [f32]) {
+    y.par_chunks_mut(4 * w * c).zip(x.par_chunks(w * c)).for_each(|(y, x)| {
+        let (top, bottom) = y.split_at_mut(2 * w * c);
+        for (pair, x) in top.chunks_exact_mut(2 * c).zip(x.chunks_exact(c)) {
+            let (left, right) = pair.split_at_mut(c);
+            left.iter_mut().zip(x).for_each(|(y, x)| *y = factor * x);
+            right.copy_from_slice(left);
+        }
+        bottom.copy_from_slice(top);
+    });
+}
+
+/// Writes the sums of two by two pixels of `x`, times `factor`, to `y`. Rows of `x` have `w` pixels of `c` channels.
+/// `w` and the height of an image are even.
+pub(crate) fn sum_pixels(x: &[f32], (w, c): (usize, usize), factor: f32, y: &mut [f32]) {
+    y.par_chunks_mut(w / 2 * c).zip(x.par_chunks(2 * w * c)).for_each(|(y, x)| {
+        let (top, bottom) = x.split_at(w * c);
+        let pairs = top.chunks_exact(2 * c).zip(bottom.chunks_exact(2 * c));
+        for (y, (top, bottom)) in y.chunks_exact_mut(c).zip(pairs) {
+            for (i, y) in y.iter_mut().enumerate() {
+                *y = factor * ((top[i] + top[c + i]) + (bottom[i] + bottom[c + i]));
+            }
         }
     });
 }

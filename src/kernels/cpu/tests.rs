@@ -9,13 +9,14 @@ use super::conv::epilogue::Epilogue;
 use super::conv::plan::Plan;
 use super::isa::Isa;
 use super::linear::{linear_forward, linear_input_gradient, linear_weight_gradient};
-use super::maps::{concatenate, scale_maps, split};
-use super::norm::{Normalization, RUN};
+use super::maps::{concatenate, repeat_pixels, scale_maps, split, sum_pixels};
+use super::norm::{Modulated, Normalization, RUN};
 use super::reduce::{sum_over_batch, sums_by_image};
 use crate::kernels::op::attention::AttentionShape;
 use crate::kernels::op::conv::{Addends, ConvShape};
 use crate::kernels::suite::{
-    AttentionCase, ConvArithmetic, ConvCase, Found, LinearCase, MapsCase, NormCase, Subject,
+    AttentionCase, ConvArithmetic, ConvCase, Found, LinearCase, MapsCase, ModulatedCase, NormCase,
+    PixelsCase, Subject,
 };
 use crate::kernels::tests::{BF16, F32, Products};
 
@@ -122,6 +123,26 @@ impl Subject for Kernels {
         ])
     }
 
+    fn modulated(&self, ModulatedCase { norm, by }: &ModulatedCase) -> Result<Found> {
+        let NormCase { config, x, weight, bias, dy, more } = norm;
+        let [xs, weights, biases, bys, mut dx] = [x, weight, bias, by, dy].map(values);
+        let norm = Normalization { isa: self.0, config: *config, weight: &weights, bias: &biases };
+        let norm = Modulated { norm, by: &bys };
+        let [mut y, mut again, mut dby] = [xs.len(), xs.len(), bys.len()].map(room);
+        let statistics = norm.forward(&xs, &mut y);
+        norm.forward_again(&xs, &statistics, &mut again);
+        let more = more.as_ref().map(values);
+        let (dweight, dbias) = norm.backward(&xs, &statistics, &mut dx, more.as_deref(), &mut dby);
+        Ok(vec![
+            ("y", tensor(y, x.dims())),
+            ("again", tensor(again, x.dims())),
+            ("dx", tensor(dx, x.dims())),
+            ("dweight", tensor(dweight, weight.dims())),
+            ("dbias", tensor(dbias, bias.dims())),
+            ("dby", tensor(dby, by.dims())),
+        ])
+    }
+
     fn linear(&self, case: &LinearCase) -> Result<Found> {
         let LinearCase { activation, x, weight, bias, dy } = case;
         let [xs, weights, biases, dys] = [x, weight, bias, dy].map(values);
@@ -141,13 +162,25 @@ impl Subject for Kernels {
         ])
     }
 
-    fn attention(&self, AttentionCase { qkv, dy }: &AttentionCase) -> Result<Found> {
+    fn attention(&self, AttentionCase { qkv, heads, dy }: &AttentionCase) -> Result<Found> {
         let (_, positions, channels) = dy.dims3()?;
-        let attention = Attention { isa: self.0, shape: AttentionShape { positions, channels } };
+        let shape = AttentionShape { positions, channels, heads: *heads };
+        let attention = Attention { isa: self.0, shape };
         let (mut y, mut dx) = (room(dy.elem_count()), room(qkv.elem_count()));
         attention.forward(&values(qkv), &mut y);
         attention.backward(&values(qkv), &values(dy), &mut dx);
         Ok(vec![("y", tensor(y, dy.dims())), ("dx", tensor(dx, qkv.dims()))])
+    }
+
+    fn pixels(&self, PixelsCase { x, factor }: &PixelsCase) -> Result<Found> {
+        let (batch, h, w, c) = x.dims4()?;
+        let [mut repeated, mut summed] = [4 * x.elem_count(), x.elem_count() / 4].map(room);
+        repeat_pixels(&values(x), (w, c), *factor, &mut repeated);
+        sum_pixels(&values(x), (w, c), *factor, &mut summed);
+        Ok(vec![
+            ("repeated", tensor(repeated, &[batch, 2 * h, 2 * w, c])),
+            ("summed", tensor(summed, &[batch, h / 2, w / 2, c])),
+        ])
     }
 
     fn maps_of(&self, MapsCase { a, b, mask }: &MapsCase) -> Result<Found> {

@@ -43,7 +43,10 @@ pub(crate) use conv::Convolution;
 pub(crate) use device::{Gpu, upload};
 pub(crate) use element::Element;
 pub(crate) use linear::{LinearLayer, add_class, sinusoids, sums_by_class};
-pub(crate) use maps::{Added, add, concatenate, images_to_map, map_to_images, scale_maps, split};
+pub(crate) use maps::{
+    Added, add, concatenate, images_to_map, map_to_images, repeat_pixels, scale_maps, split,
+    sum_pixels,
+};
 pub(crate) use memory::Memory;
 pub(crate) use norm::{Norm, NormStatistics};
 pub(crate) use pixels::{add_to, are_plain, clamp, combine, mix, squared_error};

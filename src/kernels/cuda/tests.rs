@@ -7,8 +7,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::kernels::op::activation::Activation;
+use crate::kernels::op::attention::AttentionShape;
 use crate::kernels::op::conv::{ConvShape, Scale};
-use crate::kernels::op::norm::NormConfig;
+use crate::kernels::op::norm::{EPS, NormConfig};
 use crate::kernels::tests::{
     self as rounding, BF16, F16, FUNCTION, Normals, Products, Sums, TF32, check,
     value_and_gradients,
@@ -211,7 +212,7 @@ fn convolution_agrees(
 fn normalisation_agrees(
     (batch, h, w): (usize, usize, usize),
     (groups, group): (usize, usize),
-    (silu, add): (bool, bool),
+    (silu, add, eps): (bool, bool, f64),
     normals: Normals,
 ) -> Result<()> {
     let gpu = gpu();
@@ -224,7 +225,7 @@ fn normalisation_agrees(
         let [weight, bias] = [1, 2].map(|k| normal(k, &dims[3..]));
         let (dy, more) = (normal(3, &dims), normal(4, &dims));
         let inputs = [x.clone(), weight.clone(), bias.clone()];
-        let config = NormConfig { groups, ..NormConfig::new(activation) };
+        let config = NormConfig { groups, eps, activation };
         let f = |v: &[Tensor]| crate::kernels::group_norm(&v[0], &v[1], &v[2], config);
         let mut exact = value_and_gradients(DType::F64, &inputs, |_| dy.clone(), f)?;
         if add {
@@ -232,7 +233,7 @@ fn normalisation_agrees(
         }
         let run = usize::MAX;
         let norm =
-            rounding::Normalization { groups, weight: &weight, bias: &bias, activation, run };
+            rounding::Normalization { groups, weight: &weight, bias: &bias, eps, activation, run };
         let mut bounds = norm.bounds(&x, &dy)?;
         for (bound, exact) in bounds[..2].iter_mut().zip(&exact) {
             let stored = Products { stored: products.stored + rounding::F32, ..products };
@@ -243,8 +244,14 @@ fn normalisation_agrees(
         };
 
         let (weight, bias) = (weight.to_device(&device(&gpu))?, bias.to_device(&device(&gpu))?);
-        let norm =
-            Norm { element: Element::of(precision), dims, config, weight: &weight, bias: &bias };
+        let norm = Norm {
+            element: Element::of(precision),
+            dims,
+            config,
+            weight: &weight,
+            bias: &bias,
+            by: None,
+        };
         let gx = map(&gpu, &x, precision)?;
         let (y, statistics) = norm.forward(&gpu, &gx)?;
         check("y", &unmap(&gpu, &y, dims, precision)?, 0);
@@ -328,25 +335,24 @@ fn linear_layer_agrees(
 }
 
 fn attention_agrees(
-    (batch, positions, channels): (usize, usize, usize),
+    (batch, positions, head, heads): (usize, usize, usize, usize),
     normals: Normals,
 ) -> Result<()> {
     let gpu = gpu();
+    let channels = head * heads;
     for (precision, products) in precisions() {
         let normal = |k, shape: &[usize]| normal(normals, k, shape, precision);
         let qkv = normal(4, &[batch, positions, 3 * channels]);
         let dy = normal(5, &[batch, positions, channels]);
-        let bounds = products.attention_bounds(&qkv, &dy)?;
+        let bounds = products.attention_bounds(&qkv, &dy, heads)?;
         let exact = value_and_gradients(
             DType::F64,
             std::slice::from_ref(&qkv),
             |_| dy.clone(),
-            |v| {
-                let part = |i: usize| v[0].narrow(2, i * channels, channels)?.contiguous();
-                crate::kernels::attention(&part(0)?, &part(1)?, &part(2)?)
-            },
+            |v| crate::kernels::attention(&v[0], heads),
         )?;
-        let attention = Attention { precision, batch, positions, channels };
+        let attention =
+            Attention { precision, batch, shape: AttentionShape { positions, channels, heads } };
         let line = |t: &Tensor| map(&gpu, &t.unsqueeze(1)?, precision);
         let qkv = line(&qkv)?;
         let y = attention.forward(&gpu, &qkv)?;
@@ -362,14 +368,14 @@ fn attention_agrees(
 /// Such groups have a deviation of 0, and gradients that consist of rounding errors.
 #[test]
 fn normalisations_of_one_value_are_their_compositions() {
-    for how in [(false, false), (true, true)] {
+    for how in [(false, false, EPS), (true, true, EPS)] {
         normalisation_agrees((2, 1, 1), (3, 1), how, Normals(9)).unwrap();
     }
 }
 
 #[test]
 fn a_normalisation_of_one_pixel_is_its_composition() {
-    normalisation_agrees((1, 1, 1), (1, 37), (false, false), Normals(9)).unwrap();
+    normalisation_agrees((1, 1, 1), (1, 37), (false, false, EPS), Normals(9)).unwrap();
 }
 
 proptest! {
@@ -380,7 +386,9 @@ proptest! {
         maps in (1usize..4, 1usize..7, 1usize..7),
         channels in prop_oneof![(1usize..10, 1usize..10), Just((8, 16)), Just((24, 8)), Just((3, 264))],
         kernel in prop_oneof![Just(1usize), Just(3)],
-        scale in prop_oneof![Just(Scale::Stride(1)), Just(Scale::Stride(2)), Just(Scale::Upsample)],
+        scale in prop_oneof![
+            Just(Scale::Stride(1)), Just(Scale::Stride(2)), Just(Scale::StrideFromEdge(2)), Just(Scale::Upsample),
+        ],
         added in any::<(bool, bool, bool)>(),
         seed: u64,
     ) {
@@ -396,7 +404,7 @@ proptest! {
             1 => Just((1, 259)),
             1 => Just((1, 2056)),
         ],
-        how in any::<(bool, bool)>(),
+        how in (any::<bool>(), any::<bool>(), prop_oneof![Just(EPS), Just(1e-6)]),
         seed: u64,
     ) {
         normalisation_agrees(maps, groups, how, Normals(seed)).unwrap();
@@ -414,15 +422,9 @@ proptest! {
 
     #[test]
     fn attention_is_its_composition(
-        sizes in (1usize..4, 1usize..20, 1usize..12),
+        sizes in (1usize..4, 1usize..20, 1usize..12, 1usize..4),
         seed: u64,
     ) {
         attention_agrees(sizes, Normals(seed)).unwrap();
     }
-}
-
-#[test]
-fn the_source_has_the_eps_of_the_operation() {
-    let eps = format!("#define EPS {:e}f\n", crate::kernels::op::norm::EPS);
-    assert!(include_str!("norm/norm.cu").contains(&eps), "{eps}");
 }

@@ -1,4 +1,4 @@
-//! Convolutions of channels-last maps, with zero padding of half the kernel.
+//! Convolutions of channels-last maps. The map is continued by zeros.
 
 use crate::error::{Error, Result};
 
@@ -7,6 +7,9 @@ use crate::error::{Error, Result};
 pub(crate) enum Scale {
     /// The distance in input pixels from one output pixel to the next. 1 keeps the size.
     Stride(usize),
+    /// As [`Stride`](Self::Stride), but the first position of the kernel begins at the first pixel of the map, and not
+    /// half a kernel before it.
+    StrideFromEdge(usize),
     /// Each pixel is doubled in both directions before the convolution, whose stride is 1.
     Upsample,
 }
@@ -32,17 +35,21 @@ pub(crate) struct ConvShape {
 }
 
 impl ConvShape {
-    /// The convolution of `x` (batch, height, width, in) with `weight` (out, in, k, k).
+    /// The convolution of `x` (batch, height, width, in) with `weight` (out, in, k, k), or (out, in) for k = 1.
     ///
     /// The output is (batch, ceil(height / stride), ceil(width / stride), out), or has twice the height
     /// and width if `x` is upsampled.
     ///
     /// # Errors
-    /// Returns an error if the weight is not (out, in, k, k) with odd k, if `x` has another number of
-    /// channels, or if the stride is 0.
+    /// Returns an error if the weight is neither (out, in) nor (out, in, k, k) with odd k, if `x` has another
+    /// number of channels, or if the stride is 0.
     pub(crate) fn new(x: [usize; 4], weight: &[usize], scale: Scale) -> Result<Self> {
         let [batch, h, w, channels] = x;
-        let &[c_out, c_in, kernel, width] = weight else { return Err(wrong_weight(weight)) };
+        let [c_out, c_in, kernel, width] = match *weight {
+            [c_out, c_in, kernel, width] => [c_out, c_in, kernel, width],
+            [c_out, c_in] => [c_out, c_in, 1, 1],
+            _ => return Err(wrong_weight(weight)),
+        };
         if kernel != width || kernel.is_multiple_of(2) {
             return Err(wrong_weight(weight));
         }
@@ -50,7 +57,7 @@ impl ConvShape {
             let expected = format!("(batch, height, width, {c_in}) for a weight of {weight:?}");
             return Err(Error::shape("the input of a convolution", x, expected));
         }
-        if scale == Scale::Stride(0) {
+        if matches!(scale, Scale::Stride(0) | Scale::StrideFromEdge(0)) {
             return Err(Error::config("the stride of a convolution", 0, "at least 1"));
         }
         let mut shape = Self { batch, h, w, c_in, h_out: 0, w_out: 0, c_out, kernel, scale };
@@ -61,7 +68,7 @@ impl ConvShape {
     /// The stride of the kernel.
     pub(crate) fn stride(&self) -> usize {
         match self.scale {
-            Scale::Stride(stride) => stride,
+            Scale::Stride(stride) | Scale::StrideFromEdge(stride) => stride,
             Scale::Upsample => 1,
         }
     }
@@ -74,14 +81,19 @@ impl ConvShape {
     /// Height and width of the map over which the kernel moves: the input after upsampling.
     pub(crate) fn map(&self) -> [usize; 2] {
         match self.scale {
-            Scale::Stride(_) => [self.h, self.w],
+            Scale::Stride(_) | Scale::StrideFromEdge(_) => [self.h, self.w],
             Scale::Upsample => [2 * self.h, 2 * self.w],
         }
     }
 
-    /// Rows and columns of zeros on each side of the map.
+    /// Rows and columns of zeros before the map. As many as the kernel reads follow it.
     pub(crate) fn padding(&self) -> usize {
-        self.kernel / 2
+        if self.begins_at_edge() { 0 } else { self.kernel / 2 }
+    }
+
+    /// Returns whether the first position of the kernel begins at the first pixel.
+    pub(crate) fn begins_at_edge(&self) -> bool {
+        matches!(self.scale, Scale::StrideFromEdge(_))
     }
 
     /// Number of weights for each pair of an input and an output channel.
@@ -125,7 +137,7 @@ impl ConvShape {
 }
 
 fn wrong_weight(weight: &[usize]) -> Error {
-    Error::shape("the weight of a convolution", weight, "(out, in, k, k) with odd k")
+    Error::shape("the weight of a convolution", weight, "(out, in) or (out, in, k, k) with odd k")
 }
 
 /// A value for each of the two addends of a convolution's output: the addends themselves, see [`Add`], or their
@@ -173,6 +185,7 @@ mod tests {
         assert_eq!(output(Scale::Stride(1)), [2, 5, 8, 7]);
         assert_eq!(output(Scale::Stride(2)), [2, 3, 4, 7]);
         assert_eq!(output(Scale::Stride(3)), [2, 2, 3, 7]);
+        assert_eq!(output(Scale::StrideFromEdge(2)), [2, 3, 4, 7]);
         assert_eq!(output(Scale::Upsample), [2, 10, 16, 7]);
     }
 
@@ -184,12 +197,12 @@ mod tests {
         };
         let weight = |found| {
             format!(
-                "the weight of a convolution has shape {found}; it must be (out, in, k, k) with odd k"
+                "the weight of a convolution has shape {found}; it must be (out, in) or (out, in, k, k) with odd k"
             )
         };
         assert_eq!(error(&[7, 3, 2, 2], 1), weight("[7, 3, 2, 2]"));
         assert_eq!(error(&[7, 3, 3, 1], 1), weight("[7, 3, 3, 1]"));
-        assert_eq!(error(&[7, 3], 1), weight("[7, 3]"));
+        assert_eq!(error(&[7], 1), weight("[7]"));
         assert_eq!(
             error(&[7, 4, 3, 3], 1),
             "the input of a convolution has shape [2, 5, 8, 3]; it must be (batch, height, width, 4) for a \

@@ -1,5 +1,8 @@
 //! GroupNorm: each group of channels of each image is normalised to mean 0 and variance 1, then each
 //! channel is scaled and shifted. Wu and He 2018.
+//!
+//! A modulated normalisation replaces weight and bias by `weight (1 + scale)` and `bias (1 + scale) + shift`, with a
+//! scale and a shift per image and channel: `GroupNorm(x) (1 + scale) + shift`. Dhariwal and Nichol 2021, section 3.1.
 
 use super::activation::Activation;
 

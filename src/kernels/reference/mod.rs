@@ -6,3 +6,4 @@ pub(crate) mod conv;
 pub(crate) mod layout;
 pub(crate) mod linear;
 pub(crate) mod norm;
+pub(crate) mod pixels;

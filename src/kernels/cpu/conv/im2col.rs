@@ -84,7 +84,7 @@ impl Im2col {
                     let step = if g.upsamples() { 1 } else { last - first };
                     (first..last).step_by(step).map(move |x| {
                         let pixel = match g.scale {
-                            Scale::Stride(_) => y * w + x,
+                            Scale::Stride(_) | Scale::StrideFromEdge(_) => y * w + x,
                             Scale::Upsample => y / 2 * (w / 2) + x / 2,
                         };
                         (place + (x - first) * g.c_in, pixel * g.c_in, step * g.c_in)

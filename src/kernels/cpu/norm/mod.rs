@@ -1,9 +1,11 @@
 //! GroupNorm, with the activation that follows it.
 
+mod modulated;
 mod passes;
 
 use rayon::prelude::*;
 
+pub(crate) use self::modulated::Modulated;
 #[cfg(test)]
 pub(crate) use self::passes::RUN;
 pub(crate) use self::passes::Stats;

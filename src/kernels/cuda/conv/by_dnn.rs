@@ -5,18 +5,11 @@ use candle_core::Result;
 use super::super::device::Gpu;
 use super::super::dnn::{Direction, Plan, Shape};
 use super::super::element::Pointer;
-use super::super::kernel::kernel;
-use super::super::launch::each_of;
+use super::super::maps::{repeat_pixels, sum_pixels_to};
 use super::super::memory::Memory;
-use super::{Convolution, MODULE};
+use super::Convolution;
+use crate::kernels::op::conv::ConvShape;
 use crate::precision::Precision;
-
-kernel! { MODULE, "upsample", Upsample {
-    x: Pointer, y: Pointer, w: u32, channels: u32, width: u32, count: u32,
-} }
-kernel! { MODULE, "upsample_backward", UpsampleBackward {
-    dy: Pointer, dx: Pointer, w: u32, channels: u32, accumulate: i32, width: u32, count: u32,
-} }
 
 /// Convolutions with cuDNN. If the convolution doubles its input, the maps are doubled in a separate kernel.
 impl Convolution {
@@ -32,9 +25,11 @@ impl Convolution {
         }
     }
 
-    /// Returns `None` for pointwise convolutions, which cuBLASLt computes as one product.
+    /// Returns `None` for pointwise convolutions, which cuBLASLt computes as one product, and for convolutions with
+    /// zeros on two sides only, which cuDNN lacks.
     fn plan(&self, gpu: &Gpu) -> Option<Rc<Plan>> {
-        gpu.dnn.as_ref().filter(|_| !self.shape.is_pointwise())?.plan(&self.shape())
+        let other = self.shape.is_pointwise() || self.shape.begins_at_edge();
+        gpu.dnn.as_ref().filter(|_| !other)?.plan(&self.shape())
     }
 
     /// Computes one of input, weight and output from the others, or adds to it. Returns false if cuDNN fails.
@@ -64,14 +59,15 @@ impl Convolution {
 
     /// Computes the doubled input, if the convolution doubles it.
     fn doubled(&self, gpu: &Gpu, x: &Memory) -> Result<Option<Memory>> {
-        let Some(doubled) = self.take_doubled(gpu)? else { return Ok(None) };
-        let (count, x, y) =
-            (4 * self.shape.batch * self.shape.input_len(), x.pointer, doubled.pointer);
-        let width = self.element.width(&[self.shape.c_in], &[x, y]);
-        let (w, channels, count_of) = (self.shape.w as u32, self.shape.c_in as u32, count as u32);
-        let upsample = Upsample { x, y, w, channels, width, count: count_of };
-        gpu.launch(self.element, each_of(count, width)?, upsample)?;
-        Ok(Some(doubled))
+        let upsamples = self.shape.upsamples();
+        let doubled = || repeat_pixels(gpu, x, self.input(), 1.0, self.element);
+        upsamples.then(doubled).transpose()
+    }
+
+    /// The dimensions of the input before it is doubled.
+    fn input(&self) -> [usize; 4] {
+        let ConvShape { batch, h, w, c_in, .. } = self.shape;
+        [batch, h, w, c_in]
     }
 
     /// Writes the output to `y`. Returns false if cuDNN fails.
@@ -122,18 +118,8 @@ impl Convolution {
             return Ok(false);
         }
         if doubled.is_some() {
-            let (count, dy, dx) = (self.shape.batch * self.shape.input_len(), to, dx.pointer);
-            let width = self.element.width(&[self.shape.c_in], &[dy, dx]);
-            let sum = UpsampleBackward {
-                dy,
-                dx,
-                w: self.shape.w as u32,
-                channels: self.shape.c_in as u32,
-                accumulate: i32::from(accumulate),
-                width,
-                count: count as u32,
-            };
-            gpu.launch(self.element, each_of(count, width)?, sum)?;
+            let maps = [to, dx.pointer];
+            sum_pixels_to(gpu, maps, self.input(), (1.0, accumulate), self.element)?;
         }
         Ok(true)
     }

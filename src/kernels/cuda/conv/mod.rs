@@ -20,7 +20,8 @@ const MODULE: &Module = &Module {
 };
 
 argument! { MODULE, struct Sizes {
-    h: i32, w: i32, channels: i32, h_out: i32, w_out: i32, kernel: i32, stride: i32, upsample: i32,
+    h: i32, w: i32, channels: i32, h_out: i32, w_out: i32, kernel: i32, stride: i32, pad: i32,
+    upsample: i32,
 } }
 
 /// A convolution of maps.
@@ -52,6 +53,7 @@ impl Convolution {
             w_out: w_out as i32,
             kernel: kernel as i32,
             stride: self.shape.stride() as i32,
+            pad: self.shape.padding() as i32,
             upsample: i32::from(self.shape.upsamples()),
         }
     }

@@ -6,14 +6,17 @@ extern "C" __global__ void cast(const float *x, T *y, u32 count) {
 }
 
 // Computes [sin | cos] of each timestep times `half` geometrically falling frequencies. With `between`, t holds f32.
-extern "C" __global__ void sinusoids(const u32 *t, T *y, u32 half, double decay, int between, u32 count) {
+// With `flip`, the cosines come first.
+extern "C" __global__ void sinusoids(
+    const u32 *t, T *y, u32 half, double decay, int between, int flip, u32 count
+) {
     u32 i = global_index();
     if (i >= count) return;
     u32 k = i % (2 * half);
     u32 image = i / (2 * half);
     double time = between ? (double)((const float *)t)[image] : (double)t[image];
     double angle = time * exp(-decay * (k % half));
-    y[i] = put((float)(k < half ? sin(angle) : cos(angle)));
+    y[i] = put((float)((k < half) != (flip != 0) ? sin(angle) : cos(angle)));
 }
 
 extern "C" __global__ void add_class(

@@ -22,7 +22,7 @@ const MODULE: &Module = &Module {
 
 kernel! { MODULE, "cast", Cast { x: Pointer, y: Pointer, count: u32 } }
 kernel! { MODULE, "sinusoids", Sinusoids {
-    t: Pointer, y: Pointer, half: u32, decay: f64, between: i32, count: u32,
+    t: Pointer, y: Pointer, half: u32, decay: f64, between: i32, flip: i32, count: u32,
 } }
 kernel! { MODULE, "add_class", AddClass {
     x: Pointer, table: Pointer, index: Pointer, y: Pointer, rows: u32, columns: u32, count: u32,
@@ -35,18 +35,20 @@ kernel! { MODULE, "activate_backward", ActivateBackward {
     x: Pointer, d: Pointer, f: i32, count: u32,
 } }
 
-/// Computes the sines and cosines of timesteps (batch) in u32, or of times between them in f32: (batch, 2 half).
+/// Computes the sines and cosines of timesteps (batch) in u32, or of times between them in f32: (batch, 2 half). The
+/// cosines come first if `cosines_first` is true.
 pub(crate) fn sinusoids(
     gpu: &Gpu,
     t: &Tensor,
     half: usize,
-    decay: f64,
+    (decay, cosines_first): (f64, bool),
     element: Element,
 ) -> Result<Memory> {
     let count = t.elem_count() * 2 * half;
     let between = i32::from(!t.dtype().is_int());
     let (t, y) = (gpu.pointer(t)?, gpu.take_for(count, element)?);
-    let own = Sinusoids { t, y: y.pointer, half: half as u32, decay, between, count: count as u32 };
+    let (half, flip, count_of) = (half as u32, i32::from(cosines_first), count as u32);
+    let own = Sinusoids { t, y: y.pointer, half, decay, between, flip, count: count_of };
     gpu.launch(element, each(count)?, own)?;
     Ok(y)
 }

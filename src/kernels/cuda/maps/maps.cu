@@ -80,6 +80,38 @@ extern "C" __global__ void split(
     store(to, load(y + i, width), width);
 }
 
+// Repeats each pixel in both directions, times `factor`. `w` is the width before doubling.
+extern "C" __global__ void repeat_pixels(
+    const T *x, T *y, u32 w, u32 channels, float factor, u32 width, u32 count
+) {
+    u32 i = global_index() * width;
+    if (i >= count) return;
+    u32 channel = i % channels;
+    u32 pixel = i / channels;
+    u32 row = pixel / (2 * w), column = pixel % (2 * w);
+    // The rows of all images are stacked. Each image has an even number of output rows.
+    Values values = load(x + ((u64)(row / 2) * w + column / 2) * channels + channel, width);
+    EACH(k) values.at[k] *= factor;
+    store(y + i, values, width);
+}
+
+// Sums two by two pixels, times `factor`. `w` is the width of the sums. This is the backward pass of `repeat_pixels`.
+extern "C" __global__ void sum_pixels(
+    const T *x, T *y, u32 w, u32 channels, float factor, int accumulate, u32 width, u32 count
+) {
+    u32 i = global_index() * width;
+    if (i >= count) return;
+    u32 channel = i % channels;
+    u32 pixel = i / channels;
+    u64 at = (2 * (u64)(pixel / w) * 2 * w + 2 * (pixel % w)) * channels + channel;
+    Values sum = accumulate ? load(y + i, width) : zeros();
+    for (u32 copy = 0; copy < 4; ++copy) {
+        Values more = load(x + at + (copy / 2 * 2 * w + copy % 2) * channels, width);
+        EACH(k) sum.at[k] += factor * more.at[k];
+    }
+    store(y + i, sum, width);
+}
+
 // Computes the sums over the pixels of each image: (batch, channels). One block per image (in x) and per 32
 // widths of channels (in y). Its threads are divided over rows of pixels.
 extern "C" __global__ void sums_by_image(

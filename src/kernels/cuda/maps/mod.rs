@@ -1,4 +1,4 @@
-//! Elementwise operations on feature maps: conversion to and from images, sums, concatenation, dropout.
+//! Elementwise operations on feature maps: conversion to and from images, sums, concatenation, dropout, scaling by two.
 
 use candle_core::{Result, Tensor};
 
@@ -32,6 +32,12 @@ kernel! { MODULE, "concatenate", Concatenate {
 } }
 kernel! { MODULE, "split", Split {
     y: Pointer, a: Pointer, b: Pointer, first: u32, second: u32, width: u32, count: u32,
+} }
+kernel! { MODULE, "repeat_pixels", RepeatPixels {
+    x: Pointer, y: Pointer, w: u32, channels: u32, factor: f32, width: u32, count: u32,
+} }
+kernel! { MODULE, "sum_pixels", SumPixels {
+    x: Pointer, y: Pointer, w: u32, channels: u32, factor: f32, accumulate: i32, width: u32, count: u32,
 } }
 kernel! { MODULE, "sums_by_image", SumsByImage {
     x: Pointer, sums: Pointer, also: Pointer, channels: u32, pixels: u32, width: u32,
@@ -135,6 +141,64 @@ pub(crate) fn scale_maps(
     };
     gpu.launch(element, each_of(count, width)?, scale)?;
     Ok(y)
+}
+
+/// Repeats each pixel in both directions, times `factor`. `dims` are those of `x`.
+pub(crate) fn repeat_pixels(
+    gpu: &Gpu,
+    x: &Memory,
+    dims: [usize; 4],
+    factor: f32,
+    element: Element,
+) -> Result<Memory> {
+    let [batch, h, w, channels] = dims;
+    let count = 4 * batch * h * w * channels;
+    let y = gpu.take_for(count, element)?;
+    let width = element.width(&[channels], &[x.pointer, y.pointer]);
+    let repeat = RepeatPixels {
+        x: x.pointer,
+        y: y.pointer,
+        w: w as u32,
+        channels: channels as u32,
+        factor,
+        width,
+        count: count as u32,
+    };
+    gpu.launch(element, each_of(count, width)?, repeat)?;
+    Ok(y)
+}
+
+/// Sums two by two pixels, times `factor`. `dims` are those of `x`, with even height and width.
+pub(crate) fn sum_pixels(
+    gpu: &Gpu,
+    x: &Memory,
+    dims: [usize; 4],
+    factor: f32,
+    element: Element,
+) -> Result<Memory> {
+    let [batch, h, w, channels] = dims;
+    let sums = [batch, h / 2, w / 2, channels];
+    let y = gpu.take_for(sums.iter().product(), element)?;
+    sum_pixels_to(gpu, [x.pointer, y.pointer], sums, (factor, false), element)?;
+    Ok(y)
+}
+
+/// Writes the sums of two by two pixels, times `factor`, or adds them to the values there. `sums` are the dimensions of
+/// the result.
+pub(super) fn sum_pixels_to(
+    gpu: &Gpu,
+    [x, y]: [Pointer; 2],
+    sums: [usize; 4],
+    (factor, accumulate): (f32, bool),
+    element: Element,
+) -> Result<()> {
+    let [_, _, w, channels] = sums;
+    let count = sums.iter().product();
+    let width = element.width(&[channels], &[x, y]);
+    let (w, channels, accumulate) = (w as u32, channels as u32, i32::from(accumulate));
+    let count_of = count as u32;
+    let sum = SumPixels { x, y, w, channels, factor, accumulate, width, count: count_of };
+    gpu.launch(element, each_of(count, width)?, sum)
 }
 
 /// Concatenates the channels of two maps. `pixels` is the number of pixels in the batch.

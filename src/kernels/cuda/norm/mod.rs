@@ -6,7 +6,7 @@ use candle_core::{Result, Tensor};
 use super::device::Gpu;
 use super::element::{Element, Pointer};
 use super::kernel::{Module, argument, kernel};
-use super::launch::{THREADS, blocks_of, each_of};
+use super::launch::{THREADS, blocks_of, each, each_of};
 use super::maps::sum_columns;
 use super::memory::Memory;
 use crate::kernels::op::activation::Activation;
@@ -32,8 +32,18 @@ kernel! { MODULE, "normalize_backward", NormalizeBackward {
     for_weight: Pointer, for_bias: Pointer, s: Sizes,
 } }
 
+kernel! { MODULE, "modulate", Modulate {
+    weight: Pointer, bias: Pointer, by: Pointer, weights: Pointer, biases: Pointer, channels: u32,
+    count: u32,
+} }
+kernel! { MODULE, "modulate_backward", ModulateBackward {
+    weight: Pointer, bias: Pointer, by: Pointer, for_weight: Pointer, for_bias: Pointer,
+    d_by: Pointer, channels: u32, count: u32,
+} }
+
 argument! { MODULE, struct Sizes {
-    f: i32, channels: u32, pixels: u32, groups: u32, width: u32, count: u32,
+    f: i32, channels: u32, pixels: u32, groups: u32, width: u32, count: u32, eps: f32,
+    per_image: u32,
 } }
 
 /// The mean and the reciprocal standard deviation of each group.
@@ -46,6 +56,16 @@ pub(crate) struct Norm<'a> {
     pub config: NormConfig,
     pub weight: &'a Tensor,
     pub bias: &'a Tensor,
+    /// Scales and shifts (batch, 2 channels).
+    pub by: Option<&'a Memory>,
+}
+
+/// The weights and biases of a launch.
+struct Vectors {
+    weight: Pointer,
+    bias: Pointer,
+    /// The memory of weights and biases that depend on the image.
+    _own: Option<[Memory; 2]>,
 }
 
 impl Norm<'_> {
@@ -60,15 +80,30 @@ impl Norm<'_> {
             Activation::Silu => 1,
         };
         let (pixels, groups) = ((h * w) as u32, self.config.groups as u32);
-        Sizes { f, channels: channels as u32, pixels, groups, width, count: self.count() as u32 }
+        let (channels, count, eps) = (channels as u32, self.count() as u32, self.config.eps as f32);
+        let per_image = self.by.map_or(0, |_| channels);
+        Sizes { f, channels, pixels, groups, width, count, eps, per_image }
     }
 
-    /// Returns the addresses of weight and bias, and the sizes of a launch for these maps.
-    fn layer(&self, gpu: &Gpu, maps: [Pointer; 3]) -> Result<([Pointer; 2], Sizes)> {
-        let vectors = [gpu.pointer(self.weight)?, gpu.pointer(self.bias)?];
-        let width = self
-            .element
-            .width(&[self.dims[3] / self.config.groups], &[vectors.as_slice(), &maps].concat());
+    /// Returns weight and bias, computed for each image if there are scales and shifts.
+    fn vectors(&self, gpu: &Gpu) -> Result<Vectors> {
+        let (weight, bias) = (gpu.pointer(self.weight)?, gpu.pointer(self.bias)?);
+        let Some(by) = self.by else { return Ok(Vectors { weight, bias, _own: None }) };
+        let (channels, count) = (self.dims[3] as u32, self.dims[0] * self.dims[3]);
+        let own = [gpu.take_for(count, Element::F32)?, gpu.take_for(count, Element::F32)?];
+        let [weights, biases] = [own[0].pointer, own[1].pointer];
+        let (by, count_of) = (by.pointer, count as u32);
+        let modulate = Modulate { weight, bias, by, weights, biases, channels, count: count_of };
+        gpu.launch(self.element, each(count)?, modulate)?;
+        Ok(Vectors { weight: weights, bias: biases, _own: Some(own) })
+    }
+
+    /// Returns weight and bias, and the sizes of a launch for these maps.
+    fn layer(&self, gpu: &Gpu, maps: [Pointer; 3]) -> Result<(Vectors, Sizes)> {
+        let vectors = self.vectors(gpu)?;
+        let group = self.dims[3] / self.config.groups;
+        let width =
+            self.element.width(&[group], &[&[vectors.weight, vectors.bias][..], &maps].concat());
         Ok((vectors, self.sizes(width)))
     }
 
@@ -82,7 +117,8 @@ impl Norm<'_> {
         let y = gpu.take_for(self.count(), self.element)?;
         let own = gpu.take_for(self.dims[0] * self.config.groups * 2, Element::F32)?;
         let (x, y_at, statistics) = (x.pointer, y.pointer, own.pointer);
-        let ([weight, bias], s) = self.layer(gpu, [x, y_at, Pointer::NONE])?;
+        let (vectors, s) = self.layer(gpu, [x, y_at, Pointer::NONE])?;
+        let Vectors { weight, bias, .. } = vectors;
         let normalize = Normalize { x, y: y_at, weight, bias, statistics, s };
         gpu.launch(self.element, self.blocks(), normalize)?;
         Ok((y, NormStatistics(own)))
@@ -92,14 +128,15 @@ impl Norm<'_> {
     pub fn again(&self, gpu: &Gpu, x: &Memory, statistics: &NormStatistics) -> Result<Memory> {
         let y = gpu.take_for(self.count(), self.element)?;
         let (x, y_at, statistics) = (x.pointer, y.pointer, statistics.0.pointer);
-        let ([weight, bias], s) = self.layer(gpu, [x, y_at, Pointer::NONE])?;
+        let (vectors, s) = self.layer(gpu, [x, y_at, Pointer::NONE])?;
+        let Vectors { weight, bias, .. } = vectors;
         let normalize = NormalizeAgain { x, y: y_at, weight, bias, statistics, s };
         gpu.launch(self.element, each_of(self.count(), s.width)?, normalize)?;
         Ok(y)
     }
 
     /// Replaces the gradient `d` of the output by that of the input plus `more`. Writes the gradients of
-    /// weight and bias.
+    /// weight and bias. Returns that of scales and shifts.
     pub fn backward(
         &self,
         gpu: &Gpu,
@@ -108,12 +145,13 @@ impl Norm<'_> {
         d: &Memory,
         more: Option<&Memory>,
         [d_weight, d_bias]: [&Tensor; 2],
-    ) -> Result<()> {
+    ) -> Result<Option<Memory>> {
         let [batch, _, _, channels] = self.dims;
         let sums = || gpu.take_for(batch * channels, Element::F32);
         let (for_weight, for_bias) = (sums()?, sums()?);
         let (x, d, more) = (x.pointer, d.pointer, Memory::pointer_or_none(more));
-        let ([weight, bias], s) = self.layer(gpu, [x, d, more])?;
+        let (vectors, s) = self.layer(gpu, [x, d, more])?;
+        let Vectors { weight, bias, .. } = vectors;
         let normalize = NormalizeBackward {
             x,
             d,
@@ -126,7 +164,29 @@ impl Norm<'_> {
             s,
         };
         gpu.launch(self.element, self.blocks(), normalize)?;
+        let d_by = self.modulate_backward(gpu, [&for_weight, &for_bias])?;
         sum_columns(gpu, &for_weight, d_weight, batch)?;
-        sum_columns(gpu, &for_bias, d_bias, batch)
+        sum_columns(gpu, &for_bias, d_bias, batch)?;
+        Ok(d_by)
+    }
+
+    /// Returns the gradient of scales and shifts, from the gradients of the weights and biases of each image. Replaces
+    /// the latter by their contributions to the gradients of weight and bias.
+    fn modulate_backward(&self, gpu: &Gpu, sums: [&Memory; 2]) -> Result<Option<Memory>> {
+        let Some(by) = self.by else { return Ok(None) };
+        let count = self.dims[0] * self.dims[3];
+        let d_by = gpu.take_for(2 * count, self.element)?;
+        let backward = ModulateBackward {
+            weight: gpu.pointer(self.weight)?,
+            bias: gpu.pointer(self.bias)?,
+            by: by.pointer,
+            for_weight: sums[0].pointer,
+            for_bias: sums[1].pointer,
+            d_by: d_by.pointer,
+            channels: self.dims[3] as u32,
+            count: count as u32,
+        };
+        gpu.launch(self.element, each(count)?, backward)?;
+        Ok(Some(d_by))
     }
 }

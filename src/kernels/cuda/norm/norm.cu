@@ -1,11 +1,12 @@
 // GroupNorm, with the activation that follows it. One block per image (in x) and group (in y).
 
-#define EPS 1e-5f
-
 // The activation, the sizes of the maps, and the number of values that a thread handles at once.
 struct Sizes {
     int f;
     u32 channels, pixels, groups, width, count;
+    float eps;
+    // The distance between the weights of two images: 0 if all images have the same.
+    u32 per_image;
 };
 
 // The position of a block's group.
@@ -50,6 +51,8 @@ extern "C" __global__ void normalize(
 ) {
     __shared__ float shared[THREADS / 32];
     Group group = group_of_block(s);
+    weight += (u64)blockIdx.x * s.per_image;
+    bias += (u64)blockIdx.x * s.per_image;
     u32 width = s.width, count = group.size * s.pixels;
     float sum = 0.0f;
     group.each([&](u64 at, u32) {
@@ -63,7 +66,7 @@ extern "C" __global__ void normalize(
         Values values = load(x + at, width);
         EACH(k) if (k < width) sum += (values.at[k] - mean) * (values.at[k] - mean);
     });
-    float rstd = 1.0f / sqrtf(block_sum(sum, shared) / count + EPS);
+    float rstd = 1.0f / sqrtf(block_sum(sum, shared) / count + s.eps);
     if (threadIdx.x == 0) {
         float *own = statistics + 2 * ((u64)blockIdx.x * gridDim.y + blockIdx.y);
         own[0] = mean;
@@ -83,6 +86,8 @@ extern "C" __global__ void normalize_again(
     if (i >= s.count) return;
     u32 channels = s.channels, channel = i % channels;
     u32 image = i / (channels * s.pixels);
+    weight += (u64)image * s.per_image;
+    bias += (u64)image * s.per_image;
     const float *own = statistics + 2 * (image * s.groups + channel / (channels / s.groups));
     Values values = load(x + i, width);
     store(y + i, normalized(values, own[0], own[1], weight + channel, bias + channel, s), width);
@@ -97,6 +102,8 @@ extern "C" __global__ void normalize_backward(
     __shared__ float shared[THREADS / 32];
     __shared__ Values rows_of_sums[THREADS];
     Group group = group_of_block(s);
+    weight += (u64)blockIdx.x * s.per_image;
+    bias += (u64)blockIdx.x * s.per_image;
     u32 channels = s.channels, pixels = s.pixels, width = s.width, count = group.size * pixels;
     int f = s.f;
     const float *own = statistics + 2 * ((u64)blockIdx.x * gridDim.y + blockIdx.y);
@@ -146,4 +153,34 @@ extern "C" __global__ void normalize_backward(
         }
         store(d + at, dx, width);
     });
+}
+
+// Computes the weight and the bias of each image, (batch, channels), from scales and shifts (batch, 2 channels).
+extern "C" __global__ void modulate(
+    const float *weight, const float *bias, const T *by, float *weights, float *biases, u32 channels, u32 count
+) {
+    u32 i = global_index();
+    if (i >= count) return;
+    u32 channel = i % channels;
+    by += (u64)(i / channels) * 2 * channels + channel;
+    float factor = 1.0f + get(by[0]);
+    weights[i] = weight[channel] * factor;
+    biases[i] = bias[channel] * factor + get(by[channels]);
+}
+
+// Computes the gradients of scales and shifts from those of the weights and biases of each image. Replaces the latter
+// by their contributions to the gradients of weight and bias.
+extern "C" __global__ void modulate_backward(
+    const float *weight, const float *bias, const T *by, float *for_weight, float *for_bias, T *d_by, u32 channels,
+    u32 count
+) {
+    u32 i = global_index();
+    if (i >= count) return;
+    u32 channel = i % channels;
+    u64 at = (u64)(i / channels) * 2 * channels + channel;
+    float factor = 1.0f + get(by[at]), d_weight = for_weight[i], d_bias = for_bias[i];
+    d_by[at] = put(d_weight * weight[channel] + d_bias * bias[channel]);
+    d_by[at + channels] = put(d_bias);
+    for_weight[i] = d_weight * factor;
+    for_bias[i] = d_bias * factor;
 }

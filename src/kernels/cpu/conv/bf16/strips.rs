@@ -98,7 +98,7 @@ impl Strips {
         let g = &self.shape;
         let (c, pad, [h, w]) = (self.channels.len(), g.padding(), g.map());
         // A row of the map, with zeros on both sides.
-        let line_len = (w + 2 * pad) * c;
+        let line_len = (w + g.kernel - 1) * c;
         let parts = if to[1].is_empty() { 1 } else { 2 };
         let line = sized(line, parts * line_len);
         line.fill(0);

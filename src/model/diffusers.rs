@@ -1,0 +1,198 @@
+//! Networks in folders of the Python library diffusers.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
+
+use super::parameters::Parameters;
+use super::tensor_file::{read_regular, read_tensors};
+use super::unet2d_config::UNet2DConfig;
+use crate::error::{Error, Result, in_short};
+
+/// Options of `UNet2DModel` of which the crate has only these values.
+const FIXED: [Fixed; 6] = [
+    ("_class_name", &["\"UNet2DModel\""]),
+    ("act_fn", &["\"silu\"", "\"swish\""]),
+    ("class_embed_type", &["null"]),
+    ("mid_block_scale_factor", &["1", "1.0"]),
+    ("mid_block_type", &["\"UNetMidBlock2D\""]),
+    ("time_embedding_type", &["\"positional\""]),
+];
+
+/// An option that has an effect only with other values of the options above.
+const WITHOUT_EFFECT: &str = "num_train_timesteps";
+
+/// The last part of the names of an attention's layers in earlier versions of diffusers, and today.
+const RENAMED: [(&str, &str); 4] =
+    [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")];
+
+/// The name of a file of weights.
+const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
+
+/// The values that the crate has of an option, as JSON.
+type Fixed = (&'static str, &'static [&'static str]);
+
+/// The options in a configuration file of diffusers.
+pub(crate) struct Options {
+    path: PathBuf,
+    values: Map<String, Value>,
+}
+
+impl Options {
+    /// # Errors
+    /// Returns an error if the file cannot be read or is not a JSON object.
+    pub fn read(path: PathBuf) -> Result<Self> {
+        match serde_json::from_slice(&read_regular(&path)?) {
+            Ok(values) => Ok(Self { path, values }),
+            Err(error) => Err(Error::Data { path, reason: error.to_string() }),
+        }
+    }
+
+    /// The error of an option that the crate lacks.
+    pub fn refuse(&self, reason: String) -> Error {
+        Error::Data { path: self.path.clone(), reason }
+    }
+
+    /// Removes options of which the crate has only these values.
+    ///
+    /// # Errors
+    /// Returns an error that names the first option with another value.
+    pub fn check(&mut self, fixed: &[Fixed]) -> Result<()> {
+        for (name, allowed) in fixed {
+            let Some(value) = self.values.remove(*name) else { continue };
+            let value = value.to_string();
+            if !allowed.contains(&&*value) {
+                let (value, expected) = (in_short(&value), allowed.join(" or "));
+                return Err(self.refuse(format!("{name} is {value}; it must be {expected}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns whether an option has this text as its value.
+    pub fn is(&self, name: &str, text: &str) -> bool {
+        self.values.get(name).is_some_and(|value| value == text)
+    }
+
+    /// Removes an option that has no effect.
+    pub fn ignore(&mut self, name: &str) {
+        self.values.remove(name);
+    }
+
+    /// Parses all options, except those about the file, whose names begin with an underscore. Every field of `T` has a
+    /// default.
+    ///
+    /// # Errors
+    /// Returns an error that names the first option that is not one of `T`.
+    pub fn parse<T: DeserializeOwned>(&mut self) -> Result<T> {
+        self.values.retain(|name, _| !name.starts_with('_'));
+        for (name, value) in &self.values {
+            if let Err(error) = serde_json::from_value::<T>(json!({ name: value })) {
+                let value = value.to_string();
+                return Err(self.refuse(format!("{name} is {}: {error}", in_short(&value))));
+            }
+        }
+        let all = serde_json::from_value(Value::Object(self.values.clone()));
+        all.map_err(|error| self.refuse(error.to_string()))
+    }
+}
+
+impl UNet2DConfig {
+    /// Reads the configuration of a `UNet2DModel` from `config.json` in a folder of diffusers.
+    ///
+    /// # Errors
+    /// Returns an error if the file cannot be read or is not JSON. Returns an error that names the option and its value
+    /// if the crate lacks it, or if the configuration is not [valid](Self::validate).
+    pub fn from_diffusers(folder: impl AsRef<Path>) -> Result<Self> {
+        let mut options = Options::read(folder.as_ref().join("config.json"))?;
+        options.check(&FIXED)?;
+        options.ignore(WITHOUT_EFFECT);
+        if let Some(size) = options.values.get_mut("sample_size")
+            && let Some([height, width]) = size.as_array().map(Vec::as_slice)
+        {
+            *size = json!({ "height": height, "width": width });
+        }
+        let config: Self = options.parse()?;
+        config.validate().map_err(|error| options.refuse(error.to_string()))?;
+        Ok(config)
+    }
+}
+
+impl Parameters {
+    /// Reads the weights of a network from a folder of diffusers: `diffusion_pytorch_model.safetensors`, or the files
+    /// that `diffusion_pytorch_model.safetensors.index.json` lists. They take no gradients. Attentions may have the
+    /// names of earlier versions of diffusers.
+    ///
+    /// ```no_run
+    /// use candle_core::{DType, Device};
+    /// use ddpm::nn::{Parameters, UNet2DConfig};
+    ///
+    /// let folder = "ddpm-cifar10-32";
+    /// let weights = Parameters::load_diffusers(folder, DType::F32, &Device::Cpu)?;
+    /// let unet = weights.build(&UNet2DConfig::from_diffusers(folder)?)?;
+    /// # Ok::<(), ddpm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Returns the errors of [`load`](Self::load), and an error if the list of files is not valid.
+    pub fn load_diffusers(folder: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
+        let folder = folder.as_ref();
+        let (single, index) = (folder.join(WEIGHTS), folder.join(format!("{WEIGHTS}.index.json")));
+        let (path, tensors) = if !single.exists() && index.exists() {
+            let tensors = read_shards(folder, &index, dtype, device)?;
+            (index, tensors)
+        } else {
+            let tensors = read_tensors(&single, dtype, device)?;
+            (single, tensors)
+        };
+        let tensors = tensors.into_iter().map(|(name, tensor)| (renamed(name), tensor)).collect();
+        Ok(Self::frozen(&path, tensors, dtype, device))
+    }
+}
+
+/// The list of the files of a network.
+#[derive(Deserialize)]
+struct Index {
+    /// The file of each weight.
+    weight_map: BTreeMap<String, String>,
+}
+
+/// Reads the weights that `index` lists.
+fn read_shards(
+    folder: &Path,
+    index: &Path,
+    dtype: DType,
+    device: &Device,
+) -> Result<BTreeMap<String, Tensor>> {
+    let refuse = |reason: String| Error::Data { path: index.to_owned(), reason };
+    let list: Index =
+        serde_json::from_slice(&read_regular(index)?).map_err(|error| refuse(error.to_string()))?;
+    let mut files: Vec<&String> = list.weight_map.values().collect();
+    files.sort();
+    files.dedup();
+    let mut all = BTreeMap::new();
+    for file in files {
+        // A path could lead out of the folder.
+        if Path::new(file).file_name() != Some(file.as_ref()) {
+            let expected = "the names of files in the folder";
+            return Err(refuse(format!("lists {}; it must list {expected}", in_short(file))));
+        }
+        all.extend(read_tensors(&folder.join(file), dtype, device)?);
+    }
+    Ok(all)
+}
+
+/// Returns the present name of a weight.
+fn renamed(name: String) -> String {
+    let parts = |name: &str| {
+        let (layer, kind) = name.rsplit_once('.')?;
+        let (attention, layer) = layer.rsplit_once('.')?;
+        let (_, today) = RENAMED.into_iter().find(|(earlier, _)| *earlier == layer)?;
+        attention.contains("attentions.").then(|| format!("{attention}.{today}.{kind}"))
+    };
+    parts(&name).unwrap_or(name)
+}

@@ -1,0 +1,152 @@
+//! Schedulers in folders of the Python library diffusers.
+
+use std::path::Path;
+
+use serde::Deserialize;
+
+use super::ancestral::Variance;
+use super::config::SamplerConfig;
+use super::solver::Solver;
+use super::spacing::Spacing;
+use crate::error::Result;
+use crate::model::diffusers::Options;
+use crate::process::{Diffusion, NoiseSchedule, Prediction};
+
+/// The options of `DDPMScheduler` and `DDIMScheduler`, with their defaults.
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Scheduler {
+    num_train_timesteps: usize,
+    beta_start: f64,
+    beta_end: f64,
+    beta_schedule: Betas,
+    trained_betas: Option<Vec<f64>>,
+    variance_type: VarianceType,
+    clip_sample: bool,
+    prediction_type: PredictionType,
+    timestep_spacing: TimestepSpacing,
+    rescale_betas_zero_snr: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Betas {
+    Linear,
+    ScaledLinear,
+    #[serde(rename = "squaredcos_cap_v2")]
+    Cosine,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum VarianceType {
+    FixedSmall,
+    /// Diffusers computes the same number by its logarithm.
+    FixedSmallLog,
+    FixedLarge,
+    LearnedRange,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum PredictionType {
+    Epsilon,
+    Sample,
+    VPrediction,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum TimestepSpacing {
+    Linspace,
+    Leading,
+    Trailing,
+}
+
+impl Default for Scheduler {
+    fn default() -> Self {
+        Self {
+            num_train_timesteps: 1000,
+            beta_start: 1e-4,
+            beta_end: 0.02,
+            beta_schedule: Betas::Linear,
+            trained_betas: None,
+            variance_type: VarianceType::FixedSmall,
+            clip_sample: true,
+            prediction_type: PredictionType::Epsilon,
+            timestep_spacing: TimestepSpacing::Leading,
+            rescale_betas_zero_snr: false,
+        }
+    }
+}
+
+impl Scheduler {
+    fn diffusion(&self) -> Result<Diffusion> {
+        let (steps, start, end) = (self.num_train_timesteps, self.beta_start, self.beta_end);
+        let schedule = match (&self.trained_betas, &self.beta_schedule) {
+            (Some(betas), _) => NoiseSchedule::from_betas(betas.clone()),
+            (None, Betas::Linear) => NoiseSchedule::linear(steps, start, end),
+            (None, Betas::ScaledLinear) => NoiseSchedule::quadratic(steps, start, end),
+            (None, Betas::Cosine) => NoiseSchedule::cosine(steps),
+        }?;
+        let prediction = match self.prediction_type {
+            PredictionType::Epsilon => Prediction::Epsilon,
+            PredictionType::Sample => Prediction::Sample,
+            PredictionType::VPrediction => Prediction::Velocity,
+        };
+        let rescaled = self.rescale_betas_zero_snr;
+        let schedule = if rescaled { schedule.zero_terminal_snr()? } else { schedule };
+        let diffusion = Diffusion::new(schedule, prediction);
+        diffusion.validate()?;
+        Ok(diffusion)
+    }
+
+    fn sampler(&self, ancestral: bool, steps: usize) -> SamplerConfig {
+        let variance = match self.variance_type {
+            VarianceType::FixedSmall | VarianceType::FixedSmallLog => Variance::Posterior,
+            VarianceType::FixedLarge => Variance::Beta,
+            VarianceType::LearnedRange => Variance::Learned,
+        };
+        let spacing = match self.timestep_spacing {
+            TimestepSpacing::Linspace => Spacing::Even,
+            TimestepSpacing::Leading => Spacing::Leading,
+            TimestepSpacing::Trailing => Spacing::Trailing,
+        };
+        let config = match ancestral {
+            true => SamplerConfig::new(Solver::Ddpm { variance }, steps),
+            false => SamplerConfig::new(Solver::ddim(), steps.min(50)),
+        };
+        config.spacing(spacing).clip_denoised(self.clip_sample)
+    }
+}
+
+impl SamplerConfig {
+    /// Reads `scheduler_config.json` of a `DDPMScheduler` or `DDIMScheduler` in a folder of diffusers: the process, and
+    /// the settings of its sampler. Ancestral sampling takes every timestep, and DDIM at most 50, as in the pipelines
+    /// of diffusers.
+    ///
+    /// # Errors
+    /// Returns an error if the file cannot be read or is not JSON, and an error that names the option and its value if
+    /// the crate lacks it.
+    pub fn from_diffusers(folder: impl AsRef<Path>) -> Result<(Diffusion, Self)> {
+        let mut options = Options::read(folder.as_ref().join("scheduler_config.json"))?;
+        let ancestral = options.is("_class_name", "DDPMScheduler");
+        options.check(&[
+            ("_class_name", &["\"DDPMScheduler\"", "\"DDIMScheduler\""]),
+            ("clip_sample_range", &["1", "1.0"]),
+            ("set_alpha_to_one", &["true"]),
+            ("steps_offset", &["0"]),
+            ("thresholding", &["false"]),
+            // Options of the first versions.
+            ("timestep_values", &["null"]),
+            ("tensor_format", &["\"pt\"", "\"np\""]),
+        ])?;
+        for of_thresholding in ["dynamic_thresholding_ratio", "sample_max_value"] {
+            options.ignore(of_thresholding);
+        }
+        let scheduler: Scheduler = options.parse()?;
+        let diffusion = scheduler.diffusion().map_err(|error| options.refuse(error.to_string()))?;
+        let sampler = scheduler.sampler(ancestral, diffusion.schedule().steps());
+        Ok((diffusion, sampler))
+    }
+}
