@@ -29,6 +29,7 @@
 //! ```
 
 mod balance;
+mod digits;
 mod distances;
 mod estimate;
 mod extractor;
@@ -48,6 +49,7 @@ mod statistics;
 mod statistics_file;
 
 pub use balance::Balance;
+pub use digits::DigitClassifier;
 pub use estimate::Estimate;
 pub use extractor::{Extractor, ExtractorIdentity, extract};
 pub use features::{Classes, Features};
