@@ -151,19 +151,7 @@ pub struct Report {
 
 impl Report {
     pub fn new(sampling: &SamplingArgs, config: &SamplerConfig, checkpoint: &Trained) -> Self {
-        let json = json!({
-            "checkpoint": checkpoint.path(),
-            "step": checkpoint.step(),
-            "weights": checkpoint.weights(sampling.weights),
-            "solver": config.solver,
-            "sampling_steps": config.steps,
-            "spacing": config.spacing,
-            "clip_denoised": config.clip_denoised,
-            "guidance": config.guidance,
-            "dynamic_threshold": config.dynamic_threshold,
-            "seed": sampling.seed,
-            "precision": sampling.precision,
-        });
+        let json = sampling.record(config, checkpoint);
         Self { json, rows: vec![] }
     }
 
