@@ -50,6 +50,7 @@ mod sets;
 mod sized;
 mod train;
 mod trained;
+mod watching;
 
 pub use arguments::whole;
 pub use choices::{DataChoice, ExtractorChoice};

@@ -189,7 +189,7 @@ impl Set {
 }
 
 /// Computes the features of one image, because an extractor refuses shapes that it cannot process.
-fn try_out(extractor: &dyn Extractor, shape: Shape) -> Result<()> {
+pub(super) fn try_out(extractor: &dyn Extractor, shape: Shape) -> Result<()> {
     let (channels, height, width) = shape;
     extractor.extract(&Images::new(vec![0; channels * height * width], shape)?)?;
     Ok(())
