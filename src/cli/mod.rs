@@ -1,4 +1,4 @@
-//! Command-line programs that train and sample. Requires the feature `cli`.
+//! Command-line programs that train, sample and evaluate. Requires the feature `cli`.
 //!
 //! A program declares its [`Recipe`]: a network, a process, a training configuration. [`TrainArgs`] are its options,
 //! and [`train()`] runs it. The program begins or resumes the run in a directory, trains, saves, draws grids and the
