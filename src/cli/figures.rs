@@ -190,8 +190,8 @@ impl Others {
     }
 }
 
-/// The samples whose nearest training image is nearest, in comparison with the second: the number of the sample, that of
-/// the training image, and the distances of both training images.
+/// The samples whose nearest training image is nearest, in comparison with the second: the number of the sample, that
+/// of the training image, and the distances of both training images.
 fn named(nearest: &Nearest) -> Vec<Value> {
     let mut pairs: Vec<_> = (0..nearest.count())
         .filter_map(|sample| {

@@ -24,9 +24,9 @@ const PATCH: usize = 4 * 4;
 
 /// A classifier of handwritten digits, an [`Extractor`] of 64 features and the logits of 10 classes.
 ///
-/// It has three convolutions of 4 x 4 at stride 2, with 16, 64 and 64 channels, a hidden layer, whose 64 outputs are the
-/// features, and an output layer, with a ReLU after each layer except the last. Images are grey, 28 x 28 pixels. The
-/// example `mnist-fd` trains it on MNIST. Its figures are not comparable with those of Inception, nor with those of
+/// It has three convolutions of 4 x 4 at stride 2, with 16, 64 and 64 channels, a hidden layer, whose 64 outputs are
+/// the features, and an output layer, with a ReLU after each layer except the last. Images are grey, 28 x 28 pixels.
+/// The example `mnist-fd` trains it on MNIST. Its figures are not comparable with those of Inception, nor with those of
 /// other weights.
 #[derive(Debug, Clone)]
 pub struct DigitClassifier {
@@ -45,8 +45,8 @@ impl DigitClassifier {
     /// The number of features of an image.
     pub const FEATURES: usize = 64;
 
-    /// Creates the classifier from weights in f32: `conv1`, `conv2`, `conv3`, `hidden` and `output`, each with a `weight`
-    /// and a `bias`.
+    /// Creates the classifier from weights in f32: `conv1`, `conv2`, `conv3`, `hidden` and `output`, each with a
+    /// `weight` and a `bias`.
     ///
     /// # Errors
     /// Returns the errors of the builder.

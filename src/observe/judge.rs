@@ -27,15 +27,16 @@ const FORWARD: f64 = 1.0 / 3.0;
 ///
 /// The samples are drawn from the averaged weights, always from the same seed, one class after the other if the network
 /// has classes. The sampler is fast: that of [`SamplerConfig::recommended`] for a network that predicts velocity, with
-/// the guidance of the run, and otherwise that of the [run](Run::sampling) with at most 20 steps. The features are those
-/// of an [`Extractor`]. The training images are at most 10,000, chosen at random. Values can be compared only with the
-/// same extractor, sampler, images and number of samples.
+/// the guidance of the run, and otherwise that of the [run](Run::sampling) with at most 20 steps. The features are
+/// those of an [`Extractor`]. The training images are at most 10,000, chosen at random. Values can be compared only
+/// with the same extractor, sampler, images and number of samples.
 ///
 /// Judging takes at most a share of the time since training began, by default 5%. Samples are judged after an update if
-/// the time spent so far and the expected time are within this share. The expected time is that of the judgement before.
-/// For the first one it is estimated from the time of a training step, of which a third is the forward pass. The time
-/// spent includes that of computing the features of the training images, once, at the start. The steps that are judged
-/// thus depend on the speed of the machine, but the weights do not. A resumed run begins to measure anew.
+/// the time spent so far and the expected time are within this share. The expected time is that of the judgement
+/// before. For the first one it is estimated from the time of a training step, of which a third is the forward pass.
+/// A judgement that takes longer delays the next one. The time spent includes that of computing the features of the
+/// training images, once, at the start. The steps that are judged thus depend on the speed of the machine, but the
+/// weights do not. A resumed run begins to measure anew.
 ///
 /// A run that is asked to stop stops judging, and publishes nothing. A failure, such as samples that are not finite, is
 /// a warning.
@@ -88,6 +89,13 @@ struct Clock {
     updates: u32,
 }
 
+impl Clock {
+    fn started() -> Self {
+        let (start, expected, updates) = (Instant::now(), None, 0);
+        Self { start, spent: Duration::ZERO, per_image: Duration::ZERO, expected, updates }
+    }
+}
+
 // An extractor and a data set have no `Debug`.
 impl fmt::Debug for Judge<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -110,13 +118,7 @@ impl<'a> Judge<'a> {
 
     /// Judges 1,000 samples in at most 5% of the time, in comparison with `images`.
     pub fn new(extractor: &'a dyn Extractor, images: &'a dyn Dataset) -> Self {
-        let clock = Clock {
-            start: Instant::now(),
-            spent: Duration::ZERO,
-            per_image: Duration::ZERO,
-            expected: None,
-            updates: 0,
-        };
+        let clock = Clock::started();
         let (count, share, sampling, seed, reference) = (1000, Self::SHARE, None, 0, None);
         Self { extractor, images, count, share, sampling, seed, reference, clock }
     }
@@ -229,7 +231,7 @@ impl Observer for Judge<'_> {
         }
         loader::check(self.images)?;
         self.sampler(run)?;
-        self.clock = Self::new(self.extractor, self.images).clock;
+        self.clock = Clock::started();
         let parts = match self.images.len() > REFERENCE {
             true => Some(hold_out(self.images, REFERENCE)?),
             false => None,
