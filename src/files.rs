@@ -11,10 +11,12 @@
 //! ```
 
 use std::fs::{self, File};
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 
@@ -97,6 +99,23 @@ pub fn check_writable(path: impl AsRef<Path>) -> Result<()> {
     }
     let partial = partial(path);
     create(&partial).and_then(|_| fs::remove_file(&partial)).map_err(Error::io(path))
+}
+
+/// Computes the SHA-256 of everything that `content` yields, such as a `File`, in hexadecimal digits.
+///
+/// # Errors
+/// Returns the errors of reading.
+pub fn sha256(mut content: impl Read) -> io::Result<String> {
+    let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 16]);
+    loop {
+        match content.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(read) => hash.update(&buffer[..read]),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Returns `None` if a file does not exist.

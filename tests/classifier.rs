@@ -1,5 +1,4 @@
-//! The classifier of the example `mnist-fd`: its convolutions, compared with candle's, and its
-//! figures.
+//! The classifier of digits, compared with candle's convolutions, and the figures of the example `mnist-fd`.
 #![allow(dead_code, reason = "a part of the example is tested")]
 
 #[path = "../examples/mnist-fd/classifier.rs"]
@@ -7,13 +6,15 @@ mod classifier;
 #[path = "../examples/mnist-fd/report.rs"]
 mod report;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, Module};
-use classifier::{Classifier, PATCH, SIZE, convolve, lay_out};
 use ddpm::cli::Result;
-use ddpm::data::normalized;
-use ddpm::data::{Dataset, Images};
+use ddpm::data::{Images, normalized};
+use ddpm::eval::{Classes, DigitClassifier, Extractor};
+use ddpm::nn::Parameters;
 use report::{Reference, tally};
+
+const SIZE: usize = DigitClassifier::SHAPE.1;
 
 fn assert_near(found: f64, expected: f64) {
     assert!((found - expected).abs() <= 1e-9 * (1.0 + expected.abs()), "{found}, not {expected}");
@@ -29,12 +30,6 @@ fn points(count: usize, size: usize, seed: u32) -> Vec<f32> {
     (0..count * size).map(|i| (uniform(i as u32) * (1 + i % size) as f64) as f32).collect()
 }
 
-/// Values from -1 to 1 without a pattern.
-fn tensor(shape: &[usize], seed: u32) -> candle_core::Result<Tensor> {
-    let values = points(shape.iter().product(), 1, seed);
-    Tensor::from_vec(values, shape, &Device::Cpu)?.affine(2.0, -1.0)
-}
-
 fn assert_same(found: &Tensor, expected: &Tensor) -> candle_core::Result<()> {
     assert_eq!(found.dims(), expected.dims());
     let apart = (found - expected)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
@@ -42,57 +37,92 @@ fn assert_same(found: &Tensor, expected: &Tensor) -> candle_core::Result<()> {
     Ok(())
 }
 
-/// Includes maps of 7 pixels, whose last patches are half outside.
+/// The network, composed of candle's convolutions. The image lies in a larger black one, from which the first
+/// convolution takes its part. Maps of 7 pixels have patches that are half outside.
 #[test]
-fn a_convolution_of_patches_is_candles() -> candle_core::Result<()> {
-    let (batch, channels, outputs) = (2, 3, 5);
-    for (h, w) in [(14, 14), (7, 7), (8, 5)] {
-        let maps = tensor(&[batch, h, w, channels], 1)?;
-        let (weights, bias) = (tensor(&[outputs, PATCH * channels], 2)?, tensor(&[outputs], 3)?);
-        let found = convolve(&maps, &Linear::new(weights.clone(), Some(bias.clone())))?;
+fn the_features_of_a_moved_image_are_those_of_candles_convolutions() -> Result<()> {
+    let bytes: Vec<u8> =
+        points(3 * SIZE * SIZE, 1, 4).iter().map(|x| (x * 255.0).round() as u8).collect();
+    let images = Images::new(bytes, DigitClassifier::SHAPE)?;
+    let parameters = Parameters::new(5, DType::F32, &Device::Cpu);
+    let classifier = DigitClassifier::new(parameters.builder())?;
+    let vars = parameters.vars();
+    let weight = |layer: &str, part: &str| vars[&format!("{layer}.{part}")].as_detached_tensor();
+    let moves = [(0, 0), (2, -1), (-2, 2)];
+    let found = classifier.features_of_moved(&images, &moves)?.detach();
 
-        // A patch is its blocks' rows and columns, then those within a block, then channels.
-        let kernel = weights
-            .reshape(&[outputs, 2, 2, 2, 2, channels][..])?
-            .permute([0, 5, 1, 3, 2, 4])?
-            .reshape((outputs, channels, 4, 4))?;
-        let around = |size: usize| 2 * size.div_ceil(2) + 1 - size;
-        let maps = maps.permute((0, 3, 1, 2))?;
-        let maps = maps.pad_with_zeros(2, 1, around(h))?.pad_with_zeros(3, 1, around(w))?;
-        let maps = maps.contiguous()?.conv2d(&kernel.contiguous()?, 0, 2, 1, 1)?;
-        let expected = maps.broadcast_add(&bias.reshape((1, outputs, 1, 1))?)?;
-        assert_same(&found, &expected.permute((0, 2, 3, 1))?)?;
+    let mut large = vec![-1.0f32; 3 * 40 * 40];
+    for (image, (down, right)) in moves.into_iter().enumerate() {
+        let pixels = images.get(image).ok_or("an image")?;
+        for (y, row) in pixels.chunks_exact(SIZE).enumerate() {
+            let start = image as isize * 1600 + (6 + down + y as isize) * 40 + 6 + right;
+            let row = row.iter().copied().map(normalized).collect::<Vec<_>>();
+            large[start as usize..][..SIZE].copy_from_slice(&row);
+        }
     }
+    let mut maps = Tensor::from_vec(large, (3, 1, 40, 40), &Device::Cpu)?
+        .narrow(2, 5, SIZE + 2)?
+        .narrow(3, 5, SIZE + 2)?
+        .contiguous()?;
+    for (layer, channels, outputs) in [("conv1", 1, 16), ("conv2", 16, 64), ("conv3", 64, 64)] {
+        // A patch is its blocks' rows and columns, then those within a block, then channels. The patches of the first
+        // layer are rows of pixels.
+        let kernel = weight(layer, "weight");
+        let kernel = match layer {
+            "conv1" => kernel.reshape((outputs, channels, 4, 4))?,
+            _ => kernel
+                .reshape(&[outputs, 2, 2, 2, 2, channels][..])?
+                .permute([0, 5, 1, 3, 2, 4])?
+                .reshape((outputs, channels, 4, 4))?,
+        };
+        if layer != "conv1" {
+            let size = maps.dim(2)?;
+            let after = 2 * size.div_ceil(2) + 1 - size;
+            maps = maps.pad_with_zeros(2, 1, after)?.pad_with_zeros(3, 1, after)?;
+        }
+        maps = maps.contiguous()?.conv2d(&kernel.contiguous()?, 0, 2, 1, 1)?;
+        maps = maps.broadcast_add(&weight(layer, "bias").reshape((1, outputs, 1, 1))?)?.relu()?;
+    }
+    let linear = |layer: &str| Linear::new(weight(layer, "weight"), Some(weight(layer, "bias")));
+    let maps = maps.permute((0, 2, 3, 1))?.flatten_from(1)?;
+    let features = linear("hidden").forward(&maps)?.relu()?;
+    assert_same(&found, &features)?;
+    assert_same(&classifier.logits(&found)?.detach(), &linear("output").forward(&features)?)?;
+
+    // The first image is not moved.
+    let mut first = images.clone();
+    first.truncate(1);
+    let extracted = classifier.extract(&first)?;
+    assert_same(&Tensor::new(extracted.values(), &Device::Cpu)?, &features.get(0)?)?;
+    assert_eq!(extracted.classes(), Some(Classes::Logits(10)));
     Ok(())
 }
 
 #[test]
-fn patches_of_a_moved_image_are_those_of_candles_convolution() -> Result<()> {
-    let bytes: Vec<u8> =
-        points(2 * SIZE * SIZE, 1, 4).iter().map(|x| (x * 255.0).round() as u8).collect();
-    let images = Images::new(bytes, (1, SIZE, SIZE))?;
-    let mut pixels = [0; SIZE * SIZE];
-    images.read(1, &mut pixels)?;
-    let pixels = pixels.map(normalized);
-    let weights = tensor(&[5, PATCH], 5)?;
-    for (down, right) in [(0, 0), (2, -1), (-2, 2)] {
-        let mut patches = vec![];
-        lay_out(&images, 1, (down, right), &mut patches)?;
-        let patches = Tensor::from_vec(patches, (SIZE / 2 * SIZE / 2, PATCH), &Device::Cpu)?;
-        let found = Linear::new(weights.clone(), None).forward(&patches)?;
+fn a_classifier_takes_grey_digits_only_and_names_its_weights() -> Result<()> {
+    let temp = tempfile::tempdir()?;
+    let path = temp.path().join("classifier.safetensors");
+    let images = Images::new(vec![7; SIZE * SIZE], DigitClassifier::SHAPE)?.with_labels(vec![3])?;
+    classifier::train(&images, 1, &path, &Device::Cpu, || false)?;
+    let classifier = DigitClassifier::load(&path, &Device::Cpu)?;
+    let coloured = Images::new(vec![7; 3 * 32 * 32], (3, 32, 32))?;
+    let message = classifier.extract(&coloured).unwrap_err().to_string();
+    let expected = "shape of the images is (3, 32, 32); it must be (1, 28, 28): the classifier is for grey digits";
+    assert_eq!(message, expected);
+    assert!(classifier.features_of_moved(&images, &[]).is_err());
+    assert_eq!(classifier.extract(&Images::new(vec![], DigitClassifier::SHAPE)?)?.count(), 0);
 
-        // The image lies in the middle of a larger black one, from which the convolution takes its
-        // part.
-        let mut large = vec![-1.0f32; 40 * 40];
-        for (y, row) in pixels.chunks_exact(SIZE).enumerate() {
-            let start = (6 + down + y as isize) * 40 + 6 + right;
-            large[start as usize..][..SIZE].copy_from_slice(row);
-        }
-        let large = Tensor::from_vec(large, (1, 1, 40, 40), &Device::Cpu)?;
-        let part = large.narrow(2, 5, SIZE + 2)?.narrow(3, 5, SIZE + 2)?.contiguous()?;
-        let expected = part.conv2d(&weights.reshape((5, 1, 4, 4))?, 0, 2, 1, 1)?;
-        assert_same(&found.t()?, &expected.flatten_from(2)?.squeeze(0)?)?;
+    // The hash of another program.
+    let sums = std::process::Command::new("sha256sum").arg(&path).output();
+    let identity = classifier.identity();
+    if let Ok(sums) = sums {
+        let sum = String::from_utf8(sums.stdout)?;
+        assert_eq!(sum.split_whitespace().next(), identity.weights_sha256.as_deref());
     }
+    assert_eq!(identity.weights_sha256.map(|sum| sum.len()), Some(64));
+
+    std::fs::write(&path, "{")?;
+    assert!(DigitClassifier::load(&path, &Device::Cpu).is_err());
     Ok(())
 }
 
@@ -103,8 +133,9 @@ fn accuracy_is_the_fraction_of_correct_labels() -> Result<()> {
     let bytes = points(count * SIZE * SIZE, 1, 6).iter().map(|x| (x * 255.0) as u8).collect();
     let images = Images::new(bytes, (1, SIZE, SIZE))?.with_labels((0..10).collect())?;
     let path = temp.path().join("classifier.safetensors");
-    let classifier = Classifier::train(&images, 1, &path, &Device::Cpu, || false)?;
-    let (_, probabilities) = classifier.look(&images, || false)?;
+    classifier::train(&images, 1, &path, &Device::Cpu, || false)?;
+    let classifier = DigitClassifier::load(&path, &Device::Cpu)?;
+    let (_, probabilities) = classifier::look(&classifier, &images, || false)?;
     let most = |p: &Vec<f32>| p.iter().copied().fold(0.0, f32::max);
     let said = |p: &Vec<f32>| p.iter().position(|&x| x == most(p)).ok_or("a class");
     let mut labels = vec![];

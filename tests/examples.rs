@@ -181,7 +181,7 @@ fn a_run_holds_out_the_same_images_after_a_resume_and_keeps_its_best_checkpoint(
     // The loss of other images is not compared with the best one.
     let change = ["--data", data, "--resume", "--change", "--held-out", "1"];
     let said = mnist(&halves, &change)?;
-    assert!(said.contains("best-old, with the held-out loss of the images before"), "{said}");
+    assert!(said.contains("best-old, the best before the change"), "{said}");
     let of_others: Value = serde_json::from_slice(&fs::read(halves.join("best/best.json"))?)?;
     assert_eq!(of_others["step"].as_u64(), Some(4));
     assert_ne!(of_others["value"], best["value"]);
@@ -232,6 +232,7 @@ fn a_run_on_the_embedded_digits_writes_all_its_files() -> Result<()> {
 
     samples(&checkpoint, temp.path())?;
     a_number(&checkpoint, temp.path())?;
+    figures(&checkpoint, temp.path())?;
     errors_about_a_run(&out, temp.path())
 }
 
@@ -865,6 +866,139 @@ fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
     assert_fails(&mut number("a", &[]), &["t10k-labels-idx1-ubyte", "fetch-data mnist"])
 }
 
+/// The program `evaluate`, with the classifier and the data of [`a_number`].
+fn figures(checkpoint: &Path, temp: &Path) -> Result<()> {
+    let text = |path: PathBuf| path.to_str().map(str::to_owned).ok_or("a path in UTF-8");
+    let data = format!("mnist:{}", text(temp.join("ten"))?);
+    let extractor = format!("digits:{}", text(temp.join("mnist-fd/a.safetensors"))?);
+    let (json, npz) = (text(temp.join("figures.json"))?, text(temp.join("ten.npz"))?);
+    let (checkpoint, drawn) = (text(checkpoint.into())?, text(temp.join("drawn"))?);
+    let evaluate = |args: &[&str]| {
+        let mut command = example("evaluate");
+        command.args(["--extractor", &extractor, "--json", &json]).args(args);
+        command
+    };
+    let read = || -> Result<Value> { Ok(serde_json::from_slice(&fs::read(&json)?)?) };
+    let few = ["--checkpoint", &checkpoint, "--seed", "1", "--count", "10"];
+    let few = [&few[..], &["--sampling-steps", "2"]].concat();
+    let to_ten = ["--data", &data, "--save-statistics", &npz];
+    let output = evaluate(&[&few[..], &to_ten].concat()).output()?;
+    let (said, warned) = (String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?);
+    assert!(output.status.success(), "{warned}");
+    assert!(said.contains("Fréchet distance (digits)") && !said.contains("FID"), "{said}");
+    for warning in ["samples: 10 images; the Fréchet distance", "data: 10 images are not more than"]
+    {
+        assert!(warned.contains(&format!("warning: {warning}")), "{warned}");
+    }
+    let of_samples = read()?;
+    // The same samples and the same data have the same distance in the other program.
+    let other: Value = serde_json::from_slice(&fs::read(temp.join("a.json"))?)?;
+    let number = |value: &Value| value.as_f64().ok_or("a number");
+    let frechet = number(&of_samples["figures"]["samples"]["frechet_distance"])?;
+    let expected = number(&other["samples"]["mnist_fd"])?;
+    assert!((frechet / expected - 1.0).abs() < 1e-9, "{frechet}, {expected}");
+    assert_eq!(of_samples["extractor"]["weights_sha256"], other["classifier_sha256"]);
+    assert_eq!(other["classifier_sha256"].as_str().map(str::len), Some(64));
+    let samples = &of_samples["samples"];
+    assert_eq!(samples["weights_sha256"].as_str().map(str::len), Some(64));
+    for (field, value) in [("weights", "ema"), ("precision", "highest")] {
+        assert_eq!(samples[field], value);
+    }
+    assert_eq!((&samples["seed"], &samples["sampling_steps"]), (&1.into(), &2.into()));
+    for field in ["solver", "spacing", "guidance", "clip_denoised", "rounding", "weights_file"] {
+        assert!(samples.get(field).is_some(), "{field}");
+    }
+    assert_eq!(of_samples["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(
+        (&of_samples["data"]["part"], &of_samples["data"]["name"]),
+        (&"test".into(), &"MNIST".into())
+    );
+    assert!(of_samples["data"]["crc32"].is_string());
+    let figures = &of_samples["figures"]["samples"];
+    assert_eq!(figures["kernel_distance"]["subset_size"], 10);
+    for field in ["mind", "inception_score", "manifold", "classes", "nearest_training_images"] {
+        assert!(figures[field].is_object(), "{field}: {figures}");
+    }
+    // The training set and the test set have the same files.
+    let floor = &of_samples["figures"]["other_part"];
+    assert!(number(&floor["frechet_distance"])?.abs() < 1e-6, "{floor}");
+    assert_eq!((&floor["manifold"]["precision"], &floor["images"]), (&1.0.into(), &10.into()));
+    assert!(floor.get("nearest_training_images").is_none());
+
+    // The same samples as pictures, and the same data as statistics.
+    let draw = ["--images", &drawn, "--seed", "1", "--count", "10", "--sampling-steps", "2"];
+    succeed(example("sample").args(["--checkpoint", &checkpoint]).args(draw))?;
+    let said = succeed(&mut evaluate(&["--samples", &drawn, "--statistics", &npz]))?;
+    let of_pictures = read()?;
+    let found = number(&of_pictures["figures"]["samples"]["frechet_distance"])?;
+    assert!((found / frechet - 1.0).abs() < 1e-6, "{found}, {frechet}");
+    assert!(!said.contains("precision"), "{said}");
+    assert!(of_pictures["figures"]["samples"].get("mind").is_none());
+    assert_eq!(of_pictures["samples"]["resizing"]["filter"], "bicubic");
+    assert!(of_pictures["statistics"]["sha256"].is_string());
+
+    // Pictures that copy the training images.
+    let same = format!("pictures:{drawn}");
+    let said = succeed(&mut evaluate(&["--samples", &drawn, "--data", &same]))?;
+    let figures = &read()?["figures"];
+    let copied = &figures["samples"]["nearest_training_images"];
+    assert_eq!(copied["share_below_third_of_second"], 1.0);
+    assert!(figures["other_part"].is_null() && said.contains("100.00%"), "{said}");
+
+    #[cfg(unix)]
+    stopped(
+        &mut evaluate(&["--data", &data, "--checkpoint", &checkpoint, "--sampling-steps", "1000"]),
+        "drawing",
+        temp,
+    )?;
+    let cifar = format!("cifar10:{}", text(cifar(temp)?)?);
+    fn join<'a>(drawn: &'a str, args: &[&'a str]) -> Vec<&'a str> {
+        [&["--samples", drawn], args].concat()
+    }
+    let large = join(&drawn, &["--data", &same, "--image-size", "32"]);
+    let text_file = join(&drawn, &["--data", &data, "--save-statistics", "x.txt"]);
+    for (args, expected) in [
+        (join(&drawn, &["--data", &cifar]), ["test_batch.bin", "scripts/fetch-data cifar10"]),
+        (join(&drawn, &["--data", "mnist:absent"]), ["absent", "scripts/fetch-data mnist absent"]),
+        (
+            join(&drawn, &["--data", &data, "--image-size", "9"]),
+            ["--image-size is for", "pictures"],
+        ),
+        (large, ["(1, 32, 32)", "it must be (1, 28, 28)"]),
+        (text_file, ["--save-statistics is x.txt", "must end in .npz"]),
+        (join(&drawn, &["--statistics", &json]), ["figures.json", ""]),
+        (vec!["--samples", "absent", "--statistics", &npz], ["absent", ""]),
+    ] {
+        assert_fails(&mut evaluate(&args), &expected)?;
+    }
+    judged(&extractor, temp)
+}
+
+/// A run whose samples are judged, and which holds out images.
+fn judged(extractor: &str, temp: &Path) -> Result<()> {
+    let (out, data) = (temp.join("judged"), temp.join("ten"));
+    let data = data.to_str().ok_or("a path in UTF-8")?;
+    let judge = ["--judge", "4", "--judge-share", "1", "--extractor", extractor];
+    let args = [&SMALL[..], &["--data", data, "--steps", "6", "--held-out", "2"], &judge].concat();
+    let said = mnist(&out, &args)?;
+    assert!(said.contains("best     judge/mind "), "{said}");
+    let lines = metrics(&out)?;
+    let judged = lines.iter().filter(|line| line["judge/mind"].is_f64()).collect::<Vec<_>>();
+    assert!(!judged.is_empty() && judged.iter().all(|line| line["judge/frechet"].is_f64()));
+    let best: Value = serde_json::from_slice(&fs::read(out.join("best/best.json"))?)?;
+    assert_eq!(best["metric"], "judge/mind");
+    let config: Value = serde_json::from_slice(&fs::read(out.join("config.json"))?)?;
+    assert_eq!((&config["judge"], &config["extractor"]), (&4.into(), &extractor.into()));
+
+    // The settings are those of config.json, and numbers of another way are not compared.
+    let resume = ["--data", data, "--resume", "--steps"];
+    let said = mnist(&out, &[&resume[..], &["7"]].concat())?;
+    assert!(!said.contains("kept"), "{said}");
+    let said = mnist(&out, &[&resume[..], &["8", "--judge", "5"]].concat())?;
+    assert!(said.contains("best-old, the best before the change"), "{said}");
+    Ok(())
+}
+
 /// Returns the cells after a name in the table of mnist-fd.
 fn row<'a>(said: &'a str, name: &str) -> Result<Vec<&'a str>> {
     let row = said.lines().find_map(|line| line.strip_prefix(name)).ok_or("a row")?;
@@ -1010,6 +1144,7 @@ fn wrong_arguments_are_reported_in_one_line() -> Result<()> {
     let batches = cifar(temp.path())?;
     fs::write(batches.join("data_batch_5.bin"), [7; 3000])?;
     let batches = batches.to_string_lossy();
+    let digits = format!("digits:{}", path("absent.safetensors"));
 
     let cases: &[(&str, &[&str], &[&str])] = &[
         ("mnist", &["--steps", "0"], &["--steps", "whole number from 1 to 1000000000"]),
@@ -1069,6 +1204,26 @@ fn wrong_arguments_are_reported_in_one_line() -> Result<()> {
         ("sample", &["--eta", "2"], &["'2'", "a number from 0 to 1"]),
         ("sample", &["--eta", "nan"], &["'nan'", "a number from 0 to 1"]),
         ("sample", &["--count", "0"], &["'0'", "whole number from 1 to 10000000"]),
+        ("mnist", &["--judge", "9", "--out", &nothing], &["--judge needs --extractor KIND:FILE"]),
+        ("mnist", &["--extractor", "digits:x", "--out", &nothing], &["need --judge N"]),
+        ("mnist", &["--extractor", "inception:x"], &["'inception:x'", "expected digits:FILE"]),
+        ("mnist", &["--judge", "1"], &["'1'", "expected 0, or a whole number from 2"]),
+        (
+            "mnist",
+            &["--judge", "9", "--extractor", &digits, "--out", &nothing],
+            &["absent.safetensors"],
+        ),
+        ("evaluate", &["--extractor", &digits, "--data", "mnist:x"], &["--checkpoint <PATH>"]),
+        ("evaluate", &["--samples", "x", "--data", "mnist:x"], &["--extractor <KIND:FILE>"]),
+        ("evaluate", &["--samples", "x", "--extractor", &digits], &["--data <KIND:DIR>"]),
+        ("evaluate", &["--samples", "x", "--checkpoint", "y"], &["cannot be used with"]),
+        ("evaluate", &["--data", "mnist"], &["'mnist'", "expected mnist:DIR, fashion-mnist:DIR"]),
+        ("evaluate", &["--count", "9"], &["'9'", "whole number from 10 to 10000000"]),
+        (
+            "evaluate",
+            &["--samples", "x", "--data", "mnist:x", "--extractor", &digits],
+            &["absent.safetensors"],
+        ),
         ("mnist-fd", &["--checkpoint", &nothing], &["required", "--data <DIR>"]),
         ("mnist-fd", &["--data", &cut], &["required", "--checkpoint <PATH>"]),
         ("mnist-fd", &["--data", &cut, "--checkpoint", &nothing], &["no checkpoint here"]),

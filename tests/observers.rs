@@ -5,14 +5,15 @@ use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 use ddpm::data::{Dataset, ImageShape, Images};
-use ddpm::eval::Generator;
+use ddpm::eval::{Extractor, ExtractorIdentity, Features, Generator, SlicedDistance, Statistics};
 use ddpm::nn::{Condition, Output};
 use ddpm::observe::{
-    Best, GradientNorms, HeldOutLoss, LossCurve, MetricsFile, SampleGrid, SaveBest, SaveEvery,
+    Best, GradientNorms, HeldOutLoss, Judge, LossCurve, MetricsFile, SampleGrid, SaveBest,
+    SaveEvery,
 };
 use ddpm::process::Prediction;
 use ddpm::train::{
@@ -819,8 +820,12 @@ fn observers_that_compute_do_not_change_the_run() {
         let process = Diffusion::new(NoiseSchedule::cosine(4).unwrap(), Prediction::Velocity);
         let mut trainer = Trainer::new(small::CONFIG, config, process, &Device::Cpu).unwrap();
         let best = SaveBest::lowest(HeldOutLoss::NAME, temp.path().join("best"));
-        let all = (HeldOutLoss::steps(5, &images), GradientNorms::steps(3), best);
+        let (halves, mut seen) = (Halves::default(), Scripted::default());
+        let judge = Judge::new(&halves, &images).count(3).share(1.0);
+        let loss = HeldOutLoss::steps(5, &images);
+        let all = (loss, GradientNorms::steps(3), best, judge, &mut seen);
         trainer.fit(&images, observed.then_some(all)).unwrap();
+        assert_eq!(!seen.numbers(Judge::MIND).is_empty(), observed);
         let bits = |tensor: &Tensor| -> Vec<u32> {
             let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             values.into_iter().map(f32::to_bits).collect()
@@ -954,4 +959,167 @@ fn a_damaged_record_of_the_best_value_does_not_end_the_run() {
     damage("checkpoint/checkpoint.json");
     assert_eq!(fit(4), Some(4));
     assert!(temp.path().join("best-old").is_dir() && temp.path().join("best-old-2").is_dir());
+}
+
+/// The means of the bytes of both halves of each image. Records the durations of its calls.
+#[derive(Clone, Default)]
+struct Halves {
+    calls: Arc<Mutex<Vec<Duration>>>,
+    sleep: Duration,
+    /// Asks the run to stop in this call.
+    stop: Option<(usize, Arc<Screen>)>,
+    /// Fails in this call.
+    fail: Option<usize>,
+}
+
+impl Extractor for Halves {
+    fn size(&self) -> usize {
+        2
+    }
+
+    fn identity(&self) -> ExtractorIdentity {
+        ExtractorIdentity::new("halves")
+    }
+
+    fn extract(&self, images: &Images) -> Result<Features> {
+        let start = Instant::now();
+        sleep(self.sleep);
+        let call = self.calls.lock().unwrap().len();
+        if let Some((at, screen)) = &self.stop {
+            screen.stop.store(call == *at, Ordering::SeqCst);
+        }
+        if self.fail == Some(call) {
+            self.calls.lock().unwrap().push(start.elapsed());
+            return Err(Error::external("no features"));
+        }
+        let mut features = Features::new(2);
+        let mean =
+            |half: &[u8]| half.iter().map(|&byte| f32::from(byte)).sum::<f32>() / half.len() as f32;
+        for image in (0..images.len()).filter_map(|index| images.get(index)) {
+            let (first, second) = image.split_at(image.len() / 2);
+            features.add(&[mean(first), mean(second)])?;
+        }
+        self.calls.lock().unwrap().push(start.elapsed());
+        Ok(features)
+    }
+}
+
+/// Stops the run after the step of the first published number.
+struct UntilPublished(Arc<Screen>);
+
+impl Observer for UntilPublished {
+    fn on_published(&mut self, _: &Run<'_>, _: &[Published]) -> Result<()> {
+        self.0.stop.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn frontends(&self) -> Vec<Arc<dyn Frontend>> {
+        vec![Arc::clone(&self.0) as Arc<dyn Frontend>]
+    }
+}
+
+#[test]
+fn the_judged_distances_are_those_of_samples_from_training_images() {
+    let (images, halves, mut seen) = (images(), Halves::default(), Scripted::default());
+    let mut trainer = trainer(100_000);
+    let sampling = ddpm::sample::SamplerConfig::new(Solver::ddim(), 3).clip_denoised(true);
+    let judge = Judge::new(&halves, &images).count(7).share(1.0).seed(4).sampling(sampling);
+    let stop = UntilPublished(Arc::default());
+    trainer.fit(&images, (judge, &mut seen, stop)).unwrap();
+
+    let sampler = sampling.sampler(trainer.diffusion()).unwrap();
+    let generator = Generator::new(&sampler, (1, 4, 4), 4, &Device::Cpu);
+    let model = trainer.ema_model().unwrap();
+    let samples = generator.draw(&model, 7, |_| Ok(ControlFlow::Continue(()))).unwrap().unwrap();
+    let [real, drawn] = [&images, &samples].map(|set| halves.extract(set).unwrap());
+    let mind = SlicedDistance::default().measure(&real, &drawn).unwrap();
+    let [real, drawn] = [&real, &drawn].map(|features| Statistics::of(features).unwrap());
+    let frechet = real.frechet_distance(&drawn).unwrap();
+    let step = trainer.steps();
+    assert_eq!(seen.numbers(Judge::MIND), [(step, mind)]);
+    assert_eq!(seen.numbers(Judge::FRECHET), [(step, frechet)]);
+}
+
+/// Before a judgement, the time so far was within the share. This holds on a machine of any speed.
+#[test]
+fn samples_are_judged_within_a_share_of_the_time_and_once_per_step() {
+    let images = images();
+    let run = |share: f64| {
+        let halves = Halves { sleep: Duration::from_millis(5), ..Halves::default() };
+        let (mut seen, start) = (Scripted::default(), Instant::now());
+        let slow = on_metrics(|_| {
+            sleep(Duration::from_millis(4));
+            Ok(())
+        });
+        let judge = Judge::new(&halves, &images).count(4).share(share);
+        trainer(200).fit(&images, (judge, &mut seen, slow)).unwrap();
+        let (total, calls) = (start.elapsed(), halves.calls.lock().unwrap().clone());
+        let steps = |name| seen.numbers(name).into_iter().map(|(step, _)| step).collect::<Vec<_>>();
+        let judged = steps(Judge::MIND);
+        assert!(judged.windows(2).all(|pair| pair[0] < pair[1]), "{judged:?}");
+        assert_eq!(judged, steps(Judge::FRECHET));
+        // The first call is that of the training images.
+        assert_eq!(calls.len(), judged.len() + 1);
+        let before_last: Duration = calls[..calls.len() - 1].iter().sum();
+        if judged.len() > 1 {
+            let allowed = total.as_secs_f64() * share;
+            assert!(before_last.as_secs_f64() <= allowed, "{before_last:?}, {total:?}");
+        }
+        judged.len()
+    };
+    assert!(run(0.25) > 0);
+    assert_eq!(run(1e-6), 0);
+}
+
+#[test]
+fn a_judgement_that_a_stop_interrupts_is_not_published_and_the_resumed_run_judges() {
+    let (images, mut run) = (images(), trainer(1_000));
+    let fit = |run: &mut Trainer<Scale>, halves: Halves, screen: &Arc<Screen>| {
+        let mut seen = Scripted::default();
+        let judge = Judge::new(&halves, &images).count(3).share(1.0);
+        let shows = Recorder { frontend: Some(Arc::clone(screen)), ..Recorder::default() };
+        run.fit(&images, (judge, shows, &mut seen)).unwrap();
+        seen.numbers(Judge::MIND).into_iter().map(|(step, _)| step).collect::<Vec<_>>()
+    };
+    let screen = Arc::new(Screen::default());
+    let halves = Halves { stop: Some((1, Arc::clone(&screen))), ..Halves::default() };
+    assert_eq!(fit(&mut run, halves, &screen), [0; 0]);
+    let stopped = run.steps();
+    assert!((1..1_000).contains(&stopped));
+    let judged = fit(&mut run, Halves::default(), &Arc::default());
+    assert!(!judged.is_empty() && judged[0] > stopped, "{judged:?}");
+    assert_eq!(run.steps(), 1_000);
+
+    // A stop during the features of the training images.
+    let (screen, mut run) = (Arc::new(Screen::default()), trainer(9));
+    let halves = Halves { stop: Some((0, Arc::clone(&screen))), ..Halves::default() };
+    assert_eq!(fit(&mut run, halves, &screen), [0; 0]);
+    assert_eq!(run.steps(), 1);
+}
+
+#[test]
+fn a_failure_to_judge_is_a_warning_and_wrong_settings_are_errors() {
+    let images = images();
+    let screen = Arc::new(Screen::default());
+    let halves = Halves { fail: Some(1), ..Halves::default() };
+    let shows = Recorder { frontend: Some(Arc::clone(&screen)), ..Recorder::default() };
+    let judge = Judge::new(&halves, &images).count(3).share(1.0);
+    let mut seen = Scripted::default();
+    trainer(1_000).fit(&images, (judge, shows, &mut seen)).unwrap();
+    let log = screen.log.lock().unwrap();
+    let warnings: Vec<_> = log.iter().filter(|line| line.starts_with("warning")).collect();
+    assert_eq!(warnings, ["warning: no features"]);
+    assert!(!seen.numbers(Judge::MIND).is_empty());
+
+    let halves = Halves::default();
+    let judge = || Judge::new(&halves, &images);
+    for (judge, expected) in [
+        (judge().count(1), "number of samples to judge is 1; it must be at least 2"),
+        (judge().share(0.0), "share of the time is 0; it must be above 0, up to 1"),
+        (judge().share(f64::NAN), "share of the time is NaN; it must be above 0, up to 1"),
+    ] {
+        let mut trainer = trainer(1);
+        assert_eq!(trainer.fit(&images, judge).unwrap_err().to_string(), expected);
+        assert_eq!(trainer.steps(), 0);
+    }
 }

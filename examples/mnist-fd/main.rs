@@ -8,9 +8,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use classifier::{Classifier, SIZE};
 use ddpm::cli::{self, Result, SamplingArgs, device, err, out, whole};
-use ddpm::eval::Generator;
+use ddpm::eval::{DigitClassifier, Generator};
 use ddpm::observe::{Progress, StopOnSignal};
 use report::{Reference, Report};
 
@@ -32,7 +31,7 @@ struct Cli {
           value_parser = whole::<usize>(2..=60_000))]
     count: usize,
     /// File of the classifier; if it does not exist, a classifier is trained and written
-    #[arg(long, value_name = "FILE.safetensors", default_value = Classifier::DEFAULT_PATH)]
+    #[arg(long, value_name = "FILE.safetensors", default_value = classifier::DEFAULT_PATH)]
     classifier: PathBuf,
     /// Updates of a new classifier, with 100 images each; default 3000
     #[arg(long, value_name = "N", allow_negative_numbers = true,
@@ -54,7 +53,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let condition = cli.sampling.condition(&checkpoint.architecture()?, 0, cli.count)?;
     let sampler = config.sampler(checkpoint.diffusion())?.condition(condition.clone());
     let (train, test) = report::data_sets(&cli.data)?;
-    Classifier::check(&cli.classifier, cli.classifier_steps)?;
+    classifier::check(&cli.classifier, cli.classifier_steps)?;
     cli.json.as_deref().map_or(Ok(()), |json| cli::check_output("--json", json, "json"))?;
 
     let device = device::pick(cli.sampling.cpu)?;
@@ -63,13 +62,13 @@ fn run(cli: Cli) -> Result<ExitCode> {
     out(format_args!("data        {}", test.about));
     cli.sampling.announce(&config, &checkpoint, &device);
     let (file, steps) = (&cli.classifier, cli.classifier_steps);
-    let classifier = Classifier::load_or_train(file, steps, &train.images, &device, stopped)?;
+    let classifier = classifier::load_or_train(file, steps, &train.images, &device, stopped)?;
     let reference = Reference::new(classifier, &test.images, stopped)?;
     let mut report = Report::new(&cli.sampling, &config, &checkpoint);
     report.introduce(file, &reference, cli.count)?;
     let model = cli.sampling.model(&checkpoint, &device)?;
     out(format_args!("drawing     {} images, {} steps each", cli.count, config.steps));
-    let generator = Generator::new(&sampler, (1, SIZE, SIZE), cli.sampling.seed, &device);
+    let generator = Generator::new(&sampler, DigitClassifier::SHAPE, cli.sampling.seed, &device);
     let progress = Progress::started(generator.steps(cli.count) as u64);
     let drawn = generator.draw(&model, cli.count, |step| {
         progress.advance(step.done as u64);

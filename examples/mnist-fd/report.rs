@@ -6,14 +6,16 @@ use std::process::ExitCode;
 
 use ddpm::cli::{DataSet, Identity, Result, SamplingArgs, Trained, datasets, err, grouped, out};
 use ddpm::data::{Dataset, Images};
-use ddpm::eval::Statistics;
+use ddpm::eval::{DigitClassifier, Extractor, Statistics};
 use ddpm::files;
 use ddpm::nn::Condition;
 use ddpm::sample::SamplerConfig;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::classifier::{CLASSES, Classifier, Random, SIZE, labels};
+use super::classifier::{Random, labels, look};
+
+const CLASSES: usize = DigitClassifier::CLASSES;
 
 /// The number of images in MNIST's test set.
 const ENOUGH: usize = 10_000;
@@ -26,7 +28,7 @@ pub const CONFIDENT: f32 = 0.9;
 
 /// The statistics of the images with which others are compared.
 pub struct Reference {
-    classifier: Classifier,
+    classifier: DigitClassifier,
     statistics: Statistics,
     images: usize,
     /// The fraction of these images that the classifier assigns to their class.
@@ -49,9 +51,13 @@ pub struct Figures {
 }
 
 impl Reference {
-    pub fn new(classifier: Classifier, images: &Images, stop: impl Fn() -> bool) -> Result<Self> {
+    pub fn new(
+        classifier: DigitClassifier,
+        images: &Images,
+        stop: impl Fn() -> bool,
+    ) -> Result<Self> {
         let labels = labels(images)?;
-        let (statistics, probabilities) = classifier.look(images, stop)?;
+        let (statistics, probabilities) = look(&classifier, images, stop)?;
         let right = probabilities.iter().zip(labels).filter(|(p, l)| best(p) == usize::from(**l));
         let accuracy = right.count() as f64 / images.len() as f64;
         Ok(Self { classifier, statistics, images: images.len(), accuracy })
@@ -66,8 +72,7 @@ impl Figures {
         asked: Option<&[u32]>,
         stop: impl Fn() -> bool,
     ) -> Result<Self> {
-        let seen = reference.classifier.look(images, stop)?;
-        let (statistics, probabilities) = seen;
+        let (statistics, probabilities) = look(&reference.classifier, images, stop)?;
         let mnist_fd = reference.statistics.frechet_distance(&statistics)?;
         let (confident, classes) = tally(&probabilities);
         let as_asked = asked.map(|asked| {
@@ -118,8 +123,8 @@ pub fn check_digits(checkpoint: &Trained) -> Result<()> {
         _ => {}
     }
     let found = checkpoint.architecture()?.image_shape();
-    if found != (1, SIZE, SIZE) {
-        let expected = format!("the classifier's have {:?}", (1, SIZE, SIZE));
+    if found != DigitClassifier::SHAPE {
+        let expected = format!("the classifier's have {:?}", DigitClassifier::SHAPE);
         return Err(format!("the network's images have shape {found:?}; {expected}").into());
     }
     Ok(())
@@ -129,7 +134,7 @@ pub fn check_digits(checkpoint: &Trained) -> Result<()> {
 pub fn data_sets(dir: &Path) -> Result<(DataSet, DataSet)> {
     let (train, test) = datasets::mnist_with_labels(dir)?;
     for set in [&train, &test] {
-        set.check_shape((1, SIZE, SIZE))?;
+        set.check_shape(DigitClassifier::SHAPE)?;
         labels(&set.images)?;
     }
     if train.images.len().min(test.images.len()) < 2 {
@@ -146,19 +151,7 @@ pub struct Report {
 
 impl Report {
     pub fn new(sampling: &SamplingArgs, config: &SamplerConfig, checkpoint: &Trained) -> Self {
-        let json = json!({
-            "checkpoint": checkpoint.path(),
-            "step": checkpoint.step(),
-            "weights": checkpoint.weights(sampling.weights),
-            "solver": config.solver,
-            "sampling_steps": config.steps,
-            "spacing": config.spacing,
-            "clip_denoised": config.clip_denoised,
-            "guidance": config.guidance,
-            "dynamic_threshold": config.dynamic_threshold,
-            "seed": sampling.seed,
-            "precision": sampling.precision,
-        });
+        let json = sampling.record(config, checkpoint);
         Self { json, rows: vec![] }
     }
 
@@ -181,6 +174,7 @@ impl Report {
         }
         self.json["classifier"] = json!(file);
         self.json["classifier_crc32"] = json!(crc32);
+        self.json["classifier_sha256"] = json!(reference.classifier.identity().weights_sha256);
         self.json["test_images"] = json!(reference.images);
         self.json["test_accuracy"] = json!(reference.accuracy);
         Ok(())
@@ -237,6 +231,7 @@ impl Report {
 /// Draws images of independent pixels, with all values equally likely.
 fn noise(count: usize) -> Result<Images> {
     let mut random = Random(0);
-    let pixels = (0..count * SIZE * SIZE).map(|_| random.below(256) as u8).collect();
-    Ok(Images::new(pixels, (1, SIZE, SIZE))?)
+    let (_, height, width) = DigitClassifier::SHAPE;
+    let pixels = (0..count * height * width).map(|_| random.below(256) as u8).collect();
+    Ok(Images::new(pixels, DigitClassifier::SHAPE)?)
 }

@@ -155,8 +155,18 @@ pub fn cifar10(dir: &Path) -> Result<DataSet> {
     if dir.as_os_str() == HUB {
         return Ok(DataSet::of(&CIFAR_10, "from the Hugging Face hub", hub::cifar10()?));
     }
-    let images = data::cifar10(dir, Split::Train).map_err(|e| fetch(e, &CIFAR_10, dir))?;
+    cifar10_part(dir, Split::Train)
+}
+
+/// Reads the training images or the test images of CIFAR-10 from a directory.
+pub(super) fn cifar10_part(dir: &Path, split: Split) -> Result<DataSet> {
+    let images = data::cifar10(dir, split).map_err(|e| fetch(e, &CIFAR_10, dir))?;
     Ok(DataSet::of(&CIFAR_10, &format!("from {}", dir.display()), images))
+}
+
+/// Reads the training images or the test images of MNIST or Fashion-MNIST from a directory.
+pub(super) fn mnist_part(dir: &Path, fashion: bool, split: Split) -> Result<DataSet> {
+    read_mnist(if fashion { &FASHION_MNIST } else { &MNIST }, dir, split, "")
 }
 
 /// Reads the digits of the repository. They are not in the published package.

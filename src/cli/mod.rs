@@ -1,4 +1,4 @@
-//! Command-line programs that train and sample. Requires the feature `cli`.
+//! Command-line programs that train, sample and evaluate. Requires the feature `cli`.
 //!
 //! A program declares its [`Recipe`]: a network, a process, a training configuration. [`TrainArgs`] are its options,
 //! and [`train()`] runs it. The program begins or resumes the run in a directory, trains, saves, draws grids and the
@@ -31,9 +31,12 @@
 //! standard output and standard error, and continue if the output is closed.
 
 mod arguments;
+mod choices;
 pub mod datasets;
 pub mod device;
 mod editing;
+mod evaluate;
+mod figures;
 mod identity;
 mod objective_args;
 mod output;
@@ -43,13 +46,17 @@ mod recipe;
 mod result;
 mod run_config;
 mod sampling;
+mod sets;
 mod sized;
 mod train;
 mod trained;
+mod watching;
 
 pub use arguments::whole;
+pub use choices::{DataChoice, ExtractorChoice};
 pub use datasets::DataSet;
 pub use editing::EditingArgs;
+pub use evaluate::{EvaluateArgs, evaluate};
 pub use identity::Identity;
 pub use output::{Output, OutputArgs};
 pub use print::{err, grouped, out};

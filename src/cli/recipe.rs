@@ -3,9 +3,11 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use super::arguments::{positive_fraction, precision, whole};
+use super::choices::ExtractorChoice;
 use super::objective_args::ObjectiveArgs;
 use super::result::Result;
 use crate::model::UNetConfig;
+use crate::observe::Judge;
 use crate::precision::Precision;
 use crate::process::Diffusion;
 use crate::sample::SamplerConfig;
@@ -41,6 +43,12 @@ pub struct Recipe {
     pub gradient_norms: u64,
     /// Whether event files for TensorBoard are written.
     pub tensorboard: bool,
+    /// Number of samples that are judged during training. With 0, none are.
+    pub judge: usize,
+    /// The largest share of the time for judging.
+    pub judge_share: f64,
+    /// The network by whose features samples are judged.
+    pub extractor: Option<ExtractorChoice>,
 }
 
 /// The name of a recipe for a data set.
@@ -75,6 +83,9 @@ impl Recipe {
             held_out_every: HELD_OUT_EVERY,
             gradient_norms: 0,
             tensorboard: false,
+            judge: 0,
+            judge_share: Judge::SHARE,
+            extractor: None,
         }
     }
 
@@ -242,11 +253,28 @@ pub struct TrainArgs {
     /// Write event files for TensorBoard to tensorboard/ in --out
     #[arg(long)]
     tensorboard: bool,
+    /// Samples that are judged while the network is trained, by their distance from training images in the features
+    /// of --extractor; best/ in --out then holds the checkpoint with the lowest judge/mind; 0 for none
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = judged)]
+    judge: Option<usize>,
+    /// Largest share of the time for --judge, above 0 and up to 1 [default: 0.05]
+    #[arg(long, value_name = "F", allow_negative_numbers = true,
+          value_parser = positive_fraction)]
+    judge_share: Option<f64>,
+    /// Network by whose features --judge judges: digits:FILE, a classifier of digits that mnist-fd wrote
+    #[arg(long, value_name = "KIND:FILE")]
+    extractor: Option<ExtractorChoice>,
     /// Train on the CPU, even in a build for a GPU
     #[arg(long)]
     pub(super) cpu: bool,
     #[command(flatten)]
     objective: ObjectiveArgs,
+}
+
+/// Parses the number of samples to judge.
+fn judged(text: &str) -> std::result::Result<usize, String> {
+    let number = text.parse().ok().filter(|n| (0..=1_000_000).contains(n) && *n != 1);
+    number.ok_or_else(|| "expected 0, or a whole number from 2 to 1000000".into())
 }
 
 impl TrainArgs {
@@ -286,8 +314,16 @@ impl TrainArgs {
             held_out_every: self.held_out_every.unwrap_or(recipe.held_out_every),
             gradient_norms: self.gradient_norms.unwrap_or(recipe.gradient_norms),
             tensorboard: self.tensorboard || recipe.tensorboard,
+            judge: self.judge.unwrap_or(recipe.judge),
+            judge_share: self.judge_share.unwrap_or(recipe.judge_share),
+            extractor: self.extractor.clone().or(recipe.extractor),
             ..recipe
         }
+    }
+
+    /// Whether an option asks for a judge.
+    pub(super) fn judges(&self) -> bool {
+        self.extractor.is_some() || self.judge_share.is_some()
     }
 
     fn schedule(&self, present: LearningRateSchedule) -> Result<LearningRateSchedule> {

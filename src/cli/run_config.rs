@@ -3,11 +3,13 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::choices::ExtractorChoice;
 use super::recipe::{HELD_OUT_EVERY, Recipe};
 use super::result::Result;
 use crate::error::Error;
 use crate::files;
 use crate::model::UNetConfig;
+use crate::observe::Judge;
 use crate::process::Diffusion;
 use crate::sample::SamplerConfig;
 use crate::train::{TrainConfig, Trainer};
@@ -33,10 +35,20 @@ pub(super) struct RunConfig {
     pub gradient_norms: u64,
     #[serde(default)]
     pub tensorboard: bool,
+    #[serde(default)]
+    pub judge: usize,
+    #[serde(default = "judge_share")]
+    pub judge_share: f64,
+    #[serde(default)]
+    pub extractor: Option<ExtractorChoice>,
 }
 
 fn held_out_every() -> u64 {
     HELD_OUT_EVERY
+}
+
+fn judge_share() -> f64 {
+    Judge::SHARE
 }
 
 impl RunConfig {
@@ -54,6 +66,9 @@ impl RunConfig {
             held_out_every: recipe.held_out_every,
             gradient_norms: recipe.gradient_norms,
             tensorboard: recipe.tensorboard,
+            judge: recipe.judge,
+            judge_share: recipe.judge_share,
+            extractor: recipe.extractor.clone(),
         }
     }
 
@@ -74,6 +89,13 @@ impl RunConfig {
         }
         if !(1..=1024).contains(&config.sample_count) {
             return Err(Error::config("sample_count", config.sample_count, "from 1 to 1024").into());
+        }
+        if config.judge == 1 {
+            return Err(Error::config("judge", config.judge, "0, or at least 2").into());
+        }
+        if !(config.judge_share > 0.0 && config.judge_share <= 1.0) {
+            let allowed = "above 0, up to 1";
+            return Err(Error::config("judge_share", config.judge_share, allowed).into());
         }
         config.network.validate()?;
         config.diffusion.validate()?;
@@ -102,6 +124,9 @@ impl RunConfig {
             held_out_every: self.held_out_every,
             gradient_norms: self.gradient_norms,
             tensorboard: self.tensorboard,
+            judge: self.judge,
+            judge_share: self.judge_share,
+            extractor: self.extractor.clone(),
             ..recipe.clone()
         }
     }

@@ -3,6 +3,7 @@ use std::path::PathBuf;
 use candle_core::Device;
 use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use serde_json::{Value, json};
 
 use super::arguments::{fraction, precision, quoted, scale, whole};
 use super::device::{check_speed, describe};
@@ -160,6 +161,25 @@ impl SamplingArgs {
         let classes = if self.class.is_empty() { &all } else { &self.class };
         let of_image = |k: usize| classes[k % classes.len()];
         Ok(Condition::classes((first..first + count).map(of_image).collect())?)
+    }
+
+    /// The choices on which the images depend, for a report in JSON. `class` is empty if the images have all classes of
+    /// the network, one after the other.
+    pub fn record(&self, config: &SamplerConfig, checkpoint: &Trained) -> Value {
+        json!({
+            "checkpoint": checkpoint.path(),
+            "step": checkpoint.step(),
+            "weights": checkpoint.weights(self.weights),
+            "solver": config.solver,
+            "sampling_steps": config.steps,
+            "spacing": config.spacing,
+            "clip_denoised": config.clip_denoised,
+            "guidance": config.guidance,
+            "dynamic_threshold": config.dynamic_threshold,
+            "class": self.class,
+            "seed": self.seed,
+            "precision": self.precision,
+        })
     }
 
     /// Prints the checkpoint, the sampler settings, compared with those of the run, and the device.

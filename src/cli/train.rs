@@ -15,13 +15,15 @@ use super::print::{err, grouped, out};
 use super::recipe::{Recipe, TrainArgs};
 use super::result::Result;
 use super::run_config::RunConfig;
+use super::sets::try_out;
+use super::watching::{Watching, Way, extractor};
 use crate::data::{Dataset, hold_out};
 use crate::error::Error;
+use crate::eval::Extractor;
 use crate::files;
 use crate::model::UNetConfig;
 use crate::observe::{
-    Best, GradientNorms, HeldOutLoss, LossCurve, MetricsFile, Progress, SampleGrid, SaveBest,
-    SaveEvery, StopOnSignal, TensorBoard, duration, is_removed,
+    LossCurve, MetricsFile, Progress, SampleGrid, SaveEvery, StopOnSignal, duration, is_removed,
 };
 use crate::sample::Guidance;
 use crate::train::{Checkpoint, TrainConfig, Trainer, on_metrics};
@@ -34,6 +36,7 @@ struct Files {
     metrics: PathBuf,
     curve: PathBuf,
     best: PathBuf,
+    judge: PathBuf,
     tensorboard: PathBuf,
     identity: PathBuf,
     config: PathBuf,
@@ -47,6 +50,7 @@ impl Files {
             metrics: out.join("metrics.jsonl"),
             curve: out.join("loss.png"),
             best: out.join("best"),
+            judge: out.join("judge.json"),
             tensorboard: out.join("tensorboard"),
             identity: out.join("data.json"),
             config: out.join("config.json"),
@@ -67,14 +71,15 @@ pub fn train<D: Dataset>(
     args: &TrainArgs,
     load: impl FnOnce() -> Result<DataSet<D>>,
 ) -> Result<ExitCode> {
-    let Plan { recipe, files, config, device, resumed } = Plan::new(recipe, args)?;
-    let recipe = &recipe;
+    let Plan { recipe, files, config, device, extractor, resumed } = Plan::new(recipe, args)?;
+    let (recipe, extractor) = (&recipe, extractor.as_deref());
 
     let set = load()?;
     let network = resumed.as_ref().map_or(&recipe.network, |(_, run)| run.architecture());
     let mut network = network.clone();
     let guidance = condition(&mut network, args, &set, resumed.is_none())?;
     set.check_shape(network.image_shape())?;
+    extractor.map_or(Ok(()), |extractor| try_out(extractor, network.image_shape()))?;
     let (saved, mut trainer) = match resumed {
         Some((saved, trainer)) => (Some(saved), trainer),
         None => (None, Trainer::new(network, config, recipe.diffusion.clone(), &device)?),
@@ -137,6 +142,10 @@ pub fn train<D: Dataset>(
         }
         identity.write(&files.identity)?;
     }
+    if let Some(extractor) = extractor {
+        let way = Way::of(recipe, trainer.diffusion(), sampling, extractor);
+        way.record(&files.judge, || keep_best(&files.best))?;
+    }
     if let Some(before) = saved.as_ref().map(|saved| saved.train_config().steps)
         && before != trainer.config().steps
         && trainer.config().rate_depends_on_steps()
@@ -156,7 +165,9 @@ pub fn train<D: Dataset>(
         keep(&files.metrics)?;
     }
     let held_out = parts.as_ref().map(|(_, held_out)| held_out as &dyn Dataset);
-    fit(recipe, &mut trainer, (images, held_out), &identity, &files)
+    let directories = (&*files.best, &*files.tensorboard);
+    let watching = Watching::new(recipe, (images, held_out), extractor, directories);
+    fit(recipe, &mut trainer, images, watching, (&identity, &files))
 }
 
 /// Performs the checks of [`train`] that need no images: the configuration, the directory of the run, and the run that
@@ -174,6 +185,8 @@ struct Plan {
     files: Files,
     config: TrainConfig,
     device: Device,
+    /// The network that judges samples.
+    extractor: Option<Box<dyn Extractor>>,
     /// The checkpoint and the trainer of a run that is resumed.
     resumed: Option<(Checkpoint, Trainer<UNetConfig>)>,
 }
@@ -198,6 +211,7 @@ impl Plan {
         let config = args.apply(config)?;
         config.validate()?;
         let device = pick(args.cpu)?;
+        let extractor = extractor(&recipe, args, &device)?;
         let resumed = match saved {
             Some(saved) => {
                 let trainer = resume(&saved, args.change, config.clone(), &device)?;
@@ -205,7 +219,7 @@ impl Plan {
             }
             None => None,
         };
-        Ok(Self { recipe, files, config, device, resumed })
+        Ok(Self { recipe, files, config, device, extractor, resumed })
     }
 }
 
@@ -250,12 +264,12 @@ const GUIDANCE: f64 = 2.0;
 fn fit(
     recipe: &Recipe,
     trainer: &mut Trainer<UNetConfig>,
-    (images, held_out): (&dyn Dataset, Option<&dyn Dataset>),
-    identity: &Identity,
-    files: &Files,
+    images: &dyn Dataset,
+    mut watching: Watching<'_>,
+    (identity, files): (&Identity, &Files),
 ) -> Result<ExitCode> {
     let (step, steps) = (trainer.steps(), trainer.config().steps);
-    let progress = Progress::new().showing(HeldOutLoss::NAME);
+    let progress = Progress::new().showing(watching.shown());
     let say = progress.clone();
     let stop = StopOnSignal::install(move || {
         say.say("stopping after this step; press Ctrl-C again to quit without saving");
@@ -278,13 +292,6 @@ fn fit(
         }
         Ok(())
     };
-    let mut best = held_out.map(|_| SaveBest::lowest(HeldOutLoss::NAME, &files.best));
-    let watching = (
-        held_out.map(|images| HeldOutLoss::steps(recipe.held_out_every, images)),
-        GradientNorms::steps(recipe.gradient_norms),
-        recipe.tensorboard.then(|| TensorBoard::new(&files.tensorboard)),
-        &mut best,
-    );
     let observers = (
         progress.clone(),
         stop,
@@ -293,7 +300,7 @@ fn fit(
         &mut save,
         LossCurve::steps(recipe.save_every, &files.metrics, &files.curve),
         &mut grid,
-        watching,
+        watching.observers(),
     );
     let fitted = trainer.fit(images, observers).and_then(|()| restore());
     let now = trainer.steps();
@@ -312,12 +319,7 @@ fn fit(
     if let Some(loss) = progress.smooth_loss() {
         out(format_args!("loss     {loss:.4}, smoothed, at step {now}"));
     }
-    if let Some((best, dir)) =
-        best.as_ref().and_then(|best| Some((best.best()?, best.checkpoint())))
-    {
-        let (dir, Best { value, step, .. }) = (dir.display(), best);
-        out(format_args!("best     held-out loss {value:.4}, at step {step}: {dir}"));
-    }
+    watching.report();
     if step < steps {
         out(format_args!("time     {}", duration(progress.elapsed())));
     }
@@ -365,7 +367,7 @@ fn resume(
 
 /// Prepares the directory for the run. A new run keeps the directories of an earlier one.
 fn prepare(files: &Files, new: bool) -> Result<()> {
-    let written = ["config.json", "data.json", "loss.png", "metrics.jsonl"];
+    let written = ["config.json", "data.json", "judge.json", "loss.png", "metrics.jsonl"];
     files::clear_leftovers(&files.out, |name| written.contains(&name));
     files::clear_leftovers(&files.samples, |name| name.starts_with("step-"));
     files::clear_leftovers(&files.best, |name| name == "best.json");
@@ -383,14 +385,11 @@ fn keep(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Renames the directory of the best checkpoint, whose loss is that of other images.
+/// Renames the directory of the best checkpoint, whose value was measured in another way.
 fn keep_best(best: &Path) -> Result<()> {
     if fs::read_dir(best).is_ok_and(|mut content| content.next().is_some()) {
         let aside = files::put_aside(best)?;
-        out(format_args!(
-            "kept     {}, with the held-out loss of the images before",
-            aside.display()
-        ));
+        out(format_args!("kept     {}, the best before the change", aside.display()));
     }
     Ok(())
 }

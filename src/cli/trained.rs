@@ -1,4 +1,4 @@
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use clap::ValueEnum;
@@ -84,6 +84,17 @@ impl Trained {
         match self {
             Self::Checkpoint(_) => Some(asked.unwrap_or(Weights::Ema)),
             Self::File(_) => None,
+        }
+    }
+
+    /// The file of the weights that [`model`](Self::model) uses.
+    pub fn weights_file(&self, asked: Option<Weights>) -> PathBuf {
+        match self {
+            Self::Checkpoint(checkpoint) => match asked {
+                Some(Weights::Model) => checkpoint.model_file(),
+                Some(Weights::Ema) | None => checkpoint.ema_file(),
+            },
+            Self::File(file) => file.path().into(),
         }
     }
 

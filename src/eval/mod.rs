@@ -32,6 +32,7 @@
 //! their model: as an upper bound, and by the density of the probability-flow ODE.
 
 mod balance;
+mod digits;
 mod distances;
 mod estimate;
 mod extractor;
@@ -52,6 +53,7 @@ mod statistics;
 mod statistics_file;
 
 pub use balance::Balance;
+pub use digits::DigitClassifier;
 pub use estimate::Estimate;
 pub use extractor::{Extractor, ExtractorIdentity, extract};
 pub use features::{Classes, Features};

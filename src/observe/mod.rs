@@ -29,6 +29,7 @@
 //! | [`SaveBest`] | | saves a checkpoint whenever a published number is better than all earlier ones |
 //! | [`MetricsFile`] | | writes the reports and published numbers as JSON, one per line |
 //! | [`HeldOutLoss`] | | publishes the held-out loss, on images that are not used for training |
+//! | [`Judge`] | | publishes distances of samples from training images, in a small share of the time |
 //! | [`GradientNorms`] | | publishes the gradient norm of each layer |
 //! | `TensorBoard` | `tensorboard` | writes reports, published numbers and grids as event files for TensorBoard |
 //! | `SampleGrid` | `image` | draws grids of samples as PNG files |
@@ -48,6 +49,7 @@
 mod bound_curve;
 mod gradient_norms;
 mod held_out_loss;
+mod judge;
 #[cfg(feature = "plot")]
 mod line_chart;
 #[cfg(feature = "plot")]
@@ -70,6 +72,7 @@ mod terminal_line;
 pub use bound_curve::save_bound_curve;
 pub use gradient_norms::GradientNorms;
 pub use held_out_loss::HeldOutLoss;
+pub use judge::Judge;
 #[cfg(feature = "plot")]
 pub use loss_curve::LossCurve;
 pub use metrics_file::MetricsFile;

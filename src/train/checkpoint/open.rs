@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
@@ -226,13 +226,28 @@ impl Checkpoint {
     /// # Errors
     /// Returns an error if the file is damaged, or does not hold exactly the weights of the network.
     pub fn ema<N: Architecture>(&self, device: &Device) -> Result<N::Model> {
+        self.frozen::<N>(&self.averaged(), device)
+    }
+
+    /// The name of the file with the averaged weights, or with the weights if the run has no average.
+    fn averaged(&self) -> String {
         let train = &self.0.state.train;
         let kind = match (&train.ema, &*train.averages) {
             (Some(_), _) => &EMA,
             (None, [_, ..]) => &AVERAGE,
             (None, []) => &MODEL,
         };
-        self.frozen::<N>(&kind.file(0), device)
+        kind.file(0)
+    }
+
+    /// The file from which [`model`](Self::model) reads the weights.
+    pub fn model_file(&self) -> PathBuf {
+        self.0.dir.join(MODEL.file(0))
+    }
+
+    /// The file from which [`ema`](Self::ema) reads the weights.
+    pub fn ema_file(&self) -> PathBuf {
+        self.0.dir.join(self.averaged())
     }
 
     /// Builds the network with the weights of an average of [`TrainConfig::averages`]; `index` counts from 0.

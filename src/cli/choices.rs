@@ -1,0 +1,167 @@
+//! Values of options as `KIND:PATH`: the extractor, and the images with which others are compared.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use candle_core::Device;
+use serde::{Deserialize, Serialize};
+
+use super::datasets::{self, DataSet};
+use super::result::Result;
+use crate::data::Split;
+use crate::eval::{DigitClassifier, Extractor};
+
+/// The extractor of a program, as `KIND:FILE`, such as `digits:out/mnist-fd/classifier.safetensors`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ExtractorChoice {
+    kind: &'static ExtractorKind,
+    /// The file of the weights.
+    file: PathBuf,
+}
+
+/// A kind of extractors.
+#[derive(Debug)]
+struct ExtractorKind {
+    /// The name in `KIND:FILE`.
+    name: &'static str,
+    /// The names of the Fréchet distance and of the kernel distance in the space of its features. Only those of
+    /// Inception are called FID and KID.
+    distances: [&'static str; 2],
+    /// The shape of its images (channels, height, width), if it takes only one.
+    shape: Option<(usize, usize, usize)>,
+    open: fn(&Path, &Device) -> Result<Box<dyn Extractor>>,
+}
+
+/// All kinds of extractors.
+static EXTRACTORS: &[ExtractorKind] = &[ExtractorKind {
+    name: "digits",
+    distances: ["Fréchet distance (digits)", "kernel distance (digits)"],
+    shape: Some(DigitClassifier::SHAPE),
+    open: |file, device| Ok(Box::new(DigitClassifier::load(file, device)?)),
+}];
+
+impl ExtractorChoice {
+    /// The name of the kind.
+    pub fn kind(&self) -> &'static str {
+        self.kind.name
+    }
+
+    /// The file of the weights.
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// Loads the extractor.
+    ///
+    /// # Errors
+    /// Returns an error if the file cannot be read, or if it is not a file of this kind.
+    pub fn open(&self, device: &Device) -> Result<Box<dyn Extractor>> {
+        (self.kind.open)(&self.file, device)
+    }
+
+    /// The names of the Fréchet distance and of the kernel distance in the space of the features.
+    pub(super) fn distances(&self) -> [&'static str; 2] {
+        self.kind.distances
+    }
+
+    /// The shape of the images (channels, height, width), if the extractor takes only one.
+    pub(super) fn image_shape(&self) -> Option<(usize, usize, usize)> {
+        self.kind.shape
+    }
+}
+
+impl FromStr for ExtractorChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let (kind, file) = parse(text, EXTRACTORS, |kind| kind.name, "FILE")?;
+        Ok(Self { kind, file })
+    }
+}
+
+impl TryFrom<String> for ExtractorChoice {
+    type Error = String;
+
+    fn try_from(text: String) -> std::result::Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<ExtractorChoice> for String {
+    fn from(choice: ExtractorChoice) -> Self {
+        choice.to_string()
+    }
+}
+
+impl fmt::Display for ExtractorChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.kind.name, self.file.display())
+    }
+}
+
+/// The images with which others are compared, as `KIND:DIR`, such as `mnist:data`.
+#[derive(Debug, Clone)]
+pub struct DataChoice {
+    kind: &'static DataKind,
+    dir: PathBuf,
+}
+
+/// A kind of data.
+#[derive(Debug)]
+struct DataKind {
+    name: &'static str,
+    /// Reads a part of a published set. `None` for a folder of pictures, which has no parts.
+    read: Option<fn(&Path, Split) -> Result<DataSet>>,
+}
+
+/// All kinds of data.
+static DATA: &[DataKind] = &[
+    DataKind { name: "mnist", read: Some(|dir, split| datasets::mnist_part(dir, false, split)) },
+    DataKind {
+        name: "fashion-mnist",
+        read: Some(|dir, split| datasets::mnist_part(dir, true, split)),
+    },
+    DataKind { name: "cifar10", read: Some(datasets::cifar10_part) },
+    DataKind { name: "pictures", read: None },
+];
+
+impl DataChoice {
+    /// The directory.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Reads a part of a published set. Returns `None` for a folder of pictures.
+    pub(super) fn published(&self, split: Split) -> Result<Option<DataSet>> {
+        self.kind.read.map(|read| read(&self.dir, split)).transpose()
+    }
+}
+
+impl FromStr for DataChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let (kind, dir) = parse(text, DATA, |kind| kind.name, "DIR")?;
+        Ok(Self { kind, dir })
+    }
+}
+
+/// Divides `KIND:PATH` at the first colon.
+fn parse<K>(
+    text: &str,
+    kinds: &'static [K],
+    name: impl Fn(&K) -> &'static str,
+    path_name: &str,
+) -> std::result::Result<(&'static K, PathBuf), String> {
+    let (kind, path) = text.split_once(':').unwrap_or((text, ""));
+    match kinds.iter().find(|found| name(found) == kind) {
+        Some(kind) if !path.is_empty() => Ok((kind, path.into())),
+        _ => {
+            let names: Vec<String> =
+                kinds.iter().map(|kind| format!("{}:{path_name}", name(kind))).collect();
+            Err(format!("expected {}", names.join(", ")))
+        }
+    }
+}
