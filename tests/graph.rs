@@ -141,7 +141,7 @@ fn shapes_that_do_not_fit_are_errors_with_and_without_kernels() -> Result<()> {
          with channels for 2 heads",
         "heads is 0; it must be at least 1",
         "the map to be pooled has shape [2, 3, 5, 16]; it must be (batch, even height, even width, channels)",
-        "the scales and shifts of a normalisation has shape [2, 6, 10, 3]; it must be (2, 1, 1, 16)",
+        "the map of scales and shifts has shape [2, 6, 10, 3]; it must be (2, 1, 1, 16)",
         "dropout is -0.1; it must be at least 0 and less than 1",
         "dropout is 1; it must be at least 0 and less than 1",
     ];

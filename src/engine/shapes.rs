@@ -50,7 +50,7 @@ pub(super) fn modulated_norm(layer: &GroupNorm, x: Dims, by: Option<Dims>) -> Re
     let expected = (x.0, 1, 1, 2 * layer.channels());
     match by.filter(|&by| by != expected) {
         None => Ok(()),
-        Some(by) => refuse("the scales and shifts of a normalisation", by, format!("{expected:?}")),
+        Some(by) => refuse("the map of scales and shifts", by, format!("{expected:?}")),
     }
 }
 

@@ -15,7 +15,8 @@ use crate::kernels::cpu::linear::{linear_forward, linear_input_gradient, linear_
 use crate::kernels::cpu::maps::{
     add_class, concatenate, repeat_pixels, scale_maps, split, sum_pixels, sums_by_class,
 };
-use crate::kernels::cpu::norm::{Modulated, Normalization, Stats};
+use crate::kernels::cpu::norm::modulated::Modulated;
+use crate::kernels::cpu::norm::{Normalization, Stats};
 use crate::kernels::cpu::reduce::{sum_over_batch, sums_by_image};
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::attention::AttentionShape;

@@ -37,13 +37,13 @@ NETWORKS = {
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     },
-    # google/ddpm-celebahq-256 and google/ddpm-church-256 have the same options.
+    # google/ddpm-celebahq-256 and google/ddpm-church-256 have the same options, and one level more.
     "celebahq_church": PUBLISHED | {
         "sample_size": 32,
         "layers_per_block": 1,
-        "block_out_channels": (4, 4, 6, 4, 4, 4),
-        "down_block_types": ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+        "block_out_channels": (4, 4, 6, 4, 4),
+        "down_block_types": ("DownBlock2D",) * 3 + ("AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 3,
     },
     # The defaults of diffusers, and not square.
     "heads": {

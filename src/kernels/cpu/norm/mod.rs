@@ -1,11 +1,10 @@
 //! GroupNorm, with the activation that follows it.
 
-mod modulated;
+pub(crate) mod modulated;
 mod passes;
 
 use rayon::prelude::*;
 
-pub(crate) use self::modulated::Modulated;
 #[cfg(test)]
 pub(crate) use self::passes::RUN;
 pub(crate) use self::passes::Stats;

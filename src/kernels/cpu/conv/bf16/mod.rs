@@ -131,8 +131,8 @@ impl Bf16 {
         }
     }
 
-    /// Computes the gradient of `x` for strides greater than 1, by f32 products of the rounded values.
-    /// Few convolutions of a network have such a stride.
+    /// Computes the gradient of `x` for strides greater than 1, and for kernels that begin at the edge, by f32 products
+    /// of the rounded values. Few convolutions of a network are of these kinds.
     fn strided_input_gradient(
         &self,
         dy: &[f32],
@@ -178,7 +178,7 @@ impl Algorithm for Bf16 {
         workspace: &mut Workspace,
     ) {
         let g = self.shape;
-        if g.stride() > 1 {
+        if g.stride() > 1 || g.begins_at_edge() {
             return self.strided_input_gradient(dy, weight, dx, accumulate, workspace);
         }
         let area = g.taps();

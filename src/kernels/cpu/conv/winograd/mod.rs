@@ -44,8 +44,10 @@ pub(super) struct Winograd {
 impl Winograd {
     /// Returns the algorithm for 3x3 kernels at stride 1, if there are enough channels.
     pub(super) fn suits(isa: Isa, shape: &ConvShape, _: Math) -> Option<Self> {
-        let suits =
-            shape.kernel == 3 && shape.stride() == 1 && shape.c_in.min(shape.c_out) >= MIN_CHANNELS;
+        let suits = shape.kernel == 3
+            && shape.stride() == 1
+            && !shape.begins_at_edge()
+            && shape.c_in.min(shape.c_out) >= MIN_CHANNELS;
         suits.then_some(Self { isa, shape: *shape })
     }
 
