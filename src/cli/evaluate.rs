@@ -204,14 +204,14 @@ enum Samples<'a> {
 impl Samples<'_> {
     /// The choices on which the images depend.
     fn record(&self) -> Result<Value> {
-        let Drawn { sampling, checkpoint, config, .. } = match self {
+        let Drawn { sampling, checkpoint, config, sha256, .. } = match self {
             Self::Drawn(drawn) => drawn,
             Self::Pictures(set) => return Ok(set.json.clone()),
         };
         let mut json = sampling.record(config, checkpoint);
         let file = checkpoint.weights_file(sampling.weights);
-        json["weights_sha256"] = json!(sha256(&file)?);
         json["weights_file"] = json!(file);
+        json["weights_sha256"] = json!(sha256);
         json["rounding"] = json!(ROUNDING);
         Ok(json)
     }
@@ -222,6 +222,8 @@ struct Drawn<'a> {
     sampling: &'a SamplingArgs,
     checkpoint: Trained,
     config: SamplerConfig,
+    /// The SHA-256 of the file of the weights. A run can replace the file, but then opening the network is an error.
+    sha256: String,
     condition: Condition,
     shape: Shape,
     count: usize,
@@ -235,7 +237,8 @@ impl<'a> Drawn<'a> {
         let network = checkpoint.architecture()?;
         let condition = sampling.condition(&network, 0, count)?;
         let shape = network.image_shape();
-        Ok(Self { sampling, checkpoint, config, condition, shape, count })
+        let sha256 = sha256(&checkpoint.weights_file(sampling.weights))?;
+        Ok(Self { sampling, checkpoint, config, sha256, condition, shape, count })
     }
 
     fn draw(&self, work: &Work<'_>) -> Result<Images> {
