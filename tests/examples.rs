@@ -774,7 +774,7 @@ fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
     let json = read("a")?;
     assert_eq!((&json["step"], &json["test_images"]), (&3.into(), &10.into()));
     // The solver of the run, with the given number of steps.
-    assert_eq!(json["solver"]["dpm_solver"]["order"], 2);
+    assert_eq!(json["solver"]["unipc"]["order"], 2);
     assert_eq!((&json["sampling_steps"], &json["clip_denoised"]), (&2.into(), &true.into()));
     for set in ["samples", "train_images", "uniform_noise"] {
         let figures = &json[set];
