@@ -1077,9 +1077,8 @@ fn a_judgement_that_a_stop_interrupts_is_not_published_and_the_resumed_run_judge
     let fit = |run: &mut Trainer<Scale>, halves: Halves, screen: &Arc<Screen>| {
         let mut seen = Scripted::default();
         let judge = Judge::new(&halves, &images).count(3).share(1.0);
-        let shows = Recorder { frontend: Some(Arc::clone(screen)), ..Recorder::default() };
         let until = UntilPublished(Arc::clone(screen));
-        run.fit(&images, (judge, shows, &mut seen, until)).unwrap();
+        run.fit(&images, (judge, &mut seen, until)).unwrap();
         seen.numbers(Judge::MIND).into_iter().map(|(step, _)| step).collect::<Vec<_>>()
     };
     let screen = Arc::new(Screen::default());
@@ -1103,11 +1102,10 @@ fn a_failure_to_judge_is_a_warning_and_wrong_settings_are_errors() {
     let images = images();
     let screen = Arc::new(Screen::default());
     let halves = Halves { fail: Some(1), ..Halves::default() };
-    let shows = Recorder { frontend: Some(Arc::clone(&screen)), ..Recorder::default() };
     let judge = Judge::new(&halves, &images).count(3).share(1.0);
     let mut seen = Scripted::default();
     let until = UntilPublished(Arc::clone(&screen));
-    trainer(100_000).fit(&images, (judge, shows, &mut seen, until)).unwrap();
+    trainer(100_000).fit(&images, (judge, &mut seen, until)).unwrap();
     let log = screen.log.lock().unwrap();
     let warnings: Vec<_> = log.iter().filter(|line| line.starts_with("warning")).collect();
     assert_eq!(warnings, ["warning: no features"]);

@@ -89,7 +89,7 @@ impl Figures {
         let share = |value: f64| format!("{:.2}%", 100.0 * value);
         let Estimate { mean, .. } = others.kernel;
         let error = others.kernel.standard_error();
-        add(kernel.to_owned(), format!("{mean:.5} ± {error:.5}"));
+        add(kernel.to_owned(), format!("{mean:.4} ± {error:.4}"));
         add(format!("MIND ({kind})"), format!("{:.4}", others.mind));
         if let Some(Estimate { mean, deviation, .. }) = others.score {
             add(format!("Inception Score ({kind})"), format!("{mean:.3} ± {deviation:.3}"));
