@@ -114,7 +114,7 @@ fn impossible_networks_of_ho_et_als_kind_are_refused() {
             |c| c.attn_norm_num_groups = Some(3),
             "attn_norm_num_groups is 3; it must be a divisor of the 16 channels of the last level",
         ),
-        (|c| c.norm_eps = 0.0, "norm_eps is 0; it must be positive and finite"),
+        (|c| c.norm_eps = 0.0, "norm_eps is 0; it must be positive and finite in f32"),
         (|c| c.downsample_padding = 2, "downsample_padding is 2; it must be from 0 to 1"),
         (|c| c.num_class_embeds = Some(1), "num_class_embeds is 1; it must be from 2 to 65537"),
         (|c| c.dropout = 1.0, "dropout is 1; it must be at least 0 and less than 1"),

@@ -172,7 +172,7 @@ impl Report {
                 "warning: the fewer images, the larger the distance; {ENOUGH} are usual"
             ));
         }
-        self.json["classifier"] = json!(file);
+        self.json["classifier"] = json!(file.to_string_lossy());
         self.json["classifier_crc32"] = json!(crc32);
         self.json["classifier_sha256"] = json!(reference.classifier.identity().weights_sha256);
         self.json["test_images"] = json!(reference.images);

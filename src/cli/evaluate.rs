@@ -176,7 +176,7 @@ impl EvaluateArgs {
     fn record(&self, work: &Work<'_>) -> Result<Value> {
         let identity = work.extractor.identity();
         let statistics = match &self.statistics {
-            Some(path) => json!({ "file": path, "sha256": sha256(path)? }),
+            Some(path) => json!({ "file": path.to_string_lossy(), "sha256": sha256(path)? }),
             None => Value::Null,
         };
         Ok(json!({
@@ -210,7 +210,7 @@ impl Samples<'_> {
         };
         let mut json = sampling.record(config, checkpoint);
         let file = checkpoint.weights_file(sampling.weights);
-        json["weights_file"] = json!(file);
+        json["weights_file"] = json!(file.to_string_lossy());
         json["weights_sha256"] = json!(sha256);
         json["rounding"] = json!(ROUNDING);
         Ok(json)

@@ -167,7 +167,7 @@ impl SamplingArgs {
     /// the network, one after the other.
     pub fn record(&self, config: &SamplerConfig, checkpoint: &Trained) -> Value {
         json!({
-            "checkpoint": checkpoint.path(),
+            "checkpoint": checkpoint.path().to_string_lossy(),
             "step": checkpoint.step(),
             "weights": checkpoint.weights(self.weights),
             "solver": config.solver,

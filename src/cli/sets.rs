@@ -178,7 +178,7 @@ impl Set {
         };
         let (count, resizing) = (folder.len(), folder.config());
         let sha256 = folder.fingerprint();
-        let json = json!({ "name": dir, "images": count, "sha256": sha256, "resizing": resizing });
+        let json = json!({ "name": dir.to_string_lossy(), "images": count, "sha256": sha256, "resizing": resizing });
         let about = format!("{}, {} pictures", dir.display(), grouped(count));
         Ok(Self { images: Box::new(folder), about, json })
     }

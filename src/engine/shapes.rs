@@ -88,7 +88,7 @@ pub(super) fn attention(qkv: Dims, heads: usize) -> Result<()> {
     if heads == 0 {
         return Err(Error::config("heads", heads, "at least 1"));
     }
-    if qkv.3.is_multiple_of(3 * heads) {
+    if qkv.3.is_multiple_of(3) && (qkv.3 / 3).is_multiple_of(heads) {
         return Ok(());
     }
     let expected = match heads {

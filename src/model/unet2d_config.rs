@@ -227,8 +227,9 @@ impl UNet2DConfig {
             return Err(Error::config("out_channels", self.out_channels, expected));
         }
         within("norm_num_groups", self.norm_num_groups, channels)?;
-        if !(self.norm_eps > 0.0 && self.norm_eps.is_finite()) {
-            return Err(Error::config("norm_eps", self.norm_eps, "positive and finite"));
+        // The kernels compute in f32.
+        if !(self.norm_eps as f32 >= f32::MIN_POSITIVE && (self.norm_eps as f32).is_finite()) {
+            return Err(Error::config("norm_eps", self.norm_eps, "positive and finite in f32"));
         }
         within("layers_per_block", self.layers_per_block, [1, 64])?;
         within("downsample_padding", self.downsample_padding, [0, 1])?;

@@ -407,7 +407,6 @@ fn integrators_have_their_orders() {
         [(Integrator::Heun, 2.0, [64, 128, 256]), (Integrator::RungeKutta, 4.0, [16, 32, 64])]
     {
         let errors = steps.map(|steps| error(integrator, steps));
-        println!("{integrator:?}: {errors:?}");
         for pair in errors.windows(2) {
             let found = (pair[0] / pair[1]).log2();
             assert!((found - order).abs() < 0.35, "{integrator:?}: {errors:?}, order {found}");
