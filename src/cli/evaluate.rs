@@ -124,7 +124,7 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<ExitCode> {
     let figures = Figures::measure(&reference, &measured, training, || work.check())?;
     let floor = match &other {
         Some(other) => {
-            // As many as samples, because figures depend on the number.
+            // Figures depend on the number of images, so this set has as many images as the samples.
             let first: Vec<usize> = (0..measured.count().min(other.count())).collect();
             // Training images are their own nearest ones.
             let training = training.filter(|_| args.sets.split == Part::Train);

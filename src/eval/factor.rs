@@ -101,7 +101,7 @@ mod tests {
             let message = factor(&c, 2, 1e-15).unwrap_err().to_string();
             assert!(message.contains("positive semi-definite"), "{message}");
         }
-        // As little as a covariance in f32 can differ.
+        // The smallest difference that a covariance in f32 can have.
         assert_eq!(factor(&small, 2, 2.4e-7).unwrap(), [1.0, 0.0]);
         assert!(factor(&[0.0; 4], 2, 1e-15).unwrap().is_empty());
     }

@@ -31,14 +31,14 @@ pub struct UNet2DConfig {
     /// process. Such a network needs
     /// [`ObjectiveConfig::variational_bound`](crate::train::ObjectiveConfig::variational_bound).
     pub out_channels: usize,
-    /// Whether the network first computes `2 x - 1` of its input.
+    /// If true, the network first computes `2 x - 1` of its input.
     pub center_input_sample: bool,
     /// Length of the time embedding, from 1 to 65,536. `None` is 4 times the first of `block_out_channels`.
     pub time_embedding_dim: Option<usize>,
     /// The frequencies of the sinusoids of the timestep fall to 1 / 10000 at number `half - freq_shift`, where `half`
     /// is half of the first of `block_out_channels`. 0 or 1, as in the code of Ho et al. 2020.
     pub freq_shift: usize,
-    /// Whether the cosines of the timestep precede the sines.
+    /// If true, the cosines of the timestep precede the sines.
     pub flip_sin_to_cos: bool,
     /// The kind of each level on the down path, beginning with the full size.
     pub down_block_types: Vec<DownBlockType>,
@@ -52,9 +52,9 @@ pub struct UNet2DConfig {
     /// The zeros around the map of a downsampling convolution: 1 for one row or column on each side, 0 for one on the
     /// right and one at the bottom.
     pub downsample_padding: usize,
-    /// How levels of type [`Attention`](DownBlockType::Attention) halve the size. Other levels have their own way.
+    /// How levels of type [`Attention`](DownBlockType::Attention) halve the size. The types of other levels determine their method.
     pub downsample_type: Resampling,
-    /// How levels of type [`Attention`](UpBlockType::Attention) double the size. Other levels have their own way.
+    /// How levels of type [`Attention`](UpBlockType::Attention) double the size. The types of other levels determine their method.
     pub upsample_type: Resampling,
     /// Probability that a value inside a residual block is dropped during training; at least 0 and less than 1.
     pub dropout: f64,
@@ -70,7 +70,7 @@ pub struct UNet2DConfig {
     pub norm_eps: f64,
     /// The effect of the time embedding in a residual block.
     pub resnet_time_scale_shift: TimeConditioning,
-    /// Whether the block at the smallest size has attention.
+    /// If true, the block at the smallest size has attention.
     pub add_attention: bool,
     /// Number of vectors of classes, from 2 to 65,537; `None` for a network without classes. The vector of an image's
     /// class is added to the time embedding. The last vector stands for images without a class, so the network has

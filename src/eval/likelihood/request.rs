@@ -58,7 +58,7 @@ impl Request {
             return Err(Error::shape("images", images.dims(), expected));
         }
         check_float("dtype of the images", images.dtype())?;
-        // As in training, a network without classes does not receive those of the images.
+        // A network without classes does not receive the classes of the images, as in training.
         let classes = batch.classes.filter(|_| denoiser.classes().is_some());
         let values = images.elem_count() / count;
         let (condition, first) = (Condition::from(classes), batch.first as u32);
