@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::datasets::{self, DataSet};
 use super::result::Result;
 use crate::data::Split;
-use crate::eval::{DigitClassifier, Extractor};
+use crate::eval::{CifarClassifier, DigitClassifier, Extractor};
 
 /// The extractor of a program, as `KIND:FILE`, such as `digits:out/mnist-fd/classifier.safetensors`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -35,12 +35,20 @@ struct ExtractorKind {
 }
 
 /// All kinds of extractors.
-static EXTRACTORS: &[ExtractorKind] = &[ExtractorKind {
-    name: "digits",
-    distances: ["Fréchet distance (digits)", "kernel distance (digits)"],
-    shape: Some(DigitClassifier::SHAPE),
-    open: |file, device| Ok(Box::new(DigitClassifier::load(file, device)?)),
-}];
+static EXTRACTORS: &[ExtractorKind] = &[
+    ExtractorKind {
+        name: "digits",
+        distances: ["Fréchet distance (digits)", "kernel distance (digits)"],
+        shape: Some(DigitClassifier::SHAPE),
+        open: |file, device| Ok(Box::new(DigitClassifier::load(file, device)?)),
+    },
+    ExtractorKind {
+        name: "cifar10",
+        distances: ["Fréchet distance (CIFAR-10)", "kernel distance (CIFAR-10)"],
+        shape: Some(CifarClassifier::SHAPE),
+        open: |file, device| Ok(Box::new(CifarClassifier::load(file, device)?)),
+    },
+];
 
 impl ExtractorChoice {
     /// The name of the kind.

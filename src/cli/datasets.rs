@@ -158,6 +158,14 @@ pub fn cifar10(dir: &Path) -> Result<DataSet> {
     cifar10_part(dir, Split::Train)
 }
 
+/// Reads the training images and the test images of CIFAR-10, with their classes, from a directory.
+///
+/// # Errors
+/// Returns an error if the files are missing or malformed, with the command that downloads them.
+pub fn cifar10_with_labels(dir: &Path) -> Result<(DataSet, DataSet)> {
+    Ok((cifar10_part(dir, Split::Train)?, cifar10_part(dir, Split::Test)?))
+}
+
 /// Reads the training images or the test images of CIFAR-10 from a directory.
 pub(super) fn cifar10_part(dir: &Path, split: Split) -> Result<DataSet> {
     let images = data::cifar10(dir, split).map_err(|e| fetch(e, &CIFAR_10, dir))?;

@@ -1,17 +1,15 @@
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use candle_nn::{Linear, Module, VarBuilder, linear};
 
 use super::extractor::{Extractor, ExtractorIdentity};
 use super::features::{Classes, Features};
+use super::weights;
 use crate::data::dataset::{Dataset, normalized};
 use crate::data::images::Images;
 use crate::error::{Error, Result};
-use crate::files;
 use crate::memory::reserved;
-use crate::model::Parameters;
-use crate::model::tensor_file::{read_regular, tensors_of};
 
 /// Height and width of an image.
 const SIZE: usize = 28;
@@ -68,10 +66,7 @@ impl DigitClassifier {
     /// Returns an error if the file cannot be read, or if it is not a file of these weights.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = read_regular(path)?;
-        let sha256 = files::sha256(&bytes[..]).map_err(Error::io(path))?;
-        let tensors = tensors_of(path, &bytes, DType::F32, device)?;
-        let parameters = Parameters::frozen(path, tensors, DType::F32, device);
+        let (parameters, sha256) = weights::load(path, device)?;
         let classifier = Self::new(parameters.builder())
             .map_err(|e| Error::data(path, format!("not a classifier of digits: {e}")))?;
         Ok(Self { sha256: Some(sha256), ..classifier })

@@ -32,6 +32,7 @@
 //! their model: as an upper bound, and by the density of the probability-flow ODE.
 
 mod balance;
+mod cifar;
 mod digits;
 mod distances;
 mod estimate;
@@ -51,8 +52,10 @@ mod singular;
 mod sliced;
 mod statistics;
 mod statistics_file;
+mod weights;
 
 pub use balance::Balance;
+pub use cifar::{CifarClassifier, CifarNetwork};
 pub use digits::DigitClassifier;
 pub use estimate::Estimate;
 pub use extractor::{Extractor, ExtractorIdentity, extract};
