@@ -23,6 +23,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
 const STOPPING: &str = "stopping after this step; press Ctrl-C again to quit at once";
+/// Images per update, if there are as many.
 const BATCH: usize = 125;
 const LEARNING_RATE: f64 = 2e-3;
 /// Updates over which the learning rate rises, as a part of all.
@@ -106,9 +107,9 @@ fn train_to(
     let mut adam = AdamW::new(adam, &others)?;
 
     let mut batches = Batches::new(&set.images, seed)?;
-    let steps = epochs * (set.images.len() / BATCH) as u64;
+    let steps = epochs * (set.images.len() / batches.size) as u64;
     let progress = Progress::started(steps);
-    let t = Tensor::zeros(BATCH, DType::U32, device)?;
+    let t = Tensor::zeros(batches.size, DType::U32, device)?;
     for step in 0..steps {
         if stop() {
             return Err(Interrupted.into());
@@ -161,6 +162,7 @@ fn cross_entropy(output: &Tensor, targets: &Tensor) -> ddpm::Result<(f64, Tensor
 struct Batches<'a> {
     images: &'a Images,
     labels: &'a [u8],
+    size: usize,
     random: ChaCha8Rng,
     mirrored: Vec<bool>,
     order: Vec<usize>,
@@ -171,37 +173,42 @@ impl<'a> Batches<'a> {
         let labels = images.labels().ok_or("the pictures have no classes")?;
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         let mirrored = (0..images.len()).map(|_| random.random()).collect();
-        Ok(Self { images, labels, random, mirrored, order: vec![] })
+        let size = BATCH.min(images.len());
+        Ok(Self { images, labels, size, random, mirrored, order: vec![] })
     }
 
     /// The next images (batch, 3, 32, 32), and their classes as (batch, 10) of zeros and ones.
     fn next(&mut self, device: &Device) -> Result<(Tensor, Tensor)> {
-        if self.order.len() < BATCH {
+        let (size, classes) = (self.size, CifarClassifier::CLASSES);
+        if self.order.len() < size {
             self.order = (0..self.images.len()).collect();
             self.order.shuffle(&mut self.random);
             self.mirrored.iter_mut().for_each(|mirrored| *mirrored = !*mirrored);
         }
-        let mut pixels = Vec::with_capacity(BATCH * 3 * SIZE * SIZE);
-        let mut targets = vec![0f32; BATCH * CifarClassifier::CLASSES];
-        let indices = self.order.split_off(self.order.len() - BATCH);
-        for (index, target) in indices.into_iter().zip(targets.chunks_mut(CifarClassifier::CLASSES))
-        {
+        let (mut pixels, mut targets) = (vec![], vec![0f32; size * classes]);
+        let indices = self.order.split_off(self.order.len() - size);
+        for (index, target) in indices.into_iter().zip(targets.chunks_mut(classes)) {
             let image = self.images.get(index).ok_or("there are no images")?;
             let mut shift = || self.random.random_range(0..=2 * SHIFT) as isize - SHIFT as isize;
-            let (down, right) = (shift(), shift());
-            for plane in image.chunks(SIZE * SIZE) {
-                for y in 0..SIZE as isize {
-                    let row = reflected(y - down) * SIZE;
-                    pixels.extend((0..SIZE as isize).map(|x| {
-                        let x = if self.mirrored[index] { SIZE as isize - 1 - x } else { x };
-                        normalized(plane[row + reflected(x - right)])
-                    }));
-                }
-            }
+            let by = (shift(), shift());
+            moved(image, by, self.mirrored[index], &mut pixels);
             target[usize::from(self.labels[index])] = 1.0;
         }
-        let x = Tensor::from_vec(pixels, (BATCH, 3, SIZE, SIZE), device)?;
-        Ok((x, Tensor::from_vec(targets, (BATCH, CifarClassifier::CLASSES), device)?))
+        let x = Tensor::from_vec(pixels, (size, 3, SIZE, SIZE), device)?;
+        Ok((x, Tensor::from_vec(targets, (size, classes), device)?))
+    }
+}
+
+/// Adds an image that is moved down and right by some pixels, then mirrored.
+fn moved(image: &[u8], (down, right): (isize, isize), mirrored: bool, pixels: &mut Vec<f32>) {
+    for plane in image.chunks(SIZE * SIZE) {
+        for y in 0..SIZE {
+            let row = &plane[reflected(y as isize - down) * SIZE..][..SIZE];
+            pixels.extend((0..SIZE).map(|x| {
+                let x = if mirrored { SIZE - 1 - x } else { x };
+                normalized(row[reflected(x as isize - right)])
+            }));
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, Module};
 use ddpm::cli::Result;
 use ddpm::data::{Images, normalized};
-use ddpm::eval::{Classes, DigitClassifier, Extractor};
+use ddpm::eval::{CifarClassifier, Classes, DigitClassifier, Extractor, Features};
 use ddpm::nn::Parameters;
 use report::{Reference, tally};
 
@@ -157,4 +157,33 @@ fn an_image_is_clearly_of_a_class_from_over_nine_tenths() {
     let (confident, classes) = tally(&[of(3, 0.95), of(3, 0.9), of(0, 0.5), of(9, 0.9001)]);
     assert_eq!(confident, 0.5);
     assert_eq!(classes, [1, 0, 0, 2, 0, 0, 0, 0, 0, 1]);
+}
+
+#[test]
+fn features_of_pictures_do_not_depend_on_the_batch() -> Result<()> {
+    let parameters = Parameters::new(5, DType::F32, &Device::Cpu);
+    CifarClassifier::new(parameters.builder())?;
+    let temp = tempfile::tempdir()?;
+    let path = temp.path().join("classifier.safetensors");
+    let vars = parameters.vars();
+    let weights = vars.iter().map(|(name, var)| (name.as_str(), var.as_tensor().clone()));
+    std::fs::write(&path, safetensors::serialize(weights, None)?)?;
+    let classifier = CifarClassifier::load(&path, &Device::Cpu)?;
+    assert!(classifier.identity().weights_sha256.is_some());
+
+    let bytes = points(3 * 3072, 1, 8).iter().map(|x| (x * 255.0).round() as u8).collect();
+    let images = Images::new(bytes, CifarClassifier::SHAPE)?;
+    let all = classifier.extract(&images)?;
+    assert_eq!((all.count(), all.size()), (3, 256));
+    assert_eq!(all.classes(), Some(Classes::Logits(10)));
+    let alone = Features::extracted(&classifier, &images, 1)?;
+    assert_eq!((alone.values(), alone.scores()), (all.values(), all.scores()));
+    assert_ne!(all.values()[..256], all.values()[256..512]);
+
+    let grey = Images::new(vec![7; SIZE * SIZE], DigitClassifier::SHAPE)?;
+    let message = classifier.extract(&grey).unwrap_err().to_string();
+    assert_eq!(message, "x_t has shape [1, 1, 28, 28]; it must be (batch, 3, 32, 32)");
+    let message = DigitClassifier::load(&path, &Device::Cpu).unwrap_err().to_string();
+    assert!(message.contains("not a classifier of digits"), "{message}");
+    Ok(())
 }

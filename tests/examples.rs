@@ -1126,6 +1126,32 @@ fn cifar(temp: &Path) -> Result<PathBuf> {
 }
 
 #[test]
+fn a_classifier_of_pictures_learns_them() -> Result<()> {
+    let temp = TempDir::new()?;
+    let dir = cifar(temp.path())?;
+    // Four classes: dark or light pictures in red or blue.
+    let picture = |class: u8, shade: u8| {
+        let planes = [class & 1, 0, class >> 1].map(|bright| [bright * 200 + shade; 1024]);
+        [&[class][..], &planes.concat()].concat()
+    };
+    let pictures: Vec<u8> = (0..8).flat_map(|i| picture(i % 4, 10 * (i / 4))).collect();
+    fs::write(dir.join("data_batch_1.bin"), &pictures)?;
+    fs::write(dir.join("test_batch.bin"), &pictures)?;
+    let file = temp.path().join("classifier.safetensors");
+    let train = |epochs| {
+        let mut command = example("cifar10-classifier");
+        command.args(["--cpu", "--epochs", epochs, "--data"]).arg(&dir).arg("--out").arg(&file);
+        command
+    };
+    let said = succeed(&mut train("25"))?;
+    assert!(said.contains("100.00% of 8 images are recognised"), "{said}");
+    let weights = fs::read(&file)?;
+    succeed(&mut train("25"))?;
+    assert_eq!(fs::read(&file)?, weights, "the same seed gives the same weights");
+    assert_fails(&mut train("0"), &["--epochs", "1"])
+}
+
+#[test]
 fn wrong_arguments_are_reported_in_one_line() -> Result<()> {
     let temp = TempDir::new()?;
     let path = |name: &str| temp.path().join(name).to_string_lossy().into_owned();
