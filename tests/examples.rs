@@ -854,6 +854,7 @@ fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
     fs::write(dir.join("cut.safetensors"), "{")?;
     assert_fails(&mut number("cut", &[]), &["cut.safetensors", "truncated"])?;
     assert_fails(&mut number("a", &["--solver", "ddpm", "--eta", "1"]), &["--solver ddim only"])?;
+    dependences(checkpoint, &data, &dir.join("a.safetensors"))?;
     fs::write(
         data.join("t10k-labels-idx1-ubyte"),
         [[0, 0, 8, 1], [0, 0, 0, 10], [77; 4]].concat(),
@@ -864,6 +865,24 @@ fn a_number(checkpoint: &Path, temp: &Path) -> Result<()> {
     assert_fails(&mut number("a", &[]), &["the label of image 0 is 77", "0 to 9"])?;
     fs::remove_file(data.join("t10k-labels-idx1-ubyte"))?;
     assert_fails(&mut number("a", &[]), &["t10k-labels-idx1-ubyte", "fetch-data mnist"])
+}
+
+/// The example `dependence`: ten images of each of two seeds.
+fn dependences(checkpoint: &Path, data: &Path, classifier: &Path) -> Result<()> {
+    let mut command = example("dependence");
+    command.args(["--count", "10", "--seeds", "2", "--sampling-steps", "2", "--checkpoint"]);
+    command.arg(checkpoint).arg("--data").arg(data).arg("--extractor");
+    let said = succeed(command.arg(format!("digits:{}", classifier.display())))?;
+    let rows: Vec<&str> = said.lines().filter(|line| line.starts_with('|')).collect();
+    assert_eq!(rows.len(), 13, "{said}");
+    assert!(rows[2].starts_with("| 10 images, one seed per set | 2 | "), "{said}");
+    // Ten real images are all there are, so nothing changes.
+    assert!(rows[7].starts_with("| 10 real images | 2 | +0.000 ± 0.000 | +0.000 "), "{said}");
+    // Rounding changes the distance, by far less than the distance.
+    let cell = |row: usize| rows[row].split(['|', '±']).nth(3).unwrap_or_default().trim();
+    let (plain, truncated): (f64, f64) = (cell(2).parse()?, cell(8).parse()?);
+    assert!(truncated != 0.0 && truncated.abs() < 0.1 * plain, "{said}");
+    Ok(())
 }
 
 /// The program `evaluate`, with the classifier and the data of [`a_number`].
