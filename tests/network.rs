@@ -83,7 +83,7 @@ fn dropout_of_values_is_that_of_an_image_and_of_training() -> Result<()> {
 #[test]
 fn impossible_networks_of_ho_et_als_kind_are_refused() {
     type Change = fn(&mut UNet2DConfig);
-    let cases: [(Change, &str); 12] = [
+    let cases: [(Change, &str); 14] = [
         (
             |c| c.sample_size = 12.into(),
             "sample_size is 12; it must be a multiple of 8, because the levels halve it 3 times, at most 65536",
@@ -116,7 +116,15 @@ fn impossible_networks_of_ho_et_als_kind_are_refused() {
         ),
         (|c| c.norm_eps = 0.0, "norm_eps is 0; it must be positive and finite in f32"),
         (|c| c.downsample_padding = 2, "downsample_padding is 2; it must be from 0 to 1"),
-        (|c| c.num_class_embeds = Some(1), "num_class_embeds is 1; it must be from 2 to 65537"),
+        (|c| c.num_class_embeds = Some(0), "num_class_embeds is 0; it must be from 1 to 65536"),
+        (
+            |c| (c.num_class_embeds, c.null_class) = (Some(1), true),
+            "num_class_embeds is 1; it must be from 2 to 65537",
+        ),
+        (
+            |c| c.null_class = true,
+            "null_class is true; it must be false, because num_class_embeds is none",
+        ),
         (|c| c.dropout = 1.0, "dropout is 1; it must be at least 0 and less than 1"),
     ];
     for (change, expected) in cases {
