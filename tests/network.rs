@@ -212,17 +212,28 @@ fn schedulers_of_diffusers_are_processes_and_samplers() {
     assert_eq!(sampler, SamplerConfig::new(Solver::ddim(), 20).spacing(Spacing::Trailing));
 
     let posterior = Solver::Ddpm { variance: Variance::Posterior };
-    assert_eq!(read("{}").unwrap().1.solver, Solver::ddim());
+    let implicit = read(r#"{"_class_name": "DDIMScheduler", "variance_type": "fixed_small"}"#);
+    assert_eq!(implicit.unwrap().1.solver, Solver::DdimUnclippedNoise { eta: 0.0 });
     let ancestral = r#"{"_class_name": "DDPMScheduler"}"#;
     assert_eq!(read(ancestral).unwrap().1.solver, posterior);
+    let absent = "_class_name is absent; it must be \"DDPMScheduler\" or \"DDIMScheduler\"";
+    assert_eq!(read("{}").unwrap_err(), absent);
+    let other = "_class_name is \"PNDMScheduler\"; it must be \"DDPMScheduler\" or";
     for (json, expected) in [
+        (r#"{"_class_name": "PNDMScheduler"}"#, other),
+        (
+            r#"{"num_train_timesteps": 3, "trained_betas": [0.1, 0.2]}"#,
+            "trained_betas is a list of 2; it must be 3 numbers, as num_train_timesteps",
+        ),
         (r#"{"thresholding": true}"#, "thresholding is true; it must be false"),
         (r#"{"beta_schedule": "sigmoid"}"#, "beta_schedule is \"sigmoid\": unknown variant"),
         (r#"{"steps_offset": 1}"#, "steps_offset is 1; it must be 0"),
         (r#"{"beta_end": 2}"#, "beta_end is 2; it must be"),
         (r#"{"lower_order_final": true}"#, "lower_order_final is true: unknown field"),
     ] {
-        let message = read(json).unwrap_err();
+        let class = r#"{"_class_name": "DDPMScheduler", "#;
+        let json = if json.contains("class") { json.into() } else { json.replacen('{', class, 1) };
+        let message = read(&json).unwrap_err();
         assert!(message.starts_with(expected), "{message}");
     }
 }
