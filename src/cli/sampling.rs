@@ -116,7 +116,9 @@ impl SamplingArgs {
             _ => (run.solver, run.steps, run.spacing),
         };
         match (&mut solver, self.eta) {
-            (Solver::Ddim { eta } | Solver::DdimUnclippedNoise { eta }, Some(asked)) => *eta = asked,
+            (Solver::Ddim { eta } | Solver::DdimUnclippedNoise { eta }, Some(asked)) => {
+                *eta = asked
+            }
             (_, Some(_)) => return Err("--eta is for --solver ddim only".into()),
             (_, None) => {}
         }

@@ -408,12 +408,11 @@ fn plan_of(
     resampling: Option<Resampling>,
 ) -> Result<Plan> {
     let path = resampling.map(|resampling| resampling.path(levels)).transpose()?;
-    let plan = Plan::new(path.as_deref().unwrap_or(levels), |path, i| {
-        match path[i].t < path[i + 1].t {
+    let plan =
+        Plan::new(path.as_deref().unwrap_or(levels), |path, i| match path[i].t < path[i + 1].t {
             true => Ok(inpainting::noising(path[i], path[i + 1])),
             false => solver.stages(diffusion.schedule(), path, i),
-        }
-    })?;
+        })?;
     Ok(Plan { unclipped: solver.needs_unclipped(), ..plan })
 }
 
