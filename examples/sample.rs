@@ -15,6 +15,10 @@ use ddpm::pictures;
 struct Cli {
     #[command(flatten)]
     sampling: SamplingArgs,
+    /// Seed of the images
+    #[arg(long, value_name = "K", default_value = "0", allow_negative_numbers = true,
+          value_parser = whole::<u64>(0..=u64::MAX))]
+    seed: u64,
     /// Number of images; only a few at a time are in memory
     #[arg(long, value_name = "N", default_value = "64", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=10_000_000))]
@@ -47,8 +51,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     cli.sampling.announce(&config, &checkpoint, &device);
     let start = std::time::Instant::now();
     let sampler = cli.editing.apply(sampler, shape, cli.count, &model, &device)?;
-    let generator =
-        Generator::new(&sampler, shape, cli.sampling.seed, &device).first_image(cli.from);
+    let generator = Generator::new(&sampler, shape, cli.seed, &device).first_image(cli.from);
     let mut output = cli.output.begin(shape, cli.count, sampler.timesteps().len())?;
     let progress = Progress::started(generator.steps(cli.count) as u64);
     let _ = generator.visit(&model, cli.count, |step| {

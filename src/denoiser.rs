@@ -52,10 +52,16 @@ pub trait Denoiser {
     /// Returns the errors of the network. [`Error::external`](crate::Error::external) wraps errors of other libraries.
     fn denoise(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Result<Output>;
 
-    /// The number of classes, if the network can be conditioned on them. In [`Condition::Classes`], this number stands
-    /// for no class. The default is `None`: a network without classes.
+    /// The number of classes, if the network can be conditioned on them. The default is `None`: a network without
+    /// classes.
     fn classes(&self) -> Option<u32> {
         None
+    }
+
+    /// The number that stands for no class in [`Condition::Classes`]. `None` if every image must have a class, or if
+    /// there are no classes. The default is the number of [classes](Self::classes).
+    fn no_class(&self) -> Option<u32> {
+        self.classes()
     }
 
     /// Computes two outputs: that of [`denoise`](Self::denoise), and the baseline from which
@@ -66,19 +72,17 @@ pub trait Denoiser {
     ///
     /// # Errors
     /// Returns the errors of [`denoise`](Self::denoise). The default also returns an error if there is no condition, or
-    /// if the network has no [classes](Self::classes).
+    /// if the network has no [number for no class](Self::no_class).
     fn denoise_with_baseline(
         &self,
         x_t: &Tensor,
         t: &Tensor,
         condition: &Condition,
     ) -> Result<[Output; 2]> {
-        let Some(none) = self.classes() else {
-            return Err(Error::config(
-                "guidance",
-                "used",
-                "unused, because the network has no classes",
-            ));
+        let Some(none) = self.no_class() else {
+            let lack = lack_of_guidance(self);
+            let expected = format!("unused, because the network has no {lack}");
+            return Err(Error::config("guidance", "used", expected));
         };
         let Condition::Classes(classes) = condition else {
             return Err(Error::config("condition", "none", "a class per image, as guidance needs"));
@@ -102,6 +106,14 @@ pub trait Denoiser {
     /// Returns the errors of [`denoise`](Self::denoise).
     fn forward(&self, x_t: &Tensor, t: &Tensor) -> Result<Tensor> {
         Ok(self.denoise(x_t, t, &Condition::None)?.prediction)
+    }
+}
+
+/// What a network without a [number for no class](Denoiser::no_class) lacks.
+pub(crate) fn lack_of_guidance(network: &(impl Denoiser + ?Sized)) -> &'static str {
+    match network.classes() {
+        Some(_) => "vector for images without a class",
+        None => "classes",
     }
 }
 
@@ -137,8 +149,8 @@ pub enum Condition {
     /// No condition.
     #[default]
     None,
-    /// The class of each image: (batch), u32, on any device. The number of [classes](Denoiser::classes) stands for no
-    /// class.
+    /// The class of each image: (batch), u32, on any device. A network may have a number that stands for [no
+    /// class](Denoiser::no_class).
     Classes(Tensor),
 }
 
@@ -322,6 +334,10 @@ macro_rules! behind {
 
             fn classes(&self) -> Option<u32> {
                 (**self).classes()
+            }
+
+            fn no_class(&self) -> Option<u32> {
+                (**self).no_class()
             }
 
             fn denoise_with_baseline(

@@ -168,29 +168,58 @@ impl Linear {
     }
 }
 
-/// A table of vectors, one for each class, and a last one for images without a class. The weight has PyTorch's layout
-/// (vectors, length) and name (`weight`).
+/// A table of vectors, one for each class, and perhaps a last one for images without a class. The weight has PyTorch's
+/// layout (vectors, length) and name (`weight`).
 #[derive(Debug, Clone)]
 pub struct Embedding {
     pub(crate) weight: Tensor,
+    classes: Classes,
+}
+
+/// The classes of an [`Embedding`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Classes {
+    pub count: usize,
+    /// Whether there is a vector for images without a class. Its number is `count`.
+    pub has_none: bool,
+}
+
+impl Classes {
+    /// The number of vectors.
+    pub fn vectors(self) -> usize {
+        self.count + usize::from(self.has_none)
+    }
 }
 
 impl Embedding {
-    /// Creates `classes + 1` vectors of `dim` elements. Initial values are standard normals, as in PyTorch.
+    /// Creates `classes + 1` vectors of `dim` elements. The last one is for images without a class. Initial values are
+    /// standard normals, as in PyTorch.
     ///
     /// # Errors
     /// Returns an error if `classes` or `dim` is not from 1 to 65,536, if the dtype of `vb` is neither f32 nor f64, or
     /// if `vb` cannot supply the weight.
     pub fn new(classes: usize, dim: usize, vb: VarBuilder) -> Result<Self> {
-        check_length("classes", classes, MAX_CHANNELS)?;
-        check_length("length of a class's vector", dim, MAX_CHANNELS)?;
-        let init = Init::Randn { mean: 0.0, stdev: 1.0 };
-        Ok(Self { weight: weight(&vb, &[classes + 1, dim], "weight", init)? })
+        Self::of(Classes { count: classes, has_none: true }, dim, vb)
     }
 
-    /// The number of classes. It is also the number of the last vector, that of no class.
-    pub(crate) fn classes(&self) -> usize {
-        self.weight.dims()[0] - 1
+    /// Creates `classes` vectors of `dim` elements. Every image has a class: a pass of the network without classes is
+    /// an error.
+    ///
+    /// # Errors
+    /// Returns the errors of [`new`](Self::new).
+    pub fn of_classes_only(classes: usize, dim: usize, vb: VarBuilder) -> Result<Self> {
+        Self::of(Classes { count: classes, has_none: false }, dim, vb)
+    }
+
+    fn of(classes: Classes, dim: usize, vb: VarBuilder) -> Result<Self> {
+        check_length("classes", classes.count, MAX_CHANNELS)?;
+        check_length("length of a class's vector", dim, MAX_CHANNELS)?;
+        let init = Init::Randn { mean: 0.0, stdev: 1.0 };
+        Ok(Self { weight: weight(&vb, &[classes.vectors(), dim], "weight", init)?, classes })
+    }
+
+    pub(crate) fn classes(&self) -> Classes {
+        self.classes
     }
 
     /// The length of a vector.

@@ -64,6 +64,9 @@ pub(crate) enum Purpose {
     Direction = 16,
     /// Random numbers of likelihoods; `index` is their use, and `step` the timestep or the number of the probe.
     Likelihood = 17,
+    /// The choice of images to measure; `step` is 0 for the images, 1 for the order of the parts of a score, and 2 for
+    /// the order of the images that are divided into halves.
+    Choice = 18,
 }
 
 impl Noise {

@@ -2,9 +2,11 @@
 
 use candle_core::{DType, Device, Tensor};
 use ddpm::data::Images;
-use ddpm::nn::{Condition, Denoiser, Model, Output, Parameters};
+use ddpm::nn::{
+    Condition, Denoiser, DownBlockType, Model, Output, Parameters, UNet2DConfig, UpBlockType,
+};
 use ddpm::process::Prediction;
-use ddpm::sample::{Autoguidance, Guidance};
+use ddpm::sample::{Autoguidance, Guidance, SamplerConfig};
 use ddpm::{
     Checkpoint, Diffusion, NoiseSchedule, Result, Sampler, Solver, TrainConfig, Trainer, UNet,
     UNetConfig,
@@ -94,6 +96,78 @@ fn classes_that_a_network_does_not_have_are_errors() -> Result<()> {
     let message =
         UNetConfig { classes: Some(0), ..self::config() }.validate().unwrap_err().to_string();
     assert_eq!(message, "classes is 0; it must be from 1 to 65536");
+    Ok(())
+}
+
+/// A network of Ho et al.'s kind with three vectors of classes.
+fn config_2d(null_class: bool) -> UNet2DConfig {
+    UNet2DConfig {
+        sample_size: 8.into(),
+        in_channels: 1,
+        out_channels: 1,
+        down_block_types: vec![DownBlockType::Plain],
+        up_block_types: vec![UpBlockType::Plain],
+        block_out_channels: vec![8],
+        layers_per_block: 1,
+        norm_num_groups: 2,
+        add_attention: false,
+        num_class_embeds: Some(3),
+        null_class,
+        ..UNet2DConfig::cifar10()
+    }
+}
+
+/// As in diffusers, where `class_labels` must be given.
+#[test]
+fn without_a_null_class_every_vector_is_that_of_a_class() -> Result<()> {
+    let network = Parameters::new(1, DType::F32, &DEVICE).build(&config_2d(false))?;
+    assert_eq!((network.classes(), network.no_class()), (Some(3), None));
+    let all = predict(&network, &[0, 1, 2])?;
+    let alone = |class: u32| Ok::<_, ddpm::Error>(predict(&network, &[class; 3])?[128..].to_vec());
+    assert_eq!(all[128..], alone(2)?);
+    assert_ne!(alone(2)?, alone(1)?);
+    let message = predict(&network, &[0, 3]).unwrap_err().to_string();
+    assert_eq!(message, "class is 3; it must be from 0 to 2");
+
+    let x_t = Sampler::prior((2, 1, 8, 8), 0, &DEVICE)?;
+    let t = Tensor::full(500u32, 2, &DEVICE)?;
+    let lack = "because the network has no vector for images without a class";
+    let message = network.forward(&x_t, &t).unwrap_err().to_string();
+    assert_eq!(message, format!("condition is none; it must be a class per image, {lack}"));
+    let condition = Condition::classes(vec![0, 1])?;
+    let message = network.denoise_with_baseline(&x_t, &t, &condition).unwrap_err().to_string();
+    assert_eq!(message, format!("guidance is used; it must be unused, {lack}"));
+
+    let with_null = Parameters::new(1, DType::F32, &DEVICE).build(&config_2d(true))?;
+    assert_eq!((with_null.classes(), with_null.no_class()), (Some(2), Some(2)));
+    assert_eq!(values(&with_null.forward(&x_t, &t)?), predict(&with_null, &[2, 2])?);
+    // The weights are the same, and so are the vectors.
+    assert_eq!(predict(&with_null, &[2, 2, 2])?, predict(&network, &[2, 2, 2])?);
+    with_null.denoise_with_baseline(&x_t, &t, &condition)?;
+    Ok(())
+}
+
+#[test]
+fn training_hides_classes_only_from_networks_with_a_null_class() -> Result<()> {
+    let trained = |null_class, class_dropout| {
+        let config = TrainConfig { class_dropout, ..train_config(2) };
+        let network = config_2d(null_class);
+        let classes = if null_class { 2 } else { 3 };
+        let labels = (0..12).map(|i| i % classes).collect();
+        let images = Images::new(images().pixels().to_vec(), (1, 8, 8))?.with_labels(labels)?;
+        let mut trainer = Trainer::new(network, config, Diffusion::ddpm(), &DEVICE)?;
+        trainer.fit(&images, ())?;
+        let guided = SamplerConfig::new(Solver::ddim(), 5).guidance(Some(Guidance::new(2.0)));
+        let guided = trainer.set_sampling(guided).map_err(|error| error.to_string());
+        Ok::<_, ddpm::Error>((values(&trainer.vars()["class_embedding.weight"]), guided))
+    };
+    let (seen, message) = trained(false, 0.0)?;
+    assert_eq!(seen, trained(false, 1.0)?.0);
+    let lack = "because the network has no vector for images without a class";
+    assert_eq!(message, Err(format!("sampling.guidance is set; it must be none, {lack}")));
+    let (seen, guided) = trained(true, 0.0)?;
+    assert_ne!(seen, trained(true, 1.0)?.0);
+    assert_eq!(guided, Ok(()));
     Ok(())
 }
 

@@ -3,6 +3,8 @@
 
 #[path = "../examples/mnist-fd/classifier.rs"]
 mod classifier;
+#[path = "small/numbers.rs"]
+mod numbers;
 #[path = "../examples/mnist-fd/report.rs"]
 mod report;
 
@@ -12,23 +14,10 @@ use ddpm::cli::Result;
 use ddpm::data::{Images, normalized};
 use ddpm::eval::{CifarClassifier, Classes, DigitClassifier, Extractor, Features};
 use ddpm::nn::Parameters;
+use numbers::{assert_near, points};
 use report::{Reference, tally};
 
 const SIZE: usize = DigitClassifier::SHAPE.1;
-
-fn assert_near(found: f64, expected: f64) {
-    assert!((found - expected).abs() <= 1e-9 * (1.0 + expected.abs()), "{found}, not {expected}");
-}
-
-/// Points of uniform numbers, with a wider range for each further point.
-fn points(count: usize, size: usize, seed: u32) -> Vec<f32> {
-    let uniform = |i: u32| {
-        let x = (i + seed).wrapping_mul(2_654_435_761);
-        let x = (x ^ (x >> 16)).wrapping_mul(0x045d_9f3b);
-        f64::from(x ^ (x >> 16)) / 2f64.powi(32)
-    };
-    (0..count * size).map(|i| (uniform(i as u32) * (1 + i % size) as f64) as f32).collect()
-}
 
 fn assert_same(found: &Tensor, expected: &Tensor) -> candle_core::Result<()> {
     assert_eq!(found.dims(), expected.dims());

@@ -7,11 +7,15 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, ErrorKind};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use candle_core::Device;
+use ddpm::data::{self as sets, Batch, Subset};
+use ddpm::eval::{ProbabilityFlow, VariationalBound};
+use ddpm::sample::Variance;
 use ddpm::{Checkpoint, UNetConfig};
 use image::AnimationDecoder;
 use image::codecs::gif::GifDecoder;
@@ -904,9 +908,17 @@ fn figures(checkpoint: &Path, temp: &Path) -> Result<()> {
     let output = evaluate(&[&few[..], &to_ten].concat()).output()?;
     let (said, warned) = (String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?);
     assert!(output.status.success(), "{warned}");
-    assert!(said.contains("Fréchet distance (digits)") && !said.contains("FID"), "{said}");
-    for warning in ["samples: 10 images; the Fréchet distance", "data: 10 images are not more than"]
-    {
+    for name in ["Fréchet distance", "kernel distance", "sliced distance", "class score"] {
+        assert!(said.contains(&format!("{name} (digits)")), "{said}");
+    }
+    // These are names of figures in the features of Inception.
+    for name in ["FID", "KID", "MIND", "Inception"] {
+        assert!(!said.contains(name) && !warned.contains(name), "{said}{warned}");
+    }
+    for warning in [
+        "samples: 10 images; 10,000 are needed for Fréchet distance (digits), class score (digits),",
+        "data: 10 images are not more than",
+    ] {
         assert!(warned.contains(&format!("warning: {warning}")), "{warned}");
     }
     let of_samples = read()?;
@@ -934,8 +946,11 @@ fn figures(checkpoint: &Path, temp: &Path) -> Result<()> {
     );
     assert!(of_samples["data"]["crc32"].is_string());
     let figures = &of_samples["figures"]["samples"];
-    assert_eq!(figures["kernel_distance"]["subset_size"], 10);
-    for field in ["mind", "inception_score", "manifold", "classes", "nearest_training_images"] {
+    assert_eq!(figures["kernel_distance"]["subset_size"], 5);
+    assert!(number(&figures["kernel_distance"]["standard_error"])? > 0.0, "{figures}");
+    for field in
+        ["sliced_distance", "class_score", "manifold", "classes", "nearest_training_images"]
+    {
         assert!(figures[field].is_object(), "{field}: {figures}");
     }
     // The training set and the test set have the same files.
@@ -952,7 +967,7 @@ fn figures(checkpoint: &Path, temp: &Path) -> Result<()> {
     let found = number(&of_pictures["figures"]["samples"]["frechet_distance"])?;
     assert!((found / frechet - 1.0).abs() < 1e-6, "{found}, {frechet}");
     assert!(!said.contains("precision"), "{said}");
-    assert!(of_pictures["figures"]["samples"].get("mind").is_none());
+    assert!(of_pictures["figures"]["samples"].get("sliced_distance").is_none());
     assert_eq!(of_pictures["samples"]["resizing"]["filter"], "bicubic");
     assert!(of_pictures["statistics"]["sha256"].is_string());
 
@@ -963,6 +978,37 @@ fn figures(checkpoint: &Path, temp: &Path) -> Result<()> {
     let copied = &figures["samples"]["nearest_training_images"];
     assert_eq!(copied["share_below_third_of_second"], 1.0);
     assert!(figures["other_part"].is_null() && said.contains("100.00%"), "{said}");
+
+    // Twelve of more pictures, at random, beside one half of all pictures against the other.
+    let more = text(temp.join("more"))?;
+    let draw = ["--images", &more, "--count", "24", "--sampling-steps", "2"];
+    succeed(example("sample").args(["--checkpoint", &checkpoint]).args(draw))?;
+    let of_more = format!("pictures:{more}");
+    let mut seeds = Vec::new();
+    for seed in ["3", "4"] {
+        let twelve = ["--samples", &more, "--data", &of_more, "--count", "12", "--seed", seed];
+        let said = succeed(&mut evaluate(&twelve))?;
+        assert!(said.contains("24 pictures, of which 12 at random"), "{said}");
+        assert!(said.contains("half of the data"), "{said}");
+        let json = read()?;
+        let samples = &json["samples"];
+        assert_eq!((&samples["images"], &samples["chosen"]), (&24.into(), &12.into()));
+        let floor = &json["figures"]["half_of_data"];
+        assert_eq!((&floor["images"], &floor["compared_with"]), (&12.into(), &12.into()));
+        assert!(number(&floor["frechet_distance"])? > 0.0, "{floor}");
+        // A picture is its own nearest one, so its number is that in the folder.
+        let nearest = &json["figures"]["samples"]["nearest_training_images"]["nearest"];
+        let nearest = nearest.as_array().ok_or("an array")?;
+        assert!(nearest.iter().all(|pair| pair["sample"] == pair["training_image"]), "{json}");
+        let chosen: BTreeSet<u64> =
+            nearest.iter().filter_map(|pair| pair["sample"].as_u64()).collect();
+        assert!(chosen.last().is_some_and(|&last| last >= 12), "{chosen:?}");
+        seeds.push((chosen, json["figures"]["samples"]["frechet_distance"].clone()));
+    }
+    assert_ne!(seeds[0], seeds[1]);
+    let too_many = ["--samples", &more, "--data", &of_more, "--count", "25"];
+    assert_fails(&mut evaluate(&too_many), &["--count is 25", "24 pictures"])?;
+    bits(&checkpoint, &data, &json)?;
 
     #[cfg(unix)]
     stopped(
@@ -993,6 +1039,69 @@ fn figures(checkpoint: &Path, temp: &Path) -> Result<()> {
     judged(&extractor, temp)
 }
 
+/// The bits per dimension of images of `data`, which the library also computes.
+fn bits(checkpoint: &str, data: &str, json: &str) -> Result<()> {
+    let measure = |args: &[&str]| {
+        let mut command = example("evaluate");
+        command.args(["--checkpoint", checkpoint, "--data", data, "--seed", "5"]).args(args);
+        command.args(["--json", json]);
+        command
+    };
+    let opened = Checkpoint::open(checkpoint)?;
+    let unet = opened.ema::<UNetConfig>(&Device::Cpu)?;
+    let dir = data.strip_prefix("mnist:").ok_or("digits")?;
+    let images = sets::mnist(dir, sets::Split::Test)?;
+    let four = Subset::random(&images, 4, 5)?;
+    let batch = || Batch::read(&four, 0..4, &Device::Cpu);
+    let go_on = |_| Ok(ControlFlow::Continue(()));
+    let bound = VariationalBound::new(opened.diffusion(), Variance::Posterior, 5)?.sampled(3)?;
+    let bound = bound.clip_denoised(true).evaluate(&unet, batch()?, go_on)?.ok_or("bounds")?;
+    let flow = ProbabilityFlow::new(opened.diffusion(), 2, 5)?;
+    let flow = flow.evaluate(&unet, batch()?, go_on)?.ok_or("densities")?;
+
+    for (args, measured, expected) in [
+        (
+            &["--bits", "4", "--bits-terms", "3"][..],
+            "variational bound",
+            bound.iter().map(|bound| bound.total).collect::<Vec<_>>(),
+        ),
+        (
+            &["--bits", "4", "--bits-by", "flow", "--bits-steps", "2"],
+            "probability flow",
+            flow.iter().map(|flow| flow.bits).collect(),
+        ),
+    ] {
+        let said = succeed(&mut measure(args))?;
+        assert!(said.contains("bits per dimension  ") && !said.contains("drawing"), "{said}");
+        let json: Value = serde_json::from_slice(&fs::read(json)?)?;
+        let found = &json["bits_per_dimension"];
+        let mean = expected.iter().sum::<f64>() / 4.0;
+        let squares: f64 = expected.iter().map(|bits| (bits - mean).powi(2)).sum();
+        for (field, expected) in [("mean", mean), ("standard_error", (squares / 12.0).sqrt())] {
+            let found = found[field].as_f64().ok_or("a number")?;
+            assert!((found / expected - 1.0).abs() < 1e-9, "{field}: {found}, not {expected}");
+        }
+        assert_eq!((&found["images"], &found["seed"]), (&4.into(), &5.into()));
+        assert_eq!((&found["measure"], &found["conditional"]), (&measured.into(), &false.into()));
+        assert!(found["dequantisation"].is_string() && json["data"]["crc32"].is_string());
+        assert!(json.get("figures").is_none() && json.get("extractor").is_none(), "{json}");
+        let terms = found["terms"]["values"].as_array().map(Vec::len);
+        assert_eq!(terms.is_some(), measured == "variational bound", "{found}");
+    }
+    for (args, expected) in [
+        (&["--bits", "11"][..], ["--bits is 11", "10 test images"]),
+        (&["--bits", "2", "--bits-steps", "2"], ["--bits-steps is for", "--bits-by flow"]),
+        (
+            &["--bits", "2", "--bits-by", "flow", "--bits-terms", "2"],
+            ["--bits-terms is for", "--bits-by bound"],
+        ),
+        (&["--bits", "2", "--bits-terms", "1000"], ["sampled terms is 1000", "from 1 to 999"]),
+    ] {
+        assert_fails(&mut measure(args), &expected)?;
+    }
+    Ok(())
+}
+
 /// A run whose samples are judged, and which holds out images.
 fn judged(extractor: &str, temp: &Path) -> Result<()> {
     let (out, data) = (temp.join("judged"), temp.join("ten"));
@@ -1000,12 +1109,12 @@ fn judged(extractor: &str, temp: &Path) -> Result<()> {
     let judge = ["--judge", "4", "--judge-share", "1", "--extractor", extractor];
     let args = [&SMALL[..], &["--data", data, "--steps", "6", "--held-out", "2"], &judge].concat();
     let said = mnist(&out, &args)?;
-    assert!(said.contains("best     judge/mind "), "{said}");
+    assert!(said.contains("best     judge/sliced "), "{said}");
     let lines = metrics(&out)?;
-    let judged = lines.iter().filter(|line| line["judge/mind"].is_f64()).collect::<Vec<_>>();
+    let judged = lines.iter().filter(|line| line["judge/sliced"].is_f64()).collect::<Vec<_>>();
     assert!(!judged.is_empty() && judged.iter().all(|line| line["judge/frechet"].is_f64()));
     let best: Value = serde_json::from_slice(&fs::read(out.join("best/best.json"))?)?;
-    assert_eq!(best["metric"], "judge/mind");
+    assert_eq!(best["metric"], "judge/sliced");
     let config: Value = serde_json::from_slice(&fs::read(out.join("config.json"))?)?;
     assert_eq!((&config["judge"], &config["extractor"]), (&4.into(), &extractor.into()));
 
@@ -1264,6 +1373,27 @@ fn wrong_arguments_are_reported_in_one_line() -> Result<()> {
         ("evaluate", &["--samples", "x", "--checkpoint", "y"], &["cannot be used with"]),
         ("evaluate", &["--data", "mnist"], &["'mnist'", "expected mnist:DIR, fashion-mnist:DIR"]),
         ("evaluate", &["--count", "9"], &["'9'", "whole number from 10 to 10000000"]),
+        ("evaluate", &["--checkpoint", "x", "--bits", "9"], &["--data <KIND:DIR>"]),
+        ("evaluate", &["--data", "mnist:x", "--bits", "9"], &["--checkpoint <PATH>"]),
+        (
+            "evaluate",
+            &["--samples", "x", "--data", "mnist:x", "--bits", "9"],
+            &["cannot be used with"],
+        ),
+        (
+            "evaluate",
+            &[
+                "--checkpoint",
+                "x",
+                "--data",
+                "mnist:x",
+                "--extractor",
+                &digits,
+                "--bits-steps",
+                "9",
+            ],
+            &["--bits <N>"],
+        ),
         (
             "evaluate",
             &["--samples", "x", "--data", "mnist:x", "--extractor", &digits],

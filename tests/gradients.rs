@@ -56,6 +56,7 @@ impl Network for UNet2DConfig {
     }
 
     fn class_count(&self) -> Option<usize> {
+        // The last vector is that of a class or of no class.
         self.num_class_embeds.map(|vectors| vectors - 1)
     }
 }
@@ -288,6 +289,7 @@ fn small_2d() -> impl Strategy<Value = (UNet2DConfig, usize)> {
                 },
                 add_attention: attention.0,
                 num_class_embeds: rest.1,
+                null_class: rest.1.is_some() && layers == 1,
             };
             (config, rest.3)
         },

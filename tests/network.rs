@@ -83,7 +83,7 @@ fn dropout_of_values_is_that_of_an_image_and_of_training() -> Result<()> {
 #[test]
 fn impossible_networks_of_ho_et_als_kind_are_refused() {
     type Change = fn(&mut UNet2DConfig);
-    let cases: [(Change, &str); 12] = [
+    let cases: [(Change, &str); 14] = [
         (
             |c| c.sample_size = 12.into(),
             "sample_size is 12; it must be a multiple of 8, because the levels halve it 3 times, at most 65536",
@@ -116,7 +116,15 @@ fn impossible_networks_of_ho_et_als_kind_are_refused() {
         ),
         (|c| c.norm_eps = 0.0, "norm_eps is 0; it must be positive and finite in f32"),
         (|c| c.downsample_padding = 2, "downsample_padding is 2; it must be from 0 to 1"),
-        (|c| c.num_class_embeds = Some(1), "num_class_embeds is 1; it must be from 2 to 65537"),
+        (|c| c.num_class_embeds = Some(0), "num_class_embeds is 0; it must be from 1 to 65536"),
+        (
+            |c| (c.num_class_embeds, c.null_class) = (Some(1), true),
+            "num_class_embeds is 1; it must be from 2 to 65537",
+        ),
+        (
+            |c| c.null_class = true,
+            "null_class is true; it must be false, because num_class_embeds is none",
+        ),
         (|c| c.dropout = 1.0, "dropout is 1; it must be at least 0 and less than 1"),
     ];
     for (change, expected) in cases {
@@ -204,17 +212,28 @@ fn schedulers_of_diffusers_are_processes_and_samplers() {
     assert_eq!(sampler, SamplerConfig::new(Solver::ddim(), 20).spacing(Spacing::Trailing));
 
     let posterior = Solver::Ddpm { variance: Variance::Posterior };
-    assert_eq!(read("{}").unwrap().1.solver, Solver::ddim());
+    let implicit = read(r#"{"_class_name": "DDIMScheduler", "variance_type": "fixed_small"}"#);
+    assert_eq!(implicit.unwrap().1.solver, Solver::DdimUnclippedNoise { eta: 0.0 });
     let ancestral = r#"{"_class_name": "DDPMScheduler"}"#;
     assert_eq!(read(ancestral).unwrap().1.solver, posterior);
+    let absent = "_class_name is absent; it must be \"DDPMScheduler\" or \"DDIMScheduler\"";
+    assert_eq!(read("{}").unwrap_err(), absent);
+    let other = "_class_name is \"PNDMScheduler\"; it must be \"DDPMScheduler\" or";
     for (json, expected) in [
+        (r#"{"_class_name": "PNDMScheduler"}"#, other),
+        (
+            r#"{"num_train_timesteps": 3, "trained_betas": [0.1, 0.2]}"#,
+            "trained_betas is a list of 2; it must be 3 numbers, as num_train_timesteps",
+        ),
         (r#"{"thresholding": true}"#, "thresholding is true; it must be false"),
         (r#"{"beta_schedule": "sigmoid"}"#, "beta_schedule is \"sigmoid\": unknown variant"),
         (r#"{"steps_offset": 1}"#, "steps_offset is 1; it must be 0"),
         (r#"{"beta_end": 2}"#, "beta_end is 2; it must be"),
         (r#"{"lower_order_final": true}"#, "lower_order_final is true: unknown field"),
     ] {
-        let message = read(json).unwrap_err();
+        let class = r#"{"_class_name": "DDPMScheduler", "#;
+        let json = if json.contains("class") { json.into() } else { json.replacen('{', class, 1) };
+        let message = read(&json).unwrap_err();
         assert!(message.starts_with(expected), "{message}");
     }
 }

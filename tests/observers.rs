@@ -825,7 +825,7 @@ fn observers_that_compute_do_not_change_the_run() {
         let loss = HeldOutLoss::steps(5, &images);
         let all = (loss, GradientNorms::steps(3), best, judge, &mut seen);
         trainer.fit(&images, observed.then_some(all)).unwrap();
-        assert_eq!(!seen.numbers(Judge::MIND).is_empty(), observed);
+        assert_eq!(!seen.numbers(Judge::SLICED).is_empty(), observed);
         let bits = |tensor: &Tensor| -> Vec<u32> {
             let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             values.into_iter().map(f32::to_bits).collect()
@@ -1032,11 +1032,11 @@ fn the_judged_distances_are_those_of_samples_from_training_images() {
     let model = trainer.ema_model().unwrap();
     let samples = generator.draw(&model, 7, |_| Ok(ControlFlow::Continue(()))).unwrap().unwrap();
     let [real, drawn] = [&images, &samples].map(|set| halves.extract(set).unwrap());
-    let mind = SlicedDistance::default().measure(&real, &drawn).unwrap();
+    let sliced = SlicedDistance::default().measure(&real, &drawn).unwrap();
     let [real, drawn] = [&real, &drawn].map(|features| Statistics::of(features).unwrap());
     let frechet = real.frechet_distance(&drawn).unwrap();
     let step = trainer.steps();
-    assert_eq!(seen.numbers(Judge::MIND), [(step, mind)]);
+    assert_eq!(seen.numbers(Judge::SLICED), [(step, sliced)]);
     assert_eq!(seen.numbers(Judge::FRECHET), [(step, frechet)]);
 }
 
@@ -1055,7 +1055,7 @@ fn samples_are_judged_within_a_share_of_the_time_and_once_per_step() {
         trainer(200).fit(&images, (judge, &mut seen, slow)).unwrap();
         let (total, calls) = (start.elapsed(), halves.calls.lock().unwrap().clone());
         let steps = |name| seen.numbers(name).into_iter().map(|(step, _)| step).collect::<Vec<_>>();
-        let judged = steps(Judge::MIND);
+        let judged = steps(Judge::SLICED);
         assert!(judged.windows(2).all(|pair| pair[0] < pair[1]), "{judged:?}");
         assert_eq!(judged, steps(Judge::FRECHET));
         // The first call is that of the training images.
@@ -1079,7 +1079,7 @@ fn a_judgement_that_a_stop_interrupts_is_not_published_and_the_resumed_run_judge
         let judge = Judge::new(&halves, &images).count(3).share(1.0);
         let until = UntilPublished(Arc::clone(screen));
         run.fit(&images, (judge, &mut seen, until)).unwrap();
-        seen.numbers(Judge::MIND).into_iter().map(|(step, _)| step).collect::<Vec<_>>()
+        seen.numbers(Judge::SLICED).into_iter().map(|(step, _)| step).collect::<Vec<_>>()
     };
     let screen = Arc::new(Screen::default());
     let halves = Halves { stop: Some((1, Arc::clone(&screen))), ..Halves::default() };
@@ -1109,7 +1109,7 @@ fn a_failure_to_judge_is_a_warning_and_wrong_settings_are_errors() {
     let log = screen.log.lock().unwrap();
     let warnings: Vec<_> = log.iter().filter(|line| line.starts_with("warning")).collect();
     assert_eq!(warnings, ["warning: no features"]);
-    assert!(!seen.numbers(Judge::MIND).is_empty());
+    assert!(!seen.numbers(Judge::SLICED).is_empty());
 
     let halves = Halves::default();
     let judge = || Judge::new(&halves, &images);

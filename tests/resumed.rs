@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, Var};
+use ddpm::nn::{DownBlockType, UNet2DConfig, UpBlockType};
 use ddpm::process::Prediction;
 use ddpm::train::{
     AdamConfig, AverageConfig, EmaConfig, LearningRateSchedule, Length, MuonConfig,
@@ -130,6 +131,46 @@ fn every_optimiser_learns() {
         }
         assert!(losses[11] < 0.9 * losses[0], "{losses:?}");
     }
+}
+
+/// The layers of the network of Ho et al. have other names than those of the default list.
+#[test]
+fn adam_has_the_outer_layers_of_the_network_of_a_new_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run");
+    let network = || UNet2DConfig {
+        sample_size: 4.into(),
+        down_block_types: vec![DownBlockType::Plain],
+        up_block_types: vec![UpBlockType::Plain],
+        block_out_channels: vec![8],
+        layers_per_block: 1,
+        norm_num_groups: 2,
+        add_attention: false,
+        num_class_embeds: Some(2),
+        ..UNet2DConfig::cifar10()
+    };
+    let train = || TrainConfig { muon: Some(MuonConfig::default()), ..config(1) };
+    let trainer = Trainer::builder(network()).config(train()).build().unwrap();
+    trainer.save(&path).unwrap();
+    let muon = || candle_core::safetensors::load(path.join("muon.safetensors"), &Device::Cpu);
+    let muon = muon().unwrap();
+    for (name, var) in trainer.vars() {
+        let outer = ["conv_in.", "conv_out.", "class_embedding."];
+        let outer = outer.iter().any(|layer| name.starts_with(layer));
+        let by_muon = var.rank() >= 2 && !outer;
+        assert_eq!(muon.contains_key(&format!("momentum_buffer.{name}")), by_muon, "{name}");
+    }
+    let resume = |train, path: &Path| Trainer::builder(network()).config(train).resume(path);
+    resume(train(), &path).unwrap();
+
+    // A run that began with the default list of another network continues with it.
+    let old = dir.path().join("old");
+    let adam = ["out_conv.", "init_conv.", "class_embedding."].map(String::from).to_vec();
+    let other = TrainConfig { muon: Some(MuonConfig { adam, ..MuonConfig::default() }), ..train() };
+    Trainer::builder(network()).config(other).build().unwrap().save(&old).unwrap();
+    edit(&old, |json| json["train"]["muon"]["adam"].as_array_mut().unwrap().swap(0, 1));
+    let resumed = resume(train(), &old).unwrap();
+    assert_eq!(resumed.config().muon, Some(MuonConfig::default()));
 }
 
 #[test]

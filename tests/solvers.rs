@@ -395,6 +395,39 @@ fn wrong_settings_are_refused() {
     }
 }
 
+/// The expected samples are those of `DDIMScheduler(num_train_timesteps=100)` of diffusers 0.42.1 in float64, with
+/// `alphas_cumprod` computed in float64, in 5 steps with the noise `0.6 * x + 0.1`. Ten predictions are clipped.
+#[test]
+fn ddim_with_unclipped_noise_is_that_of_diffusers() {
+    let expected = [
+        [-1.276430855643342, -0.22603209589009757, 0.37876917760997575, 1.5561828768276795],
+        [-1.1816351276967314, -0.24253442503760292, 0.346087961729761, 1.3268426948364174],
+        [-1.1049304940011688, -0.24853457079338226, 0.3032295875991511, 1.1647492330341078],
+        [-1.0055795817139441, -0.24412625449256656, 0.25278355448535617, 1.0079384941481417],
+        [-1.0, -0.24367368095426623, 0.250279367439681, 1.0],
+    ];
+    let schedule = NoiseSchedule::linear(100, 1e-4, 0.02).unwrap();
+    let diffusion = Diffusion::new(schedule, Prediction::Epsilon);
+    let network = from_fn(|x: &Tensor, _: &Tensor| Ok(x.affine(0.6, 0.1)?));
+    let start = Tensor::new(&[[-1.5f64, -0.2, 0.4, 2.0]], &Device::Cpu).unwrap();
+    let samples = |solver, clip| -> Vec<Vec<f64>> {
+        let config = SamplerConfig::new(solver, 5).spacing(Spacing::Leading).clip_denoised(clip);
+        let sampler = config.sampler(&diffusion).unwrap();
+        let steps = sampler.steps_from(&network, start.clone(), |_| unreachable!("no noise"));
+        let x = |step: ddpm::Result<ddpm::sample::Step>| step.unwrap().x.flatten_all().unwrap();
+        steps.unwrap().map(|step| x(step).to_vec1().unwrap()).collect()
+    };
+    let apart = |a: &[Vec<f64>], b: &[Vec<f64>]| {
+        let pairs = a.iter().flatten().zip(b.iter().flatten());
+        pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+    };
+    let kept = Solver::DdimUnclippedNoise { eta: 0.0 };
+    let (found, expected) = (samples(kept, true), expected.map(|x| x.to_vec()));
+    assert!(apart(&found, &expected) < 1e-12, "{found:?}");
+    assert!(apart(&samples(Solver::ddim(), true), &expected) > 0.01);
+    assert!(apart(&samples(Solver::ddim(), false), &samples(kept, false)) < 1e-12);
+}
+
 #[test]
 fn names_settings_and_texts_belong_to_the_same_solver() {
     for (name, solver) in Solver::NAMES {
@@ -416,6 +449,11 @@ fn names_settings_and_texts_belong_to_the_same_solver() {
     // The format in the file of a checkpoint, and the text.
     for (solver, json, text) in [
         (Solver::euler(), r#"{"ddim":{"eta":0.0}}"#, "DDIM with eta 0"),
+        (
+            Solver::DdimUnclippedNoise { eta: 0.5 },
+            r#"{"ddim_unclipped_noise":{"eta":0.5}}"#,
+            "DDIM with eta 0.5 and unclipped noise",
+        ),
         (Solver::DpmSolver { order: 3 }, r#"{"dpm_solver":{"order":3}}"#, "DPM-Solver++(3M)"),
         (Solver::DpmSolverSde, r#""dpm_solver_sde""#, "SDE-DPM-Solver++(2M)"),
         (

@@ -37,7 +37,8 @@ fn sources() -> Vec<Source> {
     let mut sources = Vec::new();
     for path in files {
         let file = path.strip_prefix(&src).expect("a file of src").to_path_buf();
-        let tests = file.file_stem().is_some_and(|stem| stem == "tests" || stem == "suite");
+        let tests = file.file_stem().is_some_and(|stem| stem == "tests")
+            || file.starts_with("kernels/suite");
         if tests || FRONT.iter().any(|front| file == Path::new(front)) {
             continue;
         }

@@ -25,6 +25,10 @@ struct Cli {
     data: PathBuf,
     #[command(flatten)]
     sampling: SamplingArgs,
+    /// Seed of the images
+    #[arg(long, value_name = "K", default_value = "0", allow_negative_numbers = true,
+          value_parser = whole::<u64>(0..=u64::MAX))]
+    seed: u64,
     /// Number of images to draw, at most the number of MNIST's training images; with fewer than
     /// 10000 the distance is larger
     #[arg(long, value_name = "N", default_value = "10000", allow_negative_numbers = true,
@@ -64,11 +68,11 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let (file, steps) = (&cli.classifier, cli.classifier_steps);
     let classifier = classifier::load_or_train(file, steps, &train.images, &device, stopped)?;
     let reference = Reference::new(classifier, &test.images, stopped)?;
-    let mut report = Report::new(&cli.sampling, &config, &checkpoint);
+    let mut report = Report::new(cli.sampling.record(&config, &checkpoint, cli.seed));
     report.introduce(file, &reference, cli.count)?;
     let model = cli.sampling.model(&checkpoint, &device)?;
     out(format_args!("drawing     {} images, {} steps each", cli.count, config.steps));
-    let generator = Generator::new(&sampler, DigitClassifier::SHAPE, cli.sampling.seed, &device);
+    let generator = Generator::new(&sampler, DigitClassifier::SHAPE, cli.seed, &device);
     let progress = Progress::started(generator.steps(cli.count) as u64);
     let drawn = generator.draw(&model, cli.count, |step| {
         progress.advance(step.done as u64);

@@ -4,12 +4,11 @@ use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 
-use ddpm::cli::{DataSet, Identity, Result, SamplingArgs, Trained, datasets, err, grouped, out};
+use ddpm::cli::{DataSet, Identity, Result, Trained, datasets, err, grouped, out};
 use ddpm::data::{Dataset, Images};
 use ddpm::eval::{DigitClassifier, Extractor, Statistics};
 use ddpm::files;
 use ddpm::nn::Condition;
-use ddpm::sample::SamplerConfig;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -150,9 +149,9 @@ pub struct Report {
 }
 
 impl Report {
-    pub fn new(sampling: &SamplingArgs, config: &SamplerConfig, checkpoint: &Trained) -> Self {
-        let json = sampling.record(config, checkpoint);
-        Self { json, rows: vec![] }
+    /// Creates a report that begins with the choices on which the images depend.
+    pub fn new(choices: Value) -> Self {
+        Self { json: choices, rows: vec![] }
     }
 
     /// Prints the information that the user needs before the results.

@@ -26,25 +26,50 @@ pub struct ExtractorChoice {
 struct ExtractorKind {
     /// The name in `KIND:FILE`.
     name: &'static str,
-    /// The names of the Fréchet distance and of the kernel distance in the space of its features. Only those of
-    /// Inception are called FID and KID.
-    distances: [&'static str; 2],
+    /// The names of the figures in the space of its features.
+    names: Names,
     /// The shape of its images (channels, height, width), if it takes only one.
     shape: Option<(usize, usize, usize)>,
     open: fn(&Path, &Device) -> Result<Box<dyn Extractor>>,
+}
+
+/// The names of the figures that depend on the features. Only those of Inception are called FID, KID, MIND and Inception
+/// Score.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Names {
+    /// The Fréchet distance.
+    pub frechet: &'static str,
+    /// The kernel distance.
+    pub kernel: &'static str,
+    /// The sliced distance.
+    pub sliced: &'static str,
+    /// The score of the classes, by the formula of the Inception Score.
+    pub score: &'static str,
+}
+
+/// The names of the figures of another network than Inception.
+macro_rules! names_of {
+    ($network:literal) => {
+        Names {
+            frechet: concat!("Fréchet distance (", $network, ")"),
+            kernel: concat!("kernel distance (", $network, ")"),
+            sliced: concat!("sliced distance (", $network, ")"),
+            score: concat!("class score (", $network, ")"),
+        }
+    };
 }
 
 /// All kinds of extractors.
 static EXTRACTORS: &[ExtractorKind] = &[
     ExtractorKind {
         name: "digits",
-        distances: ["Fréchet distance (digits)", "kernel distance (digits)"],
+        names: names_of!("digits"),
         shape: Some(DigitClassifier::SHAPE),
         open: |file, device| Ok(Box::new(DigitClassifier::load(file, device)?)),
     },
     ExtractorKind {
         name: "cifar10",
-        distances: ["Fréchet distance (CIFAR-10)", "kernel distance (CIFAR-10)"],
+        names: names_of!("CIFAR-10"),
         shape: Some(CifarClassifier::SHAPE),
         open: |file, device| Ok(Box::new(CifarClassifier::load(file, device)?)),
     },
@@ -69,9 +94,9 @@ impl ExtractorChoice {
         (self.kind.open)(&self.file, device)
     }
 
-    /// The names of the Fréchet distance and of the kernel distance in the space of the features.
-    pub(super) fn distances(&self) -> [&'static str; 2] {
-        self.kind.distances
+    /// The names of the figures in the space of the features.
+    pub(super) fn names(&self) -> Names {
+        self.kind.names
     }
 
     /// The shape of the images (channels, height, width), if the extractor takes only one.

@@ -1,6 +1,4 @@
-use std::fs::File;
-use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use candle_core::Device;
@@ -8,28 +6,32 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::arguments::whole;
+use super::bits::BitsArgs;
 use super::choices::ExtractorChoice;
+use super::compared::{Chosen, Real, SavedStatistics};
 use super::device::{describe, pick};
-use super::figures::{Figures, LEAST, Reference, warnings};
+use super::figures::{LEAST, Measured};
+use super::identity::sha256;
 use super::print::{err, grouped, out};
 use super::program::check_output;
 use super::result::{Interrupted, Result};
 use super::sampling::SamplingArgs;
-use super::sets::{Part, Set, Sets, SetsArgs, Shape};
+use super::sets::{Set, Sets, SetsArgs, Shape};
 use super::trained::Trained;
-use crate::data::{Dataset, Images};
-use crate::denoiser::Condition;
-use crate::error::Error;
-use crate::eval::{Extractor, Features, Gaussian, Generator, Statistics, extract};
+use super::work::Work;
+use crate::data::{Dataset, Images, Subset};
+use crate::denoiser::{Condition, Denoiser};
+use crate::eval::Generator;
 use crate::files;
 use crate::observe::{Progress, StopOnSignal};
+use crate::process::Diffusion;
 use crate::sample::SamplerConfig;
-
-/// The number of images whose features are computed together.
-const BATCH: usize = 100;
 
 /// The method by which samples become bytes, for the report.
 const ROUNDING: &str = "round((x + 1) * 127.5), from 0 to 255";
+
+/// The default number of images to draw.
+const COUNT: usize = 10_000;
 
 /// The options of a program that measures a set of images.
 #[derive(Debug, Args)]
@@ -42,29 +44,35 @@ pub struct EvaluateArgs {
     #[arg(long, value_name = "FILE.npz")]
     statistics: Option<PathBuf>,
     /// Network whose features are compared: digits:FILE, a classifier of digits that mnist-fd wrote
-    #[arg(long, value_name = "KIND:FILE")]
-    extractor: ExtractorChoice,
-    /// Number of images to draw, or the largest number of pictures of --samples to measure
-    #[arg(long, value_name = "N", default_value = "10000", allow_negative_numbers = true,
+    #[arg(long, value_name = "KIND:FILE", required_unless_present = "bits")]
+    extractor: Option<ExtractorChoice>,
+    /// Number of images to draw, default 10000; or of pictures of --samples to measure, chosen at random, default all
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<usize>(LEAST as u64..=10_000_000))]
-    count: usize,
+    count: Option<usize>,
+    /// Seed of the images to draw, and of all other random choices
+    #[arg(long, value_name = "K", default_value = "0", allow_negative_numbers = true,
+          value_parser = whole::<u64>(0..=u64::MAX))]
+    seed: u64,
+    #[command(flatten)]
+    bits: BitsArgs,
     /// File to which the figures are also written, with every choice on which they depend
     #[arg(long, value_name = "FILE.json")]
     json: Option<PathBuf>,
     /// File to which the statistics of --data are written, for --statistics and other programs
-    #[arg(long, value_name = "FILE.npz", conflicts_with = "statistics")]
+    #[arg(long, value_name = "FILE.npz", conflicts_with = "statistics", requires = "extractor")]
     save_statistics: Option<PathBuf>,
 }
 
-/// Compares a set of images with another, prints the figures, and writes them to a file if one is given. Ctrl-C stops
-/// without results.
+/// Compares a set of images with another, and measures the bits per dimension of images, whichever is asked for. Prints
+/// the figures, and writes them to a file if one is given. Ctrl-C stops without results.
 ///
 /// # Errors
 /// Returns an error if a file cannot be read or written, if the images do not fit each other, and the errors of drawing
 /// and of the metrics. Arguments, files and shapes are checked before the first long work.
 pub fn evaluate(args: &EvaluateArgs) -> Result<ExitCode> {
     let drawn = match &args.sampling {
-        Some(sampling) => Some(Drawn::new(sampling, args.count)?),
+        Some(sampling) => Some(Drawn::new(sampling, args.count.unwrap_or(COUNT), args.seed)?),
         None => None,
     };
     for (option, path, extension) in
@@ -73,147 +81,135 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<ExitCode> {
         path.as_deref().map_or(Ok(()), |path| check_output(option, path, extension))?;
     }
     let device = pick(args.sampling.as_ref().is_some_and(|sampling| sampling.cpu))?;
-    let extractor = &*args.extractor.open(&device)?;
-    let saved = match &args.statistics {
-        Some(path) => Some(statistics(path, extractor)?),
+    let extractor = match &args.extractor {
+        Some(choice) => Some(Chosen { choice, extractor: choice.open(&device)? }),
         None => None,
+    };
+    let saved = match (&args.statistics, &extractor) {
+        (Some(path), Some(chosen)) => Some(SavedStatistics::read(path, &*chosen.extractor)?),
+        _ => None,
     };
     let stop = StopOnSignal::install(|| {
         err("stopping after this step; press Ctrl-C again to quit at once");
     })?;
-    let (shape, usual) = (drawn.as_ref().map(|drawn| drawn.shape), args.extractor.image_shape());
-    let sets = args.sets.open(shape, usual, extractor, &stop)?;
-    let work = Work { stop, extractor, device: &device };
+    let shape = drawn.as_ref().map(|drawn| drawn.shape);
+    let usual = args.extractor.as_ref().and_then(ExtractorChoice::image_shape);
+    let network = extractor.as_ref().map(|chosen| &*chosen.extractor);
+    let sets = args.sets.open(shape, usual, network, &stop)?;
+    let work = Work { stop, device: &device };
     let samples = match (&drawn, &sets.samples) {
         (Some(drawn), _) => Samples::Drawn(drawn),
-        (None, Some(set)) => Samples::Pictures(set),
+        (None, Some(set)) => Samples::pictures(set, args.count, args.seed)?,
         (None, None) => return Err("--checkpoint or --samples is needed".into()),
     };
+    let bits = match (&drawn, &sets.data) {
+        (Some(drawn), Some(data)) => args.bits.prepare(data, drawn.process(), args.seed)?,
+        _ => None,
+    };
+    let mut json = json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "device": describe(&device),
+        "seed": args.seed,
+        "samples": samples.record(),
+        "data": sets.data.as_ref().map(|data| &data.json),
+    });
     args.announce(&samples, &sets, &work);
-
-    let real = match &sets.data {
-        Some(data) => Some(work.features("the data", &*data.images, usize::MAX)?),
-        None => None,
-    };
-    let gaussian = match (&real, saved) {
-        (Some(real), _) => Statistics::of(real)?.gaussian()?,
-        (None, Some(saved)) => saved,
-        (None, None) => return Err("--data or --statistics is needed".into()),
-    };
-    if let Some(path) = &args.save_statistics {
-        gaussian.write(path)?;
+    if let Some(chosen) = &extractor {
+        json["extractor"] = chosen.record();
+        json["statistics"] = json!(saved.as_ref().map(|saved| &saved.json));
+        json["other_part"] = json!(sets.other.as_ref().map(|other| &other.json));
+        chosen.warn(samples.count(), sets.data.as_ref().map(|data| data.images.len()));
+        let real = Real::of(chosen, (&sets, args.sets.split), saved, &work)?;
+        if let Some(path) = &args.save_statistics {
+            real.reference.gaussian.write(path)?;
+        }
+        let measured = match &samples {
+            Samples::Drawn(drawn) => chosen.features("the samples", &drawn.draw(&work)?, &work)?,
+            Samples::Pictures { chosen: pictures, .. } => {
+                let numbers = Some(pictures.indices().to_vec());
+                Measured { numbers, ..chosen.features("the samples", pictures, &work)? }
+            }
+        };
+        json["count"] = json!(measured.features.count());
+        json["figures"] = real.compare(&measured, chosen, args.seed, &work)?;
     }
-    let other = match &sets.other {
-        Some(set) => {
-            let name = args.sets.split.other().name();
-            Some(work.features(&format!("the {name}"), &*set.images, usize::MAX)?)
-        }
-        None => None,
-    };
-    let reference = Reference { gaussian, features: real };
-    // The images among which copies are searched. A folder of pictures has no other part.
-    let training = match (&other, args.sets.split) {
-        (Some(other), Part::Test) => Some(other),
-        _ => reference.features.as_ref(),
-    };
-    let measured = match samples {
-        Samples::Drawn(drawn) => work.features("the samples", &drawn.draw(&work)?, args.count)?,
-        Samples::Pictures(set) => work.features("the samples", &*set.images, args.count)?,
-    };
-    out("figures     of all images");
-    let figures = Figures::measure(&reference, &measured, training, || work.check())?;
-    let floor = match &other {
-        Some(other) => {
-            // Figures depend on the number of images, so this set has as many images as the samples.
-            let first: Vec<usize> = (0..measured.count().min(other.count())).collect();
-            // Training images are their own nearest ones.
-            let training = training.filter(|_| args.sets.split == Part::Train);
-            let first = other.select(&first)?;
-            Some(Figures::measure(&reference, &first, training, || work.check())?)
-        }
-        None => None,
-    };
-    print(&figures, floor.as_ref().map(|floor| (args.sets.split.other(), floor)), &args.extractor);
+    if let (Some(bits), Some(drawn)) = (bits, &drawn) {
+        let model = drawn.model(&device)?;
+        json["bits_per_dimension"] = bits.measure(&model, &device, || work.flow())?;
+    }
     let Some(path) = &args.json else { return Ok(ExitCode::SUCCESS) };
-    let mut json = args.record(&work)?;
-    json["count"] = json!(measured.count());
-    json["samples"] = samples.record()?;
-    json["data"] = json!(sets.data.as_ref().map(|data| &data.json));
-    json["other_part"] = json!(sets.other.as_ref().map(|other| &other.json));
-    json["figures"] = json!({ "samples": figures.json(), "other_part": floor.map(|f| f.json()) });
     files::write(path, format!("{json:#}\n").as_bytes())?;
     out(format_args!("\n{}", path.display()));
     Ok(ExitCode::SUCCESS)
 }
 
 impl EvaluateArgs {
-    /// Prints what is compared, and warnings that there are too few images.
+    /// Prints what is compared.
     fn announce(&self, samples: &Samples<'_>, sets: &Sets, work: &Work<'_>) {
-        out(format_args!("extractor   {}", self.extractor));
+        if let Some(extractor) = &self.extractor {
+            out(format_args!("extractor   {extractor}"));
+        }
         if let Some(data) = &sets.data {
             out(format_args!("data        {}", data.about));
         }
-        let count = match samples {
+        match samples {
             Samples::Drawn(Drawn { sampling, config, checkpoint, .. }) => {
                 sampling.announce(config, checkpoint, work.device);
-                self.count
             }
-            Samples::Pictures(set) => {
-                out(format_args!("samples     {}", set.about));
-                set.images.len().min(self.count)
-            }
-        };
-        let all = sets.data.is_some();
-        let data = sets.data.as_ref().map(|data| ("data", data.images.len()));
-        for (name, count) in [Some(("samples", count)), data].into_iter().flatten() {
-            for warning in warnings(name, count, work.extractor.size(), all) {
-                err(format_args!("warning: {warning}"));
+            Samples::Pictures { set, chosen } => {
+                let (about, all) = (&set.about, set.images.len());
+                let which = match chosen.len() {
+                    count if count < all => format!(", of which {} at random", grouped(count)),
+                    _ => String::new(),
+                };
+                out(format_args!("samples     {about}{which}"));
             }
         }
-    }
-
-    /// The choices that do not concern the images.
-    fn record(&self, work: &Work<'_>) -> Result<Value> {
-        let identity = work.extractor.identity();
-        let statistics = match &self.statistics {
-            Some(path) => json!({ "file": path.to_string_lossy(), "sha256": sha256(path)? }),
-            None => Value::Null,
-        };
-        Ok(json!({
-            "version": env!("CARGO_PKG_VERSION"),
-            "device": describe(work.device),
-            "extractor": {
-                "kind": self.extractor.kind(),
-                "file": self.extractor.file(),
-                "name": identity.name,
-                "weights_sha256": identity.weights_sha256,
-                "resizing": identity.resizing,
-                "features": work.extractor.size(),
-            },
-            "statistics": statistics,
-        }))
     }
 }
 
 /// The images that are measured.
 enum Samples<'a> {
     Drawn(&'a Drawn<'a>),
-    Pictures(&'a Set),
+    Pictures { set: &'a Set, chosen: Subset<'a> },
 }
 
-impl Samples<'_> {
+impl<'a> Samples<'a> {
+    /// Chooses `count` pictures at random, or all.
+    fn pictures(set: &'a Set, count: Option<usize>, seed: u64) -> Result<Self> {
+        let all = set.images.len();
+        match count {
+            Some(count) if count > all => Err(format!("--count is {count}; {}", set.about).into()),
+            count => {
+                let chosen = Subset::random(&*set.images, count.unwrap_or(all), seed)?;
+                Ok(Self::Pictures { set, chosen })
+            }
+        }
+    }
+
+    fn count(&self) -> usize {
+        match self {
+            Self::Drawn(drawn) => drawn.count,
+            Self::Pictures { chosen, .. } => chosen.len(),
+        }
+    }
+
     /// The choices on which the images depend.
-    fn record(&self) -> Result<Value> {
-        let Drawn { sampling, checkpoint, config, sha256, .. } = match self {
+    fn record(&self) -> Value {
+        let Drawn { sampling, checkpoint, config, sha256, seed, .. } = match self {
             Self::Drawn(drawn) => drawn,
-            Self::Pictures(set) => return Ok(set.json.clone()),
+            Self::Pictures { set, chosen } => {
+                let mut json = set.json.clone();
+                json["chosen"] = json!(chosen.len());
+                return json;
+            }
         };
-        let mut json = sampling.record(config, checkpoint);
+        let mut json = sampling.record(config, checkpoint, *seed);
         let file = checkpoint.weights_file(sampling.weights);
         json["weights_file"] = json!(file.to_string_lossy());
         json["weights_sha256"] = json!(sha256);
         json["rounding"] = json!(ROUNDING);
-        Ok(json)
+        json
     }
 }
 
@@ -226,26 +222,38 @@ struct Drawn<'a> {
     sha256: String,
     condition: Condition,
     shape: Shape,
+    /// Whether the network learns the variance.
+    learned: bool,
     count: usize,
+    seed: u64,
 }
 
 impl<'a> Drawn<'a> {
-    fn new(sampling: &'a SamplingArgs, count: usize) -> Result<Self> {
+    fn new(sampling: &'a SamplingArgs, count: usize, seed: u64) -> Result<Self> {
         let checkpoint = sampling.open()?;
         let config = sampling.config(&checkpoint)?;
         config.sampler(checkpoint.diffusion())?;
         let network = checkpoint.architecture()?;
         let condition = sampling.condition(&network, 0, count)?;
-        let shape = network.image_shape();
+        let (shape, learned) = (network.image_shape(), network.learned_variance);
         let sha256 = sha256(&checkpoint.weights_file(sampling.weights))?;
-        Ok(Self { sampling, checkpoint, config, sha256, condition, shape, count })
+        Ok(Self { sampling, checkpoint, config, sha256, condition, shape, learned, count, seed })
+    }
+
+    /// The process, the sampler settings, and whether the network learns the variance.
+    fn process(&self) -> (&Diffusion, &SamplerConfig, bool) {
+        (self.checkpoint.diffusion(), &self.config, self.learned)
+    }
+
+    fn model(&self, device: &Device) -> Result<impl Denoiser> {
+        self.sampling.model(&self.checkpoint, device)
     }
 
     fn draw(&self, work: &Work<'_>) -> Result<Images> {
         let sampler = self.config.sampler(self.checkpoint.diffusion())?;
         let sampler = sampler.condition(self.condition.clone());
-        let model = self.sampling.model(&self.checkpoint, work.device)?;
-        let generator = Generator::new(&sampler, self.shape, self.sampling.seed, work.device);
+        let model = self.model(work.device)?;
+        let generator = Generator::new(&sampler, self.shape, self.seed, work.device);
         let (count, steps) = (grouped(self.count), self.config.steps);
         out(format_args!("drawing     {count} images, {steps} steps each"));
         let progress = Progress::started(generator.steps(self.count) as u64);
@@ -255,72 +263,5 @@ impl<'a> Drawn<'a> {
         })?;
         progress.finish();
         Ok(drawn.ok_or(Interrupted)?)
-    }
-}
-
-/// Work that shows its progress, and ends at Ctrl-C.
-struct Work<'a> {
-    stop: StopOnSignal,
-    extractor: &'a dyn Extractor,
-    device: &'a Device,
-}
-
-impl Work<'_> {
-    fn flow(&self) -> ControlFlow<()> {
-        if self.stop.is_stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    }
-
-    fn check(&self) -> Result<()> {
-        if self.stop.is_stopped() { Err(Interrupted.into()) } else { Ok(()) }
-    }
-
-    /// Computes the features of the first images of a set, at most `most`.
-    fn features(&self, of: &str, images: &dyn Dataset, most: usize) -> Result<Features> {
-        let total = images.len().min(most);
-        out(format_args!("features    of {of}, {} images", grouped(total)));
-        let progress = Progress::started(total as u64);
-        let mut all: Option<Features> = None;
-        let flow = extract(self.extractor, images, BATCH, |features| {
-            let done = match &mut all {
-                Some(all) => all.append(features).map(|()| all.count())?,
-                None => all.insert(features.clone()).count(),
-            };
-            progress.advance(done.min(total) as u64);
-            Ok(if done >= total { ControlFlow::Break(()) } else { self.flow() })
-        })?;
-        progress.finish();
-        self.check()?;
-        let all = all.unwrap_or_else(|| Features::new(self.extractor.size()));
-        match flow {
-            ControlFlow::Break(()) => Ok(all.select(&(0..total).collect::<Vec<_>>())?),
-            ControlFlow::Continue(()) => Ok(all),
-        }
-    }
-}
-
-/// Reads a statistics file of the extractor's features.
-fn statistics(path: &Path, extractor: &dyn Extractor) -> Result<Gaussian> {
-    let gaussian = Gaussian::read(path)?;
-    let (found, expected) = (gaussian.mean().len(), extractor.size());
-    if found != expected {
-        let path = path.display();
-        return Err(format!("{path}: {found} features; the extractor has {expected}").into());
-    }
-    Ok(gaussian)
-}
-
-fn sha256(path: &Path) -> Result<String> {
-    let hash = File::open(path).and_then(files::sha256);
-    Ok(hash.map_err(Error::io(path))?)
-}
-
-/// Prints a table of the figures of the samples, and of the other part of a published set.
-fn print(figures: &Figures, floor: Option<(Part, &Figures)>, extractor: &ExtractorChoice) {
-    let real = floor.map_or("", |(part, _)| part.name());
-    out(format_args!("\n{:28}{:>20}{real:>20}", "", "samples"));
-    let floor = floor.map_or_else(Vec::new, |(_, figures)| figures.rows(extractor));
-    for (name, value) in figures.rows(extractor) {
-        let real = floor.iter().find(|(row, _)| *row == name).map_or("", |(_, value)| value);
-        out(format_args!("{name:28}{value:>20}{real:>20}"));
     }
 }

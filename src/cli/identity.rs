@@ -1,5 +1,5 @@
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -111,6 +111,12 @@ impl fmt::Display for Identity {
             held_out => write!(f, ", {held_out} held out)"),
         }
     }
+}
+
+/// Computes the SHA-256 of a file, in hexadecimal.
+pub(super) fn sha256(path: &Path) -> Result<String> {
+    let hash = File::open(path).and_then(files::sha256);
+    Ok(hash.map_err(Error::io(path))?)
 }
 
 fn is_zero(number: &usize) -> bool {

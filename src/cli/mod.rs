@@ -31,7 +31,9 @@
 //! standard output and standard error, and continue if the output is closed.
 
 mod arguments;
+mod bits;
 mod choices;
+mod compared;
 pub mod datasets;
 pub mod device;
 mod editing;
@@ -51,6 +53,7 @@ mod sized;
 mod train;
 mod trained;
 mod watching;
+mod work;
 
 pub use arguments::whole;
 pub use choices::{DataChoice, ExtractorChoice};

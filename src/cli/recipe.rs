@@ -254,7 +254,7 @@ pub struct TrainArgs {
     #[arg(long)]
     tensorboard: bool,
     /// Samples that are judged while the network is trained, by their distance from training images in the features
-    /// of --extractor; best/ in --out then holds the checkpoint with the lowest judge/mind; 0 for none
+    /// of --extractor; best/ in --out then holds the checkpoint with the lowest judge/sliced; 0 for none
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = judged)]
     judge: Option<usize>,
     /// Largest share of the time for --judge, above 0 and up to 1 [default: 0.05]

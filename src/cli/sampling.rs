@@ -49,10 +49,6 @@ pub struct SamplingArgs {
     /// images; the default is that of the run's grids
     #[arg(long, value_name = "W", allow_negative_numbers = true, value_parser = scale)]
     guidance: Option<f64>,
-    /// Seed of the images
-    #[arg(long, value_name = "K", default_value = "0", allow_negative_numbers = true,
-          value_parser = whole::<u64>(0..=u64::MAX))]
-    pub seed: u64,
     /// The averaged weights (the default), or those of the last update
     #[arg(long, value_enum)]
     pub weights: Option<Weights>,
@@ -120,7 +116,9 @@ impl SamplingArgs {
             _ => (run.solver, run.steps, run.spacing),
         };
         match (&mut solver, self.eta) {
-            (Solver::Ddim { eta }, Some(asked)) => *eta = asked,
+            (Solver::Ddim { eta } | Solver::DdimUnclippedNoise { eta }, Some(asked)) => {
+                *eta = asked
+            }
             (_, Some(_)) => return Err("--eta is for --solver ddim only".into()),
             (_, None) => {}
         }
@@ -165,7 +163,7 @@ impl SamplingArgs {
 
     /// The choices on which the images depend, for a report in JSON. `class` is empty if the images have all classes of
     /// the network, one after the other.
-    pub fn record(&self, config: &SamplerConfig, checkpoint: &Trained) -> Value {
+    pub fn record(&self, config: &SamplerConfig, checkpoint: &Trained, seed: u64) -> Value {
         json!({
             "checkpoint": checkpoint.path().to_string_lossy(),
             "step": checkpoint.step(),
@@ -177,7 +175,7 @@ impl SamplingArgs {
             "guidance": config.guidance,
             "dynamic_threshold": config.dynamic_threshold,
             "class": self.class,
-            "seed": self.seed,
+            "seed": seed,
             "precision": self.precision,
         })
     }

@@ -37,7 +37,8 @@ pub(super) struct SetsArgs {
         conflicts_with = "statistics"
     )]
     data: Option<DataChoice>,
-    /// Part of a published set to compare with; the first images of the other part show the figures of real images
+    /// Part of a published set to compare with; the first images of the other part show the figures of real images, as
+    /// the halves of a folder do
     #[arg(long, value_name = "PART", value_enum, default_value = "test")]
     pub split: Part,
     /// Height and width to which pictures are cropped and scaled; the default is the size of the samples or of
@@ -91,14 +92,15 @@ pub(super) struct Sets {
 
 impl SetsArgs {
     /// Reads the sets, and checks that their shapes fit each other, the samples that will be `drawn`, and the
-    /// extractor. `usual` is the shape of pictures for which no other shape is known.
+    /// extractor if there is one. `usual` is the shape of pictures for which no other shape is known.
     pub fn open(
         &self,
         drawn: Option<Shape>,
         usual: Option<Shape>,
-        extractor: &dyn Extractor,
+        extractor: Option<&dyn Extractor>,
         stop: &StopOnSignal,
     ) -> Result<Sets> {
+        let try_out = |shape| extractor.map_or(Ok(()), |extractor| try_out(extractor, shape));
         let part = |part: Part| match &self.data {
             Some(choice) => choice.read(part),
             None => Ok(None),
@@ -114,7 +116,7 @@ impl SetsArgs {
             (None, None) => of_shape(usual.ok_or("--image-size is needed for pictures")?)?,
         };
         if let Some(shape) = known {
-            try_out(extractor, shape)?;
+            try_out(shape)?;
         }
         let config = FolderConfig { height, width, channels, ..FolderConfig::default() };
         if let (Some(choice), None) = (&self.data, &data) {
@@ -143,7 +145,7 @@ impl SetsArgs {
                 return Err(format!("{about}; at least {LEAST} are needed").into());
             }
         }
-        expected.map_or(Ok(()), |shape| try_out(extractor, shape))?;
+        expected.map_or(Ok(()), try_out)?;
         Ok(sets)
     }
 }

@@ -57,7 +57,7 @@ impl<'a> Watching<'a> {
         });
         // The judge chooses the best checkpoint, because samples are what a user wants.
         let metric = match (&judge, held_out) {
-            (Some(_), _) => Some(Judge::MIND),
+            (Some(_), _) => Some(Judge::SLICED),
             (None, Some(_)) => Some(HeldOutLoss::NAME),
             (None, None) => None,
         };
@@ -72,7 +72,7 @@ impl<'a> Watching<'a> {
 
     /// The name of the number that the progress shows.
     pub fn shown(&self) -> &'static str {
-        if self.judge.is_some() { Judge::MIND } else { HeldOutLoss::NAME }
+        if self.judge.is_some() { Judge::SLICED } else { HeldOutLoss::NAME }
     }
 
     pub fn observers(&mut self) -> impl Observer {

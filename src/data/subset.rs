@@ -43,6 +43,33 @@ pub fn hold_out(dataset: &dyn Dataset, count: usize) -> Result<(Subset<'_>, Subs
     Ok((part(train), part(held_out)))
 }
 
+impl<'a> Subset<'a> {
+    /// Chooses `count` images of a data set at random, in the order of the data set. The choice depends only on the
+    /// seed, on `count` and on the number of images.
+    ///
+    /// # Errors
+    /// Returns an error if `count` is 0 or exceeds the number of images, or if there is not enough memory.
+    ///
+    /// ```
+    /// use ddpm::data::{Dataset, Images, Subset};
+    ///
+    /// let images = Images::new(vec![0; 10 * 4], (1, 2, 2))?;
+    /// assert_eq!(Subset::random(&images, 3, 0)?.len(), 3);
+    /// # Ok::<(), ddpm::Error>(())
+    /// ```
+    pub fn random(dataset: &'a dyn Dataset, count: usize, seed: u64) -> Result<Self> {
+        let all = dataset.len();
+        if !(1..=all).contains(&count) {
+            let expected = format!("from 1 to {all}, the number of images");
+            return Err(Error::config("images to choose", count, expected));
+        }
+        let mut indices = Noise::new(seed).stream(Purpose::Choice, 0, 0).permutation(all)?;
+        indices.truncate(count);
+        indices.sort_unstable();
+        Ok(Self { whole: dataset, indices })
+    }
+}
+
 impl Subset<'_> {
     /// The indices of the images in the whole data set.
     pub fn indices(&self) -> &[u32] {
@@ -121,6 +148,25 @@ mod tests {
         assert!(held_out.indices()[0] < 10, "{held_out:?}");
         seen.sort_unstable();
         assert_eq!(seen, Vec::from_iter(0..20));
+        Ok(())
+    }
+
+    #[test]
+    fn images_are_chosen_by_a_seed_and_keep_their_order() -> Result<()> {
+        let images = Images::new((0..100).collect(), (1, 1, 1))?;
+        let chosen = |count, seed| Ok::<_, Error>(Subset::random(&images, count, seed)?.indices);
+        let ten = chosen(10, 0)?;
+        assert!(ten.len() == 10 && ten.is_sorted_by(|a, b| a < b), "{ten:?}");
+        assert_eq!(ten, chosen(10, 0)?);
+        assert_ne!(ten, chosen(10, 1)?);
+        // The first images alone could be those of one class.
+        assert!(ten[9] > 50, "{ten:?}");
+        assert_eq!(chosen(100, 5)?, Vec::from_iter(0..100));
+        for count in [0, 101] {
+            let message = chosen(count, 0).unwrap_err().to_string();
+            let expected = format!("images to choose is {count}; it must be from 1 to 100");
+            assert!(message.starts_with(&expected), "{message}");
+        }
         Ok(())
     }
 

@@ -150,7 +150,7 @@ pub trait Engine<'n>: Sealed {
     fn linear(&self, f: VectorActivation, linear: &'n Linear, x: &Self::Map) -> Result<Self::Map>;
 
     /// Adds to each vector of a batch the vector of its image's class, or that of no class in passes without a
-    /// condition. A network that calls this has the classes of `embedding`.
+    /// condition, which are an error if the embedding has no such vector. A network that calls this has the classes of `embedding`.
     ///
     /// # Errors
     /// Returns an error if a shape does not fit.

@@ -17,6 +17,7 @@ use crate::denoiser::{
 };
 use crate::error::{Error, Result, check_dims, check_float};
 use crate::kernels;
+use crate::layers::Classes;
 use crate::precision::Precision;
 use crate::process::check_timesteps;
 use crate::random::Dropout;
@@ -103,21 +104,28 @@ impl<G: Graph> Model<G> {
     /// Returns the class of each image of the batch, on the device of `t`, if the network has classes.
     ///
     /// # Errors
-    /// Returns an error if the condition does not have one class per image. Returns an error if the network does not
+    /// Returns an error if the condition does not have one class per image, or if there is none, and the network needs
+    /// one. Returns an error if the network does not
     /// have a class, and the classes are on the CPU. Elsewhere such a class gives NaN, because reading it would wait
     /// for the device.
     fn classes_of(&self, condition: &Condition, t: &Tensor) -> Result<Option<Tensor>> {
-        let Some(count) = self.weights.classes else { return Ok(None) };
+        let Some(Classes { count, has_none }) = self.weights.classes else { return Ok(None) };
         let batch = t.dim(0)?;
         condition.check(batch)?;
         let Condition::Classes(classes) = condition else {
+            if !has_none {
+                let expected = "a class per image, because the network has no vector for images \
+                                without a class";
+                return Err(Error::config("condition", "none", expected));
+            }
             let none = Tensor::full(count as u32, batch, &Device::Cpu)?;
             return Ok(Some(none.to_device(t.device())?));
         };
         if classes.device().is_cpu() {
-            let outside = |class: &u32| *class as usize > count;
+            let outside = |class: &u32| *class as usize >= count + usize::from(has_none);
             if let Some(class) = classes.to_vec1::<u32>()?.into_iter().find(outside) {
-                let expected = format!("from 0 to {}, or {count} for no class", count - 1);
+                let none = if has_none { format!(", or {count} for no class") } else { "".into() };
+                let expected = format!("from 0 to {}{none}", count - 1);
                 return Err(Error::config("class", class, expected));
             }
         }
@@ -234,7 +242,12 @@ impl<G: Graph> Denoiser for Model<G> {
     }
 
     fn classes(&self) -> Option<u32> {
-        self.weights.classes.map(|classes| classes as u32)
+        self.weights.classes.map(|classes| classes.count as u32)
+    }
+
+    fn no_class(&self) -> Option<u32> {
+        let none = self.weights.classes.filter(|classes| classes.has_none);
+        none.map(|classes| classes.count as u32)
     }
 }
 

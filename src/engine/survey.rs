@@ -6,7 +6,7 @@ use super::graph::{Engine, Graph, Sealed};
 use crate::error::{Error, Result};
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::conv::Add;
-use crate::layers::{Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
+use crate::layers::{Classes, Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
 
 /// The properties of the weights of a network, which do not change after it is built.
 #[derive(Debug, Clone)]
@@ -17,8 +17,8 @@ pub(crate) struct Weights {
     pub derived: bool,
     /// The dtype and the device of all weights. `None` if they differ, or if there are no weights.
     pub home: Option<(DType, Device)>,
-    /// The number of classes of the network, if it has any.
-    pub classes: Option<usize>,
+    /// The classes of the network, if it has any.
+    pub classes: Option<Classes>,
 }
 
 impl Weights {
@@ -43,7 +43,7 @@ struct Survey {
     derived: Cell<bool>,
     mixed: Cell<bool>,
     home: RefCell<Option<(DType, Device)>>,
-    classes: Cell<Option<usize>>,
+    classes: Cell<Option<Classes>>,
 }
 
 impl Survey {
@@ -92,6 +92,7 @@ impl Engine<'_> for Survey {
         let own = embedding.classes();
         match self.classes.replace(Some(own)) {
             Some(other) if other != own => {
+                let [own, other] = [own, other].map(|classes| format!("{classes:?}"));
                 Err(Error::config("classes of an embedding", own, format!("{other}, as another's")))
             }
             _ => Ok(()),

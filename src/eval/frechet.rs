@@ -3,13 +3,25 @@ use super::product::products;
 use super::singular::sum_of_singular_values;
 use crate::error::{Error, Result};
 
+/// The rounding of a covariance in f32, relative to its largest element.
+pub(super) const F32_ROUNDING: f64 = 2.0 * f32::EPSILON as f64;
+
 /// A normal distribution of feature vectors.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Gaussian {
     mean: Vec<f64>,
     covariance: Vec<f64>,
     /// The rounding of the covariance, relative to its largest element.
     rounding: f64,
+    /// The rounding that is assumed if the covariance is indefinite otherwise.
+    larger_rounding: Option<f64>,
+}
+
+/// Distributions are equal if their means and covariances are.
+impl PartialEq for Gaussian {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.mean, &self.covariance) == (&other.mean, &other.covariance)
+    }
 }
 
 impl Gaussian {
@@ -27,7 +39,12 @@ impl Gaussian {
     /// Creates the distribution from a covariance in f32.
     pub(super) fn from_f32(mean: Vec<f64>, covariance: Vec<f64>) -> Result<Self> {
         let n = mean.len() as f64;
-        Self::rounded(mean, covariance, f64::from(f32::EPSILON).max(n * f64::EPSILON) * 2.0)
+        Self::rounded(mean, covariance, F32_ROUNDING.max(2.0 * n * f64::EPSILON))
+    }
+
+    /// Creates the distribution from a covariance that may have been computed in f32.
+    pub(super) fn from_f64(mean: Vec<f64>, covariance: Vec<f64>) -> Result<Self> {
+        Ok(Self { larger_rounding: Some(F32_ROUNDING), ..Self::new(mean, covariance)? })
     }
 
     fn rounded(mean: Vec<f64>, covariance: Vec<f64>, rounding: f64) -> Result<Self> {
@@ -41,7 +58,7 @@ impl Gaussian {
             let found = format!("of {} values", covariance.len());
             return Err(Error::config("covariance", found, format!("symmetric, {n} x {n}")));
         }
-        Ok(Self { mean, covariance, rounding })
+        Ok(Self { mean, covariance, rounding, larger_rounding: None })
     }
 
     /// The mean of each feature.
@@ -96,7 +113,13 @@ impl Gaussian {
         if n == 0 {
             return Ok(0.0);
         }
-        let [a, b] = [self, other].map(|this| factor(&this.covariance, n, this.rounding));
+        let [a, b] = [self, other].map(|this| {
+            let factor = |rounding| factor(&this.covariance, n, rounding);
+            match (factor(this.rounding), this.larger_rounding) {
+                (Err(_), Some(larger)) => factor(larger),
+                (found, _) => found,
+            }
+        });
         // The transposed matrix has the same singular values.
         let (a, b) = (a?, b?);
         let (long, short) = if a.len() >= b.len() { (a, b) } else { (b, a) };

@@ -220,11 +220,7 @@ pub(super) fn write(path: &Path, arrays: &[(&str, &[usize], &[f64])]) -> Result<
         content.extend(format!("{header:<0$}\n", length - 1).into_bytes());
         content.extend(values.iter().flat_map(|value| value.to_le_bytes()));
         let name = format!("{name}.npy");
-        let (Ok(size), Ok(offset)) = (u32::try_from(content.len()), u32::try_from(file.len()))
-        else {
-            let found = format!("of {} bytes", file.len() + content.len());
-            return Err(Error::config("statistics", found, "less than 4 GB in a file"));
-        };
+        let (size, offset) = (short(content.len())?, short(file.len())?);
         let mut crc = Crc::new();
         crc.update(&content);
         // Version 2.0, no flags, stored, 1980-01-01, the checksum, both sizes, and the lengths of the names.
@@ -238,11 +234,19 @@ pub(super) fn write(path: &Path, arrays: &[(&str, &[usize], &[f64])]) -> Result<
         file.extend([LOCAL.0, &common, name.as_bytes(), &content].concat());
     }
     let count = arrays.len() as u16;
-    let (start, size) = (file.len() as u32, directory.len() as u32);
+    let (start, size) = (short(file.len())?, short(directory.len())?);
     file.extend(directory);
     file.extend([END.0, &[0; 4], &count.to_le_bytes(), &count.to_le_bytes()].concat());
     file.extend([&size.to_le_bytes()[..], &start.to_le_bytes(), &[0; 2]].concat());
     files::write(path, &file)
+}
+
+/// Returns a size or a position in an archive, which must not reach the mark of ZIP64.
+fn short(bytes: usize) -> Result<u32> {
+    let number = u32::try_from(bytes).ok().filter(|number| *number < u32::MAX);
+    number.ok_or_else(|| {
+        Error::config("statistics", format!("of {bytes} bytes"), "less than 4 GB in a file")
+    })
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> u16 {
@@ -251,4 +255,19 @@ fn u16_at(bytes: &[u8], at: usize) -> u16 {
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_stay_below_the_mark_of_large_archives() {
+        let mark = u32::MAX as usize;
+        assert_eq!(short(mark - 1).unwrap(), u32::MAX - 1);
+        for bytes in [mark, mark + 1, usize::MAX] {
+            let message = short(bytes).unwrap_err().to_string();
+            assert!(message.contains("it must be less than 4 GB in a file"), "{message}");
+        }
+    }
 }

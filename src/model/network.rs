@@ -66,6 +66,11 @@ pub trait Architecture: Serialize + DeserializeOwned {
     /// The name of this kind of network in a checkpoint. Reading a checkpoint with another name is an error.
     const KIND: &'static str;
 
+    /// The beginnings of the names of the first and the last layer, and of embeddings. In a new run, Adam updates their
+    /// matrices if [Muon](crate::train::MuonConfig::adam) updates the others. The default are the names of
+    /// [`UNet`](crate::UNet).
+    const OUTER_LAYERS: &'static [&'static str] = &["init_conv.", "out_conv.", "class_embedding."];
+
     /// The type of the network.
     type Model: Trainable;
 

@@ -71,7 +71,11 @@ impl UNet2D {
         let sinusoids = Sinusoids::with_divisor(half, half - config.freq_shift)
             .cosines_first(config.flip_sin_to_cos);
         let class_embedding = |vectors: usize| {
-            Embedding::new(vectors - 1, config.time_dim(), vb.pp("class_embedding"))
+            let (dim, vb) = (config.time_dim(), vb.pp("class_embedding"));
+            match config.null_class {
+                true => Embedding::new(vectors - 1, dim, vb),
+                false => Embedding::of_classes_only(vectors, dim, vb),
+            }
         };
         let mut blocks = Blocks { config, layer: 0 };
         Ok(Self {
@@ -213,6 +217,7 @@ impl Graph for UNet2D {
 
 impl Architecture for UNet2DConfig {
     const KIND: &'static str = "unet2d";
+    const OUTER_LAYERS: &'static [&'static str] = &["conv_in.", "conv_out.", "class_embedding."];
     type Model = Model<UNet2D>;
 
     fn build(&self, vb: VarBuilder) -> Result<Model<UNet2D>> {

@@ -72,10 +72,15 @@ pub struct UNet2DConfig {
     pub resnet_time_scale_shift: TimeConditioning,
     /// If true, the block at the smallest size has attention.
     pub add_attention: bool,
-    /// Number of vectors of classes, from 2 to 65,537; `None` for a network without classes. The vector of an image's
-    /// class is added to the time embedding. The last vector stands for images without a class, so the network has
-    /// `num_class_embeds - 1` classes.
+    /// Number of vectors of classes, from 1 to 65,536; `None` for a network without classes. The vector of an image's
+    /// class is added to the time embedding. As in diffusers, each vector is that of a class, and a pass without classes
+    /// is an error.
     pub num_class_embeds: Option<usize>,
+    /// If true, the last of at least two vectors of classes stands for images without a class, so the network has
+    /// `num_class_embeds - 1` classes. Training hides classes at random, and samples can be guided. Diffusers lacks this
+    /// field: there, this class is one like the others, which the caller chooses.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub null_class: bool,
 }
 
 /// The kind of a level on the down path of a [`UNet2D`](crate::nn::UNet2D).
@@ -176,6 +181,7 @@ impl UNet2DConfig {
             resnet_time_scale_shift: TimeConditioning::Default,
             add_attention: true,
             num_class_embeds: None,
+            null_class: false,
         }
     }
 
@@ -236,8 +242,15 @@ impl UNet2DConfig {
         within("freq_shift", self.freq_shift, [0, 1])?;
         self.time_embedding_dim
             .map_or(Ok(()), |dim| within("time_embedding_dim", dim, channels))?;
-        let embeds = self.num_class_embeds;
-        embeds.map_or(Ok(()), |n| within("num_class_embeds", n, [2, MAX_CHANNELS + 1]))?;
+        match (self.num_class_embeds, self.null_class) {
+            (Some(n), false) => within("num_class_embeds", n, channels)?,
+            (Some(n), true) => within("num_class_embeds", n, [2, MAX_CHANNELS + 1])?,
+            (None, false) => {}
+            (None, true) => {
+                let expected = "false, because num_class_embeds is none";
+                return Err(Error::config("null_class", true, expected));
+            }
+        }
         check_fraction("dropout", self.dropout)?;
         self.validate_levels()?;
         self.validate_size()?;

@@ -22,7 +22,7 @@ const FORWARD: f64 = 1.0 / 3.0;
 /// Judges samples while a network is trained: publishes the distance between their features and those of training
 /// images.
 ///
-/// - `judge/mind`: the [sliced Wasserstein distance](SlicedDistance), which is usable with few samples,
+/// - `judge/sliced`: the [sliced Wasserstein distance](SlicedDistance), which is usable with few samples,
 /// - `judge/frechet`: the [Fréchet distance](Gaussian::frechet_distance), which falls with the number of samples.
 ///
 /// The samples are drawn from the averaged weights, always from the same seed, one class after the other if the network
@@ -52,7 +52,7 @@ const FORWARD: f64 = 1.0 / 3.0;
 /// let images = mnist("data/mnist", Split::Train)?;
 /// let digits = DigitClassifier::load("out/mnist-fd/classifier.safetensors", &Device::Cpu)?;
 /// let judge = Judge::new(&digits, &images).count(500);
-/// trainer.fit(&images, (judge, SaveBest::lowest(Judge::MIND, "out/best")))
+/// trainer.fit(&images, (judge, SaveBest::lowest(Judge::SLICED, "out/best")))
 /// # }
 /// ```
 #[derive(Clone)]
@@ -110,7 +110,7 @@ impl fmt::Debug for Judge<'_> {
 
 impl<'a> Judge<'a> {
     /// The name of the sliced Wasserstein distance.
-    pub const MIND: &'static str = "judge/mind";
+    pub const SLICED: &'static str = "judge/sliced";
     /// The name of the Fréchet distance.
     pub const FRECHET: &'static str = "judge/frechet";
     /// The default share of the time.
@@ -211,8 +211,8 @@ impl<'a> Judge<'a> {
         })?;
         let Some(images) = drawn else { return Ok(None) };
         let Some(samples) = self.look(run, &images, "samples")? else { return Ok(None) };
-        let mind = SlicedDistance::default().measure(&reference.features, &samples.features)?;
-        Ok(Some((mind, reference.gaussian.frechet_distance(&samples.gaussian)?)))
+        let sliced = SlicedDistance::default().measure(&reference.features, &samples.features)?;
+        Ok(Some((sliced, reference.gaussian.frechet_distance(&samples.gaussian)?)))
     }
 }
 
@@ -259,8 +259,8 @@ impl Observer for Judge<'_> {
         run.working("");
         let took = start.elapsed();
         match judged {
-            Ok(Some((mind, frechet))) => {
-                run.publish(Self::MIND, mind);
+            Ok(Some((sliced, frechet))) => {
+                run.publish(Self::SLICED, sliced);
                 run.publish(Self::FRECHET, frechet);
                 self.clock.expected = Some(took);
                 self.clock.spent += took;

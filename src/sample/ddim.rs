@@ -7,10 +7,26 @@ use crate::error::{Error, Result};
 /// # Errors
 /// Returns an error if `eta` is not in [0, 1].
 pub(super) fn stages(eta: f64, from: Level, to: Level) -> Result<Vec<Stage>> {
-    if !(0.0..=1.0).contains(&eta) {
-        return Err(Error::config("eta", eta, "from 0 to 1"));
-    }
+    check(eta)?;
     Ok(vec![stage(eta, from, to)])
+}
+
+/// The same sum, with the `eps` of the prediction before clipping, which is the second one.
+///
+/// # Errors
+/// Returns an error if `eta` is not in [0, 1].
+pub(super) fn unclipped_stages(eta: f64, from: Level, to: Level) -> Result<Vec<Stage>> {
+    check(eta)?;
+    let stage = stage(eta, from, to);
+    let x_0 = vec![to.signal(), -stage.x * from.signal()];
+    Ok(vec![Stage { x_0, ..stage }])
+}
+
+fn check(eta: f64) -> Result<()> {
+    match (0.0..=1.0).contains(&eta) {
+        true => Ok(()),
+        false => Err(Error::config("eta", eta, "from 0 to 1")),
+    }
 }
 
 /// `sqrt(abar') x_0 + sqrt(1 - abar' - sigma^2) eps + sigma z`, with `eps = (x_t - sqrt(abar) x_0) / sqrt(1 - abar)`

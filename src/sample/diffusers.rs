@@ -8,7 +8,7 @@ use super::ancestral::Variance;
 use super::config::SamplerConfig;
 use super::solver::Solver;
 use super::spacing::Spacing;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::diffusers::Options;
 use crate::process::{Diffusion, NoiseSchedule, Prediction};
 
@@ -84,6 +84,11 @@ impl Scheduler {
     fn diffusion(&self) -> Result<Diffusion> {
         let (steps, start, end) = (self.num_train_timesteps, self.beta_start, self.beta_end);
         let schedule = match (&self.trained_betas, &self.beta_schedule) {
+            (Some(betas), _) if betas.len() != steps => {
+                let expected = format!("{steps} numbers, as num_train_timesteps");
+                let found = format!("a list of {}", betas.len());
+                return Err(Error::config("trained_betas", found, expected));
+            }
             (Some(betas), _) => NoiseSchedule::from_betas(betas.clone()),
             (None, Betas::Linear) => NoiseSchedule::linear(steps, start, end),
             (None, Betas::ScaledLinear) => NoiseSchedule::quadratic(steps, start, end),
@@ -112,9 +117,12 @@ impl Scheduler {
             TimestepSpacing::Leading => Spacing::Leading,
             TimestepSpacing::Trailing => Spacing::Trailing,
         };
-        let config = match ancestral {
-            true => SamplerConfig::new(Solver::Ddpm { variance }, steps),
-            false => SamplerConfig::new(Solver::ddim(), steps.min(50)),
+        let config = match (ancestral, self.clip_sample) {
+            (true, _) => SamplerConfig::new(Solver::Ddpm { variance }, steps),
+            (false, true) => {
+                SamplerConfig::new(Solver::DdimUnclippedNoise { eta: 0.0 }, steps.min(50))
+            }
+            (false, false) => SamplerConfig::new(Solver::ddim(), steps.min(50)),
         };
         config.spacing(spacing).clip_denoised(self.clip_sample)
     }
@@ -123,14 +131,15 @@ impl Scheduler {
 impl SamplerConfig {
     /// Reads `scheduler_config.json` of a `DDPMScheduler` or `DDIMScheduler` in a folder of diffusers: the process, and
     /// the settings of its sampler. Ancestral sampling takes every timestep, and DDIM at most 50, as in the pipelines
-    /// of diffusers.
+    /// of diffusers. DDIM that clips is [`Solver::DdimUnclippedNoise`].
     ///
     /// # Errors
     /// Returns an error if the file cannot be read or is not JSON, and an error that names the option and its value if
     /// the crate lacks it.
     pub fn from_diffusers(folder: impl AsRef<Path>) -> Result<(Diffusion, Self)> {
         let mut options = Options::read(folder.as_ref().join("scheduler_config.json"))?;
-        let ancestral = options.is("_class_name", "DDPMScheduler");
+        let [ancestral, implicit] =
+            ["DDPMScheduler", "DDIMScheduler"].map(|class| options.is("_class_name", class));
         options.check(&[
             ("_class_name", &["\"DDPMScheduler\"", "\"DDIMScheduler\""]),
             ("clip_sample_range", &["1", "1.0"]),
@@ -141,6 +150,14 @@ impl SamplerConfig {
             ("timestep_values", &["null"]),
             ("tensor_format", &["\"pt\"", "\"np\""]),
         ])?;
+        if !ancestral && !implicit {
+            let expected = "\"DDPMScheduler\" or \"DDIMScheduler\"";
+            return Err(options.refuse(format!("_class_name is absent; it must be {expected}")));
+        }
+        if implicit {
+            // An option of `DDPMScheduler`, which `DDIMScheduler.from_config` keeps in the file and ignores.
+            options.ignore("variance_type");
+        }
         for of_thresholding in ["dynamic_thresholding_ratio", "sample_max_value"] {
             options.ignore(of_thresholding);
         }

@@ -149,7 +149,10 @@ impl Sampler {
         filled: &Tensor,
         resampling: Resampling,
     ) -> Result<Self> {
-        if !matches!(self.solver, Solver::Ddpm { .. } | Solver::Ddim { .. }) {
+        if !matches!(
+            self.solver,
+            Solver::Ddpm { .. } | Solver::Ddim { .. } | Solver::DdimUnclippedNoise { .. }
+        ) {
             let expected = "DDPM or DDIM, whose steps need only the sample, to fill a picture";
             return Err(Error::config("solver", self.solver, expected));
         }

@@ -142,6 +142,10 @@ impl<S: Denoiser, W: Denoiser> Denoiser for Autoguidance<S, W> {
         self.strong.classes()
     }
 
+    fn no_class(&self) -> Option<u32> {
+        self.strong.no_class()
+    }
+
     fn denoise_with_baseline(
         &self,
         x_t: &Tensor,

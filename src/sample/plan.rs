@@ -107,6 +107,9 @@ pub(super) struct Plan {
     pub steps: Arc<[PlannedStep]>,
     /// The number of predictions that some stage needs at a time.
     pub predictions: usize,
+    /// Whether an evaluation of the network adds two predictions: the image before clipping, and the clipped one, which
+    /// is the newest.
+    pub unclipped: bool,
 }
 
 impl Plan {
@@ -136,7 +139,7 @@ impl Plan {
         let steps: Arc<[PlannedStep]> = (0..levels.len() - 1).map(step).collect::<Result<_>>()?;
         let all = steps.iter().flat_map(|step| &step.stages);
         let predictions = all.map(|stage| stage.x_0.len()).max().unwrap_or(0);
-        Ok(Self { steps, predictions })
+        Ok(Self { steps, predictions, unclipped: false })
     }
 
     /// The number of network evaluations.

@@ -407,13 +407,13 @@ fn plan_of(
     levels: &[Level],
     resampling: Option<Resampling>,
 ) -> Result<Plan> {
-    let Some(resampling) = resampling else {
-        return Plan::new(levels, |levels, i| solver.stages(diffusion.schedule(), levels, i));
-    };
-    Plan::new(&resampling.path(levels)?, |path, i| match path[i].t < path[i + 1].t {
-        true => Ok(inpainting::noising(path[i], path[i + 1])),
-        false => solver.stages(diffusion.schedule(), path, i),
-    })
+    let path = resampling.map(|resampling| resampling.path(levels)).transpose()?;
+    let plan =
+        Plan::new(path.as_deref().unwrap_or(levels), |path, i| match path[i].t < path[i + 1].t {
+            true => Ok(inpainting::noising(path[i], path[i + 1])),
+            false => solver.stages(diffusion.schedule(), path, i),
+        })?;
+    Ok(Plan { unclipped: solver.needs_unclipped(), ..plan })
 }
 
 /// The sample after the last step.

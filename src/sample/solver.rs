@@ -33,6 +33,13 @@ pub enum Solver {
         /// [`Variance::Posterior`]).
         eta: f64,
     },
+    /// DDIM whose noise is that of the prediction before it is clipped or thresholded, as diffusers' `DDIMScheduler`
+    /// computes it. In [`Ddim`](Self::Ddim) the noise follows from the clipped prediction, as in `x_t`. Without clipping
+    /// both are the same, except for rounding.
+    DdimUnclippedNoise {
+        /// As in [`Ddim`](Self::Ddim).
+        eta: f64,
+    },
     /// Heun's second-order method for the probability-flow ODE, without noise. Karras et al. 2022, algorithm 1.
     ///
     /// Each step evaluates the network twice, except the last one. A step that divides
@@ -65,9 +72,10 @@ pub enum Solver {
 impl Solver {
     /// The names that [`FromStr`] accepts, with their meaning. `euler` and `euler-ancestral` are other names of `ddim`
     /// with eta 0 and 1.
-    pub const NAMES: [(&str, Self); 12] = [
+    pub const NAMES: [(&str, Self); 13] = [
         ("ddpm", Self::ddpm()),
         ("ddim", Self::ddim()),
+        ("ddim-unclipped-noise", Self::DdimUnclippedNoise { eta: 0.0 }),
         ("euler", Self::euler()),
         ("euler-ancestral", Self::euler_ancestral(1.0)),
         ("heun", Self::Heun),
@@ -113,6 +121,7 @@ impl Solver {
         let usual = match self {
             Self::Ddpm { .. } => Self::ddpm(),
             Self::Ddim { .. } => Self::ddim(),
+            Self::DdimUnclippedNoise { .. } => Self::DdimUnclippedNoise { eta: 0.0 },
             Self::Edm(_) => Self::Edm(Churn::IMAGE_NET_64),
             Self::UniPc { order, .. } => Self::UniPc { order, b: BFunction::Bh2 },
             other => other,
@@ -127,6 +136,11 @@ impl Solver {
             Self::Heun | Self::Edm(_) => Spacing::LogSnr,
             _ => Spacing::Even,
         }
+    }
+
+    /// Whether the stages use predictions before they are clipped.
+    pub(super) fn needs_unclipped(self) -> bool {
+        matches!(self, Self::DdimUnclippedNoise { .. })
     }
 
     /// Returns the stages of the step from `levels[i]` to `levels[i + 1]`; see [`Plan::new`](super::plan::Plan::new).
@@ -144,6 +158,7 @@ impl Solver {
         match self {
             Self::Ddpm { variance } => Ok(ancestral::stages(variance, from, to)),
             Self::Ddim { eta } => ddim::stages(eta, from, to),
+            Self::DdimUnclippedNoise { eta } => ddim::unclipped_stages(eta, from, to),
             Self::Heun => Ok(heun::stages(from, to)),
             Self::Edm(churn) => edm::stages(churn, schedule, levels, i),
             Self::DpmSolver { order } => dpm_solver::stages(order, levels, i),
@@ -176,6 +191,9 @@ impl fmt::Display for Solver {
                 f.write_str("DDPM with the learned variance")
             }
             Self::Ddim { eta } => write!(f, "DDIM with eta {eta}"),
+            Self::DdimUnclippedNoise { eta } => {
+                write!(f, "DDIM with eta {eta} and unclipped noise")
+            }
             Self::Heun => f.write_str("Heun"),
             Self::Edm(Churn { amount, min, max, noise }) => {
                 write!(f, "EDM with churn {amount} from {min} to {max} and noise {noise}")

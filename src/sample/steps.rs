@@ -112,7 +112,10 @@ impl<'a, D: Denoiser + ?Sized> Steps<'a, D> {
             if let Some(level) = stage.evaluate {
                 // Predictions that no stage needs are dropped before the network needs memory.
                 self.predictions.truncate(plan.predictions.saturating_sub(1));
-                let prediction = self.predict(&x, level)?;
+                let [prediction, unclipped] = self.predict(&x, level)?;
+                if plan.unclipped {
+                    self.predictions.insert(0, unclipped.detach());
+                }
                 self.predictions.insert(0, prediction);
             }
             if stage.z != 0.0 && z.is_none() {
@@ -149,8 +152,8 @@ impl<'a, D: Denoiser + ?Sized> Steps<'a, D> {
         like(&self.x, &(self.z)(step)?, ["z", "dtype of z"])
     }
 
-    /// Computes the image that the network predicts from `x` at this level.
-    fn predict(&mut self, x: &Tensor, level: Level) -> Result<Tensor> {
+    /// Computes the image that the network predicts from `x` at this level, after clipping and before.
+    fn predict(&mut self, x: &Tensor, level: Level) -> Result<[Tensor; 2]> {
         let names = ["the denoiser's output", "dtype of the denoiser's output"];
         let t = timesteps_of(x, level.t)?;
         let (condition, guidance) = (&self.settings.condition, self.settings.guidance);
@@ -170,12 +173,13 @@ impl<'a, D: Denoiser + ?Sized> Steps<'a, D> {
         };
         self.finite.add(names[0], level.t, &output)?;
         let x_0 = self.settings.diffusion.x_0(x, &output, level.alpha_bar)?;
-        match self.settings.threshold {
+        let clipped = match self.settings.threshold {
             // Its results are in [-1, 1].
-            Some(threshold) => threshold.apply(&x_0),
-            None if self.settings.clip => backend::of(&x_0).clamp(&x_0, -1.0, 1.0),
-            None => Ok(x_0),
-        }
+            Some(threshold) => threshold.apply(&x_0)?,
+            None if self.settings.clip => backend::of(&x_0).clamp(&x_0, -1.0, 1.0)?,
+            None => x_0.clone(),
+        };
+        Ok([clipped, x_0])
     }
 
     /// Computes the result of a stage, term by term in the order that [`Stage`] defines.

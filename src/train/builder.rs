@@ -81,8 +81,11 @@ impl<N: Architecture> TrainerBuilder<N> {
     ///
     /// # Errors
     /// Returns an error that names the field if a configuration is not valid.
-    pub fn build(self) -> Result<Trainer<N>> {
+    pub fn build(mut self) -> Result<Trainer<N>> {
         self.config.validate()?;
+        if let Some(muon) = &mut self.config.muon {
+            muon.suit::<N>();
+        }
         let parameters = Parameters::new(self.config.seed, DType::F32, &self.device);
         self.with_weights(&parameters)
     }
@@ -122,9 +125,16 @@ impl<N: Architecture> TrainerBuilder<N> {
         self.continued(dir.as_ref(), true)
     }
 
-    fn continued(self, dir: &Path, may_change: bool) -> Result<Trainer<N>> {
+    fn continued(mut self, dir: &Path, may_change: bool) -> Result<Trainer<N>> {
         self.config.validate()?;
         let checkpoint = Checkpoint::open(dir)?;
+        // A run that began with the default list of another network keeps it.
+        if let Some(muon) = &mut self.config.muon
+            && checkpoint.train_config().muon.as_ref().map(|before| &before.adam)
+                != Some(&muon.adam)
+        {
+            muon.suit::<N>();
+        }
         let identity = Identity::new(&self.network, &self.config, &self.diffusion, &[])?;
         let mut changes = if may_change {
             let remedy = "this field cannot change during a run; begin a new run at its weights with \

@@ -73,7 +73,8 @@ pub struct TrainConfig {
     /// Whether images are flipped horizontally at random.
     pub horizontal_flip: bool,
     /// Probability that an update hides the class of an image from a network with classes, from 0 to 1. The network
-    /// thus also learns to predict without a class, which guidance needs. Ho and Salimans 2022, algorithm 1.
+    /// thus also learns to predict without a class, which guidance needs. Ho and Salimans 2022, algorithm 1. It has no
+    /// effect on a network without a [number for no class](crate::Denoiser::no_class).
     #[serde(default = "class_dropout")]
     pub class_dropout: f64,
     /// Number of updates between two reports of the loss; at least 1. Reading the loss waits for the GPU.

@@ -160,7 +160,10 @@ impl<N: Architecture> View for Trainer<N> {
         let condition = match (model.classes(), &batch.classes) {
             (None, _) => Condition::None,
             (Some(_), Some(classes)) => Condition::Classes(classes.clone()),
-            (Some(none), None) => Condition::classes(vec![none; batch.images.dim(0)?])?,
+            (Some(_), None) => match model.no_class() {
+                Some(none) => Condition::classes(vec![none; batch.images.dim(0)?])?,
+                None => Condition::None,
+            },
         };
         let output = model.denoise(&noised.x_t, t, &condition)?;
         let (found, expected) = (output.prediction.dims(), noised.x_t.dims());

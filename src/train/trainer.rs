@@ -22,7 +22,7 @@ use super::stateful::{Fields, Stateful};
 use super::update::UpdateContext;
 use crate::data::dataset::Dataset;
 use crate::data::loader::{self, Batch, Loader};
-use crate::denoiser::{Denoiser, Trainable};
+use crate::denoiser::{Denoiser, Trainable, lack_of_guidance};
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Parameters};
 use crate::process::diffusion::Diffusion;
@@ -271,13 +271,14 @@ impl<N: Architecture> Trainer<N> {
     ///
     /// # Errors
     /// Returns the errors of [`Sampler::new`](crate::Sampler::new) for the process of this run, and an error if there is
-    /// guidance, but the network has no classes.
+    /// guidance, but the network has no [number for no class](crate::Denoiser::no_class).
     pub fn set_sampling(&mut self, sampling: SamplerConfig) -> Result<()> {
         sampling.sampler(&self.diffusion)?;
         if sampling.guidance.is_some_and(|guidance| guidance.scale != 1.0)
-            && self.model.classes().is_none()
+            && self.model.no_class().is_none()
         {
-            let expected = "none, because the network has no classes";
+            let lack = lack_of_guidance(&self.model);
+            let expected = format!("none, because the network has no {lack}");
             return Err(Error::config("sampling.guidance", "set", expected));
         }
         self.state.progress.sampling = Some(sampling);

@@ -77,17 +77,20 @@ impl<D: Trainable> UpdateContext<'_, D> {
     /// # Errors
     /// Returns an error if the network does not have a class.
     pub fn conditioned(&self, batch: &Batch) -> Result<Batch> {
-        let (device, none) = (batch.images.device(), self.model.classes());
+        let (device, none) = (batch.images.device(), self.model.no_class());
         let mut classes = match (&batch.classes, none) {
             (Some(classes), _) => classes.to_device(&Device::Cpu)?.to_vec1::<u32>()?,
             (None, Some(none)) => vec![none; batch.images.dim(0)?],
             (None, None) => return Ok(batch.clone()),
         };
-        if let Some(none) = none {
-            if let Some(class) = classes.iter().find(|class| **class > none) {
-                let expected = format!("less than {none}, the network's number of classes");
+        if let Some(count) = self.model.classes() {
+            let outside = |class: &&u32| **class >= count && Some(**class) != none;
+            if let Some(class) = classes.iter().find(outside) {
+                let expected = format!("less than {count}, the network's number of classes");
                 return Err(Error::config("class", class, expected));
             }
+        }
+        if let Some(none) = none {
             let (step, first) = (self.state.progress.step, batch.first as u32);
             for (k, class) in (0..).zip(&mut classes) {
                 let sample = first.wrapping_add(k);

@@ -10,6 +10,7 @@ use crate::kernels::op::activation::Activation;
 use crate::kernels::op::attention::AttentionShape;
 use crate::kernels::op::conv::{ConvShape, Scale};
 use crate::kernels::op::norm::{EPS, NormConfig};
+use crate::kernels::suite::{ModulatedCase, NormCase};
 use crate::kernels::tests::{
     self as rounding, BF16, F16, FUNCTION, Normals, Products, Sums, TF32, check,
     value_and_gradients,
@@ -50,12 +51,17 @@ fn device(gpu: &Gpu) -> Device {
 
 /// Normals that a map of this precision holds exactly, so that only the computation has errors.
 fn normal(normals: Normals, k: u32, shape: &[usize], precision: Precision) -> Tensor {
+    held(&normals.tensor(k, shape), precision)
+}
+
+/// The nearest values that a map of this precision holds.
+fn held(values: &Tensor, precision: Precision) -> Tensor {
     let dtype = match precision {
         Precision::BF16 => DType::BF16,
         Precision::F16 => DType::F16,
         _ => DType::F32,
     };
-    normals.tensor(k, shape).to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap()
+    values.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap()
 }
 
 /// Copies a map (batch, height, width, channels) to the device.
@@ -270,6 +276,68 @@ fn normalisation_agrees(
     Ok(())
 }
 
+fn modulated_normalisation_agrees(
+    maps: [usize; 3],
+    groups: [usize; 2],
+    (silu, add): (bool, bool),
+    normals: Normals,
+) -> Result<()> {
+    let gpu = gpu();
+    let activation = if silu { Activation::Silu } else { Activation::None };
+    for (precision, products) in precisions() {
+        let norm = NormCase::new(maps, (groups, EPS), (activation, add), 0.0, normals);
+        let mut case = ModulatedCase::new(norm, normals)?;
+        let ModulatedCase { norm: NormCase { x, dy, more, .. }, by } = &mut case;
+        for values in [x, dy, by].into_iter().chain(more) {
+            *values = held(values, precision);
+        }
+        let expected = case.expected(usize::MAX)?;
+        let stored = Products { stored: products.stored + rounding::F32, ..products };
+        let check = |name: &str, found: &Tensor| {
+            let of_name = |(other, ..): &&(&str, Tensor, Tensor)| *other == name;
+            let (_, exact, bound) = expected.iter().find(of_name).expect("a result of this name");
+            let bound = match name {
+                "dweight" | "dbias" => bound.clone(),
+                _ => (plus([bound.clone(), stored.storing(exact)]) * 1.01).unwrap(),
+            };
+            check(&format!("{precision}, modulated, {name}"), found, exact, &bound);
+        };
+
+        let ModulatedCase { norm: NormCase { config, x, weight, bias, dy, more }, by } = &case;
+        let (batch, h, w, channels) = x.dims4()?;
+        let dims = [batch, h, w, channels];
+        let (weight, bias) = (weight.to_device(&device(&gpu))?, bias.to_device(&device(&gpu))?);
+        let by = map(&gpu, &by.unsqueeze(1)?.unsqueeze(1)?, precision)?;
+        let norm = Norm {
+            element: Element::of(precision),
+            dims,
+            config: *config,
+            weight: &weight,
+            bias: &bias,
+            by: Some(&by),
+        };
+        let gx = map(&gpu, x, precision)?;
+        let (y, statistics) = norm.forward(&gpu, &gx)?;
+        check("y", &unmap(&gpu, &y, dims, precision)?);
+        let again = norm.again(&gpu, &gx, &statistics)?;
+        check("again", &unmap(&gpu, &again, dims, precision)?);
+
+        let d = map(&gpu, dy, precision)?;
+        let more = more.as_ref().map(|more| map(&gpu, more, precision)).transpose()?;
+        let gradients = [weight.zeros_like()?, bias.zeros_like()?];
+        let [for_weight, for_bias] = &gradients;
+        let of_vectors = [for_weight, for_bias];
+        let d_by = norm.backward(&gpu, &gx, &statistics, &d, more.as_ref(), of_vectors)?;
+        let d_by = d_by.expect("the gradient of scales and shifts");
+        let d_by = unmap(&gpu, &d_by, [batch, 1, 1, 2 * channels], precision)?;
+        check("dx", &unmap(&gpu, &d, dims, precision)?);
+        check("dweight", for_weight);
+        check("dbias", for_bias);
+        check("dby", &d_by.reshape((batch, 2 * channels))?);
+    }
+    Ok(())
+}
+
 fn linear_layer_agrees(
     (batch, input, output): (usize, usize, usize),
     activation: i32,
@@ -408,6 +476,17 @@ proptest! {
         seed: u64,
     ) {
         normalisation_agrees(maps, groups, how, Normals(seed)).unwrap();
+    }
+
+    #[test]
+    fn modulated_normalisations_are_their_compositions(
+        maps in [1usize..4, 1usize..7, 1usize..7],
+        groups in (1usize..9, prop_oneof![1usize..5, Just(8), Just(16), Just(37)]),
+        how: (bool, bool),
+        seed: u64,
+    ) {
+        let groups = [groups.0, groups.1];
+        modulated_normalisation_agrees(maps, groups, how, Normals(seed)).unwrap();
     }
 
     #[test]

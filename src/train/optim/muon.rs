@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::adam::{AdamConfig, check_floating, check_gradient, check_learning_rate};
 use crate::backend::{self, Counters, MuonRule, WeightState};
 use crate::error::{Error, Result, check_fraction};
+use crate::model::{Architecture, UNetConfig};
 
 /// Settings of [`Muon`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -19,17 +20,21 @@ pub struct MuonConfig {
     /// positive.
     pub weight_decay: f64,
     /// The beginnings of the names of matrices that Adam updates instead. They are the first and the last layer, and
-    /// embeddings.
+    /// embeddings. The default is replaced by the [list of the network](Architecture::OUTER_LAYERS) when a run begins.
     pub adam: Vec<String>,
 }
 
 impl Default for MuonConfig {
-    /// Nesterov's momentum of 0.95 and no weight decay. Adam updates the first and the last layer of
-    /// [`UNet`](crate::UNet) and its embedding of classes.
+    /// Nesterov's momentum of 0.95 and no weight decay. Adam updates the first and the last layer of the network and its
+    /// embedding of classes.
     fn default() -> Self {
-        let adam = ["init_conv.", "out_conv.", "class_embedding."].map(String::from).to_vec();
+        let adam = names(UNetConfig::OUTER_LAYERS);
         Self { momentum: 0.95, nesterov: true, weight_decay: 0.0, adam }
     }
+}
+
+fn names(layers: &[&str]) -> Vec<String> {
+    layers.iter().map(|&name| name.into()).collect()
 }
 
 impl MuonConfig {
@@ -40,6 +45,13 @@ impl MuonConfig {
             return Err(Error::config("muon.weight_decay", self.weight_decay, expected));
         }
         Ok(())
+    }
+
+    /// Replaces the default list by that of a network.
+    pub(in crate::train) fn suit<N: Architecture>(&mut self) {
+        if self.adam == names(UNetConfig::OUTER_LAYERS) {
+            self.adam = names(N::OUTER_LAYERS);
+        }
     }
 
     /// Divides weights into the matrices that Muon updates, and all others.

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use super::device::Gpu;
 use super::element::{Element, Pointer};
-use super::kernel::{Module, kernel};
+use super::kernel::{Launch, Module, kernel};
 use super::launch::{THREADS, blocks_of, each, each_of};
 use super::memory::Memory;
 
@@ -127,19 +127,26 @@ pub(crate) fn scale_maps(
     element: Element,
 ) -> Result<Memory> {
     let [_, h, w, channels] = dims;
-    let count = dims.iter().product::<usize>();
+    let (x, mask, pixels) = (x.pointer, mask.pointer, (h * w) as u32);
+    let count = dims.iter().product();
+    new_map(gpu, count, (&[channels], &[x, mask]), element, |y, width| {
+        let (channels, count) = (channels as u32, count as u32);
+        ScaleMaps { x, mask, y, channels, pixels, width, count }
+    })
+}
+
+/// Computes a new map of `count` values by a kernel that reads `inputs`. All of them have multiples of `channels`
+/// values. `kernel` receives the address of the map, and the number of values that a thread may handle at a time.
+fn new_map<K: Launch>(
+    gpu: &Gpu,
+    count: usize,
+    (channels, inputs): (&[usize], &[Pointer]),
+    element: Element,
+    kernel: impl FnOnce(Pointer, u32) -> K,
+) -> Result<Memory> {
     let y = gpu.take_for(count, element)?;
-    let width = element.width(&[channels], &[x.pointer, mask.pointer, y.pointer]);
-    let scale = ScaleMaps {
-        x: x.pointer,
-        mask: mask.pointer,
-        y: y.pointer,
-        channels: channels as u32,
-        pixels: (h * w) as u32,
-        width,
-        count: count as u32,
-    };
-    gpu.launch(element, each_of(count, width)?, scale)?;
+    let width = element.width(channels, &[inputs, &[y.pointer]].concat());
+    gpu.launch(element, each_of(count, width)?, kernel(y.pointer, width))?;
     Ok(y)
 }
 
@@ -152,20 +159,11 @@ pub(crate) fn repeat_pixels(
     element: Element,
 ) -> Result<Memory> {
     let [batch, h, w, channels] = dims;
-    let count = 4 * batch * h * w * channels;
-    let y = gpu.take_for(count, element)?;
-    let width = element.width(&[channels], &[x.pointer, y.pointer]);
-    let repeat = RepeatPixels {
-        x: x.pointer,
-        y: y.pointer,
-        w: w as u32,
-        channels: channels as u32,
-        factor,
-        width,
-        count: count as u32,
-    };
-    gpu.launch(element, each_of(count, width)?, repeat)?;
-    Ok(y)
+    let (x, count) = (x.pointer, 4 * batch * h * w * channels);
+    new_map(gpu, count, (&[channels], &[x]), element, |y, width| {
+        let (w, channels, count) = (w as u32, channels as u32, count as u32);
+        RepeatPixels { x, y, w, channels, factor, width, count }
+    })
 }
 
 /// Sums two by two pixels, times `factor`. `dims` are those of `x`, with even height and width.
@@ -177,10 +175,10 @@ pub(crate) fn sum_pixels(
     element: Element,
 ) -> Result<Memory> {
     let [batch, h, w, channels] = dims;
-    let sums = [batch, h / 2, w / 2, channels];
-    let y = gpu.take_for(sums.iter().product(), element)?;
-    sum_pixels_to(gpu, [x.pointer, y.pointer], sums, (factor, false), element)?;
-    Ok(y)
+    let (x, sums) = (x.pointer, [batch, h / 2, w / 2, channels]);
+    new_map(gpu, sums.iter().product(), (&[channels], &[x]), element, |y, width| {
+        SumPixels::of([x, y], sums, (factor, false), width)
+    })
 }
 
 /// Writes the sums of two by two pixels, times `factor`, or adds them to the values there. `sums` are the dimensions of
@@ -192,13 +190,22 @@ pub(super) fn sum_pixels_to(
     (factor, accumulate): (f32, bool),
     element: Element,
 ) -> Result<()> {
-    let [_, _, w, channels] = sums;
-    let count = sums.iter().product();
-    let width = element.width(&[channels], &[x, y]);
-    let (w, channels, accumulate) = (w as u32, channels as u32, i32::from(accumulate));
-    let count_of = count as u32;
-    let sum = SumPixels { x, y, w, channels, factor, accumulate, width, count: count_of };
-    gpu.launch(element, each_of(count, width)?, sum)
+    let width = element.width(&sums[3..], &[x, y]);
+    let sum = SumPixels::of([x, y], sums, (factor, accumulate), width);
+    gpu.launch(element, each_of(sums.iter().product(), width)?, sum)
+}
+
+impl SumPixels {
+    fn of(
+        [x, y]: [Pointer; 2],
+        sums: [usize; 4],
+        (factor, accumulate): (f32, bool),
+        width: u32,
+    ) -> Self {
+        let [_, _, w, channels] = sums.map(|size| size as u32);
+        let (accumulate, count) = (i32::from(accumulate), sums.iter().product::<usize>() as u32);
+        Self { x, y, w, channels, factor, accumulate, width, count }
+    }
 }
 
 /// Concatenates the channels of two maps. `pixels` is the number of pixels in the batch.
@@ -210,13 +217,16 @@ pub(crate) fn concatenate(
     element: Element,
 ) -> Result<Memory> {
     let [first, second] = channels.map(|channels| channels as u32);
-    let count = pixels * (channels[0] + channels[1]);
-    let y = gpu.take_for(count, element)?;
-    let (a, b) = (a.pointer, b.pointer);
-    let width = element.width(&channels, &[a, b, y.pointer]);
-    let concatenate = Concatenate { a, b, y: y.pointer, first, second, width, count: count as u32 };
-    gpu.launch(element, each_of(count, width)?, concatenate)?;
-    Ok(y)
+    let (a, b, count) = (a.pointer, b.pointer, pixels * (channels[0] + channels[1]));
+    new_map(gpu, count, (&channels, &[a, b]), element, |y, width| Concatenate {
+        a,
+        b,
+        y,
+        first,
+        second,
+        width,
+        count: count as u32,
+    })
 }
 
 /// The inverse of [`concatenate`].
