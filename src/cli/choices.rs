@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::datasets::{self, DataSet};
 use super::result::Result;
 use crate::data::Split;
-use crate::eval::{DigitClassifier, Extractor};
+use crate::eval::{DigitClassifier, Extractor, Inception, Resizing};
 
 /// The extractor of a program, as `KIND:FILE`, such as `digits:out/mnist-fd/classifier.safetensors`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -26,21 +26,42 @@ pub struct ExtractorChoice {
 struct ExtractorKind {
     /// The name in `KIND:FILE`.
     name: &'static str,
-    /// The names of the Fréchet distance and of the kernel distance in the space of its features. Only those of
-    /// Inception are called FID and KID.
-    distances: [&'static str; 2],
+    /// The names of the Fréchet distance and of the kernel distance in the space of its features, and of the Inception
+    /// Score by its classes. Only those of Inception are called FID and KID.
+    figures: [&'static str; 3],
     /// The shape of its images (channels, height, width), if it takes only one.
     shape: Option<(usize, usize, usize)>,
     open: fn(&Path, &Device) -> Result<Box<dyn Extractor>>,
 }
 
+/// The names of Inception's figures, as papers have them. The resizing is a part of the extractor's identity.
+const INCEPTION: [&str; 3] = ["FID", "KID", "Inception Score"];
+
 /// All kinds of extractors.
-static EXTRACTORS: &[ExtractorKind] = &[ExtractorKind {
-    name: "digits",
-    distances: ["Fréchet distance (digits)", "kernel distance (digits)"],
-    shape: Some(DigitClassifier::SHAPE),
-    open: |file, device| Ok(Box::new(DigitClassifier::load(file, device)?)),
-}];
+static EXTRACTORS: &[ExtractorKind] = &[
+    ExtractorKind {
+        name: "digits",
+        figures: [
+            "Fréchet distance (digits)",
+            "kernel distance (digits)",
+            "Inception Score (digits)",
+        ],
+        shape: Some(DigitClassifier::SHAPE),
+        open: |file, device| Ok(Box::new(DigitClassifier::load(file, device)?)),
+    },
+    ExtractorKind {
+        name: "inception",
+        figures: INCEPTION,
+        shape: None,
+        open: |file, _| Ok(Box::new(Inception::load(file)?)),
+    },
+    ExtractorKind {
+        name: "inception-tf1",
+        figures: INCEPTION,
+        shape: None,
+        open: |file, _| Ok(Box::new(Inception::load(file)?.with_resizing(Resizing::TensorFlow1))),
+    },
+];
 
 impl ExtractorChoice {
     /// The name of the kind.
@@ -61,9 +82,9 @@ impl ExtractorChoice {
         (self.kind.open)(&self.file, device)
     }
 
-    /// The names of the Fréchet distance and of the kernel distance in the space of the features.
-    pub(super) fn distances(&self) -> [&'static str; 2] {
-        self.kind.distances
+    /// The names of the Fréchet distance, the kernel distance and the Inception Score.
+    pub(super) fn figures(&self) -> [&'static str; 3] {
+        self.kind.figures
     }
 
     /// The shape of the images (channels, height, width), if the extractor takes only one.

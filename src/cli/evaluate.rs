@@ -41,7 +41,8 @@ pub struct EvaluateArgs {
     /// Statistics file (mu and sigma) of images to compare with; there is only the Fréchet distance then
     #[arg(long, value_name = "FILE.npz")]
     statistics: Option<PathBuf>,
-    /// Network whose features are compared: digits:FILE, a classifier of digits that mnist-fd wrote
+    /// Network whose features are compared: digits:FILE, a classifier of digits that
+    /// mnist-fd wrote, or inception:FILE, the network of FID, or inception-tf1:FILE, with the resizing of TensorFlow 1
     #[arg(long, value_name = "KIND:FILE")]
     extractor: ExtractorChoice,
     /// Number of images to draw, or the largest number of pictures of --samples to measure

@@ -78,7 +78,7 @@ impl Figures {
 
     /// The names and the values of the figures, for a table.
     pub fn rows(&self, extractor: &ExtractorChoice) -> Vec<(String, String)> {
-        let [frechet, kernel] = extractor.distances();
+        let [frechet, kernel, score] = extractor.figures();
         let mut rows = vec![
             ("images".to_owned(), grouped(self.images)),
             (frechet.to_owned(), format!("{:.4}", self.frechet)),
@@ -92,7 +92,7 @@ impl Figures {
         add(kernel.to_owned(), format!("{mean:.4} ± {error:.4}"));
         add(format!("MIND ({kind})"), format!("{:.4}", others.mind));
         if let Some(Estimate { mean, deviation, .. }) = others.score {
-            add(format!("Inception Score ({kind})"), format!("{mean:.3} ± {deviation:.3}"));
+            add(score.to_owned(), format!("{mean:.3} ± {deviation:.3}"));
         }
         let Prdc { precision, recall, density, coverage } = others.prdc;
         add("precision".into(), share(precision));

@@ -15,7 +15,8 @@ use crate::kernels::cpu::gemm::{gemm, gemm_packed};
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::memory::sized;
 use crate::kernels::cpu::reduce::PARTS;
-use crate::kernels::op::conv::{ConvShape, Scale};
+use crate::kernels::op::conv::ConvShape;
+use crate::kernels::op::place::Place;
 
 /// Approximate number of pixels whose patches are laid out at a time.
 const CHUNK_PIXELS: usize = 192;
@@ -44,7 +45,7 @@ impl Im2col {
         (0..end).step_by(rows).map(move |first| first..(first + rows).min(end))
     }
 
-    /// Packs the weights (out, in, k, k) for products with patches: one row per value of a patch, one
+    /// Packs the weights (out, in, height, width) for products with patches: one row per value of a patch, one
     /// column per output channel.
     fn pack_patches(&self, weight: &[f32], memory: &mut Vec<f32>) {
         let (patch, c_out) = (self.shape.patch(), self.shape.c_out);
@@ -57,7 +58,7 @@ impl Im2col {
         pack(weight, (c_out, patch), |o| o * patch, |k| self.tap(k), memory);
     }
 
-    /// Returns the position, in the weights (in, k, k) of an output channel, of the weight of a value of a
+    /// Returns the position, in the weights (in, height, width) of an output channel, of the weight of a value of a
     /// patch.
     fn tap(&self, value: usize) -> usize {
         let (tap, channel) = (value / self.shape.c_in, value % self.shape.c_in);
@@ -68,25 +69,23 @@ impl Im2col {
     /// in the patches of the row, a position in the image, and a length.
     fn spans(&self, oy: usize) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
         let g = self.shape;
-        let ([h, w], pad, patch) = (g.map(), g.padding(), g.patch());
+        let ([h, w], [above, before], patch) = (g.map(), g.padding(), g.patch());
+        let [height, width] = g.kernel;
         (0..g.w_out).flat_map(move |ox| {
-            let left = (ox * g.stride()) as isize - pad as isize;
+            let left = (ox * g.stride()) as isize - before as isize;
             let skip = (-left).max(0) as usize;
             let first = (left + skip as isize) as usize;
-            let last = (left + g.kernel as isize).min(w as isize) as usize;
-            (0..g.kernel)
+            let last = (left + width as isize).min(w as isize) as usize;
+            (0..height)
                 .filter_map(move |ky| {
-                    let y = (oy * g.stride() + ky).checked_sub(pad).filter(|&y| y < h)?;
-                    Some((ox * patch + (ky * g.kernel + skip) * g.c_in, y))
+                    let y = (oy * g.stride() + ky).checked_sub(above).filter(|&y| y < h)?;
+                    Some((ox * patch + (ky * width + skip) * g.c_in, y))
                 })
                 .flat_map(move |(place, y)| {
                     // Neighbours in the patch are neighbours in the image, unless it is upsampled.
                     let step = if g.upsamples() { 1 } else { last - first };
                     (first..last).step_by(step).map(move |x| {
-                        let pixel = match g.scale {
-                            Scale::Stride(_) | Scale::StrideFromEdge(_) => y * w + x,
-                            Scale::Upsample => y / 2 * (w / 2) + x / 2,
-                        };
+                        let pixel = if g.upsamples() { y / 2 * (w / 2) + x / 2 } else { y * w + x };
                         (place + (x - first) * g.c_in, pixel * g.c_in, step * g.c_in)
                     })
                 })
@@ -103,7 +102,9 @@ impl Im2col {
         }
         PATCHES.with_borrow_mut(|patches| {
             let patches = sized(patches, pixels * patch);
-            patches.fill(0.0);
+            if !self.shape.stays_within() {
+                patches.fill(0.0);
+            }
             for (row, oy) in patches.chunks_mut(w_out * patch).zip(rows) {
                 for (place, image, len) in self.spans(oy) {
                     row[place..][..len].copy_from_slice(&x[image..][..len]);
@@ -151,8 +152,9 @@ impl Algorithm for Im2col {
 
     fn forward(&self, x: &[f32], weight: &Packed, epilogue: Epilogue<'_>, y: &mut [f32]) {
         let ConvShape { batch, h_out, w_out, c_out, .. } = self.shape;
+        let Place { first, of } = epilogue.place(c_out);
         let weight = Panels::new(weight.f32(), self.shape.patch(), c_out);
-        let (line, y_len) = (w_out * c_out, self.shape.output_len());
+        let (line, y_len) = (w_out * of, h_out * w_out * of);
         // Small batches leave work for every thread.
         let share = (batch * h_out).div_ceil(rayon::current_num_threads());
         let chunk_rows = self.chunk_rows().min(share);
@@ -164,7 +166,8 @@ impl Algorithm for Im2col {
             let chunks = y.par_chunks_mut(chunk_rows * line).enumerate();
             chunks.for_each(|(i, y)| {
                 let rows = i * chunk_rows..i * chunk_rows + y.len() / line;
-                for pixel in y.chunks_mut(c_out) {
+                for pixel in y.chunks_mut(of) {
+                    let pixel = &mut pixel[first..][..c_out];
                     if epilogue.accumulate {
                         pixel.iter_mut().zip(&shift).for_each(|(y, shift)| *y += shift);
                     } else {
@@ -176,8 +179,9 @@ impl Algorithm for Im2col {
                     y.iter_mut().zip(residual).for_each(|(y, residual)| *y += residual);
                 }
                 self.with_patches(x, rows, |patches| {
-                    gemm_packed(self.isa, (y, c_out), patches, weight, true);
+                    gemm_packed(self.isa, (&mut y[first..], of), patches, weight, true);
                 });
+                epilogue.rectify(y, c_out);
             });
         });
     }
@@ -229,7 +233,7 @@ impl Algorithm for Im2col {
                 }
             }
         });
-        // Each output channel, from (k, k, in) to (in, k, k).
+        // Each output channel, from (height, width, in) to (in, height, width).
         dweight.par_chunks_mut(patch).enumerate().for_each(|(o, dweight)| {
             dweight.fill(0.0);
             for sums in sums.chunks(part_len) {
