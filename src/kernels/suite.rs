@@ -626,8 +626,8 @@ impl PoolCase {
         let mean = |x: &Tensor| {
             reference::pool::pool(&x.to_dtype(DType::F64)?, Pooling::Average, &self.shape)
         };
-        // The sum of the pixels of a window, and its division.
-        let relative = roundings((self.shape.window.pow(2) + 1) as f64) * F32;
+        // The sum of the pixels of a window, the inverse of their number, and the product.
+        let relative = roundings((self.shape.window.pow(2) + 2) as f64) * F32;
         let bound = (mean(&x.abs()?)? * relative)?;
         Ok(vec![("max", max.clone(), max.zeros_like()?), ("average", mean(&x)?, bound)])
     }

@@ -46,7 +46,11 @@ simd_fn! {
             // SAFETY: by the assertions, the rows and columns of the window are within `x`, and the channels of the
             // pixel within `y`. No vector goes beyond the last channel.
             unsafe {
-                for_channels!(c in channels, pool_window::<S>(pooling, window, y.add(c), c));
+                if (window.rows, window.columns) == (3, 3) {
+                    for_channels!(c in channels, pool_full::<S>(pooling, window, y.add(c), c));
+                } else {
+                    for_channels!(c in channels, pool_window::<S>(pooling, window, y.add(c), c));
+                }
             }
         }
     }
@@ -61,6 +65,16 @@ struct Window {
     channels: usize,
     rows: usize,
     columns: usize,
+}
+
+/// Pools a window of 3 x 3 pixels, whose loops the compiler unrolls.
+///
+/// # Safety
+/// The requirements of [`pool_window`] apply.
+#[inline(always)]
+unsafe fn pool_full<S: Simd>(pooling: Pooling, window: Window, y: *mut f32, c: usize) {
+    // SAFETY: the caller guarantees the requirements.
+    unsafe { pool_window::<S>(pooling, Window { rows: 3, columns: 3, ..window }, y, c) }
 }
 
 /// # Safety
@@ -84,7 +98,7 @@ unsafe fn pool_window<S: Simd>(pooling: Pooling, window: Window, y: *mut f32, c:
             }
         }
         if pooling == Pooling::Average {
-            all = all.div(S::splat((window.rows * window.columns) as f32));
+            all = all.mul(S::splat(1.0 / (window.rows * window.columns) as f32));
         }
         all.store(y);
     }

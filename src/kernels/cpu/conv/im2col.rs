@@ -1,7 +1,9 @@
 //! Convolutions of any kernel and stride as products of patches (im2col).
 //!
-//! The patches of a few rows of an image, which fit in the cache, are multiplied by the weights at a time.
-//! The backward pass lays out the patches again.
+//! The patches of a few rows of an image, which fit in the cache, are multiplied by the weights at a time. The patch of a
+//! pixel consists of parts of a few lines, and overlaps that of the next pixel. If lines are long enough, the product
+//! reads patches where they are. Only the zeros around the image need a copy of its lines. Otherwise patches are laid
+//! out, and always in the backward pass.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -11,7 +13,7 @@ use rayon::prelude::*;
 use super::algorithm::{Algorithm, Packed, Workspace};
 use super::epilogue::Epilogue;
 use crate::kernels::cpu::gemm::pack::{Mat, Panels, pack};
-use crate::kernels::cpu::gemm::{gemm, gemm_packed};
+use crate::kernels::cpu::gemm::{Patches, gemm, gemm_packed, gemm_patches};
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::memory::sized;
 use crate::kernels::cpu::reduce::PARTS;
@@ -20,6 +22,9 @@ use crate::kernels::op::place::Place;
 
 /// Approximate number of pixels whose patches are laid out at a time.
 const CHUNK_PIXELS: usize = 192;
+
+/// Pixels of a line from which products read patches in place: half of a tile of the widest instruction set.
+const MIN_LINE: usize = 8;
 
 thread_local! {
     /// Patches, reused from call to call. Nothing may wait for other threads while they are borrowed: this
@@ -114,6 +119,40 @@ impl Im2col {
         });
     }
 
+    /// Calls `f` with the rows of an image under the kernel at these output rows, and the zeros around them, and with
+    /// the distance from one row to the next.
+    fn with_lines(&self, x: &[f32], rows: Range<usize>, f: impl FnOnce(&[f32], usize)) {
+        let (g, [above, before]) = (self.shape, self.shape.padding());
+        let (first, row) = (rows.start * g.stride(), g.w * g.c_in);
+        if g.stays_within() {
+            return f(&x[first * row..], row);
+        }
+        let under = |count: usize, kernel: usize| (count - 1) * g.stride() + kernel;
+        let [lines, columns] = [under(rows.len(), g.kernel[0]), under(g.w_out, g.kernel[1])];
+        let (line, left) = (columns * g.c_in, before * g.c_in);
+        let inside = left..left + row.min(line - left);
+        PATCHES.with_borrow_mut(|memory| {
+            let memory = sized(memory, lines * line);
+            for (y, to) in (first..).zip(memory.chunks_exact_mut(line)) {
+                let Some(y) = y.checked_sub(above).filter(|&y| y < g.h) else {
+                    to.fill(0.0);
+                    continue;
+                };
+                to[..left].fill(0.0);
+                to[inside.clone()].copy_from_slice(&x[y * row..][..inside.len()]);
+                to[inside.end..].fill(0.0);
+            }
+            f(memory, line);
+        });
+    }
+
+    /// Returns whether products read patches in place. Each line of the output is then a product of its own, which
+    /// needs enough pixels to fill tiles.
+    fn reads_in_place(&self) -> bool {
+        let shape = self.shape;
+        !shape.is_pointwise() && !shape.upsamples() && shape.w_out >= MIN_LINE
+    }
+
     /// Adds the contribution of these output rows of `dy` to the gradient of an image. The weights are
     /// transposed: one row per output channel.
     fn add_input_gradient(&self, dx: &mut [f32], dy: Mat, weight: Panels, rows: Range<usize>) {
@@ -178,9 +217,25 @@ impl Algorithm for Im2col {
                     let residual = &residual[rows.start * line..];
                     y.iter_mut().zip(residual).for_each(|(y, residual)| *y += residual);
                 }
-                self.with_patches(x, rows, |patches| {
-                    gemm_packed(self.isa, (&mut y[first..], of), patches, weight, true);
-                });
+                let to = (&mut y[first..], of);
+                if self.reads_in_place() {
+                    let (lines, stride) = (rows.len(), self.shape.stride());
+                    self.with_lines(x, rows, |data, line| {
+                        let patches = Patches {
+                            data,
+                            line: stride * line,
+                            pixels: w_out,
+                            pixel: stride * self.shape.c_in,
+                            run: self.shape.kernel[1] * self.shape.c_in,
+                            jump: line,
+                        };
+                        gemm_patches(self.isa, to, lines, patches, weight);
+                    });
+                } else {
+                    self.with_patches(x, rows, |patches| {
+                        gemm_packed(self.isa, to, patches, weight, true);
+                    });
+                }
                 epilogue.rectify(y, c_out);
             });
         });
