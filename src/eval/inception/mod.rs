@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use self::network::Network;
+use self::network::{CLASSES, FEATURES, Network, SIZE};
 pub use self::resizing::Resizing;
 use self::weights::Weights;
 use super::extractor::{Extractor, ExtractorIdentity};
@@ -24,12 +24,6 @@ use crate::files;
 use crate::kernels::check_limit;
 use crate::model::tensor_file::{read_regular, tensors_of};
 
-/// Height and width of the network's input.
-const SIZE: usize = 299;
-/// Features of an image.
-const FEATURES: usize = 2048;
-/// Classes of the network.
-const CLASSES: usize = 1008;
 /// Images that are computed at once: their maps take about 220 MB. More images would save no time.
 const GROUP: usize = 16;
 

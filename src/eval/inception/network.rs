@@ -4,12 +4,18 @@
 use std::sync::Arc;
 
 use super::weights::Weights;
-use super::{CLASSES, FEATURES};
 use crate::backend::inference::{Map, Step};
 use crate::backend::maps::Pool;
 use crate::error::Result;
 use crate::kernels::op::conv::Scale;
 use crate::kernels::op::pool::Pooling;
+
+/// Height and width of the input.
+pub(super) const SIZE: usize = 299;
+/// Features of an image.
+pub(super) const FEATURES: usize = 2048;
+/// Classes.
+pub(super) const CLASSES: usize = 1008;
 
 const SAME: Scale = Scale::Stride(1);
 const WITHIN: Scale = Scale::StrideWithin(1);

@@ -1,6 +1,6 @@
 use rayon::prelude::*;
 
-use super::SIZE;
+use super::network::SIZE;
 use crate::data::dataset::ImageShape;
 
 /// The method by which [`Inception`](super::Inception) scales images to 299 x 299 pixels, and their bytes to [-1, 1].
