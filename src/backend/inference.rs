@@ -33,7 +33,6 @@ impl Map {
 }
 
 /// An operation of a network.
-#[derive(Debug)]
 pub(crate) enum Step {
     /// Convolutions of the same map. Their outputs are the channels of the next map, in their order.
     Convolve(Vec<Convolution>),
@@ -90,7 +89,6 @@ impl Step {
 }
 
 /// A convolution with packed weights, and perhaps a ReLU.
-#[derive(Debug)]
 pub(crate) struct Convolution {
     /// (out, in, height, width)
     weight: [usize; 4],

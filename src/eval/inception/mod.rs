@@ -5,6 +5,7 @@ mod resizing;
 mod weights;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -43,13 +44,18 @@ const GROUP: usize = 16;
 /// Images are grey or RGB and have any size. Grey images have three equal channels for the network. The [`Resizing`] is a
 /// part of every figure. The features of an image do not depend on the other images or on the number of threads. The
 /// network is computed on the CPU, also if samples are drawn on a GPU.
-#[derive(Debug)]
 pub struct Inception {
     network: Network,
     resizing: Resizing,
     sha256: Option<String>,
     /// Memory of feature maps, reused from call to call.
     pool: Arc<Pool>,
+}
+
+impl fmt::Debug for Inception {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Inception").field("identity", &self.identity()).finish_non_exhaustive()
+    }
 }
 
 impl Inception {

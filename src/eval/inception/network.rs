@@ -36,7 +36,6 @@ const LAST: usize = 8;
 type Block = Vec<Vec<Step>>;
 
 /// The network.
-#[derive(Debug)]
 pub(super) struct Network {
     blocks: Vec<Block>,
     classifier: Step,
