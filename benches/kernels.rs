@@ -154,8 +154,11 @@ fn main() {
     bench.ceilings();
     for (model, batch, maps) in [("mnist", 32, MNIST), ("cifar10", 8, CIFAR10)] {
         for &map in maps {
-            bench.convolution(model, batch, map);
+            bench.convolution(model, batch, map, true);
         }
+    }
+    for &map in INCEPTION {
+        bench.convolution("inception", 16, map, false);
     }
     for (model, batch, size, channels) in [
         ("mnist", 32, 28, 64),
@@ -216,52 +219,76 @@ fn math(precision: Precision) -> Math {
     }
 }
 
-/// Size of a square map, input and output channels, size of the kernel, scale.
-type Map = (usize, usize, usize, usize, Scale);
+/// Size of a square map, input and output channels, height and width of the kernel, scale.
+type Map = (usize, usize, usize, [usize; 2], Scale);
 
 const SAME: Scale = Scale::Stride(1);
 const HALF: Scale = Scale::Stride(2);
 const UP: Scale = Scale::Upsample;
+const WITHIN: Scale = Scale::StrideWithin(1);
+const HALVED: Scale = Scale::StrideWithin(2);
 
 const MNIST: &[Map] = &[
-    (28, 32, 32, 3, SAME),
-    (28, 32, 64, 3, SAME),
-    (28, 64, 64, 3, SAME),
-    (28, 128, 32, 3, SAME),
-    (14, 64, 128, 3, SAME),
-    (14, 128, 128, 3, SAME),
-    (14, 256, 64, 3, SAME),
-    (7, 128, 128, 3, SAME),
-    (28, 1, 32, 3, SAME),
-    (28, 32, 1, 3, SAME),
-    (28, 64, 64, 3, HALF),
-    (14, 128, 128, 3, HALF),
-    (7, 128, 128, 3, UP),
-    (14, 64, 64, 3, UP),
-    (28, 32, 64, 1, SAME),
-    (14, 256, 64, 1, SAME),
-    (7, 128, 384, 1, SAME),
+    (28, 32, 32, [3; 2], SAME),
+    (28, 32, 64, [3; 2], SAME),
+    (28, 64, 64, [3; 2], SAME),
+    (28, 128, 32, [3; 2], SAME),
+    (14, 64, 128, [3; 2], SAME),
+    (14, 128, 128, [3; 2], SAME),
+    (14, 256, 64, [3; 2], SAME),
+    (7, 128, 128, [3; 2], SAME),
+    (28, 1, 32, [3; 2], SAME),
+    (28, 32, 1, [3; 2], SAME),
+    (28, 64, 64, [3; 2], HALF),
+    (14, 128, 128, [3; 2], HALF),
+    (7, 128, 128, [3; 2], UP),
+    (14, 64, 64, [3; 2], UP),
+    (28, 32, 64, [1; 2], SAME),
+    (14, 256, 64, [1; 2], SAME),
+    (7, 128, 384, [1; 2], SAME),
 ];
 
 const CIFAR10: &[Map] = &[
-    (32, 128, 128, 3, SAME),
-    (32, 128, 256, 3, SAME),
-    (32, 256, 256, 3, SAME),
-    (32, 512, 128, 3, SAME),
-    (16, 256, 256, 3, SAME),
-    (16, 512, 256, 3, SAME),
-    (8, 256, 256, 3, SAME),
-    (8, 512, 256, 3, SAME),
-    (4, 256, 256, 3, SAME),
-    (32, 3, 128, 3, SAME),
-    (32, 128, 3, 3, SAME),
-    (32, 256, 256, 3, HALF),
-    (16, 256, 256, 3, HALF),
-    (8, 256, 256, 3, HALF),
-    (8, 256, 256, 3, UP),
-    (16, 256, 256, 3, UP),
-    (32, 512, 128, 1, SAME),
-    (16, 256, 768, 1, SAME),
+    (32, 128, 128, [3; 2], SAME),
+    (32, 128, 256, [3; 2], SAME),
+    (32, 256, 256, [3; 2], SAME),
+    (32, 512, 128, [3; 2], SAME),
+    (16, 256, 256, [3; 2], SAME),
+    (16, 512, 256, [3; 2], SAME),
+    (8, 256, 256, [3; 2], SAME),
+    (8, 512, 256, [3; 2], SAME),
+    (4, 256, 256, [3; 2], SAME),
+    (32, 3, 128, [3; 2], SAME),
+    (32, 128, 3, [3; 2], SAME),
+    (32, 256, 256, [3; 2], HALF),
+    (16, 256, 256, [3; 2], HALF),
+    (8, 256, 256, [3; 2], HALF),
+    (8, 256, 256, [3; 2], UP),
+    (16, 256, 256, [3; 2], UP),
+    (32, 512, 128, [1; 2], SAME),
+    (16, 256, 768, [1; 2], SAME),
+];
+
+/// Convolutions of the extractor `Inception`.
+const INCEPTION: &[Map] = &[
+    (299, 3, 32, [3, 3], HALVED),
+    (149, 32, 32, [3, 3], WITHIN),
+    (147, 32, 64, [3, 3], SAME),
+    (73, 80, 192, [3, 3], WITHIN),
+    (35, 288, 64, [1, 1], SAME),
+    (35, 48, 64, [5, 5], SAME),
+    (35, 96, 96, [3, 3], SAME),
+    (35, 288, 384, [3, 3], HALVED),
+    (17, 768, 192, [1, 1], SAME),
+    (17, 160, 160, [1, 7], SAME),
+    (17, 160, 160, [7, 1], SAME),
+    (17, 192, 192, [1, 7], SAME),
+    (17, 192, 192, [7, 1], SAME),
+    (17, 192, 320, [3, 3], HALVED),
+    (8, 2048, 320, [1, 1], SAME),
+    (8, 384, 384, [1, 3], SAME),
+    (8, 384, 384, [3, 1], SAME),
+    (8, 448, 384, [3, 3], SAME),
 ];
 
 /// The work of a measure, which selects its ceiling.
@@ -282,19 +309,22 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    fn convolution(&self, model: &str, batch: usize, map: Map) {
+    /// `trained` states whether gradients are measured, too.
+    fn convolution(&self, model: &str, batch: usize, map: Map, trained: bool) {
         let (size, c_in, c_out, kernel, scale) = map;
         let how = match scale {
             Scale::Stride(stride) | Scale::StrideFromEdge(stride) => format!("/{stride}"),
+            Scale::StrideWithin(stride) => format!("/{stride} within"),
             Scale::Upsample => " upsampled".to_string(),
         };
-        let shape = format!("{model} {batch}x{size}x{size} {c_in}->{c_out} {kernel}x{kernel}{how}");
+        let [height, width] = kernel;
+        let shape = format!("{model} {batch}x{size}x{size} {c_in}->{c_out} {height}x{width}{how}");
         let names = ["conv pack", "conv forward", "conv d input", "conv d weight"];
-        if !self.wants_any(&names, &shape) {
+        if !self.wants_any(&names[..if trained { 4 } else { 2 }], &shape) {
             return;
         }
         let dims = [batch, size, size, c_in];
-        let weight_dims = [c_out, c_in, kernel, kernel];
+        let weight_dims = [c_out, c_in, height, width];
         let shape_of_conv = ConvShape::new(dims, &weight_dims, scale).expect("sizes that fit");
         let conv = Plan::new(self.isa, shape_of_conv, math(self.args.precision));
         let (x, weight) = (normal(dims.iter().product()), normal(weight_dims.iter().product()));
@@ -304,7 +334,7 @@ impl Bench<'_> {
         let mut dx = x.clone();
         let packed = conv.pack(&weight, &mut Workspace::default());
         let (mut dweight, mut workspace) = (weight.clone(), Workspace::default());
-        let work = Work::Flops(2 * y.len() * c_in * kernel * kernel);
+        let work = Work::Flops(2 * y.len() * c_in * height * width);
         let epilogue = Epilogue { bias: Some(&bias), ..Epilogue::default() };
         // As in training, the memory is reused.
         self.measure("conv pack", &shape, Work::Bytes(8 * weight.len()), || {
@@ -312,6 +342,9 @@ impl Bench<'_> {
             workspace.unpack(black_box(packed));
         });
         self.measure("conv forward", &shape, work, || conv.forward(&x, &packed, epilogue, &mut y));
+        if !trained {
+            return;
+        }
         self.measure("conv d input", &shape, work, || {
             conv.input_gradient(&dy, &weight, &mut dx, false, &mut workspace);
         });

@@ -129,12 +129,11 @@ impl Conv2d {
 
     /// Returns the height and width of the output for an input of height `h` and width `w`.
     pub(crate) fn output_size(&self, [h, w]: [usize; 2]) -> [usize; 2] {
-        match self.scale {
-            Scale::Stride(stride) | Scale::StrideFromEdge(stride) => {
-                [h.div_ceil(stride), w.div_ceil(stride)]
-            }
-            Scale::Upsample => [2 * h, 2 * w],
-        }
+        let [height, width] = match *self.weight.dims() {
+            [_, _, height, width] => [height, width],
+            _ => [1, 1],
+        };
+        [self.scale.output(h, height), self.scale.output(w, width)]
     }
 }
 

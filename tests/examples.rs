@@ -1360,7 +1360,11 @@ fn wrong_arguments_are_reported_in_one_line() -> Result<()> {
         ("sample", &["--count", "0"], &["'0'", "whole number from 1 to 10000000"]),
         ("mnist", &["--judge", "9", "--out", &nothing], &["--judge needs --extractor KIND:FILE"]),
         ("mnist", &["--extractor", "digits:x", "--out", &nothing], &["need --judge N"]),
-        ("mnist", &["--extractor", "inception:x"], &["'inception:x'", "expected digits:FILE"]),
+        (
+            "mnist",
+            &["--extractor", "clip:x"],
+            &["'clip:x'", "expected digits:FILE, inception:FILE, "],
+        ),
         ("mnist", &["--judge", "1"], &["'1'", "expected 0, or a whole number from 2"]),
         (
             "mnist",

@@ -2,9 +2,10 @@
 //! prdc.
 //!
 //! The environment variable `DDPM_METRICS` names a further folder, whose folders were made by
-//! `tests/data/generate/metrics.py`.
+//! `tests/data/generate/metrics.py`. `DDPM_INCEPTION` names one whose folders were made by
+//! `tests/data/generate/inception.py`, with their weights.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -12,8 +13,8 @@ use std::path::{Path, PathBuf};
 use candle_core::{Device, Tensor};
 use ddpm::data::{Dataset, Images};
 use ddpm::eval::{
-    Balance, Classes, Extractor, ExtractorIdentity, Features, Gaussian, KernelDistance, Nearest,
-    Prdc, SlicedDistance, Statistics, extract, inception_score, kernel_mmd2,
+    Balance, Classes, Extractor, ExtractorIdentity, Features, Gaussian, Inception, KernelDistance,
+    Nearest, Prdc, Resizing, SlicedDistance, Statistics, extract, inception_score, kernel_mmd2,
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -590,4 +591,184 @@ fn an_extractor_sees_all_images_in_batches() {
         message(Features::extracted(&Bytes { size: 3 }, &images, 9)).contains("has shape [9, 2]")
     );
     assert!(message(Features::extracted(&extractor, &images, 0)).contains("batch is 0"));
+}
+
+/// The features and logits that pytorch-fid and torch-fidelity compute with Inception.
+struct OfInception {
+    results: HashMap<String, Tensor>,
+    /// Names and shapes.
+    weights: Vec<(String, Vec<usize>)>,
+    /// The name of each set of images, and its number of images, channels, height and width.
+    images: BTreeMap<String, [usize; 4]>,
+    /// The file of the weights, if they are not made by the formula.
+    file: Option<PathBuf>,
+}
+
+impl OfInception {
+    /// The case of this repository.
+    fn own() -> Self {
+        Self::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/inception"))
+    }
+
+    fn all() -> Vec<Self> {
+        let mut cases = vec![Self::own()];
+        if let Some(folder) = std::env::var_os("DDPM_INCEPTION") {
+            for entry in fs::read_dir(folder).expect("a folder of cases") {
+                cases.push(Self::open(&entry.expect("an entry").path()));
+            }
+            assert!(cases.len() > 1, "DDPM_INCEPTION has no cases");
+        }
+        cases
+    }
+
+    fn open(dir: &Path) -> Self {
+        let file = fs::read(dir.join("inception.safetensors")).expect("inception.safetensors");
+        let (_, metadata) = SafeTensors::read_metadata(&file).unwrap();
+        let metadata = metadata.metadata().clone().unwrap();
+        let weights = dir.join("weights.safetensors");
+        Self {
+            results: candle_core::safetensors::load_buffer(&file, &Device::Cpu).unwrap(),
+            weights: serde_json::from_str(&metadata["weights"]).unwrap(),
+            images: serde_json::from_str(&metadata["images"]).unwrap(),
+            file: weights.exists().then_some(weights),
+        }
+    }
+
+    /// The weights that the generator makes, by its formula.
+    fn made(&self) -> HashMap<String, Tensor> {
+        let made = |(stream, (name, shape)): (usize, &(String, Vec<usize>))| {
+            let unit = |i: usize| (hashed(stream, i) >> 8) as f32 / (1 << 24) as f32;
+            let (len, fan_in) =
+                (shape.iter().product(), shape[1..].iter().product::<usize>() as f64);
+            let bound = if shape.len() > 1 { (6.0 / fan_in).sqrt() } else { 0.2 } as f32;
+            let positive = name.ends_with("running_var") || name.ends_with("bn.weight");
+            let value = |i| match positive {
+                true => unit(i) + 0.5,
+                false => (unit(i) * 2.0 - 1.0) * bound,
+            };
+            let values: Vec<f32> = (0..len).map(value).collect();
+            (name.clone(), Tensor::from_vec(values, &shape[..], &Device::Cpu).unwrap())
+        };
+        self.weights.iter().enumerate().map(made).collect()
+    }
+
+    /// The network with the weights of the case.
+    fn network(&self) -> Inception {
+        match &self.file {
+            Some(file) => Inception::load(file).unwrap(),
+            None => loaded(&self.made()).unwrap(),
+        }
+    }
+
+    /// The images of a set.
+    fn images(&self, name: &str) -> Images {
+        let stream = 1000 + ["colour", "full", "grey"].iter().position(|n| *n == name).unwrap();
+        let [count, channels, h, w] = self.images[name];
+        let byte = |i: usize| {
+            let (channel, number) = (i / (w * h) % channels, i / (w * h * channels));
+            let wave = i % w * (3 + channel) + i / w % h * (5 + number) + 40 * channel;
+            let up = wave / 128 % 2 == 0;
+            let wave = if up { wave % 128 } else { 127 - wave % 128 };
+            wave as u8 + (hashed(stream, i) >> 25) as u8
+        };
+        Images::new((0..count * channels * h * w).map(byte).collect(), (channels, h, w)).unwrap()
+    }
+}
+
+/// 32 random bits for number `i` of a stream.
+fn hashed(stream: usize, i: usize) -> u32 {
+    let start = (stream as u32).wrapping_mul(0x85eb_ca6b);
+    let mut x = (i as u32).wrapping_mul(0x9e37_79b9).wrapping_add(start);
+    for factor in [0x7feb_352d, 0x846c_a68b] {
+        x = (x ^ (x >> 16)).wrapping_mul(factor);
+    }
+    x ^ (x >> 16)
+}
+
+/// Writes weights to a file, and loads them as Inception.
+fn loaded(weights: &HashMap<String, Tensor>) -> ddpm::Result<Inception> {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("inception.safetensors");
+    candle_core::safetensors::save(weights, &path).unwrap();
+    Inception::load(path)
+}
+
+/// The largest error, relative to the largest value.
+fn relative_error(found: &[f32], expected: &Tensor) -> f32 {
+    let expected: Vec<f32> = expected.flatten_all().unwrap().to_vec1().unwrap();
+    assert_eq!(found.len(), expected.len());
+    let error = found.iter().zip(&expected).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
+    error / expected.iter().map(|y| y.abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn inception_computes_the_features_and_logits_of_pytorch_fid_and_torch_fidelity() {
+    for case in OfInception::all() {
+        let mut network = case.network();
+        for (program, resizing) in
+            [("pytorch_fid", Resizing::PytorchFid), ("tensorflow_1", Resizing::TensorFlow1)]
+        {
+            network = network.with_resizing(resizing);
+            for name in case.images.keys() {
+                let found = network.extract(&case.images(name)).unwrap();
+                assert_eq!(found.classes(), Some(Classes::Logits(1008)));
+                let expected = |what: &str| &case.results[&format!("{name}.{program}.{what}")];
+                for (what, found) in [("features", found.values()), ("logits", found.scores())] {
+                    let error = relative_error(found, expected(what));
+                    assert!(error < 1e-4, "{name}, {program}, {what}: {error}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_features_of_inception_depend_on_the_image_alone() {
+    let case = OfInception::own();
+    let network = case.network();
+    let images = case.images("colour");
+    let together = network.extract(&images).unwrap();
+    let second = images.get(1).unwrap();
+    // More images than are computed at once, on one thread.
+    let many = Images::new(second.repeat(17), (3, 32, 32)).unwrap();
+    let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    let many = one.install(|| network.extract(&many)).unwrap();
+    assert_eq!(many.count(), 17);
+    for i in [0, 15, 16] {
+        assert_eq!(many.get(i), together.get(1));
+    }
+    assert_ne!(together.get(0), together.get(1));
+
+    // A grey image is a colour image with equal channels, and an RGB image is not the same as BGR.
+    let grey = Images::new(second[..1024].to_vec(), (1, 32, 32)).unwrap();
+    let same = Images::new(second[..1024].repeat(3), (3, 32, 32)).unwrap();
+    assert_eq!(network.extract(&grey).unwrap().values(), network.extract(&same).unwrap().values());
+    let two = Images::new(vec![0; 8], (2, 2, 2)).unwrap();
+    let message = network.extract(&two).unwrap_err().to_string();
+    assert_eq!(message, "channels of the images is 2; it must be 1 (grey) or 3 (RGB)");
+    assert_eq!(network.extract(&Images::new(vec![], (3, 5, 5)).unwrap()).unwrap().count(), 0);
+
+    let identity = network.identity();
+    assert_eq!(identity.weights_sha256.map(|sum| sum.len()), Some(64));
+    let other = network.with_resizing(Resizing::TensorFlow1).identity();
+    assert_ne!(other.resizing, identity.resizing);
+}
+
+#[test]
+fn weights_of_other_networks_are_not_inception() {
+    let mut weights = OfInception::own().made();
+    let message = |weights: &HashMap<String, Tensor>| loaded(weights).unwrap_err().to_string();
+    let small = Tensor::zeros(3, candle_core::DType::F32, &Device::Cpu).unwrap();
+    weights.insert("AuxLogits.fc.bias".into(), small.clone());
+    assert!(message(&weights).contains("AuxLogits.fc.bias"));
+    weights.remove("AuxLogits.fc.bias");
+    // The number of batches that a normalisation has seen is not needed.
+    let batches = Tensor::zeros((), candle_core::DType::I64, &Device::Cpu).unwrap();
+    weights.insert("Mixed_7c.branch1x1.bn.num_batches_tracked".into(), batches);
+    let bias = weights.insert("Mixed_7c.branch1x1.bn.bias".into(), small);
+    assert!(message(&weights).contains("[3]"));
+    weights.remove("Mixed_7c.branch1x1.bn.bias");
+    assert!(message(&weights).contains("Mixed_7c.branch1x1.bn.bias"));
+    weights.insert("Mixed_7c.branch1x1.bn.bias".into(), bias.unwrap());
+    loaded(&weights).unwrap();
 }

@@ -9,6 +9,7 @@
 pub(crate) mod accelerator;
 mod cpu;
 mod cuda;
+pub(crate) mod inference;
 pub(crate) mod maps;
 mod ops;
 mod reference;

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::datasets::{self, DataSet};
 use super::result::Result;
 use crate::data::Split;
-use crate::eval::{CifarClassifier, DigitClassifier, Extractor};
+use crate::eval::{CifarClassifier, DigitClassifier, Extractor, Inception, Resizing};
 
 /// The extractor of a program, as `KIND:FILE`, such as `digits:out/mnist-fd/classifier.safetensors`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -59,6 +59,10 @@ macro_rules! names_of {
     };
 }
 
+/// The names of Inception's figures, as papers have them. The resizing is a part of the extractor's identity.
+const INCEPTION: Names =
+    Names { frechet: "FID", kernel: "KID", sliced: "MIND", score: "Inception Score" };
+
 /// All kinds of extractors.
 static EXTRACTORS: &[ExtractorKind] = &[
     ExtractorKind {
@@ -72,6 +76,18 @@ static EXTRACTORS: &[ExtractorKind] = &[
         names: names_of!("CIFAR-10"),
         shape: Some(CifarClassifier::SHAPE),
         open: |file, device| Ok(Box::new(CifarClassifier::load(file, device)?)),
+    },
+    ExtractorKind {
+        name: "inception",
+        names: INCEPTION,
+        shape: None,
+        open: |file, _| Ok(Box::new(Inception::load(file)?)),
+    },
+    ExtractorKind {
+        name: "inception-tf1",
+        names: INCEPTION,
+        shape: None,
+        open: |file, _| Ok(Box::new(Inception::load(file)?.with_resizing(Resizing::TensorFlow1))),
     },
 ];
 

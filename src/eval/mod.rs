@@ -1,7 +1,8 @@
 //! Evaluation: many images from a sampler, features of images, metrics that compare sets of images by their features,
 //! and the bits per dimension of images.
 //!
-//! An [`Extractor`] computes [`Features`], which all metrics share. The chapter on
+//! An [`Extractor`] computes [`Features`], which all metrics share: [`Inception`] those of published figures. The
+//! chapter on
 //! [evaluation](crate::docs::evaluation) has the source of each metric, and the number of images that it needs.
 //!
 //! | metric | item |
@@ -42,6 +43,7 @@ mod features;
 mod frechet;
 mod generator;
 mod inception;
+mod inception_score;
 mod kernel;
 mod likelihood;
 mod manifold;
@@ -62,7 +64,8 @@ pub use extractor::{Extractor, ExtractorIdentity, extract};
 pub use features::{Classes, Features};
 pub use frechet::Gaussian;
 pub use generator::{Drawn, Generator, bytes};
-pub use inception::inception_score;
+pub use inception::{Inception, Resizing};
+pub use inception_score::inception_score;
 pub use kernel::{KernelDistance, kernel_mmd2};
 pub use likelihood::{
     Bound, Evaluated, Integrator, Likelihood, ProbabilityFlow, Term, Trace, VariationalBound,

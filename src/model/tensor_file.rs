@@ -42,7 +42,8 @@ pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
 }
 
 /// Reads the tensors from the content of a safetensors file. The content must be complete, and all tensors must be
-/// floating-point tensors with values that are finite, also in `dtype`. The tensors keep the dtypes of the file.
+/// floating-point tensors with values that are finite, also in `dtype`. The tensors keep the dtypes of the file. The number
+/// of batches that a batch normalisation has seen is left out.
 pub(crate) fn tensors_of(
     path: &Path,
     bytes: &[u8],
@@ -52,6 +53,10 @@ pub(crate) fn tensors_of(
     let file = SafeTensors::deserialize(bytes).map_err(|e| not_safetensors(path, bytes, e))?;
     let mut tensors = BTreeMap::new();
     for (name, view) in file.iter() {
+        // PyTorch's batch normalisations count training batches in an integer, which no network here needs.
+        if name.ends_with(".num_batches_tracked") {
+            continue;
+        }
         let damaged = |reason: String| Error::damaged(path, format!("{} {reason}", in_short(name)));
         if !matches!(view.dtype(), Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64) {
             let expected = "it must be F16, BF16, F32 or F64";

@@ -129,7 +129,7 @@ impl Maps for Cpu<'_> {
             let epilogue = Epilogue {
                 bias: Some(bias),
                 add: add.map(|values| values.map(|values| &**values)),
-                accumulate: false,
+                ..Epilogue::default()
             };
             if conv.weight.track_op() {
                 let mut workspace = self.workspace.borrow_mut();

@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor, TensorId};
 
 use super::ops::{Maps, Norm};
 use super::pool::Pool;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::cuda::{
     self, Added, Attention, Convolution, Element, Gpu, LinearLayer, Memory, NormStatistics,
 };
@@ -37,7 +37,13 @@ impl<'p> Cuda<'p> {
     }
 
     fn convolution(&self, conv: &Conv2d, x: [usize; 4]) -> Result<Convolution> {
-        Ok(Convolution::new(self.precision, ConvShape::new(x, conv.weight.dims(), conv.scale)?))
+        let shape = ConvShape::new(x, conv.weight.dims(), conv.scale)?;
+        let [height, width] = shape.kernel;
+        if height != width {
+            let found = format!("{height} x {width}");
+            return Err(Error::config("kernel", found, "square on a CUDA device"));
+        }
+        Ok(Convolution::new(self.precision, shape))
     }
 
     fn packed(&self, convolution: &Convolution, weight: &Tensor) -> Result<Rc<Memory>> {

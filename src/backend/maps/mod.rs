@@ -10,5 +10,5 @@ mod precision;
 
 pub(crate) use dispatch::{Pass, Place, can_capture, dispatch, has_kernels};
 pub(crate) use ops::{Maps, Norm};
-pub(crate) use pool::Pool;
+pub(crate) use pool::{Buffer, Pool};
 pub(crate) use precision::check_precision;

@@ -13,6 +13,7 @@ pub(crate) mod memory;
 pub(crate) mod muon;
 pub(crate) mod norm;
 pub(crate) mod pixels;
+pub(crate) mod pool;
 pub(crate) mod reduce;
 pub(crate) mod simd;
 #[cfg(test)]

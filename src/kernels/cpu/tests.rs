@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use super::attention::Attention;
 use super::bf16::unit::Unit;
-use super::conv::algorithm::{Math, Workspace};
+use super::conv::algorithm::{Math, Packed, Workspace};
 use super::conv::epilogue::Epilogue;
 use super::conv::plan::Plan;
 use super::isa::Isa;
@@ -12,12 +12,15 @@ use super::linear::{linear_forward, linear_input_gradient, linear_weight_gradien
 use super::maps::{concatenate, repeat_pixels, scale_maps, split, sum_pixels};
 use super::norm::modulated::Modulated;
 use super::norm::{Normalization, RUN};
+use super::pool::pool;
 use super::reduce::{sum_over_batch, sums_by_image};
 use crate::kernels::op::attention::AttentionShape;
 use crate::kernels::op::conv::{Addends, ConvShape};
+use crate::kernels::op::place::Place;
+use crate::kernels::op::pool::Pooling;
 use crate::kernels::suite::{
     AttentionCase, ConvArithmetic, ConvCase, Found, LinearCase, MapsCase, ModulatedCase, NormCase,
-    PixelsCase, Subject,
+    PixelsCase, PoolCase, Subject,
 };
 use crate::kernels::tests::{BF16, F32, Products};
 
@@ -57,6 +60,7 @@ fn convolve(plan: Plan, case: &ConvCase) -> Found {
         bias: added[0].as_deref(),
         add: Addends { per_image: added[1].as_deref(), residual: added[2].as_deref() },
         accumulate: case.before.is_some(),
+        ..Epilogue::default()
     };
     let before = case.before.as_ref();
     let [mut y, mut dx] = [0, 1].map(|i| match before {
@@ -67,6 +71,9 @@ fn convolve(plan: Plan, case: &ConvCase) -> Found {
     let mut workspace = Workspace::dirty(case.shape.c_in * case.shape.c_out * 20);
     let packed = plan.pack(&weights, &mut workspace);
     plan.forward(&xs, &packed, epilogue, &mut y);
+    if case.residual.is_none() {
+        rectified_in_place(plan, case, &packed, epilogue, &y);
+    }
     workspace.unpack(packed);
     plan.input_gradient(&dys, &weights, &mut dx, before.is_some(), &mut workspace);
     let mut dweight = room(weights.len());
@@ -83,6 +90,34 @@ fn convolve(plan: Plan, case: &ConvCase) -> Found {
         ("dbias", tensor(dbias, &[channels])),
         ("by_image", tensor(by_image, &[batch, channels])),
     ]
+}
+
+/// Tests that a convolution with a ReLU writes the positive values of `y`, exactly, to some channels of a wider map.
+fn rectified_in_place(
+    plan: Plan,
+    case: &ConvCase,
+    packed: &Packed,
+    epilogue: Epilogue<'_>,
+    y: &[f32],
+) {
+    let channels = case.shape.c_out;
+    let place = Place { first: 3, of: channels + 5 };
+    let mut wide = vec![-7.0; y.len() / channels * place.of];
+    if let Some([before, _]) = &case.before {
+        let before = values(before);
+        let pixels = wide.chunks_exact_mut(place.of).zip(before.chunks_exact(channels));
+        pixels.for_each(|(to, pixel)| to[place.first..][..channels].copy_from_slice(pixel));
+    }
+    let epilogue = Epilogue { relu: true, place: Some(place), ..epilogue };
+    plan.forward(&values(&case.x), packed, epilogue, &mut wide);
+    for (pixel, y) in wide.chunks_exact(place.of).zip(y.chunks_exact(channels)) {
+        let (left, pixel) = pixel.split_at(place.first);
+        let (pixel, right) = pixel.split_at(channels);
+        assert!(left.iter().chain(right).all(|&value| value == -7.0));
+        for (found, y) in pixel.iter().zip(y) {
+            assert_eq!(*found, y.max(0.0), "{:?}", case.shape);
+        }
+    }
 }
 
 /// The kernels of all operations, in f32.
@@ -182,6 +217,23 @@ impl Subject for Kernels {
             ("repeated", tensor(repeated, &[batch, 2 * h, 2 * w, c])),
             ("summed", tensor(summed, &[batch, h / 2, w / 2, c])),
         ])
+    }
+
+    fn pooling(&self, PoolCase { shape, x }: &PoolCase) -> Result<Found> {
+        let dims = shape.output();
+        let (x, place) = (values(x), Place { first: 2, of: shape.channels + 3 });
+        let found = |pooling| {
+            let mut wide = room(dims[..3].iter().product::<usize>() * place.of);
+            pool(self.0, pooling, shape, &x, place, &mut wide);
+            let own = place.first..place.first + shape.channels;
+            let pixels = wide.chunks_exact(place.of);
+            assert!(pixels.clone().all(|pixel| {
+                let others = pixel.iter().enumerate().filter(|(c, _)| !own.contains(c));
+                others.into_iter().all(|(_, value)| value.is_nan())
+            }));
+            tensor(pixels.flat_map(|pixel| pixel[own.clone()].to_vec()).collect(), &dims)
+        };
+        Ok(vec![("max", found(Pooling::Max)), ("average", found(Pooling::Average))])
     }
 
     fn maps_of(&self, MapsCase { a, b, mask }: &MapsCase) -> Result<Found> {

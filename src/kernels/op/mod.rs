@@ -10,3 +10,5 @@ pub(crate) mod counters;
 pub(crate) mod loss;
 pub(crate) mod muon;
 pub(crate) mod norm;
+pub(crate) mod place;
+pub(crate) mod pool;

@@ -3,26 +3,30 @@ use candle_core::{Result, Tensor};
 use super::pixels::upsample_nearest_2x;
 use crate::kernels::op::conv::Scale;
 
-/// Computes the convolution of `x` (batch, height, width, in) with `weight` (out, in, k, k), or (out, in) for k = 1,
-/// and `bias` (out), as one product of all patches.
+/// Computes the convolution of `x` (batch, height, width, in) with `weight` (out, in, kernel height, kernel width), or
+/// (out, in) for a kernel of one value, and `bias` (out), as one product of all patches.
 ///
 /// This replaces candle's `conv2d`, whose gradient is a naive loop, and has a wrong shape at stride 2 for
 /// maps that are not square.
 pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, scale: Scale) -> Result<Tensor> {
-    let (x, stride) = match scale {
-        Scale::Stride(stride) | Scale::StrideFromEdge(stride) => (x, stride),
-        Scale::Upsample => (&upsample_nearest_2x(x)?, 1),
-    };
     let (b, h, w, _) = x.dims4()?;
+    let stride = scale.stride();
+    let x = if scale == Scale::Upsample { &upsample_nearest_2x(x)? } else { x };
     let weight = match weight.dims() {
         &[c_out, c_in] => &weight.reshape((c_out, c_in, 1, 1))?,
         _ => weight,
     };
-    let (c_out, c_in, kernel, _) = weight.dims4()?;
-    let (h_out, w_out) = (h.div_ceil(stride), w.div_ceil(stride));
-    let pad = if matches!(scale, Scale::StrideFromEdge(_)) { 0 } else { kernel / 2 };
-    let rest = kernel - 1 - pad;
-    let padded = x.pad_with_zeros(1, pad, rest)?.pad_with_zeros(2, pad, rest)?;
+    let (c_out, c_in, height, width) = weight.dims4()?;
+    let (h_out, w_out) = (scale.output(h, height), scale.output(w, width));
+    let padded = |x: &Tensor, dim: usize, kernel: usize| {
+        let (before, after) = match scale {
+            Scale::Stride(_) | Scale::Upsample => (kernel / 2, kernel / 2),
+            Scale::StrideFromEdge(_) => (0, kernel - 1),
+            Scale::StrideWithin(_) => (0, 0),
+        };
+        x.pad_with_zeros(dim, before, after)
+    };
+    let padded = padded(&padded(x, 1, height)?, 2, width)?;
     // Every `stride`-th row or column from `offset` on.
     let pick = |x: &Tensor, dim: usize, offset: usize, count: usize| {
         if stride == 1 {
@@ -31,14 +35,15 @@ pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, scale: Scale) -
         let places: Vec<u32> = (0..count).map(|i| (i * stride + offset) as u32).collect();
         x.index_select(&Tensor::new(places, x.device())?, dim)
     };
-    let mut patches = Vec::with_capacity(kernel * kernel);
-    for ky in 0..kernel {
+    let taps = height * width;
+    let mut patches = Vec::with_capacity(taps);
+    for ky in 0..height {
         let rows = pick(&padded, 1, ky, h_out)?;
-        for kx in 0..kernel {
+        for kx in 0..width {
             patches.push(pick(&rows, 2, kx, w_out)?);
         }
     }
-    let patches = Tensor::cat(&patches, 3)?.reshape((b * h_out * w_out, kernel * kernel * c_in))?;
-    let weight = weight.permute((2, 3, 1, 0))?.reshape((kernel * kernel * c_in, c_out))?;
+    let patches = Tensor::cat(&patches, 3)?.reshape((b * h_out * w_out, taps * c_in))?;
+    let weight = weight.permute((2, 3, 1, 0))?.reshape((taps * c_in, c_out))?;
     patches.matmul(&weight)?.broadcast_add(bias)?.reshape((b, h_out, w_out, c_out))
 }

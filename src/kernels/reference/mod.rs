@@ -7,3 +7,5 @@ pub(crate) mod layout;
 pub(crate) mod linear;
 pub(crate) mod norm;
 pub(crate) mod pixels;
+#[cfg(test)]
+pub(crate) mod pool;

@@ -3,7 +3,8 @@
 //! inputs.
 //!
 //! A [`Subject`] is an implementation of the operations. [`subjects`] lists all of them, so a new device needs
-//! one more line there. The error bounds follow from the inputs, as derived in [`tests`](super::tests). Each operation has a file with its cases.
+//! one more line there. The error bounds follow from the inputs, as derived in [`tests`](super::tests).
+//! Each operation has a file with its cases.
 
 mod attention;
 mod conv;
@@ -11,6 +12,7 @@ mod linear;
 mod maps;
 mod modulated;
 mod norm;
+mod pool;
 
 use candle_core::{DType, Result, Tensor};
 
@@ -20,6 +22,7 @@ pub(crate) use linear::LinearCase;
 pub(crate) use maps::{MapsCase, PixelsCase};
 pub(crate) use modulated::ModulatedCase;
 pub(crate) use norm::NormCase;
+pub(crate) use pool::PoolCase;
 
 use super::op::conv::ConvShape;
 use super::tests::{Products, check};
@@ -85,6 +88,11 @@ pub(crate) trait Subject {
 
     /// `repeated` and `summed`: each pixel four times, and the sums of two by two pixels, times the factor.
     fn pixels(&self, _: &PixelsCase) -> Result<Found> {
+        Ok(Found::new())
+    }
+
+    /// `max` and `average`, the poolings.
+    fn pooling(&self, _: &PoolCase) -> Result<Found> {
         Ok(Found::new())
     }
 

@@ -22,7 +22,7 @@ impl Math {
 
 /// An algorithm for convolutions of one shape, in one instruction set.
 pub(super) trait Algorithm {
-    /// Packs the weights (out, in, k, k) for [`forward`](Self::forward), in memory of `workspace`.
+    /// Packs the weights (out, in, height, width) for [`forward`](Self::forward), in memory of `workspace`.
     fn pack(&self, weight: &[f32], workspace: &mut Workspace) -> Packed;
 
     /// Writes `y` from `x`.
@@ -38,7 +38,7 @@ pub(super) trait Algorithm {
         workspace: &mut Workspace,
     );
 
-    /// Writes the gradient of the weights, (out, in, k, k).
+    /// Writes the gradient of the weights, (out, in, height, width).
     fn weight_gradient(
         &self,
         x: &[f32],

@@ -1,8 +1,9 @@
-//! The values that are added to the output of a convolution.
+//! The last steps of a convolution: the values that are added to its output, the ReLU, and the place of the output.
 
 use crate::kernels::op::conv::Addends;
+use crate::kernels::op::place::Place;
 
-/// The values that are added to the products.
+/// The values that are added to the products, and the steps after that.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Epilogue<'a> {
     /// Values added to each pixel: (channels).
@@ -11,9 +12,19 @@ pub(crate) struct Epilogue<'a> {
     pub add: Addends<Option<&'a [f32]>>,
     /// Whether the output is added to the present values.
     pub accumulate: bool,
+    /// Whether negative values of the output become 0 (ReLU), after all additions.
+    pub relu: bool,
+    /// The channels of a wider map to which the output is written. Without a place, the output is the whole map. With a
+    /// place, there is no residual.
+    pub place: Option<Place>,
 }
 
 impl Epilogue<'_> {
+    /// The place of an output of `channels` channels.
+    pub(crate) fn place(&self, channels: usize) -> Place {
+        self.place.unwrap_or(Place::whole(channels))
+    }
+
     /// Writes the sum of the values that are added to each pixel of an image.
     pub(crate) fn shift(&self, image: usize, shift: &mut [f32]) {
         let channels = shift.len();
@@ -24,6 +35,19 @@ impl Epilogue<'_> {
         if let Some(values) = self.add.per_image {
             let values = &values[image * channels..][..channels];
             shift.iter_mut().zip(values).for_each(|(shift, value)| *shift += value);
+        }
+    }
+
+    /// Applies the ReLU, if there is one, to some pixels of a map, in the place of an output of `channels` channels.
+    pub(crate) fn rectify(&self, pixels: &mut [f32], channels: usize) {
+        let Place { first, of } = self.place(channels);
+        if self.relu {
+            for pixel in pixels.chunks_exact_mut(of) {
+                // Keeps NaN, which `f32::max` would replace.
+                pixel[first..][..channels]
+                    .iter_mut()
+                    .for_each(|y| *y = if *y < 0.0 { 0.0 } else { *y });
+            }
         }
     }
 }

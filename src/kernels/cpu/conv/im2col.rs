@@ -1,7 +1,9 @@
 //! Convolutions of any kernel and stride as products of patches (im2col).
 //!
-//! The patches of a few rows of an image, which fit in the cache, are multiplied by the weights at a time.
-//! The backward pass lays out the patches again.
+//! The patches of a few rows of an image, which fit in the cache, are multiplied by the weights at a time. The patch of a
+//! pixel consists of parts of a few lines, and overlaps that of the next pixel. If lines are long enough, the product
+//! reads patches where they are. Only the zeros around the image need a copy of its lines. Otherwise patches are laid
+//! out, and always in the backward pass.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -11,14 +13,18 @@ use rayon::prelude::*;
 use super::algorithm::{Algorithm, Packed, Workspace};
 use super::epilogue::Epilogue;
 use crate::kernels::cpu::gemm::pack::{Mat, Panels, pack};
-use crate::kernels::cpu::gemm::{gemm, gemm_packed};
+use crate::kernels::cpu::gemm::{Patches, gemm, gemm_packed, gemm_patches};
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::memory::sized;
 use crate::kernels::cpu::reduce::PARTS;
-use crate::kernels::op::conv::{ConvShape, Scale};
+use crate::kernels::op::conv::ConvShape;
+use crate::kernels::op::place::Place;
 
 /// Approximate number of pixels whose patches are laid out at a time.
 const CHUNK_PIXELS: usize = 192;
+
+/// Pixels of a line from which products read patches in place: half of a tile of the widest instruction set.
+const MIN_LINE: usize = 8;
 
 thread_local! {
     /// Patches, reused from call to call. Nothing may wait for other threads while they are borrowed: this
@@ -44,7 +50,7 @@ impl Im2col {
         (0..end).step_by(rows).map(move |first| first..(first + rows).min(end))
     }
 
-    /// Packs the weights (out, in, k, k) for products with patches: one row per value of a patch, one
+    /// Packs the weights (out, in, height, width) for products with patches: one row per value of a patch, one
     /// column per output channel.
     fn pack_patches(&self, weight: &[f32], memory: &mut Vec<f32>) {
         let (patch, c_out) = (self.shape.patch(), self.shape.c_out);
@@ -57,7 +63,7 @@ impl Im2col {
         pack(weight, (c_out, patch), |o| o * patch, |k| self.tap(k), memory);
     }
 
-    /// Returns the position, in the weights (in, k, k) of an output channel, of the weight of a value of a
+    /// Returns the position, in the weights (in, height, width) of an output channel, of the weight of a value of a
     /// patch.
     fn tap(&self, value: usize) -> usize {
         let (tap, channel) = (value / self.shape.c_in, value % self.shape.c_in);
@@ -68,25 +74,23 @@ impl Im2col {
     /// in the patches of the row, a position in the image, and a length.
     fn spans(&self, oy: usize) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
         let g = self.shape;
-        let ([h, w], pad, patch) = (g.map(), g.padding(), g.patch());
+        let ([h, w], [above, before], patch) = (g.map(), g.padding(), g.patch());
+        let [height, width] = g.kernel;
         (0..g.w_out).flat_map(move |ox| {
-            let left = (ox * g.stride()) as isize - pad as isize;
+            let left = (ox * g.stride()) as isize - before as isize;
             let skip = (-left).max(0) as usize;
             let first = (left + skip as isize) as usize;
-            let last = (left + g.kernel as isize).min(w as isize) as usize;
-            (0..g.kernel)
+            let last = (left + width as isize).min(w as isize) as usize;
+            (0..height)
                 .filter_map(move |ky| {
-                    let y = (oy * g.stride() + ky).checked_sub(pad).filter(|&y| y < h)?;
-                    Some((ox * patch + (ky * g.kernel + skip) * g.c_in, y))
+                    let y = (oy * g.stride() + ky).checked_sub(above).filter(|&y| y < h)?;
+                    Some((ox * patch + (ky * width + skip) * g.c_in, y))
                 })
                 .flat_map(move |(place, y)| {
                     // Neighbours in the patch are neighbours in the image, unless it is upsampled.
                     let step = if g.upsamples() { 1 } else { last - first };
                     (first..last).step_by(step).map(move |x| {
-                        let pixel = match g.scale {
-                            Scale::Stride(_) | Scale::StrideFromEdge(_) => y * w + x,
-                            Scale::Upsample => y / 2 * (w / 2) + x / 2,
-                        };
+                        let pixel = if g.upsamples() { y / 2 * (w / 2) + x / 2 } else { y * w + x };
                         (place + (x - first) * g.c_in, pixel * g.c_in, step * g.c_in)
                     })
                 })
@@ -103,7 +107,9 @@ impl Im2col {
         }
         PATCHES.with_borrow_mut(|patches| {
             let patches = sized(patches, pixels * patch);
-            patches.fill(0.0);
+            if !self.shape.stays_within() {
+                patches.fill(0.0);
+            }
             for (row, oy) in patches.chunks_mut(w_out * patch).zip(rows) {
                 for (place, image, len) in self.spans(oy) {
                     row[place..][..len].copy_from_slice(&x[image..][..len]);
@@ -111,6 +117,40 @@ impl Im2col {
             }
             f(Mat::new(patches, pixels, patch));
         });
+    }
+
+    /// Calls `f` with the rows of an image under the kernel at these output rows, and the zeros around them, and with
+    /// the distance from one row to the next.
+    fn with_lines(&self, x: &[f32], rows: Range<usize>, f: impl FnOnce(&[f32], usize)) {
+        let (g, [above, before]) = (self.shape, self.shape.padding());
+        let (first, row) = (rows.start * g.stride(), g.w * g.c_in);
+        if g.stays_within() {
+            return f(&x[first * row..], row);
+        }
+        let under = |count: usize, kernel: usize| (count - 1) * g.stride() + kernel;
+        let [lines, columns] = [under(rows.len(), g.kernel[0]), under(g.w_out, g.kernel[1])];
+        let (line, left) = (columns * g.c_in, before * g.c_in);
+        let inside = left..left + row.min(line - left);
+        PATCHES.with_borrow_mut(|memory| {
+            let memory = sized(memory, lines * line);
+            for (y, to) in (first..).zip(memory.chunks_exact_mut(line)) {
+                let Some(y) = y.checked_sub(above).filter(|&y| y < g.h) else {
+                    to.fill(0.0);
+                    continue;
+                };
+                to[..left].fill(0.0);
+                to[inside.clone()].copy_from_slice(&x[y * row..][..inside.len()]);
+                to[inside.end..].fill(0.0);
+            }
+            f(memory, line);
+        });
+    }
+
+    /// Returns whether products read patches in place. Each line of the output is then a product of its own, which
+    /// needs enough pixels to fill tiles.
+    fn reads_in_place(&self) -> bool {
+        let shape = self.shape;
+        !shape.is_pointwise() && !shape.upsamples() && shape.w_out >= MIN_LINE
     }
 
     /// Adds the contribution of these output rows of `dy` to the gradient of an image. The weights are
@@ -151,8 +191,9 @@ impl Algorithm for Im2col {
 
     fn forward(&self, x: &[f32], weight: &Packed, epilogue: Epilogue<'_>, y: &mut [f32]) {
         let ConvShape { batch, h_out, w_out, c_out, .. } = self.shape;
+        let Place { first, of } = epilogue.place(c_out);
         let weight = Panels::new(weight.f32(), self.shape.patch(), c_out);
-        let (line, y_len) = (w_out * c_out, self.shape.output_len());
+        let (line, y_len) = (w_out * of, h_out * w_out * of);
         // Small batches leave work for every thread.
         let share = (batch * h_out).div_ceil(rayon::current_num_threads());
         let chunk_rows = self.chunk_rows().min(share);
@@ -164,7 +205,8 @@ impl Algorithm for Im2col {
             let chunks = y.par_chunks_mut(chunk_rows * line).enumerate();
             chunks.for_each(|(i, y)| {
                 let rows = i * chunk_rows..i * chunk_rows + y.len() / line;
-                for pixel in y.chunks_mut(c_out) {
+                for pixel in y.chunks_mut(of) {
+                    let pixel = &mut pixel[first..][..c_out];
                     if epilogue.accumulate {
                         pixel.iter_mut().zip(&shift).for_each(|(y, shift)| *y += shift);
                     } else {
@@ -175,9 +217,26 @@ impl Algorithm for Im2col {
                     let residual = &residual[rows.start * line..];
                     y.iter_mut().zip(residual).for_each(|(y, residual)| *y += residual);
                 }
-                self.with_patches(x, rows, |patches| {
-                    gemm_packed(self.isa, (y, c_out), patches, weight, true);
-                });
+                let to = (&mut y[first..], of);
+                if self.reads_in_place() {
+                    let (lines, stride) = (rows.len(), self.shape.stride());
+                    self.with_lines(x, rows, |data, line| {
+                        let patches = Patches {
+                            data,
+                            line: stride * line,
+                            pixels: w_out,
+                            pixel: stride * self.shape.c_in,
+                            run: self.shape.kernel[1] * self.shape.c_in,
+                            jump: line,
+                        };
+                        gemm_patches(self.isa, to, lines, patches, weight);
+                    });
+                } else {
+                    self.with_patches(x, rows, |patches| {
+                        gemm_packed(self.isa, to, patches, weight, true);
+                    });
+                }
+                epilogue.rectify(y, c_out);
             });
         });
     }
@@ -229,7 +288,7 @@ impl Algorithm for Im2col {
                 }
             }
         });
-        // Each output channel, from (k, k, in) to (in, k, k).
+        // Each output channel, from (height, width, in) to (in, height, width).
         dweight.par_chunks_mut(patch).enumerate().for_each(|(o, dweight)| {
             dweight.fill(0.0);
             for sums in sums.chunks(part_len) {

@@ -70,7 +70,7 @@ impl Plan {
         self.shape.output()
     }
 
-    /// Packs the weights (out, in, k, k) for [`forward`](Self::forward), in memory of `workspace`.
+    /// Packs the weights (out, in, height, width) for [`forward`](Self::forward), in memory of `workspace`.
     /// [`Workspace::unpack`] takes the memory back.
     pub(crate) fn pack(&self, weight: &[f32], workspace: &mut Workspace) -> Packed {
         self.algorithm().pack(weight, workspace)
@@ -84,6 +84,7 @@ impl Plan {
         epilogue: Epilogue<'_>,
         y: &mut [f32],
     ) {
+        assert!(epilogue.place.is_none() || epilogue.add.residual.is_none());
         self.algorithm().forward(x, weight, epilogue, y);
     }
 
@@ -99,7 +100,7 @@ impl Plan {
         self.algorithm().input_gradient(dy, weight, dx, accumulate, workspace);
     }
 
-    /// Writes the gradient of the weights, (out, in, k, k).
+    /// Writes the gradient of the weights, (out, in, height, width).
     pub(crate) fn weight_gradient(
         &self,
         x: &[f32],

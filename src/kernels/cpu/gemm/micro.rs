@@ -8,12 +8,24 @@ use crate::kernels::cpu::simd::{Simd, simd_fn};
 /// Columns of a panel of a packed right-hand side. A multiple of two vectors of every instruction set.
 pub(crate) const PANEL: usize = 32;
 
-/// A left-hand side: element (i, k) is at `i * row + k * col`.
+/// A left-hand side. The values of a row lie in runs of equal length: element (i, k) is at `i * row + k % run * col +
+/// k / run * jump`.
 #[derive(Clone, Copy)]
 pub(crate) struct Left<'a> {
     pub data: &'a [f32],
     pub row: usize,
     pub col: usize,
+    /// Values of a run. Divides the depth of the product, unless it is greater.
+    pub run: usize,
+    /// The distance from one run to the next.
+    pub jump: usize,
+}
+
+impl<'a> Left<'a> {
+    /// The left-hand side whose element (i, k) is at `i * row + k * col`.
+    pub(crate) fn new(data: &'a [f32], row: usize, col: usize) -> Self {
+        Self { data, row, col, run: usize::MAX, jump: 0 }
+    }
 }
 
 /// A product with one panel of columns: `c = a b`, or `c += a b` if `accumulate`.
@@ -39,7 +51,10 @@ simd_fn! {
             return;
         }
         assert!((rows - 1) * c_row + PANEL <= c.len());
-        assert!(depth == 0 || (rows - 1) * a.row + (depth - 1) * a.col < a.data.len());
+        if let Some(last) = depth.checked_sub(1) {
+            let (run, k) = (last / a.run, last.min(a.run - 1));
+            assert!((rows - 1) * a.row + k * a.col + run * a.jump < a.data.len());
+        }
         assert!(depth * PANEL <= b.len());
         // Tiles have nearly equal heights: a last tile of one or two rows would waste most of its loads.
         let tiles = rows.div_ceil(S::ROWS);
@@ -57,6 +72,8 @@ simd_fn! {
                             a: a.data.as_ptr().add(first * a.row),
                             a_row: a.row,
                             a_col: a.col,
+                            run: a.run,
+                            jump: a.jump,
                             b: b.as_ptr().add(j),
                             depth,
                             accumulate,
@@ -75,6 +92,8 @@ struct Tile {
     a: *const f32,
     a_row: usize,
     a_col: usize,
+    run: usize,
+    jump: usize,
     b: *const f32,
     depth: usize,
     accumulate: bool,
@@ -104,7 +123,7 @@ unsafe fn tile_product<S: Simd>(rows: usize, tile: Tile) {
 /// The requirements of [`tile_product`] apply.
 #[inline(always)]
 unsafe fn fixed_tile<S: Simd, const M: usize>(tile: Tile) {
-    let Tile { c, c_row, mut a, a_row, a_col, mut b, depth, accumulate } = tile;
+    let Tile { c, c_row, a: mut begin, a_row, a_col, run, jump, mut b, depth, accumulate } = tile;
     // SAFETY: the caller guarantees each of these elements.
     unsafe {
         let mut sums = [[S::splat(0.0); 2]; M];
@@ -113,15 +132,22 @@ unsafe fn fixed_tile<S: Simd, const M: usize>(tile: Tile) {
                 *sums = [S::load(c.add(i * c_row)), S::load(c.add(i * c_row + S::WIDTH))];
             }
         }
-        for _ in 0..depth {
-            let columns = [S::load(b), S::load(b.add(S::WIDTH))];
-            for (i, sums) in sums.iter_mut().enumerate() {
-                let x = S::splat(*a.add(i * a_row));
-                sums[0] = x.mul_add(columns[0], sums[0]);
-                sums[1] = x.mul_add(columns[1], sums[1]);
+        let mut left = depth;
+        while left > 0 {
+            let len = left.min(run);
+            let mut a = begin;
+            for _ in 0..len {
+                let columns = [S::load(b), S::load(b.add(S::WIDTH))];
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let x = S::splat(*a.add(i * a_row));
+                    sums[0] = x.mul_add(columns[0], sums[0]);
+                    sums[1] = x.mul_add(columns[1], sums[1]);
+                }
+                a = a.wrapping_add(a_col);
+                b = b.wrapping_add(PANEL);
             }
-            a = a.wrapping_add(a_col);
-            b = b.wrapping_add(PANEL);
+            begin = begin.wrapping_add(jump);
+            left -= len;
         }
         for (i, sums) in sums.iter().enumerate() {
             sums[0].store(c.add(i * c_row));

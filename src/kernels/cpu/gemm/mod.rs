@@ -24,7 +24,8 @@ pub(crate) fn gemm(isa: Isa, (c, c_row): (&mut [f32], usize), a: Mat, b: Mat, ac
         let packed = sized(packed, b.rows * PANEL);
         for first in (0..b.cols).step_by(PANEL) {
             b.pack_panel(first, packed);
-            multiply(isa, (&mut *c, c_row), a, packed, (first, b.cols, b.rows), accumulate, rest);
+            let place = (first, b.cols, b.rows);
+            multiply(isa, (&mut *c, c_row), a.left(b.rows), packed, place, accumulate, rest);
         }
     });
 }
@@ -40,7 +41,42 @@ pub(crate) fn gemm_packed(
     PANELS.with_borrow_mut(|(_, rest)| {
         for first in (0..b.cols).step_by(PANEL) {
             let place = (first, b.cols, b.rows);
-            multiply(isa, (&mut *c, c_row), a, b.panel(first), place, accumulate, rest);
+            let (c, a) = ((&mut *c, c_row), a.left(b.rows));
+            multiply(isa, c, a, b.panel(first), place, accumulate, rest);
+        }
+    });
+}
+
+/// The left-hand side of a convolution, which reads overlapping patches in place. Lines of pixels are `line` values
+/// apart, and the patches of a line's pixels `pixel` values. A patch lies in runs of `run` values, `jump` values apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Patches<'a> {
+    pub data: &'a [f32],
+    pub line: usize,
+    pub pixels: usize,
+    pub pixel: usize,
+    pub run: usize,
+    pub jump: usize,
+}
+
+/// Adds to `c` the product of the patches of its pixels and a packed right-hand side. Pixels of `c` begin `c_row` values
+/// apart.
+pub(crate) fn gemm_patches(
+    isa: Isa,
+    (c, c_row): (&mut [f32], usize),
+    lines: usize,
+    a: Patches<'_>,
+    b: Panels,
+) {
+    let Patches { data, line, pixels, pixel: row, run, jump } = a;
+    PANELS.with_borrow_mut(|(_, rest)| {
+        for first in (0..b.cols).step_by(PANEL) {
+            for i in 0..lines {
+                let c = (&mut c[i * pixels * c_row..], c_row);
+                let a = Left { data: &data[i * line..], row, col: 1, run, jump };
+                let place = (first, b.cols, b.rows);
+                multiply(isa, c, (pixels, a), b.panel(first), place, true, rest);
+            }
         }
     });
 }
@@ -50,18 +86,15 @@ pub(crate) fn gemm_packed(
 fn multiply(
     isa: Isa,
     (c, c_row): (&mut [f32], usize),
-    a: Mat,
-    panel: &[f32],
+    (rows, a): (usize, Left<'_>),
+    b: &[f32],
     (first, cols, depth): (usize, usize, usize),
     accumulate: bool,
     rest: &mut Vec<f32>,
 ) {
-    assert_eq!(a.cols, depth);
-    if a.rows == 0 {
+    if rows == 0 {
         return;
     }
-    let (rows, b) = (a.rows, panel);
-    let a = Left { data: a.data, row: a.row_stride, col: a.col_stride };
     let count = PANEL.min(cols - first);
     if count == PANEL {
         let c = &mut c[first..];

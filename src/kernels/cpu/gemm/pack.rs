@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::micro::PANEL;
+use super::micro::{Left, PANEL};
 use crate::kernels::cpu::memory::sized;
 
 /// A matrix within a slice: element (i, j) is at `i * row_stride + j * col_stride`.
@@ -49,6 +49,12 @@ impl<'a> Mat<'a> {
 
     pub(crate) fn cols(&self) -> usize {
         self.cols
+    }
+
+    /// Returns the matrix as the left-hand side of a product of this depth, and its number of rows.
+    pub(super) fn left(self, depth: usize) -> (usize, Left<'a>) {
+        assert_eq!(self.cols, depth);
+        (self.rows, Left::new(self.data, self.row_stride, self.col_stride))
     }
 
     /// Returns the matrix of `count` rows from `first` on.

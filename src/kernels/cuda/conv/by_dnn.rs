@@ -20,7 +20,7 @@ impl Convolution {
             tf32: self.precision == Precision::High,
             x: [self.shape.batch, h, w, self.shape.c_in],
             y: self.output(),
-            kernel: self.shape.kernel,
+            kernel: self.shape.kernel[0],
             stride: self.shape.stride(),
         }
     }

@@ -24,7 +24,7 @@ argument! { MODULE, struct Sizes {
     upsample: i32,
 } }
 
-/// A convolution of maps.
+/// A convolution of maps. Its kernel is square.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Convolution {
     precision: Precision,
@@ -51,9 +51,9 @@ impl Convolution {
             channels: c_in as i32,
             h_out: h_out as i32,
             w_out: w_out as i32,
-            kernel: kernel as i32,
+            kernel: kernel[0] as i32,
             stride: self.shape.stride() as i32,
-            pad: self.shape.padding() as i32,
+            pad: self.shape.padding()[0] as i32,
             upsample: i32::from(self.shape.upsamples()),
         }
     }

@@ -28,6 +28,7 @@ use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::memory::{from_line, sized, sized_by_lines};
 use crate::kernels::cpu::simd::simd_fn;
 use crate::kernels::op::conv::ConvShape;
+use crate::kernels::op::place::Place;
 
 impl Bf16 {
     /// Returns the algorithm if `math` uses bf16 products. Three products in place of one are faster
@@ -65,7 +66,7 @@ impl Bf16 {
         let mut chunks = Vec::new();
         let mut left = y;
         for chunk in self.chunks(0..g.batch, (images, rows)) {
-            let len = chunk.images.len() * chunk.rows.len() * g.w_out * g.c_out;
+            let len = chunk.images.len() * chunk.rows.len() * g.w_out * epilogue.place(g.c_out).of;
             let (y, others) = left.split_at_mut(len);
             chunks.push((chunk, y));
             left = others;
@@ -93,9 +94,9 @@ impl Bf16 {
         let a = sized_by_lines(layout, self.terms.parts() * strips.len());
         strips.fill(self.isa, x, parts_of(a, strips.len()), line);
         let width = strips.width();
-        let part_len = g.kernel * width * PANEL;
+        let part_len = g.kernel[0] * width * PANEL;
         let mut steps = Vec::new();
-        for ky in 0..g.kernel {
+        for ky in 0..g.kernel[0] {
             for k in (0..width).step_by(DEPTH) {
                 let (a, b) = (strips.origin(ky) + k, (ky * width + k) * PANEL);
                 let step =
@@ -117,7 +118,8 @@ impl Bf16 {
         }
         let Chunk { images, rows } = strips.chunk;
         let shift = sized(shift, g.c_out);
-        let line = g.w_out * g.c_out;
+        let place = epilogue.place(g.c_out);
+        let line = g.w_out * place.of;
         let lines = y.chunks_exact_mut(line).enumerate();
         for (at, y) in lines {
             let (j, i) = (at / rows.len(), at % rows.len());
@@ -125,9 +127,11 @@ impl Bf16 {
                 epilogue.shift(images.start + j, shift);
             }
             let sums = &sums[(i * images.len() + j) * g.w_out * c_row..][..g.w_out * c_row];
+            let sums = (sums, c_row);
             let row = (images.start + j) * g.h_out + rows.start + i;
             let residual = epilogue.add.residual.map_or(&[][..], |r| &r[row * line..][..line]);
-            finish(self.isa, y, sums, c_row, shift, residual, epilogue.accumulate);
+            finish(self.isa, (&mut *y, place), sums, shift, residual, epilogue.accumulate);
+            epilogue.rectify(y, g.c_out);
         }
     }
 
@@ -218,17 +222,17 @@ impl Algorithm for Bf16 {
 }
 
 simd_fn! {
-    /// Writes a row of the output from the sums of its pixels, which are `c_row` apart.
+    /// Writes a row of the output, some channels of `y`, from the sums of its pixels, which are `c_row` apart.
     fn finish<S>(
-        y: &mut [f32],
-        sums: &[f32],
-        c_row: usize,
+        row: (&mut [f32], Place),
+        sums: (&[f32], usize),
         shift: &[f32],
         residual: &[f32],
         accumulate: bool,
     ) {
-        let channels = shift.len();
-        for (i, (y, sums)) in y.chunks_exact_mut(channels).zip(sums.chunks_exact(c_row)).enumerate() {
+        let ((y, place), (sums, c_row), channels) = (row, sums, shift.len());
+        for (i, (y, sums)) in y.chunks_exact_mut(place.of).zip(sums.chunks_exact(c_row)).enumerate() {
+            let y = &mut y[place.first..][..channels];
             let sums = sums.iter().zip(shift).map(|(sum, shift)| sum + shift);
             match (accumulate, residual.is_empty()) {
                 (false, true) => y.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum),

@@ -1,4 +1,5 @@
-//! The weights, rounded and packed: panels of output channels, each (parts, kernel, strip, [`PANEL`]).
+//! The weights, rounded and packed: panels of output channels, each (parts, kernel height, strip,
+//! [`PANEL`]).
 
 use rayon::prelude::*;
 
@@ -23,22 +24,23 @@ pub(super) fn pack_kernels<'a>(
 ) {
     let ConvShape { c_in, c_out, kernel, .. } = *shape;
     let width = strip_width(shape, c_in);
-    let part_len = kernel * width * PANEL;
+    let [height, across] = kernel;
+    let part_len = height * width * PANEL;
     let panel_len = terms.parts() * part_len;
     let panels = sized_by_lines(memory, c_out.div_ceil(PANEL) * panel_len);
     panels.par_chunks_mut(panel_len).enumerate().for_each(|(panel, packed)| {
         let count = PANEL.min(c_out - panel * PANEL);
-        if count < PANEL || width > kernel * c_in {
+        if count < PANEL || width > across * c_in {
             packed.fill(0);
         }
         let [first, second] = parts_of(packed, part_len);
         // The places of the taps of a channel, in the order of the kernels, and their values by columns.
-        let mut places = vec![0; kernel * kernel];
-        let mut taps = vec![0f32; kernel * kernel * PANEL];
+        let mut places = vec![0; shape.taps()];
+        let mut taps = vec![0f32; shape.taps() * PANEL];
         for i in 0..c_in {
             for (tap, at) in places.iter_mut().enumerate() {
-                let tap = if rotated { kernel * kernel - 1 - tap } else { tap };
-                *at = place(tap / kernel * width + tap % kernel * c_in + i, 0);
+                let tap = if rotated { shape.taps() - 1 - tap } else { tap };
+                *at = place(tap / across * width + tap % across * c_in + i, 0);
             }
             for column in 0..count {
                 let weights = kernels(panel * PANEL + column, i);

@@ -42,7 +42,7 @@ pub(super) struct Strips {
 }
 
 impl Strips {
-    /// Values of a strip, (kernel, channels), up to the next multiple of [`DEPTH`] with zeros.
+    /// Values of a strip, (kernel width, channels), up to the next multiple of [`DEPTH`] with zeros.
     pub(super) fn width(&self) -> usize {
         strip_width(&self.shape, self.channels.len())
     }
@@ -67,12 +67,12 @@ impl Strips {
     /// The input rows for one row of the kernel are `stride` rows apart. Each of the rows between them
     /// belongs to another phase.
     fn phases(&self) -> usize {
-        self.shape.stride().min(self.shape.kernel)
+        self.shape.stride().min(self.shape.kernel[0])
     }
 
     /// Input rows of a phase.
     fn phase_rows(&self) -> usize {
-        self.chunk.rows.len() + (self.shape.kernel - 1) / self.shape.stride()
+        self.chunk.rows.len() + (self.shape.kernel[0] - 1) / self.shape.stride()
     }
 
     /// Values of the layout, and of the zeros after it, which products may read for pixels beyond the
@@ -96,14 +96,14 @@ impl Strips {
     /// first. Each has [`len`](Self::len) values.
     pub(super) fn fill(&self, isa: Isa, x: &[f32], to: [&mut [u16]; 2], line: &mut Vec<u16>) {
         let g = &self.shape;
-        let (c, pad, [h, w]) = (self.channels.len(), g.padding(), g.map());
+        let (c, [above, before], [h, w]) = (self.channels.len(), g.padding(), g.map());
         // A row of the map, with zeros on both sides.
-        let line_len = (w + g.kernel - 1) * c;
+        let line_len = (w + g.kernel[1] - 1) * c;
         let parts = if to[1].is_empty() { 1 } else { 2 };
         let line = sized(line, parts * line_len);
         line.fill(0);
         let (first, second) = line.split_at_mut(line_len);
-        let inner = pad * c..(pad + w) * c;
+        let inner = before * c..(before + w) * c;
         let row_len = self.image_pitch() * self.width();
         let [to, to_rest] = to;
         for to in [&mut *to, &mut *to_rest] {
@@ -117,7 +117,7 @@ impl Strips {
             for (j, k) in self.chunk.images.clone().enumerate() {
                 let place = (at * self.chunk.images.len() + j) * row_len;
                 let row = place..place + row_len;
-                let Some(y) = y.checked_sub(pad).filter(|&y| y < h) else {
+                let Some(y) = y.checked_sub(above).filter(|&y| y < h) else {
                     to[row.clone()].fill(0);
                     if parts == 2 {
                         to_rest[row].fill(0);
@@ -139,7 +139,7 @@ impl Strips {
     /// Copies the strips of one row of one image, from `line`, the row with its margins.
     fn cut(&self, isa: Isa, line: &[u16], to: &mut [u16]) {
         let g = &self.shape;
-        let (step, len) = (g.stride() * self.channels.len(), g.kernel * self.channels.len());
+        let (step, len) = (g.stride() * self.channels.len(), g.kernel[1] * self.channels.len());
         let width = self.width();
         match self.side {
             Side::Left => {
@@ -167,7 +167,7 @@ impl Strips {
 
 /// Returns the number of values of a strip of `channels` channels, rounded up to a multiple of [`DEPTH`].
 pub(super) fn strip_width(shape: &ConvShape, channels: usize) -> usize {
-    (shape.kernel * channels).next_multiple_of(DEPTH)
+    (shape.kernel[1] * channels).next_multiple_of(DEPTH)
 }
 
 /// Rounds row `y` of the map over which the kernel moves. Writes the errors to `rest`, unless it is empty.

@@ -31,7 +31,7 @@ struct Rows<'a> {
 }
 
 impl Bf16 {
-    /// Writes the gradient of the weights, (out, in, k, k). If a value of `x` is not finite, additional values of
+    /// Writes the gradient of the weights, (out, in, height, width). If a value of `x` is not finite, additional values of
     /// the gradient may be NaN, because only one side is padded with zeros.
     pub(super) fn sum_weight_gradient(
         &self,
@@ -42,7 +42,7 @@ impl Bf16 {
     ) {
         let g = &self.shape;
         let (inputs, outputs) = (g.c_in.min(GROUP.0), g.c_out.min(GROUP.1));
-        let c_row = g.kernel * strip_width(g, inputs);
+        let c_row = g.kernel[0] * strip_width(g, inputs);
         let group_len = outputs.next_multiple_of(ROWS) * c_row;
         let (in_groups, out_groups) = (g.c_in.div_ceil(inputs), g.c_out.div_ceil(outputs));
         let groups = in_groups * out_groups;
@@ -73,9 +73,10 @@ impl Bf16 {
                         total.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
                     }
                     let width = strip_width(g, count);
+                    let across = g.kernel[1];
                     let dweight = &mut dweight[input * inputs * area..][..count * area];
                     for tap in 0..area {
-                        let total = &total[tap / g.kernel * width + tap % g.kernel * count..];
+                        let total = &total[tap / across * width + tap % across * count..];
                         for (dweight, total) in dweight[tap..].iter_mut().step_by(area).zip(total) {
                             *dweight = *total;
                         }
@@ -86,7 +87,7 @@ impl Bf16 {
     }
 
     /// Computes the contribution of some images to the gradient of the weights from some input channels to some
-    /// output channels, (out, kernel, strip). It is the product of the transposed `dy` and the strips, summed
+    /// output channels, (out, kernel height, strip). It is the product of the transposed `dy` and the strips, summed
     /// over pixels.
     fn sum_group(
         &self,
@@ -123,7 +124,7 @@ impl Bf16 {
                     };
                     steps.extend(self.terms.products().iter().map(step));
                 }
-                for ky in 0..g.kernel {
+                for ky in 0..g.kernel[0] {
                     for column in (0..width).step_by(PANEL) {
                         for (j, steps) in steps.chunks(self.run()).enumerate() {
                             self.unit.multiply(Product {

@@ -6,6 +6,8 @@
 //! the input is a convolution with the rotated kernel. The gradient of the weights is
 //! `G^T [sum over tiles (A dy A^T) (B^T d B)] G`.
 //!
+//! If the kernel stays within the map, there is no row of zeros before the first tile.
+//!
 //! If each pixel is doubled before the convolution, the inner two lines of every tile are equal. Their
 //! difference is zero, and so are 7 of the 16 places: 9 products remain. The doubled maps are never
 //! written: tiles are read from the pixels before they are doubled.
@@ -26,6 +28,7 @@ use self::transform_maps::{PixelRows, transform_input, transform_output};
 use self::weight_gradient::weight_gradient;
 use super::algorithm::{Algorithm, Math, Packed, Workspace};
 use super::epilogue::Epilogue;
+use super::im2col::Im2col;
 use crate::kernels::cpu::gemm::micro::{Left, PANEL, PanelProduct, panel_product};
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::memory::sized;
@@ -44,9 +47,9 @@ pub(super) struct Winograd {
 impl Winograd {
     /// Returns the algorithm for 3x3 kernels at stride 1, if there are enough channels.
     pub(super) fn suits(isa: Isa, shape: &ConvShape, _: Math) -> Option<Self> {
-        let suits = shape.kernel == 3
+        let suits = shape.kernel == [3, 3]
             && shape.stride() == 1
-            && !shape.begins_at_edge()
+            && (!shape.begins_at_edge() || shape.stays_within())
             && shape.c_in.min(shape.c_out) >= MIN_CHANNELS;
         suits.then_some(Self { isa, shape: *shape })
     }
@@ -114,11 +117,11 @@ impl Winograd {
         let (isa, maps) = (self.isa, self.tiles());
         let panels = c_out.div_ceil(PANEL);
         let padded = panels * PANEL;
-        let places = maps.places();
+        let (places, place) = (maps.places(), epilogue.place(c_out));
         assert_eq!(x.len(), maps.input_pixels() * c_in);
-        assert_eq!(y.len(), maps.batch * maps.h * maps.w * c_out);
+        assert_eq!(y.len(), maps.batch * maps.h * maps.w * place.of);
         let rows = block_rows(maps, c_in + padded, rayon::current_num_threads());
-        maps.blocks_mut(y, c_out, rows).into_par_iter().for_each(|(first, y)| {
+        maps.blocks_mut(y, place.of, rows).into_par_iter().for_each(|(first, y)| {
             let last = (first + rows).min(maps.tile_rows());
             let tiles = (last - first) * maps.tiles_x();
             let (v_stride, m_stride) = (place_stride(tiles * c_in), place_stride(tiles * padded));
@@ -138,7 +141,7 @@ impl Winograd {
                             c: &mut m[..(tiles - 1) * padded + PANEL],
                             c_row: padded,
                             rows: tiles,
-                            a: Left { data: &v[place * v_stride..], row: c_in, col: 1 },
+                            a: Left::new(&v[place * v_stride..], c_in, 1),
                             b: &weight[(panel * places.count() + place) * c_in * PANEL..],
                             depth: c_in,
                             accumulate: false,
@@ -146,7 +149,7 @@ impl Winograd {
                         panel_product(isa, product);
                     }
                 }
-                let origin = maps.pixel_row(first) * maps.w * c_out;
+                let origin = maps.pixel_row(first) * maps.w * place.of;
                 let mut shifted = None;
                 for tile_row in first..last {
                     let (k, _) = maps.place(tile_row);
@@ -154,15 +157,17 @@ impl Winograd {
                         epilogue.shift(k, shift);
                         shifted = Some(k);
                     }
-                    let line = maps.w * c_out;
+                    let line = maps.w * place.of;
                     let span = maps.pixel_row(tile_row) * line..maps.pixel_row(tile_row + 1) * line;
                     let begin = (tile_row - first) * maps.tiles_x();
                     let pixels = PixelRows {
                         y: &mut y[span.start - origin..span.end - origin],
+                        place,
                         w: maps.w,
                         shift,
                         residual: epilogue.add.residual.map(|r| &r[span]),
                         accumulate: epilogue.accumulate,
+                        relu: epilogue.relu,
                     };
                     let row = TileRow { first: begin, stride: m_stride, places };
                     transform_output(isa, pixels, m, row);
@@ -201,7 +206,7 @@ impl Winograd {
                             c: &mut *sums,
                             c_row: padded,
                             rows: tiles,
-                            a: Left { data: &v[place * v_stride..], row: c_out, col: 1 },
+                            a: Left::new(&v[place * v_stride..], c_out, 1),
                             b: &weight[(panel * places + place) * c_out * PANEL..],
                             depth: c_out,
                             accumulate: place > 0,
@@ -242,6 +247,11 @@ impl Algorithm for Winograd {
         workspace: &mut Workspace,
     ) {
         let ConvShape { c_in, c_out, .. } = self.shape;
+        if self.shape.stays_within() {
+            // The convolution of `dy` would need two rows of zeros on each side. No network needs this gradient.
+            let im2col = Im2col { isa: self.isa, shape: self.shape };
+            return im2col.input_gradient(dy, weight, dx, accumulate, workspace);
+        }
         self.pack_backward(weight, &mut workspace.packed);
         let weight = &workspace.packed;
         if self.shape.upsamples() {

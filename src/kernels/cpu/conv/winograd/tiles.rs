@@ -30,26 +30,38 @@ pub(super) struct Source<'a> {
     /// Height of the map that the tiles are on.
     pub h: usize,
     pub w: usize,
+    /// Rows and columns of zeros before the map: 0 or 1.
+    pub before: usize,
     pub channels: usize,
     /// Whether each pixel of the image stands for four of the map.
     pub doubled: bool,
+}
+
+impl Source<'_> {
+    /// Tiles in a row.
+    pub(super) fn tiles(&self) -> usize {
+        (self.w + 2 * self.before - 2).div_ceil(2)
+    }
 }
 
 /// The tiles of the maps (batch, h, w, channels) on both sides of a convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Tiles {
     pub batch: usize,
-    /// Height of the map over which the kernel moves.
+    /// Height of the output. It is that of the map over which the kernel moves, or less by 2 if the kernel stays within
+    /// the map.
     pub h: usize,
     pub w: usize,
+    /// Rows and columns of zeros before the map over which the kernel moves: 1, or 0 if the kernel stays within it.
+    pub before: usize,
     /// Whether each pixel of the input is doubled in both directions. The input is passed before doubling.
     pub doubled: bool,
 }
 
 impl Tiles {
     pub(super) fn of(shape: &ConvShape) -> Self {
-        let [h, w] = shape.map();
-        Self { batch: shape.batch, h, w, doubled: shape.upsamples() }
+        let ConvShape { batch, h_out: h, w_out: w, .. } = *shape;
+        Self { batch, h, w, before: shape.padding()[0], doubled: shape.upsamples() }
     }
 
     pub(super) fn places(self) -> Places {
@@ -59,15 +71,21 @@ impl Tiles {
     /// Pixels of the input, before they are doubled.
     pub(super) fn input_pixels(self) -> usize {
         let scale = if self.doubled { 4 } else { 1 };
-        self.batch * self.h * self.w / scale
+        let [h, w] = self.map();
+        self.batch * h * w / scale
+    }
+
+    /// Height and width of the map over which the kernel moves.
+    fn map(self) -> [usize; 2] {
+        [self.h, self.w].map(|size| size + 2 - 2 * self.before)
     }
 
     /// Image `k` of the input.
     pub(super) fn input(self, x: &[f32], k: usize) -> Source<'_> {
         let image = x.len() / self.batch;
         let channels = x.len() / self.input_pixels();
-        let Self { h, w, doubled, .. } = self;
-        Source { image: &x[k * image..][..image], h, w, channels, doubled }
+        let (Self { before, doubled, .. }, [h, w]) = (self, self.map());
+        Source { image: &x[k * image..][..image], h, w, before, channels, doubled }
     }
 
     /// Image `k` of the gradient of the output, as the input of a convolution.

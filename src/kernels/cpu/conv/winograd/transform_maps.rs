@@ -6,10 +6,11 @@ use super::places::{Places, each, place, with_places};
 use super::tiles::{Source, TileRow};
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::simd::{Simd, simd_fn};
+use crate::kernels::op::place::Place;
 
 simd_fn! {
-    /// Computes `B^T d B` of each tile in a row of tiles whose first pixel row is `top`. Pixels beyond the
-    /// edges of the map are 0.
+    /// Computes `B^T d B` of each tile in a row of tiles whose first pixel row of the output is `top`. Pixels beyond
+    /// the edges of the map are 0.
     pub(super) fn transform_input<S>(
         v: &mut [f32],
         row: TileRow,
@@ -17,8 +18,8 @@ simd_fn! {
         top: usize,
     ) {
         let TileRow { first, stride, places } = row;
-        let Source { image, h, w, channels, doubled } = source;
-        let tiles = w.div_ceil(2);
+        let Source { image, h, w, before, channels, doubled } = source;
+        let tiles = source.tiles();
         let scale = if doubled { 2 } else { 1 };
         assert!(places.count() * stride <= v.len() && (first + tiles) * channels <= stride);
         assert_eq!(image.len(), (h / scale) * (w / scale) * channels);
@@ -26,7 +27,7 @@ simd_fn! {
         for tile in 0..tiles {
             // Pixel (y, x) of the tile, if it is within the map.
             let pixel = |y: usize, x: usize| -> Option<*const f32> {
-                let (y, x) = ((top + y).checked_sub(1)?, (2 * tile + x).checked_sub(1)?);
+                let (y, x) = ((top + y).checked_sub(before)?, (2 * tile + x).checked_sub(before)?);
                 let inside = y < h && x < w;
                 inside.then(|| {
                     let pixel = y / scale * (w / scale) + x / scale;
@@ -89,7 +90,9 @@ fn input_line<S: Simd>(d: [S; 4]) -> [S; 4] {
 
 /// The one or two pixel rows of a row of tiles of the output, and the values that are added to them.
 pub(super) struct PixelRows<'a> {
+    /// The rows of a map, of which the output is some channels.
     pub y: &'a mut [f32],
+    pub place: Place,
     pub w: usize,
     /// Values added to each pixel: (channels).
     pub shift: &'a [f32],
@@ -97,26 +100,29 @@ pub(super) struct PixelRows<'a> {
     pub residual: Option<&'a [f32]>,
     /// Whether the output is added to the present values.
     pub accumulate: bool,
+    /// Whether negative values of the output become 0.
+    pub relu: bool,
 }
 
 simd_fn! {
     /// Writes the pixel rows of a row of tiles: `A^T m A` of each tile, plus the values that are added to
     /// it.
     pub(super) fn transform_output<S>(pixels: PixelRows<'_>, m: &[f32], row: TileRow) {
-        let PixelRows { y, w, shift, residual, accumulate } = pixels;
+        let PixelRows { y, place: Place { first: channel, of }, w, shift, residual, accumulate, relu } =
+            pixels;
         let TileRow { first, stride, places } = row;
         let channels = shift.len();
         let tiles = w.div_ceil(2);
         let row = channels.div_ceil(PANEL) * PANEL;
-        let rows = y.len() / (w * channels);
+        let rows = y.len() / (w * of);
         assert!(places.count() * stride <= m.len() && (first + tiles) * row <= stride);
-        assert!(residual.is_none_or(|r| r.len() == y.len()));
-        assert!((1..=2).contains(&rows) && y.len() == rows * w * channels);
+        assert!(residual.is_none_or(|r| r.len() == y.len() && of == channels));
+        assert!((1..=2).contains(&rows) && y.len() == rows * w * of && channel + channels <= of);
         for tile in 0..tiles {
             let columns = (w - 2 * tile).min(2);
-            let begin = 2 * tile * channels;
-            let down = if rows == 2 { Some(w * channels) } else { None };
-            let right = (columns == 2).then_some(channels);
+            let begin = 2 * tile * of + channel;
+            let down = if rows == 2 { Some(w * of) } else { None };
+            let right = (columns == 2).then_some(of);
             let out = OutputTile {
                 m: m[(first + tile) * row..].as_ptr(),
                 stride,
@@ -126,6 +132,7 @@ simd_fn! {
                 down,
                 right,
                 accumulate,
+                relu,
             };
             let mut c = 0;
             // SAFETY: by the assertions, all pixels of the tile are within `y`, and all of its places
@@ -154,6 +161,7 @@ struct OutputTile {
     down: Option<usize>,
     right: Option<usize>,
     accumulate: bool,
+    relu: bool,
 }
 
 /// # Safety
@@ -181,6 +189,9 @@ unsafe fn output_tile<S: Simd, const INNER: bool>(tile: &OutputTile, c: usize) {
                 }
                 if tile.accumulate {
                     value = value.add(S::load(tile.y.add(place)));
+                }
+                if tile.relu {
+                    value = value.at_least(S::splat(0.0));
                 }
                 value.store(tile.y.add(place));
             }

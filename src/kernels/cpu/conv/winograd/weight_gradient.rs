@@ -100,7 +100,7 @@ fn add_transformed(
                     c: sums,
                     c_row: PANEL,
                     rows: c_in,
-                    a: Left { data: &v[i % count * v_stride..], row: 1, col: c_in },
+                    a: Left::new(&v[i % count * v_stride..], 1, c_in),
                     b: &d[i * d_stride..],
                     depth,
                     accumulate: true,
