@@ -1,8 +1,10 @@
 use std::path::Path;
 
 use super::frechet::Gaussian;
-use super::npz::{self, Archive};
+use super::npz;
 use crate::error::Result;
+use crate::model::tensor_file::open_regular;
+use crate::zip::Archive;
 
 impl Gaussian {
     /// Reads a statistics file: an archive of NumPy (`.npz`) with the arrays `mu` (features) and `sigma` (features,
@@ -40,8 +42,8 @@ impl Gaussian {
     }
 
     fn named(path: &Path, mean: &str, covariance: &str) -> Result<Self> {
-        let mut archive = Archive::open(path)?;
-        let mut array = |name: &str| match archive.array(name)? {
+        let archive = Archive::new(path, open_regular(path)?.0)?;
+        let array = |name: &str| match npz::array(&archive, name)? {
             Some(array) => Ok(array),
             None => Err(archive.damaged(format!("the array {name} is missing"))),
         };
