@@ -646,19 +646,132 @@ fn a_trainer_takes_no_weights_that_are_not_finite() {
     assert!(message.contains("out_conv.bias is not finite: 1 of 1 values"), "{message}");
 }
 
-#[test]
-fn a_file_of_pytorchs_own_format_is_called_that() {
-    let pickle = [0x80, 2, 0x8a, 10, 0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
-    for bytes in [&b"PK\x03\x04\x00\x00\x08\x08\x00\x00 and the rest of an archive"[..], &pickle] {
-        let (_dir, path) = file(bytes);
-        let message = load(&path, DType::F32).unwrap_err().to_string();
-        let expected = format!("{}: a file of PyTorch's own format", path.display());
-        assert!(message.starts_with(&expected) && !message.contains("damaged"), "{message}");
-        assert!(message.contains("save_file(model.state_dict(),"), "{message}");
+/// Files that torch.save wrote, in both of its formats.
+const PYTORCH: &str = "tests/data/pytorch_files";
+
+/// Asserts that a file has all tensors of `expected.safetensors`, bit by bit, behind a prefix.
+fn assert_has_expected(file: &str, prefix: &str) {
+    let path = format!("{PYTORCH}/{file}");
+    let expected =
+        candle_core::safetensors::load(format!("{PYTORCH}/expected.safetensors"), &Device::Cpu);
+    let weights = Parameters::load_part(&path, prefix, DType::F64, &Device::Cpu).unwrap();
+    let builder = weights.builder();
+    for (name, tensor) in expected.unwrap() {
+        let found = builder.get(tensor.dims(), &name).unwrap_or_else(|e| panic!("{path}: {e}"));
+        let values = |tensor: &Tensor| {
+            let values = tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+            Ok::<_, candle_core::Error>(values.into_iter().map(f64::to_bits).collect::<Vec<_>>())
+        };
+        assert_eq!(values(&found).unwrap(), values(&tensor).unwrap(), "{path}: {name}");
     }
-    let (_dir, path) = file(b"anything else");
-    let message = load(&path, DType::F32).unwrap_err().to_string();
-    assert!(message.contains("damaged file"), "{message}");
+    // Tensors of other types are left out.
+    for counter in ["counter", "1.num_batches_tracked"] {
+        let error = builder.get((), counter).unwrap_err().to_string();
+        assert!(error.contains(&format!("weight {counter} is missing")), "{error}");
+    }
+}
+
+#[test]
+fn tensors_in_files_of_pytorch_have_the_values_of_pytorch() {
+    assert_has_expected("state.pt", "");
+    assert_has_expected("state-legacy.pt", "");
+    assert_has_expected("state-protocol-4.pt", "");
+    assert_has_expected("trainer.pt", "ema.ema_model.model.");
+    assert_has_expected("trainer.pt", "model.model.");
+    // Another file begins with the bytes of a safetensors file, whatever its name is.
+    let (_dir, path) = file(&std::fs::read(format!("{PYTORCH}/expected.safetensors")).unwrap());
+    let weights = Parameters::load_part(&path, "param", DType::F32, &Device::Cpu).unwrap();
+    assert_eq!(weights.builder().get((2, 2), "eter").unwrap().dims(), [2, 2]);
+}
+
+#[test]
+fn a_file_of_pytorch_runs_no_code() {
+    for (name, path) in ["hostile.pt", "hostile-legacy.pt"].map(|n| (n, format!("{PYTORCH}/{n}"))) {
+        let message = load(path.as_ref(), DType::F32).unwrap_err().to_string();
+        let expected = format!("{path}: args is made by posix.system, which is not run");
+        assert_eq!(message, expected, "{name}");
+        // The call is not among the values that are asked for.
+        let weights = Parameters::load_part(&path, "weight", DType::F32, &Device::Cpu).unwrap();
+        let weight = weights.builder().get(2, "").unwrap();
+        assert_eq!(weight.to_vec1::<f32>().unwrap(), [1.0, 1.0]);
+    }
+}
+
+/// A file of PyTorch's earlier format with this pickle as its object.
+fn legacy(object: &[u8]) -> Vec<u8> {
+    let magic = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.";
+    let system = b"\x80\x02M\xe9\x03.\x80\x02}X\x0d\0\0\0little_endian\x88s.";
+    [magic, &system[..], object, b"]."].concat()
+}
+
+/// A state dict with one tensor, whose shape and strides are these parts of a pickle, and whose storage is the number 1.
+fn with_shape(shape: &[u8], strides: &[u8]) -> Vec<u8> {
+    let tensor = b"}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\n\
+                   X\x01\0\0\x000X\x03\0\0\0cpuK\x01NtQK\0";
+    let mut file = legacy(&[&tensor[..], shape, strides, b"\x89NtRs."].concat());
+    file.truncate(file.len() - 2);
+    file.extend(b"]X\x01\0\0\x000a.\x01\0\0\0\0\0\0\0\0\0\x80\x3f");
+    file
+}
+
+/// Every case would take much memory or time, or would overflow the stack, if the file were believed.
+#[test]
+fn damaged_and_hostile_files_of_pytorch_are_errors() {
+    let message = |bytes: &[u8]| {
+        let (_dir, path) = file(bytes);
+        load(&path, DType::F32).map(drop).unwrap_err().to_string()
+    };
+    let (_dir, path) = file(&with_shape(b"K\x01\x85", b"K\x01\x85"));
+    let one = load(&path, DType::F32).unwrap().builder().get(1, "w").unwrap();
+    assert_eq!(one.to_vec1::<f32>().unwrap(), [1.0]);
+
+    let huge = b"\x8a\x06\0\0\0\0\0\x01"; // 2^40
+    let expanded = with_shape(&[&huge[..], b"\x85"].concat(), b"K\0\x85");
+    let overflowing =
+        with_shape(&[huge, &huge[..], b"\x86"].concat(), &[huge, &huge[..], b"\x86"].concat());
+    let doubled = (1..30u8).fold(b"}q\0".to_vec(), |mut pickle, n| {
+        pickle.extend([b'}', b'q', n]);
+        for key in b"abcd" {
+            pickle.extend([b'X', 1, 0, 0, 0, *key, b'h', n - 1, b's']);
+        }
+        pickle
+    });
+    let mut nested = vec![b')'];
+    nested.resize(1 << 21, 0x85);
+    for (bytes, expected) in [
+        (expanded, "w: the tensors have more than 8 times the size of the file"),
+        (overflowing, "exceeds its storage of 1 values"),
+        (with_shape(b"K\x02\x85", b"K\x01\x85"), "a view of shape [2] exceeds its storage"),
+        (with_shape(b"K\x01\x85", b")"), "the arguments of a tensor have another form"),
+        (with_shape(b"J\xff\xff\xff\xff\x85", b"K\x01\x85"), "have another form"),
+        (legacy(&[&doubled[..], b"."].concat()), "is too deep"),
+        (legacy(b"}q\0X\x01\0\0\0ah\0s."), "is too deep"),
+        (legacy(&[&nested[..], b"."].concat()), "more than 1048576 operations"),
+        (legacy(b"X\xff\xff\xff\xffa."), "the pickle is incomplete"),
+        (legacy(b"]."), "the file holds no dictionary of tensors"),
+        (legacy(b"cos\nsystem\nX\x02\0\0\0ls\x85R."), "the file calls os.system, which is not run"),
+        (legacy(b"R."), "the stack of the pickle is empty"),
+        (legacy(b"I01\n."), "operation 0x49, which is not read"),
+        (b"\x80\x02}.".to_vec(), "a pickle that torch.save did not write"),
+        (b"PK\x03\x04\0\0\x08\x08 and the rest".to_vec(), "it has no ZIP directory"),
+        (b"anything else".to_vec(), "damaged file"),
+    ] {
+        let message = message(&bytes);
+        assert!(message.contains(expected), "{message}, not {expected}");
+    }
+    // Each byte of the headers is changed in turn, and the files are cut.
+    for name in ["state.pt", "state-legacy.pt", "trainer.pt"] {
+        let whole = std::fs::read(format!("{PYTORCH}/{name}")).unwrap();
+        for i in (0..whole.len()).step_by(5) {
+            let (_dir, path) = file(&whole[..i]);
+            assert!(load(&path, DType::F32).is_err(), "{name}: {i} bytes");
+            let mut changed = whole.clone();
+            changed[i] ^= if i % 2 == 0 { 0x01 } else { 0xff };
+            let (_dir, path) = file(&changed);
+            // A change of a name or a date is no error.
+            let _ = load(&path, DType::F32);
+        }
+    }
 }
 
 #[test]
