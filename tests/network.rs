@@ -5,16 +5,16 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
-use ddpm::nn::Model;
 use ddpm::nn::{
-    Architecture, Dropout, Parameters, Resampling, TimeConditioning, UNet2DConfig, UpBlockType,
+    Architecture, Condition, Dropout, Model, Parameters, Resampling, TimeConditioning, UNet2D,
+    UNet2DConfig, UpBlockType,
 };
 use ddpm::process::Prediction;
-use ddpm::sample::{SamplerConfig, Spacing, Variance};
-use ddpm::train::gradients;
+use ddpm::sample::{DiffusersFolder, DynamicThreshold, Guidance, SamplerConfig, Spacing, Variance};
+use ddpm::train::{WeightsFile, gradients};
 use ddpm::{
-    Denoiser, Diffusion, ResBlock, Result, Sampler, Solver, TimeEmbedding, TrainConfig, Trainer,
-    UNet, UNetConfig,
+    Denoiser, Diffusion, NoiseSchedule, ResBlock, Result, Sampler, Solver, TimeEmbedding,
+    TrainConfig, Trainer, UNet, UNetConfig,
 };
 
 mod passes;
@@ -263,6 +263,129 @@ fn earlier_names_and_several_files_of_diffusers_are_the_same_network() -> Result
     let message = load().unwrap_err().to_string();
     let expected = "lists ../part-0.safetensors; it must list the names of files in the folder";
     assert_eq!(message, format!("{}: {expected}", index.display()));
+    Ok(())
+}
+
+/// The bits of what a network of diffusers computes for one image.
+fn bits(unet: &Model<UNet2D>, config: &UNet2DConfig) -> Vec<u32> {
+    let (channels, height, width) = config.image_shape();
+    let x = Sampler::prior((1, channels, height, width), 5, &Device::Cpu).unwrap();
+    let condition = match config.num_class_embeds {
+        Some(_) => Condition::classes(vec![1]).unwrap(),
+        None => Condition::None,
+    };
+    let y = unet.denoise(&x, &Tensor::new(&[400u32], &Device::Cpu).unwrap(), &condition).unwrap();
+    [Some(y.prediction), y.variance]
+        .into_iter()
+        .flatten()
+        .flat_map(|y| y.flatten_all().unwrap().to_vec1::<f32>().unwrap())
+        .map(f32::to_bits)
+        .collect()
+}
+
+/// From a folder of diffusers to a weights file, and from there to a folder of a pipeline.
+#[test]
+fn networks_of_diffusers_are_the_same_after_two_conversions() -> Result<()> {
+    let (temp, device) = (tempfile::tempdir().unwrap(), Device::Cpu);
+    let linear = || NoiseSchedule::linear(1000, 1e-4, 0.02);
+    let ddpm = |variance| SamplerConfig::new(Solver::Ddpm { variance }, 1000).clip_denoised(true);
+    let ddim = SamplerConfig::new(Solver::ddim(), 50);
+    for (name, schedule, prediction, sampling) in [
+        ("cifar10", linear()?, Prediction::Epsilon, ddpm(Variance::Beta).spacing(Spacing::Leading)),
+        (
+            "celebahq_church",
+            NoiseSchedule::cosine(1000)?.zero_terminal_snr()?,
+            Prediction::Velocity,
+            ddim.spacing(Spacing::Trailing),
+        ),
+        (
+            "heads",
+            NoiseSchedule::quadratic(1000, 0.00085, 0.012)?,
+            Prediction::Epsilon,
+            ddpm(Variance::Learned),
+        ),
+        ("classes", NoiseSchedule::sigmoid(1000, -3.0, 3.0, 1.0)?, Prediction::Sample, ddim),
+        (
+            "scale_shift",
+            NoiseSchedule::cosine(1000)?.shifted(-1.0)?,
+            Prediction::Velocity,
+            ddpm(Variance::Posterior),
+        ),
+    ] {
+        let folder = format!("tests/data/diffusers/{name}");
+        let config = UNet2DConfig::from_diffusers(&folder)?;
+        let weights = Parameters::load_diffusers(&folder, DType::F32, &device)?;
+        let expected = bits(&weights.build(&config)?, &config);
+        let diffusion = Diffusion::new(schedule, prediction);
+        let file = temp.path().join(format!("{name}.safetensors"));
+        WeightsFile::create(&file, &config, &weights, &diffusion, Some(&sampling))?;
+
+        let file = WeightsFile::open(&file)?;
+        assert_eq!((file.step(), file.sampling()), (0, Some(&sampling)));
+        assert_eq!(file.diffusion(), &diffusion);
+        assert_eq!(file.architecture::<UNet2DConfig>()?, config);
+        assert_eq!(bits(&file.model::<UNet2DConfig>(&device)?, &config), expected);
+
+        let out = temp.path().join(name);
+        file.export_diffusers(&out, None)?;
+        let folder = DiffusersFolder::open(&out)?;
+        assert_eq!(folder.network(), &config);
+        assert_eq!(folder.sampling(), &sampling);
+        let betas = |diffusion: &Diffusion| diffusion.schedule().betas().to_vec();
+        assert_eq!(betas(folder.diffusion()), betas(&diffusion), "{name}");
+        assert_eq!(folder.diffusion().prediction(), prediction);
+        let read = folder.weights(DType::F32, &device)?.build(folder.network())?;
+        assert_eq!(bits(&read, &config), expected);
+
+        let again = file.export_diffusers(&out, None).unwrap_err().to_string();
+        assert!(again.contains("it must be a path at which there is nothing"), "{again}");
+        // Nothing but the file and the folders remains.
+        let hidden = std::fs::read_dir(temp.path()).unwrap().flatten();
+        assert!(hidden.map(|e| e.file_name()).all(|name| !name.to_string_lossy().starts_with('.')));
+    }
+    Ok(())
+}
+
+#[test]
+fn what_a_folder_of_diffusers_lacks_is_refused_by_name() -> Result<()> {
+    let (temp, device) = (tempfile::tempdir().unwrap(), Device::Cpu);
+    let path = temp.path().join("w.safetensors");
+    let file = |network: &str| {
+        let folder = format!("tests/data/diffusers/{network}");
+        let weights = Parameters::load_diffusers(&folder, DType::F32, &device)?;
+        let config = UNet2DConfig::from_diffusers(&folder)?;
+        WeightsFile::create(&path, &config, &weights, &Diffusion::ddpm(), None)?;
+        WeightsFile::open(&path)
+    };
+    let message = |file: &WeightsFile, sampling: SamplerConfig| {
+        let out = temp.path().join("out");
+        let message = file.export_diffusers(&out, Some(&sampling)).unwrap_err().to_string();
+        assert!(!out.exists());
+        message
+    };
+    let plain = file("cifar10")?;
+    let ddim = SamplerConfig::new(Solver::ddim(), 50);
+    for (sampling, expected) in [
+        (SamplerConfig::recommended(), "solver is UniPC"),
+        (SamplerConfig::new(Solver::Ddim { eta: 0.5 }, 50), "solver is DDIM"),
+        (ddim.spacing(Spacing::LogSnr), "spacing is"),
+        (ddim.guidance(Some(Guidance::new(2.0))), "guidance is set"),
+        (
+            ddim.dynamic_threshold(DynamicThreshold { ratio: 0.995, max: 1.5 }),
+            "dynamic_threshold is set",
+        ),
+        (SamplerConfig::new(Solver::ddim(), 0), "is 0; it must be"),
+    ] {
+        let message = message(&plain, sampling);
+        assert!(message.contains(expected), "{message}, not {expected}");
+    }
+    let learned = message(&file("heads")?, ddim);
+    assert!(learned.contains("a network with a learned variance"), "{learned}");
+    let own = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
+    let weights = parameters();
+    WeightsFile::create(&path, &own, &weights, &Diffusion::ddpm(), None)?;
+    let own = message(&WeightsFile::open(&path)?, ddim);
+    assert_eq!(own, "network.kind is unet; it must be unet2d, because diffusers lacks the others");
     Ok(())
 }
 
@@ -762,7 +885,7 @@ fn damaged_and_hostile_files_of_pytorch_are_errors() {
     // Each byte of the headers is changed in turn, and the files are cut.
     for name in ["state.pt", "state-legacy.pt", "trainer.pt"] {
         let whole = std::fs::read(format!("{PYTORCH}/{name}")).unwrap();
-        for i in (0..whole.len()).step_by(5) {
+        for i in (0..whole.len()).step_by(23) {
             let (_dir, path) = file(&whole[..i]);
             assert!(load(&path, DType::F32).is_err(), "{name}: {i} bytes");
             let mut changed = whole.clone();

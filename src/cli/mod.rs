@@ -32,6 +32,7 @@
 
 mod arguments;
 mod choices;
+mod convert;
 pub mod datasets;
 pub mod device;
 mod editing;
@@ -55,6 +56,7 @@ mod watching;
 
 pub use arguments::whole;
 pub use choices::{DataChoice, ExtractorChoice};
+pub use convert::{ConvertArgs, convert};
 pub use datasets::DataSet;
 pub use editing::EditingArgs;
 pub use evaluate::{EvaluateArgs, evaluate};

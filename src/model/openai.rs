@@ -122,6 +122,12 @@ impl OpenAi {
         let Shape { channels, attends, layers, by_block } = shape;
         let [_, in_channels, ..] = weights.dims::<4>("input_blocks.0.0.weight")?;
         let [out_channels, ..] = weights.dims::<4>("out.2.weight")?;
+        if in_channels > 4 {
+            let reason = format!(
+                "{in_channels} channels of the input: a network for super-resolution, which the crate lacks"
+            );
+            return Err(weights.refuse(reason));
+        }
         let [time_dim, sinusoids] = weights.dims("time_embed.0.weight")?;
         if sinusoids != channels[0] {
             let found = format!("{sinusoids} sinusoids of the timestep");

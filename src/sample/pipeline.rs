@@ -126,20 +126,12 @@ impl Described {
                 return refuse("solver", solver.to_string(), "ddpm, or ddim with an eta of 0,");
             }
         };
-        if network.learns_variance() != (variance == Some(Variance::Learned)) {
-            let found = format!(
-                "{} of a network with {}",
-                sampler.solver,
-                match network.learns_variance() {
-                    true => "a learned variance",
-                    false => "no learned variance",
-                }
-            );
-            return refuse(
-                "solver",
-                found,
-                "ddpm with the learned variance exactly for such networks",
-            );
+        let learns = network.learns_variance();
+        if learns != (variance == Some(Variance::Learned)) {
+            let which = if learns { "a" } else { "no" };
+            let found = format!("{} of a network with {which} learned variance", sampler.solver);
+            let expected = if learns { "ddpm with the learned variance" } else { "another" };
+            return refuse("solver", found, expected);
         }
         let spacing = match sampler.spacing {
             Spacing::Even => "linspace",
