@@ -61,7 +61,7 @@ pub use datasets::DataSet;
 pub use editing::EditingArgs;
 pub use evaluate::{EvaluateArgs, evaluate};
 pub use identity::Identity;
-pub use network::Network;
+pub use network::{Network, NetworkConfig};
 pub use output::{Output, OutputArgs};
 pub use print::{err, grouped, out};
 pub use program::{check_output, main};

@@ -1,6 +1,64 @@
-use crate::model::{UNet2DConfig, UNetConfig};
+use std::fmt::Debug;
 
-/// The configuration of a network that the programs know.
+use crate::error::Result;
+use crate::model::{Architecture, UNet2DConfig, UNetConfig};
+
+/// The configuration of a network that the programs train.
+pub trait NetworkConfig: Architecture + Clone + Debug {
+    /// The shape of the images: (channels, height, width).
+    fn image_shape(&self) -> (usize, usize, usize);
+
+    /// The number of classes, if the network has classes.
+    fn classes(&self) -> Option<usize>;
+
+    /// Sets the number of classes.
+    fn set_classes(&mut self, classes: usize);
+
+    /// Checks the configuration.
+    ///
+    /// # Errors
+    /// Returns an error that names the first invalid field.
+    fn validate(&self) -> Result<()>;
+}
+
+impl NetworkConfig for UNetConfig {
+    fn image_shape(&self) -> (usize, usize, usize) {
+        self.image_shape()
+    }
+
+    fn classes(&self) -> Option<usize> {
+        self.classes
+    }
+
+    fn set_classes(&mut self, classes: usize) {
+        self.classes = Some(classes);
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.validate()
+    }
+}
+
+impl NetworkConfig for UNet2DConfig {
+    fn image_shape(&self) -> (usize, usize, usize) {
+        self.image_shape()
+    }
+
+    fn classes(&self) -> Option<usize> {
+        self.classes()
+    }
+
+    fn set_classes(&mut self, classes: usize) {
+        // The last vector stands for no class.
+        self.num_class_embeds = Some(classes + 1);
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.validate()
+    }
+}
+
+/// The configuration of a trained network.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Network {
