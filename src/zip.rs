@@ -1,5 +1,6 @@
 //! ZIP archives: entries by name, stored or deflated. NumPy (`.npz`) and PyTorch write such archives.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -26,11 +27,11 @@ pub(crate) struct Archive {
     path: PathBuf,
     file: File,
     len: u64,
-    entries: Vec<Entry>,
+    /// The entries by their names.
+    entries: BTreeMap<Vec<u8>, Entry>,
 }
 
 struct Entry {
-    name: Vec<u8>,
     deflated: bool,
     crc: u32,
     compressed: u64,
@@ -46,7 +47,7 @@ impl Archive {
     /// than deflate.
     pub fn new(path: &Path, file: File) -> Result<Self> {
         let len = file.metadata().map_err(Error::io(path))?.len();
-        let mut archive = Self { path: path.to_owned(), file, len, entries: vec![] };
+        let mut archive = Self { path: path.to_owned(), file, len, entries: BTreeMap::new() };
         archive.entries = archive.directory()?;
         Ok(archive)
     }
@@ -61,9 +62,14 @@ impl Archive {
         self.len
     }
 
-    /// The names of the entries, in the order of the directory.
+    /// The names of the entries, in their order.
     pub fn names(&self) -> impl Iterator<Item = &[u8]> {
-        self.entries.iter().map(|entry| &*entry.name)
+        self.entries.keys().map(|name| &**name)
+    }
+
+    /// The size of the content of the entry `name`, as the directory states it, if there is such an entry.
+    pub fn size(&self, name: &str) -> Option<u64> {
+        self.entries.get(name.as_bytes()).map(|entry| entry.size)
     }
 
     /// Reads the entry `name`, if there is one.
@@ -71,10 +77,8 @@ impl Archive {
     /// # Errors
     /// Returns an error if the entry is incomplete, or if its checksum is wrong.
     pub fn read(&self, name: &str) -> Result<Option<Vec<u8>>> {
-        let Some(entry) = self.entries.iter().find(|entry| entry.name == name.as_bytes()) else {
-            return Ok(None);
-        };
-        let &Entry { deflated, crc: expected, compressed, size, offset, .. } = entry;
+        let Some(entry) = self.entries.get(name.as_bytes()) else { return Ok(None) };
+        let &Entry { deflated, crc: expected, compressed, size, offset } = entry;
         let local = self.bytes(offset, LOCAL.1 as u64)?;
         if !local.starts_with(LOCAL.0) {
             return Err(self.damaged(format!("there is no entry {name} at byte {offset}")));
@@ -107,7 +111,7 @@ impl Archive {
     }
 
     /// Reads the directory at the end of the file.
-    fn directory(&self) -> Result<Vec<Entry>> {
+    fn directory(&self) -> Result<BTreeMap<Vec<u8>, Entry>> {
         // A comment of up to 65,535 bytes may follow, and a locator may precede.
         let tail = self.len.min((LOCATOR_64.1 + END.1) as u64 + 65_535);
         let bytes = self.bytes(self.len - tail, tail)?;
@@ -131,11 +135,11 @@ impl Archive {
             [count, size, offset] = [32, 40, 48].map(|at| u64_at(&record, at));
         }
         let directory = self.bytes(offset, size)?;
-        let (mut entries, mut rest) = (vec![], &directory[..]);
+        let (mut entries, mut rest) = (BTreeMap::new(), &directory[..]);
         for _ in 0..count {
-            let (entry, after) =
+            let (name, entry, after) =
                 Entry::parse(rest).map_err(|reason| self.damaged(reason.into()))?;
-            entries.push(entry);
+            entries.entry(name).or_insert(entry);
             rest = after;
         }
         Ok(entries)
@@ -167,8 +171,8 @@ impl Archive {
 }
 
 impl Entry {
-    /// Parses the first entry of a directory. Returns it and the rest.
-    fn parse(directory: &[u8]) -> std::result::Result<(Self, &[u8]), &'static str> {
+    /// Parses the first entry of a directory. Returns its name, the entry and the rest.
+    fn parse(directory: &[u8]) -> std::result::Result<(Vec<u8>, Self, &[u8]), &'static str> {
         let incomplete = "the ZIP directory is incomplete";
         let (header, after) = directory.split_at_checked(CENTRAL.1).ok_or(incomplete)?;
         if !header.starts_with(CENTRAL.0) {
@@ -188,8 +192,8 @@ impl Entry {
             u32::MAX => large.next().unwrap_or(u32::MAX.into()),
             number => number.into(),
         });
-        let (name, deflated, crc) = (name.to_vec(), method == 8, u32_at(header, 16));
-        Ok((Self { name, deflated, crc, compressed, size, offset }, rest))
+        let (deflated, crc) = (method == 8, u32_at(header, 16));
+        Ok((name.to_vec(), Self { deflated, crc, compressed, size, offset }, rest))
     }
 }
 

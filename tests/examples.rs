@@ -735,7 +735,7 @@ fn edits(checkpoint: &Path, temp: &Path) -> Result<()> {
     succeed(sample("whole", &["--count", "2", "--seed", "3"]).arg("--checkpoint").arg(checkpoint))?;
     assert!(read("alone", 0)? == read("whole", 0)? && read("alone", 1)? == read("whole", 1)?);
     let asked = sample("x", &["--weights", "ema"]).arg("--checkpoint").arg(&weights).output()?;
-    let expected = "--weights is for the directory of a checkpoint; --checkpoint is ";
+    let expected = "--weights is for the directory of a checkpoint, not ";
     assert!(String::from_utf8(asked.stderr)?.contains(expected));
 
     // A picture of more than the network's size, and a mask.

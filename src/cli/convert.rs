@@ -92,7 +92,7 @@ pub fn convert(args: &ConvertArgs) -> Result<ExitCode> {
     if args.image_size.is_some() {
         return args.from_openai();
     }
-    let file = match Trained::open(from) {
+    let file = match Trained::open(from, args.weights) {
         Ok(trained) => WeightsFile::open(trained.weights_file(args.weights))?,
         Err(error) if from.is_file() => {
             let hint = "a file of improved-diffusion or guided-diffusion needs --image-size";

@@ -77,6 +77,14 @@ impl Network {
         }
     }
 
+    /// Returns whether the network also outputs the variance.
+    pub fn learns_variance(&self) -> bool {
+        match self {
+            Self::UNet(config) => config.learned_variance,
+            Self::UNet2D(config) => config.learns_variance(),
+        }
+    }
+
     /// The number of classes, if the network has classes.
     pub fn classes(&self) -> Option<usize> {
         match self {

@@ -76,15 +76,9 @@ impl SamplingArgs {
     /// Opens the checkpoint, the weights file or the folder of diffusers.
     ///
     /// # Errors
-    /// Returns the errors of [`Trained::open`], and an error if `--weights` is given and the path is not a checkpoint.
+    /// Returns the errors of [`Trained::open`].
     pub fn open(&self) -> Result<Trained> {
-        let opened = Trained::open(&self.checkpoint)?;
-        if self.weights.is_some() && opened.weights(self.weights).is_none() {
-            let path = self.checkpoint.display();
-            let expected = "the directory of a checkpoint";
-            return Err(format!("--weights is for {expected}; --checkpoint is {path}").into());
-        }
-        Ok(opened)
+        Trained::open(&self.checkpoint, self.weights)
     }
 
     /// The sampler settings: those of the run's grids, except for the given options.

@@ -44,8 +44,20 @@ impl Trained {
     /// Opens a checkpoint, a weights file or a folder of diffusers.
     ///
     /// # Errors
-    /// Returns an error if there is none of them, or if a weights file does not describe its network and its process.
-    pub fn open(path: &Path) -> Result<Self> {
+    /// Returns an error if there is none of them, if a weights file does not describe its network and its process, or if
+    /// certain weights are `asked` for and this is not a checkpoint.
+    pub fn open(path: &Path, asked: Option<Weights>) -> Result<Self> {
+        let opened = Self::find(path)?;
+        if asked.is_some() && opened.weights(asked).is_none() {
+            let path = path.display();
+            return Err(
+                format!("--weights is for the directory of a checkpoint, not {path}").into()
+            );
+        }
+        Ok(opened)
+    }
+
+    fn find(path: &Path) -> Result<Self> {
         if path.extension().is_some_and(|e| e == "safetensors") && !path.is_dir() {
             return Ok(Self::File(Box::new(WeightsFile::open(path)?)));
         }

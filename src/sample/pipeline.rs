@@ -51,9 +51,10 @@ impl DiffusersFolder {
         Ok(Self { path: path.to_owned(), unet, network, diffusion, sampling })
     }
 
-    /// Returns whether `path` has the configuration of a network of diffusers.
+    /// Returns whether `path` has the files of a network of diffusers. The scheduler may be missing.
     pub fn is_at(path: impl AsRef<Path>) -> bool {
-        part(path.as_ref(), "unet").join(CONFIG).is_file()
+        let unet = part(path.as_ref(), "unet");
+        unet.join(CONFIG).is_file() && weights_file(&unet).is_file()
     }
 
     /// The path of the folder.

@@ -49,12 +49,20 @@ pub(super) fn visit_archive(
     let Some(root) = roots.find(|root| !root.contains('/')) else {
         return Err(archive.damaged("the archive has no data.pkl, so it is not of PyTorch".into()));
     };
-    if let Some(order) = archive.read(&format!("{root}/byteorder"))? {
+    // PyTorch compresses nothing, so no content is larger than the file.
+    let read = |name: &str| match archive.size(&format!("{root}/{name}")) {
+        Some(size) if size > archive.len() => {
+            Err(archive.damaged(format!("{name} has more bytes than the file")))
+        }
+        _ => archive.read(&format!("{root}/{name}")),
+    };
+    if let Some(order) = read("byteorder")? {
         check_order(archive.path(), order == b"little")?;
     }
-    let pickle = archive.read(&format!("{root}/data.pkl"))?.unwrap_or_default();
+    let pickle = read("data.pkl")?.unwrap_or_default();
     let (pickled, _) = Pickled::read(&pickle).map_err(|reason| archive.damaged(reason))?;
-    let storages = Storages::Archive { archive, root, read: BTreeMap::new() };
+    let (read, left) = (BTreeMap::new(), archive.len());
+    let storages = Storages::Archive { archive, root, read, left };
     visit_all((archive.path(), archive.len()), &pickled, storages, prefix, visit)
 }
 
@@ -140,6 +148,8 @@ enum Storages<'a> {
         root: &'a str,
         /// The storages so far, by their keys.
         read: BTreeMap<String, Vec<u8>>,
+        /// The greatest size of all others. The entries of a damaged archive can overlap.
+        left: u64,
     },
     Legacy(BTreeMap<&'a str, &'a [u8]>),
 }
@@ -147,17 +157,27 @@ enum Storages<'a> {
 impl Storages<'_> {
     /// The bytes of a storage: as many as its length states.
     fn get(&mut self, path: &Path, storage: &Storage<'_>) -> Result<&[u8]> {
+        let expected = storage.len.checked_mul(storage.width);
         let bytes = match self {
-            Self::Archive { archive, root, read } => match read.entry(storage.key.to_owned()) {
-                Entry::Occupied(read) => Some(&**read.into_mut()),
-                Entry::Vacant(vacant) => {
-                    let content = archive.read(&format!("{root}/data/{}", storage.key))?;
-                    content.map(|content| &**vacant.insert(content))
+            Self::Archive { archive, root, read, left } => {
+                match read.entry(storage.key.to_owned()) {
+                    Entry::Occupied(read) => Some(&**read.into_mut()),
+                    Entry::Vacant(vacant) => {
+                        let name = format!("{root}/data/{}", storage.key);
+                        let fits = |size: &u64| expected.is_some_and(|all| all as u64 == *size);
+                        let size = archive.size(&name).filter(fits);
+                        match size.and_then(|size| left.checked_sub(size)) {
+                            Some(rest) => {
+                                *left = rest;
+                                archive.read(&name)?.map(|content| &**vacant.insert(content))
+                            }
+                            None => None,
+                        }
+                    }
                 }
-            },
+            }
             Self::Legacy(storages) => storages.get(storage.key).copied(),
         };
-        let expected = storage.len.checked_mul(storage.width);
         bytes.filter(|bytes| Some(bytes.len()) == expected).ok_or_else(|| {
             let key = in_short(storage.key);
             Error::damaged(path, format!("storage {key} is missing, or has another size"))

@@ -132,7 +132,9 @@ impl<'a> View<'a> {
         if shape.len() != strides.len() {
             return Err(wrong.into());
         }
-        let len = shape.iter().try_fold(1usize, |len, &size| len.checked_mul(size));
+        // Without the sizes of 0, so that no product of sizes overflows anywhere.
+        let len = shape.iter().try_fold(1usize, |len, &size| len.checked_mul(size.max(1)));
+        let len = len.map(|len| if shape.contains(&0) { 0 } else { len });
         let last = |at: usize, (&size, &stride): (&usize, &usize)| {
             at.checked_add((size - 1).checked_mul(stride)?)
         };
@@ -164,6 +166,9 @@ impl<'a> View<'a> {
     /// Returns the bytes of the values in C order. `storage` has the bytes of the storage.
     pub fn values<'s>(&self, storage: &'s [u8]) -> Cow<'s, [u8]> {
         let width = self.storage.width;
+        if self.len == 0 {
+            return Cow::Borrowed(&[]);
+        }
         let mut dense = 1;
         let is_dense = self.shape.iter().zip(&self.strides).rev().all(|(&size, &stride)| {
             let fits = size == 1 || stride == dense;
@@ -171,7 +176,7 @@ impl<'a> View<'a> {
             fits
         });
         let start = self.offset * width;
-        if is_dense && self.len > 0 {
+        if is_dense {
             return Cow::Borrowed(&storage[start..start + self.len * width]);
         }
         let mut values = Vec::new();
