@@ -258,6 +258,22 @@ fn earlier_names_and_several_files_of_diffusers_are_the_same_network() -> Result
     let load = || Parameters::load_diffusers(dir.path(), DType::F32, &device);
     assert_eq!(forward(load()?)?, expected);
 
+    // Files of PyTorch have the same names with another extension.
+    let pytorch = tempfile::tempdir().unwrap();
+    let bin = pytorch.path().join("diffusion_pytorch_model.bin");
+    std::fs::copy(format!("{PYTORCH}/state.pt"), &bin).unwrap();
+    let of_bin = || {
+        let weights = Parameters::load_diffusers(pytorch.path(), DType::F32, &device)?;
+        Ok::<_, ddpm::Error>(
+            weights.builder().get((2, 2), "parameter")?.flatten_all()?.to_vec1::<f32>()?,
+        )
+    };
+    let values = of_bin()?;
+    std::fs::rename(&bin, pytorch.path().join("part.bin")).unwrap();
+    let list = r#"{"weight_map": {"parameter": "part.bin"}}"#;
+    std::fs::write(bin.with_extension("bin.index.json"), list).unwrap();
+    assert_eq!(of_bin()?, values);
+
     list.insert("conv_in.weight".into(), "../part-0.safetensors".into());
     write(&list);
     let message = load().unwrap_err().to_string();
@@ -882,7 +898,9 @@ fn damaged_and_hostile_files_of_pytorch_are_errors() {
         let message = message(&bytes);
         assert!(message.contains(expected), "{message}, not {expected}");
     }
-    // Each byte of the headers is changed in turn, and the files are cut.
+    let overlapping = std::fs::read(format!("{PYTORCH}/overlapping.pt")).unwrap();
+    assert!(message(&overlapping).contains("is missing, or has another size"));
+    // Bytes of the files are changed in turn, and the files are cut.
     for name in ["state.pt", "state-legacy.pt", "trainer.pt"] {
         let whole = std::fs::read(format!("{PYTORCH}/{name}")).unwrap();
         for i in (0..whole.len()).step_by(23) {

@@ -6,6 +6,7 @@ The content is described in ../README.md.
 """
 import argparse
 import os
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -57,6 +58,19 @@ def trainer(tensors):
     return parts | {"scaler": None, "version": "2.3.0", "seed": 2**70, "loss": 0.5, "lists": [[torch.ones(2)], (1, 2)]}
 
 
+def overlap(path):
+    """Lets the entries of all storages of an archive begin at that of the first, and cuts the others off."""
+    with zipfile.ZipFile(path, "a") as archive:
+        storages = [entry for entry in archive.filelist if "/data/" in entry.filename]
+        first, second = storages[:2]
+        archive.start_dir = second.header_offset
+        archive.filelist = [entry for entry in archive.filelist if entry.header_offset < archive.start_dir]
+        for entry in storages[1:]:
+            entry.header_offset = first.header_offset
+            archive.filelist.append(entry)
+        archive._didModify = True
+
+
 def values(tensors):
     """The floating-point tensors, each with its own storage."""
     floats = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point()}
@@ -74,6 +88,8 @@ def main():
         torch.save(value, out / f"{name}-legacy.pt", _use_new_zipfile_serialization=False)
     torch.save(trainer(tensors), out / "trainer.pt")
     torch.save(tensors, out / "state-protocol-4.pt", pickle_protocol=4)
+    torch.save({f"w{i}": torch.zeros(500) for i in range(20)}, out / "overlapping.pt")
+    overlap(out / "overlapping.pt")
     save_file(values(tensors), out / "expected.safetensors")
 
 
