@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use ddpm::cli::{self, Recipe, RecipeName, TrainArgs, datasets};
+use ddpm::nn::UNet2DConfig;
 use ddpm::{Diffusion, TrainConfig, UNetConfig};
 
 /// The recipe of this name. That of the paper draws its grids by the usual sampler: deterministic DDIM with 50 steps.
@@ -22,10 +23,31 @@ fn recipe(name: RecipeName) -> Recipe {
     }
 }
 
+/// The network of the paper, with its process and its training.
+fn ho() -> Recipe<UNet2DConfig> {
+    Recipe {
+        out: "out/cifar10-ho",
+        cargo_target: "--example cifar10",
+        save_every: 1_000,
+        sample_every: 5_000,
+        ..Recipe::new(UNet2DConfig::cifar10(), Diffusion::ddpm(), TrainConfig::ho())
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Network {
+    Unet,
+    Ho,
+}
+
 fn defaults() -> String {
     let [ddpm, recommended] = [RecipeName::Ddpm, RecipeName::Recommended].map(recipe);
     let recommended = recommended.defaults("With --recipe recommended");
-    format!("{}\n\n{recommended}", ddpm.defaults("Defaults"))
+    format!(
+        "{}\n\n{recommended}\n\n{}",
+        ddpm.defaults("Defaults"),
+        ho().defaults("With --network ho")
+    )
 }
 
 /// Train a DDPM on CIFAR-10, and draw samples from it
@@ -36,14 +58,18 @@ struct Cli {
     #[arg(long, value_name = "DIR", default_value = "data")]
     data: PathBuf,
     /// Recipe: ddpm, with the process of the paper, or recommended, with velocity and Muon
-    #[arg(long, value_name = "R", value_enum, default_value = "ddpm")]
+    #[arg(long, value_name = "R", value_enum, default_value = "ddpm", conflicts_with = "network")]
     recipe: RecipeName,
+    /// Network: unet, that of this crate, or ho, that of Ho et al. with their training
+    #[arg(long, value_name = "N", value_enum, default_value = "unet")]
+    network: Network,
     #[command(flatten)]
     train: TrainArgs,
 }
 
 fn main() -> ExitCode {
-    cli::main(|cli: Cli| {
-        cli::train(&recipe(cli.recipe), &cli.train, || datasets::cifar10(&cli.data))
+    cli::main(|Cli { data, recipe: name, network, train }| match network {
+        Network::Unet => cli::train(&recipe(name), &train, || datasets::cifar10(&data)),
+        Network::Ho => cli::train(&ho(), &train, || datasets::cifar10(&data)),
     })
 }

@@ -49,6 +49,23 @@ fn replace(path: &Path, content: &[u8], flush: fn(&File) -> io::Result<()>) -> R
     })
 }
 
+/// Creates a file or directory by `make`, which receives a temporary path beside `path`, and renames it.
+///
+/// # Errors
+/// Returns the errors of `make`, and an error if it cannot be renamed, for example onto a directory that is not empty.
+/// Nothing is left at the temporary path then.
+pub(crate) fn make(path: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let partial = partial(path);
+    let made = make(&partial).and_then(|()| fs::rename(&partial, path).map_err(Error::io(path)));
+    made.inspect_err(|_| {
+        // The error to report is the one above.
+        let _ = match partial.is_dir() {
+            true => fs::remove_dir_all(&partial),
+            false => fs::remove_file(&partial),
+        };
+    })
+}
+
 /// Renames a file or directory to a name with `-old`, and with a number if that name is taken. Returns the new path.
 ///
 /// # Errors

@@ -40,6 +40,7 @@ mod random;
 mod random_inputs;
 pub mod sample;
 pub mod train;
+mod zip;
 
 /// The version of candle whose tensors and devices are part of this crate's signatures.
 pub use {candle_core, candle_nn};

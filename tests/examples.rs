@@ -15,8 +15,9 @@ use std::time::{Duration, Instant};
 use candle_core::Device;
 use ddpm::data::{self as sets, Batch, Subset};
 use ddpm::eval::{ProbabilityFlow, VariationalBound};
-use ddpm::sample::Variance;
-use ddpm::{Checkpoint, UNetConfig};
+use ddpm::nn::UNet2DConfig;
+use ddpm::sample::{SamplerConfig, Variance};
+use ddpm::{Checkpoint, Diffusion, Solver, TrainConfig, UNetConfig};
 use image::AnimationDecoder;
 use image::codecs::gif::GifDecoder;
 use serde_json::Value;
@@ -317,6 +318,85 @@ fn a_conditional_run_draws_the_class_that_is_asked_for() -> Result<()> {
     let args = ["--steps", "2", "--resume", "--conditional", "--out"];
     let expected = "the run in --out is not conditional; omit --conditional to continue it";
     assert_fails(example("mnist").args(args).arg(&plain), &[expected])
+}
+
+/// From a run with the network of Ho et al. to a folder of diffusers and back: all draw the same images.
+#[test]
+fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
+    let temp = TempDir::new()?;
+    cifar(temp.path())?;
+    let path = |name: &str| temp.path().join(name);
+    let network = UNet2DConfig {
+        block_out_channels: vec![8, 16, 16, 16],
+        norm_num_groups: 4,
+        ..UNet2DConfig::cifar10()
+    };
+    let config = serde_json::json!({
+        "network": network,
+        "diffusion": Diffusion::ddpm(),
+        "train": TrainConfig { batch_size: 2, log_every: 1, ..TrainConfig::ho() },
+        "sampling": SamplerConfig::new(Solver::ddim(), 2).clip_denoised(true),
+        "save_every": 1,
+        "sample_every": 1,
+        "sample_count": 1,
+    });
+    fs::write(path("ho.json"), config.to_string())?;
+    let cifar10 = |args: &[&str]| {
+        let mut command = example("cifar10");
+        command.arg("--data").arg(temp.path()).arg("--out").arg(path("run")).args(args);
+        command
+    };
+    let ho = path("ho.json");
+    let ho = ho.to_str().ok_or("a path in UTF-8")?;
+    succeed(&mut cifar10(&["--network", "ho", "--config", ho, "--steps", "1"]))?;
+    let other = ["network.kind is unet2d in the checkpoint", "with --network"];
+    assert_fails(&mut cifar10(&["--resume", "--steps", "2"]), &other)?;
+    succeed(&mut cifar10(&["--network", "ho", "--resume", "--steps", "2"]))?;
+
+    let convert = |from: &Path, to: &str, args: &[&str]| {
+        let mut command = example("convert");
+        command.arg("--from").arg(from).arg("--to").arg(path(to)).args(args);
+        command
+    };
+    let run = path("run/checkpoint");
+    let said = succeed(&mut convert(&run, "pipeline", &[]))?;
+    assert!(
+        said.contains("a pipeline of diffusers; the run takes num_inference_steps=2"),
+        "{said}"
+    );
+    succeed(&mut convert(&path("pipeline"), "back.safetensors", &[]))?;
+    succeed(&mut convert(&path("back.safetensors"), "ancestral", &["--solver", "ddpm"]))?;
+    let scheduler = fs::read_to_string(path("ancestral/scheduler/scheduler_config.json"))?;
+    assert!(scheduler.contains("\"DDPMScheduler\"") && scheduler.contains("\"fixed_large\""));
+
+    let mut pictures = BTreeSet::new();
+    for from in ["run/checkpoint", "pipeline", "back.safetensors"] {
+        let mut command = example("sample");
+        command.args(["--count", "1", "--sampling-steps", "2"]).arg("--out").arg(path("image.png"));
+        succeed(command.arg("--checkpoint").arg(path(from)))?;
+        pictures.insert(fs::read(path("image.png"))?);
+    }
+    assert_eq!(pictures.len(), 1);
+
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+    let pytorch = data.join("pytorch_files/state.pt");
+    for (from, to, args, expected) in [
+        (&run, "pipeline", &[][..], "it must be a path at which there is nothing"),
+        (&run, "x.safetensors", &["--image-size", "32"], "not a regular file"),
+        (&pytorch, "x.safetensors", &["--image-size", "32"], "not the weights of a UNetModel"),
+        (&pytorch, "x.safetensors", &[], "needs --image-size"),
+        (&path("pipeline"), "x", &[], "--to is"),
+        (
+            &path("pipeline"),
+            "x.safetensors",
+            &["--solver", "ddim"],
+            "--weights and --solver are for",
+        ),
+        (&path("none"), "x", &[], "no checkpoint here"),
+    ] {
+        assert_fails(&mut convert(from, to, args), &[expected])?;
+    }
+    Ok(())
 }
 
 #[test]
@@ -658,7 +738,7 @@ fn edits(checkpoint: &Path, temp: &Path) -> Result<()> {
     succeed(sample("whole", &["--count", "2", "--seed", "3"]).arg("--checkpoint").arg(checkpoint))?;
     assert!(read("alone", 0)? == read("whole", 0)? && read("alone", 1)? == read("whole", 1)?);
     let asked = sample("x", &["--weights", "ema"]).arg("--checkpoint").arg(&weights).output()?;
-    let expected = "--weights is for a directory; --checkpoint is ";
+    let expected = "--weights is for the directory of a checkpoint, not ";
     assert!(String::from_utf8(asked.stderr)?.contains(expected));
 
     // A picture of more than the network's size, and a mask.

@@ -5,16 +5,16 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::VarBuilder;
-use ddpm::nn::Model;
 use ddpm::nn::{
-    Architecture, Dropout, Parameters, Resampling, TimeConditioning, UNet2DConfig, UpBlockType,
+    Architecture, Condition, Dropout, Model, Parameters, Resampling, TimeConditioning, UNet2D,
+    UNet2DConfig, UpBlockType,
 };
 use ddpm::process::Prediction;
-use ddpm::sample::{SamplerConfig, Spacing, Variance};
-use ddpm::train::gradients;
+use ddpm::sample::{DiffusersFolder, DynamicThreshold, Guidance, SamplerConfig, Spacing, Variance};
+use ddpm::train::{WeightsFile, gradients};
 use ddpm::{
-    Denoiser, Diffusion, ResBlock, Result, Sampler, Solver, TimeEmbedding, TrainConfig, Trainer,
-    UNet, UNetConfig,
+    Denoiser, Diffusion, NoiseSchedule, ResBlock, Result, Sampler, Solver, TimeEmbedding,
+    TrainConfig, Trainer, UNet, UNetConfig,
 };
 
 mod passes;
@@ -277,11 +277,150 @@ fn earlier_names_and_several_files_of_diffusers_are_the_same_network() -> Result
     let load = || Parameters::load_diffusers(dir.path(), DType::F32, &device);
     assert_eq!(forward(load()?)?, expected);
 
+    // Files of PyTorch have the same names with another extension.
+    let pytorch = tempfile::tempdir().unwrap();
+    let bin = pytorch.path().join("diffusion_pytorch_model.bin");
+    std::fs::copy(format!("{PYTORCH}/state.pt"), &bin).unwrap();
+    let of_bin = || {
+        let weights = Parameters::load_diffusers(pytorch.path(), DType::F32, &device)?;
+        Ok::<_, ddpm::Error>(
+            weights.builder().get((2, 2), "parameter")?.flatten_all()?.to_vec1::<f32>()?,
+        )
+    };
+    let values = of_bin()?;
+    std::fs::rename(&bin, pytorch.path().join("part.bin")).unwrap();
+    let of_part = r#"{"weight_map": {"parameter": "part.bin"}}"#;
+    std::fs::write(bin.with_extension("bin.index.json"), of_part).unwrap();
+    assert_eq!(of_bin()?, values);
+
     list.insert("conv_in.weight".into(), "../part-0.safetensors".into());
     write(&list);
     let message = load().unwrap_err().to_string();
     let expected = "lists ../part-0.safetensors; it must list the names of files in the folder";
     assert_eq!(message, format!("{}: {expected}", index.display()));
+    Ok(())
+}
+
+/// The bits of what a network of diffusers computes for one image.
+fn bits(unet: &Model<UNet2D>, config: &UNet2DConfig) -> Vec<u32> {
+    let (channels, height, width) = config.image_shape();
+    let x = Sampler::prior((1, channels, height, width), 5, &Device::Cpu).unwrap();
+    let condition = match config.num_class_embeds {
+        Some(_) => Condition::classes(vec![1]).unwrap(),
+        None => Condition::None,
+    };
+    let y = unet.denoise(&x, &Tensor::new(&[400u32], &Device::Cpu).unwrap(), &condition).unwrap();
+    [Some(y.prediction), y.variance]
+        .into_iter()
+        .flatten()
+        .flat_map(|y| y.flatten_all().unwrap().to_vec1::<f32>().unwrap())
+        .map(f32::to_bits)
+        .collect()
+}
+
+/// From a folder of diffusers to a weights file, and from there to a folder of a pipeline.
+#[test]
+fn networks_of_diffusers_are_the_same_after_two_conversions() -> Result<()> {
+    let (temp, device) = (tempfile::tempdir().unwrap(), Device::Cpu);
+    let linear = || NoiseSchedule::linear(1000, 1e-4, 0.02);
+    let ddpm = |variance| SamplerConfig::new(Solver::Ddpm { variance }, 1000).clip_denoised(true);
+    let ddim = SamplerConfig::new(Solver::ddim(), 50);
+    for (name, schedule, prediction, sampling) in [
+        ("cifar10", linear()?, Prediction::Epsilon, ddpm(Variance::Beta).spacing(Spacing::Leading)),
+        (
+            "celebahq_church",
+            NoiseSchedule::cosine(1000)?.zero_terminal_snr()?,
+            Prediction::Velocity,
+            ddim.spacing(Spacing::Trailing),
+        ),
+        (
+            "heads",
+            NoiseSchedule::quadratic(1000, 0.00085, 0.012)?,
+            Prediction::Epsilon,
+            ddpm(Variance::Learned),
+        ),
+        ("classes", NoiseSchedule::sigmoid(1000, -3.0, 3.0, 1.0)?, Prediction::Sample, ddim),
+        (
+            "scale_shift",
+            NoiseSchedule::cosine(1000)?.shifted(-1.0)?,
+            Prediction::Velocity,
+            ddpm(Variance::Posterior),
+        ),
+    ] {
+        let folder = format!("tests/data/diffusers/{name}");
+        let config = UNet2DConfig::from_diffusers(&folder)?;
+        let weights = Parameters::load_diffusers(&folder, DType::F32, &device)?;
+        let expected = bits(&weights.build(&config)?, &config);
+        let diffusion = Diffusion::new(schedule, prediction);
+        let file = temp.path().join(format!("{name}.safetensors"));
+        WeightsFile::create(&file, &config, &weights, &diffusion, Some(&sampling))?;
+
+        let file = WeightsFile::open(&file)?;
+        assert_eq!((file.step(), file.sampling()), (0, Some(&sampling)));
+        assert_eq!(file.diffusion(), &diffusion);
+        assert_eq!(file.architecture::<UNet2DConfig>()?, config);
+        assert_eq!(bits(&file.model::<UNet2DConfig>(&device)?, &config), expected);
+
+        let out = temp.path().join(name);
+        file.export_diffusers(&out, None)?;
+        let folder = DiffusersFolder::open(&out)?;
+        assert_eq!(folder.network(), &config);
+        assert_eq!(folder.sampling(), &sampling);
+        let betas = |diffusion: &Diffusion| diffusion.schedule().betas().to_vec();
+        assert_eq!(betas(folder.diffusion()), betas(&diffusion), "{name}");
+        assert_eq!(folder.diffusion().prediction(), prediction);
+        let read = folder.weights(DType::F32, &device)?.build(folder.network())?;
+        assert_eq!(bits(&read, &config), expected);
+
+        let again = file.export_diffusers(&out, None).unwrap_err().to_string();
+        assert!(again.contains("it must be a path at which there is nothing"), "{again}");
+        // Nothing but the file and the folders remains.
+        let hidden = std::fs::read_dir(temp.path()).unwrap().flatten();
+        assert!(hidden.map(|e| e.file_name()).all(|name| !name.to_string_lossy().starts_with('.')));
+    }
+    Ok(())
+}
+
+#[test]
+fn what_a_folder_of_diffusers_lacks_is_refused_by_name() -> Result<()> {
+    let (temp, device) = (tempfile::tempdir().unwrap(), Device::Cpu);
+    let path = temp.path().join("w.safetensors");
+    let file = |network: &str| {
+        let folder = format!("tests/data/diffusers/{network}");
+        let weights = Parameters::load_diffusers(&folder, DType::F32, &device)?;
+        let config = UNet2DConfig::from_diffusers(&folder)?;
+        WeightsFile::create(&path, &config, &weights, &Diffusion::ddpm(), None)?;
+        WeightsFile::open(&path)
+    };
+    let message = |file: &WeightsFile, sampling: SamplerConfig| {
+        let out = temp.path().join("out");
+        let message = file.export_diffusers(&out, Some(&sampling)).unwrap_err().to_string();
+        assert!(!out.exists());
+        message
+    };
+    let plain = file("cifar10")?;
+    let ddim = SamplerConfig::new(Solver::ddim(), 50);
+    for (sampling, expected) in [
+        (SamplerConfig::recommended(), "solver is UniPC"),
+        (SamplerConfig::new(Solver::Ddim { eta: 0.5 }, 50), "solver is DDIM"),
+        (ddim.spacing(Spacing::LogSnr), "spacing is"),
+        (ddim.guidance(Some(Guidance::new(2.0))), "guidance is set"),
+        (
+            ddim.dynamic_threshold(DynamicThreshold { ratio: 0.995, max: 1.5 }),
+            "dynamic_threshold is set",
+        ),
+        (SamplerConfig::new(Solver::ddim(), 0), "is 0; it must be"),
+    ] {
+        let message = message(&plain, sampling);
+        assert!(message.contains(expected), "{message}, not {expected}");
+    }
+    let learned = message(&file("heads")?, ddim);
+    assert!(learned.contains("a network with a learned variance"), "{learned}");
+    let own = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
+    let weights = parameters();
+    WeightsFile::create(&path, &own, &weights, &Diffusion::ddpm(), None)?;
+    let own = message(&WeightsFile::open(&path)?, ddim);
+    assert_eq!(own, "network.kind is unet; it must be unet2d, because diffusers lacks the others");
     Ok(())
 }
 
@@ -665,19 +804,134 @@ fn a_trainer_takes_no_weights_that_are_not_finite() {
     assert!(message.contains("out_conv.bias is not finite: 1 of 1 values"), "{message}");
 }
 
-#[test]
-fn a_file_of_pytorchs_own_format_is_called_that() {
-    let pickle = [0x80, 2, 0x8a, 10, 0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
-    for bytes in [&b"PK\x03\x04\x00\x00\x08\x08\x00\x00 and the rest of an archive"[..], &pickle] {
-        let (_dir, path) = file(bytes);
-        let message = load(&path, DType::F32).unwrap_err().to_string();
-        let expected = format!("{}: a file of PyTorch's own format", path.display());
-        assert!(message.starts_with(&expected) && !message.contains("damaged"), "{message}");
-        assert!(message.contains("save_file(model.state_dict(),"), "{message}");
+/// Files that torch.save wrote, in both of its formats.
+const PYTORCH: &str = "tests/data/pytorch_files";
+
+/// Asserts that a file has all tensors of `expected.safetensors`, bit by bit, behind a prefix.
+fn assert_has_expected(file: &str, prefix: &str) {
+    let path = format!("{PYTORCH}/{file}");
+    let expected =
+        candle_core::safetensors::load(format!("{PYTORCH}/expected.safetensors"), &Device::Cpu);
+    let weights = Parameters::load_part(&path, prefix, DType::F64, &Device::Cpu).unwrap();
+    let builder = weights.builder();
+    for (name, tensor) in expected.unwrap() {
+        let found = builder.get(tensor.dims(), &name).unwrap_or_else(|e| panic!("{path}: {e}"));
+        let values = |tensor: &Tensor| {
+            let values = tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+            Ok::<_, candle_core::Error>(values.into_iter().map(f64::to_bits).collect::<Vec<_>>())
+        };
+        assert_eq!(values(&found).unwrap(), values(&tensor).unwrap(), "{path}: {name}");
     }
-    let (_dir, path) = file(b"anything else");
-    let message = load(&path, DType::F32).unwrap_err().to_string();
-    assert!(message.contains("damaged file"), "{message}");
+    // Tensors of other types are left out.
+    for counter in ["counter", "1.num_batches_tracked"] {
+        let error = builder.get((), counter).unwrap_err().to_string();
+        assert!(error.contains(&format!("weight {counter} is missing")), "{error}");
+    }
+}
+
+#[test]
+fn tensors_in_files_of_pytorch_have_the_values_of_pytorch() {
+    assert_has_expected("state.pt", "");
+    assert_has_expected("state-legacy.pt", "");
+    assert_has_expected("state-protocol-4.pt", "");
+    assert_has_expected("trainer.pt", "ema.ema_model.model.");
+    assert_has_expected("trainer.pt", "model.model.");
+    // Another file begins with the bytes of a safetensors file, whatever its name is.
+    let (_dir, path) = file(&std::fs::read(format!("{PYTORCH}/expected.safetensors")).unwrap());
+    let weights = Parameters::load_part(&path, "param", DType::F32, &Device::Cpu).unwrap();
+    assert_eq!(weights.builder().get((2, 2), "eter").unwrap().dims(), [2, 2]);
+}
+
+#[test]
+fn a_file_of_pytorch_runs_no_code() {
+    for (name, path) in ["hostile.pt", "hostile-legacy.pt"].map(|n| (n, format!("{PYTORCH}/{n}"))) {
+        let message = load(path.as_ref(), DType::F32).unwrap_err().to_string();
+        let expected = format!("{path}: args is made by posix.system, which is not run");
+        assert_eq!(message, expected, "{name}");
+        // The call is not among the values that are asked for.
+        let weights = Parameters::load_part(&path, "weight", DType::F32, &Device::Cpu).unwrap();
+        let weight = weights.builder().get(2, "").unwrap();
+        assert_eq!(weight.to_vec1::<f32>().unwrap(), [1.0, 1.0]);
+    }
+}
+
+/// A file of PyTorch's earlier format with this pickle as its object.
+fn legacy(object: &[u8]) -> Vec<u8> {
+    let magic = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.";
+    let system = b"\x80\x02M\xe9\x03.\x80\x02}X\x0d\0\0\0little_endian\x88s.";
+    [magic, &system[..], object, b"]."].concat()
+}
+
+/// A state dict with one tensor, whose shape and strides are these parts of a pickle, and whose storage is the number 1.
+fn with_shape(shape: &[u8], strides: &[u8]) -> Vec<u8> {
+    let tensor = b"}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\n\
+                   X\x01\0\0\x000X\x03\0\0\0cpuK\x01NtQK\0";
+    let mut file = legacy(&[&tensor[..], shape, strides, b"\x89NtRs."].concat());
+    file.truncate(file.len() - 2);
+    file.extend(b"]X\x01\0\0\x000a.\x01\0\0\0\0\0\0\0\0\0\x80\x3f");
+    file
+}
+
+/// Every case would take much memory or time, or would overflow the stack, if the file were believed.
+#[test]
+fn damaged_and_hostile_files_of_pytorch_are_errors() {
+    let message = |bytes: &[u8]| {
+        let (_dir, path) = file(bytes);
+        load(&path, DType::F32).map(drop).unwrap_err().to_string()
+    };
+    let (_dir, path) = file(&with_shape(b"K\x01\x85", b"K\x01\x85"));
+    let one = load(&path, DType::F32).unwrap().builder().get(1, "w").unwrap();
+    assert_eq!(one.to_vec1::<f32>().unwrap(), [1.0]);
+
+    let huge = b"\x8a\x06\0\0\0\0\0\x01"; // 2^40
+    let expanded = with_shape(&[&huge[..], b"\x85"].concat(), b"K\0\x85");
+    let overflowing =
+        with_shape(&[huge, &huge[..], b"\x86"].concat(), &[huge, &huge[..], b"\x86"].concat());
+    let doubled = (1..30u8).fold(b"}q\0".to_vec(), |mut pickle, n| {
+        pickle.extend([b'}', b'q', n]);
+        for key in b"abcd" {
+            pickle.extend([b'X', 1, 0, 0, 0, *key, b'h', n - 1, b's']);
+        }
+        pickle
+    });
+    let mut nested = vec![b')'];
+    nested.resize(1 << 21, 0x85);
+    for (bytes, expected) in [
+        (expanded, "w: the tensors have more than 8 times the size of the file"),
+        (overflowing, "exceeds its storage of 1 values"),
+        (with_shape(b"K\x02\x85", b"K\x01\x85"), "a view of shape [2] exceeds its storage"),
+        (with_shape(b"K\x01\x85", b")"), "the arguments of a tensor have another form"),
+        (with_shape(b"J\xff\xff\xff\xff\x85", b"K\x01\x85"), "have another form"),
+        (legacy(&[&doubled[..], b"."].concat()), "is too deep"),
+        (legacy(b"}q\0X\x01\0\0\0ah\0s."), "is too deep"),
+        (legacy(&[&nested[..], b"."].concat()), "more than 1048576 operations"),
+        (legacy(b"X\xff\xff\xff\xffa."), "the pickle is incomplete"),
+        (legacy(b"]."), "the file holds no dictionary of tensors"),
+        (legacy(b"cos\nsystem\nX\x02\0\0\0ls\x85R."), "the file calls os.system, which is not run"),
+        (legacy(b"R."), "the stack of the pickle is empty"),
+        (legacy(b"I01\n."), "operation 0x49, which is not read"),
+        (b"\x80\x02}.".to_vec(), "a pickle that torch.save did not write"),
+        (b"PK\x03\x04\0\0\x08\x08 and the rest".to_vec(), "it has no ZIP directory"),
+        (b"anything else".to_vec(), "damaged file"),
+    ] {
+        let message = message(&bytes);
+        assert!(message.contains(expected), "{message}, not {expected}");
+    }
+    let overlapping = std::fs::read(format!("{PYTORCH}/overlapping.pt")).unwrap();
+    assert!(message(&overlapping).contains("is missing, or has another size"));
+    // Bytes of the files are changed in turn, and the files are cut.
+    for name in ["state.pt", "state-legacy.pt", "trainer.pt"] {
+        let whole = std::fs::read(format!("{PYTORCH}/{name}")).unwrap();
+        for i in (0..whole.len()).step_by(23) {
+            let (_dir, path) = file(&whole[..i]);
+            assert!(load(&path, DType::F32).is_err(), "{name}: {i} bytes");
+            let mut changed = whole.clone();
+            changed[i] ^= if i % 2 == 0 { 0x01 } else { 0xff };
+            let (_dir, path) = file(&changed);
+            // A change of a name or a date is no error.
+            let _ = load(&path, DType::F32);
+        }
+    }
 }
 
 #[test]

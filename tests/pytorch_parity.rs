@@ -6,14 +6,17 @@
 //! GPU.
 //!
 //! Also compares `UNet2D` with diffusers, over every folder in `tests/data/diffusers/`, and in the folder that the
-//! environment variable `DDPM_DIFFUSERS` names.
+//! environment variable `DDPM_DIFFUSERS` names, and with the network of improved-diffusion and guided-diffusion.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
-use ddpm::nn::{Condition, Dropout, Model, Output, Parameters, Trainable, UNet2D, UNet2DConfig};
+use ddpm::nn::{
+    AttentionHeads, Condition, Dropout, Model, OpenAi, Output, Parameters, Trainable, UNet2D,
+    UNet2DConfig,
+};
 use ddpm::process::Prediction;
 use ddpm::train::{AdamConfig, EmaConfig, WeightDecay};
 use ddpm::{Denoiser, Diffusion, NoiseSchedule, Sampler, Solver, TrainConfig, Trainer, UNetConfig};
@@ -385,6 +388,123 @@ impl Diffusers {
         assert!(most > 100.0 * WEIGHT, "the step changes weights by at most {most:e}");
         close(&format!("trained.{}", worst.1), worst.0, WEIGHT);
     }
+}
+
+/// A network of improved-diffusion or guided-diffusion in `tests/data/openai.safetensors`.
+#[derive(Deserialize)]
+struct OpenAiCase {
+    image_size: usize,
+    heads: usize,
+    head_channels: Option<usize>,
+    new_attention_order: bool,
+    t: Vec<u32>,
+    y: Option<Vec<u32>>,
+    /// The shapes of the weights.
+    weights: BTreeMap<String, Vec<usize>>,
+}
+
+impl OpenAiCase {
+    fn settings(&self) -> OpenAi {
+        OpenAi {
+            heads: match self.head_channels {
+                Some(channels) => AttentionHeads::Channels(channels),
+                None => AttentionHeads::Count(self.heads),
+            },
+            new_attention_order: self.new_attention_order,
+            ..OpenAi::new(self.image_size)
+        }
+    }
+
+    /// The weights, from the formula of `generate/openai.py`.
+    fn weights(&self) -> HashMap<String, Tensor> {
+        let weight = |(name, shape): (&String, &Vec<usize>)| {
+            let hash = |key: u64, byte: u8| (key ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+            let key = name.bytes().fold(0xcbf2_9ce4_8422_2325, hash);
+            let scale = (12.0 / shape[1..].iter().product::<usize>() as f64).sqrt();
+            let offset = if name.ends_with(".weight") { 1.0 } else { 0.0 };
+            let value = |i: u64| {
+                let z = i.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(key);
+                let z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+                let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+                let u = ((z ^ z >> 31) >> 40) as f64 / f64::from(1 << 24) - 0.5;
+                (if shape.len() > 1 { u * scale } else { u * 0.5 + offset }) as f32
+            };
+            let values: Vec<f32> = (0..shape.iter().product::<usize>() as u64).map(value).collect();
+            let tensor = Tensor::from_vec(values, &shape[..], &Device::Cpu).unwrap();
+            (name.clone(), tensor)
+        };
+        self.weights.iter().map(weight).collect()
+    }
+}
+
+#[test]
+fn networks_of_openai_are_networks_of_the_crate() {
+    let path = "tests/data/openai.safetensors";
+    let tensors = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    let (_, header) =
+        safetensors::SafeTensors::read_metadata(&std::fs::read(path).unwrap()).unwrap();
+    let cases: BTreeMap<String, OpenAiCase> =
+        serde_json::from_str(&header.metadata().as_ref().unwrap()["cases"]).unwrap();
+    assert_eq!(cases.len(), 4);
+    let temp = tempfile::tempdir().unwrap();
+    for (name, case) in cases {
+        let (file, weights) = (temp.path().join(format!("{name}.safetensors")), case.weights());
+        candle_core::safetensors::save(&weights, &file).unwrap();
+        let (config, parameters) = case.settings().load(&file, DType::F32, &device()).unwrap();
+        println!("{name}: {config:?}");
+        let unet = parameters.build(&config).unwrap();
+        let x = there(&tensors[&format!("{name}.x")]);
+        let t = there(&Tensor::new(&case.t[..], &Device::Cpu).unwrap());
+        let condition = match &case.y {
+            Some(y) => Condition::Classes(there(&Tensor::new(&y[..], &Device::Cpu).unwrap())),
+            None => Condition::None,
+        };
+        let Output { prediction, variance, .. } = unet.denoise(&x, &t, &condition).unwrap();
+        let parts: Vec<Tensor> = [Some(prediction), variance].into_iter().flatten().collect();
+        let (found, expected) = (Tensor::cat(&parts, 1).unwrap(), &tensors[&format!("{name}.out")]);
+        let largest = max_abs(expected, &expected.zeros_like().unwrap());
+        close(&name, max_abs(&here(&found), expected) / largest, DIFFUSERS_OUT);
+
+        // Another reading of the same weights computes something else, or is refused.
+        let other = OpenAi { new_attention_order: !case.new_attention_order, ..case.settings() };
+        let (config, parameters) = other.load(&file, DType::F32, &device()).unwrap();
+        let other = parameters.build(&config).unwrap().denoise(&x, &t, &condition).unwrap();
+        let changed = max_abs(&here(&other.prediction), &here(&parts[0])) / largest;
+        assert!(changed > 1e-2 || case.heads == 1 && case.head_channels.is_none(), "{changed}");
+        let message = |change: &dyn Fn(&mut HashMap<String, Tensor>)| {
+            let mut weights = weights.clone();
+            change(&mut weights);
+            candle_core::safetensors::save(&weights, &file).unwrap();
+            let loaded = case.settings().load(&file, DType::F32, &Device::Cpu);
+            let built = loaded.and_then(|(config, parameters)| parameters.build(&config));
+            built.map(drop).unwrap_err().to_string()
+        };
+        let lost = message(&|weights| drop(weights.remove("middle_block.1.qkv.bias")));
+        assert!(lost.contains("weight mid_block.attentions.0.to_q.bias is missing"), "{lost}");
+        let more = message(&|weights| {
+            let tensor = weights["out.0.bias"].clone();
+            weights.insert("input_blocks.1.7.bias".into(), tensor);
+        });
+        assert!(
+            more.contains("weight input_blocks.1.7.bias is not one of the network's"),
+            "{more}"
+        );
+        let half = message(&|weights| {
+            weights.retain(|name, _| !name.starts_with("output_blocks"));
+        });
+        assert!(half.contains("without output_blocks, this is a classifier"), "{half}");
+    }
+    let heads = OpenAi { heads: AttentionHeads::Count(2), ..OpenAi::new(8) };
+    let file = temp.path().join("unconditional.safetensors");
+    let weights = |first: &str| {
+        HashMap::from([(first.to_string(), Tensor::new(&[1f32], &Device::Cpu).unwrap())])
+    };
+    candle_core::safetensors::save(&weights("downs.0.0.block1.proj.weight"), &file).unwrap();
+    let message = heads.load(&file, DType::F32, &Device::Cpu).map(drop).unwrap_err().to_string();
+    assert!(
+        message.contains("denoising-diffusion-pytorch, which has linear attention"),
+        "{message}"
+    );
 }
 
 /// The device of all tests. It is a single value, because candle compares devices by their handles.

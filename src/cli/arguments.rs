@@ -1,3 +1,4 @@
+use std::error::Error as StdError;
 use std::ops::RangeInclusive;
 
 use crate::backend::accelerator;
@@ -87,6 +88,44 @@ fn cargo_options() -> String {
         true => release.into(),
         false => format!("{release} --features {}", features.join(",")),
     }
+}
+
+/// Adds to an error the options with which the user can solve it.
+pub(super) fn with_options(error: Error) -> Box<dyn StdError + Send + Sync> {
+    let remedy = match &error {
+        Error::ConfigMismatch { field, found, expected, .. } if field != "network.kind" => {
+            let option = match field.as_str() {
+                "train.batch_size" => "--batch-size",
+                "train.optimizer.learning_rate" => "--learning-rate",
+                "train.accumulation" => "--accumulation",
+                "train.precision" => "--precision",
+                "train.schedule" => "--schedule",
+                "train.muon" => "--optimizer",
+                "train.seed" => "--seed",
+                "train.timesteps" => "--timesteps",
+                "train.objective.loss" => "--loss",
+                "train.objective.weighting" => "--weighting",
+                "train.noise.offset" => "--offset-noise",
+                "train.noise.immiscible" => "--immiscible",
+                _ => return error.into(),
+            };
+            let change = match option {
+                "--batch-size" | "--learning-rate" | "--accumulation" | "--precision"
+                | "--schedule" => ", add --change to change it",
+                _ => "",
+            };
+            return format!(
+                "{field} is {found} in the checkpoint, but {expected} was requested; omit {option} \
+                 to continue the run{change}, or begin a new run with another --out"
+            )
+            .into();
+        }
+        Error::ConfigMismatch { .. } => "with --network, if this program has it",
+        Error::Occupied { .. } => "move it away, or choose another --out",
+        Error::Locked { .. } => "wait until it ends, or choose another --out",
+        _ => return error.into(),
+    };
+    format!("{error}; {remedy}").into()
 }
 
 /// Quotes an argument for a shell.

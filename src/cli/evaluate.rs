@@ -236,7 +236,7 @@ impl<'a> Drawn<'a> {
         config.sampler(checkpoint.diffusion())?;
         let network = checkpoint.architecture()?;
         let condition = sampling.condition(&network, 0, count)?;
-        let (shape, learned) = (network.image_shape(), network.learned_variance);
+        let (shape, learned) = (network.image_shape(), network.learns_variance());
         let sha256 = sha256(&checkpoint.weights_file(sampling.weights))?;
         Ok(Self { sampling, checkpoint, config, sha256, condition, shape, learned, count, seed })
     }

@@ -4,6 +4,7 @@ use clap::{Args, ValueEnum};
 
 use super::arguments::{positive_fraction, precision, whole};
 use super::choices::ExtractorChoice;
+use super::network::NetworkConfig;
 use super::objective_args::ObjectiveArgs;
 use super::result::Result;
 use crate::model::UNetConfig;
@@ -15,9 +16,9 @@ use crate::train::{AdamConfig, LearningRateSchedule, TimestepSampling, TrainConf
 
 /// A network, a process, and the defaults of a program that trains it.
 #[derive(Debug, Clone)]
-pub struct Recipe {
+pub struct Recipe<N = UNetConfig> {
     /// The network.
-    pub network: UNetConfig,
+    pub network: N,
     /// The process that the network learns to reverse.
     pub diffusion: Diffusion,
     /// The training configuration.
@@ -65,10 +66,10 @@ pub enum RecipeName {
 /// The usual number of updates between two held-out losses.
 pub(super) const HELD_OUT_EVERY: u64 = 500;
 
-impl Recipe {
+impl<N: NetworkConfig> Recipe<N> {
     /// Creates a recipe that saves every 500 updates, draws a grid of 64 samples every 1,000 by the
     /// [usual](SamplerConfig::usual) sampler, holds out no images, and writes to `out`.
-    pub fn new(network: UNetConfig, diffusion: Diffusion, train: TrainConfig) -> Self {
+    pub fn new(network: N, diffusion: Diffusion, train: TrainConfig) -> Self {
         Self {
             sampling: SamplerConfig::usual(&diffusion),
             network,
@@ -307,7 +308,7 @@ impl TrainArgs {
 
     /// Replaces the values of the recipe that are not part of a checkpoint and for which an option was given, except for
     /// the number of held-out images.
-    pub(super) fn watch(&self, recipe: Recipe) -> Recipe {
+    pub(super) fn watch<N>(&self, recipe: Recipe<N>) -> Recipe<N> {
         Recipe {
             save_every: self.save_every.unwrap_or(recipe.save_every),
             sample_every: self.sample_every.unwrap_or(recipe.sample_every),

@@ -4,11 +4,12 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::choices::ExtractorChoice;
+use super::network::NetworkConfig;
 use super::recipe::{HELD_OUT_EVERY, Recipe};
 use super::result::Result;
 use crate::error::Error;
 use crate::files;
-use crate::model::UNetConfig;
+use crate::model::Architecture;
 use crate::observe::Judge;
 use crate::process::Diffusion;
 use crate::sample::SamplerConfig;
@@ -17,9 +18,9 @@ use crate::train::{TrainConfig, Trainer};
 /// The configuration with which a run began: the content of the file `config.json` in its directory. With the same
 /// images, it reproduces the run. The choice of the images, such as the crop of pictures, is not part of it.
 #[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct RunConfig {
-    pub network: UNetConfig,
+#[serde(deny_unknown_fields, bound = "N: Architecture")]
+pub(super) struct RunConfig<N> {
+    pub network: N,
     pub diffusion: Diffusion,
     pub train: TrainConfig,
     pub sampling: SamplerConfig,
@@ -51,9 +52,9 @@ fn judge_share() -> f64 {
     Judge::SHARE
 }
 
-impl RunConfig {
+impl<N: NetworkConfig> RunConfig<N> {
     /// The configuration of a new run.
-    pub fn new(trainer: &Trainer<UNetConfig>, recipe: &Recipe) -> Self {
+    pub fn new(trainer: &Trainer<N>, recipe: &Recipe<N>) -> Self {
         Self {
             network: trainer.architecture().clone(),
             diffusion: trainer.diffusion().clone(),
@@ -109,14 +110,14 @@ impl RunConfig {
     }
 
     /// Replaces the configuration of a recipe.
-    pub fn replace(self, recipe: &Recipe) -> Recipe {
+    pub fn replace(self, recipe: &Recipe<N>) -> Recipe<N> {
         let watched = self.watch(recipe);
         let Self { network, diffusion, train, sampling, held_out, .. } = self;
         Recipe { network, diffusion, train, sampling, held_out, ..watched }
     }
 
     /// Replaces the values of a recipe that a checkpoint does not hold, except for the number of held-out images.
-    pub fn watch(&self, recipe: &Recipe) -> Recipe {
+    pub fn watch(&self, recipe: &Recipe<N>) -> Recipe<N> {
         Recipe {
             save_every: self.save_every,
             sample_every: self.sample_every,

@@ -5,23 +5,21 @@ use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use serde_json::{Value, json};
 
-use super::arguments::{fraction, precision, quoted, scale, whole};
+use super::arguments::{fraction, precision, scale, whole};
 use super::device::{check_speed, describe};
+use super::network::Network;
 use super::print::{grouped, out};
 use super::result::Result;
 use super::trained::{Trained, Weights};
-use crate::denoiser::Condition;
-use crate::engine::Model;
-use crate::error::Error;
-use crate::model::{UNet, UNetConfig};
+use crate::denoiser::{Condition, Denoiser};
 use crate::precision::Precision;
 use crate::sample::{Guidance, SamplerConfig, Solver, Spacing};
-use crate::train::{Checkpoint, WeightsFile};
 
 /// The options of a program that draws images from a checkpoint of a U-Net.
 #[derive(Debug, Clone, Args)]
 pub struct SamplingArgs {
-    /// Directory of a checkpoint, such as out/mnist/checkpoint, or a weights file, such as its ema.safetensors
+    /// Directory of a checkpoint, such as out/mnist/checkpoint, a weights file, such as its ema.safetensors, or a folder
+    /// of a pipeline of diffusers
     #[arg(long, value_name = "PATH")]
     checkpoint: PathBuf,
     /// Solver of the sampler; the defaults of --solver, --sampling-steps and --eta are those of the run's
@@ -71,31 +69,12 @@ fn named<T: ToString, const N: usize>(names: [(&'static str, T); N]) -> impl Typ
 }
 
 impl SamplingArgs {
-    /// Opens the checkpoint or the weights file.
+    /// Opens the checkpoint, the weights file or the folder of diffusers.
     ///
     /// # Errors
-    /// Returns an error if there is no complete checkpoint, or if a weights file does not describe its network and its
-    /// process. Returns an error if the path is a weights file and `--weights` is given.
+    /// Returns the errors of [`Trained::open`].
     pub fn open(&self) -> Result<Trained> {
-        let path = &self.checkpoint;
-        if path.extension().is_some_and(|e| e == "safetensors") && !path.is_dir() {
-            if self.weights.is_some() {
-                let path = path.display();
-                return Err(format!("--weights is for a directory; --checkpoint is {path}").into());
-            }
-            return Ok(Trained::File(Box::new(WeightsFile::open(path)?)));
-        }
-        let opened = Checkpoint::open(path).map(|found| Trained::Checkpoint(Box::new(found)));
-        opened.map_err(|error| {
-            let nested = path.join("checkpoint");
-            match error {
-                Error::NoCheckpoint { .. } if nested.is_dir() => {
-                    let nested = quoted(&nested.to_string_lossy());
-                    format!("{error}; --checkpoint {nested} is one").into()
-                }
-                _ => error.into(),
-            }
-        })
+        Trained::open(&self.checkpoint, self.weights)
     }
 
     /// The sampler settings: those of the run's grids, except for the given options.
@@ -140,8 +119,8 @@ impl SamplingArgs {
     ///
     /// # Errors
     /// Returns an error if the network does not have a class, or if an option needs classes and the network has none.
-    pub fn condition(&self, network: &UNetConfig, first: usize, count: usize) -> Result<Condition> {
-        let Some(classes) = network.classes else {
+    pub fn condition(&self, network: &Network, first: usize, count: usize) -> Result<Condition> {
+        let Some(classes) = network.classes() else {
             let given =
                 [("--class", !self.class.is_empty()), ("--guidance", self.guidance.is_some())];
             return match given.into_iter().find(|(_, given)| *given) {
@@ -197,8 +176,11 @@ impl SamplingArgs {
             Some(_) => "different from the run's grids",
             None => "the checkpoint does not record the run's settings",
         };
-        let (dir, step) = (checkpoint.path().display(), checkpoint.step());
-        out(format_args!("checkpoint  {dir}, step {step}"));
+        let dir = checkpoint.path().display();
+        match checkpoint.step() {
+            Some(step) => out(format_args!("checkpoint  {dir}, step {step}")),
+            None => out(format_args!("checkpoint  {dir}")),
+        }
         out(format_args!("sampler     {solver}, {steps}, {clipped} ({whose})"));
         if let Some(Guidance { scale, .. }) = config.guidance {
             out(format_args!("guidance    {scale}"));
@@ -211,8 +193,7 @@ impl SamplingArgs {
     ///
     /// # Errors
     /// Returns the errors of [`Trained::model`].
-    pub fn model(&self, checkpoint: &Trained, device: &Device) -> Result<Model<UNet>> {
-        let model = checkpoint.model(self.weights, device)?;
-        Ok(model.with_precision(self.precision)?)
+    pub fn model(&self, checkpoint: &Trained, device: &Device) -> Result<Box<dyn Denoiser>> {
+        checkpoint.model(self.weights, self.precision, device)
     }
 }

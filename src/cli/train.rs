@@ -7,10 +7,11 @@ use candle_core::Device;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::arguments::resume_command;
+use super::arguments::{resume_command, with_options};
 use super::datasets::DataSet;
 use super::device::{check_speed, describe, pick};
 use super::identity::Identity;
+use super::network::NetworkConfig;
 use super::print::{err, grouped, out};
 use super::recipe::{Recipe, TrainArgs};
 use super::result::Result;
@@ -21,7 +22,6 @@ use crate::data::{Dataset, hold_out};
 use crate::error::Error;
 use crate::eval::Extractor;
 use crate::files;
-use crate::model::UNetConfig;
 use crate::observe::{
     LossCurve, MetricsFile, Progress, SampleGrid, SaveEvery, StopOnSignal, duration, is_removed,
 };
@@ -66,8 +66,8 @@ impl Files {
 /// # Errors
 /// Returns an error if the run cannot begin or continue there with these options and images, and the errors of training
 /// and saving. After an error of training the run is saved.
-pub fn train<D: Dataset>(
-    recipe: &Recipe,
+pub fn train<N: NetworkConfig, D: Dataset>(
+    recipe: &Recipe<N>,
     args: &TrainArgs,
     load: impl FnOnce() -> Result<DataSet<D>>,
 ) -> Result<ExitCode> {
@@ -175,24 +175,24 @@ pub fn train<D: Dataset>(
 ///
 /// # Errors
 /// Returns an error if the run cannot begin or continue there with these options.
-pub fn check(recipe: &Recipe, args: &TrainArgs) -> Result<()> {
+pub fn check<N: NetworkConfig>(recipe: &Recipe<N>, args: &TrainArgs) -> Result<()> {
     Plan::new(recipe, args).map(drop)
 }
 
 /// The parts of a run that need no images.
-struct Plan {
-    recipe: Recipe,
+struct Plan<N: NetworkConfig> {
+    recipe: Recipe<N>,
     files: Files,
     config: TrainConfig,
     device: Device,
     /// The network that judges samples.
     extractor: Option<Box<dyn Extractor>>,
     /// The checkpoint and the trainer of a run that is resumed.
-    resumed: Option<(Checkpoint, Trainer<UNetConfig>)>,
+    resumed: Option<(Checkpoint, Trainer<N>)>,
 }
 
-impl Plan {
-    fn new(recipe: &Recipe, args: &TrainArgs) -> Result<Self> {
+impl<N: NetworkConfig> Plan<N> {
+    fn new(recipe: &Recipe<N>, args: &TrainArgs) -> Result<Self> {
         let files = Files::of(args.out.clone().unwrap_or_else(|| recipe.out.into()));
         let saved = find(&files, args.resume)?;
         let recipe = match &args.config {
@@ -232,13 +232,13 @@ fn value(images: &impl Serialize) -> Result<Value> {
 /// # Errors
 /// Returns an error if the images or the network of the run have no classes.
 fn condition(
-    network: &mut UNetConfig,
+    network: &mut impl NetworkConfig,
     args: &TrainArgs,
     set: &DataSet<impl Dataset>,
     new: bool,
 ) -> Result<Option<Guidance>> {
     let classes = set.images.classes();
-    match (args.conditional, new, network.classes) {
+    match (args.conditional, new, network.classes()) {
         (true, _, _) if classes == 0 => {
             Err(format!("--conditional needs images with classes; {} have none", set.about).into())
         }
@@ -246,7 +246,7 @@ fn condition(
             Err("the run in --out is not conditional; omit --conditional to continue it".into())
         }
         (true, true, _) => {
-            network.classes = Some(classes);
+            network.set_classes(classes);
             Ok(Some(Guidance::new(GUIDANCE)))
         }
         (false, _, Some(_)) if classes == 0 => {
@@ -261,9 +261,9 @@ fn condition(
 const GUIDANCE: f64 = 2.0;
 
 /// Trains with all observers, and reports the result.
-fn fit(
-    recipe: &Recipe,
-    trainer: &mut Trainer<UNetConfig>,
+fn fit<N: NetworkConfig>(
+    recipe: &Recipe<N>,
+    trainer: &mut Trainer<N>,
     images: &dyn Dataset,
     mut watching: Watching<'_>,
     (identity, files): (&Identity, &Files),
@@ -351,13 +351,15 @@ fn find(files: &Files, resume: bool) -> Result<Option<Checkpoint>> {
 }
 
 /// Continues the run of a checkpoint.
-fn resume(
+fn resume<N: NetworkConfig>(
     saved: &Checkpoint,
     change: bool,
     config: TrainConfig,
     device: &Device,
-) -> Result<Trainer<UNetConfig>> {
-    let builder = Trainer::builder(saved.architecture()?).config(config).device(device);
+) -> Result<Trainer<N>> {
+    let builder = Trainer::builder(saved.architecture::<N>().map_err(with_options)?)
+        .config(config)
+        .device(device);
     let builder = builder.diffusion(saved.diffusion().clone());
     Ok(match change {
         true => builder.resume_with_changes(saved.dir())?,
@@ -394,45 +396,8 @@ fn keep_best(best: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Adds to an error the options with which the user can solve it.
-fn with_options(error: Error) -> Box<dyn StdError + Send + Sync> {
-    let remedy = match &error {
-        Error::ConfigMismatch { field, found, expected, .. } => {
-            let option = match field.as_str() {
-                "train.batch_size" => "--batch-size",
-                "train.optimizer.learning_rate" => "--learning-rate",
-                "train.accumulation" => "--accumulation",
-                "train.precision" => "--precision",
-                "train.schedule" => "--schedule",
-                "train.muon" => "--optimizer",
-                "train.seed" => "--seed",
-                "train.timesteps" => "--timesteps",
-                "train.objective.loss" => "--loss",
-                "train.objective.weighting" => "--weighting",
-                "train.noise.offset" => "--offset-noise",
-                "train.noise.immiscible" => "--immiscible",
-                _ => return error.into(),
-            };
-            let change = match option {
-                "--batch-size" | "--learning-rate" | "--accumulation" | "--precision"
-                | "--schedule" => ", add --change to change it",
-                _ => "",
-            };
-            return format!(
-                "{field} is {found} in the checkpoint, but {expected} was requested; omit {option} \
-                 to continue the run{change}, or begin a new run with another --out"
-            )
-            .into();
-        }
-        Error::Occupied { .. } => "move it away, or choose another --out",
-        Error::Locked { .. } => "wait until it ends, or choose another --out",
-        _ => return error.into(),
-    };
-    format!("{error}; {remedy}").into()
-}
-
 fn announce(
-    trainer: &Trainer<UNetConfig>,
+    trainer: &Trainer<impl NetworkConfig>,
     set: &DataSet<impl Dataset>,
     held_out: usize,
     directory: &Path,

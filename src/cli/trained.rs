@@ -1,15 +1,19 @@
 use std::path::{Path, PathBuf};
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 use clap::ValueEnum;
 use serde::Serialize;
 
+use super::arguments::quoted;
+use super::network::Network;
 use super::result::Result;
-use crate::engine::Model;
-use crate::error;
-use crate::model::{UNet, UNetConfig};
+use crate::denoiser::Denoiser;
+use crate::engine::{Graph, Model};
+use crate::error::{self, Error};
+use crate::model::{Architecture, UNet2DConfig, UNetConfig};
+use crate::precision::Precision;
 use crate::process::Diffusion;
-use crate::sample::SamplerConfig;
+use crate::sample::{DiffusersFolder, SamplerConfig};
 use crate::train::{Checkpoint, WeightsFile};
 
 /// The weights to sample from: the averaged weights, or those of the last update.
@@ -24,7 +28,7 @@ pub enum Weights {
     Model,
 }
 
-/// A trained U-Net, which the option `--checkpoint` names.
+/// A trained network, which the option `--checkpoint` names.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Trained {
@@ -32,22 +36,62 @@ pub enum Trained {
     Checkpoint(Box<Checkpoint>),
     /// A weights file, such as `ema.safetensors` of a checkpoint.
     File(Box<WeightsFile>),
+    /// A folder of diffusers.
+    Diffusers(Box<DiffusersFolder>),
 }
 
 impl Trained {
+    /// Opens a checkpoint, a weights file or a folder of diffusers.
+    ///
+    /// # Errors
+    /// Returns an error if there is none of them, if a weights file does not describe its network and its process, or if
+    /// certain weights are `asked` for and this is not a checkpoint.
+    pub fn open(path: &Path, asked: Option<Weights>) -> Result<Self> {
+        let opened = Self::find(path)?;
+        if asked.is_some() && opened.weights(asked).is_none() {
+            let path = path.display();
+            return Err(
+                format!("--weights is for the directory of a checkpoint, not {path}").into()
+            );
+        }
+        Ok(opened)
+    }
+
+    fn find(path: &Path) -> Result<Self> {
+        if path.extension().is_some_and(|e| e == "safetensors") && !path.is_dir() {
+            return Ok(Self::File(Box::new(WeightsFile::open(path)?)));
+        }
+        if DiffusersFolder::is_at(path) {
+            return Ok(Self::Diffusers(Box::new(DiffusersFolder::open(path)?)));
+        }
+        let opened = Checkpoint::open(path).map(|found| Self::Checkpoint(Box::new(found)));
+        opened.map_err(|error| {
+            let nested = path.join("checkpoint");
+            match error {
+                Error::NoCheckpoint { .. } if nested.is_dir() => {
+                    let nested = quoted(&nested.to_string_lossy());
+                    format!("{error}; --checkpoint {nested} is one").into()
+                }
+                _ => error.into(),
+            }
+        })
+    }
+
     /// The directory or the file.
     pub fn path(&self) -> &Path {
         match self {
             Self::Checkpoint(checkpoint) => checkpoint.dir(),
             Self::File(file) => file.path(),
+            Self::Diffusers(folder) => folder.path(),
         }
     }
 
-    /// The number of updates of the weights.
-    pub fn step(&self) -> u64 {
+    /// The number of updates of the weights, if it is known.
+    pub fn step(&self) -> Option<u64> {
         match self {
-            Self::Checkpoint(checkpoint) => checkpoint.step(),
-            Self::File(file) => file.step(),
+            Self::Checkpoint(checkpoint) => Some(checkpoint.step()),
+            Self::File(file) => Some(file.step()),
+            Self::Diffusers(_) => None,
         }
     }
 
@@ -56,34 +100,44 @@ impl Trained {
         match self {
             Self::Checkpoint(checkpoint) => checkpoint.diffusion(),
             Self::File(file) => file.diffusion(),
+            Self::Diffusers(folder) => folder.diffusion(),
         }
     }
 
-    /// The sampler settings of the run, if it recorded them.
+    /// The sampler settings of the run or of the folder, if it recorded them.
     pub fn sampling(&self) -> Option<&SamplerConfig> {
         match self {
             Self::Checkpoint(checkpoint) => checkpoint.sampling(),
             Self::File(file) => file.sampling(),
+            Self::Diffusers(folder) => Some(folder.sampling()),
         }
     }
 
     /// The network's configuration.
     ///
     /// # Errors
-    /// Returns the errors of [`Checkpoint::architecture`].
-    pub fn architecture(&self) -> error::Result<UNetConfig> {
+    /// Returns the errors of [`Checkpoint::architecture`], also if the network is of a kind that the programs do not
+    /// know.
+    pub fn architecture(&self) -> error::Result<Network> {
         match self {
-            Self::Checkpoint(checkpoint) => checkpoint.architecture(),
-            Self::File(file) => file.architecture(),
+            Self::Checkpoint(saved) => match saved.network_kind() {
+                UNet2DConfig::KIND => saved.architecture().map(Network::UNet2D),
+                _ => saved.architecture().map(Network::UNet),
+            },
+            Self::File(file) => match file.network_kind() {
+                UNet2DConfig::KIND => file.architecture().map(Network::UNet2D),
+                _ => file.architecture().map(Network::UNet),
+            },
+            Self::Diffusers(folder) => Ok(Network::UNet2D(folder.network().clone())),
         }
     }
 
     /// The weights that [`model`](Self::model) uses: the requested ones, otherwise the averaged ones. `None` for a
-    /// weights file, which does not state which weights it holds.
+    /// weights file or a folder of diffusers, which do not state which weights they hold.
     pub fn weights(&self, asked: Option<Weights>) -> Option<Weights> {
         match self {
             Self::Checkpoint(_) => Some(asked.unwrap_or(Weights::Ema)),
-            Self::File(_) => None,
+            Self::File(_) | Self::Diffusers(_) => None,
         }
     }
 
@@ -95,20 +149,51 @@ impl Trained {
                 Some(Weights::Ema) | None => checkpoint.ema_file(),
             },
             Self::File(file) => file.path().into(),
+            Self::Diffusers(folder) => folder.weights_file(),
         }
     }
 
-    /// Builds the network. With a weights file, `asked` has no effect.
+    /// Builds the network, with products in this precision. `asked` has an effect only with a checkpoint.
     ///
     /// # Errors
     /// Returns the errors of [`Checkpoint::ema`].
-    pub fn model(&self, asked: Option<Weights>, device: &Device) -> Result<Model<UNet>> {
-        match self {
-            Self::Checkpoint(checkpoint) => Ok(match asked {
-                Some(Weights::Model) => checkpoint.model::<UNetConfig>(device)?,
-                Some(Weights::Ema) | None => checkpoint.ema::<UNetConfig>(device)?,
-            }),
-            Self::File(file) => Ok(file.model::<UNetConfig>(device)?),
+    pub fn model(
+        &self,
+        asked: Option<Weights>,
+        precision: Precision,
+        device: &Device,
+    ) -> Result<Box<dyn Denoiser>> {
+        match (self, self.architecture()?) {
+            (Self::Checkpoint(saved), Network::UNet(_)) => {
+                boxed(of_checkpoint::<UNetConfig>(saved, asked, device)?, precision)
+            }
+            (Self::Checkpoint(saved), Network::UNet2D(_)) => {
+                boxed(of_checkpoint::<UNet2DConfig>(saved, asked, device)?, precision)
+            }
+            (Self::File(file), Network::UNet(_)) => {
+                boxed(file.model::<UNetConfig>(device)?, precision)
+            }
+            (Self::File(file), Network::UNet2D(_)) => {
+                boxed(file.model::<UNet2DConfig>(device)?, precision)
+            }
+            (Self::Diffusers(folder), _) => {
+                boxed(folder.weights(DType::F32, device)?.build(folder.network())?, precision)
+            }
         }
     }
+}
+
+fn of_checkpoint<N: Architecture>(
+    checkpoint: &Checkpoint,
+    asked: Option<Weights>,
+    device: &Device,
+) -> error::Result<N::Model> {
+    match asked {
+        Some(Weights::Model) => checkpoint.model::<N>(device),
+        Some(Weights::Ema) | None => checkpoint.ema::<N>(device),
+    }
+}
+
+fn boxed<G: Graph + 'static>(model: Model<G>, precision: Precision) -> Result<Box<dyn Denoiser>> {
+    Ok(Box::new(model.with_precision(precision)?))
 }

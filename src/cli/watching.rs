@@ -22,8 +22,8 @@ use crate::train::Observer;
 ///
 /// # Errors
 /// Returns an error if only one of both options is given, and the errors of the file.
-pub(super) fn extractor(
-    recipe: &Recipe,
+pub(super) fn extractor<N>(
+    recipe: &Recipe<N>,
     args: &TrainArgs,
     device: &Device,
 ) -> Result<Option<Box<dyn Extractor>>> {
@@ -46,8 +46,8 @@ pub(super) struct Watching<'a> {
 
 impl<'a> Watching<'a> {
     /// Creates the observers of a recipe. `best` and `tensorboard` are their directories.
-    pub fn new(
-        recipe: &Recipe,
+    pub fn new<N>(
+        recipe: &Recipe<N>,
         (images, held_out): (&'a dyn Dataset, Option<&'a dyn Dataset>),
         extractor: Option<&'a dyn Extractor>,
         (best, tensorboard): (&Path, &Path),
@@ -101,8 +101,8 @@ pub(super) struct Way {
 
 impl Way {
     /// The way of a run whose grids have the sampler settings `sampling`.
-    pub fn of(
-        recipe: &Recipe,
+    pub fn of<N>(
+        recipe: &Recipe<N>,
         diffusion: &Diffusion,
         sampling: SamplerConfig,
         extractor: &dyn Extractor,

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::kernels::op::activation::{Activation, VectorActivation};
 use crate::kernels::op::conv::Add;
 use crate::layers::{Conv2d, GroupNorm, Linear};
+use crate::model::Parameters;
 
 /// Channels of the maps of 32, 16, 8 and 4 pixels.
 const CHANNELS: [usize; 4] = [32, 64, 192, 256];
@@ -55,7 +56,8 @@ impl CifarClassifier {
     /// Returns an error if the file cannot be read, or if it is not a file of these weights.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let path = path.as_ref();
-        let (parameters, sha256) = weights::load(path, device)?;
+        let (tensors, sha256) = weights::load(path, device)?;
+        let parameters = Parameters::frozen(path, tensors, DType::F32, device);
         let classifier = Self::new(parameters.builder())
             .map_err(|e| Error::data(path, format!("not a classifier of CIFAR-10: {e}")))?;
         Ok(Self { sha256: Some(sha256), ..classifier })

@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, Module, VarBuilder, linear};
 
 use super::extractor::{Extractor, ExtractorIdentity};
@@ -10,6 +10,7 @@ use crate::data::dataset::{Dataset, normalized};
 use crate::data::images::Images;
 use crate::error::{Error, Result};
 use crate::memory::reserved;
+use crate::model::Parameters;
 
 /// Height and width of an image.
 const SIZE: usize = 28;
@@ -66,7 +67,8 @@ impl DigitClassifier {
     /// Returns an error if the file cannot be read, or if it is not a file of these weights.
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let path = path.as_ref();
-        let (parameters, sha256) = weights::load(path, device)?;
+        let (tensors, sha256) = weights::load(path, device)?;
+        let parameters = Parameters::frozen(path, tensors, DType::F32, device);
         let classifier = Self::new(parameters.builder())
             .map_err(|e| Error::data(path, format!("not a classifier of digits: {e}")))?;
         Ok(Self { sha256: Some(sha256), ..classifier })

@@ -1,8 +1,10 @@
 use std::path::Path;
 
 use super::frechet::{F32_ROUNDING, Gaussian};
-use super::npz::{self, Archive};
+use super::npz;
 use crate::error::Result;
+use crate::model::tensor_file::open_regular;
+use crate::zip::Archive;
 
 /// The largest difference of two elements that should be equal, relative to their deviations. The sums of a covariance
 /// may be in f32, and each of the two in another order.
@@ -47,8 +49,8 @@ impl Gaussian {
     }
 
     fn named(path: &Path, mean: &str, covariance: &str) -> Result<Self> {
-        let mut archive = Archive::open(path)?;
-        let mut array = |name: &str| match archive.array(name)? {
+        let archive = Archive::new(path, open_regular(path)?.0)?;
+        let array = |name: &str| match npz::array(&archive, name)? {
             Some(array) => Ok(array),
             None => Err(archive.damaged(format!("the array {name} is missing"))),
         };

@@ -1,16 +1,15 @@
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::files;
-use crate::model::Parameters;
-use crate::model::tensor_file::{read_regular, tensors_of};
+use crate::model::tensor_file::{open_regular, read_tensors};
 
-/// Reads the weights of an extractor from a safetensors file, in f32. Returns them and the SHA-256 of the file.
-pub(super) fn load(path: &Path, device: &Device) -> Result<(Parameters, String)> {
-    let bytes = read_regular(path)?;
-    let sha256 = files::sha256(&bytes[..]).map_err(Error::io(path))?;
-    let tensors = tensors_of(path, &bytes, DType::F32, device)?;
-    Ok((Parameters::frozen(path, tensors, DType::F32, device), sha256))
+/// Reads the weights of an extractor, in f32, from a safetensors file or a file of PyTorch. Returns them and the SHA-256
+/// of the file.
+pub(super) fn load(path: &Path, device: &Device) -> Result<(BTreeMap<String, Tensor>, String)> {
+    let sha256 = files::sha256(open_regular(path)?.0).map_err(Error::io(path))?;
+    Ok((read_tensors(path, "", DType::F32, device)?, sha256))
 }

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
+use super::image_size::ImageSize;
 use super::parameters::Parameters;
 use super::tensor_file::{read_regular, read_tensors};
 use super::unet2d_config::UNet2DConfig;
@@ -30,8 +31,17 @@ const WITHOUT_EFFECT: &str = "num_train_timesteps";
 const RENAMED: [(&str, &str); 4] =
     [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")];
 
-/// The name of a file of weights.
-const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
+/// The name of a file of weights that the crate writes.
+pub(crate) const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
+
+/// The names of files of weights, in the order in which they are preferred.
+const ALL_WEIGHTS: [&str; 2] = [WEIGHTS, "diffusion_pytorch_model.bin"];
+
+/// The name of the configuration of a network.
+pub(crate) const CONFIG: &str = "config.json";
+
+/// The version of diffusers with which written folders are tested.
+pub(crate) const VERSION: &str = "0.42.1";
 
 /// The values that the crate has of an option, as JSON.
 type Fixed = (&'static str, &'static [&'static str]);
@@ -108,7 +118,7 @@ impl UNet2DConfig {
     /// Returns an error if the file cannot be read or is not JSON. Returns an error that names the option and its value
     /// if the crate lacks it, or if the configuration is not [valid](Self::validate).
     pub fn from_diffusers(folder: impl AsRef<Path>) -> Result<Self> {
-        let mut options = Options::read(folder.as_ref().join("config.json"))?;
+        let mut options = Options::read(folder.as_ref().join(CONFIG))?;
         options.check(&FIXED)?;
         options.ignore(WITHOUT_EFFECT);
         if let Some(size) = options.values.get_mut("sample_size")
@@ -120,12 +130,45 @@ impl UNet2DConfig {
         config.validate().map_err(|error| options.refuse(error.to_string()))?;
         Ok(config)
     }
+
+    /// The content of `config.json` for `UNet2DModel`.
+    ///
+    /// # Errors
+    /// Returns an error if a value cannot be written as JSON.
+    pub(crate) fn to_diffusers(&self) -> Result<Value> {
+        let mut options = json!({
+            "_class_name": "UNet2DModel",
+            "_diffusers_version": VERSION,
+            "act_fn": "silu",
+            "class_embed_type": null,
+            "mid_block_scale_factor": 1,
+            "time_embedding_type": "positional",
+        });
+        let own = serde_json::to_value(self).map_err(Error::external)?;
+        if let (Value::Object(options), Value::Object(own)) = (&mut options, own) {
+            options.extend(own);
+        }
+        let ImageSize { height, width } = self.sample_size;
+        if height != width {
+            options["sample_size"] = json!([height, width]);
+        }
+        Ok(options)
+    }
+}
+
+/// Returns the file in which a folder of diffusers has weights, or the list of several files.
+pub(crate) fn weights_file(folder: &Path) -> PathBuf {
+    let lists = ALL_WEIGHTS.map(|name| format!("{name}.index.json"));
+    let names = ALL_WEIGHTS.iter().zip(&lists).flat_map(|(name, list)| [*name, list]);
+    let mut files = names.map(|name| folder.join(name));
+    files.find(|file| file.exists()).unwrap_or_else(|| folder.join(WEIGHTS))
 }
 
 impl Parameters {
-    /// Reads the weights of a network from a folder of diffusers: `diffusion_pytorch_model.safetensors`, or the files
-    /// that `diffusion_pytorch_model.safetensors.index.json` lists. They take no gradients. Attentions may have the
-    /// names of earlier versions of diffusers.
+    /// Reads the weights of a network from a folder of diffusers: `diffusion_pytorch_model.safetensors`, or
+    /// `diffusion_pytorch_model.bin`, or the files that `diffusion_pytorch_model.safetensors.index.json` or
+    /// `diffusion_pytorch_model.bin.index.json` lists. They take no gradients. Attentions may have the names of earlier
+    /// versions of diffusers.
     ///
     /// ```no_run
     /// use candle_core::{DType, Device};
@@ -140,14 +183,10 @@ impl Parameters {
     /// # Errors
     /// Returns the errors of [`load`](Self::load), and an error if the list of files is not valid.
     pub fn load_diffusers(folder: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
-        let folder = folder.as_ref();
-        let (single, index) = (folder.join(WEIGHTS), folder.join(format!("{WEIGHTS}.index.json")));
-        let (path, tensors) = if !single.exists() && index.exists() {
-            let tensors = read_shards(folder, &index, dtype, device)?;
-            (index, tensors)
-        } else {
-            let tensors = read_tensors(&single, dtype, device)?;
-            (single, tensors)
+        let path = weights_file(folder.as_ref());
+        let tensors = match path.extension().is_some_and(|extension| extension == "json") {
+            true => read_shards(folder.as_ref(), &path, dtype, device)?,
+            false => read_tensors(&path, "", dtype, device)?,
         };
         let tensors = tensors.into_iter().map(|(name, tensor)| (renamed(name), tensor)).collect();
         Ok(Self::frozen(&path, tensors, dtype, device))
@@ -181,7 +220,7 @@ fn read_shards(
             let expected = "the names of files in the folder";
             return Err(refuse(format!("lists {}; it must list {expected}", in_short(file))));
         }
-        all.extend(read_tensors(&folder.join(file), dtype, device)?);
+        all.extend(read_tensors(&folder.join(file), "", dtype, device)?);
     }
     Ok(all)
 }

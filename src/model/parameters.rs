@@ -56,7 +56,12 @@ impl Parameters {
         Self::from_source(Source::Random(Noise::new(seed)), true, dtype, device)
     }
 
-    /// Reads the weights of a safetensors file, from a checkpoint or from PyTorch. They take no gradients.
+    /// Reads the weights of a file: a safetensors file, or a file that PyTorch's `torch.save` wrote. They take no
+    /// gradients.
+    ///
+    /// The content of the file decides its format. A file of PyTorch is read without running code: it holds a state
+    /// dict, or dictionaries of which [`load_part`](Self::load_part) reads one. Tensors of integers in such a file, such
+    /// as counters of batches, are left out.
     ///
     /// ```no_run
     /// use candle_core::{DType, Device};
@@ -69,11 +74,37 @@ impl Parameters {
     /// ```
     ///
     /// # Errors
-    /// Returns an error if the file cannot be read, or if it is not a complete safetensors file of floating-point
-    /// tensors. Returns an error if a value is infinite or NaN, or would be infinite in `dtype`.
+    /// Returns an error if the file cannot be read, or if it is not a complete file of floating-point tensors. Returns
+    /// an error if a value is infinite or NaN, or would be infinite in `dtype`. Returns an error that names the
+    /// function if a file of PyTorch needs one to be called that the format of state dicts does not have.
     pub fn load(path: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
+        Self::load_part(path, "", dtype, device)
+    }
+
+    /// Reads those weights of a file whose names begin with `prefix`, as [`load`](Self::load) does. The network
+    /// requests them by their names without the prefix. The name of a weight in dictionaries within each other consists
+    /// of all keys, with dots between them.
+    ///
+    /// ```no_run
+    /// use candle_core::{DType, Device};
+    /// use ddpm::nn::Parameters;
+    ///
+    /// // The averaged weights in a file of the trainer of denoising-diffusion-pytorch.
+    /// let prefix = "ema.ema_model.model.";
+    /// let weights = Parameters::load_part("model-1.pt", prefix, DType::F32, &Device::Cpu)?;
+    /// # Ok::<(), ddpm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Returns the errors of [`load`](Self::load). Other parts of the file may be damaged, or need any function.
+    pub fn load_part(
+        path: impl AsRef<Path>,
+        prefix: &str,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
         let path = path.as_ref();
-        Ok(Self::frozen(path, read_tensors(path, dtype, device)?, dtype, device))
+        Ok(Self::frozen(path, read_tensors(path, prefix, dtype, device)?, dtype, device))
     }
 
     /// Creates trainable weights with the values of `tensors`, which were read from `path`.

@@ -1,9 +1,9 @@
-//! Reading the tensors of safetensors files.
+//! Reading the tensors of files: safetensors, and the files of PyTorch.
 
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, Read, Seek};
 use std::path::Path;
 
 use candle_core::safetensors::Load;
@@ -11,15 +11,46 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
+use super::pytorch;
 use crate::error::{Error, Result, in_short};
+use crate::zip::Archive;
 
-/// Reads a safetensors file: see [`tensors_of`].
-pub(super) fn read_tensors(
+/// Reads the tensors of a file whose names begin with `prefix`, by their names without the prefix. The content decides
+/// the format: safetensors, or a file of PyTorch (`torch.save`), of which no code is run. The names of a file of PyTorch
+/// are the keys of its dictionaries, with dots between them; its tensors of integers are left out.
+///
+/// All tensors must be floating-point tensors with values that are finite, also in `dtype`. They keep the dtypes of the
+/// file.
+///
+/// # Errors
+/// Returns an error if the file cannot be read, if it is damaged, or if a value of such a name is not such a tensor.
+/// Returns an error that names the function if a file of PyTorch calls one to make such a value.
+pub(crate) fn read_tensors(
     path: &Path,
+    prefix: &str,
     dtype: DType,
     device: &Device,
 ) -> Result<BTreeMap<String, Tensor>> {
-    tensors_of(path, &read_regular(path)?, dtype, device)
+    let (mut file, _) = open_regular(path)?;
+    let mut content = Vec::new();
+    (&file).take(4).read_to_end(&mut content).map_err(Error::io(path))?;
+    let mut tensors = BTreeMap::new();
+    let insert = |name: &str, view: &TensorView<'_>| {
+        tensors.insert(name.to_owned(), checked(path, name, view, dtype, device)?);
+        Ok(())
+    };
+    if pytorch::is_archive(&content) {
+        file.rewind().map_err(Error::io(path))?;
+        pytorch::visit_archive(&Archive::new(path, file)?, prefix, insert)?;
+        return Ok(tensors);
+    }
+    file.read_to_end(&mut content).map_err(Error::io(path))?;
+    if pytorch::is_pickle(&content) {
+        pytorch::visit_legacy(path, &content, prefix, insert)?;
+        return Ok(tensors);
+    }
+    visit_safetensors(path, &content, prefix, insert)?;
+    Ok(tensors)
 }
 
 /// Reads a file.
@@ -41,36 +72,61 @@ pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
     Ok((File::open(path).map_err(Error::io(path))?, metadata.len()))
 }
 
-/// Reads the tensors from the content of a safetensors file. The content must be complete, and all tensors must be
-/// floating-point tensors with values that are finite, also in `dtype`. The tensors keep the dtypes of the file. The number
-/// of batches that a batch normalisation has seen is left out.
+/// Reads all tensors from the content of a safetensors file, as [`read_tensors`] does.
 pub(crate) fn tensors_of(
     path: &Path,
     bytes: &[u8],
     dtype: DType,
     device: &Device,
 ) -> Result<BTreeMap<String, Tensor>> {
-    let file = SafeTensors::deserialize(bytes).map_err(|e| not_safetensors(path, bytes, e))?;
     let mut tensors = BTreeMap::new();
-    for (name, view) in file.iter() {
-        // PyTorch's batch normalisations count training batches in an integer, which no network here needs.
-        if name.ends_with(".num_batches_tracked") {
-            continue;
-        }
-        let damaged = |reason: String| Error::damaged(path, format!("{} {reason}", in_short(name)));
-        if !matches!(view.dtype(), Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64) {
-            let expected = "it must be F16, BF16, F32 or F64";
-            return Err(damaged(format!("is of dtype {}; {expected}", view.dtype())));
-        }
-        if let Some(reason) = not_finite(&view, dtype) {
-            return Err(damaged(reason));
-        }
-        let tensor = view
-            .load(device)
-            .map_err(|e| damaged(format!("cannot be loaded: {}", Error::from(e))))?;
-        tensors.insert(name.to_string(), tensor);
-    }
+    visit_safetensors(path, bytes, "", |name, view| {
+        tensors.insert(name.to_owned(), checked(path, name, view, dtype, device)?);
+        Ok(())
+    })?;
     Ok(tensors)
+}
+
+/// Calls `visit` for each tensor of a safetensors file whose name begins with `prefix`, with its name without the
+/// prefix.
+fn visit_safetensors(
+    path: &Path,
+    bytes: &[u8],
+    prefix: &str,
+    mut visit: impl FnMut(&str, &TensorView<'_>) -> Result<()>,
+) -> Result<()> {
+    let file = SafeTensors::deserialize(bytes).map_err(|e| not_safetensors(path, bytes, e))?;
+    for (name, view) in file.iter() {
+        let Some(name) = name.strip_prefix(prefix) else { continue };
+        // PyTorch's batch normalisations count training batches in an integer, which no network here needs.
+        if !name.ends_with(".num_batches_tracked") {
+            visit(name, &view)?;
+        }
+    }
+    Ok(())
+}
+
+/// Creates a tensor of a file.
+///
+/// # Errors
+/// Returns an error if it is not a floating-point tensor, or if a value is not finite, also in `dtype`.
+fn checked(
+    path: &Path,
+    name: &str,
+    view: &TensorView<'_>,
+    dtype: DType,
+    device: &Device,
+) -> Result<Tensor> {
+    let damaged = |reason: String| Error::damaged(path, format!("{} {reason}", in_short(name)));
+    if !matches!(view.dtype(), Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64) {
+        let expected = "it must be F16, BF16, F32 or F64";
+        return Err(damaged(format!("is of dtype {}; {expected}", view.dtype())));
+    }
+    if let Some(reason) = not_finite(view, dtype) {
+        return Err(damaged(reason));
+    }
+    let loaded = view.load(device);
+    loaded.map_err(|e| damaged(format!("cannot be loaded: {}", Error::from(e))))
 }
 
 /// Returns the text of `key` in the metadata of a safetensors file, from its content.
@@ -125,10 +181,8 @@ fn missing(path: &Path, name: &str, tensors: &BTreeMap<String, Tensor>) -> Error
 
 /// The reason given for a file that is not a safetensors file.
 fn not_safetensors(path: &Path, bytes: &[u8], error: SafeTensorError) -> Error {
-    // A zip archive, or a pickle of protocol 2 to 5 (both are PyTorch's own formats).
-    if bytes.starts_with(b"PK\x03\x04") || matches!(bytes, [0x80, 2..=5, ..]) {
-        let reason = "a file of PyTorch's own format (a pickle), not of safetensors; convert it in Python: \
-                      `safetensors.torch.save_file(model.state_dict(), \"weights.safetensors\")`";
+    if pytorch::is_archive(bytes) || pytorch::is_pickle(bytes) {
+        let reason = "a file of PyTorch, which does not describe its network; Parameters::load reads its weights";
         return Error::data(path, reason);
     }
     let reason = format!("{error}; is it truncated? It has {} bytes", bytes.len());

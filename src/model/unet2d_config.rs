@@ -190,6 +190,11 @@ impl UNet2DConfig {
         (self.in_channels, self.sample_size.height, self.sample_size.width)
     }
 
+    /// The number of classes, if the network has classes.
+    pub fn classes(&self) -> Option<usize> {
+        self.num_class_embeds.map(|vectors| vectors.saturating_sub(self.null_class.into()))
+    }
+
     /// Returns whether the network also outputs the variance.
     pub fn learns_variance(&self) -> bool {
         self.out_channels != self.in_channels

@@ -12,6 +12,9 @@ use crate::error::{Error, Result};
 use crate::model::diffusers::Options;
 use crate::process::{Diffusion, NoiseSchedule, Prediction};
 
+/// The name of the configuration of a scheduler.
+pub(crate) const SCHEDULER: &str = "scheduler_config.json";
+
 /// The options of `DDPMScheduler` and `DDIMScheduler`, with their defaults.
 #[derive(Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -137,7 +140,7 @@ impl SamplerConfig {
     /// Returns an error if the file cannot be read or is not JSON, and an error that names the option and its value if
     /// the crate lacks it.
     pub fn from_diffusers(folder: impl AsRef<Path>) -> Result<(Diffusion, Self)> {
-        let mut options = Options::read(folder.as_ref().join("scheduler_config.json"))?;
+        let mut options = Options::read(folder.as_ref().join(SCHEDULER))?;
         let [ancestral, implicit] =
             ["DDPMScheduler", "DDIMScheduler"].map(|class| options.is("_class_name", class));
         options.check(&[

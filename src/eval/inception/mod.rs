@@ -9,7 +9,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
 use self::network::{CLASSES, FEATURES, Network, SIZE};
 pub use self::resizing::Resizing;
@@ -21,9 +21,7 @@ use crate::backend::maps::Pool;
 use crate::data::dataset::{Dataset, ImageShape};
 use crate::data::images::Images;
 use crate::error::{Error, Result};
-use crate::files;
 use crate::kernels::check_limit;
-use crate::model::tensor_file::{read_regular, tensors_of};
 
 /// Images that are computed at once: their maps take about 220 MB. More images would save no time.
 const GROUP: usize = 16;
@@ -59,17 +57,14 @@ impl fmt::Debug for Inception {
 }
 
 impl Inception {
-    /// Loads the network from a safetensors file with the names of pytorch-fid's network, such as
-    /// `Conv2d_1a_3x3.conv.weight`. The chapter on [evaluation](crate::docs::evaluation) shows how to make the file.
+    /// Loads the network from the file of pytorch-fid's weights, `pt_inception-2015-12-05-6726825d.pth`, or from a
+    /// safetensors file with the same names, such as `Conv2d_1a_3x3.conv.weight`. No code of the file is run.
     ///
     /// # Errors
     /// Returns an error if the file cannot be read, or if it does not have exactly the weights of this network.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = read_regular(path)?;
-        let sha256 = files::sha256(&bytes[..]).map_err(Error::io(path))?;
-        let tensors = tensors_of(path, &bytes, DType::F32, &Device::Cpu)?;
-        drop(bytes);
+        let (tensors, sha256) = super::weights::load(path, &Device::Cpu)?;
         Ok(Self { sha256: Some(sha256), ..Self::new(path, &tensors)? })
     }
 

@@ -203,6 +203,11 @@ impl Checkpoint {
         self.sampling().unwrap_or(&usual).sampler(self.diffusion())
     }
 
+    /// The [kind](Architecture::KIND) of the network.
+    pub fn network_kind(&self) -> &str {
+        &self.0.state.network.kind
+    }
+
     /// The network's configuration.
     ///
     /// # Errors

@@ -157,7 +157,9 @@ fn make_way(dir: &Path, snapshot: &Snapshot<'_>) -> Result<()> {
 
 fn write_files(dir: &Path, snapshot: &Snapshot<'_>) -> Result<()> {
     let mut files = Files::default();
-    let description = weights::describe(&snapshot.identity, snapshot.step, snapshot.sampling)?;
+    let network = (snapshot.identity.kind, &snapshot.identity.network);
+    let (diffusion, step) = (snapshot.identity.diffusion, snapshot.step);
+    let description = weights::describe(network, diffusion, step, snapshot.sampling)?;
     for part in &snapshot.parts {
         if let Some(tensors) = part.tensors() {
             let file = part.kind().file(part.index());

@@ -1,18 +1,26 @@
 //! Weights files, which describe their network and their process in the metadata of a safetensors file.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use serde::Serialize;
+use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::format::{Identity, check_version, fields_of};
+use super::files::{write_synced, write_tensors};
+use super::format::{check_version, fields_of};
 use super::network::NetworkState;
 use crate::error::{Error, Result, in_short};
+use crate::files::make;
+use crate::model::diffusers::{CONFIG, WEIGHTS};
 use crate::model::tensor_file::{metadata_of, read_regular, tensors_of};
-use crate::model::{Architecture, Parameters};
+use crate::model::{Architecture, Parameters, UNet2DConfig};
 use crate::process::diffusion::Diffusion;
+use crate::sample::diffusers::SCHEDULER;
+use crate::sample::pipeline::Described;
 use crate::sample::{Sampler, SamplerConfig};
 use crate::train::state::MAX_STEP;
 use crate::train::stateful::within;
@@ -26,12 +34,14 @@ const FORMAT: u32 = 1;
 /// The values of the bytes 0 and 255 in training; see [`normalized`](crate::data::normalized).
 const PIXEL_RANGE: [f64; 2] = [-1.0, 1.0];
 
-/// The description of the weights of a run after `step` updates, as JSON. The order of its fields is fixed.
+/// The description of the weights of a network of this kind after `step` updates, as JSON. The order of its fields is
+/// fixed.
 ///
 /// # Errors
 /// Returns an error if a value cannot be written as JSON.
 pub(super) fn describe(
-    identity: &Identity<'_>,
+    (kind, network): (&str, &impl Serialize),
+    diffusion: &Diffusion,
     step: u64,
     sampling: Option<&SamplerConfig>,
 ) -> Result<String> {
@@ -48,8 +58,8 @@ pub(super) fn describe(
     let described = Described {
         format_version: FORMAT,
         step,
-        network: NetworkState { kind: identity.kind.to_owned(), config: &identity.network },
-        diffusion: identity.diffusion,
+        network: NetworkState { kind: kind.to_owned(), config: network },
+        diffusion,
         pixel_range: PIXEL_RANGE,
         sampling,
     };
@@ -95,6 +105,42 @@ pub struct WeightsFile {
 }
 
 impl WeightsFile {
+    /// Writes a weights file of a network that another program trained, and whose number of updates is therefore 0. The
+    /// file is complete or does not exist.
+    ///
+    /// ```no_run
+    /// use candle_core::{DType, Device};
+    /// use ddpm::sample::DiffusersFolder;
+    /// use ddpm::train::WeightsFile;
+    ///
+    /// let folder = DiffusersFolder::open("ddpm-cifar10-32")?;
+    /// let weights = folder.weights(DType::F32, &Device::Cpu)?;
+    /// let sampling = Some(folder.sampling());
+    /// let path = "cifar10.safetensors";
+    /// WeightsFile::create(path, folder.network(), &weights, folder.diffusion(), sampling)?;
+    /// # Ok::<(), ddpm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Returns an error if these are not exactly the weights of the network, if the process or the sampler settings are
+    /// not valid, or if the file cannot be written.
+    pub fn create<N: Architecture>(
+        path: impl AsRef<Path>,
+        network: &N,
+        weights: &Parameters,
+        diffusion: &Diffusion,
+        sampling: Option<&SamplerConfig>,
+    ) -> Result<()> {
+        diffusion.validate()?;
+        sampling.map_or(Ok(()), |sampling| sampling.sampler(diffusion).map(drop))?;
+        weights.build(network)?;
+        let description = describe((N::KIND, network), diffusion, 0, sampling)?;
+        let tensors = named(weights);
+        make(path.as_ref(), |path| {
+            write_tensors(path, &tensors, Some((KEY, &description)), 0).map(drop)
+        })
+    }
+
     /// Reads a weights file. The tensors are checked when the network is built.
     ///
     /// # Errors
@@ -180,6 +226,11 @@ impl WeightsFile {
         self.sampling.as_ref().unwrap_or(&usual).sampler(&self.diffusion)
     }
 
+    /// The [kind](Architecture::KIND) of the network.
+    pub fn network_kind(&self) -> &str {
+        &self.network.kind
+    }
+
     /// The network's configuration.
     ///
     /// # Errors
@@ -194,10 +245,65 @@ impl WeightsFile {
     /// Returns the errors of [`architecture`](Self::architecture), and an error if the file does not hold exactly the
     /// weights of the network, all of them finite.
     pub fn model<N: Architecture>(&self, device: &Device) -> Result<N::Model> {
-        let tensors = tensors_of(&self.path, &self.content, DType::F32, device)?;
-        let weights = Parameters::frozen(&self.path, tensors, DType::F32, device);
-        self.network.build::<N>(&self.path, &weights)
+        self.network.build::<N>(&self.path, &self.parameters(device)?)
     }
+
+    fn parameters(&self, device: &Device) -> Result<Parameters> {
+        let tensors = tensors_of(&self.path, &self.content, DType::F32, device)?;
+        Ok(Parameters::frozen(&self.path, tensors, DType::F32, device))
+    }
+
+    /// Writes the network, its process and sampler settings as a folder that `DDPMPipeline.from_pretrained` or
+    /// `DDIMPipeline.from_pretrained` of diffusers opens, and [`DiffusersFolder`](crate::sample::DiffusersFolder).
+    /// `sampling` replaces the settings of the run. The folder is complete or does not exist.
+    ///
+    /// The number of sampling steps is an argument of a pipeline, and not a part of the folder. The pipelines give a
+    /// network no classes.
+    ///
+    /// # Errors
+    /// Returns an error that names the first setting that such a folder does not have: another network than
+    /// [`UNet2D`](crate::nn::UNet2D), another solver than `ddpm` or `ddim`, and others. Returns an error if `folder`
+    /// exists, or cannot be written.
+    pub fn export_diffusers(
+        &self,
+        folder: impl AsRef<Path>,
+        sampling: Option<&SamplerConfig>,
+    ) -> Result<()> {
+        let folder = folder.as_ref();
+        if self.network.kind != UNet2DConfig::KIND {
+            let expected = "unet2d, because diffusers lacks the others";
+            return Err(Error::config("network.kind", in_short(&self.network.kind), expected));
+        }
+        if folder.symlink_metadata().is_ok() {
+            let expected = "a path at which there is nothing";
+            return Err(Error::config("folder", folder.display(), expected));
+        }
+        let network: UNet2DConfig = self.architecture()?;
+        let usual = SamplerConfig::usual(&self.diffusion);
+        let sampling = sampling.or(self.sampling.as_ref()).unwrap_or(&usual);
+        let Described { index, scheduler } = Described::of(&network, &self.diffusion, sampling)?;
+        let weights = self.parameters(&Device::Cpu)?;
+        self.network.build::<UNet2DConfig>(&self.path, &weights)?;
+        make(folder, |folder| {
+            let write = |path: PathBuf, content: &Value| {
+                write_synced(&path, format!("{content:#}\n").as_bytes())
+            };
+            let (unet, of_scheduler) = (folder.join("unet"), folder.join("scheduler"));
+            for folder in [folder, &unet, &of_scheduler] {
+                fs::create_dir(folder).map_err(Error::io(folder))?;
+            }
+            write(unet.join(CONFIG), &network.to_diffusers()?)?;
+            write(of_scheduler.join(SCHEDULER), &scheduler)?;
+            write(folder.join("model_index.json"), &index)?;
+            let path = unet.join(WEIGHTS);
+            write_tensors(&path, &named(&weights), Some(("format", "pt")), self.step).map(drop)
+        })
+    }
+}
+
+/// The weights that a network requested.
+fn named(weights: &Parameters) -> BTreeMap<String, Tensor> {
+    weights.vars().into_iter().map(|(name, var)| (name, var.as_detached_tensor())).collect()
 }
 
 // A derived `Debug` would print the content.

@@ -1,0 +1,164 @@
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use candle_core::{DType, Device};
+use clap::{Args, ValueEnum};
+
+use super::arguments::{fraction, whole};
+use super::print::out;
+use super::program::check_output;
+use super::result::Result;
+use super::trained::{Trained, Weights};
+use crate::model::{Architecture, AttentionHeads, OpenAi, UNet2DConfig};
+use crate::process::{Diffusion, NoiseSchedule, Prediction};
+use crate::sample::{DiffusersFolder, SamplerConfig, Solver, Variance};
+use crate::train::WeightsFile;
+
+/// The schedules of OpenAI's networks, with 1000 timesteps.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ScheduleName {
+    Linear,
+    Cosine,
+}
+
+/// The solvers of a folder of diffusers.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum SolverName {
+    Ddpm,
+    Ddim,
+}
+
+/// The options of a program that converts weights.
+#[derive(Debug, Args)]
+pub struct ConvertArgs {
+    /// Folder of a pipeline of diffusers, or file of weights of improved-diffusion or guided-diffusion, which becomes a
+    /// weights file; or checkpoint or weights file of this crate, which becomes a folder of diffusers
+    #[arg(long, value_name = "PATH")]
+    from: PathBuf,
+    /// Weights file, such as cifar10.safetensors, or folder of diffusers to write
+    #[arg(long, value_name = "PATH")]
+    to: PathBuf,
+    /// For a checkpoint: the averaged weights (the default), or those of the last update
+    #[arg(long, value_enum)]
+    weights: Option<Weights>,
+    /// For a folder of diffusers to write: its solver; the default is that of the run, with its other sampler settings
+    #[arg(long, value_name = "NAME", value_enum)]
+    solver: Option<SolverName>,
+    /// For a file of OpenAI's programs, which does not state it: height and width of the images
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1..=4096))]
+    image_size: Option<usize>,
+    /// For such a file: schedule of the 1000 timesteps
+    #[arg(
+        long,
+        value_name = "NAME",
+        value_enum,
+        default_value = "linear",
+        requires = "image_size"
+    )]
+    schedule: ScheduleName,
+    /// For such a file: number of heads of attention, num_heads
+    #[arg(long, value_name = "N", default_value = "1", requires = "image_size",
+          value_parser = whole::<usize>(1..=1024))]
+    heads: usize,
+    /// For such a file: number of channels of a head, num_head_channels
+    #[arg(long, value_name = "N", requires = "image_size", conflicts_with = "heads",
+          value_parser = whole::<usize>(1..=65_536))]
+    head_channels: Option<usize>,
+    /// For such a file: it was trained with use_new_attention_order
+    #[arg(long, requires = "image_size")]
+    new_attention_order: bool,
+    /// For such a file: dropout, which matters only for further training
+    #[arg(long, value_name = "P", default_value = "0", requires = "image_size", value_parser = fraction)]
+    dropout: f64,
+}
+
+/// Converts weights: a folder of diffusers or a file of OpenAI's programs to a weights file, or a checkpoint or weights
+/// file to a folder of diffusers. What is written is complete or does not exist.
+///
+/// # Errors
+/// Returns an error if a file cannot be read or written, or if the network, the process or the sampler is not one of the
+/// other side. The error names it.
+pub fn convert(args: &ConvertArgs) -> Result<ExitCode> {
+    let (from, to) = (&*args.from, args.to.display());
+    if DiffusersFolder::is_at(from) {
+        args.check_target()?;
+        let folder = DiffusersFolder::open(from)?;
+        let weights = folder.weights(DType::F32, &Device::Cpu)?;
+        let (diffusion, sampling) = (folder.diffusion(), folder.sampling());
+        WeightsFile::create(&args.to, folder.network(), &weights, diffusion, Some(sampling))?;
+        out(format_args!("{to}: the network, the process and the sampler of {}", from.display()));
+        return Ok(ExitCode::SUCCESS);
+    }
+    if args.image_size.is_some() {
+        return args.from_openai();
+    }
+    let file = match Trained::open(from, args.weights) {
+        Ok(trained) => WeightsFile::open(trained.weights_file(args.weights))?,
+        Err(error) if from.is_file() => {
+            let hint = "a file of improved-diffusion or guided-diffusion needs --image-size";
+            return Err(format!("{error}; {hint}").into());
+        }
+        Err(error) => return Err(error),
+    };
+    let sampling = args.sampling(&file)?;
+    file.export_diffusers(&args.to, Some(&sampling))?;
+    let steps = sampling.steps;
+    out(format_args!("{to}: a pipeline of diffusers; the run takes num_inference_steps={steps}"));
+    Ok(ExitCode::SUCCESS)
+}
+
+impl ConvertArgs {
+    /// # Errors
+    /// Returns an error if `--to` is not a weights file that can be written.
+    fn check_target(&self) -> Result<()> {
+        if self.weights.is_some() || self.solver.is_some() {
+            return Err(
+                "--weights and --solver are for a checkpoint or weights file as --from".into()
+            );
+        }
+        check_output("--to", &self.to, "safetensors")
+    }
+
+    fn from_openai(&self) -> Result<ExitCode> {
+        self.check_target()?;
+        let settings = OpenAi {
+            heads: match self.head_channels {
+                Some(channels) => AttentionHeads::Channels(channels),
+                None => AttentionHeads::Count(self.heads),
+            },
+            new_attention_order: self.new_attention_order,
+            dropout: self.dropout,
+            ..OpenAi::new(self.image_size.unwrap_or_default())
+        };
+        let (network, weights) = settings.load(&self.from, DType::F32, &Device::Cpu)?;
+        let schedule = match self.schedule {
+            ScheduleName::Linear => NoiseSchedule::linear(1000, 1e-4, 0.02),
+            ScheduleName::Cosine => NoiseSchedule::cosine(1000),
+        };
+        let diffusion = Diffusion::new(schedule?, Prediction::Epsilon);
+        WeightsFile::create(&self.to, &network, &weights, &diffusion, None)?;
+        let (to, from) = (self.to.display(), self.from.display());
+        let levels = network.block_out_channels;
+        out(format_args!("{to}: the network of {from}, with {levels:?} channels"));
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// The sampler settings of the folder: those of the run, with the given solver.
+    fn sampling(&self, file: &WeightsFile) -> Result<SamplerConfig> {
+        let usual = SamplerConfig::usual(file.diffusion());
+        let run = file.sampling().copied().unwrap_or(usual);
+        Ok(match self.solver {
+            None => run,
+            Some(SolverName::Ddim) => {
+                SamplerConfig { solver: Solver::ddim(), steps: usual.steps, ..run }
+            }
+            Some(SolverName::Ddpm) => {
+                let learned = file.network_kind() == UNet2DConfig::KIND
+                    && file.architecture::<UNet2DConfig>()?.learns_variance();
+                let variance = Variance::Learned;
+                let solver = if learned { Solver::Ddpm { variance } } else { Solver::ddpm() };
+                SamplerConfig { solver, steps: file.diffusion().schedule().steps(), ..run }
+            }
+        })
+    }
+}

@@ -1,0 +1,96 @@
+use std::fmt::Debug;
+
+use crate::error::Result;
+use crate::model::{Architecture, UNet2DConfig, UNetConfig};
+
+/// The configuration of a network that the programs train.
+pub trait NetworkConfig: Architecture + Clone + Debug {
+    /// The shape of the images: (channels, height, width).
+    fn image_shape(&self) -> (usize, usize, usize);
+
+    /// The number of classes, if the network has classes.
+    fn classes(&self) -> Option<usize>;
+
+    /// Sets the number of classes.
+    fn set_classes(&mut self, classes: usize);
+
+    /// Checks the configuration.
+    ///
+    /// # Errors
+    /// Returns an error that names the first invalid field.
+    fn validate(&self) -> Result<()>;
+}
+
+impl NetworkConfig for UNetConfig {
+    fn image_shape(&self) -> (usize, usize, usize) {
+        self.image_shape()
+    }
+
+    fn classes(&self) -> Option<usize> {
+        self.classes
+    }
+
+    fn set_classes(&mut self, classes: usize) {
+        self.classes = Some(classes);
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.validate()
+    }
+}
+
+impl NetworkConfig for UNet2DConfig {
+    fn image_shape(&self) -> (usize, usize, usize) {
+        self.image_shape()
+    }
+
+    fn classes(&self) -> Option<usize> {
+        self.classes()
+    }
+
+    fn set_classes(&mut self, classes: usize) {
+        // Training hides classes, for which the last vector stands.
+        self.num_class_embeds = Some(classes + 1);
+        self.null_class = true;
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.validate()
+    }
+}
+
+/// The configuration of a trained network.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Network {
+    /// The U-Net of the crate.
+    UNet(UNetConfig),
+    /// The network of Ho et al.
+    UNet2D(UNet2DConfig),
+}
+
+impl Network {
+    /// The shape of the images: (channels, height, width).
+    pub fn image_shape(&self) -> (usize, usize, usize) {
+        match self {
+            Self::UNet(config) => config.image_shape(),
+            Self::UNet2D(config) => config.image_shape(),
+        }
+    }
+
+    /// Returns whether the network also outputs the variance.
+    pub fn learns_variance(&self) -> bool {
+        match self {
+            Self::UNet(config) => config.learned_variance,
+            Self::UNet2D(config) => config.learns_variance(),
+        }
+    }
+
+    /// The number of classes, if the network has classes.
+    pub fn classes(&self) -> Option<usize> {
+        match self {
+            Self::UNet(config) => config.classes,
+            Self::UNet2D(config) => config.classes(),
+        }
+    }
+}
