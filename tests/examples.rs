@@ -1433,7 +1433,7 @@ fn wrong_arguments_are_reported_in_one_line() -> Result<()> {
         ("sample", &["--checkpoint", &nothing], &["nothing", "no checkpoint here"]),
         ("sample", &["--checkpoint", &file], &["file", "no checkpoint here"]),
         ("sample", &["--checkpoint", &spaced], &["--checkpoint '", "my run/checkpoint' is one"]),
-        ("sample", &["--solver", "dpm"], &["'dpm'", "[possible values: ddpm, ddim, euler, "]),
+        ("sample", &["--solver", "dpm"], &["'dpm'", "[possible values: ddpm, ddim, "]),
         ("sample", &["--spacing", "odd"], &["'odd'", "[possible values: even, leading, "]),
         ("sample", &["--eta", "2"], &["'2'", "a number from 0 to 1"]),
         ("sample", &["--eta", "nan"], &["'nan'", "a number from 0 to 1"]),
