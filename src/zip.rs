@@ -200,17 +200,11 @@ impl Entry {
 /// Returns the content of an archive of these entries, stored without compression.
 ///
 /// # Errors
-/// Returns the number of bytes if the archive would have 4 GB or more.
-pub(crate) fn archive(entries: &[(String, Vec<u8>)]) -> std::result::Result<Vec<u8>, u64> {
-    let overhead = |name: &String| (LOCAL.1 + CENTRAL.1 + 2 * name.len()) as u64;
-    let sizes = entries.iter().map(|(name, content)| content.len() as u64 + overhead(name));
-    let total = sizes.sum::<u64>() + END.1 as u64;
-    if total >= u64::from(u32::MAX) {
-        return Err(total);
-    }
+/// Returns a size or a position that is too large for an archive, which has less than 4 GB.
+pub(crate) fn archive(entries: &[(String, Vec<u8>)]) -> std::result::Result<Vec<u8>, usize> {
     let (mut file, mut directory) = (Vec::new(), Vec::new());
     for (name, content) in entries {
-        let (size, offset) = (content.len() as u32, file.len() as u32);
+        let (size, offset) = (short(content.len())?, short(file.len())?);
         // Version 2.0, no flags, stored, 1980-01-01, the checksum, both sizes, and the lengths of the names.
         let mut common = vec![20, 0, 0, 0, 0, 0, 0, 0, 33, 0];
         for number in [crc(content), size, size, name.len() as u32] {
@@ -222,11 +216,16 @@ pub(crate) fn archive(entries: &[(String, Vec<u8>)]) -> std::result::Result<Vec<
         file.extend([LOCAL.0, &common, name.as_bytes(), content].concat());
     }
     let count = entries.len() as u16;
-    let (start, size) = (file.len() as u32, directory.len() as u32);
+    let (start, size) = (short(file.len())?, short(directory.len())?);
     file.extend(directory);
     file.extend([END.0, &[0; 4], &count.to_le_bytes(), &count.to_le_bytes()].concat());
     file.extend([&size.to_le_bytes()[..], &start.to_le_bytes(), &[0; 2]].concat());
     Ok(file)
+}
+
+/// Returns a size or a position in an archive, which must not reach the mark of ZIP64.
+fn short(bytes: usize) -> std::result::Result<u32, usize> {
+    u32::try_from(bytes).ok().filter(|number| *number < u32::MAX).ok_or(bytes)
 }
 
 fn crc(bytes: &[u8]) -> u32 {
@@ -259,4 +258,18 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_stay_below_the_mark_of_large_archives() {
+        let mark = u32::MAX as usize;
+        assert_eq!(short(mark - 1), Ok(u32::MAX - 1));
+        for bytes in [mark, mark + 1, usize::MAX] {
+            assert_eq!(short(bytes), Err(bytes));
+        }
+    }
 }

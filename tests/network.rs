@@ -289,8 +289,8 @@ fn earlier_names_and_several_files_of_diffusers_are_the_same_network() -> Result
     };
     let values = of_bin()?;
     std::fs::rename(&bin, pytorch.path().join("part.bin")).unwrap();
-    let of_part = r#"{"weight_map": {"parameter": "part.bin"}}"#;
-    std::fs::write(bin.with_extension("bin.index.json"), of_part).unwrap();
+    let only = r#"{"weight_map": {"parameter": "part.bin"}}"#;
+    std::fs::write(bin.with_extension("bin.index.json"), only).unwrap();
     assert_eq!(of_bin()?, values);
 
     list.insert("conv_in.weight".into(), "../part-0.safetensors".into());

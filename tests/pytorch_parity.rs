@@ -282,7 +282,8 @@ impl Diffusers {
         let load = |name| candle_core::safetensors::load(folder.join(name), &Device::Cpu).unwrap();
         Self {
             folder: folder.to_owned(),
-            config: UNet2DConfig::from_diffusers(folder).unwrap(),
+            // The case was computed without dropout.
+            config: UNet2DConfig { dropout: 0.0, ..UNet2DConfig::from_diffusers(folder).unwrap() },
             weights: load("diffusion_pytorch_model.safetensors"),
             case: load("case.safetensors"),
         }

@@ -90,7 +90,7 @@ pub fn convert(args: &ConvertArgs) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     if args.image_size.is_some() {
-        return args.from_openai();
+        return args.read_openai();
     }
     let file = match Trained::open(from, args.weights) {
         Ok(trained) => WeightsFile::open(trained.weights_file(args.weights))?,
@@ -119,7 +119,7 @@ impl ConvertArgs {
         check_output("--to", &self.to, "safetensors")
     }
 
-    fn from_openai(&self) -> Result<ExitCode> {
+    fn read_openai(&self) -> Result<ExitCode> {
         self.check_target()?;
         let settings = OpenAi {
             heads: match self.head_channels {

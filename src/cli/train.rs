@@ -195,6 +195,10 @@ impl<N: NetworkConfig> Plan<N> {
     fn new(recipe: &Recipe<N>, args: &TrainArgs) -> Result<Self> {
         let files = Files::of(args.out.clone().unwrap_or_else(|| recipe.out.into()));
         let saved = find(&files, args.resume)?;
+        // Checked first, because config.json of another network has other fields.
+        if let Some(saved) = &saved {
+            saved.architecture::<N>().map_err(with_options)?;
+        }
         let recipe = match &args.config {
             Some(path) => {
                 RunConfig::read(path).map_err(|e| format!("--config {e}"))?.replace(recipe)
@@ -357,9 +361,7 @@ fn resume<N: NetworkConfig>(
     config: TrainConfig,
     device: &Device,
 ) -> Result<Trainer<N>> {
-    let builder = Trainer::builder(saved.architecture::<N>().map_err(with_options)?)
-        .config(config)
-        .device(device);
+    let builder = Trainer::builder(saved.architecture::<N>()?).config(config).device(device);
     let builder = builder.diffusion(saved.diffusion().clone());
     Ok(match change {
         true => builder.resume_with_changes(saved.dir())?,

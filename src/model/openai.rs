@@ -214,12 +214,12 @@ impl OpenAi {
             input += 1;
             format!("input_blocks.{input}")
         };
-        for level in 0..levels {
+        for (level, &attends) in attends.iter().enumerate() {
             let new = format!("down_blocks.{level}");
             for layer in 0..*layers {
                 let old = next();
                 weights.rename_res(&format!("{old}.0"), &format!("{new}.resnets.{layer}"));
-                if attends[level] {
+                if attends {
                     let new = format!("{new}.attentions.{layer}");
                     self.rename_attention(&mut weights, &format!("{old}.1"), &new)?;
                 }
