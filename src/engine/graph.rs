@@ -200,13 +200,26 @@ pub trait Engine<'n>: Sealed {
     /// Computes a part of the network: a map from the maps `inputs`, by `part`, which uses no other maps.
     ///
     /// If the model [recomputes](crate::nn::Trainable::set_recompute), the tape of kernels keeps only `inputs` for the
-    /// backward pass, which computes the part again. The gradients are the same in each bit. The parts of a part are
-    /// not kept either: only the outermost is computed again. [`ResBlock`](crate::nn::ResBlock) and
-    /// [`Attention`](crate::nn::Attention) are parts. Chen et al. 2016.
+    /// backward pass, which computes the part again. The gradients are the same in each bit. Of parts within each other,
+    /// only the outermost is computed again. [`ResBlock`](crate::nn::ResBlock) and [`Attention`](crate::nn::Attention)
+    /// are parts. Chen et al. 2016.
     ///
     /// # Errors
     /// Returns the errors of `part`.
     fn recomputable<const N: usize>(
+        &self,
+        inputs: [&Self::Map; N],
+        part: impl Fn(&Self, [&Self::Map; N]) -> Result<Self::Map> + 'n,
+    ) -> Result<Self::Map> {
+        self.recomputed(inputs, part)
+    }
+
+    /// Computes a [recomputable](Self::recomputable) part that is always computed again, because it takes little time
+    /// and much memory.
+    ///
+    /// # Errors
+    /// Returns the errors of `part`.
+    fn recomputed<const N: usize>(
         &self,
         inputs: [&Self::Map; N],
         part: impl Fn(&Self, [&Self::Map; N]) -> Result<Self::Map> + 'n,

@@ -10,23 +10,84 @@ use crate::error::Result;
 pub(crate) struct Map<B: Maps> {
     pub dims: [usize; 4],
     pub values: Rc<B::Buffer>,
+    /// The maps of which this map is the concatenation, if it is one.
+    pub parts: Option<Rc<Parts<B>>>,
     pub gradient: Gradient<B>,
 }
 
 impl<B: Maps> Clone for Map<B> {
     fn clone(&self) -> Self {
-        let Self { dims, values, gradient } = self;
-        Self { dims: *dims, values: values.clone(), gradient: gradient.clone() }
+        let Self { dims, values, parts, gradient } = self;
+        let (values, parts, gradient) = (values.clone(), parts.clone(), gradient.clone());
+        Self { dims: *dims, values, parts, gradient }
     }
 }
 
 impl<B: Maps> Map<B> {
+    pub fn new(dims: [usize; 4], values: B::Buffer, gradient: Gradient<B>) -> Self {
+        Self { dims, values: Rc::new(values), parts: None, gradient }
+    }
+
     pub fn batch(&self) -> usize {
         self.dims[0]
     }
 
     pub fn channels(&self) -> usize {
         self.dims[3]
+    }
+
+    /// Returns what the backward pass keeps of this map.
+    pub fn kept(&self) -> Kept<B> {
+        let source = match &self.parts {
+            Some(parts) => Source::Parts(parts.clone()),
+            None => Source::Values(self.values.clone()),
+        };
+        Kept { dims: self.dims, source, gradient: self.gradient.clone() }
+    }
+}
+
+/// The two maps of a concatenation.
+pub(crate) struct Parts<B: Maps> {
+    pub channels: [usize; 2],
+    pub maps: [Rc<B::Buffer>; 2],
+}
+
+impl<B: Maps> Parts<B> {
+    /// Concatenates the parts to a map of dimensions `dims`.
+    pub fn concatenate(&self, backend: &B, dims: [usize; 4]) -> Result<B::Buffer> {
+        let [a, b] = &self.maps;
+        backend.concatenate(dims[..3].iter().product(), self.channels, [a, b])
+    }
+}
+
+/// A map that is kept for the backward pass. Concatenations are computed again: one of their parts is usually kept
+/// anyway, and copying takes little time.
+pub(crate) struct Kept<B: Maps> {
+    pub dims: [usize; 4],
+    source: Source<B>,
+    pub gradient: Gradient<B>,
+}
+
+enum Source<B: Maps> {
+    Values(Rc<B::Buffer>),
+    Parts(Rc<Parts<B>>),
+}
+
+impl<B: Maps> Kept<B> {
+    pub fn values(&self, backend: &B) -> Result<Rc<B::Buffer>> {
+        match &self.source {
+            Source::Values(values) => Ok(values.clone()),
+            Source::Parts(parts) => Ok(Rc::new(parts.concatenate(backend, self.dims)?)),
+        }
+    }
+
+    pub fn map(&self, backend: &B) -> Result<Map<B>> {
+        let parts = match &self.source {
+            Source::Values(_) => None,
+            Source::Parts(parts) => Some(parts.clone()),
+        };
+        let (values, gradient) = (self.values(backend)?, self.gradient.clone());
+        Ok(Map { dims: self.dims, values, parts, gradient })
     }
 }
 

@@ -8,7 +8,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
 
 use super::graph::{Engine, Normed, Sealed};
-use super::map::{Gradient, Map};
+use super::map::{Gradient, Kept, Map, Parts};
 use super::pass::Pass;
 use super::shapes;
 use crate::backend::maps::{Maps, Norm};
@@ -36,16 +36,18 @@ type Node<'n, 'p, B> = (Gradient<B>, Backward<'n, 'p, B>);
 enum Recording {
     /// None, because no backward pass follows, or because it computes them again.
     Nothing,
-    /// All operations, also those of [recomputable](Engine::recomputable) parts.
-    Operations,
-    /// All operations outside of recomputable parts. Such a part is recorded as one operation.
+    /// All operations outside of [recomputed](Engine::recomputed) parts. Such a part is recorded as one operation.
     Parts,
+    /// All operations of a part that is computed again.
+    Operations,
 }
 
 /// Runs the operations of a network with the kernels of a backend, and records their backward passes.
 pub(crate) struct Tape<'n, 'p, B: Maps> {
     backend: B,
     pass: Pass<'p>,
+    /// Whether [recomputable](Engine::recomputable) parts are computed again.
+    recompute: bool,
     recording: Cell<Recording>,
     /// The recorded operations.
     nodes: RefCell<Vec<Node<'n, 'p, B>>>,
@@ -57,21 +59,22 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
     /// Creates a tape for a pass that will be followed by [`backward`](Self::backward). With `recompute`, recomputable
     /// parts are computed again there.
     pub fn recording(backend: B, pass: Pass<'p>, recompute: bool) -> Self {
-        let recording = if recompute { Recording::Parts } else { Recording::Operations };
-        Self { recording: Cell::new(recording), ..Self::forgetful(backend, pass) }
+        let recording = Cell::new(Recording::Parts);
+        Self { recompute, recording, ..Self::forgetful(backend, pass) }
     }
 
     /// Creates a tape for a forward pass only.
     pub fn forgetful(backend: B, pass: Pass<'p>) -> Self {
         let recording = Cell::new(Recording::Nothing);
-        Self { backend, pass, recording, nodes: RefCell::default(), weights: RefCell::default() }
+        let (nodes, weights) = Default::default();
+        Self { backend, pass, recompute: false, recording, nodes, weights }
     }
 
     /// Copies images (batch, channels, height, width) to a map that needs no gradient.
     pub fn images(&self, x: &Tensor) -> Result<Map<B>> {
         let (batch, channels, height, width) = x.dims4()?;
         let (dims, values) = ([batch, height, width, channels], self.backend.images(x)?);
-        Ok(Map { dims, values: Rc::new(values), gradient: Gradient::UNWANTED })
+        Ok(Map::new(dims, values, Gradient::UNWANTED))
     }
 
     /// Copies a map to images (batch, channels, height, width).
@@ -108,7 +111,7 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
         values: B::Buffer,
         backward: impl FnOnce(&Self, B::Buffer) -> Result<()> + 'n,
     ) -> Map<B> {
-        Map { dims, values: Rc::new(values), gradient: self.node(dims, backward) }
+        Map::new(dims, values, self.node(dims, backward))
     }
 
     /// Records `backward`, unless nothing is recorded. Returns the gradient that it will receive, of a map of dimensions
@@ -143,7 +146,7 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
     fn normalize_backward(
         &self,
         (norm, by): (&'n GroupNorm, Option<&Map<B>>),
-        x: &Map<B>,
+        (x, values): (&Kept<B>, &B::Buffer),
         statistics: &B::Statistics,
         mut d: B::Buffer,
     ) -> Result<()> {
@@ -151,7 +154,7 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
         let (gradients, d_by) = backend.normalize_backward(
             Norm { layer: norm, by: by.map(|by| &*by.values) },
             x.dims,
-            &x.values,
+            values,
             statistics,
             &mut d,
             there.as_ref(),
@@ -230,10 +233,12 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
     fn conv_add(&self, conv: &'n Conv2d, x: &Map<B>, add: Add<'_, Map<B>>) -> Result<Map<B>> {
         check(conv, x, &add)?;
         let (dims, y) = self.backend.convolve(conv, x.dims, &x.values, plain(&add))?;
-        let (x, added) = (x.clone(), gradients(&add));
+        let (x, added) = (x.kept(), gradients(&add));
         Ok(self.output(dims, y, move |tape, dy| {
             let backend = &tape.backend;
-            tape.convolve_weight_gradients(conv, x.dims, &x.values, &dy, &added.per_image)?;
+            let values = x.values(backend)?;
+            tape.convolve_weight_gradients(conv, x.dims, &values, &dy, &added.per_image)?;
+            drop(values);
             x.gradient.write(backend, |dx, accumulate| {
                 backend.convolve_input_gradient(conv, x.dims, &dy, dx, accumulate)
             })?;
@@ -255,12 +260,13 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         let (mut n, statistics) = self.backend.normalize(own, x.dims, &x.values)?;
         self.drop_in_place(x.dims, &mut n, dropout)?;
         let (dims, y) = self.backend.convolve(conv, x.dims, &n, plain(&add))?;
-        let (x, by, added) = (x.clone(), by.cloned(), gradients(&add));
+        let (x, by, added) = (x.kept(), by.cloned(), gradients(&add));
         Ok(self.output(dims, y, move |tape, dy| {
             let backend = &tape.backend;
+            let values = x.values(backend)?;
             // Recomputed instead of kept: it is as large as the map, and takes little time.
             let own = Norm { layer: norm, by: by.as_ref().map(|by| &*by.values) };
-            let mut n = backend.normalize_again(own, x.dims, &x.values, &statistics)?;
+            let mut n = backend.normalize_again(own, x.dims, &values, &statistics)?;
             tape.drop_in_place(x.dims, &mut n, dropout)?;
             tape.convolve_weight_gradients(conv, x.dims, &n, &dy, &added.per_image)?;
             // The normalised map is no longer needed, so its gradient overwrites it.
@@ -268,7 +274,7 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
             backend.convolve_input_gradient(conv, x.dims, &dy, &mut dn, false)?;
             tape.drop_in_place(x.dims, &mut dn, dropout)?;
             added.residual.add(backend, dy)?;
-            tape.normalize_backward((norm, by.as_ref()), &x, &statistics, dn)
+            tape.normalize_backward((norm, by.as_ref()), (&x, &values), &statistics, dn)
         }))
     }
 
@@ -281,9 +287,10 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         shapes::modulated_norm(norm, x.dims.into(), by.map(|by| by.dims.into()))?;
         let own = Norm { layer: norm, by: by.map(|by| &*by.values) };
         let (n, statistics) = self.backend.normalize(own, x.dims, &x.values)?;
-        let (x, by) = (x.clone(), by.cloned());
+        let (x, by) = (x.kept(), by.cloned());
         Ok(self.output(x.dims, n, move |tape, dn| {
-            tape.normalize_backward((norm, by.as_ref()), &x, &statistics, dn)
+            let values = x.values(&tape.backend)?;
+            tape.normalize_backward((norm, by.as_ref()), (&x, &values), &statistics, dn)
         }))
     }
 
@@ -348,12 +355,15 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         shapes::concatenation(a.dims.into(), b.dims.into())?;
         let [batch, h, w, _] = a.dims;
         let (pixels, channels) = (batch * h * w, [a.channels(), b.channels()]);
-        let y = self.backend.concatenate(pixels, channels, [&a.values, &b.values])?;
+        let dims = [batch, h, w, channels[0] + channels[1]];
+        let parts = Parts { channels, maps: [a.values.clone(), b.values.clone()] };
+        let y = parts.concatenate(&self.backend, dims)?;
         let gradients = [a.gradient.clone(), b.gradient.clone()];
-        Ok(self.output([batch, h, w, channels[0] + channels[1]], y, move |tape, dy| {
+        let y = self.output(dims, y, move |tape, dy| {
             let parts = tape.backend.split(pixels, channels, &dy)?;
             gradients.iter().zip(parts).try_for_each(|(sum, d)| sum.add(&tape.backend, d))
-        }))
+        });
+        Ok(Map { parts: Some(Rc::new(parts)), ..y })
     }
 
     fn attention(&self, qkv: &Map<B>, heads: usize) -> Result<Map<B>> {
@@ -361,9 +371,10 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         let [batch, h, w, c] = qkv.dims;
         let shape = AttentionShape::of_map(qkv.dims, heads);
         let y = self.backend.attention(batch, shape, &qkv.values)?;
-        let qkv = qkv.clone();
+        let qkv = qkv.kept();
         Ok(self.output([batch, h, w, c / 3], y, move |tape, dy| {
-            let d = tape.backend.attention_backward(batch, shape, &qkv.values, &dy)?;
+            let values = qkv.values(&tape.backend)?;
+            let d = tape.backend.attention_backward(batch, shape, &values, &dy)?;
             qkv.gradient.add(&tape.backend, d)
         }))
     }
@@ -373,14 +384,24 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         inputs: [&Map<B>; N],
         part: impl Fn(&Self, [&Map<B>; N]) -> Result<Map<B>> + 'n,
     ) -> Result<Map<B>> {
+        if self.recompute { self.recomputed(inputs, part) } else { part(self, inputs) }
+    }
+
+    fn recomputed<const N: usize>(
+        &self,
+        inputs: [&Map<B>; N],
+        part: impl Fn(&Self, [&Map<B>; N]) -> Result<Map<B>> + 'n,
+    ) -> Result<Map<B>> {
         if self.recording.get() != Recording::Parts {
             return part(self, inputs);
         }
         let y = self.while_recording(Recording::Nothing, || part(self, inputs))?;
-        let inputs = inputs.map(Map::clone);
+        let inputs = inputs.map(Map::kept);
         let gradient = self.node(y.dims, move |tape, dy| {
+            let inputs: Vec<Map<B>> =
+                inputs.into_iter().map(|kept| kept.map(&tape.backend)).collect::<Result<_>>()?;
             // The recorded operations are those that the backward pass computes next.
-            let again = || part(tape, inputs.each_ref());
+            let again = || part(tape, std::array::from_fn(|i| &inputs[i]));
             tape.while_recording(Recording::Operations, again)?.gradient.add(&tape.backend, dy)
         });
         Ok(Map { gradient, ..y })
@@ -389,7 +410,7 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
     fn sinusoids(&self, sinusoids: &Sinusoids) -> Result<Map<B>> {
         let t = self.pass.timesteps()?;
         let dims = [t.dim(0)?, 1, 1, sinusoids.dim()];
-        let values = Rc::new(self.backend.sinusoids(sinusoids, t)?);
-        Ok(Map { dims, values, gradient: Gradient::UNWANTED })
+        let values = self.backend.sinusoids(sinusoids, t)?;
+        Ok(Map::new(dims, values, Gradient::UNWANTED))
     }
 }

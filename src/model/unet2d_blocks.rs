@@ -188,7 +188,8 @@ pub(super) struct Attention2D {
 
 impl Attention2D {
     pub fn run<'n, E: Engine<'n>>(&'n self, engine: &E, x: &E::Map) -> Result<E::Map> {
-        engine.recomputable([x], |engine, [x]| {
+        // Normalised map, queries, keys, values and their attention take five times the memory of the map.
+        engine.recomputed([x], |engine, [x]| {
             let n = match &self.norm {
                 Some(norm) => &engine.norm(norm, x)?,
                 None => x,
