@@ -1,7 +1,9 @@
 //! Times whole networks, with figures that can be compared with those of other implementations.
 //!
-//! ```text cargo bench --bench unet -- --model mnist|cifar10 --batch N [--iters N] [--threads N] [--precision
-//! highest|high|bf16|f16] [--optimizer adamw|muon] [--what train_step|forward|sample] --json
+//! ```text
+//! cargo bench --bench unet -- --model mnist|cifar10|ho --batch N [--iters N] [--threads N]
+//!     [--precision highest|high|bf16|f16] [--optimizer adamw|muon] [--recompute] [--what train_step|forward|sample]
+//!     --json
 //! ```
 //!
 //! `train_step` is noising, forward, loss, backward, clipping to norm 1 and AdamW; `forward` is the network
@@ -13,9 +15,10 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
-use ddpm::nn::Parameters;
+use ddpm::nn::{Architecture, Parameters, Trainable, UNet2DConfig};
 use ddpm::train::{AdamConfig, MuonConfig};
 use ddpm::{
     Denoiser, Diffusion, Precision, Result, Sampler, Solver, TrainConfig, Trainer, UNetConfig,
@@ -38,6 +41,9 @@ struct Args {
     /// The optimiser of matrices.
     #[arg(long, value_enum, default_value = "adamw")]
     optimizer: Optimizer,
+    /// Computes feature maps again in the backward pass instead of keeping them.
+    #[arg(long)]
+    recompute: bool,
     /// The number of timed runs. Three runs before them are not timed, ten on a GPU.
     #[arg(long, default_value_t = 10, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     iters: usize,
@@ -59,6 +65,7 @@ struct Args {
 enum Model {
     Mnist,
     Cifar10,
+    Ho,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -95,10 +102,20 @@ fn run(args: &Args) -> Result<()> {
     if let Some(threads) = args.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().expect("first use");
     }
-    let (name, config) = match args.model {
-        Model::Mnist => ("mnist", UNetConfig::mnist()),
-        Model::Cifar10 => ("cifar10", UNetConfig::cifar10()),
-    };
+    match args.model {
+        Model::Mnist => time("mnist", &UNetConfig::mnist(), (1, 28), args),
+        Model::Cifar10 => time("cifar10", &UNetConfig::cifar10(), (3, 32), args),
+        Model::Ho => time("ho", &UNet2DConfig::cifar10(), (3, 32), args),
+    }
+}
+
+/// Times a network for square images with this number of channels and this size.
+fn time<N: Architecture + Clone>(
+    name: &str,
+    config: &N,
+    (channels, size): (usize, usize),
+    args: &Args,
+) -> Result<()> {
     let device = match args.device {
         Where::Cpu => Device::Cpu,
         Where::Cuda => Device::new_cuda(0)?,
@@ -110,12 +127,10 @@ fn run(args: &Args) -> Result<()> {
         clip_norm: Some(1.0),
         ema: None,
         precision: args.precision,
+        recompute: args.recompute,
         ..TrainConfig::mnist()
     };
-    let mut trainer = Trainer::new(config.clone(), train, Diffusion::ddpm(), &device)?;
-
-    let (channels, height, width) = config.image_shape();
-    let shape = (args.batch, channels, height, width);
+    let shape = (args.batch, channels, size, size);
     // Random values: some units multiply zeros faster.
     let x = Sampler::prior(shape, 0, &device)?;
     let eps = Sampler::prior(shape, 1, &device)?;
@@ -127,6 +142,7 @@ fn run(args: &Args) -> Result<()> {
     }
     let wanted = |what| args.what.is_none_or(|w| w == what);
     if wanted(What::TrainStep) {
+        let mut trainer = Trainer::new(config.clone(), train, Diffusion::ddpm(), &device)?;
         measure("train_step", name, args, &device, &mut || match args.device {
             Where::Cpu => trainer.step_with(&x, &t, &eps).map(drop),
             // Includes the noise, because training draws it on the device.
@@ -138,18 +154,26 @@ fn run(args: &Args) -> Result<()> {
         }
     }
     if wanted(What::Forward) {
-        // Weights without gradients, as in sampling.
-        let unet = trainer.ema_model()?;
-        drop(trainer);
+        let unet = frozen(config, args.precision, &device)?;
         measure("forward", name, args, &device, &mut || unet.forward(&x, &t).map(drop))?;
     } else if args.what == Some(What::Sample) {
-        let unet = trainer.ema_model()?;
-        let sampler = Sampler::new(trainer.diffusion(), Solver::ddim(), 10)?.clip_denoised(true);
+        let unet = frozen(config, args.precision, &device)?;
+        let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddim(), 10)?.clip_denoised(true);
         measure("sample", name, args, &device, &mut || {
             sampler.sample(&unet, shape, 0, &device).map(drop)
         })?;
     }
     Ok(())
+}
+
+/// Builds a network whose weights take no gradients, as for sampling.
+fn frozen<N: Architecture>(config: &N, precision: Precision, device: &Device) -> Result<N::Model> {
+    let parameters = Parameters::new(0, DType::F32, device);
+    parameters.build(config)?;
+    let weights = parameters.vars().into_iter().map(|(k, v)| (k, v.as_detached_tensor())).collect();
+    let mut unet = config.build(VarBuilder::from_tensors(weights, DType::F32, device))?;
+    unet.set_precision(precision)?;
+    Ok(unet)
 }
 
 fn measure(

@@ -43,7 +43,11 @@ struct Cli {
     #[arg(long, value_name = "N", default_value = "1000", allow_negative_numbers = true,
           value_parser = whole::<usize>(4..=10_000))]
     count: usize,
-    /// Number of seeds, from --seed
+    /// First seed
+    #[arg(long, value_name = "K", default_value = "0", allow_negative_numbers = true,
+          value_parser = whole::<u64>(0..=u64::MAX))]
+    seed: u64,
+    /// Number of seeds
     #[arg(long, value_name = "N", default_value = "5", allow_negative_numbers = true,
           value_parser = whole::<u64>(2..=100))]
     seeds: u64,
@@ -84,7 +88,7 @@ fn draw(cli: &Cli, checkpoint: &Trained, stop: impl Fn() -> bool) -> Result<Vec<
     let mut sets = vec![];
     for i in 0..cli.seeds {
         let mut parts = vec![];
-        let seed = cli.sampling.seed.wrapping_add(i);
+        let seed = cli.seed.wrapping_add(i);
         let flow = generator(seed).visit(&model, cli.count, |drawn| {
             if drawn.is_last {
                 parts.push(drawn.x.clone());

@@ -270,6 +270,22 @@ pub trait Trainable: Denoiser {
         }
     }
 
+    /// Sets whether [`gradients`](Self::gradients) computes the maps of the network's
+    /// [parts](crate::nn::Engine::recomputable) again in the backward pass, instead of keeping them from the forward
+    /// pass. This takes less memory and more time. The gradients are the same in each bit. Networks that candle
+    /// differentiates keep all maps.
+    ///
+    /// The default returns an error for `true`.
+    ///
+    /// # Errors
+    /// Returns an error if the network cannot do so.
+    fn set_recompute(&mut self, recompute: bool) -> Result<()> {
+        if recompute {
+            return Err(Error::config("recompute", recompute, "false with this network"));
+        }
+        Ok(())
+    }
+
     /// Returns whether a training loop may capture [`gradients`](Self::gradients) as a CUDA graph.
     ///
     /// This is allowed if the method launches the same work for every batch of the shape of `x_t`. Its kernels must

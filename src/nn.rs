@@ -3,7 +3,7 @@
 //! The chapter [the network](crate::docs::network) describes the crate's U-Net and how to write a custom network.
 
 pub use crate::denoiser::{Condition, Denoiser, Output, OutputGradient, Trainable, from_fn};
-pub use crate::engine::{Engine, Graph, Model};
+pub use crate::engine::{Engine, Graph, Model, Normed};
 pub use crate::kernels::op::activation::{Activation, VectorActivation};
 pub use crate::kernels::op::conv::{Add, Addends};
 pub use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};

@@ -163,10 +163,24 @@ impl Stream {
     }
 }
 
+impl Stream {
+    /// Returns the integers of `N` counters from `first` on. Integer `4 (first + i) + k` of the stream is at `[k][i]`.
+    /// Inlined, so that it is compiled with the vectors of its caller.
+    #[inline(always)]
+    pub fn integers<const N: usize>(&self, first: u32) -> [[u32; N]; 4] {
+        let [_, sample, low, high] = self.counter;
+        let mut counters = [[0; N], [sample; N], [low; N], [high; N]];
+        for (i, counter) in counters[0].iter_mut().enumerate() {
+            *counter = first.wrapping_add(i as u32);
+        }
+        philox(counters, self.key)
+    }
+}
+
 impl RngCore for Stream {
     fn next_u32(&mut self) -> u32 {
         if self.used == 4 {
-            self.block = philox(self.counter, self.key);
+            self.block = philox(self.counter.map(|part| [part]), self.key).map(|[part]| part);
             self.counter[0] = self.counter[0].wrapping_add(1);
             self.used = 0;
         }
@@ -215,14 +229,31 @@ impl Dropout {
         device: &Device,
     ) -> Result<Tensor> {
         check_fraction("dropout", p)?;
-        let keep = (1.0 / (1.0 - p)) as f32;
+        let keep = Self::factor(p);
         let mut mask = zeros("mask", &[batch, channels])?;
         mask.par_chunks_mut(channels.max(1)).enumerate().for_each(|(k, maps)| {
-            let sample = (self.first_sample + k) as u32;
-            let mut stream = self.noise.indexed(Purpose::Dropout, layer, self.step, sample);
+            let mut stream = self.stream(layer, k);
             maps.iter_mut().for_each(|m| *m = if stream.uniform() < p { 0.0 } else { keep });
         });
         Ok(Tensor::from_vec(mask, (batch, channels), device)?.to_dtype(dtype)?)
+    }
+
+    /// The factor of values that are not dropped.
+    pub(crate) fn factor(p: f64) -> f32 {
+        (1.0 / (1.0 - p)) as f32
+    }
+
+    /// The largest integer of a stream whose value is dropped: the largest whose uniform number is less than `p`.
+    pub(crate) fn last_dropped(p: f64) -> Option<u32> {
+        // Exact: the product with a power of two, and a difference that has no more digits.
+        let count = (p * 4294967296.0 - 0.5).ceil();
+        (count >= 1.0).then(|| (count - 1.0) as u32)
+    }
+
+    /// The random numbers of an image's mask, of which each determines one factor.
+    pub(crate) fn stream(&self, layer: u16, image: usize) -> Stream {
+        let sample = (self.first_sample + image) as u32;
+        self.noise.indexed(Purpose::Dropout, layer, self.step, sample)
     }
 }
 
@@ -233,18 +264,26 @@ pub(crate) fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, step)
 }
 
-/// Computes ten rounds of Philox4x32: four random integers for each counter.
-fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
-    let ([mut c0, mut c1, mut c2, mut c3], [mut k0, mut k1]) = (counter, key);
+/// Computes ten rounds of Philox4x32 for `N` counters: four random integers for each. The first index is the part of
+/// the counter, and then the number of the integer.
+#[inline(always)]
+fn philox<const N: usize>(
+    mut counters: [[u32; N]; 4],
+    [mut k0, mut k1]: [u32; 2],
+) -> [[u32; N]; 4] {
     for _ in 0..10 {
-        let p0 = u64::from(c0) * 0xD251_1F53;
-        let p1 = u64::from(c2) * 0xCD9E_8D57;
-        (c0, c1, c2, c3) =
-            ((p1 >> 32) as u32 ^ c1 ^ k0, p1 as u32, (p0 >> 32) as u32 ^ c3 ^ k1, p0 as u32);
+        let [c0, c1, c2, c3] = &mut counters;
+        for i in 0..N {
+            let p0 = u64::from(c0[i]) * 0xD251_1F53;
+            let p1 = u64::from(c2[i]) * 0xCD9E_8D57;
+            c0[i] = (p1 >> 32) as u32 ^ c1[i] ^ k0;
+            c2[i] = (p0 >> 32) as u32 ^ c3[i] ^ k1;
+            (c1[i], c3[i]) = (p1 as u32, p0 as u32);
+        }
         k0 = k0.wrapping_add(0x9E37_79B9);
         k1 = k1.wrapping_add(0xBB67_AE85);
     }
-    [c0, c1, c2, c3]
+    counters
 }
 
 #[cfg(test)]
@@ -254,15 +293,37 @@ mod tests {
     /// Known answers that the authors publish with their code (Random123, `kat_vectors`).
     #[test]
     fn philox_gives_the_published_answers() {
-        assert_eq!(philox([0; 4], [0; 2]), [0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8]);
+        let one = |counter: [u32; 4], key| philox(counter.map(|c| [c]), key).map(|[c]| c);
+        assert_eq!(one([0; 4], [0; 2]), [0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8]);
         assert_eq!(
-            philox([u32::MAX; 4], [u32::MAX; 2]),
+            one([u32::MAX; 4], [u32::MAX; 2]),
             [0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd]
         );
         assert_eq!(
-            philox([0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344], [0xa4093822, 0x299f31d0]),
+            one([0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344], [0xa4093822, 0x299f31d0]),
             [0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1]
         );
+    }
+
+    #[test]
+    fn integers_by_number_are_those_in_order() {
+        let mut stream = Noise::new(7).indexed(Purpose::Dropout, 3, 5, 2);
+        let found = [stream.integers::<3>(0), stream.integers(3)]
+            .map(|part| (0..12).map(|i| part[i % 4][i / 4]).collect::<Vec<u32>>());
+        assert_eq!(found.concat(), (0..24).map(|_| stream.next_u32()).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn the_last_dropped_integer_is_that_of_uniform_numbers() {
+        let drops = |integer: u32, p: f64| (f64::from(integer) + 0.5) / 4294967296.0 < p;
+        let smallest = 0.5 / 4294967296.0;
+        for p in [0.1, 0.2, 0.5, 0.75, 1e-3, 1.5 / 4294967296.0, 2.0 * smallest, 1.0 - f64::EPSILON]
+        {
+            let last = Dropout::last_dropped(p).unwrap();
+            assert!(drops(last, p), "{p}");
+            assert!(last == u32::MAX || !drops(last + 1, p), "{p}");
+        }
+        assert_eq!([0.0, smallest].map(Dropout::last_dropped), [None; 2]);
     }
 
     #[test]

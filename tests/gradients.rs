@@ -321,7 +321,7 @@ fn frozen<C: Network>(config: &C, vars: &BTreeMap<String, Var>) -> Result<Model<
 
 /// Compares gradients in f32 with candle's gradients of the same weights in f64.
 fn the_tape_agrees<C: Network>(config: &C, batch: usize) -> Result<()> {
-    let ours = Problem::new(config, batch, DType::F32)?;
+    let mut ours = Problem::new(config, batch, DType::F32)?;
     let exact = Problem::new(config, batch, DType::F64)?;
     let (vars, exact_vars) = (ours.parameters.vars(), exact.parameters.vars());
     for (name, var) in &vars {
@@ -335,6 +335,8 @@ fn the_tape_agrees<C: Network>(config: &C, batch: usize) -> Result<()> {
     }
 
     let (found, again) = (by_tape(&ours)?, by_tape(&ours)?);
+    ours.unet.set_recompute(true)?;
+    let recomputed = by_tape(&ours)?;
     let expected = exact.loss()?.backward()?;
     let (moved_y, moved) = exact.moved()?;
     let mut most = 0f64;
@@ -343,7 +345,9 @@ fn the_tape_agrees<C: Network>(config: &C, batch: usize) -> Result<()> {
     }
     for (name, var) in &vars {
         let gradient = found.get(var).unwrap_or_else(|| panic!("{name} has no gradient"));
-        assert_eq!(bits(gradient)?, bits(again.get(var).expect("a gradient"))?, "{name}");
+        for other in [&again, &recomputed] {
+            assert_eq!(bits(gradient)?, bits(other.get(var).expect("a gradient"))?, "{name}");
+        }
         let expected = expected.get(&exact_vars[name]).expect("a gradient");
         let error = norm(&(gradient.to_dtype(DType::F64)? - expected)?)?;
         let moved = norm(&(&moved[name] - expected)?)?;

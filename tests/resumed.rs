@@ -372,6 +372,7 @@ fn a_run_changes_only_if_asked_and_remembers_it() {
             "2 train.steps 2 6",
         ]
     );
+    assert!(resume(&path, TrainConfig { recompute: true, ..before.clone() }).is_ok());
     // Moments and averages are kept, and the checkpoint of the same run is replaced.
     trainer.save(&path).unwrap();
     assert_eq!(fs::read(path.join("optimizer.safetensors")).unwrap(), moments);

@@ -2,7 +2,8 @@
 
     python benches/peer/unet.py --model mnist --batch 32 [--precision bf16] [--channels-last] [--compile MODE] --json
 
-Needs the packages of tests/data/generate/requirements.txt. `bf16` and `f16` are autocast, `f16` with a gradient
+Needs the packages of tests/data/generate/requirements.txt. The network `ho` is UNet2DModel of diffusers, with the
+options of google/ddpm-cifar10-32 and the dropout of Ho et al. `bf16` and `f16` are autocast, `f16` with a gradient
 scaler; `high` is TF32. With --device cuda, a run is ten of what is measured before the device is waited for.
 """
 import argparse
@@ -23,18 +24,38 @@ CONFIGS = {
     "mnist": UNetConfig(28, 1, [32, 64, 128], 128, []),
     "cifar10": UNetConfig(32, 3, [128, 256, 256, 256], 128, [1], 0.02),
 }
+CHOICES = [*CONFIGS, "ho"]
+
+
+def ho(recompute):
+    # Only here, so that the memory of other networks does not include the package.
+    from diffusers import UNet2DModel
+    from unet2d import CIFAR10
+
+    class Ho(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = UNet2DModel(**CIFAR10, dropout=0.1)
+            if recompute:
+                self.net.enable_gradient_checkpointing()
+
+        def forward(self, x, t):
+            return self.net(x, t, return_dict=False)[0]
+
+    return Ho()
 
 
 def main():
     check_moves()  # also before --help, by which `compare` asks whether this can run
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", choices=CONFIGS, default="mnist")
+    parser.add_argument("--model", choices=CHOICES, default="mnist")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--iters", type=int, default=10)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=["highest", "high", "bf16", "f16"], default="highest")
     parser.add_argument("--what", choices=["train_step", "forward", "sample"])
+    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing, of `ho` only")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", choices=["default", "reduce-overhead", "max-autotune"])
     parser.add_argument("--json", action="store_true", help="as always: only there to match")
@@ -42,12 +63,12 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    config = CONFIGS[args.model]
-    net = UNet(config).to(args.device)
+    channels, size = (1, 28) if args.model == "mnist" else (3, 32)
+    net = (ho(args.recompute) if args.model == "ho" else UNet(CONFIGS[args.model])).to(args.device)
     if args.device == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "highest"
-    x = torch.randn(args.batch, config.channels, config.image_size, config.image_size, device=args.device)
+    x = torch.randn(args.batch, channels, size, size, device=args.device)
     eps = torch.randn_like(x)
     t = torch.arange(args.batch, device=args.device) * 37 % 1000
     if args.channels_last:

@@ -1,6 +1,6 @@
 use candle_core::{DType, Tensor};
 
-use super::graph::{Engine, Sealed};
+use super::graph::{Engine, Normed, Sealed};
 use super::pass::Pass;
 use super::shapes;
 use crate::error::{Result, check_fraction};
@@ -41,14 +41,18 @@ impl Engine<'_> for Autograd<'_> {
         Ok(y)
     }
 
-    fn norm_conv_add(
+    fn normed_conv_add(
         &self,
-        norm: &GroupNorm,
+        Normed { norm, by, dropout }: Normed<'_, '_, Tensor>,
         conv: &Conv2d,
         x: &Tensor,
         add: Add<'_, Tensor>,
     ) -> Result<Tensor> {
-        self.conv_add(conv, &self.norm(norm, x)?, add)
+        let mut n = self.modulated_norm(norm, x, by)?;
+        if let Some((p, layer)) = dropout {
+            n = self.drop_values(&n, layer, p)?;
+        }
+        self.conv_add(conv, &n, add)
     }
 
     fn modulated_norm(&self, norm: &GroupNorm, x: &Tensor, by: Option<&Tensor>) -> Result<Tensor> {

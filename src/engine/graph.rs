@@ -108,14 +108,15 @@ pub trait Engine<'n>: Sealed {
         add: Add<'_, Self::Map>,
     ) -> Result<Self::Map>;
 
-    /// Normalises and activates a map, computes its convolution, and adds `add`. The normalised map is not kept for the
-    /// backward pass.
+    /// Computes the convolution of a map that is [normalised](Normed) first, and adds `add`. The normalised map is not
+    /// kept for the backward pass.
     ///
     /// # Errors
-    /// Returns an error if a shape does not fit.
-    fn norm_conv_add(
+    /// Returns an error if a shape does not fit, or if the probability of the dropout is not at least 0 and less than
+    /// 1.
+    fn normed_conv_add(
         &self,
-        norm: &'n GroupNorm,
+        normed: Normed<'_, 'n, Self::Map>,
         conv: &'n Conv2d,
         x: &Self::Map,
         add: Add<'_, Self::Map>,
@@ -196,6 +197,36 @@ pub trait Engine<'n>: Sealed {
     /// Returns an error if `heads` is 0, or if the number of channels is not a multiple of `3 heads`.
     fn attention(&self, qkv: &Self::Map, heads: usize) -> Result<Self::Map>;
 
+    /// Computes a part of the network: a map from the maps `inputs`, by `part`, which uses no other maps.
+    ///
+    /// If the model [recomputes](crate::nn::Trainable::set_recompute), the tape of kernels keeps only `inputs` for the
+    /// backward pass, which computes the part again. The gradients are the same in each bit. Of parts within each other,
+    /// only the outermost is computed again. [`ResBlock`](crate::nn::ResBlock) and [`Attention`](crate::nn::Attention)
+    /// are parts. Chen et al. 2016.
+    ///
+    /// # Errors
+    /// Returns the errors of `part`.
+    fn recomputable<const N: usize>(
+        &self,
+        inputs: [&Self::Map; N],
+        part: impl Fn(&Self, [&Self::Map; N]) -> Result<Self::Map> + 'n,
+    ) -> Result<Self::Map> {
+        self.recomputed(inputs, part)
+    }
+
+    /// Computes a [recomputable](Self::recomputable) part that is always computed again, because it takes little time
+    /// and much memory.
+    ///
+    /// # Errors
+    /// Returns the errors of `part`.
+    fn recomputed<const N: usize>(
+        &self,
+        inputs: [&Self::Map; N],
+        part: impl Fn(&Self, [&Self::Map; N]) -> Result<Self::Map> + 'n,
+    ) -> Result<Self::Map> {
+        part(self, inputs)
+    }
+
     /// Computes the sinusoids of the pass's timesteps, a batch of vectors, for [`TimeEmbedding`](crate::TimeEmbedding).
     #[doc(hidden)]
     fn sinusoids(&self, sinusoids: &Sinusoids) -> Result<Self::Map>;
@@ -208,6 +239,21 @@ pub trait Engine<'n>: Sealed {
         self.conv_add(conv, x, Add::NOTHING)
     }
 
+    /// Normalises and activates a map, computes its convolution, and adds `add`. The normalised map is not kept for the
+    /// backward pass.
+    ///
+    /// # Errors
+    /// Returns an error if a shape does not fit.
+    fn norm_conv_add(
+        &self,
+        norm: &'n GroupNorm,
+        conv: &'n Conv2d,
+        x: &Self::Map,
+        add: Add<'_, Self::Map>,
+    ) -> Result<Self::Map> {
+        self.normed_conv_add(Normed { norm, by: None, dropout: None }, conv, x, add)
+    }
+
     /// Computes a [convolution of a normalised map](Self::norm_conv_add) without an addend.
     ///
     /// # Errors
@@ -215,6 +261,18 @@ pub trait Engine<'n>: Sealed {
     fn norm_conv(&self, norm: &'n GroupNorm, conv: &'n Conv2d, x: &Self::Map) -> Result<Self::Map> {
         self.norm_conv_add(norm, conv, x, Add::NOTHING)
     }
+}
+
+/// The layers between a map and a convolution: a normalisation with its activation, and a dropout.
+#[derive(Debug)]
+pub struct Normed<'a, 'n, M> {
+    /// The normalisation.
+    pub norm: &'n GroupNorm,
+    /// The vectors that [modulate](Engine::modulated_norm) it, if there are any.
+    pub by: Option<&'a M>,
+    /// The probability with which single values are [dropped](Engine::drop_values) in training passes, and the number
+    /// of this dropout within the network; `None` drops nothing.
+    pub dropout: Option<(f64, u16)>,
 }
 
 /// Seals [`Engine`].

@@ -4,6 +4,7 @@
 
 mod autograd;
 mod graph;
+mod map;
 mod model;
 mod pass;
 mod shapes;
@@ -11,6 +12,6 @@ mod survey;
 mod tape;
 
 pub(crate) use autograd::Autograd;
-pub use graph::{Engine, Graph};
+pub use graph::{Engine, Graph, Normed};
 pub use model::Model;
 pub(crate) use pass::Pass;

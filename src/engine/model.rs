@@ -6,9 +6,10 @@ use candle_core::{DType, Device, Tensor};
 
 use super::autograd::Autograd;
 use super::graph::Graph;
+use super::map::Map;
 use super::pass::Pass;
 use super::survey::Weights;
-use super::tape::{Map, Tape};
+use super::tape::Tape;
 use crate::backend::maps::{
     self, Maps, Place, Pool, can_capture, check_precision, dispatch, has_kernels,
 };
@@ -31,15 +32,17 @@ pub struct Model<G> {
     graph: Arc<G>,
     weights: Weights,
     precision: Precision,
+    /// Whether the backward pass computes the maps of recomputable parts again.
+    recompute: bool,
     /// Memory for maps and gradients, reused from one pass to the next.
     pool: Arc<Pool>,
 }
 
 impl<G> Clone for Model<G> {
     fn clone(&self) -> Self {
-        let Self { graph, weights, precision, pool } = self;
-        let (graph, pool) = (graph.clone(), pool.clone());
-        Self { graph, weights: weights.clone(), precision: *precision, pool }
+        let &Self { ref graph, ref weights, precision, recompute, ref pool } = self;
+        let (graph, weights, pool) = (graph.clone(), weights.clone(), pool.clone());
+        Self { graph, weights, precision, recompute, pool }
     }
 }
 
@@ -61,8 +64,8 @@ impl<G: Graph> Model<G> {
     pub fn new(graph: G) -> Result<Self> {
         kernels::check_limit()?;
         let weights = Weights::of(&graph)?;
-        let precision = Precision::Highest;
-        Ok(Self { graph: Arc::new(graph), weights, precision, pool: Arc::default() })
+        let (graph, pool) = (Arc::new(graph), Arc::default());
+        Ok(Self { graph, weights, precision: Precision::Highest, recompute: false, pool })
     }
 
     /// Sets the precision of products in the crate's kernels. The default is [`Precision::Highest`].
@@ -198,6 +201,7 @@ impl<G: Graph> maps::Pass for Forward<'_, G> {
 /// The forward and the backward pass of a graph.
 struct ForwardBackward<'a, 'd, G> {
     forward: Forward<'a, G>,
+    recompute: bool,
     d_output: &'a mut OutputGradient<'d>,
 }
 
@@ -205,7 +209,7 @@ impl<G: Graph> maps::Pass for ForwardBackward<'_, '_, G> {
     type Output = GradStore;
 
     fn run<B: Maps>(self, backend: B) -> Result<GradStore> {
-        let tape = Tape::recording(backend, self.forward.pass);
+        let tape = Tape::recording(backend, self.forward.pass, self.recompute);
         let (y, images) = self.forward.on(&tape)?;
         let output = output(self.forward.graph, self.forward.x_t, images)?;
         let d = (self.d_output)(&output)?;
@@ -281,13 +285,19 @@ impl<G: Graph> Trainable for Model<G> {
         let classes = self.classes_of(condition, t)?;
         let pass = Pass { t: Some(t), classes: classes.as_ref(), dropout: Some(dropout) };
         let forward = Forward { graph: &*self.graph, x_t, pass };
-        dispatch(&place, &self.pool, ForwardBackward { forward, d_output })
+        let recompute = self.recompute;
+        dispatch(&place, &self.pool, ForwardBackward { forward, recompute, d_output })
     }
 
     fn set_precision(&mut self, precision: Precision) -> Result<()> {
         let (dtype, device) = self.weights.home.clone().unwrap_or((DType::F32, Device::Cpu));
         check_precision(precision, dtype, &device)?;
         self.precision = precision;
+        Ok(())
+    }
+
+    fn set_recompute(&mut self, recompute: bool) -> Result<()> {
+        self.recompute = recompute;
         Ok(())
     }
 

@@ -2,7 +2,7 @@ use std::cell::{Cell, RefCell};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::graph::{Engine, Graph, Sealed};
+use super::graph::{Engine, Graph, Normed, Sealed};
 use crate::error::{Error, Result};
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::conv::Add;
@@ -71,14 +71,14 @@ impl Engine<'_> for Survey {
         Ok(())
     }
 
-    fn norm_conv_add(
+    fn normed_conv_add(
         &self,
-        norm: &GroupNorm,
+        normed: Normed<'_, '_, ()>,
         conv: &Conv2d,
         x: &(),
         add: Add<'_, ()>,
     ) -> Result<()> {
-        self.visit([&norm.weight, &norm.bias]);
+        self.visit([&normed.norm.weight, &normed.norm.bias]);
         self.conv_add(conv, x, add)
     }
 

@@ -1,13 +1,14 @@
 //! The engine of the crate's kernels. Each operation runs a kernel on plain memory and records its backward pass. The
 //! memory of maps that are no longer needed is reused.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
 
-use super::graph::{Engine, Sealed};
+use super::graph::{Engine, Normed, Sealed};
+use super::map::{Gradient, Kept, Map, Parts};
 use super::pass::Pass;
 use super::shapes;
 use crate::backend::maps::{Maps, Norm};
@@ -18,116 +19,62 @@ use crate::kernels::op::conv::{Add, Addends};
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
 use crate::random::Dropout;
 
-/// A feature map (batch, height, width, channels), and its gradient in the backward pass.
-pub(crate) struct Map<B: Maps> {
-    dims: [usize; 4],
-    values: Rc<B::Buffer>,
-    gradient: Gradient<B>,
-}
-
-impl<B: Maps> Clone for Map<B> {
-    fn clone(&self) -> Self {
-        let Self { dims, values, gradient } = self;
-        Self { dims: *dims, values: values.clone(), gradient: gradient.clone() }
-    }
-}
-
-impl<B: Maps> Map<B> {
-    fn batch(&self) -> usize {
-        self.dims[0]
-    }
-
-    fn channels(&self) -> usize {
-        self.dims[3]
-    }
-}
-
-/// The gradient of a map, accumulated during the backward pass. Operations that need only the gradient of a map hold
-/// this value instead of the map, whose memory can then be reused.
-struct Gradient<B: Maps> {
-    /// The accumulated gradient. `None` if no gradient is needed.
-    sum: Option<Rc<RefCell<Option<B::Buffer>>>>,
-    len: usize,
-}
-
-impl<B: Maps> Clone for Gradient<B> {
-    fn clone(&self) -> Self {
-        Self { sum: self.sum.clone(), len: self.len }
-    }
-}
-
-impl<B: Maps> Gradient<B> {
-    const UNWANTED: Self = Self { sum: None, len: 0 };
-
-    /// The gradient of a map of `len` values, initially empty.
-    fn wanted(len: usize) -> Self {
-        Self { sum: Some(Rc::default()), len }
-    }
-
-    /// Takes the accumulated gradient, and leaves nothing in its place.
-    fn take(&self) -> Option<B::Buffer> {
-        self.sum.as_ref()?.borrow_mut().take()
-    }
-
-    fn add(&self, backend: &B, d: B::Buffer) -> Result<()> {
-        let Some(sum) = &self.sum else { return Ok(()) };
-        let mut sum = sum.borrow_mut();
-        match &mut *sum {
-            Some(sum) => backend.add(sum, &d, self.len)?,
-            None => *sum = Some(d),
-        }
-        Ok(())
-    }
-
-    /// Calls `f` to write the gradient, or to add to it if the second argument of `f` is true.
-    fn write(&self, backend: &B, f: impl FnOnce(&mut B::Buffer, bool) -> Result<()>) -> Result<()> {
-        let Some(sum) = &self.sum else { return Ok(()) };
-        let there = sum.borrow_mut().take();
-        let accumulate = there.is_some();
-        let mut d = there.map_or_else(|| backend.take(self.len), Ok)?;
-        f(&mut d, accumulate)?;
-        *sum.borrow_mut() = Some(d);
-        Ok(())
-    }
-}
-
 /// Returns the gradients of the values that are added to a convolution's output.
 fn gradients<B: Maps>(add: &Add<'_, Map<B>>) -> Addends<Gradient<B>> {
     add.map(|map| map.map_or(Gradient::UNWANTED, |map| map.gradient.clone()))
 }
 
 /// The backward pass of an operation, as a function of its output's gradient.
-type Backward<'n, B> = Box<dyn FnOnce(&Tape<'n, '_, B>, <B as Maps>::Buffer) -> Result<()> + 'n>;
+type Backward<'n, 'p, B> =
+    Box<dyn FnOnce(&Tape<'n, 'p, B>, <B as Maps>::Buffer) -> Result<()> + 'n>;
 
 /// The gradient of an operation's output, and the operation's backward pass.
-type Node<'n, B> = (Gradient<B>, Backward<'n, B>);
+type Node<'n, 'p, B> = (Gradient<B>, Backward<'n, 'p, B>);
+
+/// The operations that a tape records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Recording {
+    /// None, because no backward pass follows, or because it computes them again.
+    Nothing,
+    /// All operations outside of [recomputed](Engine::recomputed) parts. Such a part is recorded as one operation.
+    Parts,
+    /// All operations of a part that is computed again.
+    Operations,
+}
 
 /// Runs the operations of a network with the kernels of a backend, and records their backward passes.
 pub(crate) struct Tape<'n, 'p, B: Maps> {
     backend: B,
     pass: Pass<'p>,
-    /// The recorded operations. `None` if no backward pass follows.
-    nodes: Option<RefCell<Vec<Node<'n, B>>>>,
+    /// Whether [recomputable](Engine::recomputable) parts are computed again.
+    recompute: bool,
+    recording: Cell<Recording>,
+    /// The recorded operations.
+    nodes: RefCell<Vec<Node<'n, 'p, B>>>,
     /// The gradients of weights that the backward pass has computed so far.
     weights: RefCell<Vec<(&'n Tensor, Tensor)>>,
 }
 
 impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
-    /// Creates a tape for a pass that will be followed by [`backward`](Self::backward).
-    pub fn recording(backend: B, pass: Pass<'p>) -> Self {
-        Self { nodes: Some(RefCell::default()), ..Self::forgetful(backend, pass) }
+    /// Creates a tape for a pass that will be followed by [`backward`](Self::backward). With `recompute`, recomputable
+    /// parts are computed again there.
+    pub fn recording(backend: B, pass: Pass<'p>, recompute: bool) -> Self {
+        let recording = Cell::new(Recording::Parts);
+        Self { recompute, recording, ..Self::forgetful(backend, pass) }
     }
 
     /// Creates a tape for a forward pass only.
     pub fn forgetful(backend: B, pass: Pass<'p>) -> Self {
-        Self { backend, pass, nodes: None, weights: RefCell::default() }
+        let recording = Cell::new(Recording::Nothing);
+        let (nodes, weights) = Default::default();
+        Self { backend, pass, recompute: false, recording, nodes, weights }
     }
 
     /// Copies images (batch, channels, height, width) to a map that needs no gradient.
     pub fn images(&self, x: &Tensor) -> Result<Map<B>> {
         let (batch, channels, height, width) = x.dims4()?;
         let (dims, values) = ([batch, height, width, channels], self.backend.images(x)?);
-        Ok(Map { dims, values: Rc::new(values), gradient: Gradient::UNWANTED })
+        Ok(Map::new(dims, values, Gradient::UNWANTED))
     }
 
     /// Copies a map to images (batch, channels, height, width).
@@ -139,12 +86,11 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
     pub fn backward(&self, y: Map<B>, dy: &Tensor) -> Result<GradStore> {
         y.gradient.add(&self.backend, self.backend.images(dy)?)?;
         drop(y);
-        if let Some(nodes) = &self.nodes {
-            // A node is dropped after its backward pass, together with the maps that only this node needed.
-            while let Some((gradient, backward)) = { nodes.borrow_mut().pop() } {
-                if let Some(dy) = gradient.take() {
-                    backward(self, dy)?;
-                }
+        // A node is dropped after its backward pass, together with the maps that only this node needed. A backward pass
+        // may record operations, which are then the next ones.
+        while let Some((gradient, backward)) = { self.nodes.borrow_mut().pop() } {
+            if let Some(dy) = gradient.take() {
+                backward(self, dy)?;
             }
         }
         // Candle offers no other way to create an empty `GradStore`.
@@ -158,19 +104,37 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
         Ok(gradients)
     }
 
-    /// Creates the output map of an operation. Records `backward` if a backward pass follows.
+    /// Creates the output map of an operation, and records `backward`.
     fn output(
         &self,
         dims: [usize; 4],
         values: B::Buffer,
-        backward: impl FnOnce(&Tape<'n, '_, B>, B::Buffer) -> Result<()> + 'n,
+        backward: impl FnOnce(&Self, B::Buffer) -> Result<()> + 'n,
     ) -> Map<B> {
-        let mut gradient = Gradient::UNWANTED;
-        if let Some(nodes) = &self.nodes {
-            gradient = Gradient::wanted(dims.iter().product());
-            nodes.borrow_mut().push((gradient.clone(), Box::new(backward)));
+        Map::new(dims, values, self.node(dims, backward))
+    }
+
+    /// Records `backward`, unless nothing is recorded. Returns the gradient that it will receive, of a map of dimensions
+    /// `dims`.
+    fn node(
+        &self,
+        dims: [usize; 4],
+        backward: impl FnOnce(&Self, B::Buffer) -> Result<()> + 'n,
+    ) -> Gradient<B> {
+        if self.recording.get() == Recording::Nothing {
+            return Gradient::UNWANTED;
         }
-        Map { dims, values: Rc::new(values), gradient }
+        let gradient = Gradient::wanted(dims.iter().product());
+        self.nodes.borrow_mut().push((gradient.clone(), Box::new(backward)));
+        gradient
+    }
+
+    /// Calls `f` while these operations are recorded.
+    fn while_recording<R>(&self, recording: Recording, f: impl FnOnce() -> R) -> R {
+        let before = self.recording.replace(recording);
+        let result = f();
+        self.recording.set(before);
+        result
     }
 
     fn record<const N: usize>(&self, weights: [&'n Tensor; N], gradients: [Tensor; N]) {
@@ -182,7 +146,7 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
     fn normalize_backward(
         &self,
         (norm, by): (&'n GroupNorm, Option<&Map<B>>),
-        x: &Map<B>,
+        (x, values): (&Kept<B>, &B::Buffer),
         statistics: &B::Statistics,
         mut d: B::Buffer,
     ) -> Result<()> {
@@ -190,7 +154,7 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
         let (gradients, d_by) = backend.normalize_backward(
             Norm { layer: norm, by: by.map(|by| &*by.values) },
             x.dims,
-            &x.values,
+            values,
             statistics,
             &mut d,
             there.as_ref(),
@@ -220,6 +184,19 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
         }))
     }
 
+    /// Multiplies the values of a map, or of its gradient, by the factors of a dropout with this probability and number.
+    fn drop_in_place(
+        &self,
+        dims: [usize; 4],
+        x: &mut B::Buffer,
+        dropout: Option<(f64, u16)>,
+    ) -> Result<()> {
+        match (dropout, self.pass.dropout) {
+            (Some((p, layer)), Some(masks)) => self.backend.drop_values(dims, x, masks, layer, p),
+            _ => Ok(()),
+        }
+    }
+
     /// Computes a convolution's weight gradients, and the gradient of its addend per image, from `dy`.
     fn convolve_weight_gradients(
         &self,
@@ -229,7 +206,7 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
         dy: &B::Buffer,
         per_image: &Gradient<B>,
     ) -> Result<()> {
-        let wanted = per_image.sum.is_some();
+        let wanted = per_image.is_wanted();
         let (gradients, of_images) =
             self.backend.convolve_weight_gradients(conv, dims, x, dy, wanted)?;
         self.record([&conv.weight, &conv.bias], gradients);
@@ -256,10 +233,12 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
     fn conv_add(&self, conv: &'n Conv2d, x: &Map<B>, add: Add<'_, Map<B>>) -> Result<Map<B>> {
         check(conv, x, &add)?;
         let (dims, y) = self.backend.convolve(conv, x.dims, &x.values, plain(&add))?;
-        let (x, added) = (x.clone(), gradients(&add));
+        let (x, added) = (x.kept(), gradients(&add));
         Ok(self.output(dims, y, move |tape, dy| {
             let backend = &tape.backend;
-            tape.convolve_weight_gradients(conv, x.dims, &x.values, &dy, &added.per_image)?;
+            let values = x.values(backend)?;
+            tape.convolve_weight_gradients(conv, x.dims, &values, &dy, &added.per_image)?;
+            drop(values);
             x.gradient.write(backend, |dx, accumulate| {
                 backend.convolve_input_gradient(conv, x.dims, &dy, dx, accumulate)
             })?;
@@ -267,30 +246,35 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         }))
     }
 
-    fn norm_conv_add(
+    fn normed_conv_add(
         &self,
-        norm: &'n GroupNorm,
+        Normed { norm, by, dropout }: Normed<'_, 'n, Map<B>>,
         conv: &'n Conv2d,
         x: &Map<B>,
         add: Add<'_, Map<B>>,
     ) -> Result<Map<B>> {
-        shapes::norm(norm, x.dims.into())?;
+        shapes::modulated_norm(norm, x.dims.into(), by.map(|by| by.dims.into()))?;
         check(conv, x, &add)?;
-        let own = Norm { layer: norm, by: None };
-        let (n, statistics) = self.backend.normalize(own, x.dims, &x.values)?;
+        dropout.map_or(Ok(()), |(p, _)| check_fraction("dropout", p))?;
+        let own = Norm { layer: norm, by: by.map(|by| &*by.values) };
+        let (mut n, statistics) = self.backend.normalize(own, x.dims, &x.values)?;
+        self.drop_in_place(x.dims, &mut n, dropout)?;
         let (dims, y) = self.backend.convolve(conv, x.dims, &n, plain(&add))?;
-        let (x, added) = (x.clone(), gradients(&add));
+        let (x, by, added) = (x.kept(), by.cloned(), gradients(&add));
         Ok(self.output(dims, y, move |tape, dy| {
             let backend = &tape.backend;
+            let values = x.values(backend)?;
             // Recomputed instead of kept: it is as large as the map, and takes little time.
-            let own = Norm { layer: norm, by: None };
-            let n = backend.normalize_again(own, x.dims, &x.values, &statistics)?;
+            let own = Norm { layer: norm, by: by.as_ref().map(|by| &*by.values) };
+            let mut n = backend.normalize_again(own, x.dims, &values, &statistics)?;
+            tape.drop_in_place(x.dims, &mut n, dropout)?;
             tape.convolve_weight_gradients(conv, x.dims, &n, &dy, &added.per_image)?;
             // The normalised map is no longer needed, so its gradient overwrites it.
             let mut dn = n;
             backend.convolve_input_gradient(conv, x.dims, &dy, &mut dn, false)?;
+            tape.drop_in_place(x.dims, &mut dn, dropout)?;
             added.residual.add(backend, dy)?;
-            tape.normalize_backward((norm, None), &x, &statistics, dn)
+            tape.normalize_backward((norm, by.as_ref()), (&x, &values), &statistics, dn)
         }))
     }
 
@@ -303,9 +287,10 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         shapes::modulated_norm(norm, x.dims.into(), by.map(|by| by.dims.into()))?;
         let own = Norm { layer: norm, by: by.map(|by| &*by.values) };
         let (n, statistics) = self.backend.normalize(own, x.dims, &x.values)?;
-        let (x, by) = (x.clone(), by.cloned());
+        let (x, by) = (x.kept(), by.cloned());
         Ok(self.output(x.dims, n, move |tape, dn| {
-            tape.normalize_backward((norm, by.as_ref()), &x, &statistics, dn)
+            let values = x.values(&tape.backend)?;
+            tape.normalize_backward((norm, by.as_ref()), (&x, &values), &statistics, dn)
         }))
     }
 
@@ -370,12 +355,15 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         shapes::concatenation(a.dims.into(), b.dims.into())?;
         let [batch, h, w, _] = a.dims;
         let (pixels, channels) = (batch * h * w, [a.channels(), b.channels()]);
-        let y = self.backend.concatenate(pixels, channels, [&a.values, &b.values])?;
+        let dims = [batch, h, w, channels[0] + channels[1]];
+        let parts = Parts { channels, maps: [a.values.clone(), b.values.clone()] };
+        let y = parts.concatenate(&self.backend, dims)?;
         let gradients = [a.gradient.clone(), b.gradient.clone()];
-        Ok(self.output([batch, h, w, channels[0] + channels[1]], y, move |tape, dy| {
+        let y = self.output(dims, y, move |tape, dy| {
             let parts = tape.backend.split(pixels, channels, &dy)?;
             gradients.iter().zip(parts).try_for_each(|(sum, d)| sum.add(&tape.backend, d))
-        }))
+        });
+        Ok(Map { parts: Some(Rc::new(parts)), ..y })
     }
 
     fn attention(&self, qkv: &Map<B>, heads: usize) -> Result<Map<B>> {
@@ -383,17 +371,46 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         let [batch, h, w, c] = qkv.dims;
         let shape = AttentionShape::of_map(qkv.dims, heads);
         let y = self.backend.attention(batch, shape, &qkv.values)?;
-        let qkv = qkv.clone();
+        let qkv = qkv.kept();
         Ok(self.output([batch, h, w, c / 3], y, move |tape, dy| {
-            let d = tape.backend.attention_backward(batch, shape, &qkv.values, &dy)?;
+            let values = qkv.values(&tape.backend)?;
+            let d = tape.backend.attention_backward(batch, shape, &values, &dy)?;
             qkv.gradient.add(&tape.backend, d)
         }))
+    }
+
+    fn recomputable<const N: usize>(
+        &self,
+        inputs: [&Map<B>; N],
+        part: impl Fn(&Self, [&Map<B>; N]) -> Result<Map<B>> + 'n,
+    ) -> Result<Map<B>> {
+        if self.recompute { self.recomputed(inputs, part) } else { part(self, inputs) }
+    }
+
+    fn recomputed<const N: usize>(
+        &self,
+        inputs: [&Map<B>; N],
+        part: impl Fn(&Self, [&Map<B>; N]) -> Result<Map<B>> + 'n,
+    ) -> Result<Map<B>> {
+        if self.recording.get() != Recording::Parts {
+            return part(self, inputs);
+        }
+        let y = self.while_recording(Recording::Nothing, || part(self, inputs))?;
+        let inputs = inputs.map(Map::kept);
+        let gradient = self.node(y.dims, move |tape, dy| {
+            let inputs: Vec<Map<B>> =
+                inputs.into_iter().map(|kept| kept.map(&tape.backend)).collect::<Result<_>>()?;
+            // The recorded operations are those that the backward pass computes next.
+            let again = || part(tape, std::array::from_fn(|i| &inputs[i]));
+            tape.while_recording(Recording::Operations, again)?.gradient.add(&tape.backend, dy)
+        });
+        Ok(Map { gradient, ..y })
     }
 
     fn sinusoids(&self, sinusoids: &Sinusoids) -> Result<Map<B>> {
         let t = self.pass.timesteps()?;
         let dims = [t.dim(0)?, 1, 1, sinusoids.dim()];
-        let values = Rc::new(self.backend.sinusoids(sinusoids, t)?);
-        Ok(Map { dims, values, gradient: Gradient::UNWANTED })
+        let values = self.backend.sinusoids(sinusoids, t)?;
+        Ok(Map::new(dims, values, Gradient::UNWANTED))
     }
 }

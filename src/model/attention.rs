@@ -34,8 +34,10 @@ impl Attention {
     /// # Errors
     /// Returns an error if `x` has a different number of channels.
     pub fn run<'n, E: Engine<'n>>(&'n self, engine: &E, x: &E::Map) -> Result<E::Map> {
-        let qkv = engine.norm_conv(&self.norm, &self.qkv, x)?;
-        let y = engine.attention(&qkv, 1)?;
-        engine.conv_add(&self.proj, &y, Add::residual(x))
+        engine.recomputable([x], |engine, [x]| {
+            let qkv = engine.norm_conv(&self.norm, &self.qkv, x)?;
+            let y = engine.attention(&qkv, 1)?;
+            engine.conv_add(&self.proj, &y, Add::residual(x))
+        })
     }
 }

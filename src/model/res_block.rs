@@ -103,6 +103,15 @@ impl ResBlock {
         x: &E::Map,
         t_emb: &E::Map,
     ) -> Result<E::Map> {
+        engine.recomputable([x, t_emb], |engine, [x, t_emb]| self.compute(engine, x, t_emb))
+    }
+
+    fn compute<'n, E: Engine<'n>>(
+        &'n self,
+        engine: &E,
+        x: &E::Map,
+        t_emb: &E::Map,
+    ) -> Result<E::Map> {
         // Computed first, so that in the backward pass its gradient is added to that of the other path. The
         // opposite order would need memory for both gradients.
         let shortcut = match &self.shortcut {

@@ -223,8 +223,9 @@ impl UpBlock {
         t_emb: &E::Map,
     ) -> Result<E::Map> {
         let x = engine.conv(&self.upsample, x)?;
-        let x = engine.concatenate(&x, skip)?;
-        let x = self.res1.run(engine, &x, t_emb)?;
+        let x = engine.recomputable([&x, skip, t_emb], |engine, [x, skip, t_emb]| {
+            self.res1.run(engine, &engine.concatenate(x, skip)?, t_emb)
+        })?;
         let x = self.res2.run(engine, &x, t_emb)?;
         attend(engine, &self.attn, x)
     }

@@ -1,6 +1,6 @@
 use std::fmt;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use candle_nn::VarBuilder;
 
 use super::network::Architecture;
@@ -102,11 +102,12 @@ impl UNet2D {
     }
 }
 
-/// Creates the convolution with a kernel of one pixel that computes `2 x - 1`. Its weights do not change.
+/// Creates the convolution with a kernel of one pixel that computes `2 x - 1`. Its weights do not change. They are
+/// computed on the CPU, so that no kernels of candle run on the device.
 fn center(config: &UNet2DConfig, vb: &VarBuilder) -> Result<Conv2d> {
     let (dtype, device, channels) = (weights_dtype(vb)?, vb.device(), config.in_channels);
-    let weight = (Tensor::eye(channels, dtype, device)? * 2.0)?;
-    let bias = (Tensor::ones(channels, dtype, device)? * -1.0)?;
+    let weight = (Tensor::eye(channels, dtype, &Device::Cpu)? * 2.0)?.to_device(device)?;
+    let bias = Tensor::full(-1.0, channels, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?;
     Ok(Conv2d::with_weights(weight, bias))
 }
 
@@ -187,12 +188,12 @@ impl Graph for UNet2D {
             }
         }
         x = self.mid_block.run(engine, &x, &t_emb)?;
+        let mut skips = skips.into_iter().rev();
         for level in &self.up_blocks {
-            for block in &level.blocks {
-                if let Some(skip) = skips.pop() {
-                    x = engine.concatenate(&x, &skip)?;
-                }
-                x = block.run(engine, &x, &t_emb)?;
+            for (block, skip) in level.blocks.iter().zip(skips.by_ref()) {
+                x = engine.recomputable([&x, &skip, &t_emb], |engine, [x, skip, t_emb]| {
+                    block.run(engine, &engine.concatenate(x, skip)?, t_emb)
+                })?;
             }
             if let Some(resize) = &level.resize {
                 x = resize.run(engine, &x, &t_emb)?;

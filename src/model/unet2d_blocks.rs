@@ -3,7 +3,7 @@
 use candle_nn::VarBuilder;
 
 use super::unet2d_config::{TimeConditioning, UNet2DConfig};
-use crate::engine::Engine;
+use crate::engine::{Engine, Normed};
 use crate::error::Result;
 use crate::kernels::op::activation::{Activation, VectorActivation};
 use crate::kernels::op::conv::Add;
@@ -140,6 +140,15 @@ impl ResBlock2D {
         x: &E::Map,
         t_emb: &E::Map,
     ) -> Result<E::Map> {
+        engine.recomputable([x, t_emb], |engine, [x, t_emb]| self.compute(engine, x, t_emb))
+    }
+
+    fn compute<'n, E: Engine<'n>>(
+        &'n self,
+        engine: &E,
+        x: &E::Map,
+        t_emb: &E::Map,
+    ) -> Result<E::Map> {
         // Computed first, so that in the backward pass its gradient is added to that of the other path.
         let mut shortcut = match self.size {
             Size::Same => x.clone(),
@@ -161,15 +170,8 @@ impl ResBlock2D {
             }
             Size::Same | Size::Doubled => engine.norm_conv_add(&self.norm1, &self.conv1, x, add)?,
         };
-        let residual = Add::residual(&shortcut);
-        if by.is_none() && self.dropout.is_none() {
-            return engine.norm_conv_add(&self.norm2, &self.conv2, &h, residual);
-        }
-        let mut n = engine.modulated_norm(&self.norm2, &h, by)?;
-        if let Some((p, layer)) = self.dropout {
-            n = engine.drop_values(&n, layer, p)?;
-        }
-        engine.conv_add(&self.conv2, &n, residual)
+        let normed = Normed { norm: &self.norm2, by, dropout: self.dropout };
+        engine.normed_conv_add(normed, &self.conv2, &h, Add::residual(&shortcut))
     }
 }
 
@@ -186,15 +188,18 @@ pub(super) struct Attention2D {
 
 impl Attention2D {
     pub fn run<'n, E: Engine<'n>>(&'n self, engine: &E, x: &E::Map) -> Result<E::Map> {
-        let n = match &self.norm {
-            Some(norm) => &engine.norm(norm, x)?,
-            None => x,
-        };
-        let q = engine.conv(&self.to_q, n)?;
-        let qk = engine.concatenate(&q, &engine.conv(&self.to_k, n)?)?;
-        let qkv = engine.concatenate(&qk, &engine.conv(&self.to_v, n)?)?;
-        let y = engine.attention(&qkv, self.heads)?;
-        engine.conv_add(&self.to_out, &y, Add::residual(x))
+        // Normalised map, queries, keys, values and their attention take five times the memory of the map.
+        engine.recomputed([x], |engine, [x]| {
+            let n = match &self.norm {
+                Some(norm) => &engine.norm(norm, x)?,
+                None => x,
+            };
+            let q = engine.conv(&self.to_q, n)?;
+            let qk = engine.concatenate(&q, &engine.conv(&self.to_k, n)?)?;
+            let qkv = engine.concatenate(&qk, &engine.conv(&self.to_v, n)?)?;
+            let y = engine.attention(&qkv, self.heads)?;
+            engine.conv_add(&self.to_out, &y, Add::residual(x))
+        })
     }
 }
 

@@ -95,10 +95,10 @@ impl<N: Architecture> TrainerBuilder<N> {
     ///
     /// A run continues with the network, the process and the training configuration with which it began, except for
     /// [`steps`](TrainConfig::steps), [`log_every`](TrainConfig::log_every),
-    /// [`loss_quartiles`](TrainConfig::loss_quartiles) and [`keep_checkpoints`](TrainConfig::keep_checkpoints). To
-    /// train its weights with another configuration, begin a new run with [`set_weights`](Trainer::set_weights), or use
-    /// [`resume_with_changes`](Self::resume_with_changes). Another number of steps is recorded in the
-    /// [`history`](Trainer::history) if it changes the learning rate of later updates.
+    /// [`loss_quartiles`](TrainConfig::loss_quartiles), [`keep_checkpoints`](TrainConfig::keep_checkpoints) and
+    /// [`recompute`](TrainConfig::recompute). To train its weights with another configuration, begin a new run with
+    /// [`set_weights`](Trainer::set_weights), or use [`resume_with_changes`](Self::resume_with_changes). Another number
+    /// of steps is recorded in the [`history`](Trainer::history) if it changes the learning rate of later updates.
     ///
     /// # Errors
     /// Returns an error if `dir` holds no complete checkpoint, or a checkpoint of another run.
@@ -174,6 +174,7 @@ impl<N: Architecture> TrainerBuilder<N> {
         diffusion.validate()?;
         let mut model = parameters.build(&network)?;
         model.set_precision(config.precision)?;
+        model.set_recompute(config.recompute)?;
         let vars = parameters.vars();
         let (matrices, others) = match &config.muon {
             Some(muon) => muon.divide(&vars),

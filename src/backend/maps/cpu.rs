@@ -10,6 +10,7 @@ use crate::kernels::cpu::attention::Attention;
 use crate::kernels::cpu::conv::algorithm::{Math, Workspace};
 use crate::kernels::cpu::conv::epilogue::Epilogue;
 use crate::kernels::cpu::conv::plan::Plan;
+use crate::kernels::cpu::dropout::drop_values;
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::linear::{linear_forward, linear_input_gradient, linear_weight_gradient};
 use crate::kernels::cpu::maps::{
@@ -287,13 +288,28 @@ impl Maps for Cpu<'_> {
 
     fn mask(&self, dropout: &Dropout, layer: u16, dims: [usize; 4], p: f64) -> Result<Buffer> {
         let [batch, _, _, channels] = dims;
-        self.copied(&dropout.mask(layer, batch, channels, p, DType::F32, &Device::Cpu)?)
+        let mut mask = self.take(batch * channels)?;
+        mask.fill(1.0);
+        drop_values(self.isa, (dropout, layer, p), batch, &mut mask);
+        Ok(mask)
     }
 
     fn scale_maps(&self, dims: [usize; 4], x: &Buffer, mask: &Buffer) -> Result<Buffer> {
         let mut y = self.take(x.len())?;
         scale_maps(x, mask, dims[3], &mut y);
         Ok(y)
+    }
+
+    fn drop_values(
+        &self,
+        dims: [usize; 4],
+        x: &mut Buffer,
+        dropout: &Dropout,
+        layer: u16,
+        p: f64,
+    ) -> Result<()> {
+        drop_values(self.isa, (dropout, layer, p), dims[0], x);
+        Ok(())
     }
 
     fn repeat_pixels(&self, [_, _, w, c]: [usize; 4], x: &Buffer, factor: f32) -> Result<Buffer> {

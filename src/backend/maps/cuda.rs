@@ -242,6 +242,21 @@ impl Maps for Cuda<'_> {
         Ok(cuda::scale_maps(&self.gpu, x, mask, dims, self.element())?)
     }
 
+    fn drop_values(
+        &self,
+        [batch, h, w, channels]: [usize; 4],
+        x: &mut Memory,
+        dropout: &Dropout,
+        layer: u16,
+        p: f64,
+    ) -> Result<()> {
+        // Each value is a map of one pixel.
+        let dims = [batch, 1, 1, h * w * channels];
+        let mask = self.mask(dropout, layer, dims, p)?;
+        *x = self.scale_maps(dims, x, &mask)?;
+        Ok(())
+    }
+
     fn repeat_pixels(&self, dims: [usize; 4], x: &Memory, factor: f32) -> Result<Memory> {
         Ok(cuda::repeat_pixels(&self.gpu, x, dims, factor, self.element())?)
     }

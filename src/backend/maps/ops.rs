@@ -149,6 +149,16 @@ pub(crate) trait Maps {
         mask: &Self::Buffer,
     ) -> Result<Self::Buffer>;
 
+    /// Drops single values of a map in place, by the dropout number `layer` of the network with probability `p`.
+    fn drop_values(
+        &self,
+        dims: [usize; 4],
+        x: &mut Self::Buffer,
+        dropout: &Dropout,
+        layer: u16,
+        p: f64,
+    ) -> Result<()>;
+
     /// Repeats each pixel of a map in both directions, times `factor`: from (h, w) to (2 h, 2 w).
     fn repeat_pixels(
         &self,

@@ -168,7 +168,7 @@ mod tests {
     use crate::denoiser::{Condition, Denoiser, Trainable};
     use crate::engine::Model;
     use crate::kernels::with_values_mut;
-    use crate::model::{Parameters, UNet, UNetConfig};
+    use crate::model::{DownBlockType, Parameters, UNet, UNet2DConfig, UNetConfig, UpBlockType};
     use crate::random::Dropout;
     use crate::sample::Sampler;
 
@@ -221,6 +221,34 @@ mod tests {
             forward(&many, batch)?;
         }
         assert_eq!(settled(&many)?, once);
+        Ok(())
+    }
+
+    /// The bits of the gradients are compared in `tests/gradients.rs`.
+    #[test]
+    fn recomputed_maps_are_not_kept() -> Result<()> {
+        let config = UNet2DConfig {
+            sample_size: 16.into(),
+            block_out_channels: vec![16, 16],
+            norm_num_groups: 4,
+            down_block_types: vec![DownBlockType::Plain, DownBlockType::Attention],
+            up_block_types: vec![UpBlockType::Attention, UpBlockType::Plain],
+            ..UNet2DConfig::cifar10()
+        };
+        let x = Sampler::prior((2, 3, 16, 16), 0, &Device::Cpu)?;
+        let t = Tensor::new(&[3u32, 700], &Device::Cpu)?;
+        let values = |recompute| -> Result<usize> {
+            let mut unet = Parameters::new(0, DType::F32, &Device::Cpu).build(&config)?;
+            unet.set_recompute(recompute)?;
+            let dropout = Dropout::new(0, 0);
+            for _ in 0..3 {
+                unet.gradients(&x, &t, &Condition::None, &dropout, &mut |y| Ok(y.clone()))?;
+            }
+            let free = unet.pool().lock();
+            Ok(free.by_size.iter().map(|(size, free)| size * free.len()).sum())
+        };
+        let (kept, recomputed) = (values(false)?, values(true)?);
+        assert!(2 * recomputed < kept, "{recomputed} values, instead of {kept}");
         Ok(())
     }
 

@@ -154,7 +154,8 @@ impl ConvShape {
     }
 
     /// Returns the convolution that computes the gradient of the map from the gradient of the output, if the
-    /// stride is 1 and the kernel does not begin at the edge. Its kernel is rotated by 180 degrees, and its channels are exchanged.
+    /// stride is 1 and the kernel does not begin at the edge. Its kernel is rotated by 180 degrees, and its
+    /// channels are exchanged.
     pub(crate) fn transposed(&self) -> Self {
         let [h, w] = self.map();
         let Self { batch, c_in, c_out, kernel, .. } = *self;

@@ -282,11 +282,14 @@ impl State {
         Ok(state)
     }
 
-    /// Returns the training configuration with the number of steps and the reports of another one. With a cool-down, or
-    /// with a schedule that ends at `steps`, the number of steps also changes the learning rate of later updates.
+    /// Returns the training configuration with the number of steps, the reports and the use of memory of another one.
+    /// With a cool-down, or with a schedule that ends at `steps`, the number of steps also changes the learning rate of
+    /// later updates.
     fn train_as_in(&self, other: &TrainConfig) -> TrainConfig {
-        let TrainConfig { steps, log_every, loss_quartiles, keep_checkpoints, .. } = *other;
-        TrainConfig { steps, log_every, loss_quartiles, keep_checkpoints, ..self.train.clone() }
+        let own = self.train.clone();
+        let TrainConfig { steps, log_every, loss_quartiles, keep_checkpoints, recompute, .. } =
+            *other;
+        TrainConfig { steps, log_every, loss_quartiles, keep_checkpoints, recompute, ..own }
     }
 
     /// # Errors

@@ -85,6 +85,15 @@ NETWORKS = {
     },
 }
 
+# google/ddpm-cifar10-32
+CIFAR10 = NETWORKS["cifar10"] | {
+    "sample_size": 32,
+    "norm_num_groups": 32,
+    "block_out_channels": (128, 256, 256, 256),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+}
+
 
 def random_network(options):
     net = UNet2DModel(**options).eval()
@@ -136,13 +145,7 @@ def training(net):
 
 def names():
     with torch.device("meta"):
-        net = UNet2DModel(**NETWORKS["cifar10"] | {
-            "sample_size": 32,
-            "norm_num_groups": 32,
-            "block_out_channels": (128, 256, 256, 256),
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        })
+        net = UNet2DModel(**CIFAR10)
     for name, w in sorted(net.named_parameters()):
         print(name, list(w.shape))
 

@@ -51,26 +51,23 @@ pub(super) trait Algorithm {
 /// Memory that convolutions reuse from call to call.
 #[derive(Default)]
 pub(crate) struct Workspace {
-    /// Packed weights of f32 products.
-    pub(super) packed: Vec<f32>,
+    /// Packed weights of f32 products, or sums and other values of one call. No call needs both.
+    pub(super) values: Vec<f32>,
     /// Packed weights of bf16 products.
     pub(super) packed_bf16: Vec<u16>,
-    /// Sums and other values that are needed only within a call.
-    pub(super) sums: Vec<f32>,
 }
 
 impl Workspace {
     /// Creates a workspace with nonzero content, as if it had been used before.
     #[cfg(test)]
     pub(crate) fn dirty(len: usize) -> Self {
-        let values = || vec![f32::NAN; len];
-        Self { packed: values(), packed_bf16: vec![u16::MAX; len], sums: values() }
+        Self { values: vec![f32::NAN; len], packed_bf16: vec![u16::MAX; len] }
     }
 
     /// Takes back the memory of packed weights.
     pub(crate) fn unpack(&mut self, weights: Packed) {
         match weights {
-            Packed::F32(values) => self.packed = values,
+            Packed::F32(values) => self.values = values,
             Packed::Bf16(values) => self.packed_bf16 = values,
         }
     }

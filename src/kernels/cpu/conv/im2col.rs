@@ -184,7 +184,7 @@ impl Im2col {
 
 impl Algorithm for Im2col {
     fn pack(&self, weight: &[f32], workspace: &mut Workspace) -> Packed {
-        let mut memory = std::mem::take(&mut workspace.packed);
+        let mut memory = std::mem::take(&mut workspace.values);
         self.pack_patches(weight, &mut memory);
         Packed::F32(memory)
     }
@@ -249,8 +249,8 @@ impl Algorithm for Im2col {
         accumulate: bool,
         workspace: &mut Workspace,
     ) {
-        self.pack_transposed(weight, &mut workspace.packed);
-        let weight = Panels::new(&workspace.packed, self.shape.c_out, self.shape.patch());
+        self.pack_transposed(weight, &mut workspace.values);
+        let weight = Panels::new(&workspace.values, self.shape.c_out, self.shape.patch());
         let dx = dx.par_chunks_mut(self.shape.input_len());
         dx.zip(dy.par_chunks(self.shape.output_len())).for_each(|(dx, dy)| {
             if !accumulate {
@@ -275,7 +275,7 @@ impl Algorithm for Im2col {
             (self.shape.patch(), self.shape.input_len(), self.shape.output_len());
         let images = batch.div_ceil(PARTS);
         let part_len = c_out * patch;
-        let sums = sized(&mut workspace.sums, batch.div_ceil(images) * part_len);
+        let sums = sized(&mut workspace.values, batch.div_ceil(images) * part_len);
         let parts = x.par_chunks(images * x_len).zip(dy.par_chunks(images * y_len));
         sums.par_chunks_mut(part_len).zip(parts).for_each(|(sums, (x, dy))| {
             sums.fill(0.0);

@@ -149,13 +149,13 @@ impl Bf16 {
         if self.terms == Terms::Three {
             return im2col.input_gradient(dy, weight, dx, accumulate, workspace);
         }
-        let mut memory = std::mem::take(&mut workspace.sums);
+        let mut memory = std::mem::take(&mut workspace.values);
         let rounded = sized(&mut memory, dy.len() + weight.len());
         let values = rounded.par_iter_mut().zip(dy.par_iter().chain(weight));
         values.for_each(|(to, x)| *to = f32::from_bits(u32::from(round(*x)) << 16));
         let (dy, weight) = rounded.split_at(dy.len());
         im2col.input_gradient(dy, weight, dx, accumulate, workspace);
-        workspace.sums = memory;
+        workspace.values = memory;
     }
 }
 
@@ -186,7 +186,7 @@ impl Algorithm for Bf16 {
             return self.strided_input_gradient(dy, weight, dx, accumulate, workspace);
         }
         let area = g.taps();
-        let Workspace { packed_bf16: packed, sums, .. } = workspace;
+        let Workspace { packed_bf16: packed, values: sums } = workspace;
         let transposed = Self { shape: g.transposed(), ..*self };
         let kernels = |i, o| &weight[(o * g.c_in + i) * area..][..area];
         pack_kernels(self.isa, &transposed.shape, self.terms, kernels, true, packed);
@@ -217,7 +217,7 @@ impl Algorithm for Bf16 {
         dweight: &mut [f32],
         workspace: &mut Workspace,
     ) {
-        self.sum_weight_gradient(x, dy, dweight, &mut workspace.sums);
+        self.sum_weight_gradient(x, dy, dweight, &mut workspace.values);
     }
 }
 

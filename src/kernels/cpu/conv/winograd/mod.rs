@@ -23,7 +23,7 @@ mod weight_gradient;
 use rayon::prelude::*;
 
 use self::tiles::{TileRow, Tiles, block_rows, place_stride, with_scratch};
-use self::transform_kernels::transform_kernels;
+use self::transform_kernels::{KERNELS, transform_kernels};
 use self::transform_maps::{PixelRows, transform_input, transform_output};
 use self::weight_gradient::weight_gradient;
 use super::algorithm::{Algorithm, Math, Packed, Workspace};
@@ -62,7 +62,8 @@ impl Winograd {
     /// [`PANEL`]).
     fn pack_forward(&self, weight: &[f32], memory: &mut Vec<f32>) {
         let ConvShape { c_in, c_out, .. } = self.shape;
-        self.pack_kernels((c_in, c_out), |i, o| &weight[(o * c_in + i) * 9..][..9], None, memory);
+        let (weight, _) = weight.as_chunks();
+        self.pack_kernels((c_in, c_out), |i, o| &weight[o * c_in + i], None, memory);
     }
 
     /// Packs the weights for the gradient of the input, which is a convolution of the gradient of the
@@ -72,7 +73,8 @@ impl Winograd {
         // The gradient of a doubled pixel is the sum of the four of a tile, `[1 1] A^T m A [1 1]^T`, and
         // `[1 1] A^T = [1 2 0 -1]`.
         let factors = if self.shape.upsamples() { [1.0, 2.0, 0.0, -1.0] } else { [1.0; 4] };
-        let kernels = |o, i| &weight[(o * c_in + i) * 9..][..9];
+        let (weight, _) = weight.as_chunks();
+        let kernels = |o, i| &weight[o * c_in + i];
         self.pack_kernels((c_out, c_in), kernels, Some(factors), memory);
     }
 
@@ -81,7 +83,7 @@ impl Winograd {
     fn pack_kernels<'a>(
         &self,
         (rows, columns): (usize, usize),
-        kernels: impl Fn(usize, usize) -> &'a [f32] + Sync,
+        kernels: impl Fn(usize, usize) -> &'a [f32; 9] + Sync,
         rotated: Option<[f32; 4]>,
         memory: &mut Vec<f32>,
     ) {
@@ -90,16 +92,22 @@ impl Winograd {
         let panel_len = places.count() * rows * PANEL;
         let packed = sized(memory, columns.div_ceil(PANEL) * panel_len);
         packed.par_chunks_mut(panel_len).enumerate().for_each(|(panel, values)| {
-            let count = PANEL.min(columns - panel * PANEL);
-            let mut taps = [[0f32; PANEL]; 9];
-            for row in 0..rows {
-                for column in 0..count {
-                    let kernel = kernels(row, panel * PANEL + column);
-                    for (tap, taps) in taps.iter_mut().enumerate() {
-                        taps[column] = kernel[if rotated.is_some() { 8 - tap } else { tap }];
+            let columns = panel * PANEL..columns.min((panel + 1) * PANEL);
+            let mut taps = [[[0f32; PANEL]; 9]; KERNELS];
+            for first in (0..rows).step_by(KERNELS) {
+                let taps = &mut taps[..KERNELS.min(rows - first)];
+                for (j, column) in columns.clone().enumerate() {
+                    for (i, taps) in taps.iter_mut().enumerate() {
+                        let kernel = kernels(first + i, column);
+                        taps.iter_mut().zip(kernel).for_each(|(taps, value)| taps[j] = *value);
                     }
                 }
-                transform_kernels(isa, values, rows, row, &taps, places, factors);
+                for (i, taps) in taps.iter_mut().enumerate() {
+                    if rotated.is_some() {
+                        taps.reverse();
+                    }
+                    transform_kernels(isa, values, rows, first + i, taps, places, factors);
+                }
             }
         });
     }
@@ -228,7 +236,7 @@ impl Winograd {
 
 impl Algorithm for Winograd {
     fn pack(&self, weight: &[f32], workspace: &mut Workspace) -> Packed {
-        let mut memory = std::mem::take(&mut workspace.packed);
+        let mut memory = std::mem::take(&mut workspace.values);
         self.pack_forward(weight, &mut memory);
         Packed::F32(memory)
     }
@@ -252,8 +260,8 @@ impl Algorithm for Winograd {
             let im2col = Im2col { isa: self.isa, shape: self.shape };
             return im2col.input_gradient(dy, weight, dx, accumulate, workspace);
         }
-        self.pack_backward(weight, &mut workspace.packed);
-        let weight = &workspace.packed;
+        self.pack_backward(weight, &mut workspace.values);
+        let weight = &workspace.values;
         if self.shape.upsamples() {
             return self.doubled_input_gradient(dy, weight, dx, accumulate);
         }
@@ -268,6 +276,6 @@ impl Algorithm for Winograd {
         dweight: &mut [f32],
         workspace: &mut Workspace,
     ) {
-        weight_gradient(self.isa, self.tiles(), x, dy, dweight, &mut workspace.sums);
+        weight_gradient(self.isa, self.tiles(), x, dy, dweight, &mut workspace.values);
     }
 }

@@ -48,10 +48,9 @@ pub(super) fn weight_gradient(
 
     sums.par_chunks_mut(sums_len).enumerate().for_each(|(part, sums)| {
         sums.par_chunks_mut(GROUP * panel_len).enumerate().for_each(|(group, sums)| {
-            sums.fill(0.0);
             let rows = part * part_rows..((part + 1) * part_rows).min(tiles.tile_rows());
             let channels = group * GROUP * PANEL..((group + 1) * GROUP * PANEL).min(c_out);
-            add_transformed(isa, tiles, (x, c_in), (dy, c_out), rows, channels, sums);
+            sum_transformed(isa, tiles, (x, c_in), (dy, c_out), rows, channels, sums);
         });
     });
     let sums = &*sums;
@@ -61,9 +60,9 @@ pub(super) fn weight_gradient(
     });
 }
 
-/// Adds `(A dy A^T) (B^T d B)` to `sums`, panels of (places, in, PANEL): the sum over some rows of tiles,
-/// for some output channels.
-fn add_transformed(
+/// Writes the sum of `(A dy A^T) (B^T d B)` over some rows of tiles, for some output channels, to `sums`, panels of
+/// (places, in, PANEL).
+fn sum_transformed(
     isa: Isa,
     tiles: Tiles,
     (x, c_in): (&[f32], usize),
@@ -103,7 +102,7 @@ fn add_transformed(
                     a: Left::new(&v[i % count * v_stride..], 1, c_in),
                     b: &d[i * d_stride..],
                     depth,
-                    accumulate: true,
+                    accumulate: first > rows.start,
                 };
                 panel_product(isa, product);
             }
