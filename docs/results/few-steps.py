@@ -20,7 +20,7 @@ STEPS = [5, 8, 10, 15, 20, 50]
 # the network twice per step.
 SOLVERS = [
     ("DDIM", ["--solver", "ddim", "--eta", "0"], "even", [*STEPS, 100]),
-    ("DDIM with eta 1", ["--solver", "ddim", "--eta", "1"], "even", [*STEPS, 100]),
+    ("DDIM with eta 1", ["--solver", "ddim", "--eta", "1"], "even", STEPS),
     ("DPM-Solver++(2M)", ["--solver", "dpm-solver-2m"], "even", STEPS),
     ("SDE-DPM-Solver++(2M)", ["--solver", "dpm-solver-sde"], "even", STEPS),
     ("UniPC-2", ["--solver", "unipc-2"], "even", STEPS),
