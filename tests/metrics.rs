@@ -667,7 +667,7 @@ impl OfInception {
         let byte = |i: usize| {
             let (channel, number) = (i / (w * h) % channels, i / (w * h * channels));
             let wave = i % w * (3 + channel) + i / w % h * (5 + number) + 40 * channel;
-            let up = wave / 128 % 2 == 0;
+            let up = wave % 256 < 128;
             let wave = if up { wave % 128 } else { 127 - wave % 128 };
             wave as u8 + (hashed(stream, i) >> 25) as u8
         };

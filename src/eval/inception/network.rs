@@ -35,6 +35,9 @@ const LAST: usize = 8;
 /// of the next map, in their order.
 type Block = Vec<Vec<Step>>;
 
+/// A function that makes the branches of a block.
+type Part<'a> = &'a dyn Fn(Start<'a>) -> Result<Vec<Branch<'a>>>;
+
 /// The network.
 pub(super) struct Network {
     blocks: Vec<Block>,
@@ -47,7 +50,7 @@ impl Network {
     /// # Errors
     /// Returns an error if a weight is missing or has another shape.
     pub(super) fn new(weights: &Weights<'_>) -> Result<Self> {
-        let parts: [(&str, &dyn Fn(Start) -> Result<Vec<Branch>>); 12] = [
+        let parts: [(&str, Part<'_>); 12] = [
             ("", &stem),
             ("Mixed_5b.", &|start| of_35(start, 32)),
             ("Mixed_5c.", &|start| of_35(start, 64)),

@@ -69,6 +69,8 @@ pub(crate) fn gemm_patches(
     b: Panels,
 ) {
     let Patches { data, line, pixels, pixel: row, run, jump } = a;
+    // Lines without zeros between them are one long line, which fills tiles better.
+    let (lines, pixels) = if line == pixels * row { (1, lines * pixels) } else { (lines, pixels) };
     PANELS.with_borrow_mut(|(_, rest)| {
         for first in (0..b.cols).step_by(PANEL) {
             for i in 0..lines {
