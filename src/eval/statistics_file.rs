@@ -98,7 +98,7 @@ mod tests {
     where
         T: Copy + From<f32> + Into<f64> + std::ops::Add<Output = T> + std::ops::Mul<Output = T>,
     {
-        let value = |k: usize, i: usize| (((seed + k) * 31 + i * i * 7) as f32 * 0.37).sin();
+        let value = |k: usize, i: usize| ((seed + k * SIZE + i) as f32).sin() * 43_758.547 % 1.0;
         let points: Vec<Vec<f32>> =
             (0..40).map(|k| (0..SIZE).map(|i| value(k, i)).collect()).collect();
         let mean = |i: usize| points.iter().map(|p| f64::from(p[i])).sum::<f64>() / 40.0;
