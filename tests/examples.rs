@@ -332,7 +332,7 @@ fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
         "network": network,
         "diffusion": Diffusion::ddpm(),
         "train": TrainConfig { batch_size: 2, log_every: 1, ..TrainConfig::ho() },
-        "sampling": SamplerConfig::new(Solver::ddim(), 2).clip_denoised(true),
+        "sampling": SamplerConfig::new(Solver::ddim(), 2),
         "save_every": 1,
         "sample_every": 1,
         "sample_count": 1,
