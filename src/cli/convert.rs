@@ -103,7 +103,7 @@ pub fn convert(args: &ConvertArgs) -> Result<ExitCode> {
     let sampling = args.sampling(&file)?;
     file.export_diffusers(&args.to, Some(&sampling))?;
     let steps = sampling.steps;
-    out(format_args!("{to}: a pipeline of diffusers; the run takes num_inference_steps={steps}"));
+    out(format_args!("{to}: a pipeline of diffusers, for num_inference_steps={steps}"));
     Ok(ExitCode::SUCCESS)
 }
 

@@ -45,7 +45,7 @@ pub(crate) fn read_tensors(
         return Ok(tensors);
     }
     file.read_to_end(&mut content).map_err(Error::io(path))?;
-    if pytorch::is_pickle(&content) {
+    if pytorch::is_legacy(&content) {
         pytorch::visit_legacy(path, &content, prefix, insert)?;
         return Ok(tensors);
     }
@@ -181,9 +181,12 @@ fn missing(path: &Path, name: &str, tensors: &BTreeMap<String, Tensor>) -> Error
 
 /// The reason given for a file that is not a safetensors file.
 fn not_safetensors(path: &Path, bytes: &[u8], error: SafeTensorError) -> Error {
-    if pytorch::is_archive(bytes) || pytorch::is_pickle(bytes) {
+    if pytorch::is_archive(bytes) || pytorch::is_legacy(bytes) {
         let reason = "a file of PyTorch, which does not describe its network; Parameters::load reads its weights";
         return Error::data(path, reason);
+    }
+    if matches!(bytes, [0x80, 2..=5, ..]) {
+        return Error::data(path, "a pickle that torch.save did not write");
     }
     let reason = format!("{error}; is it truncated? It has {} bytes", bytes.len());
     Error::damaged(path, reason)

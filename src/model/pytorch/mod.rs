@@ -29,9 +29,10 @@ pub(super) fn is_archive(start: &[u8]) -> bool {
     start.starts_with(b"PK\x03\x04")
 }
 
-/// Returns whether a file that begins with these bytes is a pickle of protocol 2 to 5.
-pub(super) fn is_pickle(start: &[u8]) -> bool {
-    matches!(start, [0x80, 2..=5, ..])
+/// Returns whether a file that begins with these bytes has the earlier format. The first two bytes alone could be the
+/// length of the header of a safetensors file.
+pub(super) fn is_legacy(start: &[u8]) -> bool {
+    start.starts_with(MAGIC)
 }
 
 /// Reads the tensors of an archive whose names begin with `prefix`. Calls `visit` for each, with its name without the
@@ -77,9 +78,7 @@ pub(super) fn visit_legacy(
     visit: impl FnMut(&str, &TensorView<'_>) -> Result<()>,
 ) -> Result<()> {
     let damaged = |reason: String| Error::damaged(path, reason);
-    let Some(rest) = bytes.strip_prefix(MAGIC) else {
-        return Err(Error::data(path, "a pickle that torch.save did not write"));
-    };
+    let (_, rest) = Pickled::read(bytes).map_err(damaged)?;
     let (protocol, rest) = Pickled::read(rest).map_err(damaged)?;
     if protocol.value != Value::Int(PROTOCOL) {
         return Err(damaged(format!("the version of the format is not {PROTOCOL}")));
@@ -124,8 +123,8 @@ fn visit_all(
     let named = named(pickled, prefix).map_err(|reason| Error::data(path, reason))?;
     let mut left = len.saturating_mul(MOST_SHARED);
     for (name, arguments) in named {
-        let damaged =
-            |reason: String| Error::damaged(path, format!("{}: {reason}", in_short(&name)));
+        let what = in_short(&name);
+        let damaged = |reason: String| Error::damaged(path, format!("{what}: {reason}"));
         let view = View::parse(pickled, arguments).map_err(damaged)?;
         let Some(dtype) = view.storage.dtype else { continue };
         let size = view.size().map_err(damaged)? as u64;

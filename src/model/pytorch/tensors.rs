@@ -140,7 +140,11 @@ impl<'a> View<'a> {
         };
         let end = match len {
             Some(0) => Some(0),
-            Some(_) => shape.iter().zip(&strides).try_fold(offset, last).map(|last| last + 1),
+            Some(_) => shape
+                .iter()
+                .zip(&strides)
+                .try_fold(offset, last)
+                .and_then(|last| last.checked_add(1)),
             None => None,
         };
         match (len, end) {
