@@ -12,7 +12,7 @@ use ddpm::cli::{
     self, DataSet, Interrupted, Result, check_output, datasets, device, err, out, whole,
 };
 use ddpm::data::{Dataset, Images, normalized};
-use ddpm::eval::{CifarClassifier, extract};
+use ddpm::eval::{CifarClassifier, Extractor, extract};
 use ddpm::files;
 use ddpm::nn::{Condition, Dropout, Output, Parameters, Trainable};
 use ddpm::observe::{Progress, StopOnSignal};
@@ -79,8 +79,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let classifier = CifarClassifier::load(&cli.out, &device)?;
     let right = right(&classifier, &test.images, stopped)?;
     out(format_args!("test        {right:.2}% of {} images are recognised", test.images.len()));
-    let sha256 = files::sha256(std::fs::File::open(&cli.out)?)?;
-    out(format_args!("classifier  {}, sha256 {sha256}", cli.out.display()));
+    out(format_args!("written     {}: {}", cli.out.display(), classifier.identity()));
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,6 +1,7 @@
 //! Measures how much the figures of samples depend on choices: `--checkpoint out/mnist/checkpoint --data data
 //! --extractor digits:FILE`.
 
+use std::collections::BTreeSet;
 use std::io::Cursor;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -11,7 +12,7 @@ use clap::Parser;
 use ddpm::cli::{self, ExtractorChoice, Interrupted, Result, SamplingArgs, Trained, whole};
 use ddpm::cli::{datasets, device, err, out};
 use ddpm::data::{Dataset, Images};
-use ddpm::eval::{Features, Generator, KernelDistance, SlicedDistance, Statistics};
+use ddpm::eval::{Classes, Features, Generator, KernelDistance, SlicedDistance, Statistics};
 use ddpm::eval::{bytes, inception_score};
 use ddpm::image::codecs::jpeg::JpegEncoder;
 use ddpm::image::imageops::{FilterType, resize};
@@ -41,7 +42,7 @@ struct Cli {
     extractor: ExtractorChoice,
     /// Number of images of each seed
     #[arg(long, value_name = "N", default_value = "1000", allow_negative_numbers = true,
-          value_parser = whole::<usize>(4..=10_000))]
+          value_parser = whole::<usize>(8..=10_000))]
     count: usize,
     /// First seed
     #[arg(long, value_name = "K", default_value = "0", allow_negative_numbers = true,
@@ -66,9 +67,13 @@ fn run(cli: Cli) -> Result<ExitCode> {
     test.check_shape(checkpoint.architecture()?.image_shape())?;
     let stop = StopOnSignal::install(|| err(STOPPING))?;
     cli.sampling.announce(&config, &checkpoint, &device);
-    let sets = draw(&cli, &checkpoint, || stop.is_stopped())?;
     let extract = |images: &Images| Features::extracted(&*extractor, images, BATCH);
-    let table = Table { real: extract(&test.images)?, extract: Box::new(extract) };
+    let real = extract(&test.images)?;
+    let Some(classes) = real.classes() else {
+        return Err(format!("--extractor {} has no classes for a score", cli.extractor).into());
+    };
+    let sets = draw(&cli, &checkpoint, || stop.is_stopped())?;
+    let table = Table { real, classes, extract: Box::new(extract) };
     out(format_args!("extractor   {}\n", extractor.identity()));
     table.print(&sets)?;
     Ok(ExitCode::SUCCESS)
@@ -110,6 +115,7 @@ type Row = [f64; FIGURES.len()];
 
 struct Table<'a> {
     real: Features,
+    classes: Classes,
     extract: Box<dyn Fn(&Images) -> ddpm::Result<Features> + 'a>,
 }
 
@@ -128,10 +134,9 @@ impl Table<'_> {
         out(format_args!("| --- | --- |{}", " --- |".repeat(FIGURES.len())));
         let count = rounded[0].len();
         line(&format!("{count} images, one seed per set"), &plain, None);
-        let mut all =
-            Features::with_classes(features[0].size(), features[0].classes().ok_or("scores")?);
+        let mut all = Features::with_classes(self.real.size(), self.classes);
         features.iter().try_for_each(|set| all.append(set))?;
-        for count in [count / 4, count / 2, 2 * count, all.count()] {
+        for count in BTreeSet::from([count / 4, count / 2, 2 * count, all.count()]) {
             let part = |first: usize| {
                 let part = all.select(&(first..first + count).collect::<Vec<_>>())?;
                 self.figures(&part, &self.real)
@@ -139,6 +144,7 @@ impl Table<'_> {
             let starts = (0..=all.count() - count).step_by(count);
             line(&format!("{count} images"), &starts.map(part).collect::<Result<Vec<_>>>()?, None);
         }
+        let count = count.min(self.real.count());
         let few = self.real.select(&(0..count).collect::<Vec<_>>())?;
         let less =
             features.iter().map(|set| self.figures(set, &few)).collect::<Result<Vec<_>>>()?;

@@ -63,6 +63,10 @@ macro_rules! names_of {
 const INCEPTION: Names =
     Names { frechet: "FID", kernel: "KID", sliced: "MIND", score: "Inception Score" };
 
+/// The kinds of extractors, for the help of an option.
+pub(super) const KINDS: &str = "inception:FILE, the network of FID; inception-tf1:FILE, with the resizing of \
+    TensorFlow 1; digits:FILE or cifar10:FILE, a classifier that mnist-fd or cifar10-classifier wrote";
+
 /// All kinds of extractors.
 static EXTRACTORS: &[ExtractorKind] = &[
     ExtractorKind {

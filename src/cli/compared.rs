@@ -6,7 +6,6 @@ use serde_json::{Value, json};
 
 use super::choices::{ExtractorChoice, Names};
 use super::figures::{Figures, LEAST, Measured, Reference, warnings};
-use super::identity::sha256;
 use super::print::{err, grouped, out};
 use super::result::Result;
 use super::sets::{Part, Sets};
@@ -83,9 +82,8 @@ impl SavedStatistics {
     /// # Errors
     /// Returns the errors of [`Gaussian::read`], and an error if the number of features is another.
     pub fn read(path: &Path, extractor: &dyn Extractor) -> Result<Self> {
-        // The file can be replaced while the program works, so its hash is computed here.
-        let json = json!({ "file": path.to_string_lossy(), "sha256": sha256(path)? });
-        let gaussian = Gaussian::read(path)?;
+        let (gaussian, sha256) = Gaussian::read_with_sha256(path)?;
+        let json = json!({ "file": path.to_string_lossy(), "sha256": sha256 });
         let (found, expected) = (gaussian.mean().len(), extractor.size());
         if found != expected {
             let path = path.display();

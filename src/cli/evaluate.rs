@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::arguments::whole;
 use super::bits::BitsArgs;
-use super::choices::ExtractorChoice;
+use super::choices::{ExtractorChoice, KINDS};
 use super::compared::{Chosen, Real, SavedStatistics};
 use super::device::{describe, pick};
 use super::figures::{LEAST, Measured};
@@ -43,9 +43,7 @@ pub struct EvaluateArgs {
     /// Statistics file (mu and sigma) of images to compare with; there is only the Fréchet distance then
     #[arg(long, value_name = "FILE.npz")]
     statistics: Option<PathBuf>,
-    /// Network whose features are compared: inception:FILE, the network of FID; inception-tf1:FILE, with the resizing
-    /// of TensorFlow 1; digits:FILE or cifar10:FILE, a classifier that mnist-fd or cifar10-classifier wrote
-    #[arg(long, value_name = "KIND:FILE", required_unless_present = "bits")]
+    #[arg(long, value_name = "KIND:FILE", help = format!("Network whose features are compared: {KINDS}"), required_unless_present = "bits")]
     extractor: Option<ExtractorChoice>,
     /// Number of images to draw, default 10000; or of pictures of --samples to measure, chosen at random, default all
     #[arg(long, value_name = "N", allow_negative_numbers = true,

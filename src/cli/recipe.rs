@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use super::arguments::{positive_fraction, precision, whole};
-use super::choices::ExtractorChoice;
+use super::choices::{ExtractorChoice, KINDS};
 use super::network::NetworkConfig;
 use super::objective_args::ObjectiveArgs;
 use super::result::Result;
@@ -265,9 +265,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "F", allow_negative_numbers = true,
           value_parser = positive_fraction)]
     judge_share: Option<f64>,
-    /// Network by whose features --judge judges: digits:FILE, a classifier of digits that
-    /// mnist-fd wrote, or inception:FILE, the network of FID, or inception-tf1:FILE, with the resizing of TensorFlow 1
-    #[arg(long, value_name = "KIND:FILE")]
+    #[arg(long, value_name = "KIND:FILE", help = format!("Network by whose features --judge judges: {KINDS}"))]
     extractor: Option<ExtractorChoice>,
     /// Train on the CPU, even in a build for a GPU
     #[arg(long)]

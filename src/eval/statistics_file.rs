@@ -1,8 +1,11 @@
+use std::fs::File;
+use std::io::Seek;
 use std::path::Path;
 
 use super::frechet::{F32_ROUNDING, Gaussian};
 use super::npz;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::files;
 use crate::model::tensor_file::open_regular;
 use crate::zip::Archive;
 
@@ -25,7 +28,20 @@ impl Gaussian {
     /// Returns an error if the file cannot be read, if it is damaged or of another format, if an array is missing or of
     /// another shape, if a number is not finite, or if the covariance is not symmetric up to 2.4e-5 of its deviations.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
-        Self::named(path.as_ref(), "mu", "sigma")
+        let path = path.as_ref();
+        Self::named(path, open_regular(path)?.0, "mu", "sigma")
+    }
+
+    /// Reads a statistics file, and computes its SHA-256. Both are of the same bytes, even if another program replaces
+    /// the file.
+    ///
+    /// # Errors
+    /// Returns the errors of [`read`](Self::read).
+    pub(crate) fn read_with_sha256(path: &Path) -> Result<(Self, String)> {
+        let (mut file, _) = open_regular(path)?;
+        let sha256 = files::sha256(&file).map_err(Error::io(path))?;
+        file.rewind().map_err(Error::io(path))?;
+        Ok((Self::named(path, file, "mu", "sigma")?, sha256))
     }
 
     /// Reads the statistics of spatial features, `mu_s` and `sigma_s`, of a file of guided-diffusion. Their distance is
@@ -34,7 +50,8 @@ impl Gaussian {
     /// # Errors
     /// Returns the errors of [`read`](Self::read).
     pub fn read_spatial(path: impl AsRef<Path>) -> Result<Self> {
-        Self::named(path.as_ref(), "mu_s", "sigma_s")
+        let path = path.as_ref();
+        Self::named(path, open_regular(path)?.0, "mu_s", "sigma_s")
     }
 
     /// Writes a statistics file that [`read`](Self::read), pytorch-fid and guided-diffusion read: `mu` and `sigma` in
@@ -48,8 +65,8 @@ impl Gaussian {
         npz::write(path.as_ref(), &arrays)
     }
 
-    fn named(path: &Path, mean: &str, covariance: &str) -> Result<Self> {
-        let archive = Archive::new(path, open_regular(path)?.0)?;
+    fn named(path: &Path, file: File, mean: &str, covariance: &str) -> Result<Self> {
+        let archive = Archive::new(path, file)?;
         let array = |name: &str| match npz::array(&archive, name)? {
             Some(array) => Ok(array),
             None => Err(archive.damaged(format!("the array {name} is missing"))),

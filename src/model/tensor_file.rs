@@ -31,7 +31,17 @@ pub(crate) fn read_tensors(
     dtype: DType,
     device: &Device,
 ) -> Result<BTreeMap<String, Tensor>> {
-    let (mut file, _) = open_regular(path)?;
+    read_tensors_of(path, open_regular(path)?.0, prefix, dtype, device)
+}
+
+/// Reads the tensors of an open file, as [`read_tensors`] does. The file is at its beginning, and `path` is its path.
+pub(crate) fn read_tensors_of(
+    path: &Path,
+    mut file: File,
+    prefix: &str,
+    dtype: DType,
+    device: &Device,
+) -> Result<BTreeMap<String, Tensor>> {
     let mut content = Vec::new();
     (&file).take(4).read_to_end(&mut content).map_err(Error::io(path))?;
     let mut tensors = BTreeMap::new();
