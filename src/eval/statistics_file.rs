@@ -146,7 +146,7 @@ mod tests {
     fn covariances_that_were_computed_in_f32_have_the_distance_of_exact_ones() {
         let distance = |a: &Gaussian, b: &Gaussian| a.frechet_distance(b).unwrap();
         let exact = [0, 5000].map(|seed| read(&statistics::<f64>(seed)).unwrap());
-        let rounded = [0, 5000].map(|seed| statistics::<f32>(seed));
+        let rounded = [0, 5000].map(statistics::<f32>);
         assert!((0..SIZE).any(|i| {
             (0..i).any(|j| rounded[0][1][i * SIZE + j] != rounded[0][1][j * SIZE + i])
         }));
