@@ -1,4 +1,4 @@
-//! Converts weights between this crate, diffusers and OpenAI's programs: `--from ddpm-cifar10-32 --to cifar10.safetensors`.
+//! Converts weights of diffusers and of OpenAI's programs: `--from ddpm-cifar10-32 --to cifar10.safetensors`.
 
 use std::process::ExitCode;
 
