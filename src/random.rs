@@ -247,7 +247,7 @@ impl Dropout {
     pub(crate) fn last_dropped(p: f64) -> Option<u32> {
         // Exact: the product with a power of two, and a difference that has no more digits.
         let count = (p * 4294967296.0 - 0.5).ceil();
-        (count >= 1.0).then(|| (count - 1.0) as u32)
+        (count >= 1.0).then_some((count - 1.0) as u32)
     }
 
     /// The random numbers of an image's mask, of which each determines one factor.

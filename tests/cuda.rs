@@ -317,11 +317,11 @@ fn a_resumed_run_is_the_unbroken_one() -> Result<()> {
     }
     for precision in precisions {
         let scaler = GradScalerConfig { growth_interval: 2, ..GradScalerConfig::default() };
-        // The uninterrupted run is captured. The run that is resumed after each step never is.
+        // The uninterrupted run is captured, and recomputes maps. The run that is resumed after each step does neither.
         let config = TrainConfig { grad_scaler: scaler, accumulation: 1, ..training(precision) };
         let (gpu, dir) = (gpu(), tempfile::tempdir().unwrap());
         let path = dir.path().join("checkpoint");
-        let mut unbroken = trainer(config.clone(), &gpu)?;
+        let mut unbroken = trainer(TrainConfig { recompute: true, ..config.clone() }, &gpu)?;
         let mut run = trainer(config.clone(), &gpu)?;
         for k in 0..7 {
             unbroken.step(&batch(k, &gpu)?)?;

@@ -248,7 +248,7 @@ mod tests {
             Ok(free.by_size.iter().map(|(size, free)| size * free.len()).sum())
         };
         let (kept, recomputed) = (values(false)?, values(true)?);
-        assert!(2 * recomputed < kept, "{recomputed} values, instead of {kept}");
+        assert!(10 * recomputed < 9 * kept, "{recomputed} values, instead of {kept}");
         Ok(())
     }
 

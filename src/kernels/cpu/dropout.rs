@@ -1,4 +1,4 @@
-//! Dropout of single values. Its mask is not stored, because drawing it again takes less time than reading it.
+//! Dropout of single values. Its mask is not kept, because drawing it again takes little time.
 
 use rayon::prelude::*;
 

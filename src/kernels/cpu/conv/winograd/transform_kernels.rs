@@ -4,8 +4,8 @@ use super::places::{Places, each, place, with_places};
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::simd::{Simd, simd_fn};
 
-/// Kernels of an output channel that are read or written at once. They lie side by side, and those of two output
-/// channels far apart.
+/// Kernels of an output channel that are read at once: they lie side by side, and those of two output channels far
+/// apart.
 pub(super) const KERNELS: usize = 8;
 
 simd_fn! {
@@ -76,27 +76,22 @@ simd_fn! {
         places: Places,
     ) {
         assert!((parts - 1) * part_len + places.count() * c_in * PANEL <= u.len());
-        assert!(dweight.len() <= PANEL * c_in * 9);
-        let mut taps = [[[0f32; PANEL]; 9]; KERNELS];
+        let count = dweight.len() / (c_in * 9);
+        assert!(count <= PANEL);
+        let mut taps = [[0f32; PANEL]; 9];
         let parts = (parts, part_len);
-        for first in (0..c_in).step_by(KERNELS) {
-            let taps = &mut taps[..KERNELS.min(c_in - first)];
-            for (i, taps) in taps.iter_mut().enumerate() {
-                for j in (0..PANEL).step_by(S::WIDTH) {
-                    // SAFETY: `j` and the vector after it are within PANEL. By the assertion, every place
-                    // is within `u`.
-                    unsafe {
-                        let u = u.as_ptr().add((first + i) * PANEL + j);
-                        with_places!(places, kernel_gradient_tile::<S>(taps, j, u, c_in * PANEL, parts));
-                    }
+        for i in 0..c_in {
+            for j in (0..PANEL).step_by(S::WIDTH) {
+                // SAFETY: `j` and the vector after it are within PANEL. By the assertion, every place is
+                // within `u`.
+                unsafe {
+                    let u = u.as_ptr().add(i * PANEL + j);
+                    with_places!(places, kernel_gradient_tile::<S>(&mut taps, j, u, c_in * PANEL, parts));
                 }
             }
-            for (o, dweight) in dweight.chunks_exact_mut(c_in * 9).enumerate() {
-                let kernels = dweight[first * 9..].chunks_exact_mut(9).zip(taps.as_flattened().chunks(9));
-                for (kernel, taps) in kernels {
-                    for (value, taps) in kernel.iter_mut().zip(taps) {
-                        *value = taps[o];
-                    }
+            for (o, dweight) in dweight.chunks_mut(c_in * 9).enumerate().take(count) {
+                for (tap, value) in dweight[i * 9..][..9].iter_mut().enumerate() {
+                    *value = taps[tap][o];
                 }
             }
         }
