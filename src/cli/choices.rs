@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::datasets::{self, DataSet};
 use super::result::Result;
 use crate::data::Split;
-use crate::eval::{CifarClassifier, DigitClassifier, Extractor, Inception, Resizing};
+use crate::eval::{CifarClassifier, DigitClassifier, EfficientNet, Extractor, Inception, Resizing};
 
 /// The extractor of a program, as `KIND:FILE`, such as `digits:out/mnist-fd/classifier.safetensors`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -76,6 +76,12 @@ static EXTRACTORS: &[ExtractorKind] = &[
         names: names_of!("CIFAR-10"),
         shape: Some(CifarClassifier::SHAPE),
         open: |file, device| Ok(Box::new(CifarClassifier::load(file, device)?)),
+    },
+    ExtractorKind {
+        name: "efficientnet",
+        names: names_of!("EfficientNet-lite0"),
+        shape: None,
+        open: |file, _| Ok(Box::new(EfficientNet::load(file)?)),
     },
     ExtractorKind {
         name: "inception",
