@@ -44,7 +44,8 @@ pub struct EvaluateArgs {
     #[arg(long, value_name = "FILE.npz")]
     statistics: Option<PathBuf>,
     /// Network whose features are compared: inception:FILE, the network of FID; inception-tf1:FILE, with the resizing
-    /// of TensorFlow 1; digits:FILE or cifar10:FILE, a classifier that mnist-fd or cifar10-classifier wrote
+    /// of TensorFlow 1; efficientnet:FILE, for colour pictures without those weights; digits:FILE or cifar10:FILE, a classifier that
+    /// mnist-fd or cifar10-classifier wrote
     #[arg(long, value_name = "KIND:FILE", required_unless_present = "bits")]
     extractor: Option<ExtractorChoice>,
     /// Number of images to draw, default 10000; or of pictures of --samples to measure, chosen at random, default all

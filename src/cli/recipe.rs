@@ -265,8 +265,9 @@ pub struct TrainArgs {
     #[arg(long, value_name = "F", allow_negative_numbers = true,
           value_parser = positive_fraction)]
     judge_share: Option<f64>,
-    /// Network by whose features --judge judges: digits:FILE, a classifier of digits that
-    /// mnist-fd wrote, or inception:FILE, the network of FID, or inception-tf1:FILE, with the resizing of TensorFlow 1
+    /// Network by whose features --judge judges: digits:FILE or cifar10:FILE, a classifier that mnist-fd or
+    /// cifar10-classifier wrote, or efficientnet:FILE, for colour pictures, or inception:FILE, the network of FID, or
+    /// inception-tf1:FILE, with the resizing of TensorFlow 1
     #[arg(long, value_name = "KIND:FILE")]
     extractor: Option<ExtractorChoice>,
     /// Train on the CPU, even in a build for a GPU
