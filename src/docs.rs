@@ -57,7 +57,9 @@ pub mod sampling {}
 /// [`Features`](crate::eval::Features), [`Statistics`](crate::eval::Statistics), [`Gaussian`](crate::eval::Gaussian),
 /// [`KernelDistance`](crate::eval::KernelDistance), [`SlicedDistance`](crate::eval::SlicedDistance),
 /// [`inception_score`](crate::eval::inception_score), [`Prdc`](crate::eval::Prdc), [`Nearest`](crate::eval::Nearest),
-/// [`Balance`](crate::eval::Balance), [`DigitClassifier`](crate::eval::DigitClassifier). Next: [reproducibility].
+/// [`Balance`](crate::eval::Balance), [`Inception`](crate::eval::Inception),
+/// [`EfficientNet`](crate::eval::EfficientNet), [`DigitClassifier`](crate::eval::DigitClassifier). Next:
+/// [reproducibility].
 pub mod evaluation {}
 
 /// Results that are identical in each bit, and results that are not.

@@ -1440,7 +1440,7 @@ fn wrong_arguments_are_reported_in_one_line() -> Result<()> {
         (
             "mnist",
             &["--extractor", "clip:x"],
-            &["'clip:x'", "expected digits:FILE, inception:FILE, "],
+            &["'clip:x'", "expected digits:FILE, cifar10:FILE, efficientnet:FILE, "],
         ),
         ("mnist", &["--judge", "1"], &["'1'", "expected 0, or a whole number from 2"]),
         (

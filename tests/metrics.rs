@@ -13,8 +13,9 @@ use std::path::{Path, PathBuf};
 use candle_core::{Device, Tensor};
 use ddpm::data::{Dataset, Images};
 use ddpm::eval::{
-    Balance, Classes, Extractor, ExtractorIdentity, Features, Gaussian, Inception, KernelDistance,
-    Nearest, Prdc, Resizing, SlicedDistance, Statistics, extract, inception_score, kernel_mmd2,
+    Balance, Classes, EfficientNet, Extractor, ExtractorIdentity, Features, Gaussian, Inception,
+    KernelDistance, Nearest, Prdc, Resizing, SlicedDistance, Statistics, extract, inception_score,
+    kernel_mmd2,
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -593,8 +594,10 @@ fn an_extractor_sees_all_images_in_batches() {
     assert!(message(Features::extracted(&extractor, &images, 0)).contains("batch is 0"));
 }
 
-/// The features and logits that pytorch-fid and torch-fidelity compute with Inception.
-struct OfInception {
+/// The features and logits that other programs compute with a network whose weights are made by a formula.
+struct OfNetwork {
+    /// The name of the folder and of the file in it.
+    network: &'static str,
     results: HashMap<String, Tensor>,
     /// Names and shapes.
     weights: Vec<(String, Vec<usize>)>,
@@ -604,29 +607,42 @@ struct OfInception {
     file: Option<PathBuf>,
 }
 
-impl OfInception {
-    /// The case of this repository.
-    fn own() -> Self {
-        Self::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/inception"))
+impl OfNetwork {
+    /// The case of Inception in this repository, by pytorch-fid and torch-fidelity.
+    fn inception() -> Self {
+        Self::own("inception")
     }
 
+    /// The case of EfficientNet-lite0, by efficientnet-lite-pytorch.
+    fn efficientnet() -> Self {
+        Self::own("efficientnet")
+    }
+
+    fn own(network: &'static str) -> Self {
+        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+        Self::open(network, &data.join(network))
+    }
+
+    /// All cases of Inception.
     fn all() -> Vec<Self> {
-        let mut cases = vec![Self::own()];
+        let mut cases = vec![Self::inception()];
         if let Some(folder) = std::env::var_os("DDPM_INCEPTION") {
             for entry in fs::read_dir(folder).expect("a folder of cases") {
-                cases.push(Self::open(&entry.expect("an entry").path()));
+                cases.push(Self::open("inception", &entry.expect("an entry").path()));
             }
             assert!(cases.len() > 1, "DDPM_INCEPTION has no cases");
         }
         cases
     }
 
-    fn open(dir: &Path) -> Self {
-        let file = fs::read(dir.join("inception.safetensors")).expect("inception.safetensors");
+    fn open(network: &'static str, dir: &Path) -> Self {
+        let file = dir.join(format!("{network}.safetensors"));
+        let file = fs::read(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
         let (_, metadata) = SafeTensors::read_metadata(&file).unwrap();
         let metadata = metadata.metadata().clone().unwrap();
         let weights = dir.join("weights.safetensors");
         Self {
+            network,
             results: candle_core::safetensors::load_buffer(&file, &Device::Cpu).unwrap(),
             weights: serde_json::from_str(&metadata["weights"]).unwrap(),
             images: serde_json::from_str(&metadata["images"]).unwrap(),
@@ -641,7 +657,8 @@ impl OfInception {
             let (len, fan_in) =
                 (shape.iter().product(), shape[1..].iter().product::<usize>() as f64);
             let bound = if shape.len() > 1 { (6.0 / fan_in).sqrt() } else { 0.2 } as f32;
-            let positive = name.ends_with("running_var") || name.ends_with("bn.weight");
+            let factor = name.ends_with(".weight") && shape.len() == 1;
+            let positive = factor || name.ends_with("running_var");
             let value = |i| match positive {
                 true => unit(i) + 0.5,
                 false => (unit(i) * 2.0 - 1.0) * bound,
@@ -652,17 +669,27 @@ impl OfInception {
         self.weights.iter().enumerate().map(made).collect()
     }
 
-    /// The network with the weights of the case.
-    fn network(&self) -> Inception {
+    /// Loads the network with the weights of the case.
+    fn load<N>(&self, load: impl FnOnce(&Path) -> ddpm::Result<N>) -> N {
         match &self.file {
-            Some(file) => Inception::load(file).unwrap(),
-            None => loaded(&self.made()).unwrap(),
+            Some(file) => load(file).unwrap(),
+            None => loaded(&self.made(), load).unwrap(),
+        }
+    }
+
+    /// Compares the features and logits of a set of images with results, whose names begin with `results`.
+    fn check(&self, network: &impl Extractor, name: &str, results: &str) {
+        let found = network.extract(&self.images(name)).unwrap();
+        for (what, found) in [("features", found.values()), ("logits", found.scores())] {
+            let error = relative_error(found, &self.results[&format!("{results}.{what}")]);
+            assert!(error < 1e-4, "{}: {results}, {what}: {error}", self.network);
         }
     }
 
     /// The images of a set.
     fn images(&self, name: &str) -> Images {
-        let stream = 1000 + ["colour", "full", "grey"].iter().position(|n| *n == name).unwrap();
+        // The streams follow the order of the names.
+        let stream = 1000 + self.images.keys().position(|n| n == name).unwrap();
         let [count, channels, h, w] = self.images[name];
         let byte = |i: usize| {
             let (channel, number) = (i / (w * h) % channels, i / (w * h * channels));
@@ -685,12 +712,15 @@ fn hashed(stream: usize, i: usize) -> u32 {
     x ^ (x >> 16)
 }
 
-/// Writes weights to a file, and loads them as Inception.
-fn loaded(weights: &HashMap<String, Tensor>) -> ddpm::Result<Inception> {
+/// Writes weights to a file, and loads them as a network.
+fn loaded<N>(
+    weights: &HashMap<String, Tensor>,
+    load: impl FnOnce(&Path) -> ddpm::Result<N>,
+) -> ddpm::Result<N> {
     let temp = tempfile::tempdir().unwrap();
-    let path = temp.path().join("inception.safetensors");
+    let path = temp.path().join("weights.safetensors");
     candle_core::safetensors::save(weights, &path).unwrap();
-    Inception::load(path)
+    load(&path)
 }
 
 /// The largest error, relative to the largest value.
@@ -703,31 +733,52 @@ fn relative_error(found: &[f32], expected: &Tensor) -> f32 {
 
 #[test]
 fn inception_computes_the_features_and_logits_of_pytorch_fid_and_torch_fidelity() {
-    for case in OfInception::all() {
-        let mut network = case.network();
+    for case in OfNetwork::all() {
+        let mut network = case.load(|file| Inception::load(file));
         for (program, resizing) in
             [("pytorch_fid", Resizing::PytorchFid), ("tensorflow_1", Resizing::TensorFlow1)]
         {
             network = network.with_resizing(resizing);
             for name in case.images.keys() {
-                let found = network.extract(&case.images(name)).unwrap();
-                assert_eq!(found.classes(), Some(Classes::Logits(1008)));
-                let expected = |what: &str| &case.results[&format!("{name}.{program}.{what}")];
-                for (what, found) in [("features", found.values()), ("logits", found.scores())] {
-                    let error = relative_error(found, expected(what));
-                    assert!(error < 1e-4, "{name}, {program}, {what}: {error}");
-                }
+                case.check(&network, name, &format!("{name}.{program}"));
             }
         }
     }
 }
 
 #[test]
+fn efficientnet_computes_the_features_and_logits_of_efficientnet_lite_pytorch() {
+    let case = OfNetwork::efficientnet();
+    let network = case.load(|file| EfficientNet::load(file));
+    for name in case.images.keys() {
+        case.check(&network, name, name);
+    }
+    // More images than are computed at a time.
+    let colour = case.images("colour");
+    let many = Images::new(colour.pixels().repeat(17), (3, 32, 32)).unwrap();
+    let many = network.extract(&many).unwrap();
+    let found = network.extract(&colour).unwrap();
+    assert_eq!(many.get(16), found.get(0));
+    assert_eq!(found.classes(), Some(Classes::Logits(1000)));
+
+    let identity = network.identity();
+    assert_eq!(identity.weights_sha256.map(|sum| sum.len()), Some(64));
+    assert!(identity.resizing.unwrap().contains("224 x 224"));
+    // A weight that the network does not have.
+    let mut weights = case.made();
+    weights
+        .insert("fc.bias".into(), Tensor::zeros(3, candle_core::DType::F32, &Device::Cpu).unwrap());
+    let error = loaded(&weights, |file| EfficientNet::load(file)).unwrap_err().to_string();
+    assert!(error.contains("fc.bias"), "{error}");
+}
+
+#[test]
 fn the_features_of_inception_depend_on_the_image_alone() {
-    let case = OfInception::own();
-    let network = case.network();
+    let case = OfNetwork::inception();
+    let network = case.load(|file| Inception::load(file));
     let images = case.images("colour");
     let together = network.extract(&images).unwrap();
+    assert_eq!(together.classes(), Some(Classes::Logits(1008)));
     let second = images.get(1).unwrap();
     // More images than are computed at once, on one thread.
     let many = Images::new(second.repeat(17), (3, 32, 32)).unwrap();
@@ -756,8 +807,9 @@ fn the_features_of_inception_depend_on_the_image_alone() {
 
 #[test]
 fn weights_of_other_networks_are_not_inception() {
-    let mut weights = OfInception::own().made();
-    let message = |weights: &HashMap<String, Tensor>| loaded(weights).unwrap_err().to_string();
+    let mut weights = OfNetwork::inception().made();
+    let load = |weights: &HashMap<String, Tensor>| loaded(weights, |file| Inception::load(file));
+    let message = |weights: &HashMap<String, Tensor>| load(weights).unwrap_err().to_string();
     let small = Tensor::zeros(3, candle_core::DType::F32, &Device::Cpu).unwrap();
     weights.insert("AuxLogits.fc.bias".into(), small.clone());
     assert!(message(&weights).contains("AuxLogits.fc.bias"));
@@ -770,5 +822,5 @@ fn weights_of_other_networks_are_not_inception() {
     weights.remove("Mixed_7c.branch1x1.bn.bias");
     assert!(message(&weights).contains("Mixed_7c.branch1x1.bn.bias"));
     weights.insert("Mixed_7c.branch1x1.bn.bias".into(), bias.unwrap());
-    loaded(&weights).unwrap();
+    load(&weights).unwrap();
 }

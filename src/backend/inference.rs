@@ -10,8 +10,11 @@ use crate::kernels::Isa;
 use crate::kernels::cpu::conv::algorithm::{Math, Packed, Workspace};
 use crate::kernels::cpu::conv::epilogue::Epilogue;
 use crate::kernels::cpu::conv::plan::Plan;
+use crate::kernels::cpu::depthwise::{self, Depthwise};
 use crate::kernels::cpu::pool::pool;
+use crate::kernels::op::activation::Rectifier;
 use crate::kernels::op::conv::{ConvShape, Scale};
+use crate::kernels::op::depthwise::DepthwiseShape;
 use crate::kernels::op::place::Place;
 use crate::kernels::op::pool::{PoolShape, Pooling};
 
@@ -36,6 +39,7 @@ impl Map {
 pub(crate) enum Step {
     /// Convolutions of the same map. Their outputs are the channels of the next map, in their order.
     Convolve(Vec<Convolution>),
+    Depthwise(DepthwiseConvolution),
     /// A pooling with a square window of this height.
     Pool(Pooling, usize, Scale),
 }
@@ -48,6 +52,7 @@ impl Step {
     pub(crate) fn output(&self, x: [usize; 4]) -> Result<[usize; 4]> {
         match self {
             Self::Pool(_, window, scale) => Ok(PoolShape::new(x, *window, *scale)?.output()),
+            Self::Depthwise(convolution) => Ok(convolution.shape(x)?.output()),
             Self::Convolve(convolutions) => {
                 let mut dims = [x[0], 0, 0, 0];
                 for convolution in convolutions {
@@ -59,7 +64,17 @@ impl Step {
         }
     }
 
-    /// Writes the output to the channels of `y` from `first` on.
+    /// Returns the output as a map.
+    ///
+    /// # Errors
+    /// Returns an error if the operation does not fit the input, or if there is not enough memory.
+    pub(crate) fn apply(&self, pool: &Arc<Pool>, x: &Map) -> Result<Map> {
+        let mut y = Map::take(pool, self.output(x.dims)?)?;
+        self.run(x, &mut y, 0)?;
+        Ok(y)
+    }
+
+    /// Writes the output to the channels of `y` from `first` on, or [adds](Convolution::adding) it to them.
     ///
     /// # Errors
     /// Returns an error if the operation does not fit the input.
@@ -70,12 +85,23 @@ impl Step {
                 let shape = PoolShape::new(x.dims, *window, *scale)?;
                 pool(Isa::detect(), *pooling, &shape, &x.values, place, &mut y.values);
             }
+            Self::Depthwise(convolution) => {
+                let shape = convolution.shape(x.dims)?;
+                let DepthwiseConvolution { packed, bias, rectifier, .. } = convolution;
+                let (isa, rectifier) = (Isa::detect(), *rectifier);
+                Depthwise { isa, shape, weight: packed, bias, rectifier }.forward(
+                    &x.values,
+                    place,
+                    &mut y.values,
+                );
+            }
             Self::Convolve(convolutions) => {
                 for convolution in convolutions {
                     let plan = convolution.plan(x.dims)?;
                     let epilogue = Epilogue {
                         bias: Some(&convolution.bias),
-                        relu: convolution.relu,
+                        accumulate: convolution.adds,
+                        rectifier: convolution.rectifier,
                         place: Some(place),
                         ..Epilogue::default()
                     };
@@ -88,14 +114,15 @@ impl Step {
     }
 }
 
-/// A convolution with packed weights, and perhaps a ReLU.
+/// A convolution with packed weights, and the limits of its output.
 pub(crate) struct Convolution {
     /// (out, in, height, width)
     weight: [usize; 4],
     packed: Packed,
     bias: Vec<f32>,
     scale: Scale,
-    relu: bool,
+    rectifier: Rectifier,
+    adds: bool,
 }
 
 impl Convolution {
@@ -108,16 +135,50 @@ impl Convolution {
         dims: [usize; 4],
         bias: Vec<f32>,
         scale: Scale,
-        relu: bool,
+        rectifier: Rectifier,
     ) -> Result<Self> {
-        let unpacked = Self { weight: dims, packed: Packed::F32(vec![]), bias, scale, relu };
+        let packed = Packed::F32(vec![]);
+        let unpacked = Self { weight: dims, packed, bias, scale, rectifier, adds: false };
         let [_, channels, height, width] = dims;
         // Packed weights do not depend on the size of the map.
         let plan = unpacked.plan([1, height, width, channels])?;
         Ok(Self { packed: plan.pack(weight, &mut Workspace::default()), ..unpacked })
     }
 
+    /// Adds the output to the values of the map to which it would be written, before limits apply.
+    pub(crate) fn adding(self) -> Self {
+        Self { adds: true, ..self }
+    }
+
     fn plan(&self, x: [usize; 4]) -> Result<Plan> {
         Ok(Plan::new(Isa::detect(), ConvShape::new(x, &self.weight, self.scale)?, Math::F32))
+    }
+}
+
+/// A depthwise convolution with packed weights, and the limits of its output.
+pub(crate) struct DepthwiseConvolution {
+    /// (channels, 1, kernel, kernel)
+    weight: [usize; 4],
+    /// (kernel, kernel, channels)
+    packed: Vec<f32>,
+    bias: Vec<f32>,
+    stride: usize,
+    rectifier: Rectifier,
+}
+
+impl DepthwiseConvolution {
+    /// Packs the weights of a depthwise convolution, (channels, 1, kernel, kernel), with the dimensions `dims`.
+    pub(crate) fn new(
+        weight: &[f32],
+        dims: [usize; 4],
+        bias: Vec<f32>,
+        stride: usize,
+        rectifier: Rectifier,
+    ) -> Self {
+        Self { weight: dims, packed: depthwise::pack(weight, dims[0]), bias, stride, rectifier }
+    }
+
+    fn shape(&self, x: [usize; 4]) -> Result<DepthwiseShape> {
+        DepthwiseShape::new(x, self.weight, self.stride)
     }
 }

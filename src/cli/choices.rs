@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::datasets::{self, DataSet};
 use super::result::Result;
 use crate::data::Split;
-use crate::eval::{CifarClassifier, DigitClassifier, Extractor, Inception, Resizing};
+use crate::eval::{CifarClassifier, DigitClassifier, EfficientNet, Extractor, Inception, Resizing};
 
 /// The extractor of a program, as `KIND:FILE`, such as `digits:out/mnist-fd/classifier.safetensors`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -65,7 +65,7 @@ const INCEPTION: Names =
 
 /// The kinds of extractors, for the help of an option.
 pub(super) const KINDS: &str = "inception:FILE, the network of FID; inception-tf1:FILE, with the resizing of \
-    TensorFlow 1; digits:FILE or cifar10:FILE, a classifier that mnist-fd or cifar10-classifier wrote";
+    TensorFlow 1; efficientnet:FILE, for colour pictures without those weights; digits:FILE or cifar10:FILE, a classifier that mnist-fd or cifar10-classifier wrote";
 
 /// All kinds of extractors.
 static EXTRACTORS: &[ExtractorKind] = &[
@@ -80,6 +80,12 @@ static EXTRACTORS: &[ExtractorKind] = &[
         names: names_of!("CIFAR-10"),
         shape: Some(CifarClassifier::SHAPE),
         open: |file, device| Ok(Box::new(CifarClassifier::load(file, device)?)),
+    },
+    ExtractorKind {
+        name: "efficientnet",
+        names: names_of!("EfficientNet-lite0"),
+        shape: None,
+        open: |file, _| Ok(Box::new(EfficientNet::load(file)?)),
     },
     ExtractorKind {
         name: "inception",

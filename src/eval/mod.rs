@@ -2,8 +2,7 @@
 //! and the bits per dimension of images.
 //!
 //! An [`Extractor`] computes [`Features`], which all metrics share: [`Inception`] those of published figures. The
-//! chapter on
-//! [evaluation](crate::docs::evaluation) has the source of each metric, and the number of images that it needs.
+//! chapter on [evaluation](crate::docs::evaluation) has the source of each metric, and the number of images that it needs.
 //!
 //! | metric | item |
 //! | --- | --- |
@@ -36,12 +35,14 @@ mod balance;
 mod cifar;
 mod digits;
 mod distances;
+mod efficientnet;
 mod estimate;
 mod extractor;
 mod factor;
 mod features;
 mod frechet;
 mod generator;
+mod groups;
 mod inception;
 mod inception_score;
 mod kernel;
@@ -59,6 +60,7 @@ mod weights;
 pub use balance::Balance;
 pub use cifar::{CifarClassifier, CifarNetwork};
 pub use digits::DigitClassifier;
+pub use efficientnet::EfficientNet;
 pub use estimate::Estimate;
 pub use extractor::{Extractor, ExtractorIdentity, extract};
 pub use features::{Classes, Features};

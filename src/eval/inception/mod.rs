@@ -2,7 +2,6 @@
 
 mod network;
 mod resizing;
-mod weights;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,14 +12,15 @@ use candle_core::{Device, Tensor};
 
 use self::network::{CLASSES, FEATURES, Network, SIZE};
 pub use self::resizing::Resizing;
-use self::weights::Weights;
 use super::extractor::{Extractor, ExtractorIdentity};
-use super::features::{Classes, Features};
+use super::features::Features;
+use super::groups;
+use super::weights::{Weights, load};
 use crate::backend::inference::Map;
 use crate::backend::maps::Pool;
-use crate::data::dataset::{Dataset, ImageShape};
+use crate::data::dataset::ImageShape;
 use crate::data::images::Images;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::check_limit;
 
 /// Images that are computed at once: their maps take about 220 MB. More images would save no time.
@@ -64,7 +64,7 @@ impl Inception {
     /// Returns an error if the file cannot be read, or if it does not have exactly the weights of this network.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let (tensors, sha256) = super::weights::load(path, &Device::Cpu)?;
+        let (tensors, sha256) = load(path, &Device::Cpu)?;
         Ok(Self { sha256: Some(sha256), ..Self::new(path, &tensors)? })
     }
 
@@ -84,7 +84,7 @@ impl Inception {
         Ok(Self { network, resizing, sha256: None, pool: Arc::default() })
     }
 
-    /// Computes the features and the logits of `count` images.
+    /// Computes the features and the logits of images.
     fn compute(&self, pixels: &[u8], shape: ImageShape, count: usize) -> Result<[Map; 2]> {
         self.pool.begin(count, false);
         let mut maps = Map::take(&self.pool, [count, SIZE, SIZE, 3])?;
@@ -109,19 +109,8 @@ impl Extractor for Inception {
     }
 
     fn extract(&self, images: &Images) -> Result<Features> {
-        let mut all = Features::with_classes(FEATURES, Classes::Logits(CLASSES));
-        let shape = images.shape();
-        if ![1, 3].contains(&shape.channels) {
-            let expected = "1 (grey) or 3 (RGB)";
-            return Err(Error::config("channels of the images", shape.channels, expected));
-        }
-        let image = images.pixels().len().checked_div(images.len()).unwrap_or_default();
-        for first in (0..images.len()).step_by(GROUP) {
-            let count = GROUP.min(images.len() - first);
-            let pixels = &images.pixels()[first * image..][..count * image];
-            let [features, logits] = Pool::among_threads(|| self.compute(pixels, shape, count))?;
-            all.add_scored(&features.values, &logits.values)?;
-        }
-        Ok(all)
+        groups::features(images, GROUP, [FEATURES, CLASSES], |pixels, shape, count| {
+            self.compute(pixels, shape, count)
+        })
     }
 }

@@ -3,10 +3,11 @@
 
 use std::sync::Arc;
 
-use super::weights::Weights;
-use crate::backend::inference::{Map, Step};
+use crate::backend::inference::{Convolution, Map, Step};
 use crate::backend::maps::Pool;
 use crate::error::Result;
+use crate::eval::weights::Weights;
+use crate::kernels::op::activation::Rectifier;
 use crate::kernels::op::conv::Scale;
 use crate::kernels::op::pool::Pooling;
 
@@ -71,8 +72,7 @@ impl Network {
             blocks.push(branches.into_iter().map(|branch| branch.steps).collect());
         }
         blocks.push(vec![vec![Step::Pool(Pooling::Average, LAST, WITHIN)]]);
-        let classifier = weights.classifier([FEATURES, CLASSES])?;
-        Ok(Self { blocks, classifier: Step::Convolve(vec![classifier]) })
+        Ok(Self { blocks, classifier: Step::Convolve(vec![classifier(weights)?]) })
     }
 
     /// Computes the features (count, 1, 1, 2048) and the logits (count, 1, 1, 1008) of images (count, 299, 299, 3).
@@ -84,8 +84,7 @@ impl Network {
         for block in &self.blocks {
             x = compute(block, pool, &x)?;
         }
-        let mut logits = Map::take(pool, self.classifier.output(x.dims)?)?;
-        self.classifier.run(&x, &mut logits, 0)?;
+        let logits = self.classifier.apply(pool, &x)?;
         Ok([x, logits])
     }
 }
@@ -105,14 +104,34 @@ fn compute(block: &Block, pool: &Arc<Pool>, x: &Map) -> Result<Map> {
             if i + 1 == branch.len() {
                 step.run(input, &mut y, first)?;
             } else {
-                let mut next = Map::take(pool, step.output(input.dims)?)?;
-                step.run(input, &mut next, 0)?;
-                between = Some(next);
+                between = Some(step.apply(pool, input)?);
             }
         }
         first += output[3];
     }
     Ok(y)
+}
+
+/// A convolution, the batch normalisation that follows it, and a ReLU.
+fn convolution(
+    weights: &Weights<'_>,
+    name: &str,
+    [input, output]: [usize; 2],
+    [height, width]: [usize; 2],
+    scale: Scale,
+) -> Result<Convolution> {
+    let dims = [output, input, height, width];
+    let (weight, bias) =
+        weights.normalized(&format!("{name}.conv"), &format!("{name}.bn"), dims)?;
+    Convolution::new(&weight, dims, bias, scale, Rectifier::Relu)
+}
+
+/// The layer `fc` as a convolution of maps of one pixel, without its bias.
+fn classifier(weights: &Weights<'_>) -> Result<Convolution> {
+    let weight = weights.values("fc.weight", &[CLASSES, FEATURES])?;
+    weights.allow("fc.bias");
+    let dims = [CLASSES, FEATURES, 1, 1];
+    Convolution::new(&weight, dims, vec![0.0; CLASSES], SAME, Rectifier::None)
 }
 
 /// The start of the branches of a block.
@@ -168,7 +187,7 @@ impl Branch<'_> {
         let Start { weights, prefix, .. } = self.start;
         let convolution = |(layer, kernel): &(&str, [usize; 2])| {
             let (name, channels) = (format!("{prefix}{layer}"), [self.channels, channels]);
-            weights.convolution(&name, channels, *kernel, scale)
+            convolution(weights, &name, channels, *kernel, scale)
         };
         let convolutions = layers.iter().map(convolution).collect::<Result<Vec<_>>>()?;
         self.steps.push(Step::Convolve(convolutions));

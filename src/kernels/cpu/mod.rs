@@ -4,6 +4,7 @@ pub(crate) mod adam;
 pub(crate) mod attention;
 pub(crate) mod bf16;
 pub(crate) mod conv;
+pub(crate) mod depthwise;
 pub(crate) mod dropout;
 pub(crate) mod gemm;
 pub(crate) mod isa;

@@ -260,14 +260,15 @@ pub(crate) fn lanes<S: Simd>(vector: S) -> [f32; 16] {
 /// Calls a function for each whole vector of channels, then for each remaining channel. The variable
 /// holds the number of the first channel.
 macro_rules! for_channels {
-    ($first:ident in $channels:expr, $f:ident::<$s:ident>($($argument:expr),* $(,)?) $(,)?) => {
+    ($first:ident in $channels:expr,
+     $f:ident::<$s:ident $(, $more:literal)?>($($argument:expr),* $(,)?) $(,)?) => {
         let mut $first = 0;
         while $first + $s::WIDTH <= $channels {
-            $f::<$s>($($argument),*);
+            $f::<$s $(, $more)?>($($argument),*);
             $first += $s::WIDTH;
         }
         while $first < $channels {
-            $f::<f32>($($argument),*);
+            $f::<f32 $(, $more)?>($($argument),*);
             $first += 1;
         }
     };

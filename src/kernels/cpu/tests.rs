@@ -7,6 +7,7 @@ use super::bf16::unit::Unit;
 use super::conv::algorithm::{Math, Packed, Workspace};
 use super::conv::epilogue::Epilogue;
 use super::conv::plan::Plan;
+use super::depthwise::{self, Depthwise};
 use super::isa::Isa;
 use super::linear::{linear_forward, linear_input_gradient, linear_weight_gradient};
 use super::maps::{concatenate, repeat_pixels, scale_maps, split, sum_pixels};
@@ -14,13 +15,14 @@ use super::norm::modulated::Modulated;
 use super::norm::{Normalization, RUN};
 use super::pool::pool;
 use super::reduce::{sum_over_batch, sums_by_image};
+use crate::kernels::op::activation::Rectifier;
 use crate::kernels::op::attention::AttentionShape;
 use crate::kernels::op::conv::{Addends, ConvShape};
 use crate::kernels::op::place::Place;
 use crate::kernels::op::pool::Pooling;
 use crate::kernels::suite::{
-    AttentionCase, ConvArithmetic, ConvCase, Found, LinearCase, MapsCase, ModulatedCase, NormCase,
-    PixelsCase, PoolCase, Subject,
+    AttentionCase, ConvArithmetic, ConvCase, DepthwiseCase, Found, LinearCase, MapsCase,
+    ModulatedCase, NormCase, PixelsCase, PoolCase, Subject,
 };
 use crate::kernels::tests::{BF16, F32, Products};
 
@@ -92,7 +94,7 @@ fn convolve(plan: Plan, case: &ConvCase) -> Found {
     ]
 }
 
-/// Tests that a convolution with a ReLU writes the positive values of `y`, exactly, to some channels of a wider map.
+/// Tests that a convolution with limits writes the values of `y` within them, exactly, to some channels of a wider map.
 fn rectified_in_place(
     plan: Plan,
     case: &ConvCase,
@@ -102,22 +104,39 @@ fn rectified_in_place(
 ) {
     let channels = case.shape.c_out;
     let place = Place { first: 3, of: channels + 5 };
-    let mut wide = vec![-7.0; y.len() / channels * place.of];
-    if let Some([before, _]) = &case.before {
-        let before = values(before);
-        let pixels = wide.chunks_exact_mut(place.of).zip(before.chunks_exact(channels));
-        pixels.for_each(|(to, pixel)| to[place.first..][..channels].copy_from_slice(pixel));
-    }
-    let epilogue = Epilogue { relu: true, place: Some(place), ..epilogue };
-    plan.forward(&values(&case.x), packed, epilogue, &mut wide);
-    for (pixel, y) in wide.chunks_exact(place.of).zip(y.chunks_exact(channels)) {
-        let (left, pixel) = pixel.split_at(place.first);
-        let (pixel, right) = pixel.split_at(channels);
-        assert!(left.iter().chain(right).all(|&value| value == -7.0));
-        for (found, y) in pixel.iter().zip(y) {
-            assert_eq!(*found, y.max(0.0), "{:?}", case.shape);
+    for (rectifier, highest) in [(Rectifier::Relu, f32::INFINITY), (Rectifier::Relu6, 6.0)] {
+        let mut wide = vec![-7.0; y.len() / channels * place.of];
+        if let Some([before, _]) = &case.before {
+            let before = values(before);
+            let pixels = wide.chunks_exact_mut(place.of).zip(before.chunks_exact(channels));
+            pixels.for_each(|(to, pixel)| to[place.first..][..channels].copy_from_slice(pixel));
+        }
+        let epilogue = Epilogue { rectifier, place: Some(place), ..epilogue };
+        plan.forward(&values(&case.x), packed, epilogue, &mut wide);
+        for (pixel, y) in wide.chunks_exact(place.of).zip(y.chunks_exact(channels)) {
+            let (left, pixel) = pixel.split_at(place.first);
+            let (pixel, right) = pixel.split_at(channels);
+            assert!(left.iter().chain(right).all(|&value| value == -7.0));
+            for (found, y) in pixel.iter().zip(y) {
+                assert_eq!(*found, y.max(0.0).min(highest), "{:?}", case.shape);
+            }
         }
     }
+}
+
+/// Returns the output of these dimensions that `write` writes to some channels of a wider map. Tests that it writes
+/// nothing else.
+fn in_place(dims: [usize; 4], write: impl FnOnce(Place, &mut [f32])) -> Tensor {
+    let place = Place { first: 2, of: dims[3] + 3 };
+    let mut wide = room(dims[..3].iter().product::<usize>() * place.of);
+    write(place, &mut wide);
+    let own = place.first..place.first + dims[3];
+    let pixels = wide.chunks_exact(place.of);
+    assert!(pixels.clone().all(|pixel| {
+        let others = pixel.iter().enumerate().filter(|(c, _)| !own.contains(c));
+        others.into_iter().all(|(_, value)| value.is_nan())
+    }));
+    tensor(pixels.flat_map(|pixel| pixel[own.clone()].to_vec()).collect(), &dims)
 }
 
 /// The kernels of all operations, in f32.
@@ -221,19 +240,23 @@ impl Subject for Kernels {
 
     fn pooling(&self, PoolCase { shape, x }: &PoolCase) -> Result<Found> {
         let dims = shape.output();
-        let (x, place) = (values(x), Place { first: 2, of: shape.channels + 3 });
-        let found = |pooling| {
-            let mut wide = room(dims[..3].iter().product::<usize>() * place.of);
-            pool(self.0, pooling, shape, &x, place, &mut wide);
-            let own = place.first..place.first + shape.channels;
-            let pixels = wide.chunks_exact(place.of);
-            assert!(pixels.clone().all(|pixel| {
-                let others = pixel.iter().enumerate().filter(|(c, _)| !own.contains(c));
-                others.into_iter().all(|(_, value)| value.is_nan())
-            }));
-            tensor(pixels.flat_map(|pixel| pixel[own.clone()].to_vec()).collect(), &dims)
-        };
+        let x = values(x);
+        let found =
+            |pooling| in_place(dims, |place, wide| pool(self.0, pooling, shape, &x, place, wide));
         Ok(vec![("max", found(Pooling::Max)), ("average", found(Pooling::Average))])
+    }
+
+    fn depthwise(&self, case: &DepthwiseCase) -> Result<Found> {
+        let shape = case.shape;
+        let [x, weight, bias] = [&case.x, &case.weight, &case.bias].map(values);
+        let weight = depthwise::pack(&weight, shape.channels);
+        let found = |rectifier| {
+            let of = Depthwise { isa: self.0, shape, weight: &weight, bias: &bias, rectifier };
+            in_place(shape.output(), |place, wide| of.forward(&x, place, wide))
+        };
+        let kinds =
+            [("y", Rectifier::None), ("relu", Rectifier::Relu), ("relu6", Rectifier::Relu6)];
+        Ok(kinds.into_iter().map(|(name, rectifier)| (name, found(rectifier))).collect())
     }
 
     fn maps_of(&self, MapsCase { a, b, mask }: &MapsCase) -> Result<Found> {

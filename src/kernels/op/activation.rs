@@ -10,6 +10,29 @@ pub enum Activation {
     Silu,
 }
 
+/// The limits of the output of a convolution whose weights are fixed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Rectifier {
+    /// No limits.
+    #[default]
+    None,
+    /// At least 0 (ReLU).
+    Relu,
+    /// At least 0, at most 6 (ReLU6).
+    Relu6,
+}
+
+impl Rectifier {
+    /// The greatest output, if the least is 0.
+    pub(crate) fn highest(self) -> Option<f32> {
+        match self {
+            Self::None => None,
+            Self::Relu => Some(f32::INFINITY),
+            Self::Relu6 => Some(6.0),
+        }
+    }
+}
+
 /// The activation that a linear layer applies to its input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]

@@ -7,6 +7,7 @@ pub(crate) mod activation;
 pub(crate) mod attention;
 pub(crate) mod conv;
 pub(crate) mod counters;
+pub(crate) mod depthwise;
 pub(crate) mod loss;
 pub(crate) mod muon;
 pub(crate) mod norm;

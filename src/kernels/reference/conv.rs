@@ -1,5 +1,6 @@
 use candle_core::{Result, Tensor};
 
+use super::layout::every;
 use super::pixels::upsample_nearest_2x;
 use crate::kernels::op::conv::Scale;
 
@@ -27,20 +28,12 @@ pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, scale: Scale) -
         x.pad_with_zeros(dim, before, after)
     };
     let padded = padded(&padded(x, 1, height)?, 2, width)?;
-    // Every `stride`-th row or column from `offset` on.
-    let pick = |x: &Tensor, dim: usize, offset: usize, count: usize| {
-        if stride == 1 {
-            return x.narrow(dim, offset, count);
-        }
-        let places: Vec<u32> = (0..count).map(|i| (i * stride + offset) as u32).collect();
-        x.index_select(&Tensor::new(places, x.device())?, dim)
-    };
     let taps = height * width;
     let mut patches = Vec::with_capacity(taps);
     for ky in 0..height {
-        let rows = pick(&padded, 1, ky, h_out)?;
+        let rows = every(&padded, 1, ky, stride, h_out)?;
         for kx in 0..width {
-            patches.push(pick(&rows, 2, kx, w_out)?);
+            patches.push(every(&rows, 2, kx, stride, w_out)?);
         }
     }
     let patches = Tensor::cat(&patches, 3)?.reshape((b * h_out * w_out, taps * c_in))?;

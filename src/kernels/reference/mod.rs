@@ -3,6 +3,8 @@
 
 pub(crate) mod attention;
 pub(crate) mod conv;
+#[cfg(test)]
+pub(crate) mod depthwise;
 pub(crate) mod layout;
 pub(crate) mod linear;
 pub(crate) mod norm;

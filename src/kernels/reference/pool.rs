@@ -1,5 +1,6 @@
 use candle_core::{Result, Tensor};
 
+use super::layout::every;
 use crate::kernels::op::conv::Scale;
 use crate::kernels::op::pool::{PoolShape, Pooling};
 
@@ -28,15 +29,12 @@ fn shifted(
     shape: &PoolShape,
     combine: impl Fn(&Tensor, &Tensor) -> Result<Tensor>,
 ) -> Result<Tensor> {
-    let pick = |x: &Tensor, dim: usize, offset: usize, count: usize| {
-        let places = (0..count).map(|i| (i * shape.scale.stride() + offset) as u32);
-        x.index_select(&Tensor::new(places.collect::<Vec<_>>(), x.device())?, dim)
-    };
+    let stride = shape.scale.stride();
     let mut all: Option<Tensor> = None;
     for ky in 0..shape.window {
-        let rows = pick(padded, 1, ky, shape.h_out)?;
+        let rows = every(padded, 1, ky, stride, shape.h_out)?;
         for kx in 0..shape.window {
-            let map = pick(&rows, 2, kx, shape.w_out)?;
+            let map = every(&rows, 2, kx, stride, shape.w_out)?;
             all = Some(match all {
                 Some(all) => combine(&all, &map)?,
                 None => map,

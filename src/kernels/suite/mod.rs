@@ -8,6 +8,7 @@
 
 mod attention;
 mod conv;
+mod depthwise;
 mod linear;
 mod maps;
 mod modulated;
@@ -18,6 +19,7 @@ use candle_core::{DType, Result, Tensor};
 
 pub(crate) use attention::AttentionCase;
 pub(crate) use conv::{ConvArithmetic, ConvCase};
+pub(crate) use depthwise::DepthwiseCase;
 pub(crate) use linear::LinearCase;
 pub(crate) use maps::{MapsCase, PixelsCase};
 pub(crate) use modulated::ModulatedCase;
@@ -93,6 +95,11 @@ pub(crate) trait Subject {
 
     /// `max` and `average`, the poolings.
     fn pooling(&self, _: &PoolCase) -> Result<Found> {
+        Ok(Found::new())
+    }
+
+    /// `y`, and `relu` and `relu6`: the same with limits.
+    fn depthwise(&self, _: &DepthwiseCase) -> Result<Found> {
         Ok(Found::new())
     }
 

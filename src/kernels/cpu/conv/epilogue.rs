@@ -1,5 +1,6 @@
-//! The last steps of a convolution: the values that are added to its output, the ReLU, and the place of the output.
+//! The last steps of a convolution: the values that are added to its output, its limits, and its place.
 
+use crate::kernels::op::activation::Rectifier;
 use crate::kernels::op::conv::Addends;
 use crate::kernels::op::place::Place;
 
@@ -12,8 +13,8 @@ pub(crate) struct Epilogue<'a> {
     pub add: Addends<Option<&'a [f32]>>,
     /// Whether the output is added to the present values.
     pub accumulate: bool,
-    /// Whether negative values of the output become 0 (ReLU), after all additions.
-    pub relu: bool,
+    /// The limits of the output, after all additions.
+    pub rectifier: Rectifier,
     /// The channels of a wider map to which the output is written. Without a place, the output is the whole map. With a
     /// place, there is no residual.
     pub place: Option<Place>,
@@ -38,15 +39,13 @@ impl Epilogue<'_> {
         }
     }
 
-    /// Applies the ReLU, if there is one, to some pixels of a map, in the place of an output of `channels` channels.
+    /// Limits the output of `channels` channels in some pixels of a map.
     pub(crate) fn rectify(&self, pixels: &mut [f32], channels: usize) {
         let Place { first, of } = self.place(channels);
-        if self.relu {
+        if let Some(highest) = self.rectifier.highest() {
             for pixel in pixels.chunks_exact_mut(of) {
                 // Keeps NaN, which `f32::max` would replace.
-                pixel[first..][..channels]
-                    .iter_mut()
-                    .for_each(|y| *y = if *y < 0.0 { 0.0 } else { *y });
+                pixel[first..][..channels].iter_mut().for_each(|y| *y = y.clamp(0.0, highest));
             }
         }
     }

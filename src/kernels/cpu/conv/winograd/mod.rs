@@ -175,7 +175,7 @@ impl Winograd {
                         shift,
                         residual: epilogue.add.residual.map(|r| &r[span]),
                         accumulate: epilogue.accumulate,
-                        relu: epilogue.relu,
+                        rectifier: epilogue.rectifier,
                     };
                     let row = TileRow { first: begin, stride: m_stride, places };
                     transform_output(isa, pixels, m, row);

@@ -6,6 +6,7 @@ use super::places::{Places, each, place, with_places};
 use super::tiles::{Source, TileRow};
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::simd::{Simd, simd_fn};
+use crate::kernels::op::activation::Rectifier;
 use crate::kernels::op::place::Place;
 
 simd_fn! {
@@ -100,16 +101,16 @@ pub(super) struct PixelRows<'a> {
     pub residual: Option<&'a [f32]>,
     /// Whether the output is added to the present values.
     pub accumulate: bool,
-    /// Whether negative values of the output become 0.
-    pub relu: bool,
+    /// The limits of the output.
+    pub rectifier: Rectifier,
 }
 
 simd_fn! {
     /// Writes the pixel rows of a row of tiles: `A^T m A` of each tile, plus the values that are added to
     /// it.
     pub(super) fn transform_output<S>(pixels: PixelRows<'_>, m: &[f32], row: TileRow) {
-        let PixelRows { y, place: Place { first: channel, of }, w, shift, residual, accumulate, relu } =
-            pixels;
+        let PixelRows { y, place, w, shift, residual, accumulate, rectifier } = pixels;
+        let Place { first: channel, of } = place;
         let TileRow { first, stride, places } = row;
         let channels = shift.len();
         let tiles = w.div_ceil(2);
@@ -132,7 +133,7 @@ simd_fn! {
                 down,
                 right,
                 accumulate,
-                relu,
+                highest: rectifier.highest(),
             };
             let mut c = 0;
             // SAFETY: by the assertions, all pixels of the tile are within `y`, and all of its places
@@ -161,7 +162,8 @@ struct OutputTile {
     down: Option<usize>,
     right: Option<usize>,
     accumulate: bool,
-    relu: bool,
+    /// The greatest value, if the least is 0.
+    highest: Option<f32>,
 }
 
 /// # Safety
@@ -190,8 +192,8 @@ unsafe fn output_tile<S: Simd, const INNER: bool>(tile: &OutputTile, c: usize) {
                 if tile.accumulate {
                     value = value.add(S::load(tile.y.add(place)));
                 }
-                if tile.relu {
-                    value = value.at_least(S::splat(0.0));
+                if let Some(highest) = tile.highest {
+                    value = value.at_least(S::splat(0.0)).at_most(S::splat(highest));
                 }
                 value.store(tile.y.add(place));
             }
