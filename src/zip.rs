@@ -200,14 +200,19 @@ impl Entry {
 /// Returns the content of an archive of these entries, stored without compression.
 ///
 /// # Errors
-/// Returns a size or a position that is too large for an archive, which has less than 4 GB.
-pub(crate) fn archive(entries: &[(String, Vec<u8>)]) -> std::result::Result<Vec<u8>, usize> {
+/// Returns what is too large for an archive, such as `5000000000 bytes`. An archive has less than 4 GB, at most 65,534
+/// entries, and names of at most 65,534 bytes.
+pub(crate) fn archive(entries: &[(String, Vec<u8>)]) -> std::result::Result<Vec<u8>, String> {
+    let count = below(u16::MAX, entries.len(), "entries")?;
+    let short = |bytes| below(u32::MAX, bytes, "bytes");
     let (mut file, mut directory) = (Vec::new(), Vec::new());
     for (name, content) in entries {
         let (size, offset) = (short(content.len())?, short(file.len())?);
-        // Version 2.0, no flags, stored, 1980-01-01, the checksum, both sizes, and the lengths of the names.
+        let length = below(u16::MAX, name.len(), "bytes of a name")?;
+        // Version 2.0, no flags, stored, 1980-01-01, the checksum, both sizes, and the lengths of the name and of the
+        // extra fields.
         let mut common = vec![20, 0, 0, 0, 0, 0, 0, 0, 33, 0];
-        for number in [crc(content), size, size, name.len() as u32] {
+        for number in [crc(content), size, size, length.into()] {
             common.extend(number.to_le_bytes());
         }
         directory.extend([CENTRAL.0, &[20, 0], &common, &[0; 10]].concat());
@@ -215,7 +220,6 @@ pub(crate) fn archive(entries: &[(String, Vec<u8>)]) -> std::result::Result<Vec<
         directory.extend(name.as_bytes());
         file.extend([LOCAL.0, &common, name.as_bytes(), content].concat());
     }
-    let count = entries.len() as u16;
     let (start, size) = (short(file.len())?, short(directory.len())?);
     file.extend(directory);
     file.extend([END.0, &[0; 4], &count.to_le_bytes(), &count.to_le_bytes()].concat());
@@ -223,9 +227,14 @@ pub(crate) fn archive(entries: &[(String, Vec<u8>)]) -> std::result::Result<Vec<
     Ok(file)
 }
 
-/// Returns a size or a position in an archive, which must not reach the mark of ZIP64.
-fn short(bytes: usize) -> std::result::Result<u32, usize> {
-    u32::try_from(bytes).ok().filter(|number| *number < u32::MAX).ok_or(bytes)
+/// Returns a number of an archive, which must not reach the mark of ZIP64, the greatest of its type.
+fn below<T: TryFrom<usize> + PartialOrd>(
+    mark: T,
+    number: usize,
+    of: &str,
+) -> std::result::Result<T, String> {
+    let fits = T::try_from(number).ok().filter(|number| *number < mark);
+    fits.ok_or_else(|| format!("{number} {of}"))
 }
 
 fn crc(bytes: &[u8]) -> u32 {
@@ -267,9 +276,20 @@ mod tests {
     #[test]
     fn positions_stay_below_the_mark_of_large_archives() {
         let mark = u32::MAX as usize;
-        assert_eq!(short(mark - 1), Ok(u32::MAX - 1));
+        assert_eq!(below(u32::MAX, mark - 1, "bytes"), Ok(u32::MAX - 1));
         for bytes in [mark, mark + 1, usize::MAX] {
-            assert_eq!(short(bytes), Err(bytes));
+            assert_eq!(below(u32::MAX, bytes, "bytes"), Err(format!("{bytes} bytes")));
+        }
+    }
+
+    #[test]
+    fn archives_of_too_many_entries_or_too_long_names_are_refused() {
+        let entries = |count: usize| vec![(String::new(), vec![]); count];
+        let named = |length: usize| archive(&[("n".repeat(length), vec![])]);
+        assert!(archive(&entries(65_534)).is_ok() && named(65_534).is_ok());
+        for count in [65_535, 65_536, 65_537] {
+            assert_eq!(archive(&entries(count)), Err(format!("{count} entries")));
+            assert_eq!(named(count), Err(format!("{count} bytes of a name")));
         }
     }
 }

@@ -823,4 +823,19 @@ fn weights_of_other_networks_are_not_inception() {
     assert!(message(&weights).contains("Mixed_7c.branch1x1.bn.bias"));
     weights.insert("Mixed_7c.branch1x1.bn.bias".into(), bias.unwrap());
     load(&weights).unwrap();
+
+    // Values with which features would be NaN or infinite.
+    for (part, value, expected) in [
+        ("bn.running_var", -1.0, "bn.running_var has -1; it must be above -0.001"),
+        ("bn.running_var", f64::NAN, "bn.running_var has NaN; it must be above"),
+        ("bn.weight", f64::INFINITY, "conv.weight, times the factor of"),
+        ("bn.running_mean", f64::INFINITY, "bn.running_mean has"),
+    ] {
+        let name = format!("Conv2d_1a_3x3.{part}");
+        let good = weights[&name].clone();
+        weights.insert(name.clone(), good.affine(0.0, value).unwrap());
+        let found = message(&weights);
+        assert!(found.contains(expected) && found.contains(".safetensors: "), "{found}");
+        weights.insert(name, good);
+    }
 }

@@ -225,6 +225,14 @@ fn schedulers_of_diffusers_are_processes_and_samplers() {
             r#"{"num_train_timesteps": 3, "trained_betas": [0.1, 0.2]}"#,
             "trained_betas is a list of 2; it must be 3 numbers, as num_train_timesteps",
         ),
+        (
+            r#"{"_class_name": "DDIMScheduler", "timestep_spacing": "linspace"}"#,
+            "timestep_spacing is \"linspace\"; it must be \"leading\", or \"trailing\" with a divisor",
+        ),
+        (
+            r#"{"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "num_train_timesteps": 999}"#,
+            "timestep_spacing is \"trailing\", with 50 steps of 999 timesteps; it must be",
+        ),
         (r#"{"thresholding": true}"#, "thresholding is true; it must be false"),
         (r#"{"beta_schedule": "sigmoid"}"#, "beta_schedule is \"sigmoid\": unknown variant"),
         (r#"{"steps_offset": 1}"#, "steps_offset is 1; it must be 0"),
@@ -324,7 +332,11 @@ fn networks_of_diffusers_are_the_same_after_two_conversions() -> Result<()> {
     let (temp, device) = (tempfile::tempdir().unwrap(), Device::Cpu);
     let linear = || NoiseSchedule::linear(1000, 1e-4, 0.02);
     let ddpm = |variance| SamplerConfig::new(Solver::Ddpm { variance }, 1000).clip_denoised(true);
-    let ddim = SamplerConfig::new(Solver::ddim(), 50);
+    let ddim = SamplerConfig::new(Solver::ddim(), 50).spacing(Spacing::Leading);
+    let unclipped_noise = SamplerConfig {
+        solver: Solver::DdimUnclippedNoise { eta: 0.0 },
+        ..ddim.clip_denoised(true)
+    };
     for (name, schedule, prediction, sampling) in [
         ("cifar10", linear()?, Prediction::Epsilon, ddpm(Variance::Beta).spacing(Spacing::Leading)),
         (
@@ -339,7 +351,12 @@ fn networks_of_diffusers_are_the_same_after_two_conversions() -> Result<()> {
             Prediction::Epsilon,
             ddpm(Variance::Learned),
         ),
-        ("classes", NoiseSchedule::sigmoid(1000, -3.0, 3.0, 1.0)?, Prediction::Sample, ddim),
+        (
+            "classes",
+            NoiseSchedule::sigmoid(1000, -3.0, 3.0, 1.0)?,
+            Prediction::Sample,
+            unclipped_noise,
+        ),
         (
             "scale_shift",
             NoiseSchedule::cosine(1000)?.shifted(-1.0)?,
@@ -399,8 +416,16 @@ fn what_a_folder_of_diffusers_lacks_is_refused_by_name() -> Result<()> {
         message
     };
     let plain = file("cifar10")?;
-    let ddim = SamplerConfig::new(Solver::ddim(), 50);
+    let even = SamplerConfig::new(Solver::ddim(), 50);
+    let ddim = even.spacing(Spacing::Leading);
+    let trailing = SamplerConfig::new(Solver::ddim(), 30).spacing(Spacing::Trailing);
+    let usual = SamplerConfig::usual(&Diffusion::ddpm());
     for (sampling, expected) in [
+        (usual, "solver is DDIM with eta 0, which clips; it must be DdimUnclippedNoise"),
+        (usual.spacing(Spacing::Leading), "SamplerConfig::for_diffusers replaces it"),
+        (even, "spacing is even, with 50 sampling steps of ddim; it must be leading, or trailing"),
+        (trailing, "trailing with a divisor of 1000 as the number of steps"),
+        (SamplerConfig::new(Solver::ddpm(), 50).spacing(Spacing::Quadratic), "even, leading or"),
         (SamplerConfig::recommended(), "solver is UniPC"),
         (SamplerConfig::new(Solver::Ddim { eta: 0.5 }, 50), "solver is DDIM"),
         (ddim.spacing(Spacing::LogSnr), "spacing is"),
@@ -414,6 +439,16 @@ fn what_a_folder_of_diffusers_lacks_is_refused_by_name() -> Result<()> {
         let message = message(&plain, sampling);
         assert!(message.contains(expected), "{message}, not {expected}");
     }
+    // Without settings, the closest to the usual ones.
+    let out = temp.path().join("usual");
+    plain.export_diffusers(&out, None)?;
+    let closest = *DiffusersFolder::open(&out)?.sampling();
+    assert_eq!(closest, usual.for_diffusers());
+    let unclipped_noise = Solver::DdimUnclippedNoise { eta: 0.0 };
+    let expected = SamplerConfig { solver: unclipped_noise, ..usual.spacing(Spacing::Leading) };
+    assert_eq!(closest, expected);
+    let ancestral = SamplerConfig::new(Solver::ddpm(), 50).clip_denoised(true);
+    assert_eq!((ancestral.for_diffusers(), trailing.for_diffusers()), (ancestral, trailing));
     let learned = message(&file("heads")?, ddim);
     assert!(learned.contains("a network with a learned variance"), "{learned}");
     let own = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };

@@ -190,6 +190,24 @@ mod tests {
     }
 
     #[test]
+    fn recompute_is_switched_on_and_off() -> Result<(), String> {
+        let recompute =
+            |recompute, args| applied(&TrainConfig { recompute, ..TrainConfig::mnist() }, args);
+        for (before, args, after) in [
+            (false, "", false),
+            (true, "", true),
+            (false, "--recompute", true),
+            (false, "--recompute --steps 3", true),
+            (false, "--recompute true", true),
+            (true, "--recompute false", false),
+        ] {
+            assert_eq!(recompute(before, args)?.recompute, after, "{before} {args}");
+        }
+        assert!(recompute(false, "--recompute 2").is_err());
+        Ok(())
+    }
+
+    #[test]
     fn mistakes_name_the_option_and_what_is_allowed() {
         for (args, expected) in [
             ("--loss l3", ["--loss", "mse, l1, huber"]),

@@ -193,9 +193,10 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=65_536))]
     accumulation: Option<usize>,
-    /// Compute feature maps again in the backward pass instead of keeping them: less memory, more time, the same weights
-    #[arg(long)]
-    recompute: bool,
+    /// Compute feature maps again in the backward pass instead of keeping them: less memory, more time, the same weights;
+    /// false switches it off when a run continues
+    #[arg(long, value_name = "true|false", num_args = 0..=1, default_missing_value = "true")]
+    recompute: Option<bool>,
     /// Precision of products: highest or high; bf16 or f16 (with the feature f16)
     #[arg(long, value_name = "P", value_parser = precision)]
     precision: Option<Precision>,
@@ -303,7 +304,7 @@ impl TrainArgs {
             accumulation: self.accumulation.unwrap_or(config.accumulation),
             precision: self.precision.unwrap_or(config.precision),
             log_every: self.log_every.unwrap_or(config.log_every),
-            recompute: self.recompute || config.recompute,
+            recompute: self.recompute.unwrap_or(config.recompute),
             ..self.objective.apply(config)
         })
     }

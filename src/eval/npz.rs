@@ -93,8 +93,8 @@ pub(super) fn write(path: &Path, arrays: &[(&str, &[usize], &[f64])]) -> Result<
         (format!("{name}.npy"), content)
     };
     let entries: Vec<_> = arrays.iter().map(entry).collect();
-    let content = archive(&entries).map_err(|bytes| {
-        Error::config("statistics", format!("of {bytes} bytes"), "less than 4 GB in a file")
+    let content = archive(&entries).map_err(|size| {
+        Error::config("statistics", format!("of {size}"), "less than 4 GB in a file")
     })?;
     files::write(path, &content)
 }

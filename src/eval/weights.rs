@@ -50,7 +50,8 @@ impl<'a> Weights<'a> {
     /// channel.
     ///
     /// # Errors
-    /// Returns an error if a weight is missing or has another shape.
+    /// Returns an error if a weight is missing or has another shape, if a variance plus [`EPS`] is not positive, or if a
+    /// weight or bias is then not finite.
     pub(super) fn normalized(
         &self,
         layer: &str,
@@ -62,18 +63,34 @@ impl<'a> Weights<'a> {
         let [factor, bias, mean, variance] =
             [of("weight")?, of("bias")?, of("running_mean")?, of("running_var")?];
         self.allow(format!("{norm}.num_batches_tracked"));
+        if let Some(variance) = variance.iter().find(|v| f64::from(**v) + EPS <= 0.0 || v.is_nan())
+        {
+            let reason = format!("{norm}.running_var has {variance}; it must be above -{EPS}");
+            return Err(Error::data(self.path, reason));
+        }
         let mut shift = vec![0f32; dims[0]];
         for (o, weight) in weight.chunks_exact_mut(dims[1..].iter().product()).enumerate() {
             let factor = f64::from(factor[o]) / (f64::from(variance[o]) + EPS).sqrt();
             weight.iter_mut().for_each(|weight| *weight = (f64::from(*weight) * factor) as f32);
             shift[o] = (f64::from(bias[o]) - f64::from(mean[o]) * factor) as f32;
         }
+        self.check_finite(&format!("{layer}.weight, times the factor of {norm}"), &weight)?;
+        self.check_finite(&format!("{norm}.bias, minus the scaled {norm}.running_mean"), &shift)?;
         Ok((weight, shift))
     }
 
     /// Allows a weight that the network does not need.
     pub(super) fn allow(&self, name: impl Into<String>) {
         self.known.borrow_mut().insert(name.into(), ());
+    }
+
+    fn check_finite(&self, what: &str, values: &[f32]) -> Result<()> {
+        match values.iter().find(|value| !value.is_finite()) {
+            Some(value) => {
+                Err(Error::data(self.path, format!("{what} has {value}; it must be finite")))
+            }
+            None => Ok(()),
+        }
     }
 
     /// # Errors

@@ -138,7 +138,8 @@ impl SamplerConfig {
     ///
     /// # Errors
     /// Returns an error if the file cannot be read or is not JSON, and an error that names the option and its value if
-    /// the crate lacks it.
+    /// the crate lacks it. Each step of `DDIMScheduler` goes back by `T / S`, rounded down, whatever the next timestep of
+    /// its list is. The crate lacks this for `linspace`, and for `trailing` if `S` does not divide `T`.
     pub fn from_diffusers(folder: impl AsRef<Path>) -> Result<(Diffusion, Self)> {
         let mut options = Options::read(folder.as_ref().join(SCHEDULER))?;
         let [ancestral, implicit] =
@@ -166,7 +167,23 @@ impl SamplerConfig {
         }
         let scheduler: Scheduler = options.parse()?;
         let diffusion = scheduler.diffusion().map_err(|error| options.refuse(error.to_string()))?;
-        let sampler = scheduler.sampler(ancestral, diffusion.schedule().steps());
+        let total = diffusion.schedule().steps();
+        let sampler = scheduler.sampler(ancestral, total);
+        if implicit {
+            let steps = sampler.steps;
+            let found = match sampler.spacing {
+                Spacing::Even => "\"linspace\"".into(),
+                Spacing::Trailing if !total.is_multiple_of(steps) => {
+                    format!("\"trailing\", with {steps} steps of {total} timesteps")
+                }
+                _ => return Ok((diffusion, sampler)),
+            };
+            let expected = "\"leading\", or \"trailing\" with a divisor, because the steps of DDIMScheduler do not end \
+                            at other timesteps of its list";
+            return Err(
+                options.refuse(format!("timestep_spacing is {found}; it must be {expected}"))
+            );
+        }
         Ok((diffusion, sampler))
     }
 }

@@ -97,6 +97,28 @@ fn part(path: &Path, name: &str) -> PathBuf {
     if own.is_dir() { own } else { path.to_owned() }
 }
 
+impl SamplerConfig {
+    /// The closest settings that a folder of diffusers has, in place of those of DDIM with clipping or with even
+    /// timesteps. They draw similar images. Other settings stay as they are.
+    ///
+    /// The `DDIMScheduler` of diffusers has the noise of the prediction before it is clipped
+    /// ([`Solver::DdimUnclippedNoise`]). Each of its steps is as long as the others, so of its spacings only
+    /// [`Spacing::Leading`] is exact for every number of steps.
+    #[must_use]
+    pub fn for_diffusers(self) -> Self {
+        let solver = match self.solver {
+            Solver::Ddim { eta } if self.clip_denoised => Solver::DdimUnclippedNoise { eta },
+            solver => solver,
+        };
+        let implicit = matches!(solver, Solver::Ddim { .. } | Solver::DdimUnclippedNoise { .. });
+        let spacing = match self.spacing {
+            Spacing::Even if implicit => Spacing::Leading,
+            spacing => spacing,
+        };
+        Self { solver, spacing, ..self }
+    }
+}
+
 /// The files of a pipeline that describe it, without the network.
 pub(crate) struct Described {
     /// The content of `model_index.json`.
@@ -120,9 +142,16 @@ impl Described {
         let refuse = |field, found: String, expected: &str| {
             Err(Error::config(field, found, format!("{expected} in a folder of diffusers")))
         };
+        let clips = sampler.clip_denoised;
         let (name, variance) = match sampler.solver {
             Solver::Ddpm { variance } => ("DDPM", Some(variance)),
-            Solver::Ddim { eta: 0.0 } => ("DDIM", None),
+            Solver::Ddim { eta: 0.0 } if !clips => ("DDIM", None),
+            Solver::DdimUnclippedNoise { eta: 0.0 } => ("DDIM", None),
+            solver @ Solver::Ddim { eta: 0.0 } => {
+                let expected =
+                    "DdimUnclippedNoise, or not clip (SamplerConfig::for_diffusers replaces it),";
+                return refuse("solver", format!("{solver}, which clips"), expected);
+            }
             solver => {
                 return refuse("solver", solver.to_string(), "ddpm, or ddim with an eta of 0,");
             }
@@ -134,12 +163,23 @@ impl Described {
             let expected = if learns { "ddpm with the learned variance" } else { "another" };
             return refuse("solver", found, expected);
         }
+        // `DDPMScheduler` goes to the next timestep of the list, and `DDIMScheduler` to that before by `T / S`, rounded down.
+        let total = diffusion.schedule().steps();
         let spacing = match sampler.spacing {
-            Spacing::Even => "linspace",
             Spacing::Leading => "leading",
-            Spacing::Trailing => "trailing",
-            spacing => {
+            Spacing::Even if name == "DDPM" => "linspace",
+            Spacing::Trailing if name == "DDPM" || total.is_multiple_of(sampler.steps) => {
+                "trailing"
+            }
+            spacing if name == "DDPM" => {
                 return refuse("spacing", spacing.to_string(), "even, leading or trailing");
+            }
+            spacing => {
+                let found = format!("{spacing}, with {} sampling steps of ddim", sampler.steps);
+                let expected = format!(
+                    "leading, or trailing with a divisor of {total} as the number of steps,"
+                );
+                return refuse("spacing", found, &expected);
             }
         };
         if sampler.guidance.is_some() {
@@ -152,7 +192,7 @@ impl Described {
         let mut scheduler = json!({
             "_class_name": class,
             "_diffusers_version": VERSION,
-            "clip_sample": sampler.clip_denoised,
+            "clip_sample": clips,
             "prediction_type": match diffusion.prediction() {
                 Prediction::Epsilon => "epsilon",
                 Prediction::Sample => "sample",

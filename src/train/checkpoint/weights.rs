@@ -255,15 +255,18 @@ impl WeightsFile {
 
     /// Writes the network, its process and sampler settings as a folder that `DDPMPipeline.from_pretrained` or
     /// `DDIMPipeline.from_pretrained` of diffusers opens, and [`DiffusersFolder`](crate::sample::DiffusersFolder).
-    /// `sampling` replaces the settings of the run. The folder is complete or does not exist.
+    /// `sampling` replaces the settings of the run. If there are none, they are
+    /// [`usual`](SamplerConfig::usual)`().`[`for_diffusers`](SamplerConfig::for_diffusers)`()`. The folder is complete or
+    /// does not exist.
     ///
     /// The number of sampling steps is an argument of a pipeline, and not a part of the folder. The pipelines give a
     /// network no classes.
     ///
     /// # Errors
     /// Returns an error that names the first setting that such a folder does not have: another network than
-    /// [`UNet2D`](crate::nn::UNet2D), another solver than `ddpm` or `ddim`, and others. Returns an error if `folder`
-    /// exists, or cannot be written.
+    /// [`UNet2D`](crate::nn::UNet2D), another solver than `ddpm` or `ddim`, DDIM with clipping or even timesteps, which
+    /// [`for_diffusers`](SamplerConfig::for_diffusers) replaces, and others. Returns an error if `folder` exists, or
+    /// cannot be written.
     pub fn export_diffusers(
         &self,
         folder: impl AsRef<Path>,
@@ -279,7 +282,7 @@ impl WeightsFile {
             return Err(Error::config("folder", folder.display(), expected));
         }
         let network: UNet2DConfig = self.architecture()?;
-        let usual = SamplerConfig::usual(&self.diffusion);
+        let usual = SamplerConfig::usual(&self.diffusion).for_diffusers();
         let sampling = sampling.or(self.sampling.as_ref()).unwrap_or(&usual);
         let Described { index, scheduler } = Described::of(&network, &self.diffusion, sampling)?;
         let weights = self.parameters(&Device::Cpu)?;
