@@ -180,7 +180,9 @@ impl SamplerConfig {
             };
             let expected = "\"leading\", or \"trailing\" with a divisor, because the steps of DDIMScheduler do not end \
                             at other timesteps of its list";
-            return Err(options.refuse(format!("timestep_spacing is {found}; it must be {expected}")));
+            return Err(
+                options.refuse(format!("timestep_spacing is {found}; it must be {expected}"))
+            );
         }
         Ok((diffusion, sampler))
     }

@@ -148,7 +148,8 @@ impl Described {
             Solver::Ddim { eta: 0.0 } if !clips => ("DDIM", None),
             Solver::DdimUnclippedNoise { eta: 0.0 } => ("DDIM", None),
             solver @ Solver::Ddim { eta: 0.0 } => {
-                let expected = "DdimUnclippedNoise, or not clip (SamplerConfig::for_diffusers replaces it),";
+                let expected =
+                    "DdimUnclippedNoise, or not clip (SamplerConfig::for_diffusers replaces it),";
                 return refuse("solver", format!("{solver}, which clips"), expected);
             }
             solver => {
@@ -175,7 +176,9 @@ impl Described {
             }
             spacing => {
                 let found = format!("{spacing}, with {} sampling steps of ddim", sampler.steps);
-                let expected = format!("leading, or trailing with a divisor of {total} as the number of steps,");
+                let expected = format!(
+                    "leading, or trailing with a divisor of {total} as the number of steps,"
+                );
                 return refuse("spacing", found, &expected);
             }
         };

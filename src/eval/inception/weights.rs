@@ -50,7 +50,8 @@ impl<'a> Weights<'a> {
         let [factor, bias, mean, variance] =
             [of("weight")?, of("bias")?, of("running_mean")?, of("running_var")?];
         self.known.borrow_mut().insert(format!("{name}.bn.num_batches_tracked"), ());
-        if let Some(variance) = variance.iter().find(|v| f64::from(**v) + EPS <= 0.0 || v.is_nan()) {
+        if let Some(variance) = variance.iter().find(|v| f64::from(**v) + EPS <= 0.0 || v.is_nan())
+        {
             let reason = format!("{name}.bn.running_var has {variance}; it must be above -{EPS}");
             return Err(Error::data(self.path, reason));
         }
@@ -61,7 +62,10 @@ impl<'a> Weights<'a> {
             shift[o] = (f64::from(bias[o]) - f64::from(mean[o]) * factor) as f32;
         }
         self.check_finite(&format!("{name}.conv.weight, times the factor of {name}.bn"), &weight)?;
-        self.check_finite(&format!("{name}.bn.bias, minus the scaled {name}.bn.running_mean"), &shift)?;
+        self.check_finite(
+            &format!("{name}.bn.bias, minus the scaled {name}.bn.running_mean"),
+            &shift,
+        )?;
         Convolution::new(&weight, dims, shift, scale, true)
     }
 
