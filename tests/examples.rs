@@ -4,7 +4,7 @@
 //! `cargo test` builds them before these tests run. With `cargo test --test examples` alone they may be
 //! missing or outdated: run `cargo build --examples` first.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, ErrorKind};
 use std::ops::ControlFlow;
@@ -12,11 +12,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use candle_core::Device;
+use candle_core::{DType, Device, Tensor};
 use ddpm::data::{self as sets, Batch, Subset};
 use ddpm::eval::{ProbabilityFlow, VariationalBound};
 use ddpm::nn::UNet2DConfig;
-use ddpm::sample::{SamplerConfig, Variance};
+use ddpm::sample::{SamplerConfig, Spacing, Variance};
 use ddpm::{Checkpoint, Diffusion, Solver, TrainConfig, UNetConfig};
 use image::AnimationDecoder;
 use image::codecs::gif::GifDecoder;
@@ -335,7 +335,7 @@ fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
         "network": network,
         "diffusion": Diffusion::ddpm(),
         "train": TrainConfig { batch_size: 2, log_every: 1, ..TrainConfig::ho() },
-        "sampling": SamplerConfig::new(Solver::ddim(), 2),
+        "sampling": SamplerConfig::new(Solver::ddim(), 2).spacing(Spacing::Leading),
         "save_every": 1,
         "sample_every": 1,
         "sample_count": 1,
@@ -361,10 +361,28 @@ fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
     let run = path("run/checkpoint");
     let said = succeed(&mut convert(&run, "pipeline", &[]))?;
     assert!(said.contains("a pipeline of diffusers, for num_inference_steps=2"), "{said}");
+    assert!(!said.contains("instead of"), "{said}");
     succeed(&mut convert(&path("pipeline"), "back.safetensors", &[]))?;
     succeed(&mut convert(&path("back.safetensors"), "ancestral", &["--solver", "ddpm"]))?;
     let scheduler = fs::read_to_string(path("ancestral/scheduler/scheduler_config.json"))?;
     assert!(scheduler.contains("\"DDPMScheduler\"") && scheduler.contains("\"fixed_large\""));
+
+    // Without sampler settings, as from OpenAI's programs. The DDIM of diffusers replaces that of the crate visibly.
+    let openai = openai_network(&path("openai.safetensors"))?;
+    let heads = ["--image-size", "8", "--heads", "1"];
+    let said = succeed(&mut convert(&openai, "own.safetensors", &heads))?;
+    assert!(said.contains("process: 1000 timesteps, linear schedule"), "{said}");
+    let replaced =
+        "sampler: DDIM with eta 0 and unclipped noise, leading, instead of DDIM with eta 0, even";
+    for (to, args) in [("usual", &[][..]), ("ddim", &["--solver", "ddim"])] {
+        let said = succeed(&mut convert(&path("own.safetensors"), to, args))?;
+        assert!(said.contains(replaced), "{said}");
+        let scheduler = path(to).join("scheduler/scheduler_config.json");
+        let scheduler = fs::read_to_string(scheduler)?;
+        let options =
+            ["\"DDIMScheduler\"", "\"clip_sample\": true", "\"timestep_spacing\": \"leading\""];
+        assert!(options.iter().all(|option| scheduler.contains(option)), "{scheduler}");
+    }
 
     let mut pictures = BTreeSet::new();
     for from in ["run/checkpoint", "pipeline", "back.safetensors"] {
@@ -379,8 +397,26 @@ fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
     let pytorch = data.join("pytorch_files/state.pt");
     for (from, to, args, expected) in [
         (&run, "pipeline", &[][..], "it must be a path at which there is nothing"),
-        (&run, "x.safetensors", &["--image-size", "32"], "not a regular file"),
-        (&pytorch, "x.safetensors", &["--image-size", "32"], "not the weights of a UNetModel"),
+        (&run, "x.safetensors", &heads, "are not for a directory"),
+        (&path("pipeline"), "x.safetensors", &heads, "are not for a directory"),
+        (&run, "x.safetensors", &[], "becomes a folder of diffusers"),
+        (&path("back.safetensors"), "x.safetensors", &[], "becomes a folder of diffusers"),
+        (&pytorch, "x.safetensors", &heads, "not the weights of a UNetModel"),
+        (&openai, "x.safetensors", &["--image-size", "8"], "--heads <N>|--head-channels <N>"),
+        (
+            &openai,
+            "x.safetensors",
+            &["--image-size", "8", "--heads", "1", "--head-channels", "8"],
+            "cannot be used with",
+        ),
+        (&openai, "x.safetensors", &["--heads", "1"], "--image-size"),
+        (&path("pipeline"), "x.safetensors", &["--schedule", "cosine"], "--image-size"),
+        (
+            &openai,
+            "x.safetensors",
+            &["--image-size", "8", "--heads", "1", "--timesteps", "4000"],
+            "rescale_timesteps",
+        ),
         (&pytorch, "x.safetensors", &[], "needs --image-size"),
         (&path("pipeline"), "x", &[], "--to is"),
         (
@@ -394,6 +430,21 @@ fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
         assert_fails(&mut convert(from, to, args), &[expected])?;
     }
     Ok(())
+}
+
+/// Writes a file of zeros with the names and shapes of a small network of guided-diffusion.
+fn openai_network(path: &Path) -> Result<PathBuf> {
+    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/openai.safetensors");
+    let (_, header) = safetensors::SafeTensors::read_metadata(&fs::read(cases)?)?;
+    let cases = &header.metadata().as_ref().ok_or("no metadata")?["cases"];
+    let cases: serde_json::Value = serde_json::from_str(cases)?;
+    let shapes: BTreeMap<String, Vec<usize>> =
+        serde_json::from_value(cases["blocks"]["weights"].clone())?;
+    let zeros = |shape: Vec<usize>| Tensor::zeros(shape, DType::F32, &Device::Cpu);
+    let weights = shapes.into_iter().map(|(name, shape)| Ok((name, zeros(shape)?)));
+    let weights = weights.collect::<Result<HashMap<_, _>>>()?;
+    candle_core::safetensors::save(&weights, path)?;
+    Ok(path.to_owned())
 }
 
 #[test]
@@ -1340,7 +1391,9 @@ fn a_classifier_of_pictures_learns_them() -> Result<()> {
         [&[class][..], &planes.concat()].concat()
     };
     let pictures: Vec<u8> = (0..8).flat_map(|i| picture(i % 4, 10 * (i / 4))).collect();
-    fs::write(dir.join("data_batch_1.bin"), &pictures)?;
+    for batch in fs::read_dir(&dir)? {
+        fs::write(batch?.path(), &pictures)?;
+    }
     fs::write(dir.join("test_batch.bin"), &pictures)?;
     let file = temp.path().join("classifier.safetensors");
     let train = |epochs| {

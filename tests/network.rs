@@ -333,10 +333,9 @@ fn networks_of_diffusers_are_the_same_after_two_conversions() -> Result<()> {
     let linear = || NoiseSchedule::linear(1000, 1e-4, 0.02);
     let ddpm = |variance| SamplerConfig::new(Solver::Ddpm { variance }, 1000).clip_denoised(true);
     let ddim = SamplerConfig::new(Solver::ddim(), 50).spacing(Spacing::Leading);
-    let unclipped_noise = SamplerConfig {
-        solver: Solver::DdimUnclippedNoise { eta: 0.0 },
-        ..ddim.clip_denoised(true)
-    };
+    let unclipped_noise = Solver::DdimUnclippedNoise { eta: 0.0 };
+    let unclipped_noise =
+        SamplerConfig::new(unclipped_noise, 50).spacing(Spacing::Leading).clip_denoised(true);
     for (name, schedule, prediction, sampling) in [
         ("cifar10", linear()?, Prediction::Epsilon, ddpm(Variance::Beta).spacing(Spacing::Leading)),
         (
@@ -445,8 +444,8 @@ fn what_a_folder_of_diffusers_lacks_is_refused_by_name() -> Result<()> {
     let closest = *DiffusersFolder::open(&out)?.sampling();
     assert_eq!(closest, usual.for_diffusers());
     let unclipped_noise = Solver::DdimUnclippedNoise { eta: 0.0 };
-    let expected = SamplerConfig { solver: unclipped_noise, ..usual.spacing(Spacing::Leading) };
-    assert_eq!(closest, expected);
+    let expected = SamplerConfig::new(unclipped_noise, 50).spacing(Spacing::Leading);
+    assert_eq!(closest, expected.clip_denoised(true));
     let ancestral = SamplerConfig::new(Solver::ddpm(), 50).clip_denoised(true);
     assert_eq!((ancestral.for_diffusers(), trailing.for_diffusers()), (ancestral, trailing));
     let learned = message(&file("heads")?, ddim);

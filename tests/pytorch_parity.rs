@@ -406,13 +406,13 @@ struct OpenAiCase {
 
 impl OpenAiCase {
     fn settings(&self) -> OpenAi {
+        let heads = match self.head_channels {
+            Some(channels) => AttentionHeads::Channels(channels),
+            None => AttentionHeads::Count(self.heads),
+        };
         OpenAi {
-            heads: match self.head_channels {
-                Some(channels) => AttentionHeads::Channels(channels),
-                None => AttentionHeads::Count(self.heads),
-            },
             new_attention_order: self.new_attention_order,
-            ..OpenAi::new(self.image_size)
+            ..OpenAi::new(self.image_size, heads)
         }
     }
 
@@ -495,7 +495,7 @@ fn networks_of_openai_are_networks_of_the_crate() {
         });
         assert!(half.contains("without output_blocks, this is a classifier"), "{half}");
     }
-    let heads = OpenAi { heads: AttentionHeads::Count(2), ..OpenAi::new(8) };
+    let heads = OpenAi::new(8, AttentionHeads::Count(2));
     let file = temp.path().join("unconditional.safetensors");
     let weights = |first: &str| {
         HashMap::from([(first.to_string(), Tensor::new(&[1f32], &Device::Cpu).unwrap())])

@@ -2,7 +2,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use candle_core::{DType, Device};
-use clap::{Args, ValueEnum};
+use clap::{ArgGroup, Args, ValueEnum};
 
 use super::arguments::{fraction, whole};
 use super::print::out;
@@ -14,7 +14,10 @@ use crate::process::{Diffusion, NoiseSchedule, Prediction};
 use crate::sample::{DiffusersFolder, SamplerConfig, Solver, Variance};
 use crate::train::WeightsFile;
 
-/// The schedules of OpenAI's networks, with 1000 timesteps.
+/// The number of timesteps of OpenAI's networks that the crate can build.
+const TIMESTEPS: usize = 1000;
+
+/// The schedules of OpenAI's networks.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum ScheduleName {
     Linear,
@@ -30,6 +33,7 @@ enum SolverName {
 
 /// The options of a program that converts weights.
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("attention").args(["heads", "head_channels"]).requires("image_size"))]
 pub struct ConvertArgs {
     /// Folder of a pipeline of diffusers, or file of weights of improved-diffusion or guided-diffusion, which becomes a
     /// weights file; or checkpoint or weights file of this crate, which becomes a folder of diffusers
@@ -41,13 +45,18 @@ pub struct ConvertArgs {
     /// For a checkpoint: the averaged weights (the default), or those of the last update
     #[arg(long, value_enum)]
     weights: Option<Weights>,
-    /// For a folder of diffusers to write: its solver; the default is that of the run, with its other sampler settings
+    /// For a folder of diffusers to write: its solver; the default is that of the run, with its other sampler settings.
+    /// Of DDIM, the closest that diffusers has is written
     #[arg(long, value_name = "NAME", value_enum)]
     solver: Option<SolverName>,
-    /// For a file of OpenAI's programs, which does not state it: height and width of the images
-    #[arg(long, value_name = "N", value_parser = whole::<usize>(1..=4096))]
+    /// For a file of OpenAI's programs, which does not state it: height and width of the images; needs --heads or
+    /// --head-channels
+    #[arg(long, value_name = "N", requires = "attention", value_parser = whole::<usize>(1..=4096))]
     image_size: Option<usize>,
-    /// For such a file: schedule of the 1000 timesteps
+    /// For such a file: number of timesteps of its training, diffusion_steps; the crate has only networks of 1000
+    #[arg(long, value_name = "N", default_value = "1000", requires = "image_size", value_parser = timesteps)]
+    timesteps: usize,
+    /// For such a file: schedule of the timesteps
     #[arg(
         long,
         value_name = "NAME",
@@ -56,13 +65,11 @@ pub struct ConvertArgs {
         requires = "image_size"
     )]
     schedule: ScheduleName,
-    /// For such a file: number of heads of attention, num_heads
-    #[arg(long, value_name = "N", default_value = "1", requires = "image_size",
-          value_parser = whole::<usize>(1..=1024))]
-    heads: usize,
+    /// For such a file: number of heads of attention, num_heads, which is 4 if it was not given in training
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1..=1024))]
+    heads: Option<usize>,
     /// For such a file: number of channels of a head, num_head_channels
-    #[arg(long, value_name = "N", requires = "image_size", conflicts_with = "heads",
-          value_parser = whole::<usize>(1..=65_536))]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>(1..=65_536))]
     head_channels: Option<usize>,
     /// For such a file: it was trained with use_new_attention_order
     #[arg(long, requires = "image_size")]
@@ -70,6 +77,15 @@ pub struct ConvertArgs {
     /// For such a file: dropout, which matters only for further training
     #[arg(long, value_name = "P", default_value = "0", requires = "image_size", value_parser = fraction)]
     dropout: f64,
+}
+
+/// Parses the number of timesteps of a network of OpenAI.
+fn timesteps(text: &str) -> std::result::Result<usize, String> {
+    text.parse().ok().filter(|number| *number == TIMESTEPS).ok_or_else(|| {
+        "expected 1000: networks of other numbers (4000 in improved-diffusion) have rescaled timesteps \
+         (rescale_timesteps), which the crate lacks"
+            .into()
+    })
 }
 
 /// Converts weights: a folder of diffusers or a file of OpenAI's programs to a weights file, or a checkpoint or weights
@@ -80,6 +96,11 @@ pub struct ConvertArgs {
 /// other side. The error names it.
 pub fn convert(args: &ConvertArgs) -> Result<ExitCode> {
     let (from, to) = (&*args.from, args.to.display());
+    if args.image_size.is_some() && from.is_dir() {
+        return Err("--image-size, --heads and the other options for a file of OpenAI's programs are not for a directory \
+                    as --from"
+            .into());
+    }
     if DiffusersFolder::is_at(from) {
         args.check_target()?;
         let folder = DiffusersFolder::open(from)?;
@@ -93,17 +114,28 @@ pub fn convert(args: &ConvertArgs) -> Result<ExitCode> {
         return args.read_openai();
     }
     let file = match Trained::open(from, args.weights) {
+        Ok(_) if args.to.extension().is_some_and(|e| e == "safetensors") => {
+            let expected =
+                "another name: a checkpoint or weights file becomes a folder of diffusers";
+            return Err(format!("--to is {to}; it must be {expected}").into());
+        }
         Ok(trained) => WeightsFile::open(trained.weights_file(args.weights))?,
         Err(error) if from.is_file() => {
-            let hint = "a file of improved-diffusion or guided-diffusion needs --image-size";
+            let hint = "a file of improved-diffusion or guided-diffusion needs --image-size and --heads or --head-channels";
             return Err(format!("{error}; {hint}").into());
         }
         Err(error) => return Err(error),
     };
-    let sampling = args.sampling(&file)?;
+    let asked = args.sampling(&file)?;
+    let sampling = asked.for_diffusers();
     file.export_diffusers(&args.to, Some(&sampling))?;
     let steps = sampling.steps;
     out(format_args!("{to}: a pipeline of diffusers, for num_inference_steps={steps}"));
+    if sampling != asked {
+        let [found, written] =
+            [asked, sampling].map(|sampling| format!("{}, {}", sampling.solver, sampling.spacing));
+        out(format_args!("sampler: {written}, instead of {found}, which diffusers lacks"));
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -121,26 +153,32 @@ impl ConvertArgs {
 
     fn read_openai(&self) -> Result<ExitCode> {
         self.check_target()?;
+        let (Some(image_size), Some(heads)) = (self.image_size, self.attention()) else {
+            return Err("--image-size needs --heads or --head-channels".into());
+        };
         let settings = OpenAi {
-            heads: match self.head_channels {
-                Some(channels) => AttentionHeads::Channels(channels),
-                None => AttentionHeads::Count(self.heads),
-            },
             new_attention_order: self.new_attention_order,
             dropout: self.dropout,
-            ..OpenAi::new(self.image_size.unwrap_or_default())
+            ..OpenAi::new(image_size, heads)
         };
         let (network, weights) = settings.load(&self.from, DType::F32, &Device::Cpu)?;
-        let schedule = match self.schedule {
-            ScheduleName::Linear => NoiseSchedule::linear(1000, 1e-4, 0.02),
-            ScheduleName::Cosine => NoiseSchedule::cosine(1000),
+        let steps = self.timesteps;
+        let (schedule, name) = match self.schedule {
+            ScheduleName::Linear => (NoiseSchedule::linear(steps, 1e-4, 0.02), "linear"),
+            ScheduleName::Cosine => (NoiseSchedule::cosine(steps), "cosine"),
         };
         let diffusion = Diffusion::new(schedule?, Prediction::Epsilon);
         WeightsFile::create(&self.to, &network, &weights, &diffusion, None)?;
         let (to, from) = (self.to.display(), self.from.display());
         let levels = network.block_out_channels;
         out(format_args!("{to}: the network of {from}, with {levels:?} channels"));
+        out(format_args!("process: {steps} timesteps, {name} schedule"));
         Ok(ExitCode::SUCCESS)
+    }
+
+    fn attention(&self) -> Option<AttentionHeads> {
+        let channels = self.head_channels.map(AttentionHeads::Channels);
+        channels.or(self.heads.map(AttentionHeads::Count))
     }
 
     /// The sampler settings of the folder: those of the run, with the given solver.

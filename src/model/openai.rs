@@ -47,10 +47,7 @@ const OTHERS: [(&str, &str); 6] = [
 /// use candle_core::{DType, Device};
 /// use ddpm::nn::{AttentionHeads, OpenAi};
 ///
-/// let settings = OpenAi {
-///     heads: AttentionHeads::Channels(64), // num_head_channels
-///     ..OpenAi::new(256)
-/// };
+/// let settings = OpenAi::new(256, AttentionHeads::Channels(64)); // image_size, num_head_channels
 /// let file = "256x256_diffusion_uncond.pt";
 /// let (config, weights) = settings.load(file, DType::F32, &Device::Cpu)?;
 /// let unet = weights.build(&config)?;
@@ -60,7 +57,8 @@ const OTHERS: [(&str, &str); 6] = [
 pub struct OpenAi {
     /// The size of the images, `image_size`.
     pub image_size: ImageSize,
-    /// The heads of attention.
+    /// The heads of attention. Networks with other heads have weights of the same shapes, so wrong heads draw wrong images
+    /// without an error.
     pub heads: AttentionHeads,
     /// Whether all queries precede all keys and values in the projections of an attention: `use_new_attention_order`.
     /// Otherwise the queries, keys and values of a head are together.
@@ -81,14 +79,12 @@ pub enum AttentionHeads {
 }
 
 impl OpenAi {
-    /// The defaults of these programs for images of this size: one head, and no dropout.
-    pub fn new(image_size: impl Into<ImageSize>) -> Self {
-        Self {
-            image_size: image_size.into(),
-            heads: AttentionHeads::Count(1),
-            new_attention_order: false,
-            dropout: 0.0,
-        }
+    /// The settings for images of this size with these heads, without the new order of attention and without dropout.
+    ///
+    /// `num_heads` is 4 in both programs if it is not given, and published networks have other heads. The heads have
+    /// therefore no default here.
+    pub fn new(image_size: impl Into<ImageSize>, heads: AttentionHeads) -> Self {
+        Self { image_size: image_size.into(), heads, new_attention_order: false, dropout: 0.0 }
     }
 
     /// Reads the weights of a network, and derives its configuration from their names and shapes. The weights take no
