@@ -163,7 +163,7 @@ impl Described {
             let expected = if learns { "ddpm with the learned variance" } else { "another" };
             return refuse("solver", found, expected);
         }
-        // `DDPMScheduler` goes to the next timestep of the list, and `DDIMScheduler` to that before by `T / S`, rounded down.
+        // `DDPMScheduler` goes to the next timestep of its list, and `DDIMScheduler` back by `T / S`, rounded down.
         let total = diffusion.schedule().steps();
         let spacing = match sampler.spacing {
             Spacing::Leading => "leading",
