@@ -99,7 +99,7 @@ fn part(path: &Path, name: &str) -> PathBuf {
 
 impl SamplerConfig {
     /// The closest settings that a folder of diffusers has, in place of those of DDIM with clipping or with even
-    /// timesteps. They draw similar images. Other settings stay as they are.
+    /// timesteps. Their images differ slightly, or more with few steps. Other settings stay as they are.
     ///
     /// The `DDIMScheduler` of diffusers has the noise of the prediction before it is clipped
     /// ([`Solver::DdimUnclippedNoise`]). Each of its steps is as long as the others, so of its spacings only
