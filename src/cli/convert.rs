@@ -121,7 +121,8 @@ pub fn convert(args: &ConvertArgs) -> Result<ExitCode> {
         }
         Ok(trained) => WeightsFile::open(trained.weights_file(args.weights))?,
         Err(error) if from.is_file() => {
-            let hint = "a file of improved-diffusion or guided-diffusion needs --image-size and --heads or --head-channels";
+            let hint = "a file of improved-diffusion or guided-diffusion needs --image-size, and --heads or \
+                        --head-channels";
             return Err(format!("{error}; {hint}").into());
         }
         Err(error) => return Err(error),

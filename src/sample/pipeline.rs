@@ -99,7 +99,7 @@ fn part(path: &Path, name: &str) -> PathBuf {
 
 impl SamplerConfig {
     /// The closest settings that a folder of diffusers has, in place of those of DDIM with clipping or with even
-    /// timesteps. They draw similar images. Other settings stay as they are.
+    /// timesteps. Their images differ slightly, or more with few steps. Other settings stay as they are.
     ///
     /// The `DDIMScheduler` of diffusers has the noise of the prediction before it is clipped
     /// ([`Solver::DdimUnclippedNoise`]). Each of its steps is as long as the others, so of its spacings only
@@ -163,7 +163,7 @@ impl Described {
             let expected = if learns { "ddpm with the learned variance" } else { "another" };
             return refuse("solver", found, expected);
         }
-        // `DDPMScheduler` goes to the next timestep of the list, and `DDIMScheduler` to that before by `T / S`, rounded down.
+        // `DDPMScheduler` goes to the next timestep of its list, and `DDIMScheduler` back by `T / S`, rounded down.
         let total = diffusion.schedule().steps();
         let spacing = match sampler.spacing {
             Spacing::Leading => "leading",

@@ -20,7 +20,11 @@ pub struct MuonConfig {
     /// positive.
     pub weight_decay: f64,
     /// The beginnings of the names of matrices that Adam updates instead. They are the first and the last layer, and
-    /// embeddings. The default is replaced by the [list of the network](Architecture::OUTER_LAYERS) when a run begins.
+    /// embeddings.
+    ///
+    /// When a run begins, a list equal to the default, the names of [`UNet`](crate::UNet), is replaced by the
+    /// [list of the network](Architecture::OUTER_LAYERS). This also holds for such a list that was set. To keep it for
+    /// another network, repeat one of its names or change their order.
     pub adam: Vec<String>,
 }
 
