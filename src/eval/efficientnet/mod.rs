@@ -34,9 +34,9 @@ const GROUP: usize = 16;
 ///
 /// The features are the means of the last maps, from 0 to 6.
 ///
-/// Images are grey or RGB and have any size. They are scaled to 224 x 224 pixels as Pillow does with `BILINEAR`: bit for
-/// bit, with antialiasing, and without keeping the ratio of height and width. Then the mean of ImageNet is subtracted, and
-/// the result divided by the standard deviation. Grey images have three equal channels. The features of an image do not
+/// Images are grey or RGB and have any size. They are scaled to 224 x 224 pixels as Pillow does with `BILINEAR`: rows
+/// first, with antialiasing, and without keeping the ratio of height and width. Then the mean of ImageNet is subtracted,
+/// and the result divided by the standard deviation. Grey images have three equal channels. The features of an image do not
 /// depend on the other images or on the number of threads. The network is computed on the CPU, also if samples are drawn
 /// on a GPU.
 pub struct EfficientNet {

@@ -1,4 +1,7 @@
 //! The scaling of images, bit for bit that of Pillow with `BILINEAR`, and the normalisation of ImageNet.
+//!
+//! Rows are scaled first. Some versions of Pillow scale the columns of some high images first, which changes bytes by at
+//! most 1. For square images all versions scale rows first.
 
 use std::ops::Range;
 
