@@ -12,7 +12,9 @@ use clap::Parser;
 use ddpm::cli::{self, ExtractorChoice, Interrupted, Result, SamplingArgs, Trained, whole};
 use ddpm::cli::{datasets, device, err, out};
 use ddpm::data::{Dataset, Images};
-use ddpm::eval::{Classes, Features, Generator, KernelDistance, SlicedDistance, Statistics};
+use ddpm::eval::{
+    Classes, Extractor, Features, Generator, KernelDistance, SlicedDistance, Statistics,
+};
 use ddpm::eval::{bytes, inception_score};
 use ddpm::image::codecs::jpeg::JpegEncoder;
 use ddpm::image::imageops::{FilterType, resize};
@@ -67,13 +69,12 @@ fn run(cli: Cli) -> Result<ExitCode> {
     test.check_shape(checkpoint.architecture()?.image_shape())?;
     let stop = StopOnSignal::install(|| err(STOPPING))?;
     cli.sampling.announce(&config, &checkpoint, &device);
-    let extract = |images: &Images| Features::extracted(&*extractor, images, BATCH);
-    let real = extract(&test.images)?;
+    let real = Features::extracted(&*extractor, &test.images, BATCH)?;
     let Some(classes) = real.classes() else {
         return Err(format!("--extractor {} has no classes for a score", cli.extractor).into());
     };
     let sets = draw(&cli, &checkpoint, || stop.is_stopped())?;
-    let table = Table { real, classes, extract: Box::new(extract) };
+    let table = Table { real, classes, extractor: &*extractor };
     out(format_args!("extractor   {}\n", extractor.identity()));
     table.print(&sets)?;
     Ok(ExitCode::SUCCESS)
@@ -116,7 +117,7 @@ type Row = [f64; FIGURES.len()];
 struct Table<'a> {
     real: Features,
     classes: Classes,
-    extract: Box<dyn Fn(&Images) -> ddpm::Result<Features> + 'a>,
+    extractor: &'a dyn Extractor,
 }
 
 impl Table<'_> {
@@ -126,7 +127,7 @@ impl Table<'_> {
         };
         let rounded = images(|x| x)?;
         let features: Vec<Features> =
-            rounded.iter().map(&self.extract).collect::<ddpm::Result<_>>()?;
+            rounded.iter().map(|set| self.features(set)).collect::<ddpm::Result<_>>()?;
         let plain: Vec<Row> =
             features.iter().map(|set| self.figures(set, &self.real)).collect::<Result<_>>()?;
 
@@ -167,10 +168,14 @@ impl Table<'_> {
             ("JPEG, quality 95", changed(|picture| compressed(&picture, 95))?),
             ("JPEG, quality 75", changed(|picture| compressed(&picture, 75))?),
         ] {
-            let of_set = |set: &Images| self.figures(&(self.extract)(set)?, &self.real);
+            let of_set = |set: &Images| self.figures(&self.features(set)?, &self.real);
             line(name, &sets.iter().map(of_set).collect::<Result<Vec<_>>>()?, Some(&plain));
         }
         Ok(())
+    }
+
+    fn features(&self, images: &Images) -> ddpm::Result<Features> {
+        Features::extracted(self.extractor, images, BATCH)
     }
 
     fn figures(&self, samples: &Features, real: &Features) -> Result<Row> {
