@@ -899,7 +899,8 @@ fn legacy(object: &[u8]) -> Vec<u8> {
     [magic, &system[..], object, b"]."].concat()
 }
 
-/// A state dict with one tensor, whose shape and strides are these parts of a pickle, and whose storage is the number 1.
+/// A state dict with one tensor, whose shape and strides are these parts of a pickle, and whose storage is the number
+/// 1.
 fn with_shape(shape: &[u8], strides: &[u8]) -> Vec<u8> {
     let tensor = b"}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\n\
                    X\x01\0\0\x000X\x03\0\0\0cpuK\x01NtQK\0";

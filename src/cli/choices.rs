@@ -33,8 +33,8 @@ struct ExtractorKind {
     open: fn(&Path, &Device) -> Result<Box<dyn Extractor>>,
 }
 
-/// The names of the figures that depend on the features. Only those of Inception are called FID, KID, MIND and Inception
-/// Score.
+/// The names of the figures that depend on the features. Only those of Inception are called FID, KID, MIND and
+/// Inception Score.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Names {
     /// The Fréchet distance.
@@ -47,7 +47,7 @@ pub(super) struct Names {
     pub score: &'static str,
 }
 
-/// The names of the figures of another network than Inception.
+/// The names of the figures of a network other than Inception.
 macro_rules! names_of {
     ($network:literal) => {
         Names {
@@ -59,7 +59,7 @@ macro_rules! names_of {
     };
 }
 
-/// The names of Inception's figures, as papers have them. The resizing is a part of the extractor's identity.
+/// The names of Inception's figures, as in papers. The resizing is a part of the extractor's identity.
 const INCEPTION: Names =
     Names { frechet: "FID", kernel: "KID", sliced: "MIND", score: "Inception Score" };
 

@@ -35,8 +35,8 @@ impl<'a> Weights<'a> {
     /// is a factor and a shift of each channel, which become a part of the weights and the bias.
     ///
     /// # Errors
-    /// Returns an error if a tensor is missing or has another shape, if a variance plus [`EPS`] is not positive, or if a
-    /// weight or bias is then not finite.
+    /// Returns an error if a tensor is missing or has another shape, if a variance plus [`EPS`] is not positive, or if
+    /// a weight or bias is then not finite.
     pub(super) fn convolution(
         &self,
         name: &str,
