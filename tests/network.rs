@@ -390,7 +390,7 @@ fn networks_of_diffusers_are_the_same_after_two_conversions() -> Result<()> {
 
         let again = file.export_diffusers(&out, None).unwrap_err().to_string();
         assert!(again.contains("it must be a path at which there is nothing"), "{again}");
-        // Nothing but the file and the folders remains.
+        // Only the file and the folders remain.
         let hidden = std::fs::read_dir(temp.path()).unwrap().flatten();
         assert!(hidden.map(|e| e.file_name()).all(|name| !name.to_string_lossy().starts_with('.')));
     }
@@ -910,7 +910,7 @@ fn with_shape(shape: &[u8], strides: &[u8]) -> Vec<u8> {
     file
 }
 
-/// Every case would take much memory or time, or would overflow the stack, if the file were believed.
+/// Every case would take much memory or time, or would overflow the stack, if its numbers were not checked.
 #[test]
 fn damaged_and_hostile_files_of_pytorch_are_errors() {
     let message = |bytes: &[u8]| {

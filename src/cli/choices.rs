@@ -65,7 +65,8 @@ const INCEPTION: Names =
 
 /// The kinds of extractors, for the help of an option.
 pub(super) const KINDS: &str = "inception:FILE, the network of FID; inception-tf1:FILE, with the resizing of \
-    TensorFlow 1; efficientnet:FILE, for colour pictures without those weights; digits:FILE or cifar10:FILE, a classifier that mnist-fd or cifar10-classifier wrote";
+    TensorFlow 1; efficientnet:FILE, for colour pictures without those weights; digits:FILE or cifar10:FILE, a classifier \
+    that mnist-fd or cifar10-classifier wrote";
 
 /// All kinds of extractors.
 static EXTRACTORS: &[ExtractorKind] = &[

@@ -25,8 +25,9 @@ impl Gaussian {
     /// rounding of a hundred additions.
     ///
     /// # Errors
-    /// Returns an error if the file cannot be read, if it is damaged or of another format, if an array is missing or of
-    /// another shape, if a number is not finite, or if the covariance is not symmetric up to 2.4e-5 of its deviations.
+    /// Returns an error if the file cannot be read, or if it is damaged or of another format. Returns an error if an
+    /// array is missing or of another shape, if a number is not finite, or if the covariance is not symmetric up to
+    /// 2.4e-5 of its deviations.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         Self::named(path, open_regular(path)?.0, "mu", "sigma")

@@ -122,8 +122,8 @@ impl WeightsFile {
     /// ```
     ///
     /// # Errors
-    /// Returns an error if these are not exactly the weights of the network, if the process or the sampler settings are
-    /// not valid, or if the file cannot be written.
+    /// Returns an error if these are not exactly the weights of the network, or if the process or the sampler settings
+    /// are not valid. Returns an error if the file cannot be written.
     pub fn create<N: Architecture>(
         path: impl AsRef<Path>,
         network: &N,
