@@ -26,7 +26,7 @@ struct Args {
     /// The number of timed runs, after one that is not timed.
     #[arg(long, default_value_t = 3, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     iters: usize,
-    /// The number of threads; by default that of all cores.
+    /// The number of threads; by default one per core.
     #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     threads: Option<usize>,
     /// Passed by `cargo bench`.

@@ -26,11 +26,11 @@ const STOPPING: &str = "stopping after this step; press Ctrl-C again to quit at 
 /// Images per update, if there are as many.
 const BATCH: usize = 125;
 const LEARNING_RATE: f64 = 2e-3;
-/// Updates over which the learning rate rises, as a part of all.
+/// Updates over which the learning rate rises, as a fraction of all updates.
 const WARM_UP: f64 = 0.1;
 /// Decoupled weight decay, times the learning rate.
 const WEIGHT_DECAY: f64 = 0.05;
-/// The part of the target that is spread over all classes.
+/// The fraction of the target that is spread over all classes.
 const SMOOTHING: f64 = 0.1;
 /// Maximum shift of training images in pixels.
 const SHIFT: usize = 2;
@@ -138,7 +138,7 @@ fn train_to(
     Ok(files::write(path, &safetensors::serialize(weights, None)?)?)
 }
 
-/// The factor of the learning rate after this part of the updates: it rises linearly, then falls linearly to 0.
+/// The factor of the learning rate after this fraction of the updates: it rises linearly, then falls linearly to 0.
 fn rate_at(part: f64) -> f64 {
     (part / WARM_UP).min((1.0 - part) / (1.0 - WARM_UP))
 }

@@ -151,7 +151,7 @@ impl Archive {
         Ok(file)
     }
 
-    /// Reads bytes, of which no more than the file has are allocated.
+    /// Reads bytes. Allocates no more memory than the file has bytes.
     fn bytes(&self, offset: u64, len: u64) -> Result<Vec<u8>> {
         if offset.checked_add(len).is_none_or(|end| end > self.len) {
             return Err(self.damaged(format!("the file ends before byte {len} after {offset}")));

@@ -390,7 +390,7 @@ fn networks_of_diffusers_are_the_same_after_two_conversions() -> Result<()> {
 
         let again = file.export_diffusers(&out, None).unwrap_err().to_string();
         assert!(again.contains("it must be a path at which there is nothing"), "{again}");
-        // Nothing but the file and the folders remains.
+        // Only the file and the folders remain.
         let hidden = std::fs::read_dir(temp.path()).unwrap().flatten();
         assert!(hidden.map(|e| e.file_name()).all(|name| !name.to_string_lossy().starts_with('.')));
     }
@@ -899,7 +899,8 @@ fn legacy(object: &[u8]) -> Vec<u8> {
     [magic, &system[..], object, b"]."].concat()
 }
 
-/// A state dict with one tensor, whose shape and strides are these parts of a pickle, and whose storage is the number 1.
+/// A state dict with one tensor, whose shape and strides are these parts of a pickle, and whose storage is the number
+/// 1.
 fn with_shape(shape: &[u8], strides: &[u8]) -> Vec<u8> {
     let tensor = b"}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\n\
                    X\x01\0\0\x000X\x03\0\0\0cpuK\x01NtQK\0";
@@ -909,7 +910,7 @@ fn with_shape(shape: &[u8], strides: &[u8]) -> Vec<u8> {
     file
 }
 
-/// Every case would take much memory or time, or would overflow the stack, if the file were believed.
+/// Every case would take much memory or time, or would overflow the stack, if its numbers were not checked.
 #[test]
 fn damaged_and_hostile_files_of_pytorch_are_errors() {
     let message = |bytes: &[u8]| {

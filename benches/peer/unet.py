@@ -28,7 +28,7 @@ CHOICES = [*CONFIGS, "ho"]
 
 
 def ho(recompute):
-    # Only here, so that the memory of other networks does not include the package.
+    # Imported here, so that the memory of other networks does not include the package.
     from diffusers import UNet2DModel
     from unet2d import CIFAR10
 

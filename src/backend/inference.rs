@@ -1,4 +1,4 @@
-//! The operations of networks whose weights do not change and whose gradients nobody needs, on the CPU in f32.
+//! The operations of networks with fixed weights and without gradients, on the CPU in f32.
 //!
 //! Weights are packed once, each operation writes to some channels of a map, and maps take memory from a pool.
 
@@ -37,7 +37,7 @@ impl Map {
 
 /// An operation of a network.
 pub(crate) enum Step {
-    /// Convolutions of the same map. Their outputs are the channels of the next map, in their order.
+    /// Convolutions of the same map. Their outputs are the channels of the next map, in the order of the convolutions.
     Convolve(Vec<Convolution>),
     Depthwise(DepthwiseConvolution),
     /// A pooling with a square window of this height.

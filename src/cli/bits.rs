@@ -201,7 +201,7 @@ impl Bits<'_> {
     }
 }
 
-/// The mean of the bits of images, and its standard error, which one image does not have.
+/// The mean of the bits of images, and its standard error. The error is absent for one image.
 fn mean_and_error(bits: &[f64]) -> (f64, Option<f64>) {
     let count = bits.len() as f64;
     let mean = bits.iter().sum::<f64>() / count;

@@ -33,8 +33,8 @@ struct ExtractorKind {
     open: fn(&Path, &Device) -> Result<Box<dyn Extractor>>,
 }
 
-/// The names of the figures that depend on the features. Only those of Inception are called FID, KID, MIND and Inception
-/// Score.
+/// The names of the figures that depend on the features. Only those of Inception are called FID, KID, MIND and
+/// Inception Score.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Names {
     /// The Fréchet distance.
@@ -47,7 +47,7 @@ pub(super) struct Names {
     pub score: &'static str,
 }
 
-/// The names of the figures of another network than Inception.
+/// The names of the figures of a network other than Inception.
 macro_rules! names_of {
     ($network:literal) => {
         Names {
@@ -59,13 +59,14 @@ macro_rules! names_of {
     };
 }
 
-/// The names of Inception's figures, as papers have them. The resizing is a part of the extractor's identity.
+/// The names of Inception's figures, as in papers. The resizing is a part of the extractor's identity.
 const INCEPTION: Names =
     Names { frechet: "FID", kernel: "KID", sliced: "MIND", score: "Inception Score" };
 
 /// The kinds of extractors, for the help of an option.
 pub(super) const KINDS: &str = "inception:FILE, the network of FID; inception-tf1:FILE, with the resizing of \
-    TensorFlow 1; efficientnet:FILE, for colour pictures without those weights; digits:FILE or cifar10:FILE, a classifier that mnist-fd or cifar10-classifier wrote";
+    TensorFlow 1; efficientnet:FILE, for colour pictures without those weights; digits:FILE or cifar10:FILE, a classifier \
+    that mnist-fd or cifar10-classifier wrote";
 
 /// All kinds of extractors.
 static EXTRACTORS: &[ExtractorKind] = &[

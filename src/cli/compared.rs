@@ -80,7 +80,7 @@ impl SavedStatistics {
     /// Reads statistics of the extractor's features.
     ///
     /// # Errors
-    /// Returns the errors of [`Gaussian::read`], and an error if the number of features is another.
+    /// Returns the errors of [`Gaussian::read`], and an error if the number of features differs.
     pub fn read(path: &Path, extractor: &dyn Extractor) -> Result<Self> {
         let (gaussian, sha256) = Gaussian::read_with_sha256(path)?;
         let json = json!({ "file": path.to_string_lossy(), "sha256": sha256 });

@@ -35,28 +35,29 @@ enum SolverName {
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("attention").args(["heads", "head_channels"]).requires("image_size"))]
 pub struct ConvertArgs {
-    /// Folder of a pipeline of diffusers, or file of weights of improved-diffusion or guided-diffusion, which becomes a
-    /// weights file; or checkpoint or weights file of this crate, which becomes a folder of diffusers
+    /// Input for a weights file: the folder of a pipeline of diffusers, or weights of improved-diffusion or
+    /// guided-diffusion. Input for a folder of diffusers: a checkpoint or a weights file of this crate
     #[arg(long, value_name = "PATH")]
     from: PathBuf,
-    /// Weights file, such as cifar10.safetensors, or folder of diffusers to write
+    /// Output: a weights file, such as cifar10.safetensors, or a folder of diffusers
     #[arg(long, value_name = "PATH")]
     to: PathBuf,
     /// For a checkpoint: the averaged weights (the default), or those of the last update
     #[arg(long, value_enum)]
     weights: Option<Weights>,
-    /// For a folder of diffusers to write: its solver; the default is that of the run, with its other sampler settings.
-    /// Of DDIM, the closest that diffusers has is written
+    /// Solver in a written folder of diffusers; the default is that of the run. The other sampler settings are those of
+    /// the run. For DDIM they become the closest settings that diffusers has
     #[arg(long, value_name = "NAME", value_enum)]
     solver: Option<SolverName>,
     /// For a file of OpenAI's programs, which does not state it: height and width of the images; needs --heads or
     /// --head-channels
     #[arg(long, value_name = "N", requires = "attention", value_parser = whole::<usize>(1..=4096))]
     image_size: Option<usize>,
-    /// For such a file: number of timesteps of its training, diffusion_steps; the crate has only networks of 1000
+    /// For a file of OpenAI's programs: number of timesteps of its training, diffusion_steps; the crate has only
+    /// networks of 1000
     #[arg(long, value_name = "N", default_value = "1000", requires = "image_size", value_parser = timesteps)]
     timesteps: usize,
-    /// For such a file: schedule of the timesteps
+    /// For a file of OpenAI's programs: schedule of the timesteps
     #[arg(
         long,
         value_name = "NAME",
@@ -65,16 +66,17 @@ pub struct ConvertArgs {
         requires = "image_size"
     )]
     schedule: ScheduleName,
-    /// For such a file: number of heads of attention, num_heads, which is 4 if it was not given in training
+    /// For a file of OpenAI's programs: number of heads of attention, num_heads, which is 4 if it was not given in
+    /// training
     #[arg(long, value_name = "N", value_parser = whole::<usize>(1..=1024))]
     heads: Option<usize>,
-    /// For such a file: number of channels of a head, num_head_channels
+    /// For a file of OpenAI's programs: number of channels of a head, num_head_channels
     #[arg(long, value_name = "N", value_parser = whole::<usize>(1..=65_536))]
     head_channels: Option<usize>,
-    /// For such a file: it was trained with use_new_attention_order
+    /// For a file of OpenAI's programs: it was trained with use_new_attention_order
     #[arg(long, requires = "image_size")]
     new_attention_order: bool,
-    /// For such a file: dropout, which matters only for further training
+    /// For a file of OpenAI's programs: dropout, which matters only for further training
     #[arg(long, value_name = "P", default_value = "0", requires = "image_size", value_parser = fraction)]
     dropout: f64,
 }
@@ -89,11 +91,11 @@ fn timesteps(text: &str) -> std::result::Result<usize, String> {
 }
 
 /// Converts weights: a folder of diffusers or a file of OpenAI's programs to a weights file, or a checkpoint or weights
-/// file to a folder of diffusers. What is written is complete or does not exist.
+/// file to a folder of diffusers. A written file or folder is complete or does not exist.
 ///
 /// # Errors
-/// Returns an error if a file cannot be read or written, or if the network, the process or the sampler is not one of the
-/// other side. The error names it.
+/// Returns an error if a file cannot be read or written, or if the other format lacks the network, the process or the
+/// sampler. The error names what the format lacks.
 pub fn convert(args: &ConvertArgs) -> Result<ExitCode> {
     let (from, to) = (&*args.from, args.to.display());
     if args.image_size.is_some() && from.is_dir() {

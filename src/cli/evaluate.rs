@@ -63,8 +63,8 @@ pub struct EvaluateArgs {
     save_statistics: Option<PathBuf>,
 }
 
-/// Compares a set of images with another, and measures the bits per dimension of images, whichever is asked for. Prints
-/// the figures, and writes them to a file if one is given. Ctrl-C stops without results.
+/// Compares a set of images with another, measures the bits per dimension of images, or does both. Prints the figures,
+/// and writes them to a file if one is given. Ctrl-C stops without results.
 ///
 /// # Errors
 /// Returns an error if a file cannot be read or written, if the images do not fit each other, and the errors of drawing

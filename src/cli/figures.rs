@@ -17,7 +17,7 @@ pub(super) const LEAST: usize = 10;
 /// The neighbour that defines the radii of precision, recall, density and coverage. Naeem et al. 2020.
 const RADIUS: usize = 5;
 
-/// The parts of the score of the classes. Salimans et al. 2016.
+/// The number of parts of the score of the classes. Salimans et al. 2016.
 const SPLITS: usize = 10;
 
 /// The number of the nearest training images of a sample. Carlini et al. 2023.
@@ -350,7 +350,7 @@ mod tests {
     fn images_that_are_ordered_by_class_have_the_score_of_mixed_ones() {
         let ordered = images(300, |i| i / 100);
         let found = measured(images(300, |i| i % 3), &ordered, 0);
-        // Parts of one class would have the score 1; all classes alike have 3, less the doubt of the logits.
+        // Parts of one class would have the score 1. With certain logits, parts of all three classes would have 3.
         let mean = found["class_score"]["mean"].as_f64().unwrap();
         assert!((2.7..3.0).contains(&mean), "{mean}");
         let other = measured(images(300, |i| i % 3), &ordered, 1);

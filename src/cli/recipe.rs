@@ -193,8 +193,8 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<usize>(1..=65_536))]
     accumulation: Option<usize>,
-    /// Compute feature maps again in the backward pass instead of keeping them: less memory, more time, the same weights;
-    /// false switches it off when a run continues
+    /// Compute feature maps again in the backward pass instead of keeping them. This takes less memory and more time,
+    /// and gives the same weights. When a run continues, false switches it off
     #[arg(long, value_name = "true|false", num_args = 0..=1, default_missing_value = "true")]
     recompute: Option<bool>,
     /// Precision of products: highest or high; bf16 or f16 (with the feature f16)

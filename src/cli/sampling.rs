@@ -18,8 +18,8 @@ use crate::sample::{Guidance, SamplerConfig, Solver, Spacing};
 /// The options of a program that draws images from a checkpoint of a U-Net.
 #[derive(Debug, Clone, Args)]
 pub struct SamplingArgs {
-    /// Directory of a checkpoint, such as out/mnist/checkpoint, a weights file, such as its ema.safetensors, or a folder
-    /// of a pipeline of diffusers
+    /// Directory of a checkpoint, such as out/mnist/checkpoint, a weights file, such as its ema.safetensors, or a
+    /// folder of a pipeline of diffusers
     #[arg(long, value_name = "PATH")]
     checkpoint: PathBuf,
     /// Solver of the sampler; the defaults of --solver, --sampling-steps and --eta are those of the run's

@@ -37,8 +37,8 @@ pub(super) struct SetsArgs {
         conflicts_with = "statistics"
     )]
     data: Option<DataChoice>,
-    /// Part of a published set to compare with; the first images of the other part show the figures of real images, as
-    /// the halves of a folder do
+    /// Part of a published set to compare with. The first images of the other part show the figures of real images. For
+    /// a folder, its halves show them
     #[arg(long, value_name = "PART", value_enum, default_value = "test")]
     pub split: Part,
     /// Height and width to which pictures are cropped and scaled; the default is the size of the samples or of

@@ -44,8 +44,8 @@ impl Trained {
     /// Opens a checkpoint, a weights file or a folder of diffusers.
     ///
     /// # Errors
-    /// Returns an error if there is none of them, if a weights file does not describe its network and its process, or if
-    /// certain weights are `asked` for and this is not a checkpoint.
+    /// Returns an error if `path` is none of these, or if a weights file does not describe its network and its process.
+    /// Returns an error if certain weights are `asked` for and `path` is not a checkpoint.
     pub fn open(path: &Path, asked: Option<Weights>) -> Result<Self> {
         let opened = Self::find(path)?;
         if asked.is_some() && opened.weights(asked).is_none() {

@@ -150,11 +150,11 @@ pub trait Engine<'n>: Sealed {
     /// Returns an error if a shape does not fit.
     fn linear(&self, f: VectorActivation, linear: &'n Linear, x: &Self::Map) -> Result<Self::Map>;
 
-    /// Adds to each vector of a batch the vector of its image's class, or that of no class in passes without a
-    /// condition, which are an error if the embedding has no such vector. A network that calls this has the classes of `embedding`.
-    ///
+    /// Adds to each vector of a batch the vector of its image's class. In passes without a condition, adds the vector
+    /// of no class. A network that calls this method has the classes of `embedding`.
     /// # Errors
-    /// Returns an error if a shape does not fit.
+    /// Returns an error if a shape does not fit. Returns an error in passes without a condition if the embedding has no
+    /// vector of no class.
     fn add_class(&self, embedding: &'n Embedding, x: &Self::Map) -> Result<Self::Map>;
 
     /// Drops whole channels of each image with probability `p` in training passes. In all other passes, returns the map
@@ -200,9 +200,9 @@ pub trait Engine<'n>: Sealed {
     /// Computes a part of the network: a map from the maps `inputs`, by `part`, which uses no other maps.
     ///
     /// If the model [recomputes](crate::nn::Trainable::set_recompute), the tape of kernels keeps only `inputs` for the
-    /// backward pass, which computes the part again. The gradients are the same in each bit. Of parts within each other,
-    /// only the outermost is computed again. [`ResBlock`](crate::nn::ResBlock) and [`Attention`](crate::nn::Attention)
-    /// are parts. Chen et al. 2016.
+    /// backward pass, which computes the part again. The gradients are the same in each bit. Of nested parts, only the
+    /// outermost is computed again. [`ResBlock`](crate::nn::ResBlock) and [`Attention`](crate::nn::Attention) are
+    /// parts. Chen et al. 2016.
     ///
     /// # Errors
     /// Returns the errors of `part`.

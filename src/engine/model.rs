@@ -107,10 +107,9 @@ impl<G: Graph> Model<G> {
     /// Returns the class of each image of the batch, on the device of `t`, if the network has classes.
     ///
     /// # Errors
-    /// Returns an error if the condition does not have one class per image, or if there is none, and the network needs
-    /// one. Returns an error if the network does not
-    /// have a class, and the classes are on the CPU. Elsewhere such a class gives NaN, because reading it would wait
-    /// for the device.
+    /// Returns an error if the condition does not have one class per image, or if there is no condition although the
+    /// network needs one. Returns an error if the network does not have a class, and the classes are on the CPU. On
+    /// another device such a class gives NaN, because reading it would wait for the device.
     fn classes_of(&self, condition: &Condition, t: &Tensor) -> Result<Option<Tensor>> {
         let Some(Classes { count, has_none }) = self.weights.classes else { return Ok(None) };
         let batch = t.dim(0)?;

@@ -114,7 +114,7 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
         Map::new(dims, values, self.node(dims, backward))
     }
 
-    /// Records `backward`, unless nothing is recorded. Returns the gradient that it will receive, of a map of dimensions
+    /// Records `backward` if operations are recorded. Returns the gradient that it will receive, of a map of dimensions
     /// `dims`.
     fn node(
         &self,
@@ -184,7 +184,8 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
         }))
     }
 
-    /// Multiplies the values of a map, or of its gradient, by the factors of a dropout with this probability and number.
+    /// Multiplies the values of a map, or of its gradient, by the factors of a dropout with this probability and
+    /// number.
     fn drop_in_place(
         &self,
         dims: [usize; 4],

@@ -22,8 +22,8 @@ const CHANNELS: [usize; 4] = [32, 64, 192, 256];
 
 /// A classifier of the pictures of CIFAR-10, an [`Extractor`] of 256 features and the logits of 10 classes.
 ///
-/// It is a residual network of ten convolutions of 3 x 3, with group normalisation and SiLU before each convolution but
-/// the first. The features are the means of its last maps. Images are in colour, 32 x 32 pixels. The example
+/// It is a residual network of ten convolutions of 3 x 3, with group normalisation and SiLU before each convolution
+/// except the first. The features are the means of its last maps. Images are in colour, 32 x 32 pixels. The example
 /// `cifar10-classifier` trains it. Its figures are not comparable with those of Inception, nor with those of other
 /// weights.
 #[derive(Debug, Clone)]

@@ -5,9 +5,8 @@ use crate::data::dataset::{Dataset, ImageShape};
 use crate::data::images::Images;
 use crate::error::{Error, Result};
 
-/// Computes the features and the logits of grey or RGB images, up to `group` at a time, so that the memory does not depend
-/// on their number. `compute` receives the bytes of images, their shape and their
-/// number.
+/// Computes the features and the logits of grey or RGB images, up to `group` at a time, so that the memory does not
+/// depend on the number of images. `compute` receives the bytes of some images, their shape and their number.
 ///
 /// # Errors
 /// Returns an error if images have other channels, and the errors of `compute`.

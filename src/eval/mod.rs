@@ -2,7 +2,8 @@
 //! and the bits per dimension of images.
 //!
 //! An [`Extractor`] computes [`Features`], which all metrics share: [`Inception`] those of published figures. The
-//! chapter on [evaluation](crate::docs::evaluation) has the source of each metric, and the number of images that it needs.
+//! chapter on [evaluation](crate::docs::evaluation) has the source of each metric, and the number of images that it
+//! needs.
 //!
 //! | metric | item |
 //! | --- | --- |

@@ -19,14 +19,15 @@ impl Gaussian {
     /// images of the latter, are not read.
     ///
     /// The numbers are float64 or float32 in C order. Entries are stored or deflated. A covariance in float32 has a
-    /// larger [rounding](Self::frechet_distance): variances below 2.4e-7 of the largest count as 0. So does a covariance
-    /// in float64 that is indefinite beyond its own rounding, because many programs compute in float32 and save in
-    /// float64. What remains of either must be 0 up to a hundred times this limit, which allows for the rounding of a
-    /// hundred additions.
+    /// larger [rounding](Self::frechet_distance): variances below 2.4e-7 of the largest count as 0. So does a
+    /// covariance in float64 that is indefinite beyond its own rounding, because many programs compute in float32 and
+    /// save in float64. What remains of either must be 0 up to a hundred times this limit, which allows for the
+    /// rounding of a hundred additions.
     ///
     /// # Errors
-    /// Returns an error if the file cannot be read, if it is damaged or of another format, if an array is missing or of
-    /// another shape, if a number is not finite, or if the covariance is not symmetric up to 2.4e-5 of its deviations.
+    /// Returns an error if the file cannot be read, or if it is damaged or of another format. Returns an error if an
+    /// array is missing or of another shape, if a number is not finite, or if the covariance is not symmetric up to
+    /// 2.4e-5 of its deviations.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         Self::named(path, open_regular(path)?.0, "mu", "sigma")

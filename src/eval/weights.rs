@@ -9,8 +9,8 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::model::tensor_file::{check_known, open_regular, read_tensors_of, weight_of};
 
-/// Reads the weights of an extractor, in f32, from a safetensors file or a file of PyTorch. Returns them and the SHA-256
-/// of the file. Both are of the same bytes, even if another program replaces the file.
+/// Reads the weights of an extractor, in f32, from a safetensors file or a file of PyTorch. Returns them and the
+/// SHA-256 of the file. Both are of the same bytes, even if another program replaces the file.
 pub(super) fn load(path: &Path, device: &Device) -> Result<(BTreeMap<String, Tensor>, String)> {
     let (mut file, _) = open_regular(path)?;
     let sha256 = files::sha256(&file).map_err(Error::io(path))?;
@@ -46,12 +46,12 @@ impl<'a> Weights<'a> {
     }
 
     /// The weight of the convolution `layer`, (out, in, height, width), and the bias (out), both with the batch
-    /// normalisation `norm` that follows it. With its fixed statistics, the normalisation is a factor and a shift of each
-    /// channel.
+    /// normalisation `norm` that follows it. With its fixed statistics, the normalisation is a factor and a shift of
+    /// each channel.
     ///
     /// # Errors
-    /// Returns an error if a weight is missing or has another shape, if a variance plus [`EPS`] is not positive, or if a
-    /// weight or bias is then not finite.
+    /// Returns an error if a weight is missing or has another shape, if a variance plus [`EPS`] is not positive, or if
+    /// a weight or bias is then not finite.
     pub(super) fn normalized(
         &self,
         layer: &str,

@@ -57,8 +57,8 @@ const OTHERS: [(&str, &str); 6] = [
 pub struct OpenAi {
     /// The size of the images, `image_size`.
     pub image_size: ImageSize,
-    /// The heads of attention. Networks with other heads have weights of the same shapes, so wrong heads draw wrong images
-    /// without an error.
+    /// The heads of attention. Networks with other heads have weights of the same shapes, so wrong heads give wrong
+    /// images without an error.
     pub heads: AttentionHeads,
     /// Whether all queries precede all keys and values in the projections of an attention: `use_new_attention_order`.
     /// Otherwise the queries, keys and values of a head are together.
@@ -93,8 +93,8 @@ impl OpenAi {
     ///
     /// # Errors
     /// Returns the errors of [`Parameters::load`]. Returns an error if these are not the weights of such a network, or
-    /// if it computes a function that a `UNet2D` does not have: heads of different numbers of channels, or sinusoids of
-    /// another number than the channels of the first level.
+    /// if a `UNet2D` cannot compute the function of the network. These are networks with heads of different numbers of
+    /// channels, and networks whose number of sinusoids differs from the channels of the first level.
     pub fn load(
         &self,
         path: impl AsRef<Path>,

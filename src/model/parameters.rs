@@ -60,8 +60,8 @@ impl Parameters {
     /// gradients.
     ///
     /// The content of the file decides its format. A file of PyTorch is read without running code: it holds a state
-    /// dict, or dictionaries of which [`load_part`](Self::load_part) reads one. Tensors of integers in such a file, such
-    /// as counters of batches, are left out.
+    /// dict, or dictionaries of which [`load_part`](Self::load_part) reads one. Tensors of integers in such a file,
+    /// such as counters of batches, are left out.
     ///
     /// ```no_run
     /// use candle_core::{DType, Device};
@@ -82,8 +82,8 @@ impl Parameters {
     }
 
     /// Reads those weights of a file whose names begin with `prefix`, as [`load`](Self::load) does. The network
-    /// requests them by their names without the prefix. The name of a weight in dictionaries within each other consists
-    /// of all keys, with dots between them.
+    /// requests them by their names without the prefix. The name of a weight in nested dictionaries consists of all
+    /// keys, with dots between them.
     ///
     /// ```no_run
     /// use candle_core::{DType, Device};

@@ -16,8 +16,8 @@ use crate::error::{Error, Result, in_short};
 use crate::zip::Archive;
 
 /// Reads the tensors of a file whose names begin with `prefix`, by their names without the prefix. The content decides
-/// the format: safetensors, or a file of PyTorch (`torch.save`), of which no code is run. The names of a file of PyTorch
-/// are the keys of its dictionaries, with dots between them; its tensors of integers are left out.
+/// the format: safetensors, or a file of PyTorch (`torch.save`), of which no code is run. The names of a file of
+/// PyTorch are the keys of its dictionaries, with dots between them; its tensors of integers are left out.
 ///
 /// All tensors must be floating-point tensors with values that are finite, also in `dtype`. They keep the dtypes of the
 /// file.

@@ -73,12 +73,12 @@ pub struct UNet2DConfig {
     /// If true, the block at the smallest size has attention.
     pub add_attention: bool,
     /// Number of vectors of classes, from 1 to 65,536; `None` for a network without classes. The vector of an image's
-    /// class is added to the time embedding. As in diffusers, each vector is that of a class, and a pass without classes
-    /// is an error.
+    /// class is added to the time embedding. As in diffusers, each vector belongs to a class, and a pass without
+    /// classes is an error.
     pub num_class_embeds: Option<usize>,
     /// If true, the last of at least two vectors of classes stands for images without a class, so the network has
-    /// `num_class_embeds - 1` classes. Training hides classes at random, and samples can be guided. Diffusers lacks this
-    /// field: there, this class is one like the others, which the caller chooses.
+    /// `num_class_embeds - 1` classes. Training hides classes at random, and samples can be guided. Diffusers lacks
+    /// this field. There, the last class is like the others, and the caller chooses it for images without a class.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub null_class: bool,
 }

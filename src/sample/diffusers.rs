@@ -138,8 +138,8 @@ impl SamplerConfig {
     ///
     /// # Errors
     /// Returns an error if the file cannot be read or is not JSON, and an error that names the option and its value if
-    /// the crate lacks it. Each step of `DDIMScheduler` goes back by `T / S`, rounded down, whatever the next timestep of
-    /// its list is. The crate lacks this for `linspace`, and for `trailing` if `S` does not divide `T`.
+    /// the crate lacks it. Each step of `DDIMScheduler` goes back by `T / S`, rounded down, whatever the next timestep
+    /// of its list is. The crate lacks this for `linspace`, and for `trailing` if `S` does not divide `T`.
     pub fn from_diffusers(folder: impl AsRef<Path>) -> Result<(Diffusion, Self)> {
         let mut options = Options::read(folder.as_ref().join(SCHEDULER))?;
         let [ancestral, implicit] =

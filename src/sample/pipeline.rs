@@ -101,7 +101,7 @@ impl SamplerConfig {
     /// The closest settings that a folder of diffusers has, in place of those of DDIM with clipping or with even
     /// timesteps. Their images differ slightly, or more with few steps. Other settings stay as they are.
     ///
-    /// The `DDIMScheduler` of diffusers has the noise of the prediction before it is clipped
+    /// The `DDIMScheduler` of diffusers computes the noise from the prediction before it is clipped
     /// ([`Solver::DdimUnclippedNoise`]). Each of its steps is as long as the others, so of its spacings only
     /// [`Spacing::Leading`] is exact for every number of steps.
     #[must_use]
@@ -132,7 +132,7 @@ impl Described {
     /// argument of a pipeline, and not a part of it.
     ///
     /// # Errors
-    /// Returns an error that names the first setting which a scheduler of diffusers does not have.
+    /// Returns an error that names the first setting that a scheduler of diffusers does not have.
     pub fn of(
         network: &UNet2DConfig,
         diffusion: &Diffusion,
@@ -163,7 +163,7 @@ impl Described {
             let expected = if learns { "ddpm with the learned variance" } else { "another" };
             return refuse("solver", found, expected);
         }
-        // `DDPMScheduler` goes to the next timestep of its list, and `DDIMScheduler` back by `T / S`, rounded down.
+        // `DDPMScheduler` goes to the next timestep of the list. `DDIMScheduler` goes back by `T / S`, rounded down.
         let total = diffusion.schedule().steps();
         let spacing = match sampler.spacing {
             Spacing::Leading => "leading",

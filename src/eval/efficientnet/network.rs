@@ -1,5 +1,5 @@
-//! The layers of EfficientNet-lite0: those of EfficientNet-B0 (Tan and Le 2019, table 1), without squeeze and excitation,
-//! and with ReLU6. The names are those of efficientnet-lite-pytorch.
+//! The layers of EfficientNet-lite0: those of EfficientNet-B0 (Tan and Le 2019, table 1), without squeeze and
+//! excitation, and with ReLU6. The names are those of efficientnet-lite-pytorch.
 
 use std::sync::Arc;
 
@@ -101,7 +101,7 @@ impl Network {
 }
 
 /// A mobile inverted bottleneck (Sandler et al. 2018): a convolution to more channels, a depthwise convolution, and a
-/// convolution to few channels, whose output is added to the input of the block if it has the same dimensions.
+/// convolution to few channels. The output is added to the input of the block if both have the same dimensions.
 struct Block {
     /// Absent if the depthwise convolution has the channels of the input.
     expand: Option<Step>,

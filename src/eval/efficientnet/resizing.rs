@@ -28,8 +28,8 @@ struct Taps {
 impl Taps {
     /// The taps of each pixel of a line of `SIZE` pixels that is scaled from one of `size`.
     ///
-    /// The weights are a triangle around the position of the pixel. It reaches to the next pixels of the larger line, so
-    /// that all pixels of a line that becomes smaller count.
+    /// The weights are a triangle around the position of the pixel. It reaches to the next pixels of the larger line,
+    /// so that all pixels of a line that becomes smaller count.
     fn of_line(size: usize) -> Vec<Self> {
         let scale = size as f64 / SIZE as f64;
         let reach = scale.max(1.0);

@@ -39,8 +39,8 @@ const GROUP: usize = 16;
 /// The features are the means of the last maps, at least 0. The logits lack the bias of the last layer, as those of the
 /// original Inception Score (`logits_unbiased` in torch-fidelity).
 ///
-/// Images are grey or RGB and have any size. Grey images have three equal channels for the network. The [`Resizing`] is a
-/// part of every figure. The features of an image do not depend on the other images or on the number of threads. The
+/// Images are grey or RGB and have any size. Grey images have three equal channels for the network. The [`Resizing`] is
+/// a part of every figure. The features of an image do not depend on the other images or on the number of threads. The
 /// network is computed on the CPU, also if samples are drawn on a GPU.
 pub struct Inception {
     network: Network,

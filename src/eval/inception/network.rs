@@ -1,5 +1,5 @@
-//! The layers of Inception v3 (Szegedy et al. 2016, table 1), by PyTorch's names, and the differences of the network with
-//! which the Fréchet distance is computed.
+//! The layers of Inception v3 (Szegedy et al. 2016, table 1), by PyTorch's names, and the differences of the network
+//! with which the Fréchet distance is computed.
 
 use std::sync::Arc;
 
@@ -33,7 +33,7 @@ const GREATEST: Step = Step::Pool(Pooling::Max, 3, SAME);
 const LAST: usize = 8;
 
 /// A part of the network: branches that compute from the same map, each a list of steps. Their outputs are the channels
-/// of the next map, in their order.
+/// of the next map, in the order of the branches.
 type Block = Vec<Vec<Step>>;
 
 /// A function that makes the branches of a block.

@@ -39,7 +39,8 @@ impl Depthwise<'_> {
 }
 
 simd_fn! {
-    /// Writes row `oy` of the output of an image. The products are added to the bias in the order of the kernel's pixels.
+    /// Writes row `oy` of the output of an image. The products are added to the bias in the order of the kernel's
+    /// pixels.
     fn depthwise_row<S>(of: Depthwise<'_>, x: &[f32], oy: usize, place: Place, y: &mut [f32]) {
         let DepthwiseShape { h, w, channels, w_out, kernel, .. } = of.shape;
         assert!(x.len() == h * w * channels && y.len() == w_out * place.of);
@@ -105,8 +106,8 @@ unsafe fn filter_full<S: Simd, const SIZE: usize>(window: Window, y: *mut f32, c
 }
 
 /// # Safety
-/// Every pixel of the window, its weights and the bias must be readable, and `y` writable, for a vector that begins with
-/// channel `c`.
+/// Every pixel of the window, its weights and the bias must be readable, and `y` writable, for a vector that begins
+/// with channel `c`.
 #[inline(always)]
 unsafe fn filter<S: Simd>(window: Window, y: *mut f32, c: usize) {
     // SAFETY: the caller guarantees the requirements.

@@ -6,7 +6,7 @@ use super::isa::Isa;
 use super::simd::simd_fn;
 use crate::random::{Dropout, Stream};
 
-/// Counters of random numbers that are handled at once. Each gives four.
+/// Counters of random numbers that are handled at once. Each counter gives four numbers.
 const COUNTERS: usize = 16;
 
 /// Values that one thread handles at a time.

@@ -66,8 +66,8 @@ impl ConvShape {
     ///
     /// # Errors
     /// Returns an error if the weight is neither (out, in) nor (out, in, kernel height, kernel width) with odd sizes,
-    /// if `x` has another number of channels, if the stride is 0, or if no position of the kernel lies within the map
-    /// although it has to.
+    /// or if `x` has another number of channels. Returns an error if the stride is 0, or if no position of the kernel
+    /// lies within the map although it has to.
     pub(crate) fn new(x: [usize; 4], weight: &[usize], scale: Scale) -> Result<Self> {
         let [batch, h, w, channels] = x;
         let (c_out, c_in, kernel) = match *weight {

@@ -31,12 +31,13 @@ pub(crate) struct PoolShape {
 }
 
 impl PoolShape {
-    /// The pooling of `x` (batch, height, width, channels). Its output has the height and width of that of a convolution
-    /// with a kernel of the size of the window.
+    /// The pooling of `x` (batch, height, width, channels). Its output has the height and width of that of a
+    /// convolution with a kernel of the size of the window.
     ///
     /// # Errors
-    /// Returns an error if the window is empty or larger than the map, if its centre is not a pixel although the window
-    /// extends beyond the edge, if the stride is 0, or if the scale is neither `Stride` nor `StrideWithin`.
+    /// Returns an error if the window is empty or larger than the map, or if its centre is not a pixel although the
+    /// window extends beyond the edge. Returns an error if the stride is 0, or if the scale is neither `Stride` nor
+    /// `StrideWithin`.
     pub(crate) fn new(x: [usize; 4], window: usize, scale: Scale) -> Result<Self> {
         let [batch, h, w, channels] = x;
         let fits = match scale {

@@ -4,8 +4,8 @@ use super::layout::every;
 use super::pixels::upsample_nearest_2x;
 use crate::kernels::op::conv::Scale;
 
-/// Computes the convolution of `x` (batch, height, width, in) with `weight` (out, in, kernel height, kernel width), or
-/// (out, in) for a kernel of one value, and `bias` (out), as one product of all patches.
+/// Computes the convolution of `x` (batch, height, width, in) with `weight` and `bias` (out), as one product of all
+/// patches. `weight` is (out, in, kernel height, kernel width), or (out, in) for a kernel of one value.
 ///
 /// This replaces candle's `conv2d`, whose gradient is a naive loop, and has a wrong shape at stride 2 for
 /// maps that are not square.

@@ -4,7 +4,7 @@ use super::layout::every;
 use crate::kernels::op::depthwise::DepthwiseShape;
 
 /// Computes the depthwise convolution of `x` (batch, height, width, channels) with `weight` (channels, 1, kernel,
-/// kernel): the sum of shifted maps, one for each pixel of the kernel, times the weights of that pixel.
+/// kernel). The result is the sum of shifted maps, one for each pixel of the kernel, times the weights of that pixel.
 pub(crate) fn depthwise(x: &Tensor, weight: &Tensor, shape: &DepthwiseShape) -> Result<Tensor> {
     let DepthwiseShape { h, w, channels, h_out, w_out, kernel, stride, .. } = *shape;
     let ([above, below], [left, right]) = (shape.padding(h), shape.padding(w));

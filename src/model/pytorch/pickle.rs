@@ -2,7 +2,7 @@
 //! consist. The results of all others are [`Object::Unknown`].
 //!
 //! The format is that of the Python module `pickletools`: a program for a machine with a stack, and a memo of values by
-//! number. Protocols 2 to 5 are read, without the operations that such files do not have.
+//! number. Protocols 2 to 5 are read, except for the operations that such files do not have.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -70,8 +70,8 @@ impl<'a> Pickled<'a> {
     /// Interprets the pickle at the beginning of `bytes`. Returns its result and the bytes after it.
     ///
     /// # Errors
-    /// Returns an error if the pickle is incomplete, if it has an operation that the files of PyTorch do not have, or if
-    /// it has too many objects.
+    /// Returns an error if the pickle is incomplete, if it has an operation that the files of PyTorch do not have, or
+    /// if it has too many objects.
     pub fn read(bytes: &'a [u8]) -> Result<(Self, &'a [u8])> {
         let mut machine = Machine { rest: bytes, ..Machine::default() };
         while machine.step()? {}

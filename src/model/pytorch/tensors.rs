@@ -7,7 +7,7 @@ use safetensors::Dtype;
 use super::pickle::{Object, Pickled, Result, Value};
 use crate::error::{in_short, list_in_short};
 
-/// The greatest depth of dictionaries within each other.
+/// The greatest depth of nested dictionaries.
 const MOST_DEPTH: usize = 16;
 /// The greatest length of a name in bytes.
 const MOST_NAME: usize = 512;
@@ -201,13 +201,13 @@ impl<'a> View<'a> {
     }
 }
 
-/// Returns the arguments of the tensors whose names begin with `prefix`, by their names without the prefix, in the order
-/// of the pickle. The name of a tensor consists of the keys of all dictionaries and lists that contain it, with dots
-/// between them.
+/// Returns the arguments of the tensors whose names begin with `prefix`, by their names without the prefix, in the
+/// order of the pickle. The name of a tensor consists of the keys of all dictionaries and lists that contain it, with
+/// dots between them.
 ///
 /// # Errors
-/// Returns an error if a value of such a name is the result of a call that was not made, and names the function. Returns
-/// an error if there is no dictionary, or if there are too many values.
+/// Returns an error if a value of such a name is the result of a call that was not made, and names the function.
+/// Returns an error if there is no dictionary, or if there are too many values.
 pub(super) fn named<'a>(pickled: &Pickled<'a>, prefix: &str) -> Result<Vec<(String, Value<'a>)>> {
     if let Some(Object::Unknown(function)) = pickled.object(pickled.value) {
         return Err(format!("the file calls {function}, which is not run"));

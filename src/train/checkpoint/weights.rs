@@ -122,8 +122,8 @@ impl WeightsFile {
     /// ```
     ///
     /// # Errors
-    /// Returns an error if these are not exactly the weights of the network, if the process or the sampler settings are
-    /// not valid, or if the file cannot be written.
+    /// Returns an error if these are not exactly the weights of the network, or if the process or the sampler settings
+    /// are not valid. Returns an error if the file cannot be written.
     pub fn create<N: Architecture>(
         path: impl AsRef<Path>,
         network: &N,
@@ -253,20 +253,20 @@ impl WeightsFile {
         Ok(Parameters::frozen(&self.path, tensors, DType::F32, device))
     }
 
-    /// Writes the network, its process and sampler settings as a folder that `DDPMPipeline.from_pretrained` or
-    /// `DDIMPipeline.from_pretrained` of diffusers opens, and [`DiffusersFolder`](crate::sample::DiffusersFolder).
+    /// Writes the network, its process and sampler settings as a folder of diffusers. `DDPMPipeline.from_pretrained` or
+    /// `DDIMPipeline.from_pretrained` opens it, and so does [`DiffusersFolder`](crate::sample::DiffusersFolder).
     /// `sampling` replaces the settings of the run. If there are none, they are
-    /// [`usual`](SamplerConfig::usual)`().`[`for_diffusers`](SamplerConfig::for_diffusers)`()`. The folder is complete or
-    /// does not exist.
+    /// [`usual`](SamplerConfig::usual)`().`[`for_diffusers`](SamplerConfig::for_diffusers)`()`. The folder is complete
+    /// or does not exist.
     ///
     /// The number of sampling steps is an argument of a pipeline, and not a part of the folder. The pipelines give a
     /// network no classes.
     ///
     /// # Errors
-    /// Returns an error that names the first setting that such a folder does not have: another network than
-    /// [`UNet2D`](crate::nn::UNet2D), another solver than `ddpm` or `ddim`, DDIM with clipping or even timesteps, which
-    /// [`for_diffusers`](SamplerConfig::for_diffusers) replaces, and others. Returns an error if `folder` exists, or
-    /// cannot be written.
+    /// Returns an error that names the first setting that such a folder does not have, such as a network other than
+    /// [`UNet2D`](crate::nn::UNet2D) or a solver other than `ddpm` or `ddim`. DDIM with clipping or even timesteps is
+    /// such an error; [`for_diffusers`](SamplerConfig::for_diffusers) replaces these settings. Returns an error if
+    /// `folder` exists, or cannot be written.
     pub fn export_diffusers(
         &self,
         folder: impl AsRef<Path>,

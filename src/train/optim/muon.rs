@@ -29,8 +29,8 @@ pub struct MuonConfig {
 }
 
 impl Default for MuonConfig {
-    /// Nesterov's momentum of 0.95 and no weight decay. Adam updates the first and the last layer of the network and its
-    /// embedding of classes.
+    /// Nesterov's momentum of 0.95 and no weight decay. Adam updates the first and the last layer of the network and
+    /// its embedding of classes.
     fn default() -> Self {
         let adam = names(UNetConfig::OUTER_LAYERS);
         Self { momentum: 0.95, nesterov: true, weight_decay: 0.0, adam }

@@ -1,9 +1,9 @@
 //! Convolutions of any kernel and stride as products of patches (im2col).
 //!
-//! The patches of a few rows of an image, which fit in the cache, are multiplied by the weights at a time. The patch of a
+//! The patches of a few rows of an image fit in the cache, and are multiplied by the weights at once. The patch of a
 //! pixel consists of parts of a few lines, and overlaps that of the next pixel. If lines are long enough, the product
-//! reads patches where they are. Only the zeros around the image need a copy of its lines. Otherwise patches are laid
-//! out, and always in the backward pass.
+//! reads patches where they are. Only the zeros around the image need a copy of its lines. Otherwise, and always in the
+//! backward pass, patches are laid out.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -23,8 +23,8 @@ use crate::kernels::op::place::Place;
 /// Approximate number of pixels whose patches are laid out at a time.
 const CHUNK_PIXELS: usize = 192;
 
-/// Pixels of a line from which products read patches in place. Lines of 8 pixels, about half of the rows of the largest
-/// tiles, were 9% slower than patches that are laid out.
+/// The least number of pixels of a line of which products read patches in place. Lines of 8 pixels, about half of the
+/// rows of the largest tiles, were 9% slower than patches that are laid out.
 const MIN_LINE: usize = 12;
 
 thread_local! {

@@ -15,7 +15,7 @@ pub(crate) struct Left<'a> {
     pub data: &'a [f32],
     pub row: usize,
     pub col: usize,
-    /// Values of a run. Divides the depth of the product, unless it is greater.
+    /// Values of a run: a divisor of the depth of the product, or a greater number than the depth.
     pub run: usize,
     /// The distance from one run to the next.
     pub jump: usize,

@@ -59,8 +59,8 @@ pub(crate) struct Patches<'a> {
     pub jump: usize,
 }
 
-/// Adds to `c` the product of the patches of its pixels and a packed right-hand side. Pixels of `c` begin `c_row` values
-/// apart.
+/// Adds to `c` the product of the patches of its pixels and a packed right-hand side. Pixels of `c` begin `c_row`
+/// values apart.
 pub(crate) fn gemm_patches(
     isa: Isa,
     (c, c_row): (&mut [f32], usize),

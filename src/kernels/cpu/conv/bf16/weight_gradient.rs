@@ -31,8 +31,8 @@ struct Rows<'a> {
 }
 
 impl Bf16 {
-    /// Writes the gradient of the weights, (out, in, height, width). If a value of `x` is not finite, additional values of
-    /// the gradient may be NaN, because only one side is padded with zeros.
+    /// Writes the gradient of the weights, (out, in, height, width). If a value of `x` is not finite, additional values
+    /// of the gradient may be NaN, because only one side is padded with zeros.
     pub(super) fn sum_weight_gradient(
         &self,
         x: &[f32],
