@@ -63,8 +63,7 @@ impl<'a> Weights<'a> {
         let [factor, bias, mean, variance] =
             [of("weight")?, of("bias")?, of("running_mean")?, of("running_var")?];
         self.allow(format!("{norm}.num_batches_tracked"));
-        if let Some(variance) = variance.iter().find(|v| f64::from(**v) + EPS <= 0.0 || v.is_nan())
-        {
+        if let Some(variance) = variance.iter().find(|v| f64::from(**v) + EPS <= 0.0) {
             let reason = format!("{norm}.running_var has {variance}; it must be above -{EPS}");
             return Err(Error::data(self.path, reason));
         }
