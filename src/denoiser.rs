@@ -109,7 +109,7 @@ pub trait Denoiser {
     }
 }
 
-/// What a network without a [number for no class](Denoiser::no_class) lacks.
+/// Names the part that a network without a [number for no class](Denoiser::no_class) lacks, for errors.
 pub(crate) fn lack_of_guidance(network: &(impl Denoiser + ?Sized)) -> &'static str {
     match network.classes() {
         Some(_) => "vector for images without a class",

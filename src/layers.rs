@@ -179,7 +179,7 @@ pub struct Embedding {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Classes {
     pub count: usize,
-    /// Whether there is a vector for images without a class. Its number is `count`.
+    /// True if there is a vector for images without a class. Its number is `count`.
     pub has_none: bool,
 }
 

@@ -221,7 +221,7 @@ struct Drawn<'a> {
     sha256: String,
     condition: Condition,
     shape: Shape,
-    /// Whether the network learns the variance.
+    /// True if the network learns the variance.
     learned: bool,
     count: usize,
     seed: u64,

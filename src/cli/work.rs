@@ -14,7 +14,7 @@ pub(super) struct Work<'a> {
 }
 
 impl Work<'_> {
-    /// Whether the work goes on.
+    /// Returns `Continue` until the user stops the program.
     pub fn flow(&self) -> ControlFlow<()> {
         if self.stop.is_stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }

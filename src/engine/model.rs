@@ -32,7 +32,7 @@ pub struct Model<G> {
     graph: Arc<G>,
     weights: Weights,
     precision: Precision,
-    /// Whether the backward pass computes the maps of recomputable parts again.
+    /// True if the backward pass computes the maps of recomputable parts again.
     recompute: bool,
     /// Memory for maps and gradients, reused from one pass to the next.
     pool: Arc<Pool>,

@@ -60,7 +60,7 @@ pub struct OpenAi {
     /// The heads of attention. Networks with other heads have weights of the same shapes, so wrong heads give wrong
     /// images without an error.
     pub heads: AttentionHeads,
-    /// Whether all queries precede all keys and values in the projections of an attention: `use_new_attention_order`.
+    /// True if all queries precede all keys and values in the projections of an attention: `use_new_attention_order`.
     /// Otherwise the queries, keys and values of a head are together.
     pub new_attention_order: bool,
     /// The dropout, for further training.
@@ -292,11 +292,11 @@ impl OpenAi {
 struct Shape {
     /// The channels of each level, beginning with the full size.
     channels: Vec<usize>,
-    /// Whether a level has attention.
+    /// For each level, true if it has attention.
     attends: Vec<bool>,
     /// The number of residual blocks of a level on the down path.
     layers: usize,
-    /// Whether residual blocks change the size, instead of convolutions.
+    /// True if residual blocks change the size, instead of convolutions.
     by_block: bool,
 }
 

@@ -52,9 +52,11 @@ pub struct UNet2DConfig {
     /// The zeros around the map of a downsampling convolution: 1 for one row or column on each side, 0 for one on the
     /// right and one at the bottom.
     pub downsample_padding: usize,
-    /// How levels of type [`Attention`](DownBlockType::Attention) halve the size. The types of other levels determine their method.
+    /// The method by which levels of type [`Attention`](DownBlockType::Attention) halve the size. The types of other
+    /// levels determine their method.
     pub downsample_type: Resampling,
-    /// How levels of type [`Attention`](UpBlockType::Attention) double the size. The types of other levels determine their method.
+    /// The method by which levels of type [`Attention`](UpBlockType::Attention) double the size. The types of other
+    /// levels determine their method.
     pub upsample_type: Resampling,
     /// Probability that a value inside a residual block is dropped during training; at least 0 and less than 1.
     pub dropout: f64,

@@ -107,7 +107,7 @@ pub(super) struct Plan {
     pub steps: Arc<[PlannedStep]>,
     /// The number of predictions that some stage needs at a time.
     pub predictions: usize,
-    /// Whether an evaluation of the network adds two predictions: the image before clipping, and the clipped one, which
+    /// True if an evaluation of the network adds two predictions: the image before clipping, and the clipped one, which
     /// is the newest.
     pub unclipped: bool,
 }

@@ -86,7 +86,7 @@ pub struct TrainConfig {
     pub loss_quartiles: bool,
     /// Number of checkpoints that are kept, including the latest; at least 1.
     pub keep_checkpoints: usize,
-    /// Whether the backward pass computes the feature maps of the network's blocks again, instead of keeping them from
+    /// True if the backward pass computes the feature maps of the network's blocks again, instead of keeping them from
     /// the forward pass. This takes less memory, and about a third more time. The weights stay the same in each bit.
     /// Chen et al. 2016.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]

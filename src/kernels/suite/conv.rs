@@ -15,7 +15,7 @@ pub(crate) struct ConvArithmetic {
     pub products: Products,
     /// The type to which operands of products are rounded first.
     pub operands: DType,
-    /// Whether the products are those of Winograd's method.
+    /// True if the products are those of Winograd's method.
     pub winograd: bool,
 }
 
