@@ -33,12 +33,13 @@ impl Gaussian {
         Self::named(path, open_regular(path)?.0, "mu", "sigma")
     }
 
-    /// Reads a statistics file, and computes its SHA-256. Both are of the same bytes, even if another program replaces
-    /// the file.
+    /// Reads a statistics file, and computes its SHA-256 in hexadecimal, which says in a report of figures which
+    /// statistics they were computed with. Both are of the same bytes, even if another program replaces the file.
     ///
     /// # Errors
     /// Returns the errors of [`read`](Self::read).
-    pub(crate) fn read_with_sha256(path: &Path) -> Result<(Self, String)> {
+    pub fn read_with_sha256(path: impl AsRef<Path>) -> Result<(Self, String)> {
+        let path = path.as_ref();
         let (mut file, _) = open_regular(path)?;
         let sha256 = files::sha256(&file).map_err(Error::io(path))?;
         file.rewind().map_err(Error::io(path))?;
