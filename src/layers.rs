@@ -289,8 +289,10 @@ impl GroupNorm {
 #[derive(Debug, Clone)]
 pub struct Sinusoids {
     half: usize,
-    /// The k-th frequency is `exp(-decay * k)`.
+    /// The k-th frequency is `scale * exp(-decay * k)`.
     pub(crate) decay: f64,
+    /// The first frequency.
+    pub(crate) scale: f64,
     /// Whether the cosines precede the sines.
     pub(crate) cosines_first: bool,
 }
@@ -305,12 +307,18 @@ impl Sinusoids {
     /// Creates `half` sines, followed by `half` cosines. The `divisor`-th frequency is 1 / 10000; `divisor` is
     /// positive.
     pub(crate) fn with_divisor(half: usize, divisor: usize) -> Self {
-        Self { half, decay: libm::log(10000.0) / divisor as f64, cosines_first: false }
+        let decay = libm::log(10000.0) / divisor as f64;
+        Self { half, decay, scale: 1.0, cosines_first: false }
     }
 
     /// Exchanges sines and cosines if `flip` is true.
     pub(crate) fn cosines_first(self, flip: bool) -> Self {
         Self { cosines_first: flip, ..self }
+    }
+
+    /// Multiplies all frequencies by `scale`, which is positive.
+    pub(crate) fn scaled(self, scale: f64) -> Self {
+        Self { scale: self.scale * scale, ..self }
     }
 
     /// The number of values of a timestep.
@@ -322,7 +330,8 @@ impl Sinusoids {
     pub(crate) fn values(&self, t: &Tensor, dtype: DType) -> Result<Tensor> {
         // In half precision the phase would be wrong by 0.1 rad. Metal has no f64, not even to cast from.
         let exact = if t.device().is_metal() { DType::F32 } else { DType::F64 };
-        let frequencies = (0..self.half).map(|k| libm::exp(-self.decay * k as f64)).collect();
+        let frequency = |k| self.scale * libm::exp(-self.decay * k as f64);
+        let frequencies = (0..self.half).map(frequency).collect();
         let frequencies = Tensor::from_vec(frequencies, self.half, &Device::Cpu)?
             .to_dtype(exact)?
             .to_device(t.device())?;

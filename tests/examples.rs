@@ -372,6 +372,14 @@ fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
     let heads = ["--image-size", "8", "--heads", "1"];
     let said = succeed(&mut convert(&openai, "own.safetensors", &heads))?;
     assert!(said.contains("process: 1000 timesteps, linear schedule"), "{said}");
+    let rescaled = ["--timesteps", "4000", "--rescale-timesteps", "true"];
+    let of_4000 = [&heads[..], &rescaled, &["--schedule", "cosine"]].concat();
+    let said = succeed(&mut convert(&openai, "of-4000.safetensors", &of_4000))?;
+    assert!(said.contains("process: 4000 timesteps, cosine schedule"), "{said}");
+    let of_4000 = path("of-4000.safetensors");
+    assert_eq!(WeightsFile::open(&of_4000)?.architecture::<UNet2DConfig>()?.time_scale, 0.25);
+    let lacking = "time_scale is 0.25; it must be 1 in a folder of diffusers";
+    assert_fails(&mut convert(&of_4000, "of-4000", &[]), &[lacking])?;
     let replaced =
         "sampler: DDIM with eta 0 and unclipped noise, leading, instead of DDIM with eta 0, even";
     for (to, args) in [("usual", &[][..]), ("ddim", &["--solver", "ddim"])] {
@@ -415,7 +423,7 @@ fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
             &openai,
             "x.safetensors",
             &["--image-size", "8", "--heads", "1", "--timesteps", "4000"],
-            "rescale_timesteps",
+            "--timesteps 4000 needs --rescale-timesteps true or false",
         ),
         (&pytorch, "x.safetensors", &[], "needs --image-size"),
         (&path("pipeline"), "x", &[], "--to is"),

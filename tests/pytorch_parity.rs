@@ -398,6 +398,7 @@ struct OpenAiCase {
     heads: usize,
     head_channels: Option<usize>,
     new_attention_order: bool,
+    time_scale: f64,
     t: Vec<u32>,
     y: Option<Vec<u32>>,
     /// The shapes of the weights.
@@ -412,6 +413,7 @@ impl OpenAiCase {
         };
         OpenAi {
             new_attention_order: self.new_attention_order,
+            time_scale: self.time_scale,
             ..OpenAi::new(self.image_size, heads)
         }
     }
@@ -446,7 +448,7 @@ fn networks_of_openai_are_networks_of_the_crate() {
         safetensors::SafeTensors::read_metadata(&std::fs::read(path).unwrap()).unwrap();
     let cases: BTreeMap<String, OpenAiCase> =
         serde_json::from_str(&header.metadata().as_ref().unwrap()["cases"]).unwrap();
-    assert_eq!(cases.len(), 4);
+    assert_eq!(cases.len(), 5);
     let temp = tempfile::tempdir().unwrap();
     for (name, case) in cases {
         let (file, weights) = (temp.path().join(format!("{name}.safetensors")), case.weights());

@@ -14,9 +14,6 @@ use crate::process::{Diffusion, NoiseSchedule, Prediction};
 use crate::sample::{DiffusersFolder, SamplerConfig, Solver, Variance};
 use crate::train::WeightsFile;
 
-/// The number of timesteps of OpenAI's networks that the crate can build.
-const TIMESTEPS: usize = 1000;
-
 /// The schedules of OpenAI's networks.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum ScheduleName {
@@ -53,10 +50,13 @@ pub struct ConvertArgs {
     /// --head-channels
     #[arg(long, value_name = "N", requires = "attention", value_parser = whole::<usize>(1..=4096))]
     image_size: Option<usize>,
-    /// For a file of OpenAI's programs: number of timesteps of its training, diffusion_steps; the crate has only
-    /// networks of 1000
-    #[arg(long, value_name = "N", default_value = "1000", requires = "image_size", value_parser = timesteps)]
+    /// For a file of OpenAI's programs: number of timesteps of its training, diffusion_steps
+    #[arg(long, value_name = "N", default_value = "1000", requires = "image_size", value_parser = whole::<usize>(21..=NoiseSchedule::MAX_STEPS as u64))]
     timesteps: usize,
+    /// For a file of OpenAI's programs with other than 1000 timesteps: rescale_timesteps of its training, which is true
+    /// by default in improved-diffusion, and false in guided-diffusion
+    #[arg(long, value_name = "true|false", requires = "image_size")]
+    rescale_timesteps: Option<bool>,
     /// For a file of OpenAI's programs: schedule of the timesteps
     #[arg(
         long,
@@ -79,15 +79,6 @@ pub struct ConvertArgs {
     /// For a file of OpenAI's programs: dropout, which matters only for further training
     #[arg(long, value_name = "P", default_value = "0", requires = "image_size", value_parser = fraction)]
     dropout: f64,
-}
-
-/// Parses the number of timesteps of a network of OpenAI.
-fn timesteps(text: &str) -> std::result::Result<usize, String> {
-    text.parse().ok().filter(|number| *number == TIMESTEPS).ok_or_else(|| {
-        "expected 1000: networks of other numbers (4000 in improved-diffusion) have rescaled timesteps \
-         (rescale_timesteps), which the crate lacks"
-            .into()
-    })
 }
 
 /// Converts weights: a folder of diffusers or a file of OpenAI's programs to a weights file, or a checkpoint or weights
@@ -159,15 +150,26 @@ impl ConvertArgs {
         let (Some(image_size), Some(heads)) = (self.image_size, self.attention()) else {
             return Err("--image-size needs --heads or --head-channels".into());
         };
+        let steps = self.timesteps;
+        let time_scale = match self.rescale_timesteps {
+            Some(true) => 1000.0 / steps as f64,
+            Some(false) => 1.0,
+            None if steps == 1000 => 1.0,
+            None => {
+                return Err(
+                    format!("--timesteps {steps} needs --rescale-timesteps true or false").into()
+                );
+            }
+        };
         let settings = OpenAi {
             new_attention_order: self.new_attention_order,
+            time_scale,
             dropout: self.dropout,
             ..OpenAi::new(image_size, heads)
         };
         let (network, weights) = settings.load(&self.from, DType::F32, &Device::Cpu)?;
-        let steps = self.timesteps;
         let (schedule, name) = match self.schedule {
-            ScheduleName::Linear => (NoiseSchedule::linear(steps, 1e-4, 0.02), "linear"),
+            ScheduleName::Linear => (NoiseSchedule::linear_scaled(steps), "linear"),
             ScheduleName::Cosine => (NoiseSchedule::cosine(steps), "cosine"),
         };
         let diffusion = Diffusion::new(schedule?, Prediction::Epsilon);

@@ -134,8 +134,12 @@ impl UNet2DConfig {
     /// The content of `config.json` for `UNet2DModel`.
     ///
     /// # Errors
-    /// Returns an error if a value cannot be written as JSON.
+    /// Returns an error if diffusers lacks a value, or if a value cannot be written as JSON.
     pub(crate) fn to_diffusers(&self) -> Result<Value> {
+        if self.time_scale != 1.0 {
+            let expected = "1 in a folder of diffusers, which lacks other values";
+            return Err(Error::config("time_scale", self.time_scale, expected));
+        }
         let mut options = json!({
             "_class_name": "UNet2DModel",
             "_diffusers_version": VERSION,

@@ -63,6 +63,9 @@ pub struct OpenAi {
     /// True if all queries precede all keys and values in the projections of an attention: `use_new_attention_order`.
     /// Otherwise the queries, keys and values of a head are together.
     pub new_attention_order: bool,
+    /// Number by which timesteps are multiplied: `1000 / T` for a network that was trained with `rescale_timesteps` on
+    /// `T` timesteps (`diffusion_steps`), otherwise 1. A wrong number gives wrong images without an error.
+    pub time_scale: f64,
     /// The dropout, for further training.
     pub dropout: f64,
 }
@@ -79,17 +82,23 @@ pub enum AttentionHeads {
 }
 
 impl OpenAi {
-    /// The settings for images of this size with these heads, without the new order of attention and without dropout.
+    /// The settings for images of this size with these heads, without the new order of attention, without dropout, and
+    /// for the timesteps of the process.
     ///
     /// `num_heads` is 4 in both programs if it is not given, and published networks have other heads. The heads have
     /// therefore no default here.
     pub fn new(image_size: impl Into<ImageSize>, heads: AttentionHeads) -> Self {
-        Self { image_size: image_size.into(), heads, new_attention_order: false, dropout: 0.0 }
+        Self {
+            image_size: image_size.into(),
+            heads,
+            new_attention_order: false,
+            time_scale: 1.0,
+            dropout: 0.0,
+        }
     }
 
     /// Reads the weights of a network, and derives its configuration from their names and shapes. The weights take no
-    /// gradients. Timesteps of the network are those of the process: `rescale_timesteps` has no effect with 1000
-    /// timesteps, and the crate lacks it with other numbers.
+    /// gradients.
     ///
     /// # Errors
     /// Returns the errors of [`Parameters::load`]. Returns an error if these are not the weights of such a network, or
@@ -191,6 +200,7 @@ impl OpenAi {
                 false => TimeConditioning::Default,
             },
             num_class_embeds: classes,
+            time_scale: self.time_scale,
             ..UNet2DConfig::cifar10()
         })
     }

@@ -69,6 +69,7 @@ impl UNet2D {
         let (first, last) = (dims[0], dims[dims.len() - 1]);
         let half = first / 2;
         let sinusoids = Sinusoids::with_divisor(half, half - config.freq_shift)
+            .scaled(config.time_scale)
             .cosines_first(config.flip_sin_to_cos);
         let class_embedding = |vectors: usize| {
             let (dim, vb) = (config.time_dim(), vb.pp("class_embedding"));

@@ -83,6 +83,15 @@ pub struct UNet2DConfig {
     /// this field. There, the last class is like the others, and the caller chooses it for images without a class.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub null_class: bool,
+    /// Number by which timesteps are multiplied in the time embedding, from 0.001 to 1000. It is 1 in diffusers, which
+    /// lacks this field. It is `1000 / T` in networks of OpenAI that were trained with `rescale_timesteps` on `T`
+    /// timesteps.
+    #[serde(skip_serializing_if = "is_one")]
+    pub time_scale: f64,
+}
+
+fn is_one(number: &f64) -> bool {
+    *number == 1.0
 }
 
 /// The kind of a level on the down path of a [`UNet2D`](crate::nn::UNet2D).
@@ -184,6 +193,7 @@ impl UNet2DConfig {
             add_attention: true,
             num_class_embeds: None,
             null_class: false,
+            time_scale: 1.0,
         }
     }
 
@@ -247,6 +257,9 @@ impl UNet2DConfig {
         within("layers_per_block", self.layers_per_block, [1, 64])?;
         within("downsample_padding", self.downsample_padding, [0, 1])?;
         within("freq_shift", self.freq_shift, [0, 1])?;
+        if !(0.001..=1000.0).contains(&self.time_scale) {
+            return Err(Error::config("time_scale", self.time_scale, "from 0.001 to 1000"));
+        }
         self.time_embedding_dim
             .map_or(Ok(()), |dim| within("time_embedding_dim", dim, channels))?;
         match (self.num_class_embeds, self.null_class) {

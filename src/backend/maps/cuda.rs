@@ -102,9 +102,9 @@ impl Maps for Cuda<'_> {
     fn sinusoids(&self, sinusoids: &Sinusoids, t: &Tensor) -> Result<Memory> {
         let dtype = if t.dtype().is_int() { DType::U32 } else { DType::F32 };
         let t = t.to_dtype(dtype)?.contiguous()?;
-        let half = sinusoids.dim() / 2;
-        let order = (sinusoids.decay, sinusoids.cosines_first);
-        Ok(cuda::sinusoids(&self.gpu, &t, half, order, self.element())?)
+        let Sinusoids { decay, scale, cosines_first, .. } = *sinusoids;
+        let (half, by) = (sinusoids.dim() / 2, [decay, scale]);
+        Ok(cuda::sinusoids(&self.gpu, &t, half, by, cosines_first, self.element())?)
     }
 
     fn take(&self, len: usize) -> Result<Memory> {

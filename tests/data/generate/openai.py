@@ -28,6 +28,7 @@ DEFAULTS = {
     "by_block": False,
     "classes": None,
     "out_channels": 3,
+    "time_scale": 1,  # 1000 / T with rescale_timesteps
 }
 CASES = {
     "improved": {"layers": 2, "mult": [1, 2, 2], "heads": 4, "attention": [2, 4], "out_channels": 6},
@@ -35,6 +36,7 @@ CASES = {
                       "by_block": True, "out_channels": 6},
     "classes": {"mult": [1, 1], "heads": 2, "new_attention_order": True, "scale_shift": True, "classes": 5},
     "blocks": {"attention": [], "by_block": True, "heads": 1},
+    "rescaled": {"attention": [], "time_scale": 0.25},
 }
 
 
@@ -115,7 +117,7 @@ def attention(w, s, name, x):
 
 def network(w, s, x, t, y):
     first = s["channels"]
-    angles = t[:, None].double() * torch.exp(-math.log(10000) * torch.arange(first // 2).double() / (first // 2))
+    angles = s["time_scale"] * t[:, None].double() * torch.exp(-math.log(10000) * torch.arange(first // 2).double() / (first // 2))
     emb = linear(w, "time_embed.0", torch.cat([angles.cos(), angles.sin()], 1), 4 * first)
     emb = linear(w, "time_embed.2", F.silu(emb), 4 * first)
     if y is not None:

@@ -5,17 +5,17 @@ extern "C" __global__ void cast(const float *x, T *y, u32 count) {
     if (i < count) y[i] = put(x[i]);
 }
 
-// Computes [sin | cos] of each timestep times `half` geometrically falling frequencies. With `between`, t holds f32.
-// With `flip`, the cosines come first.
+// Computes [sin | cos] of each timestep times `half` geometrically falling frequencies, of which the first is `scale`.
+// With `between`, t holds f32. With `flip`, the cosines come first.
 extern "C" __global__ void sinusoids(
-    const u32 *t, T *y, u32 half, double decay, int between, int flip, u32 count
+    const u32 *t, T *y, u32 half, double decay, double scale, int between, int flip, u32 count
 ) {
     u32 i = global_index();
     if (i >= count) return;
     u32 k = i % (2 * half);
     u32 image = i / (2 * half);
     double time = between ? (double)((const float *)t)[image] : (double)t[image];
-    double angle = time * exp(-decay * (k % half));
+    double angle = time * (scale * exp(-decay * (k % half)));
     y[i] = put((float)((k < half) != (flip != 0) ? sin(angle) : cos(angle)));
 }
 

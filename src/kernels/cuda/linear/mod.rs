@@ -22,7 +22,7 @@ const MODULE: &Module = &Module {
 
 kernel! { MODULE, "cast", Cast { x: Pointer, y: Pointer, count: u32 } }
 kernel! { MODULE, "sinusoids", Sinusoids {
-    t: Pointer, y: Pointer, half: u32, decay: f64, between: i32, flip: i32, count: u32,
+    t: Pointer, y: Pointer, half: u32, decay: f64, scale: f64, between: i32, flip: i32, count: u32,
 } }
 kernel! { MODULE, "add_class", AddClass {
     x: Pointer, table: Pointer, index: Pointer, y: Pointer, rows: u32, columns: u32, count: u32,
@@ -36,19 +36,20 @@ kernel! { MODULE, "activate_backward", ActivateBackward {
 } }
 
 /// Computes the sines and cosines of timesteps (batch) in u32, or of times between them in f32: (batch, 2 half). The
-/// cosines come first if `cosines_first` is true.
+/// k-th frequency is `scale * exp(-decay * k)`. The cosines come first if `cosines_first` is true.
 pub(crate) fn sinusoids(
     gpu: &Gpu,
     t: &Tensor,
     half: usize,
-    (decay, cosines_first): (f64, bool),
+    [decay, scale]: [f64; 2],
+    cosines_first: bool,
     element: Element,
 ) -> Result<Memory> {
     let count = t.elem_count() * 2 * half;
     let between = i32::from(!t.dtype().is_int());
     let (t, y) = (gpu.pointer(t)?, gpu.take_for(count, element)?);
     let (half, flip, count_of) = (half as u32, i32::from(cosines_first), count as u32);
-    let own = Sinusoids { t, y: y.pointer, half, decay, between, flip, count: count_of };
+    let own = Sinusoids { t, y: y.pointer, half, decay, scale, between, flip, count: count_of };
     gpu.launch(element, each(count)?, own)?;
     Ok(y)
 }
