@@ -424,7 +424,11 @@ fn what_a_folder_of_diffusers_lacks_is_refused_by_name() -> Result<()> {
         (usual.spacing(Spacing::Leading), "SamplerConfig::for_diffusers replaces it"),
         (even, "spacing is even, with 50 sampling steps of ddim; it must be leading, or trailing"),
         (trailing, "trailing with a divisor of 1000 as the number of steps"),
-        (SamplerConfig::new(Solver::ddpm(), 50).spacing(Spacing::Quadratic), "even, leading or"),
+        (SamplerConfig::new(Solver::ddpm(), 50).spacing(Spacing::Quadratic), "leading or trailing"),
+        (
+            SamplerConfig::new(Solver::ddpm(), 1),
+            "spacing is even; it must be even with at least 2 steps, leading or trailing, in a folder",
+        ),
         (SamplerConfig::recommended(), "solver is UniPC"),
         (SamplerConfig::new(Solver::Ddim { eta: 0.5 }, 50), "solver is DDIM"),
         (ddim.spacing(Spacing::LogSnr), "spacing is"),

@@ -167,12 +167,14 @@ impl Described {
         let total = diffusion.schedule().steps();
         let spacing = match sampler.spacing {
             Spacing::Leading => "leading",
-            Spacing::Even if name == "DDPM" => "linspace",
+            // The only timestep of a `linspace` is the first, and that of even spacing the last.
+            Spacing::Even if name == "DDPM" && sampler.steps > 1 => "linspace",
             Spacing::Trailing if name == "DDPM" || total.is_multiple_of(sampler.steps) => {
                 "trailing"
             }
             spacing if name == "DDPM" => {
-                return refuse("spacing", spacing.to_string(), "even, leading or trailing");
+                let expected = "even with at least 2 steps, leading or trailing,";
+                return refuse("spacing", spacing.to_string(), expected);
             }
             spacing => {
                 let found = format!("{spacing}, with {} sampling steps of ddim", sampler.steps);
