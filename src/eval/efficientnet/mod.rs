@@ -35,8 +35,8 @@ const GROUP: usize = 16;
 /// The features are the means of the last maps, from 0 to 6.
 ///
 /// Images are grey or RGB and have any size. They are scaled to 224 x 224 pixels as Pillow does with `BILINEAR`: rows
-/// first, with antialiasing, and without keeping the ratio of height and width. Then the mean of ImageNet is
-/// subtracted, and the result is divided by the standard deviation of ImageNet. Grey images have three equal channels.
+/// first, with antialiasing, and without keeping the ratio of height and width. The input of the network is
+/// `(byte - 127) / 128`. Grey images have three equal channels.
 /// The features of an image do not depend on the other images or on the number of threads. The network is computed on
 /// the CPU, also if samples are drawn on a GPU.
 pub struct EfficientNet {

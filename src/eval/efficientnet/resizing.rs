@@ -1,4 +1,4 @@
-//! The scaling of images, bit for bit that of Pillow with `BILINEAR`, and the normalisation of ImageNet.
+//! The scaling of images, bit for bit that of Pillow with `BILINEAR`, and their normalisation.
 //!
 //! Rows are scaled first. Some versions of Pillow scale the columns of some high images first, which changes bytes by at
 //! most 1. For square images all versions scale rows first.
@@ -11,10 +11,11 @@ use super::network::SIZE;
 use crate::data::dataset::ImageShape;
 
 /// The description in the identity of an extractor.
-pub(super) const DESCRIPTION: &str = "bilinear to 224 x 224, antialiased, rounded to bytes (Pillow), less ImageNet's mean, over its deviation";
+pub(super) const DESCRIPTION: &str = "bilinear to 224 x 224, antialiased, rounded to bytes (Pillow), (byte - 127) / 128";
 
-/// Mean and standard deviation of the channels red, green and blue of ImageNet, for bytes / 255.
-const STATISTICS: [(f32, f32); 3] = [(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)];
+/// The byte that the network takes as 0, and the difference of the bytes that it takes as 0 and 1. These are the
+/// constants of the published training of EfficientNet-lite.
+const STATISTICS: (f32, f32) = (127.0, 128.0);
 
 /// Bits of the weights of pixels after the binary point.
 const BITS: u32 = 22;
@@ -59,9 +60,8 @@ impl Taps {
 pub(super) fn resize(images: &[u8], shape: ImageShape, maps: &mut [f32]) {
     let ImageShape { channels, height, width } = shape;
     let (rows, columns) = (Taps::of_line(height), Taps::of_line(width));
-    let normalized = STATISTICS.map(|(mean, deviation)| {
-        std::array::from_fn::<f32, 256, _>(|byte| (byte as f32 / 255.0 - mean) / deviation)
-    });
+    let (mean, deviation) = STATISTICS;
+    let normalized: [f32; 256] = std::array::from_fn(|byte| (byte as f32 - mean) / deviation);
     let images = images.par_chunks(channels * height * width);
     maps.par_chunks_mut(SIZE * SIZE * 3).zip(images).for_each(|(map, image)| {
         let mut narrow = vec![0; height * SIZE];
@@ -75,9 +75,7 @@ pub(super) fn resize(images: &[u8], shape: ImageShape, maps: &mut [f32]) {
             for (line, taps) in map.chunks_mut(SIZE * 3).zip(&rows) {
                 for (x, pixel) in line.chunks_mut(3).enumerate() {
                     let byte = taps.apply(|y| narrow[y * SIZE + x]);
-                    for channel in to.clone() {
-                        pixel[channel] = normalized[channel][usize::from(byte)];
-                    }
+                    pixel[to.clone()].fill(normalized[usize::from(byte)]);
                 }
             }
         }

@@ -2,8 +2,8 @@
 
     python efficientnet.py OUT_DIR
 
-Weights and images are made by a formula, as those of inception.py. Images are scaled and normalised by torchvision and
-Pillow, as that package says. Nothing is downloaded.
+Weights and images are made by a formula, as those of inception.py. Images are scaled by torchvision and Pillow, as
+that package does. The input is (byte - 127) / 128, as in the training of the published weights. Nothing is downloaded.
 """
 import json
 import os
@@ -17,7 +17,6 @@ from torchvision import transforms
 
 # Count, channels, height, width.
 IMAGES = {"colour": (1, 3, 32, 32), "grey": (1, 1, 340, 20)}
-NORMALIZE = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 def prepare(image):
@@ -25,7 +24,7 @@ def prepare(image):
     image = transforms.functional.to_pil_image(image)
     for size in ((image.height, 224), (224, 224)):
         image = transforms.functional.resize(image, size)
-    return NORMALIZE(transforms.functional.to_tensor(image))
+    return (transforms.functional.pil_to_tensor(image).float() - 127) / 128
 
 
 def main():
