@@ -17,6 +17,7 @@ use ddpm::data::{self as sets, Batch, Subset};
 use ddpm::eval::{ProbabilityFlow, VariationalBound};
 use ddpm::nn::UNet2DConfig;
 use ddpm::sample::{SamplerConfig, Spacing, Variance};
+use ddpm::train::WeightsFile;
 use ddpm::{Checkpoint, Diffusion, Solver, TrainConfig, UNetConfig};
 use image::AnimationDecoder;
 use image::codecs::gif::GifDecoder;

@@ -435,7 +435,7 @@ mod tests {
     /// The warm-up of a new run.
     fn warmup(recipe: &Recipe, out: &Path, args: &[&str]) -> u64 {
         let out = out.to_str().unwrap();
-        let args = ["train", "--cpu", "--out", out].iter().chain(args);
+        let args = ["train", "--cpu", "--out", out].into_iter().chain(args.iter().copied());
         let cli = Cli::try_parse_from(args).unwrap();
         Plan::new(recipe, &cli.train).unwrap().config.warmup_steps
     }
