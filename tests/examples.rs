@@ -358,7 +358,7 @@ fn conditional_edits(checkpoint: &Path, temp: &Path) -> Result<()> {
     assert!(read("forth", 0)? == read("back", 2)? && read("forth", 2)? == read("back", 0)?);
     assert!(read("forth", 0)? != read("forth", 2)? && read("forth", 0)? != read("other", 0)?);
 
-    let vary = ["--vary", &a, "--count", "2"];
+    let vary = ["--vary", &a, "--strength", "1", "--count", "2"];
     draw("listed", &[&vary[..], &["--class", "5,2"]].concat())?;
     draw("twos", &[&vary[..], &["--class", "2"]].concat())?;
     assert!(read("listed", 1)? == read("twos", 1)? && read("listed", 0)? != read("twos", 0)?);
