@@ -43,6 +43,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     let shape = network.image_shape();
     pictures::check_channels(shape.0)?;
     let config = cli.sampling.config(&checkpoint)?;
+    cli.editing.check(&cli.sampling, &network)?;
     let condition = cli.sampling.condition(&network, cli.from, cli.count)?;
     let sampler = config.sampler(checkpoint.diffusion())?.condition(condition);
     cli.output.check(cli.count)?;

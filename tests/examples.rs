@@ -307,6 +307,8 @@ fn a_conditional_run_draws_the_class_that_is_asked_for() -> Result<()> {
         assert_eq!(image::open(dirs[0].join(file))?.to_luma8().dimensions(), (28, 28));
     }
 
+    conditional_edits(&checkpoint, temp.path())?;
+
     mnist(&plain, &[&SMALL[..], &["--steps", "1"]].concat())?;
     let no_classes = |option| format!("{option} needs a network with classes; this one has none");
     for (checkpoint, args, expected) in [
@@ -319,6 +321,60 @@ fn a_conditional_run_draws_the_class_that_is_asked_for() -> Result<()> {
     let args = ["--steps", "2", "--resume", "--conditional", "--out"];
     let expected = "the run in --out is not conditional; omit --conditional to continue it";
     assert_fails(example("mnist").args(args).arg(&plain), &[expected])
+}
+
+/// All images of an interpolation have one class, and its ends are the images of the seeds in this class.
+fn conditional_edits(checkpoint: &Path, temp: &Path) -> Result<()> {
+    let dir = |name: &str| temp.join("conditional").join(name);
+    let sample = |name: &str, args: &[&str]| {
+        let mut command = example("sample");
+        command.args(["--cpu", "--sampling-steps", "2"]).args(args).arg("--checkpoint");
+        command.arg(checkpoint).arg("--images").arg(dir(name));
+        command
+    };
+    let draw = |name: &str, args: &[&str]| succeed(&mut sample(name, args)).map(drop);
+    let read = |name: &str, k: usize| fs::read(dir(name).join(format!("{k:06}.png")));
+
+    let between = ["--interpolate", "3", "7", "--count", "4"];
+    draw("path", &[&between[..], &["--class", "2"]].concat())?;
+    for (name, seed, k) in [("first", "3", 0), ("last", "7", 3)] {
+        draw(name, &["--seed", seed, "--class", "2", "--count", "1"])?;
+        assert!(read("path", k)? == read(name, 0)?, "seed {seed}");
+    }
+
+    // Each picture is inverted with this class, whichever is the first.
+    let pictures = [temp.join("falling.png"), temp.join("rising.png")];
+    image::GrayImage::from_fn(28, 28, |x, _| image::Luma([250 - x as u8 * 9]))
+        .save(&pictures[0])?;
+    image::GrayImage::from_fn(28, 28, |x, y| image::Luma([(x * 5 + y * 4) as u8]))
+        .save(&pictures[1])?;
+    let [a, b] = pictures.each_ref().map(|path| path.display().to_string());
+    let pictures = ["--solver", "ddim", "--eta", "0", "--count", "3"];
+    let forth = [&["--interpolate-pictures", &a, &b], &pictures[..]].concat();
+    let back = [&["--interpolate-pictures", &b, &a], &pictures[..]].concat();
+    draw("forth", &[&forth[..], &["--class", "2"]].concat())?;
+    draw("back", &[&back[..], &["--class", "2"]].concat())?;
+    draw("other", &[&forth[..], &["--class", "5"]].concat())?;
+    assert!(read("forth", 0)? == read("back", 2)? && read("forth", 2)? == read("back", 0)?);
+    assert!(read("forth", 0)? != read("forth", 2)? && read("forth", 0)? != read("other", 0)?);
+
+    let vary = ["--vary", &a, "--strength", "1", "--count", "2"];
+    draw("listed", &[&vary[..], &["--class", "5,2"]].concat())?;
+    draw("twos", &[&vary[..], &["--class", "2"]].concat())?;
+    assert!(read("listed", 1)? == read("twos", 1)? && read("listed", 0)? != read("twos", 0)?);
+
+    let fill = ["--inpaint", &a, "--mask", &a, "--solver", "ddpm"];
+    for (args, option, needs) in [
+        (&between[..], "--interpolate", " with one class, such as --class 3: "),
+        (&[&between[..], &["--class", "3,7"]].concat(), "--interpolate", " with one class, "),
+        (&forth, "--interpolate-pictures", " with one class, "),
+        (&vary, "--vary", ", such as --class 3: "),
+        (&fill, "--inpaint", ", such as --class 3: "),
+    ] {
+        assert_fails(&mut sample("none", args), &[&format!("{option} needs --class{needs}")])?;
+    }
+    assert!(!dir("none").exists());
+    Ok(())
 }
 
 /// From a run with the network of Ho et al. to a folder of diffusers and back: all draw the same images.
@@ -369,7 +425,7 @@ fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
     assert!(scheduler.contains("\"DDPMScheduler\"") && scheduler.contains("\"fixed_large\""));
 
     // Without sampler settings, as from OpenAI's programs. The DDIM of diffusers replaces that of the crate visibly.
-    let openai = openai_network(&path("openai.safetensors"))?;
+    let openai = openai_network(&path("openai.safetensors"), "blocks")?;
     let heads = ["--image-size", "8", "--heads", "1"];
     let said = succeed(&mut convert(&openai, "own.safetensors", &heads))?;
     assert!(said.contains("process: 1000 timesteps, linear schedule"), "{said}");
@@ -402,6 +458,20 @@ fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
     command.args(["--count", "1", "--sampling-steps", "2"]).arg("--out").arg(path("image.png"));
     succeed(command.arg("--checkpoint").arg(path("lucidrains.safetensors")))?;
     assert_eq!(image::image_dimensions(path("image.png"))?, (3, 5));
+    // A network that learns the variance is sampled with it.
+    let learning = openai_network(&path("learning.safetensors"), "unconditional")?;
+    let heads_of_16 = ["--image-size", "8", "--head-channels", "16"];
+    succeed(&mut convert(&learning, "learned.safetensors", &heads_of_16))?;
+    for (file, solver) in [
+        ("own.safetensors", "DDPM, 2 steps"),
+        ("learned.safetensors", "DDPM with the learned variance, 2 steps"),
+    ] {
+        let mut command = example("sample");
+        command.args(["--solver", "ddpm", "--sampling-steps", "2", "--count", "1", "--out"]);
+        command.arg(path("image.png")).arg("--checkpoint").arg(path(file));
+        let said = succeed(&mut command)?;
+        assert!(said.contains(&format!("sampler     {solver}, clipped")), "{said}");
+    }
 
     let mut pictures = BTreeSet::new();
     for from in ["run/checkpoint", "pipeline", "back.safetensors"] {
@@ -460,14 +530,14 @@ fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
     Ok(())
 }
 
-/// Writes a file of zeros with the names and shapes of a small network of guided-diffusion.
-fn openai_network(path: &Path) -> Result<PathBuf> {
+/// Writes a file of zeros with the names and shapes of a small network of OpenAI's programs.
+fn openai_network(path: &Path, case: &str) -> Result<PathBuf> {
     let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/openai.safetensors");
     let (_, header) = safetensors::SafeTensors::read_metadata(&fs::read(cases)?)?;
     let cases = &header.metadata().as_ref().ok_or("no metadata")?["cases"];
     let cases: serde_json::Value = serde_json::from_str(cases)?;
     let shapes: BTreeMap<String, Vec<usize>> =
-        serde_json::from_value(cases["blocks"]["weights"].clone())?;
+        serde_json::from_value(cases[case]["weights"].clone())?;
     let zeros = |shape: Vec<usize>| Tensor::zeros(shape, DType::F32, &Device::Cpu);
     let weights = shapes.into_iter().map(|(name, shape)| Ok((name, zeros(shape)?)));
     let weights = weights.collect::<Result<HashMap<_, _>>>()?;
@@ -1343,8 +1413,18 @@ fn errors_about_a_run(out: &Path, temp: &Path) -> Result<()> {
         (&["--resume", "--schedule", "cosine"], &["train.schedule is null", "add --change"]),
         (
             &["--resume", "--change", "--seed", "9"],
-            &["train.seed is 0", "this field cannot change during a run"],
+            &["train.seed is 0", "omit --seed to continue the run, or begin a new run"],
         ),
+        (
+            &["--resume", "--change", "--loss", "l1"],
+            &[
+                "train.objective.loss is \"mse\" in the checkpoint, but \"l1\" was requested; omit --loss to continue",
+                "another --out; --change can change only --batch-size, --learning-rate, --warmup-steps, ",
+                "--precision and the images\n",
+            ],
+        ),
+        (&["--resume", "--warmup-steps", "5"], &["train.warmup_steps is 0", "add --change"]),
+        (&["--resume", "--cooldown", "0.5"], &["train.cooldown is 0.7", "add --change"]),
         (
             &["--resume", "--learning-rate", "1"],
             &["train.optimizer.learning_rate is 0.001", "omit --learning-rate"],
@@ -2008,7 +2088,12 @@ fn ctrl_c_saves_and_prints_the_command_to_resume() -> Result<()> {
     // Started as `cargo run` does it: the suggested command must not contain the path of the built
     // program.
     let other = temp.path().join("another's");
-    let said = stopped(example("mnist").env("CARGO", "cargo").args(SMALL), &other, 1)?;
+    let mut longer = example("mnist");
+    longer.env("CARGO", "cargo").args(SMALL).args(["--steps", "7500"]);
+    let said = stopped(&mut longer, &other, 1)?;
+    // A twentieth of the steps that were asked for.
+    let config: Value = serde_json::from_slice(&fs::read(other.join("config.json"))?)?;
+    assert_eq!(config["train"]["warmup_steps"], 375);
     let (_, command) = said.split_once("resume with: ").ok_or("a command")?;
     let (cargo, arguments) = command.split_once(" -- ").ok_or("arguments")?;
     let release = if cfg!(debug_assertions) { "" } else { " --release" };

@@ -269,6 +269,7 @@ fn small_2d() -> impl Strategy<Value = (UNet2DConfig, usize)> {
                 center_input_sample: centered,
                 time_embedding_dim: time.2,
                 freq_shift: time.0,
+                time_scale: 1.0,
                 flip_sin_to_cos: time.1,
                 down_block_types: levels.iter().map(|level| level.1).collect(),
                 up_block_types: levels.iter().map(|level| level.2).collect(),

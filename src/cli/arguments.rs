@@ -90,6 +90,19 @@ fn cargo_options() -> String {
     }
 }
 
+/// The options that `--change` can change. The library lists their fields in
+/// [`resume_with_changes`](crate::train::TrainerBuilder::resume_with_changes).
+const CHANGEABLE: [&str; 8] = [
+    "--batch-size",
+    "--learning-rate",
+    "--warmup-steps",
+    "--schedule",
+    "--reference-steps",
+    "--cooldown",
+    "--accumulation",
+    "--precision",
+];
+
 /// Adds to an error the options with which the user can solve it.
 pub(super) fn with_options(error: Error) -> Box<dyn StdError + Send + Sync> {
     let remedy = match &error {
@@ -99,7 +112,10 @@ pub(super) fn with_options(error: Error) -> Box<dyn StdError + Send + Sync> {
                 "train.optimizer.learning_rate" => "--learning-rate",
                 "train.accumulation" => "--accumulation",
                 "train.precision" => "--precision",
+                "train.warmup_steps" => "--warmup-steps",
+                "train.cooldown" => "--cooldown",
                 "train.schedule" => "--schedule",
+                "train.schedule.inverse_sqrt.reference_steps" => "--reference-steps",
                 "train.muon" => "--optimizer",
                 "train.seed" => "--seed",
                 "train.timesteps" => "--timesteps",
@@ -109,14 +125,16 @@ pub(super) fn with_options(error: Error) -> Box<dyn StdError + Send + Sync> {
                 "train.noise.immiscible" => "--immiscible",
                 _ => return error.into(),
             };
-            let change = match option {
-                "--batch-size" | "--learning-rate" | "--accumulation" | "--precision"
-                | "--schedule" => ", add --change to change it",
-                _ => "",
+            let (change, allowed) = match CHANGEABLE.contains(&option) {
+                true => (", add --change to change it", String::new()),
+                false => {
+                    let options = CHANGEABLE.join(", ");
+                    ("", format!("; --change can change only {options} and the images"))
+                }
             };
             return format!(
                 "{field} is {found} in the checkpoint, but {expected} was requested; omit {option} \
-                 to continue the run{change}, or begin a new run with another --out"
+                 to continue the run{change}, or begin a new run with another --out{allowed}"
             )
             .into();
         }

@@ -4,8 +4,10 @@ use candle_core::{Device, Tensor};
 use clap::Args;
 
 use super::arguments::{positive_fraction, whole};
+use super::network::Network;
 use super::print::out;
 use super::result::Result;
+use super::sampling::SamplingArgs;
 use crate::data::folder::{Channels, FolderConfig, read_mask, read_picture};
 use crate::data::normalized;
 use crate::denoiser::Denoiser;
@@ -16,22 +18,23 @@ use crate::sample::{Ends, Resampling, Sampler};
 /// The options of a program that varies, interpolates or inpaints pictures. Each of these options excludes the others.
 #[derive(Debug, Clone, Args)]
 pub struct EditingArgs {
-    /// Picture of which the images are variations
+    /// Picture of which the images are variations; a network with classes needs --class
     #[arg(long, value_name = "FILE", group = "edit")]
     vary: Option<PathBuf>,
     /// Strength of the variations: the timestep to which the picture is noised, as a fraction of all timesteps
     #[arg(long, value_name = "S", default_value = "0.5", allow_negative_numbers = true,
           value_parser = positive_fraction, requires = "vary")]
     strength: f64,
-    /// Interpolate from the first image of one seed to that of another, both included
+    /// Interpolate from the first image of one seed to that of another, both included; a network with classes needs one
+    /// --class
     #[arg(long, value_names = ["SEED", "SEED"], group = "edit", conflicts_with_all = ["seed", "from"],
           value_parser = whole::<u64>(0..=u64::MAX))]
     interpolate: Option<Vec<u64>>,
     /// Interpolate from one picture to another, both as the network draws them; needs a deterministic solver, such as
-    /// ddim with eta 0
+    /// ddim with eta 0, and one --class if the network has classes
     #[arg(long, value_names = ["FILE", "FILE"], group = "edit", conflicts_with = "from")]
     interpolate_pictures: Option<Vec<PathBuf>>,
-    /// Picture to inpaint, with --solver ddpm or ddim
+    /// Picture to inpaint, with --solver ddpm or ddim; a network with classes needs --class
     #[arg(long, value_name = "FILE", group = "edit", requires = "mask")]
     inpaint: Option<PathBuf>,
     /// Mask of the size of the images; --inpaint fills its white pixels
@@ -48,8 +51,39 @@ pub struct EditingArgs {
 }
 
 impl EditingArgs {
+    /// Checks that `--class` is given if the network has classes: one class for an interpolation, at least one for the
+    /// other options.
+    ///
+    /// # Errors
+    /// Returns an error that names the option and the classes that it needs.
+    pub fn check(&self, sampling: &SamplingArgs, network: &Network) -> Result<()> {
+        let given = [
+            ("--vary", self.vary.is_some(), false),
+            ("--interpolate", self.interpolate.is_some(), true),
+            ("--interpolate-pictures", self.interpolate_pictures.is_some(), true),
+            ("--inpaint", self.inpaint.is_some(), false),
+        ];
+        let Some((option, _, between)) = given.into_iter().find(|(_, given, _)| *given) else {
+            return Ok(());
+        };
+        match (network.classes(), sampling.class.len()) {
+            (None, _) | (_, 1) => Ok(()),
+            // No class is that of the images between two classes.
+            (Some(_), _) if between => Err(format!(
+                "{option} needs --class with one class, such as --class 3: the ends and the images between them have \
+                 the same class"
+            )
+            .into()),
+            (Some(_), 0) => Err(format!(
+                "{option} needs --class, such as --class 3: the network has classes, and that of the picture is unknown"
+            )
+            .into()),
+            _ => Ok(()),
+        }
+    }
+
     /// Sets the start and the known pixels of a sampler of `count` images of this shape (channels, height, width).
-    /// Without an option, returns the sampler unchanged.
+    /// Without an option, returns the sampler unchanged. The condition of the sampler has passed [`check`](Self::check).
     ///
     /// # Errors
     /// Returns an error if a picture cannot be read or has another size than its mask, or if the solver does not fit.
@@ -97,22 +131,19 @@ impl EditingArgs {
         let steps = sampler.timesteps().len() as u64;
         out(format_args!("inverting   {} and {}, {steps} steps each", a.display(), b.display()));
         let progress = Progress::started(2 * steps);
-        let inverted = |picture: &Tensor, k: usize, done: u64| -> Result<Tensor> {
+        // All images have the same condition.
+        let sampler_of_one = sampler.part(0, 1)?;
+        let inverted = |picture: &Tensor, done: u64| -> Result<Tensor> {
             let image = picture.unsqueeze(0).and_then(|image| image.to_device(device));
             let mut x = image.map_err(Error::from)?;
-            // The condition of the image at this end.
-            let sampler = sampler.part(k, 1)?;
-            for step in sampler.invert_steps(denoiser, x.clone())? {
+            for step in sampler_of_one.invert_steps(denoiser, x.clone())? {
                 let step = step?;
                 progress.advance(done + step.index as u64 + 1);
                 x = step.x;
             }
             Ok(x)
         };
-        let ends = [
-            inverted(&pictures[0], 0, 0)?,
-            inverted(&pictures[1], count.saturating_sub(1), steps)?,
-        ];
+        let ends = [inverted(&pictures[0], 0)?, inverted(&pictures[1], steps)?];
         progress.finish();
         let noise = Tensor::cat(&ends, 0).map_err(Error::from)?;
         Ok(sampler.interpolate(Ends::Noise(noise), &weights)?)

@@ -148,6 +148,10 @@ mod tests {
             ),
             ("--loss-quartiles", TrainConfig { loss_quartiles: true, ..recipe.clone() }),
             (
+                "--warmup-steps 7 --cooldown 0.25",
+                TrainConfig { warmup_steps: 7, cooldown: 0.25, ..recipe.clone() },
+            ),
+            (
                 "--schedule inverse-sqrt --reference-steps 70",
                 TrainConfig {
                     schedule: LearningRateSchedule::InverseSqrt { reference_steps: 70 },
@@ -158,7 +162,8 @@ mod tests {
             let found = applied(&recipe, args)?;
             assert_eq!(found, expected, "{args}");
             // Every setting can be reset, except for those that can only be switched on.
-            let back = "--loss mse --weighting uniform --timesteps uniform --offset-noise 0 --schedule constant";
+            let back = "--loss mse --weighting uniform --timesteps uniform --offset-noise 0 --schedule constant \
+                        --warmup-steps 0 --cooldown 0";
             let found = applied(&found, back)?;
             let TrainConfig { noise, loss_quartiles, .. } = &found;
             let switches = (noise.immiscible, *loss_quartiles);
@@ -214,6 +219,8 @@ mod tests {
             ("--weighting snr", ["--weighting", "uniform, min-snr, p2, edm"]),
             ("--timesteps normal", ["--timesteps", "uniform, stratified, log-normal, importance"]),
             ("--offset-noise 2", ["--offset-noise", "a number from 0 to 1"]),
+            ("--warmup-steps -1", ["--warmup-steps", "a whole number from 0 to"]),
+            ("--cooldown 1.5", ["--cooldown", "a number from 0 to 1"]),
             ("--schedule inverse-sqrt", ["--schedule inverse-sqrt", "--reference-steps N"]),
             ("--reference-steps 9", ["--reference-steps", "--schedule inverse-sqrt"]),
             ("--schedule cosine --reference-steps 9", ["--reference-steps", "inverse-sqrt"]),

@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use super::arguments::{positive_fraction, precision, whole};
+use super::arguments::{fraction, positive_fraction, precision, whole};
 use super::choices::{ExtractorChoice, KINDS};
 use super::network::NetworkConfig;
 use super::objective_args::ObjectiveArgs;
@@ -23,6 +23,8 @@ pub struct Recipe<N = UNetConfig> {
     pub diffusion: Diffusion,
     /// The training configuration.
     pub train: TrainConfig,
+    /// Whether the option `--steps` changes the warm-up to that of [`TrainConfig::recommended`] with as many steps.
+    pub warmup_follows_steps: bool,
     /// The directory of the run.
     pub out: &'static str,
     /// The arguments by which `cargo run` selects the program, such as `--example mnist`. The program states them in
@@ -75,6 +77,7 @@ impl<N: NetworkConfig> Recipe<N> {
             network,
             diffusion,
             train,
+            warmup_follows_steps: false,
             out: "out",
             cargo_target: "",
             save_every: 500,
@@ -90,7 +93,8 @@ impl<N: NetworkConfig> Recipe<N> {
         }
     }
 
-    /// Replaces the process, the training and the sampler by those that this crate recommends. Flips remain.
+    /// Replaces the process, the training and the sampler by those that this crate recommends. Flips remain. The warm-up
+    /// follows the option `--steps`.
     #[must_use]
     pub fn recommended(self, steps: u64, batch_size: usize) -> Self {
         let TrainConfig { horizontal_flip, log_every, .. } = self.train;
@@ -99,6 +103,7 @@ impl<N: NetworkConfig> Recipe<N> {
             diffusion: Diffusion::velocity(),
             train: TrainConfig { horizontal_flip, log_every, ..train },
             sampling: SamplerConfig::recommended(),
+            warmup_follows_steps: true,
             ..self
         }
     }
@@ -110,9 +115,9 @@ impl<N: NetworkConfig> Recipe<N> {
             || "no clipping of gradients".into(),
             |norm| format!("gradients clipped to norm {norm}"),
         );
-        let cooldown = match train.cooldown {
-            0.0 => "no cool-down".into(),
-            share => format!("cool-down over the last {:.0}%", 100.0 * share),
+        let warmup = match self.warmup_follows_steps {
+            true => " (a twentieth of --steps, at most 500)",
+            false => "",
         };
         let solver = self.sampling.solver;
         let optimizer = if train.muon.is_some() { "muon" } else { "adam" };
@@ -126,9 +131,10 @@ impl<N: NetworkConfig> Recipe<N> {
             "{when}: --out {} --save-every {} --sample-every {} --sample-count {} \
              --held-out-every {}\n  \
              new runs only (--resume uses the checkpoint's values, and accepts others for the last three): \
-             --batch-size {} --optimizer {optimizer} --learning-rate {} --timesteps {timesteps} --accumulation {} \
-             --precision {} --seed {} --steps {} --log-every {} --sampling-steps {}\n  \
-             fixed: prediction of {}, warm-up over {} updates, {cooldown}, {clipping}; grids by {solver}.",
+             --batch-size {} --optimizer {optimizer} --learning-rate {} --warmup-steps {}{warmup} --cooldown {} \
+             --timesteps {timesteps} --accumulation {} --precision {} --seed {} --steps {} --log-every {} \
+             --sampling-steps {}\n  \
+             fixed: prediction of {}, {clipping}; grids by {solver}.",
             self.out,
             self.save_every,
             self.sample_every,
@@ -136,6 +142,8 @@ impl<N: NetworkConfig> Recipe<N> {
             self.held_out_every,
             train.batch_size,
             train.optimizer.learning_rate,
+            train.warmup_steps,
+            train.cooldown,
             train.accumulation,
             train.precision,
             train.seed,
@@ -143,7 +151,6 @@ impl<N: NetworkConfig> Recipe<N> {
             train.log_every,
             self.sampling.steps,
             self.diffusion.prediction(),
-            train.warmup_steps,
         )
     }
 }
@@ -178,6 +185,14 @@ pub struct TrainArgs {
     #[arg(long, value_name = "R", allow_negative_numbers = true,
           value_parser = positive_fraction)]
     learning_rate: Option<f64>,
+    /// Updates over which the learning rate rises to its full value; 0 for none. In a new run of a recommended recipe
+    /// the default is a twentieth of --steps, at most 500
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = whole::<u64>(0..=1_000_000_000))]
+    warmup_steps: Option<u64>,
+    /// Share of all updates, at the end, over which the learning rate falls to zero; 0 for none
+    #[arg(long, value_name = "F", allow_negative_numbers = true, value_parser = fraction)]
+    cooldown: Option<f64>,
     /// Optimiser: adam, with the weight decay of the recipe, or muon, which is Muon for matrices and Adam for the rest
     #[arg(long, value_name = "O", value_enum)]
     optimizer: Option<OptimizerName>,
@@ -282,6 +297,14 @@ fn judged(text: &str) -> std::result::Result<usize, String> {
 }
 
 impl TrainArgs {
+    /// Sets the warm-up of a new run to that of `--steps`, if the warm-up of the recipe follows the number of steps.
+    pub(super) fn scale<N>(&self, mut recipe: Recipe<N>) -> Recipe<N> {
+        if let (true, Some(steps)) = (recipe.warmup_follows_steps, self.steps) {
+            recipe.train.warmup_steps = TrainConfig::recommended_warmup(steps);
+        }
+        recipe
+    }
+
     /// Replaces the values of the configuration for which an option was given.
     ///
     /// # Errors
@@ -300,7 +323,9 @@ impl TrainArgs {
                 Some(OptimizerName::Adam) => None,
                 Some(OptimizerName::Muon) => Some(config.muon.clone().unwrap_or_default()),
             },
+            warmup_steps: self.warmup_steps.unwrap_or(config.warmup_steps),
             schedule: self.schedule(config.schedule)?,
+            cooldown: self.cooldown.unwrap_or(config.cooldown),
             accumulation: self.accumulation.unwrap_or(config.accumulation),
             precision: self.precision.unwrap_or(config.precision),
             log_every: self.log_every.unwrap_or(config.log_every),

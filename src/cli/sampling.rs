@@ -13,7 +13,7 @@ use super::result::Result;
 use super::trained::{Trained, Weights};
 use crate::denoiser::{Condition, Denoiser};
 use crate::precision::Precision;
-use crate::sample::{Guidance, SamplerConfig, Solver, Spacing};
+use crate::sample::{Guidance, SamplerConfig, Solver, Spacing, Variance};
 
 /// The options of a program that draws images from a checkpoint of a U-Net.
 #[derive(Debug, Clone, Args)]
@@ -23,7 +23,7 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "PATH")]
     checkpoint: PathBuf,
     /// Solver of the sampler; the defaults of --solver, --sampling-steps and --eta are those of the run's
-    /// grids
+    /// grids; ddpm has the learned variance if the network learns one
     #[arg(long, value_name = "NAME", value_parser = named(Solver::NAMES))]
     solver: Option<String>,
     /// Choice of the timesteps; by default that of the run's grids, or with another solver log-snr for heun
@@ -42,7 +42,7 @@ pub struct SamplingArgs {
     /// classes of the network
     #[arg(long, value_name = "C", value_delimiter = ',', allow_negative_numbers = true,
           value_parser = whole::<u32>(0..=65_535))]
-    class: Vec<u32>,
+    pub(super) class: Vec<u32>,
     /// Scale of the guidance towards the class: 1 for none, more for clearer and less varied
     /// images; the default is that of the run's grids
     #[arg(long, value_name = "W", allow_negative_numbers = true, value_parser = scale)]
@@ -77,10 +77,12 @@ impl SamplingArgs {
         Trained::open(&self.checkpoint, self.weights)
     }
 
-    /// The sampler settings: those of the run's grids, except for the given options.
+    /// The sampler settings: those of the run's grids, except for the given options. If `--solver ddpm` is another
+    /// solver than the run's, it has the learned variance if the network learns one, and otherwise that of
+    /// [`Solver::ddpm`].
     ///
     /// # Errors
-    /// Returns an error if an option is not an option of the solver.
+    /// Returns an error if an option is not an option of the solver, and the errors of [`Trained::architecture`].
     pub fn config(&self, checkpoint: &Trained) -> Result<SamplerConfig> {
         let all = checkpoint.diffusion().schedule().steps();
         let usual = SamplerConfig::usual(checkpoint.diffusion());
@@ -88,9 +90,14 @@ impl SamplingArgs {
         // The run's solver may have settings that its name does not have.
         let (mut solver, mut steps, mut spacing) = match self.solver.as_deref() {
             Some(name) if run.solver.name() != Some(name) => {
-                let solver: Solver = name.parse()?;
-                let ancestral = matches!(solver, Solver::Ddpm { .. });
-                (solver, if ancestral { all } else { usual.steps }, solver.usual_spacing())
+                let (mut solver, mut steps): (Solver, _) = (name.parse()?, usual.steps);
+                if let Solver::Ddpm { variance } = &mut solver {
+                    steps = all;
+                    if checkpoint.architecture()?.learns_variance() {
+                        *variance = Variance::Learned;
+                    }
+                }
+                (solver, steps, solver.usual_spacing())
             }
             _ => (run.solver, run.steps, run.spacing),
         };

@@ -12,7 +12,7 @@ const BOTTLENECK: usize = 7;
 /// The largest side of feature maps with attention. The cost of attention grows with the fourth power of the side.
 const ATTENTION: usize = 16;
 
-/// The size in pixels for which the cosine schedule was designed. Hoogeboom et al. 2023, section 3.
+/// The side in pixels of the square images for which the cosine schedule was designed. Hoogeboom et al. 2023, section 3.
 const REFERENCE: f64 = 64.0;
 
 impl Recipe {
@@ -20,8 +20,9 @@ impl Recipe {
     ///
     /// The network halves the images until a side would be less than 7 pixels, at most five times. It has attention on
     /// feature maps with sides of up to 16 pixels. The process predicts velocity on the cosine schedule. For images of
-    /// more than 64 pixels, the schedule is shifted to less signal, because neighbouring pixels reveal more of each
-    /// other (Hoogeboom et al. 2023).
+    /// more than 64 x 64 pixels, the schedule is shifted to less signal, because neighbouring pixels reveal more of each
+    /// other. The log-SNR falls by `2 ln(d / 64)` for square images of side `d` (Hoogeboom et al. 2023, section 3). For
+    /// other images, `d` is the geometric mean of height and width, the side of a square with as many pixels.
     ///
     /// # Errors
     /// Returns an error if height or width is odd.
@@ -53,10 +54,11 @@ impl Recipe {
         };
         let mut schedule = NoiseSchedule::cosine(1000)?;
         let mut shifted = String::new();
-        if large > 64 {
-            let shift = 2.0 * (REFERENCE / large as f64).ln();
+        let side = ((height * width) as f64).sqrt();
+        if side > REFERENCE {
+            let shift = 2.0 * (REFERENCE / side).ln();
             schedule = schedule.shifted(shift)?;
-            shifted = format!(", its log-SNR shifted by {shift:.2} for {large} pixels");
+            shifted = format!(", its log-SNR shifted by {shift:.2} for {height} x {width} pixels");
         }
         let network = UNetConfig {
             image_size: crate::model::ImageSize { height, width },
@@ -74,7 +76,8 @@ impl Recipe {
         );
         let diffusion = Diffusion::new(schedule, Prediction::Velocity);
         let sampling = SamplerConfig::recommended();
-        Ok((Self { sampling, ..Self::new(network, diffusion, train) }, reason))
+        let recipe = Self::new(network, diffusion, train);
+        Ok((Self { sampling, warmup_follows_steps: true, ..recipe }, reason))
     }
 }
 
@@ -93,7 +96,7 @@ mod tests {
                 recipe.train.validate().unwrap();
                 recipe.diffusion.validate().unwrap();
                 assert_eq!(recipe.network.image_shape(), (channels, height, width));
-                assert_eq!(reason.contains("shifted"), height.max(width) > 64, "{reason}");
+                assert_eq!(reason.contains("shifted"), height * width > 64 * 64, "{reason}");
                 let levels = recipe.network.levels();
                 assert!(height.min(width) >> levels >= BOTTLENECK || levels == 1, "{reason}");
             }
@@ -101,5 +104,23 @@ mod tests {
         let message = Recipe::for_images((3, 33, 64)).unwrap_err().to_string();
         let expected = "the images have 33 x 64 pixels; it must be even numbers, because the network halves them";
         assert_eq!(message, expected);
+    }
+
+    #[test]
+    fn the_schedule_is_shifted_by_the_number_of_pixels() {
+        // Four times the pixels have a quarter of the SNR, and eight times an eighth.
+        let log_snr = |height, width| {
+            let (recipe, _) = Recipe::for_images((3, height, width)).unwrap();
+            recipe.diffusion.schedule().log_snr(500.0).unwrap()
+        };
+        let reference = log_snr(64, 64);
+        let cosine = NoiseSchedule::cosine(1000).unwrap().log_snr(500.0).unwrap();
+        assert_eq!(reference, cosine);
+        for (height, width, factor) in
+            [(128, 128, 4.0f64), (64, 512, 8.0), (512, 64, 8.0), (512, 512, 64.0), (8, 512, 1.0)]
+        {
+            let fall = reference - log_snr(height, width);
+            assert!((fall - factor.ln()).abs() < 1e-9, "{height} x {width}: {fall}");
+        }
     }
 }

@@ -208,7 +208,7 @@ impl<N: NetworkConfig> Plan<N> {
                 let config = RunConfig::read(&files.config);
                 config.map_err(|e| format!("{e}; {remedy}"))?.watch(recipe)
             }
-            None => recipe.clone(),
+            None => args.scale(recipe.clone()),
         };
         let recipe = args.watch(recipe);
         let config = saved.as_ref().map_or(&recipe.train, Checkpoint::train_config);
@@ -363,10 +363,11 @@ fn resume<N: NetworkConfig>(
 ) -> Result<Trainer<N>> {
     let builder = Trainer::builder(saved.architecture::<N>()?).config(config).device(device);
     let builder = builder.diffusion(saved.diffusion().clone());
-    Ok(match change {
-        true => builder.resume_with_changes(saved.dir())?,
-        false => builder.resume(saved.dir()).map_err(with_options)?,
-    })
+    let resumed = match change {
+        true => builder.resume_with_changes(saved.dir()),
+        false => builder.resume(saved.dir()),
+    };
+    resumed.map_err(with_options)
 }
 
 /// Prepares the directory for the run. A new run keeps the directories of an earlier one.
@@ -413,4 +414,62 @@ fn announce(
     out(format_args!("network  {} weights", grouped(weights)));
     out(format_args!("device   {}", describe(trainer.device())));
     out(format_args!("output   {}", directory.display()));
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use serde_json::json;
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::model::UNetConfig;
+    use crate::process::Diffusion;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        train: TrainArgs,
+    }
+
+    /// The warm-up of a new run.
+    fn warmup(recipe: &Recipe, out: &Path, args: &[&str]) -> u64 {
+        let out = out.to_str().unwrap();
+        let args = ["train", "--cpu", "--out", out].into_iter().chain(args.iter().copied());
+        let cli = Cli::try_parse_from(args).unwrap();
+        Plan::new(recipe, &cli.train).unwrap().config.warmup_steps
+    }
+
+    #[test]
+    fn the_warmup_of_a_recommended_recipe_is_a_twentieth_of_the_steps_that_are_asked_for() {
+        let temp = TempDir::new().unwrap();
+        let paper = Recipe::new(UNetConfig::mnist(), Diffusion::ddpm(), TrainConfig::ho());
+        let recommended = paper.clone().recommended(1_875, 16);
+        let (pictures, _) = Recipe::for_images((3, 64, 64)).unwrap();
+        for (recipe, args, expected) in [
+            (&recommended, &[][..], 93),
+            (&recommended, &["--steps", "1875"], 93),
+            (&recommended, &["--steps", "7500"], 375),
+            (&recommended, &["--steps", "500", "--batch-size", "8"], 25),
+            (&recommended, &["--steps", "100000"], 500),
+            (&recommended, &["--steps", "500", "--warmup-steps", "40"], 40),
+            (&pictures, &[], 500),
+            (&pictures, &["--steps", "500"], 25),
+            // The warm-up of the paper is a number of updates.
+            (&paper, &["--steps", "500"], 5_000),
+            (&paper, &["--warmup-steps", "0"], 0),
+        ] {
+            assert_eq!(warmup(recipe, temp.path(), args), expected, "{args:?}");
+        }
+
+        // A configuration states its warm-up.
+        let file = temp.path().join("config.json");
+        let config = json!({
+            "network": recommended.network, "diffusion": recommended.diffusion, "train": recommended.train,
+            "sampling": recommended.sampling, "save_every": 1, "sample_every": 1, "sample_count": 1,
+        });
+        fs::write(&file, config.to_string()).unwrap();
+        let args = ["--config", file.to_str().unwrap(), "--steps", "500"];
+        assert_eq!(warmup(&recommended, temp.path(), &args), 93);
+    }
 }

@@ -175,7 +175,9 @@ impl TrainConfig {
     /// The recipe of this crate for the prediction of [velocity](crate::Diffusion::velocity). Muon updates matrices, and
     /// Adam the other weights. The learning rate of 1e-3 rises over the first 5% of the updates (at most 500), and falls
     /// to zero over the last 70%. Timesteps are spread over each batch, and gradients are clipped to norm 1. The average
-    /// has a decay of 0.999 with warm-up. `steps` is the total number of updates, and `batch_size` the images per update.
+    /// has a decay of 0.999 with warm-up. The half-life of this decay is `ln(1/2) / ln(0.999)`, about 693 updates. It
+    /// holds from update 8,990 on. Before that, the warm-up limits the half-life to about a thirteenth of the updates so
+    /// far. `steps` is the total number of updates, and `batch_size` the images per update.
     ///
     /// The results of training in the repository compare it with another recipe.
     pub fn recommended(steps: u64, batch_size: usize) -> Self {
@@ -184,12 +186,17 @@ impl TrainConfig {
             batch_size,
             optimizer: AdamConfig::adam(1e-3),
             muon: Some(MuonConfig::default()),
-            warmup_steps: (steps / 20).min(500),
+            warmup_steps: Self::recommended_warmup(steps),
             cooldown: 0.7,
             clip_norm: Some(1.0),
             timesteps: TimestepSampling::Stratified,
             ..Self::mnist()
         }
+    }
+
+    /// The number of updates of the warm-up of [`recommended`](Self::recommended).
+    pub(crate) fn recommended_warmup(steps: u64) -> u64 {
+        (steps / 20).min(500)
     }
 
     /// Checks the configuration. [`Trainer::new`](crate::Trainer::new) calls this.
