@@ -107,24 +107,16 @@ pub(super) fn with_options(error: Error) -> Box<dyn StdError + Send + Sync> {
                 "train.objective.weighting" => "--weighting",
                 "train.noise.offset" => "--offset-noise",
                 "train.noise.immiscible" => "--immiscible",
-                "images.height" => "--height or --image-size",
-                "images.width" => "--width or --image-size",
-                "images.channels" => "--channels or --grey",
-                "images.background" => "--background",
-                "images.crop" => "--random-crop",
-                "images.classes" => "--conditional",
                 _ => return error.into(),
             };
             let change = match option {
                 "--batch-size" | "--learning-rate" | "--accumulation" | "--precision"
-                | "--schedule" | "--channels or --grey" | "--background" | "--random-crop" => {
-                    ", add --change to change it"
-                }
+                | "--schedule" => ", add --change to change it",
                 _ => "",
             };
             return format!(
-                "{field} is {found} in the run, but {expected} was requested; omit {option} to \
-                 continue the run{change}, or begin a new run with another --out"
+                "{field} is {found} in the checkpoint, but {expected} was requested; omit {option} \
+                 to continue the run{change}, or begin a new run with another --out"
             )
             .into();
         }

@@ -11,7 +11,6 @@ use super::result::Result;
 use super::run_config::read_images;
 use super::run_files::RunFiles;
 use crate::data::folder::{Channels, Crop, Folder, FolderConfig, Unreadable};
-use crate::error::Error;
 use crate::observe::is_removed;
 
 /// The zoom of random crops, which vary the size of the part by a quarter.
@@ -125,7 +124,9 @@ impl FolderArgs {
             ..config
         };
         if self.background.is_some() && replaced.channels == Channels::Rgba {
-            return Err("--background is for images without alpha; omit it, or --channels rgba".into());
+            return Err(
+                "--background is for images without alpha; omit it, or --channels rgba".into()
+            );
         }
         Ok(replaced)
     }
@@ -175,23 +176,25 @@ fn saved(train: &TrainArgs, out: &str) -> Result<Option<FolderConfig>> {
 /// Returns an error that names the first setting that differs from that of the run and cannot change.
 fn check_same(run: &FolderConfig, given: &FolderConfig, change: bool) -> Result<()> {
     let (run, given) = (serde_json::to_value(run)?, serde_json::to_value(given)?);
-    for (field, found) in run.as_object().into_iter().flatten() {
-        let may_change = match field.as_str() {
-            // The network has this size and these classes.
-            "height" | "width" | "classes" => false,
-            // Which pictures are read is checked by their fingerprint.
-            "unreadable" => true,
-            _ => change,
-        };
-        let expected = &given[field];
-        if found != expected && !may_change {
-            return Err(with_options(Error::ConfigMismatch {
-                field: format!("images.{field}"),
-                found: found.to_string(),
-                expected: expected.to_string(),
-                remedy: "",
-            }));
+    // The size and the classes belong to the network. Which unreadable files are skipped is a part of the fingerprint.
+    for (field, option, changeable) in [
+        ("height", "--height or --image-size", false),
+        ("width", "--width or --image-size", false),
+        ("classes", "--conditional", false),
+        ("channels", "--channels or --grey", true),
+        ("background", "--background", true),
+        ("crop", "--random-crop", true),
+    ] {
+        let (found, expected) = (&run[field], &given[field]);
+        if found == expected || (changeable && change) {
+            continue;
         }
+        let differs = format!("images.{field} is {found} in the run, but {expected} was requested");
+        let change = if changeable { ", add --change to change it" } else { "" };
+        return Err(format!(
+            "{differs}; omit {option} to continue the run{change}, or begin a new run with another --out"
+        )
+        .into());
     }
     Ok(())
 }

@@ -113,8 +113,10 @@ impl Identity {
         let Some(k) = differing.filter(|_| !before.is_empty()) else { return Ok(()) };
         let [before, now] = [before, now].map(|names| names.get(k).map_or("none", String::as_str));
         let (path, name) = (path.display(), &self.name);
-        let wrong = format!("{path}: the folder of class {k} is {before} in the run, and {now} in {name}");
-        let remedy = "give the folders the names that they had, or begin a new run with another --out";
+        let wrong =
+            format!("{path}: the folder of class {k} is {before} in the run, and {now} in {name}");
+        let remedy =
+            "give the folders the names that they had, or begin a new run with another --out";
         Err(format!("{wrong}; {remedy}").into())
     }
 
@@ -128,8 +130,11 @@ impl Identity {
         }
         if run.pictures.is_some() && self.pictures.is_some() && run.name == self.name {
             let (name, before, now) = (&self.name, run.content(), self.content());
-            let wrong = format!("{path}: {name} have changed since the run, from {before} to {now}");
-            return format!("{wrong}; restore their files, or add --change to train on these images");
+            let wrong =
+                format!("{path}: {name} have changed since the run, from {before} to {now}");
+            return format!(
+                "{wrong}; restore their files, or add --change to train on these images"
+            );
         }
         let wrong = format!("{path}: the run is of {run}, not of {self}");
         format!("{wrong}; to continue it, {options}, or add --change to train on these images")
