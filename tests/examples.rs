@@ -626,7 +626,7 @@ fn the_settings_of_the_images_are_part_of_a_run() -> Result<()> {
     fs::remove_file(data.join("3.png"))?;
     assert_fails(
         &mut train("run", &resume("5")),
-        &["photos have changed since the run, from 4 images, sha256 ", " to 3 images, sha256 "],
+        &["photos have changed since: from 4 images, sha256 ", ", to 3 images, sha256 "],
     )?;
 
     // Files of earlier versions have no settings: without options, the defaults hold.

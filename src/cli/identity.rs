@@ -130,18 +130,15 @@ impl Identity {
         }
         if run.pictures.is_some() && self.pictures.is_some() && run.name == self.name {
             let (name, before, now) = (&self.name, run.content(), self.content());
-            let wrong =
-                format!("{path}: {name} have changed since the run, from {before} to {now}");
-            return format!(
-                "{wrong}; restore their files, or add --change to train on these images"
-            );
+            let wrong = format!("{path}: {name} have changed since: from {before}, to {now}");
+            let remedy =
+                "restore their files to continue the run, or add --change to train on these images";
+            return format!("{wrong}; {remedy}");
         }
         let wrong = format!("{path}: the run is of {run}, not of {self}");
         format!("{wrong}; to continue it, {options}, or add --change to train on these images")
     }
-}
 
-impl Identity {
     /// Formats the number of images and the beginning of their checksum.
     fn content(&self) -> String {
         let Self { images, checksum, .. } = self;

@@ -2,7 +2,8 @@
 //!
 //! A program declares its [`Recipe`]: a network, a process, a training configuration. [`TrainArgs`] are its options,
 //! and [`train()`] runs it. The program begins or resumes the run in a directory, trains, saves, draws grids and the
-//! loss curve, and stops at Ctrl-C without loss. It continues a run only with the images it began with.
+//! loss curve, and stops at Ctrl-C without loss. It continues a run only with the images it began with. [`FolderArgs`] are
+//! the options of a program that trains on a folder of pictures.
 //!
 //! ```no_run
 //! use std::process::ExitCode;
