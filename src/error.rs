@@ -80,6 +80,19 @@ pub enum Error {
         reason: String,
     },
 
+    /// Pictures of a folder do not fit the value of a field of its configuration.
+    #[error("{}: {reason}; {remedy}", path.display())]
+    Pictures {
+        /// The folder, or a picture in it.
+        path: PathBuf,
+        /// The problem.
+        reason: String,
+        /// The field of `FolderConfig`: `unreadable` or `classes`.
+        field: &'static str,
+        /// The advice at the end of the message.
+        remedy: &'static str,
+    },
+
     /// There is no complete checkpoint in a directory.
     #[error("{}: no checkpoint here: {reason}", path.display())]
     NoCheckpoint {

@@ -13,7 +13,10 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
-use ddpm::data::{self as sets, Batch, Subset};
+use clap::Parser;
+use ddpm::cli::{FolderArgs, TrainArgs};
+use ddpm::data::folder::Folder;
+use ddpm::data::{self as sets, Batch, Dataset, Subset};
 use ddpm::eval::{ProbabilityFlow, VariationalBound};
 use ddpm::nn::UNet2DConfig;
 use ddpm::sample::{SamplerConfig, Spacing, Variance};
@@ -21,7 +24,7 @@ use ddpm::train::WeightsFile;
 use ddpm::{Checkpoint, Diffusion, Solver, TrainConfig, UNetConfig};
 use image::AnimationDecoder;
 use image::codecs::gif::GifDecoder;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -559,26 +562,28 @@ fn a_folder_of_pictures_is_trained_on_and_its_configuration_repeats_the_run() ->
     }
     let train = |out: &Path, args: &[&str]| {
         let mut command = example("train");
-        command.arg("--data").arg(&data).args(["--height", "8", "--width", "12"]).args(args);
-        command.arg("--out").arg(out);
+        command.arg("--data").arg(&data).args(args).arg("--out").arg(out);
         command
     };
     let (run, again) = (temp.path().join("run"), temp.path().join("again"));
-    let small = [&SMALL[..], &["--steps", "2", "--conditional"]].concat();
+    let size = ["--height", "8", "--width", "12"];
+    let small = [&SMALL[..], &size, &["--steps", "2", "--conditional"]].concat();
     let said = succeed(&mut train(&run, &small))?;
     assert!(said.contains("recipe   1 halvings to 4 x 6 pixels"), "{said}");
     assert!(said.contains("the pictures of") && said.contains("6 images"), "{said}");
+    assert!(said.contains("\nclasses  dark, light\n"), "{said}");
     let network: UNetConfig = Checkpoint::open(run.join("checkpoint"))?.architecture()?;
     assert_eq!((network.image_shape(), network.classes), ((3, 8, 12), Some(2)));
     assert!(run.join("samples/step-000002.png").is_file());
 
     let config = run.join("config.json");
     let config = config.to_str().ok_or("a path in UTF-8")?;
-    succeed(&mut train(&again, &["--config", config, "--conditional"]))?;
+    succeed(&mut train(&again, &["--config", config]))?;
     for file in ["checkpoint/model.safetensors", "samples/step-000002.png", "config.json"] {
         assert!(fs::read(run.join(file))? == fs::read(again.join(file))?, "{file}");
     }
-    succeed(&mut train(&run, &["--steps", "3", "--resume", "--conditional"]))?;
+    succeed(&mut train(&run, &["--steps", "3", "--resume"]))?;
+    classes_stay(&data, |args| train(&run, args))?;
 
     let odd = ["--height", "7"];
     let mut command = example("train");
@@ -593,8 +598,8 @@ fn a_folder_of_pictures_is_trained_on_and_its_configuration_repeats_the_run() ->
     )?;
 
     fs::write(data.join("dark/0.png"), "no picture")?;
-    let unreadable = "0.png";
-    assert_fails(&mut train(&again, &["--resume", "--conditional"]), &[unreadable])?;
+    let unreadable = ["1 of 6 pictures cannot be read", "0.png", "; --skip-unreadable leaves them"];
+    assert_fails(&mut train(&again, &["--resume"]), &unreadable)?;
     // Checks that need no pictures come before the pictures are read.
     for (out, args, expected) in [
         (&again, &[][..], "holds a run at step 2"),
@@ -610,6 +615,155 @@ fn a_folder_of_pictures_is_trained_on_and_its_configuration_repeats_the_run() ->
     ] {
         assert_fails(&mut train(out, args), &[expected])?;
     }
+    Ok(())
+}
+
+/// Class `k` of a network is always the same folder.
+fn classes_stay(data: &Path, train: impl Fn(&[&str]) -> Command) -> Result<()> {
+    let other = data.join("shade");
+    for (name, expected) in [
+        ("dark", "the folder of class 0 is dark in the run, and light in the pictures of"),
+        ("light", "the folder of class 1 is light in the run, and shade in the pictures of"),
+    ] {
+        fs::rename(data.join(name), &other)?;
+        for args in [&["--resume"][..], &["--resume", "--change"]] {
+            assert_fails(&mut train(args), &["data.json: ", expected, "or begin a new run"])?;
+        }
+        fs::rename(&other, data.join(name))?;
+    }
+    fs::create_dir(&other)?;
+    fs::copy(data.join("dark/0.png"), other.join("0.png"))?;
+    let expected = "the folder of class 2 is none in the run, and shade in the pictures of";
+    assert_fails(&mut train(&["--resume", "--change"]), &[expected])?;
+    fs::rename(other.join("0.png"), data.join("lost.png"))?;
+    fs::remove_dir(&other)?;
+    let expected = ["lost.png: in no sub-folder", "or begin a run without --conditional"];
+    assert_fails(&mut train(&["--resume"]), &expected)?;
+    Ok(fs::remove_file(data.join("lost.png"))?)
+}
+
+#[test]
+fn the_settings_of_the_images_are_part_of_a_run() -> Result<()> {
+    let temp = TempDir::new()?;
+    let data = temp.path().join("photos");
+    fs::create_dir(&data)?;
+    for k in 0..4u32 {
+        let pixel = |x, y| image::Rgb([x * 9, (y + k) * 7, x ^ y].map(|v| (v % 256) as u8));
+        image::RgbImage::from_fn(30 + k, 20, pixel).save(data.join(format!("{k}.png")))?;
+    }
+    fs::write(data.join("broken.png"), "no picture")?;
+    let path = |name: &str| temp.path().join(name);
+    let train = |name: &str, args: &[&str]| {
+        let mut command = example("train");
+        command.arg("--data").arg(&data).args(args).arg("--out").arg(path(name));
+        command
+    };
+    let json = |path: PathBuf| -> Result<Value> { Ok(serde_json::from_slice(&fs::read(path)?)?) };
+    let settings = ["--image-size", "8", "--grey", "--random-crop", "--skip-unreadable"];
+    let new = [&SMALL[..], &settings, &["--background", "#0a0B0c", "--steps", "1"]].concat();
+    succeed(&mut train("run", &new))?;
+    let images = json!({
+        "height": 8, "width": 8, "channels": "grey", "background": [10, 11, 12],
+        "crop": { "random": { "zoom": 1.25 } }, "filter": "bicubic", "classes": false,
+        "unreadable": "skip", "max_pixels": 1 << 27,
+    });
+    assert_eq!(json(path("run/config.json"))?["images"], images);
+    assert_eq!(json(path("run/data.json"))?["pictures"], images);
+
+    // --config repeats the images; options replace its settings.
+    let config = path("run/config.json").to_string_lossy().into_owned();
+    succeed(&mut train("again", &["--config", &config]))?;
+    succeed(&mut train("centre", &["--config", &config, "--random-crop", "false"]))?;
+    let weights = |name: &str| fs::read(path(name).join("checkpoint/model.safetensors"));
+    assert!(weights("again")? == weights("run")?);
+    assert!(weights("centre")? != weights("run")?);
+    assert_eq!(json(path("centre/config.json"))?["images"]["crop"], "centre");
+
+    // A run that is resumed keeps its settings.
+    for (args, expected) in [
+        (
+            &["--channels", "rgb"][..],
+            r#"images.channels is "grey" in the run, but "rgb" was requested; omit --channels or --grey to continue the run, add --change"#,
+        ),
+        (&["--random-crop", "false"], r#"but "centre" was requested; omit --random-crop to"#),
+        (&["--background", "0"], "images.background is [10,11,12] in the run, but [0,0,0] was"),
+        (&["--image-size", "16", "--change"], "images.height is 8 in the run, but 16 was"),
+        (&["--width", "16", "--change"], "omit --width or --image-size to continue the run, or"),
+        (&["--conditional", "--change"], "images.classes is false in the run, but true was"),
+        (&["--skip-unreadable", "false"], "broken.png"),
+    ] {
+        let args = [&["--resume", "--steps", "2"], args].concat();
+        assert_fails(&mut train("run", &args), &[expected])?;
+    }
+    let resume = |steps| ["--resume", "--steps", steps];
+    succeed(&mut train("run", &resume("2")))?;
+
+    // A change is recorded, and then holds.
+    let changed = [&resume("3")[..], &["--random-crop", "false", "--change"]].concat();
+    succeed(&mut train("run", &changed))?;
+    let history = Checkpoint::open(path("run/checkpoint"))?.history().to_vec();
+    let [change] = &history[..] else { return Err(format!("{history:?}").into()) };
+    let crops = [&change.from, &change.to].map(|images| images["pictures"]["crop"].clone());
+    assert_eq!((&*change.field, &crops), ("images", &[images["crop"].clone(), "centre".into()]));
+    succeed(&mut train("run", &resume("4")))?;
+    assert_fails(
+        &mut train("run", &[&resume("5")[..], &["--random-crop"]].concat()),
+        &["images.crop is \"centre\" in the run"],
+    )?;
+
+    // Files that changed are told from settings that differ.
+    fs::remove_file(data.join("3.png"))?;
+    assert_fails(
+        &mut train("run", &resume("5")),
+        &["photos have changed since: from 4 images, sha256 ", ", to 3 images, sha256 "],
+    )?;
+
+    // Files of earlier versions have no settings: without options, the defaults hold.
+    let mut old = json(path("run/config.json"))?;
+    old.as_object_mut().ok_or("an object")?.remove("images");
+    fs::write(path("old.json"), old.to_string())?;
+    let old = path("old.json").to_string_lossy().into_owned();
+    let expected = "have (1, 8, 8); pass --height 8 --width 8 --channels grey";
+    assert_fails(&mut train("old", &["--config", &old, "--skip-unreadable"]), &[expected])?;
+    Ok(())
+}
+
+#[test]
+fn the_options_of_a_folder_choose_channels_background_and_memory() -> ddpm::cli::Result<()> {
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        pictures: FolderArgs,
+        #[command(flatten)]
+        train: TrainArgs,
+    }
+    let temp = TempDir::new()?;
+    let data = temp.path().join("photos");
+    fs::create_dir(&data)?;
+    image::RgbaImage::from_pixel(2, 2, image::Rgba([9, 9, 9, 0])).save(data.join("clear.png"))?;
+    let open = |args: &[&str]| -> ddpm::cli::Result<Folder> {
+        let data = data.to_str().ok_or("a path in UTF-8")?;
+        let args = [&["train", "--image-size", "2", "--data", data], args].concat();
+        let Cli { pictures, train } = Cli::try_parse_from(args)?;
+        pictures.open(pictures.config(&train, "none")?)
+    };
+    for (args, expected) in [
+        (&[][..], &[255, 255, 255][..]),
+        (&["--channels", "grey"], &[255]),
+        (&["--grey", "--background", "7"], &[7]),
+        (&["--background", "#0102ff"], &[1, 2, 255]),
+        (&["--channels", "rgba"], &[9, 9, 9, 0]),
+    ] {
+        let folder = open(args)?;
+        let mut pixels = vec![1; 4 * expected.len()];
+        folder.read(0, &mut pixels)?;
+        let first: Vec<u8> = pixels.iter().step_by(4).copied().collect();
+        assert_eq!(first, expected, "{args:?}");
+    }
+    assert_eq!(open(&[])?.in_memory(), 1);
+    assert_eq!(open(&["--memory-limit", "0"])?.in_memory(), 0);
+    let refused = open(&["--channels", "rgba", "--background", "0"]).err().ok_or("accepted")?;
+    assert!(refused.to_string().contains("--background is for images without alpha"), "{refused}");
     Ok(())
 }
 
@@ -1572,6 +1726,11 @@ fn wrong_arguments_are_reported_in_one_line() -> Result<()> {
         ("cifar10", &["--out", &nothing, "--data", "absent"], &["scripts/fetch-data cifar10"]),
         ("cifar10", &["--out", &nothing, "--data", &batches], &["3000 bytes", "3073"]),
         ("cifar10", &["--fashion"], &["unexpected argument '--fashion'"]),
+        ("train", &["--data", "x", "--channels", "cmyk"], &["[possible values: auto, grey, rgb, "]),
+        ("train", &["--data", "x", "--grey", "--channels", "rgb"], &["cannot be used with"]),
+        ("train", &["--data", "x", "--background", "#12345"], &["expected #rrggbb in hexadecimal"]),
+        ("train", &["--data", "x", "--background", "256"], &["or a grey value from 0 to 255"]),
+        ("train", &["--data", "x", "--memory-limit", "2.5"], &["whole number from 0"]),
         ("sample", &[], &["required", "--checkpoint <PATH>"]),
         ("sample", &["--strength", "0"], &["'0'", "a number above 0, up to 1"]),
         ("sample", &["--checkpoint", "a", "--strength", "1"], &["not provided: --vary <FILE>"]),
@@ -1658,6 +1817,9 @@ fn wrong_arguments_are_reported_in_one_line() -> Result<()> {
     let help = help("mnist")?;
     assert!(help.contains("--save-every") && help.contains("--steps 1875"), "{help}");
     assert!(help.contains("--steps 20000"), "{help}");
+    let help = self::help("train")?;
+    assert!(help.contains("Defaults for images of 64 x 64 pixels"), "{help}");
+    assert!(help.contains("--batch-size 8 ") && help.contains("--steps 20000"), "{help}");
     Ok(())
 }
 

@@ -704,6 +704,23 @@ fn a_cache_keeps_scaled_pictures_by_content_and_settings() {
     assert!(found.contains("a.png"), "{found}");
 }
 
+#[test]
+fn the_limit_of_pixels_holds_with_a_cache() {
+    let (dir, cache) = (folder_of(&["large.png"]), tempdir().unwrap());
+    put(dir.path(), "small.png", content(picture(20, 14, 1), ImageFormat::Png));
+    // 30 x 21 and 20 x 14 pixels.
+    for (max_pixels, expected) in [
+        (630, &["large.png", "small.png"][..]),
+        (629, &["small.png"]),
+        (630, &["large.png", "small.png"]),
+    ] {
+        let config = FolderConfig { max_pixels, ..skipping() };
+        let folder = Folder::builder(dir.path(), config.clone()).cache(cache.path()).open();
+        assert_eq!(paths(&folder.unwrap()), expected);
+        assert_eq!(paths(&Folder::open(dir.path(), config).unwrap()), expected);
+    }
+}
+
 // Progress.
 
 #[test]

@@ -138,6 +138,13 @@ pub(super) fn with_options(error: Error) -> Box<dyn StdError + Send + Sync> {
             )
             .into();
         }
+        Error::Pictures { path, reason, field, .. } => {
+            let remedy = match *field {
+                "classes" => "move it into one, or begin a run without --conditional",
+                _ => "--skip-unreadable leaves them out",
+            };
+            return format!("{}: {reason}; {remedy}", path.display()).into();
+        }
         Error::ConfigMismatch { .. } => "with --network, if this program has it",
         Error::Occupied { .. } => "move it away, or choose another --out",
         Error::Locked { .. } => "wait until it ends, or choose another --out",

@@ -9,7 +9,7 @@ use flate2::Crc;
 
 use super::arguments::quoted;
 use super::result::Result;
-use crate::data::folder::Folder;
+use crate::data::folder::{Folder, FolderConfig};
 use crate::data::{self, Dataset, Images, Split};
 
 /// The value of `--data` that requests a download instead of a directory.
@@ -27,15 +27,26 @@ pub struct DataSet<D = Images> {
     pub about: String,
     /// The instruction to select the set, for a user who selected another one.
     pub options: String,
-    /// The checksum that identifies the images: the CRC-32 of their pixels, or the fingerprint of a folder.
-    pub(super) crc32: String,
+    /// The checksum that identifies the images: the CRC-32 of their pixels, or the SHA-256 fingerprint of a folder.
+    pub(super) checksum: String,
+    /// The settings of a folder of pictures.
+    pub(super) pictures: Option<FolderConfig>,
+    /// The names of the classes of a folder of pictures.
+    pub(super) class_names: Vec<String>,
 }
 
 impl DataSet {
     /// Creates a set whose description is its name.
     pub fn new(name: &str, images: Images) -> Self {
-        let (options, crc32) = ("choose its images".into(), crc32(images.pixels()));
-        Self { name: name.into(), images, about: name.into(), options, crc32 }
+        Self {
+            name: name.into(),
+            about: name.into(),
+            options: "choose its images".into(),
+            checksum: crc32(images.pixels()),
+            pictures: None,
+            class_names: Vec::new(),
+            images,
+        }
     }
 
     fn of(kind: &Kind, source: &str, images: Images) -> Self {
@@ -48,8 +59,15 @@ impl DataSet<Folder> {
     /// Creates the set of the pictures of a folder.
     pub fn folder(folder: Folder) -> Self {
         let name = format!("the pictures of {}", folder.root().display());
-        let (options, crc32) = ("pass --data with their folder".into(), folder.fingerprint());
-        Self { about: name.clone(), name, images: folder, options, crc32 }
+        Self {
+            about: name.clone(),
+            name,
+            options: "pass --data with their folder".into(),
+            checksum: folder.fingerprint(),
+            pictures: Some(folder.config().clone()),
+            class_names: folder.class_names().to_vec(),
+            images: folder,
+        }
     }
 }
 
@@ -57,12 +75,21 @@ impl<D: Dataset> DataSet<D> {
     /// Checks that the images have the shape (channels, height, width) that the network expects.
     ///
     /// # Errors
-    /// Returns an error that states both shapes if they differ.
+    /// Returns an error that states both shapes if they differ. For pictures, it names the options that give them the
+    /// expected shape.
     pub fn check_shape(&self, expected: (usize, usize, usize)) -> Result<()> {
         let (about, found): (_, (usize, usize, usize)) = (&self.about, self.images.shape().into());
         if found != expected {
             let shapes = format!("have shape {found:?}; the network's have {expected:?}");
-            return Err(format!("the images of {about} {shapes}").into());
+            let (channels, height, width) = expected;
+            let channels = match (&self.pictures, channels) {
+                (Some(_), 1) => "grey",
+                (Some(_), 3) => "rgb",
+                (Some(_), 4) => "rgba",
+                _ => return Err(format!("the images of {about} {shapes}").into()),
+            };
+            let options = format!("--height {height} --width {width} --channels {channels}");
+            return Err(format!("the images of {about} {shapes}; pass {options}").into());
         }
         Ok(())
     }

@@ -7,23 +7,31 @@ use serde::{Deserialize, Serialize};
 use super::datasets::{DataSet, crc32};
 use super::result::Result;
 use crate::data::Dataset;
+use crate::data::folder::FolderConfig;
 use crate::error::Error;
 use crate::files;
 use crate::train::Change;
 
 /// The images on which a run is trained: the content of the file `data.json` beside its checkpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Identity {
     /// The name of the data set.
     pub name: String,
     images: usize,
-    /// The CRC-32 of all pixels, or the fingerprint of a folder.
-    crc32: String,
+    /// The CRC-32 of all pixels, or the SHA-256 fingerprint of a folder.
+    #[serde(rename = "crc32")]
+    checksum: String,
     /// The number of held-out images.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub(super) held_out: usize,
     /// The instruction to select the set.
     options: String,
+    /// The settings of a folder of pictures. Files of earlier versions lack them, and the names of the classes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) pictures: Option<FolderConfig>,
+    /// The names of the classes of a folder of pictures.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    class_names: Vec<String>,
 }
 
 impl Identity {
@@ -35,9 +43,11 @@ impl Identity {
         Self {
             name: set.name.clone(),
             images: set.images.len(),
-            crc32: set.crc32.clone(),
+            checksum: set.checksum.clone(),
             held_out: 0,
             options: set.options.clone(),
+            pictures: set.pictures.clone(),
+            class_names: set.class_names.clone(),
         }
     }
 
@@ -87,7 +97,27 @@ impl Identity {
     }
 
     fn is_of_set(&self, run: &Self) -> bool {
-        (run.images, &run.crc32) == (self.images, &self.crc32)
+        (run.images, &run.checksum) == (self.images, &self.checksum)
+    }
+
+    /// Checks that the classes of these images are those of `run`, whose file is `path`. Each class vector of the network
+    /// belongs to a number, which is the position of a folder among the classes.
+    ///
+    /// # Errors
+    /// Returns an error that names the first class with another folder.
+    pub(super) fn check_classes(&self, run: &Self, path: &Path) -> Result<()> {
+        let (before, now) = (&run.class_names, &self.class_names);
+        let differs = |&k: &usize| before.get(k) != now.get(k);
+        // The names of the classes of an earlier version's run are unknown.
+        let differing = (0..before.len().max(now.len())).find(differs);
+        let Some(k) = differing.filter(|_| !before.is_empty()) else { return Ok(()) };
+        let [before, now] = [before, now].map(|names| names.get(k).map_or("none", String::as_str));
+        let (path, name) = (path.display(), &self.name);
+        let wrong =
+            format!("{path}: the folder of class {k} is {before} in the run, and {now} in {name}");
+        let remedy =
+            "give the folders the names that they had, or begin a new run with another --out";
+        Err(format!("{wrong}; {remedy}").into())
     }
 
     /// Formats the error that these images are not those of the run with this file.
@@ -98,14 +128,30 @@ impl Identity {
             let wrong = format!("{path}: the run holds out {run} images, not {found}");
             return format!("{wrong}; to continue it, omit --held-out, or add --change");
         }
+        if run.pictures.is_some() && self.pictures.is_some() && run.name == self.name {
+            let (name, before, now) = (&self.name, run.content(), self.content());
+            let wrong = format!("{path}: {name} have changed since: from {before}, to {now}");
+            let remedy =
+                "restore their files to continue the run, or add --change to train on these images";
+            return format!("{wrong}; {remedy}");
+        }
         let wrong = format!("{path}: the run is of {run}, not of {self}");
         format!("{wrong}; to continue it, {options}, or add --change to train on these images")
+    }
+
+    /// Formats the number of images and the beginning of their checksum.
+    fn content(&self) -> String {
+        let Self { images, checksum, .. } = self;
+        match checksum.len() {
+            ..=8 => format!("{images} images, crc32 {checksum}"),
+            _ => format!("{images} images, sha256 {checksum:.16}..."),
+        }
     }
 }
 
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({} images, crc32 {}", self.name, self.images, self.crc32)?;
+        write!(f, "{} ({}", self.name, self.content())?;
         match self.held_out {
             0 => write!(f, ")"),
             held_out => write!(f, ", {held_out} held out)"),

@@ -2,7 +2,8 @@
 //!
 //! A program declares its [`Recipe`]: a network, a process, a training configuration. [`TrainArgs`] are its options,
 //! and [`train()`] runs it. The program begins or resumes the run in a directory, trains, saves, draws grids and the
-//! loss curve, and stops at Ctrl-C without loss. It continues a run only with the images it began with.
+//! loss curve, and stops at Ctrl-C without loss. It continues a run only with the images it began with. [`FolderArgs`] are
+//! the options of a program that trains on a folder of pictures.
 //!
 //! ```no_run
 //! use std::process::ExitCode;
@@ -40,6 +41,7 @@ pub mod device;
 mod editing;
 mod evaluate;
 mod figures;
+mod folder_args;
 mod identity;
 mod network;
 mod objective_args;
@@ -49,6 +51,7 @@ mod program;
 mod recipe;
 mod result;
 mod run_config;
+mod run_files;
 mod sampling;
 mod sets;
 mod sized;
@@ -63,6 +66,7 @@ pub use convert::{ConvertArgs, convert};
 pub use datasets::DataSet;
 pub use editing::EditingArgs;
 pub use evaluate::{EvaluateArgs, evaluate};
+pub use folder_args::FolderArgs;
 pub use identity::Identity;
 pub use network::{Network, NetworkConfig};
 pub use output::{Output, OutputArgs};

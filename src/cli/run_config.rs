@@ -7,6 +7,7 @@ use super::choices::ExtractorChoice;
 use super::network::NetworkConfig;
 use super::recipe::{HELD_OUT_EVERY, Recipe};
 use super::result::Result;
+use crate::data::folder::FolderConfig;
 use crate::error::Error;
 use crate::files;
 use crate::model::Architecture;
@@ -16,7 +17,7 @@ use crate::sample::SamplerConfig;
 use crate::train::{TrainConfig, Trainer};
 
 /// The configuration with which a run began: the content of the file `config.json` in its directory. With the same
-/// images, it reproduces the run. The choice of the images, such as the crop of pictures, is not part of it.
+/// files of images, it reproduces the run.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields, bound = "N: Architecture")]
 pub(super) struct RunConfig<N> {
@@ -42,6 +43,23 @@ pub(super) struct RunConfig<N> {
     pub judge_share: f64,
     #[serde(default)]
     pub extractor: Option<ExtractorChoice>,
+    /// The settings of the images, if they are a folder of pictures.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub images: Option<FolderConfig>,
+}
+
+/// Reads the settings of the images from the file of a [`RunConfig`], whatever its network is.
+///
+/// # Errors
+/// Returns an error if the file cannot be read, or if it is not JSON with such settings.
+pub(super) fn read_images(path: &Path) -> Result<Option<FolderConfig>> {
+    #[derive(Deserialize)]
+    struct Images {
+        images: Option<FolderConfig>,
+    }
+    let text = fs::read(path).map_err(Error::io(path))?;
+    let config = serde_json::from_slice::<Images>(&text);
+    Ok(config.map_err(|e| format!("{}: {e}", path.display()))?.images)
 }
 
 fn held_out_every() -> u64 {
@@ -53,8 +71,8 @@ fn judge_share() -> f64 {
 }
 
 impl<N: NetworkConfig> RunConfig<N> {
-    /// The configuration of a new run.
-    pub fn new(trainer: &Trainer<N>, recipe: &Recipe<N>) -> Self {
+    /// The configuration of a new run, with the settings of its images if they are a folder of pictures.
+    pub fn new(trainer: &Trainer<N>, recipe: &Recipe<N>, images: Option<FolderConfig>) -> Self {
         Self {
             network: trainer.architecture().clone(),
             diffusion: trainer.diffusion().clone(),
@@ -70,6 +88,7 @@ impl<N: NetworkConfig> RunConfig<N> {
             judge: recipe.judge,
             judge_share: recipe.judge_share,
             extractor: recipe.extractor.clone(),
+            images,
         }
     }
 
@@ -102,6 +121,7 @@ impl<N: NetworkConfig> RunConfig<N> {
         config.diffusion.validate()?;
         config.train.validate()?;
         config.sampling.sampler(&config.diffusion)?;
+        config.images.as_ref().map_or(Ok(()), FolderConfig::validate)?;
         Ok(config)
     }
 

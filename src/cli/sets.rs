@@ -160,9 +160,9 @@ impl DataChoice {
 
 impl Set {
     fn published(set: DataSet, part: Part) -> Self {
-        let DataSet { name, images, about, crc32, .. } = set;
+        let DataSet { name, images, about, checksum, .. } = set;
         let count = images.len();
-        let json = json!({ "name": name, "part": part, "images": count, "crc32": crc32 });
+        let json = json!({ "name": name, "part": part, "images": count, "crc32": checksum });
         let about = format!("{about}, {} {}", grouped(count), part.name());
         Self { images: Box::new(images), about, json }
     }
@@ -176,6 +176,10 @@ impl Set {
         });
         let folder = match builder.open() {
             Err(Error::Stopped { .. }) => return Err(Interrupted.into()),
+            // The program has no option for the remedy.
+            Err(Error::Pictures { path, reason, .. }) => {
+                return Err(format!("{}: {reason}", path.display()).into());
+            }
             folder => folder?,
         };
         let (count, resizing) = (folder.len(), folder.config());

@@ -1,6 +1,6 @@
 use std::error::Error as StdError;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use candle_core::Device;
@@ -16,48 +16,17 @@ use super::print::{err, grouped, out};
 use super::recipe::{Recipe, TrainArgs};
 use super::result::Result;
 use super::run_config::RunConfig;
+use super::run_files::RunFiles;
 use super::sets::try_out;
 use super::watching::{Watching, Way, extractor};
 use crate::data::{Dataset, hold_out};
 use crate::error::Error;
 use crate::eval::Extractor;
-use crate::files;
 use crate::observe::{
     LossCurve, MetricsFile, Progress, SampleGrid, SaveEvery, StopOnSignal, duration, is_removed,
 };
 use crate::sample::Guidance;
 use crate::train::{Checkpoint, TrainConfig, Trainer, on_metrics};
-
-/// The files of a run's directory.
-struct Files {
-    out: PathBuf,
-    checkpoint: PathBuf,
-    samples: PathBuf,
-    metrics: PathBuf,
-    curve: PathBuf,
-    best: PathBuf,
-    judge: PathBuf,
-    tensorboard: PathBuf,
-    identity: PathBuf,
-    config: PathBuf,
-}
-
-impl Files {
-    fn of(out: PathBuf) -> Self {
-        Self {
-            checkpoint: out.join("checkpoint"),
-            samples: out.join("samples"),
-            metrics: out.join("metrics.jsonl"),
-            curve: out.join("loss.png"),
-            best: out.join("best"),
-            judge: out.join("judge.json"),
-            tensorboard: out.join("tensorboard"),
-            identity: out.join("data.json"),
-            config: out.join("config.json"),
-            out,
-        }
-    }
-}
 
 /// Begins or resumes the run of a recipe, trains, saves, and draws samples. `load` reads the images.
 ///
@@ -94,6 +63,10 @@ pub fn train<N: NetworkConfig, D: Dataset>(
     };
     let held_out = args.held_out.unwrap_or(held_out);
     let identity = Identity::of(&set).holding_out(held_out);
+    // Also with --change, because each class vector of the network belongs to a folder.
+    if let Some(before) = before.as_ref().filter(|_| trainer.architecture().classes().is_some()) {
+        identity.check_classes(before, &files.identity)?;
+    }
     let other_images = before.as_ref().is_some_and(|before| !identity.has_images_of(before));
     if let (Some(before), true, false) = (&before, other_images, args.change) {
         return Err(identity.mismatch(before, &files.identity).into());
@@ -112,10 +85,10 @@ pub fn train<N: NetworkConfig, D: Dataset>(
     trainer.set_sampling(sampling)?;
     // From here on, no other process changes the directory. This process has not changed it yet.
     trainer.claim(&files.checkpoint).map_err(with_options)?;
-    prepare(&files, saved.is_none())?;
+    files.prepare(saved.is_none())?;
     if saved.is_none() {
         let recipe = Recipe { sampling, held_out, ..recipe.clone() };
-        RunConfig::new(&trainer, &recipe).write(&files.config)?;
+        RunConfig::new(&trainer, &recipe, set.pictures.clone()).write(&files.config)?;
     }
     if other_images {
         trainer.record_change(Identity::FIELD, value(&before)?, value(&identity)?)?;
@@ -126,7 +99,7 @@ pub fn train<N: NetworkConfig, D: Dataset>(
             err(format_args!("warning: {warning}"));
         }
         out(format_args!("changed  the images to {identity}"));
-        keep_best(&files.best)?;
+        files.keep_best()?;
         identity.write(&files.identity)?;
     } else if !identity.is_in(&files.identity)? {
         if saved.is_some() && before.is_none() {
@@ -138,13 +111,13 @@ pub fn train<N: NetworkConfig, D: Dataset>(
             err(format_args!("warning: {file} does not exist: {unknown}; it now names {identity}"));
         } else if saved.is_some() {
             // The images were changed, and the process was killed after it saved the change.
-            keep_best(&files.best)?;
+            files.keep_best()?;
         }
         identity.write(&files.identity)?;
     }
     if let Some(extractor) = extractor {
         let way = Way::of(recipe, trainer.diffusion(), sampling, extractor);
-        way.record(&files.judge, || keep_best(&files.best))?;
+        way.record(&files.judge, || files.keep_best())?;
     }
     if let Some(before) = saved.as_ref().map(|saved| saved.train_config().steps)
         && before != trainer.config().steps
@@ -161,9 +134,6 @@ pub fn train<N: NetworkConfig, D: Dataset>(
     }
     announce(&trainer, &set, held_out, &files.out);
     check_speed(trainer.config().precision, &device);
-    if saved.is_none() && fs::metadata(&files.metrics).is_ok_and(|f| f.is_file() && f.len() > 0) {
-        keep(&files.metrics)?;
-    }
     let held_out = parts.as_ref().map(|(_, held_out)| held_out as &dyn Dataset);
     let directories = (&*files.best, &*files.tensorboard);
     let watching = Watching::new(recipe, (images, held_out), extractor, directories);
@@ -182,7 +152,7 @@ pub fn check<N: NetworkConfig>(recipe: &Recipe<N>, args: &TrainArgs) -> Result<(
 /// The parts of a run that need no images.
 struct Plan<N: NetworkConfig> {
     recipe: Recipe<N>,
-    files: Files,
+    files: RunFiles,
     config: TrainConfig,
     device: Device,
     /// The network that judges samples.
@@ -193,8 +163,8 @@ struct Plan<N: NetworkConfig> {
 
 impl<N: NetworkConfig> Plan<N> {
     fn new(recipe: &Recipe<N>, args: &TrainArgs) -> Result<Self> {
-        let files = Files::of(args.out.clone().unwrap_or_else(|| recipe.out.into()));
-        let saved = find(&files, args.resume)?;
+        let files = RunFiles::of(args.out.as_deref(), recipe.out);
+        let saved = files.find(args.resume)?;
         // Checked first, because config.json of another network has other fields.
         if let Some(saved) = &saved {
             saved.architecture::<N>().map_err(with_options)?;
@@ -270,7 +240,7 @@ fn fit<N: NetworkConfig>(
     trainer: &mut Trainer<N>,
     images: &dyn Dataset,
     mut watching: Watching<'_>,
-    (identity, files): (&Identity, &Files),
+    (identity, files): (&Identity, &RunFiles),
 ) -> Result<ExitCode> {
     let (step, steps) = (trainer.steps(), trainer.config().steps);
     let progress = Progress::new().showing(watching.shown());
@@ -332,28 +302,6 @@ fn fit<N: NetworkConfig>(
     Ok(ExitCode::SUCCESS)
 }
 
-/// Opens the checkpoint of a run to be resumed. Returns an error if `out` does not fit `resume`.
-fn find(files: &Files, resume: bool) -> Result<Option<Checkpoint>> {
-    let out = &files.out;
-    if out.exists() && !out.is_dir() {
-        return Err(format!("--out is {}; it must be a directory", out.display()).into());
-    }
-    match Checkpoint::open(&files.checkpoint) {
-        Ok(saved) if resume => Ok(Some(saved)),
-        Ok(saved) => Err(format!(
-            "{} holds a run at step {}; continue it with --resume, or choose another --out",
-            saved.dir().display(),
-            saved.step()
-        )
-        .into()),
-        Err(Error::NoCheckpoint { .. }) if !resume => Ok(None),
-        Err(error @ Error::NoCheckpoint { .. }) => {
-            Err(format!("{error}; --resume requires the --out of a saved run").into())
-        }
-        Err(error) => Err(error.into()),
-    }
-}
-
 /// Continues the run of a checkpoint.
 fn resume<N: NetworkConfig>(
     saved: &Checkpoint,
@@ -370,35 +318,6 @@ fn resume<N: NetworkConfig>(
     resumed.map_err(with_options)
 }
 
-/// Prepares the directory for the run. A new run keeps the directories of an earlier one.
-fn prepare(files: &Files, new: bool) -> Result<()> {
-    let written = ["config.json", "data.json", "judge.json", "loss.png", "metrics.jsonl"];
-    files::clear_leftovers(&files.out, |name| written.contains(&name));
-    files::clear_leftovers(&files.samples, |name| name.starts_with("step-"));
-    files::clear_leftovers(&files.best, |name| name == "best.json");
-    for dir in [&files.samples, &files.best, &files.tensorboard] {
-        if new && fs::read_dir(dir).is_ok_and(|mut content| content.next().is_some()) {
-            keep(dir)?;
-        }
-    }
-    Ok(fs::create_dir_all(&files.samples).map_err(Error::io(&files.samples))?)
-}
-
-/// Renames a file of an earlier run.
-fn keep(path: &Path) -> Result<()> {
-    out(format_args!("kept     {}, of an earlier run", files::put_aside(path)?.display()));
-    Ok(())
-}
-
-/// Renames the directory of the best checkpoint, whose value was measured in another way.
-fn keep_best(best: &Path) -> Result<()> {
-    if fs::read_dir(best).is_ok_and(|mut content| content.next().is_some()) {
-        let aside = files::put_aside(best)?;
-        out(format_args!("kept     {}, the best before the change", aside.display()));
-    }
-    Ok(())
-}
-
 fn announce(
     trainer: &Trainer<impl NetworkConfig>,
     set: &DataSet<impl Dataset>,
@@ -411,9 +330,22 @@ fn announce(
         0 => out(format_args!("data     {about}, {count} images")),
         _ => out(format_args!("data     {about}, {count} images, {} held out", grouped(held_out))),
     }
+    if trainer.architecture().classes().is_some() && !set.class_names.is_empty() {
+        out(format_args!("classes  {}", listed(&set.class_names)));
+    }
     out(format_args!("network  {} weights", grouped(weights)));
     out(format_args!("device   {}", describe(trainer.device())));
     out(format_args!("output   {}", directory.display()));
+}
+
+/// Formats names as a list, of which only the beginning is shown if it is long.
+fn listed(names: &[String]) -> String {
+    const SHOWN: usize = 10;
+    let shown = names[..names.len().min(SHOWN)].join(", ");
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
 }
 
 #[cfg(test)]

@@ -98,9 +98,9 @@ impl Folder {
     /// # Errors
     /// - [`Error::Config`] if the configuration is not [valid](FolderConfig::validate).
     /// - [`Error::Io`] if the folder cannot be read.
-    /// - [`Error::Data`] if it has no pictures, with the extensions that pictures have; if pictures are unreadable,
-    ///   unless they are [skipped](super::Unreadable::Skip); or if a picture has no class although
-    ///   [`classes`](FolderConfig::classes) is set.
+    /// - [`Error::Data`] if it has no pictures, with the extensions that pictures have; or if all are unreadable.
+    /// - [`Error::Pictures`] if pictures are unreadable and not [skipped](super::Unreadable::Skip), or if a picture has
+    ///   no class although [`classes`](FolderConfig::classes) is set.
     pub fn open(root: impl Into<PathBuf>, config: FolderConfig) -> Result<Self> {
         Self::builder(root, config).open()
     }
@@ -131,9 +131,10 @@ impl<'a> FolderBuilder<'a> {
 
     /// Keeps scaled pictures in the files of a directory, which is created if necessary. The default is no cache.
     ///
-    /// The name of a file is a hash of the content of the picture and of the settings. A changed picture, or another
-    /// setting, therefore makes another file. Damaged files are detected and made again. The directory may be removed
-    /// at any time. It should belong to the user alone: files with the right checksum are trusted.
+    /// The name of a file is a hash of the content of the picture and of the settings, with
+    /// [`max_pixels`](FolderConfig::max_pixels). A changed picture, or another setting, therefore makes another file.
+    /// Damaged files are detected and made again. The directory may be removed at any time. It should belong to the
+    /// user alone: files with the right checksum are trusted.
     pub fn cache(mut self, directory: impl Into<PathBuf>) -> Self {
         self.cache = Some(directory.into());
         self
@@ -226,7 +227,7 @@ fn prepare(
     }
     match recipe.scaled(&content) {
         Ok(scaled) => {
-            cache.map_or(Ok(()), |cache| cache.put(&key, &scaled))?;
+            cache.map_or(Ok(()), |cache| cache.put(&key, recipe, &scaled))?;
             Ok(Ok((key, scaled)))
         }
         Err(reason) => Ok(Err(reason)),
@@ -327,10 +328,11 @@ impl Work<'_, '_> {
     fn classes<'p>(&self, paths: &'p [PathBuf]) -> Result<Vec<&'p [u8]>> {
         let mut names = BTreeSet::new();
         for path in paths {
-            let name = class_name(path).ok_or_else(|| {
-                let reason = "in no sub-folder, so it has no class; move it into one, or set \
-                              `classes` to false";
-                Error::data(self.root.join(path), reason)
+            let name = class_name(path).ok_or_else(|| Error::Pictures {
+                path: self.root.join(path),
+                reason: "in no sub-folder, so it has no class".into(),
+                field: "classes",
+                remedy: "move it into one, or set `classes` to false",
             })?;
             names.insert(name.as_encoded_bytes());
         }
@@ -350,15 +352,18 @@ impl Work<'_, '_> {
             more => format!(" and {more} more"),
         };
         let named = format!("{}{more}", first.join(", "));
-        let refused = self.config.unreadable == Unreadable::Refuse && !unreadable.is_empty();
-        let reason = match (refused, readable, unreadable.is_empty()) {
-            (true, ..) => format!(
-                "{} of {} pictures cannot be read: {named}; Unreadable::Skip leaves them out",
-                unreadable.len(),
-                unreadable.len() + readable
-            ),
-            (_, 0, true) => format!("no pictures here; their names end in {}", scan::extensions()),
-            (_, 0, false) => format!("no picture here can be read: {named}"),
+        if self.config.unreadable == Unreadable::Refuse && !unreadable.is_empty() {
+            let (count, all) = (unreadable.len(), unreadable.len() + readable);
+            return Err(Error::Pictures {
+                path: self.root.into(),
+                reason: format!("{count} of {all} pictures cannot be read: {named}"),
+                field: "unreadable",
+                remedy: "Unreadable::Skip leaves them out",
+            });
+        }
+        let reason = match (readable, unreadable.is_empty()) {
+            (0, true) => format!("no pictures here; their names end in {}", scan::extensions()),
+            (0, false) => format!("no picture here can be read: {named}"),
             _ => return Ok(()),
         };
         Err(Error::data(self.root, reason))

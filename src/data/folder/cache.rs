@@ -1,8 +1,9 @@
 //! A cache of scaled pictures on disk.
 //!
-//! The name of a file is the SHA-256 hash of the recipe and of the content of the picture. A file holds a magic number,
-//! the CRC-32 of the remaining bytes, the width, the height, and the pixels. All numbers are little-endian. The
-//! checksum detects damage, but no forgery: a program that can write to the directory can change the images.
+//! The name of a file is the SHA-256 hash of the recipe and of the content of the picture, and the limit of pixels under
+//! which it was decoded. A file holds a magic number, the CRC-32 of the remaining bytes, the width, the height, and the
+//! pixels. All numbers are little-endian. The checksum detects damage, but no forgery: a program that can write to the
+//! directory can change the images.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -63,7 +64,7 @@ impl Cache {
 
     /// Returns the scaled picture of this key. Returns `None` if there is none, or if its file is damaged.
     pub fn get(&self, key: &Key, recipe: &Recipe) -> Option<Scaled> {
-        let path = self.path(key);
+        let path = self.path(key, recipe);
         let limit = recipe.config.max_pixels * u64::from(recipe.channels) + HEADER as u64;
         let data = fs::metadata(&path).ok().filter(|data| data.is_file() && data.len() <= limit)?;
         let mut bytes = Vec::new();
@@ -81,12 +82,12 @@ impl Cache {
     ///
     /// # Errors
     /// Returns an error if the file cannot be written, for example on a full disk.
-    pub fn put(&self, key: &Key, scaled: &Scaled) -> Result<()> {
+    pub fn put(&self, key: &Key, recipe: &Recipe, scaled: &Scaled) -> Result<()> {
         let content = encoded(scaled);
         if content.len() as u64 > self.limit {
             return Ok(());
         }
-        files::write_unflushed(&self.path(key), &content)?;
+        files::write_unflushed(&self.path(key, recipe), &content)?;
         let mut bytes = lock(&self.bytes);
         *bytes += content.len() as u64;
         if *bytes > self.limit {
@@ -123,10 +124,12 @@ impl Cache {
         }
     }
 
-    /// Another version of the crate may scale otherwise, and has other files.
-    fn path(&self, key: &Key) -> PathBuf {
+    /// The file of a scaled picture. Another version of the crate may scale otherwise, and has other files. A key does not
+    /// depend on the limit of pixels, but a picture that is readable with one limit may be unreadable with another.
+    fn path(&self, key: &Key, recipe: &Recipe) -> PathBuf {
         let name: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
-        self.directory.join(format!("{name}-{}{EXTENSION}", env!("CARGO_PKG_VERSION")))
+        let (limit, version) = (recipe.config.max_pixels, env!("CARGO_PKG_VERSION"));
+        self.directory.join(format!("{name}-{limit}-{version}{EXTENSION}"))
     }
 }
 
@@ -175,30 +178,32 @@ mod tests {
         let cache = |limit| Cache::open(temporary.path().into(), limit);
         let keys: Vec<Key> = (0..8).map(|k| [k; 32]).collect();
         let held = |cache: &Cache| -> Vec<u8> {
-            keys.iter().filter(|key| cache.path(key).exists()).map(|key| key[0]).collect()
+            keys.iter().filter(|key| cache.path(key, &recipe).exists()).map(|key| key[0]).collect()
         };
         // A file has 120 bytes, so five fit, and four are kept.
         let small = cache(620)?;
         for (key, age) in keys[..5].iter().zip(1..) {
-            small.put(key, &scaled)?;
+            small.put(key, &recipe, &scaled)?;
             let time = SystemTime::now() - Duration::from_secs(1000 - 100 * age);
-            let file = File::options().write(true).open(small.path(key)).map_err(Error::io("."))?;
+            let path = small.path(key, &recipe);
+            let file = File::options().write(true).open(path).map_err(Error::io("."))?;
             file.set_modified(time).map_err(Error::io("."))?;
         }
         fs::write(temporary.path().join("notes"), vec![0; 1000]).map_err(Error::io("."))?;
         assert_eq!(held(&small), [0, 1, 2, 3, 4]);
         // The oldest becomes the newest.
         assert_eq!(small.get(&keys[0], &recipe).map(|found| found.pixels), Some(vec![7; 100]));
-        small.put(&keys[5], &scaled)?;
+        small.put(&keys[5], &recipe, &scaled)?;
         assert_eq!(held(&small), [0, 3, 4, 5]);
-        small.put(&keys[6], &scaled)?;
+        small.put(&keys[6], &recipe, &scaled)?;
         assert_eq!(held(&small), [0, 3, 4, 5, 6]);
         // A smaller limit takes effect when the cache is opened. A file over the limit is not kept, and removes no
         // other file.
         let smaller = cache(130)?;
         assert_eq!(held(&smaller).len(), 0);
-        smaller.put(&keys[7], &scaled)?;
-        smaller.put(&keys[6], &Scaled { width: 10, height: 20, pixels: vec![7; 200] })?;
+        smaller.put(&keys[7], &recipe, &scaled)?;
+        let large = Scaled { width: 10, height: 20, pixels: vec![7; 200] };
+        smaller.put(&keys[6], &recipe, &large)?;
         assert_eq!(held(&smaller), [7]);
         assert!(temporary.path().join("notes").exists());
         Ok(())

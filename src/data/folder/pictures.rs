@@ -115,7 +115,7 @@ impl Folder {
         let scaled = self.recipe.scaled(&content).map_err(data)?;
         if let Some(cache) = &self.cache {
             // Without this file the picture is decoded again. This is no reason to end a run.
-            let _ = cache.put(&picture.key, &scaled);
+            let _ = cache.put(&picture.key, &self.recipe, &scaled);
         }
         Ok(Cow::Owned(scaled))
     }
