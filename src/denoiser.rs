@@ -135,6 +135,16 @@ impl Output {
         Self { prediction, variance: None }
     }
 
+    /// Divides the channels of `y`, which are those of the prediction, then those of the variance.
+    ///
+    /// # Errors
+    /// Returns an error if `y` is not a batch of images, or if an operation fails.
+    pub(crate) fn divided(y: &Tensor) -> Result<Self> {
+        let channels = y.dim(1)? / 2;
+        let half = |first| y.narrow(1, first, channels)?.contiguous();
+        Ok(Self::new(half(0)?).with_variance(half(channels)?))
+    }
+
     /// Adds a learned variance.
     #[must_use]
     pub fn with_variance(self, variance: Tensor) -> Self {

@@ -22,7 +22,12 @@ fn uniform(fan_in: usize) -> Init {
 
 /// Returns a weight for a layer. A trainable weight is shared with its trainer. Any other weight is copied, so that no
 /// other code can change it.
-fn weight(vb: &VarBuilder, shape: &[usize], name: &str, init: Init) -> Result<Tensor> {
+pub(crate) fn weight(
+    vb: &VarBuilder,
+    shape: &[usize],
+    name: &str,
+    init: Init,
+) -> Result<Tensor> {
     weights_dtype(vb)?;
     let tensor = vb.get_with_hints(shape, name, init)?;
     Ok(if tensor.track_op() { tensor.contiguous()? } else { tensor.copy()?.contiguous()? })
@@ -66,15 +71,21 @@ impl Conv2d {
     /// Returns an error if a number of channels is not from 1 to 65,536, if `kernel` is even or not from 1 to 31, if
     /// the dtype of `vb` is neither f32 nor f64, or if `vb` cannot supply a weight.
     pub fn new(input: usize, output: usize, kernel: usize, vb: VarBuilder) -> Result<Self> {
-        check_length("input channels", input, MAX_CHANNELS)?;
-        check_length("output channels", output, MAX_CHANNELS)?;
-        if kernel.is_multiple_of(2) || kernel > 31 {
-            return Err(Error::config("kernel", kernel, "odd, from 1 to 31"));
-        }
+        let weights = square(input, output, kernel, &vb)?;
         let init = uniform(input * kernel * kernel);
-        let shape = [output, input, kernel, kernel];
-        let weights = weight(&vb, &shape, "weight", init)?;
         Ok(Self::with_weights(weights, weight(&vb, &[output], "bias", init)?))
+    }
+
+    /// Creates a convolution, as [`new`](Self::new) does, whose bias is zero and takes no gradient.
+    pub(crate) fn without_bias(
+        input: usize,
+        output: usize,
+        kernel: usize,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let weights = square(input, output, kernel, &vb)?;
+        let bias = Tensor::zeros(output, weights.dtype(), weights.device())?;
+        Ok(Self::with_weights(weights, bias))
     }
 
     /// Creates a linear layer that is applied to each pixel: a convolution with a kernel of size 1, whose weight has
@@ -135,6 +146,17 @@ impl Conv2d {
         };
         [self.scale.output(h, height), self.scale.output(w, width)]
     }
+}
+
+/// Returns the weight of a convolution with a square kernel.
+fn square(input: usize, output: usize, kernel: usize, vb: &VarBuilder) -> Result<Tensor> {
+    check_length("input channels", input, MAX_CHANNELS)?;
+    check_length("output channels", output, MAX_CHANNELS)?;
+    if kernel.is_multiple_of(2) || kernel > 31 {
+        return Err(Error::config("kernel", kernel, "odd, from 1 to 31"));
+    }
+    let shape = [output, input, kernel, kernel];
+    weight(vb, &shape, "weight", uniform(input * kernel * kernel))
 }
 
 /// A linear layer `x W^T + b` of vectors. Weights have PyTorch's layout (output, input) and names (`weight`, `bias`).
@@ -309,6 +331,12 @@ impl Sinusoids {
     pub(crate) fn with_divisor(half: usize, divisor: usize) -> Self {
         let decay = libm::log(10000.0) / divisor as f64;
         Self { half, decay, scale: 1.0, cosines_first: false }
+    }
+
+    /// Creates `half` sines, followed by `half` cosines; `half` is at least 2. The last frequency is `1 / theta`;
+    /// `theta` is positive.
+    pub(crate) fn with_theta(half: usize, theta: f64) -> Self {
+        Self { decay: libm::log(theta) / (half - 1) as f64, ..Self::new(half) }
     }
 
     /// Exchanges sines and cosines if `flip` is true.

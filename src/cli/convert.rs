@@ -9,7 +9,9 @@ use super::print::out;
 use super::program::check_output;
 use super::result::Result;
 use super::trained::{Trained, Weights};
-use crate::model::{Architecture, AttentionHeads, OpenAi, UNet2DConfig};
+use crate::model::{
+    Architecture, AttentionHeads, ImageSize, LucidrainsConfig, LucidrainsFile, OpenAi, UNet2DConfig,
+};
 use crate::process::{Diffusion, NoiseSchedule, Prediction};
 use crate::sample::{DiffusersFolder, SamplerConfig, Solver, Variance};
 use crate::train::WeightsFile;
@@ -21,6 +23,15 @@ enum ScheduleName {
     Cosine,
 }
 
+/// The quantities that a network of denoising-diffusion-pytorch predicts.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+#[value(rename_all = "snake_case")]
+enum Objective {
+    PredV,
+    PredNoise,
+    PredX0,
+}
+
 /// The solvers of a folder of diffusers.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum SolverName {
@@ -30,10 +41,11 @@ enum SolverName {
 
 /// The options of a program that converts weights.
 #[derive(Debug, Args)]
-#[command(group = ArgGroup::new("attention").args(["heads", "head_channels"]).requires("image_size"))]
+#[command(group = ArgGroup::new("program").args(["heads", "head_channels", "objective"]).requires("image_size"))]
 pub struct ConvertArgs {
-    /// Input for a weights file: the folder of a pipeline of diffusers, or weights of improved-diffusion or
-    /// guided-diffusion. Input for a folder of diffusers: a checkpoint or a weights file of this crate
+    /// Input for a weights file: the folder of a pipeline of diffusers, or weights of improved-diffusion,
+    /// guided-diffusion or denoising-diffusion-pytorch. Input for a folder of diffusers: a checkpoint or a weights file
+    /// of this crate
     #[arg(long, value_name = "PATH")]
     from: PathBuf,
     /// Output: a weights file, such as cifar10.safetensors, or a folder of diffusers
@@ -46,16 +58,23 @@ pub struct ConvertArgs {
     /// the run. For DDIM they become the closest settings that diffusers has
     #[arg(long, value_name = "NAME", value_enum)]
     solver: Option<SolverName>,
-    /// For a file of OpenAI's programs, which does not state it: height and width of the images; needs --heads or
-    /// --head-channels
-    #[arg(long, value_name = "N", requires = "attention", value_parser = whole::<usize>(1..=4096))]
-    image_size: Option<usize>,
+    /// For a file of OpenAI's programs or of denoising-diffusion-pytorch, which does not state it: height and width of
+    /// the images, such as 64, or 64x96; needs --heads or --head-channels for the former, and --objective for the latter
+    #[arg(long, value_name = "N|HxW", requires = "program", value_parser = image_size)]
+    image_size: Option<ImageSize>,
+    /// For a file of denoising-diffusion-pytorch: the quantity that the network predicts, which no weight depends on;
+    /// with a wrong one, images are wrong without an error. In that package it is pred_v if it was not given in training
+    #[arg(long, value_name = "NAME", value_enum)]
+    objective: Option<Objective>,
+    /// For a file of denoising-diffusion-pytorch: sinusoidal_pos_emb_theta of its training
+    #[arg(long, value_name = "THETA", default_value = "10000", requires = "objective")]
+    sinusoidal_pos_emb_theta: f64,
     /// For a file of OpenAI's programs: number of timesteps of its training, diffusion_steps
-    #[arg(long, value_name = "N", default_value = "1000", requires = "image_size", value_parser = whole::<usize>(21..=NoiseSchedule::MAX_STEPS as u64))]
+    #[arg(long, value_name = "N", default_value = "1000", requires = "image_size", conflicts_with = "objective", value_parser = whole::<usize>(21..=NoiseSchedule::MAX_STEPS as u64))]
     timesteps: usize,
     /// For a file of OpenAI's programs with other than 1000 timesteps: rescale_timesteps of its training, which is true
     /// by default in improved-diffusion, and false in guided-diffusion
-    #[arg(long, value_name = "true|false", requires = "image_size")]
+    #[arg(long, value_name = "true|false", requires = "image_size", conflicts_with = "objective")]
     rescale_timesteps: Option<bool>,
     /// For a file of OpenAI's programs: schedule of the timesteps
     #[arg(
@@ -63,7 +82,8 @@ pub struct ConvertArgs {
         value_name = "NAME",
         value_enum,
         default_value = "linear",
-        requires = "image_size"
+        requires = "image_size",
+        conflicts_with = "objective"
     )]
     schedule: ScheduleName,
     /// For a file of OpenAI's programs: number of heads of attention, num_heads, which is 4 if it was not given in
@@ -74,15 +94,23 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "N", value_parser = whole::<usize>(1..=65_536))]
     head_channels: Option<usize>,
     /// For a file of OpenAI's programs: it was trained with use_new_attention_order
-    #[arg(long, requires = "image_size")]
+    #[arg(long, requires = "image_size", conflicts_with = "objective")]
     new_attention_order: bool,
-    /// For a file of OpenAI's programs: dropout, which matters only for further training
+    /// For a file of OpenAI's programs or of denoising-diffusion-pytorch: dropout, which matters only for further training
     #[arg(long, value_name = "P", default_value = "0", requires = "image_size", value_parser = fraction)]
     dropout: f64,
 }
 
-/// Converts weights: a folder of diffusers or a file of OpenAI's programs to a weights file, or a checkpoint or weights
-/// file to a folder of diffusers. A written file or folder is complete or does not exist.
+/// Parses the size of images: a number, or height and width.
+fn image_size(text: &str) -> std::result::Result<ImageSize, String> {
+    let (height, width) = text.split_once('x').unwrap_or((text, text));
+    let size = whole(1..=4096);
+    Ok(ImageSize { height: size(height)?, width: size(width)? })
+}
+
+/// Converts weights: a folder of diffusers, or a file of OpenAI's programs or of denoising-diffusion-pytorch, to a
+/// weights file, or a checkpoint or weights file to a folder of diffusers. A written file or folder is complete or does
+/// not exist.
 ///
 /// # Errors
 /// Returns an error if a file cannot be read or written, or if the other format lacks the network, the process or the
@@ -90,8 +118,7 @@ pub struct ConvertArgs {
 pub fn convert(args: &ConvertArgs) -> Result<ExitCode> {
     let (from, to) = (&*args.from, args.to.display());
     if args.image_size.is_some() && from.is_dir() {
-        return Err("--image-size, --heads and the other options for a file of OpenAI's programs are not for a directory \
-                    as --from"
+        return Err("--image-size and the other options for a file of another program are not for a directory as --from"
             .into());
     }
     if DiffusersFolder::is_at(from) {
@@ -102,6 +129,9 @@ pub fn convert(args: &ConvertArgs) -> Result<ExitCode> {
         WeightsFile::create(&args.to, folder.network(), &weights, diffusion, Some(sampling))?;
         out(format_args!("{to}: the network, the process and the sampler of {}", from.display()));
         return Ok(ExitCode::SUCCESS);
+    }
+    if let (Some(image_size), Some(objective)) = (args.image_size, args.objective) {
+        return args.read_lucidrains(image_size, objective);
     }
     if args.image_size.is_some() {
         return args.read_openai();
@@ -115,7 +145,7 @@ pub fn convert(args: &ConvertArgs) -> Result<ExitCode> {
         Ok(trained) => WeightsFile::open(trained.weights_file(args.weights))?,
         Err(error) if from.is_file() => {
             let hint = "a file of improved-diffusion or guided-diffusion needs --image-size, and --heads or \
-                        --head-channels";
+                        --head-channels; a file of denoising-diffusion-pytorch needs --image-size and --objective";
             return Err(format!("{error}; {hint}").into());
         }
         Err(error) => return Err(error),
@@ -178,6 +208,29 @@ impl ConvertArgs {
         let levels = network.block_out_channels;
         out(format_args!("{to}: the network of {from}, with {levels:?} channels"));
         out(format_args!("process: {steps} timesteps, {name} schedule"));
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn read_lucidrains(&self, image_size: ImageSize, objective: Objective) -> Result<ExitCode> {
+        self.check_target()?;
+        let file = LucidrainsFile::load(&self.from, DType::F32, &Device::Cpu)?;
+        let network = LucidrainsConfig {
+            sinusoidal_pos_emb_theta: self.sinusoidal_pos_emb_theta,
+            dropout: self.dropout,
+            ..file.network(image_size)?
+        };
+        let prediction = match objective {
+            Objective::PredV => Prediction::Velocity,
+            Objective::PredNoise => Prediction::Epsilon,
+            Objective::PredX0 => Prediction::Sample,
+        };
+        let diffusion = Diffusion::new(file.schedule()?, prediction);
+        WeightsFile::create(&self.to, &network, &file.weights(), &diffusion, None)?;
+        let (to, from) = (self.to.display(), self.from.display());
+        let (dim, mults) = (network.dim, network.dim_mults);
+        out(format_args!("{to}: the network of {from}, with {dim} times {mults:?} channels"));
+        let steps = diffusion.schedule().steps();
+        out(format_args!("process: {steps} timesteps, prediction of {prediction}"));
         Ok(ExitCode::SUCCESS)
     }
 

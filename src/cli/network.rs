@@ -1,7 +1,7 @@
 use std::fmt::Debug;
 
 use crate::error::Result;
-use crate::model::{Architecture, UNet2DConfig, UNetConfig};
+use crate::model::{Architecture, LucidrainsConfig, UNet2DConfig, UNetConfig};
 
 /// The configuration of a network that the programs train.
 pub trait NetworkConfig: Architecture + Clone + Debug {
@@ -67,6 +67,8 @@ pub enum Network {
     UNet(UNetConfig),
     /// The network of Ho et al.
     UNet2D(UNet2DConfig),
+    /// The network of denoising-diffusion-pytorch.
+    Lucidrains(LucidrainsConfig),
 }
 
 impl Network {
@@ -75,6 +77,7 @@ impl Network {
         match self {
             Self::UNet(config) => config.image_shape(),
             Self::UNet2D(config) => config.image_shape(),
+            Self::Lucidrains(config) => config.image_shape(),
         }
     }
 
@@ -83,6 +86,7 @@ impl Network {
         match self {
             Self::UNet(config) => config.learned_variance,
             Self::UNet2D(config) => config.learns_variance(),
+            Self::Lucidrains(config) => config.learned_variance,
         }
     }
 
@@ -91,6 +95,7 @@ impl Network {
         match self {
             Self::UNet(config) => config.classes,
             Self::UNet2D(config) => config.classes(),
+            Self::Lucidrains(_) => None,
         }
     }
 }

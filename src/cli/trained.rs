@@ -7,10 +7,9 @@ use serde::Serialize;
 use super::arguments::quoted;
 use super::network::Network;
 use super::result::Result;
-use crate::denoiser::Denoiser;
-use crate::engine::{Graph, Model};
+use crate::denoiser::{Denoiser, Trainable};
 use crate::error::{self, Error};
-use crate::model::{Architecture, UNet2DConfig, UNetConfig};
+use crate::model::{Architecture, LucidrainsConfig, UNet2DConfig, UNetConfig};
 use crate::precision::Precision;
 use crate::process::Diffusion;
 use crate::sample::{DiffusersFolder, SamplerConfig};
@@ -122,10 +121,12 @@ impl Trained {
         match self {
             Self::Checkpoint(saved) => match saved.network_kind() {
                 UNet2DConfig::KIND => saved.architecture().map(Network::UNet2D),
+                LucidrainsConfig::KIND => saved.architecture().map(Network::Lucidrains),
                 _ => saved.architecture().map(Network::UNet),
             },
             Self::File(file) => match file.network_kind() {
                 UNet2DConfig::KIND => file.architecture().map(Network::UNet2D),
+                LucidrainsConfig::KIND => file.architecture().map(Network::Lucidrains),
                 _ => file.architecture().map(Network::UNet),
             },
             Self::Diffusers(folder) => Ok(Network::UNet2D(folder.network().clone())),
@@ -163,37 +164,29 @@ impl Trained {
         precision: Precision,
         device: &Device,
     ) -> Result<Box<dyn Denoiser>> {
-        match (self, self.architecture()?) {
-            (Self::Checkpoint(saved), Network::UNet(_)) => {
-                boxed(of_checkpoint::<UNetConfig>(saved, asked, device)?, precision)
-            }
-            (Self::Checkpoint(saved), Network::UNet2D(_)) => {
-                boxed(of_checkpoint::<UNet2DConfig>(saved, asked, device)?, precision)
-            }
-            (Self::File(file), Network::UNet(_)) => {
-                boxed(file.model::<UNetConfig>(device)?, precision)
-            }
-            (Self::File(file), Network::UNet2D(_)) => {
-                boxed(file.model::<UNet2DConfig>(device)?, precision)
-            }
-            (Self::Diffusers(folder), _) => {
-                boxed(folder.weights(DType::F32, device)?.build(folder.network())?, precision)
-            }
+        match self.architecture()? {
+            Network::UNet(network) => boxed(self.build(&network, asked, device)?, precision),
+            Network::UNet2D(network) => boxed(self.build(&network, asked, device)?, precision),
+            Network::Lucidrains(network) => boxed(self.build(&network, asked, device)?, precision),
+        }
+    }
+
+    fn build<N: Architecture>(
+        &self,
+        network: &N,
+        asked: Option<Weights>,
+        device: &Device,
+    ) -> error::Result<N::Model> {
+        match (self, asked) {
+            (Self::Checkpoint(saved), Some(Weights::Model)) => saved.model::<N>(device),
+            (Self::Checkpoint(saved), Some(Weights::Ema) | None) => saved.ema::<N>(device),
+            (Self::File(file), _) => file.model::<N>(device),
+            (Self::Diffusers(folder), _) => folder.weights(DType::F32, device)?.build(network),
         }
     }
 }
 
-fn of_checkpoint<N: Architecture>(
-    checkpoint: &Checkpoint,
-    asked: Option<Weights>,
-    device: &Device,
-) -> error::Result<N::Model> {
-    match asked {
-        Some(Weights::Model) => checkpoint.model::<N>(device),
-        Some(Weights::Ema) | None => checkpoint.ema::<N>(device),
-    }
-}
-
-fn boxed<G: Graph + 'static>(model: Model<G>, precision: Precision) -> Result<Box<dyn Denoiser>> {
-    Ok(Box::new(model.with_precision(precision)?))
+fn boxed<T: Trainable + 'static>(mut model: T, precision: Precision) -> Result<Box<dyn Denoiser>> {
+    model.set_precision(precision)?;
+    Ok(Box::new(model))
 }

@@ -166,8 +166,7 @@ fn output(graph: &impl Graph, x_t: &Tensor, y: Tensor) -> Result<Output> {
     let (batch, channels, height, width) = x_t.dims4()?;
     let expected = [batch, 2 * channels, height, width];
     check_dims("the network's output", y.dims(), &expected, "prediction and variance")?;
-    let half = |first| y.narrow(1, first, channels)?.contiguous();
-    Ok(Output::new(half(0)?).with_variance(half(channels)?))
+    Output::divided(&y)
 }
 
 /// The forward pass of a graph.

@@ -1,10 +1,11 @@
-//! Networks: `TimeEmbedding`, `ResBlock`, `UNet`, `UNet2D` and their parts, and their weights by name.
+//! Networks: `TimeEmbedding`, `ResBlock`, `UNet`, `UNet2D`, `LucidrainsUNet` and their parts, and their weights by name.
 //!
 //! Public `forward`s take images (batch, channels, height, width); between the parts, feature maps stay channels-last.
 
 mod attention;
 pub(crate) mod diffusers;
 mod image_size;
+mod lucidrains;
 mod network;
 mod openai;
 mod parameters;
@@ -20,6 +21,7 @@ mod unet_config;
 
 pub use attention::Attention;
 pub use image_size::ImageSize;
+pub use lucidrains::{LucidrainsConfig, LucidrainsFile, LucidrainsUNet};
 pub use network::Architecture;
 pub use openai::{AttentionHeads, OpenAi};
 pub use parameters::Parameters;
