@@ -22,12 +22,7 @@ fn uniform(fan_in: usize) -> Init {
 
 /// Returns a weight for a layer. A trainable weight is shared with its trainer. Any other weight is copied, so that no
 /// other code can change it.
-pub(crate) fn weight(
-    vb: &VarBuilder,
-    shape: &[usize],
-    name: &str,
-    init: Init,
-) -> Result<Tensor> {
+pub(crate) fn weight(vb: &VarBuilder, shape: &[usize], name: &str, init: Init) -> Result<Tensor> {
     weights_dtype(vb)?;
     let tensor = vb.get_with_hints(shape, name, init)?;
     Ok(if tensor.track_op() { tensor.contiguous()? } else { tensor.copy()?.contiguous()? })

@@ -9,8 +9,7 @@ pub use crate::kernels::op::conv::{Add, Addends};
 pub use crate::layers::{Conv2d, Embedding, GroupNorm, Linear};
 pub use crate::model::{
     Architecture, Attention, AttentionHeads, DownBlockType, ImageSize, LucidrainsConfig,
-    LucidrainsFile, LucidrainsUNet, OpenAi, Parameters,
-    ResBlock, Resampling, TimeConditioning, TimeEmbedding, UNet, UNet2D, UNet2DConfig, UNetConfig,
-    UpBlockType,
+    LucidrainsFile, LucidrainsUNet, OpenAi, Parameters, ResBlock, Resampling, TimeConditioning,
+    TimeEmbedding, UNet, UNet2D, UNet2DConfig, UNetConfig, UpBlockType,
 };
 pub use crate::random::Dropout;

@@ -17,6 +17,7 @@ use ddpm::data::{self as sets, Batch, Subset};
 use ddpm::eval::{ProbabilityFlow, VariationalBound};
 use ddpm::nn::UNet2DConfig;
 use ddpm::sample::{SamplerConfig, Spacing, Variance};
+use ddpm::train::WeightsFile;
 use ddpm::{Checkpoint, Diffusion, Solver, TrainConfig, UNetConfig};
 use image::AnimationDecoder;
 use image::codecs::gif::GifDecoder;
@@ -392,6 +393,16 @@ fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
         assert!(options.iter().all(|option| scheduler.contains(option)), "{scheduler}");
     }
 
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+    let trainer = data.join("lucidrains/trainer.pt");
+    let velocity = ["--image-size", "5x3", "--objective", "pred_v"];
+    let said = succeed(&mut convert(&trainer, "lucidrains.safetensors", &velocity))?;
+    assert!(said.contains("process: 100 timesteps, prediction of velocity"), "{said}");
+    let mut command = example("sample");
+    command.args(["--count", "1", "--sampling-steps", "2"]).arg("--out").arg(path("image.png"));
+    succeed(command.arg("--checkpoint").arg(path("lucidrains.safetensors")))?;
+    assert_eq!(image::image_dimensions(path("image.png"))?, (3, 5));
+
     let mut pictures = BTreeSet::new();
     for from in ["run/checkpoint", "pipeline", "back.safetensors"] {
         let mut command = example("sample");
@@ -401,7 +412,6 @@ fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
     }
     assert_eq!(pictures.len(), 1);
 
-    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
     let pytorch = data.join("pytorch_files/state.pt");
     for (from, to, args, expected) in [
         (&run, "pipeline", &[][..], "it must be a path at which there is nothing"),
@@ -410,6 +420,16 @@ fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
         (&run, "x.safetensors", &[], "becomes a folder of diffusers"),
         (&path("back.safetensors"), "x.safetensors", &[], "becomes a folder of diffusers"),
         (&pytorch, "x.safetensors", &heads, "not the weights of a UNetModel"),
+        (&pytorch, "x.safetensors", &velocity, "not the weights of a Unet"),
+        (&trainer, "x.safetensors", &heads, "which LucidrainsFile reads"),
+        (&trainer, "x.safetensors", &[], "needs --image-size and --objective"),
+        (&trainer, "x.safetensors", &["--objective", "pred_v"], "--image-size"),
+        (
+            &trainer,
+            "x.safetensors",
+            &["--image-size", "5", "--objective", "pred_v", "--schedule", "linear"],
+            "cannot be used with",
+        ),
         (&openai, "x.safetensors", &["--image-size", "8"], "--heads <N>|--head-channels <N>"),
         (
             &openai,

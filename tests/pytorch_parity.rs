@@ -7,17 +7,21 @@
 //!
 //! Also compares `UNet2D` with diffusers, over every folder in `tests/data/diffusers/`, and in the folder that the
 //! environment variable `DDPM_DIFFUSERS` names, and with the network of improved-diffusion and guided-diffusion.
+//!
+//! Also compares `LucidrainsUNet` with denoising-diffusion-pytorch, over `tests/data/lucidrains/`, and the folder that
+//! the environment variable `DDPM_LUCIDRAINS` names.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use ddpm::nn::{
-    AttentionHeads, Condition, Dropout, Model, OpenAi, Output, Parameters, Trainable, UNet2D,
-    UNet2DConfig,
+    AttentionHeads, Condition, Dropout, ImageSize, LucidrainsConfig, LucidrainsFile,
+    LucidrainsUNet, Model, OpenAi, Output, Parameters, Trainable, UNet2D, UNet2DConfig,
 };
 use ddpm::process::Prediction;
+use ddpm::sample::Spacing;
 use ddpm::train::{AdamConfig, EmaConfig, WeightDecay};
 use ddpm::{Denoiser, Diffusion, NoiseSchedule, Sampler, Solver, TrainConfig, Trainer, UNetConfig};
 use serde::Deserialize;
@@ -505,6 +509,264 @@ fn networks_of_openai_are_networks_of_the_crate() {
     candle_core::safetensors::save(&weights("downs.0.0.block1.proj.weight"), &file).unwrap();
     let message = heads.load(&file, DType::F32, &Device::Cpu).map(drop).unwrap_err().to_string();
     assert!(message.contains("denoising-diffusion-pytorch, which LucidrainsFile"), "{message}");
+}
+
+/// A network of denoising-diffusion-pytorch: a file as its users have it, and the results of the package.
+struct LucidrainsCase {
+    file: LucidrainsFile,
+    config: LucidrainsConfig,
+    arguments: LucidrainsArguments,
+    results: HashMap<String, Tensor>,
+}
+
+/// The arguments of the package's classes that the file of the weights does not have.
+#[derive(Deserialize)]
+struct LucidrainsArguments {
+    unet: LucidrainsUnet,
+    size: [usize; 2],
+    process: Option<LucidrainsProcess>,
+}
+
+#[derive(Deserialize)]
+struct LucidrainsUnet {
+    sinusoidal_pos_emb_theta: Option<f64>,
+}
+
+#[derive(Deserialize)]
+struct LucidrainsProcess {
+    objective: Option<String>,
+    beta_schedule: Option<String>,
+}
+
+impl LucidrainsCase {
+    fn read(path: &Path) -> Self {
+        let (_, header) =
+            safetensors::SafeTensors::read_metadata(&std::fs::read(path).unwrap()).unwrap();
+        let arguments: LucidrainsArguments =
+            serde_json::from_str(&header.metadata().as_ref().unwrap()["case"]).unwrap();
+        let file = path.with_extension("pt");
+        let file = LucidrainsFile::load(file, DType::F32, &device()).unwrap();
+        let [height, width] = arguments.size;
+        let theta = arguments.unet.sinusoidal_pos_emb_theta.unwrap_or(10_000.0);
+        let config = LucidrainsConfig {
+            sinusoidal_pos_emb_theta: theta,
+            ..file.network(ImageSize { height, width }).unwrap()
+        };
+        println!("{}: {config:?}", path.display());
+        let results = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+        Self { file, config, arguments, results }
+    }
+
+    fn unet(&self) -> LucidrainsUNet {
+        self.file.weights().build(&self.config).unwrap()
+    }
+
+    /// The weights by name.
+    fn weights(&self) -> BTreeMap<String, Tensor> {
+        let parameters = self.file.weights();
+        parameters.build(&self.config).unwrap();
+        let weight = |(name, var): (String, Var)| (name, here(var.as_tensor()));
+        parameters.vars().into_iter().map(weight).collect()
+    }
+
+    fn check_output(&self, what: &str, y: &Output) {
+        let parts: Vec<&Tensor> =
+            [Some(&y.prediction), y.variance.as_ref()].into_iter().flatten().collect();
+        let (found, expected) = (Tensor::cat(&parts, 1).unwrap(), &self.results["out"]);
+        let largest = max_abs(expected, &expected.zeros_like().unwrap());
+        close(what, max_abs(&here(&found), expected) / largest, LUCIDRAINS_OUT);
+    }
+
+    fn output(&self) {
+        let [x, t] = ["x", "t"].map(|name| there(&self.results[name]));
+        let y = self.unet().denoise(&x, &t, &Condition::None).unwrap();
+        self.check_output("out", &y);
+        // Times between two timesteps are allowed, too.
+        let between = t.to_dtype(DType::F32).unwrap();
+        self.check_output(
+            "out in f32",
+            &self.unet().denoise(&x, &between, &Condition::None).unwrap(),
+        );
+    }
+
+    /// Samples by the package's DDIM, in five steps.
+    fn sample(&self) {
+        let Some(process) = &self.arguments.process else {
+            let error = self.file.schedule().unwrap_err().to_string();
+            assert!(error.contains("it has no betas"), "{error}");
+            return;
+        };
+        let schedule = self.file.schedule().unwrap();
+        let steps = schedule.steps();
+        let expected = match process.beta_schedule.as_deref() {
+            None => NoiseSchedule::sigmoid(steps, -3.0, 3.0, 1.0),
+            Some("cosine") => NoiseSchedule::cosine(steps),
+            Some(_) => NoiseSchedule::linear_scaled(steps),
+        };
+        assert_eq!(schedule, expected.unwrap());
+        let alpha_bars = Tensor::new(schedule.alpha_bars(), &Device::Cpu).unwrap();
+        close("alpha_bars", max_abs(&alpha_bars, &self.results["alpha_bars"]), 1e-6);
+        let prediction = match process.objective.as_deref() {
+            None => Prediction::Velocity,
+            Some("pred_noise") => Prediction::Epsilon,
+            Some(_) => Prediction::Sample,
+        };
+        let diffusion = Diffusion::new(schedule, prediction);
+        let sampler =
+            Sampler::with_spacing(&diffusion, Solver::ddim(), Spacing::Trailing, 5).unwrap();
+        let sampler = sampler.clip_denoised(true);
+        let (unet, start) = (self.unet(), there(&self.results["start"]));
+        let steps = sampler.steps_from(&unet, start, |_| unreachable!()).unwrap();
+        let x_0 = steps.last().unwrap().unwrap().x;
+        // The package returns pixels from 0 to 1.
+        let expected = ((&self.results["sample"] * 2.0).unwrap() - 1.0).unwrap();
+        close("sample", max_abs(&here(&x_0), &expected), SAMPLE);
+    }
+
+    fn gradients(&self) {
+        let Some(d_out) = self.results.get("d_out") else { return };
+        let parameters = Parameters::new(0, DType::F32, &device());
+        let model = parameters.build(&self.config).unwrap();
+        let weights = self.weights();
+        for (name, var) in parameters.vars() {
+            var.set(&there(&weights[&name])).unwrap();
+        }
+        let [x, t, d_out] = [&self.results["x"], &self.results["t"], d_out].map(there);
+        let dropout = Dropout::new(0, 0);
+        let mut gradient = |y: &Output| {
+            self.check_output("out in training", y);
+            let channels = self.config.channels;
+            let d = Output::new(d_out.narrow(1, 0, channels)?);
+            Ok(match self.config.learned_variance {
+                true => d.with_variance(d_out.narrow(1, channels, channels)?),
+                false => d,
+            })
+        };
+        let found = model.gradients(&x, &t, &Condition::None, &dropout, &mut gradient).unwrap();
+        let mut worst = (0.0, String::new());
+        for (name, var) in parameters.vars() {
+            let found = found.get(&var).unwrap_or_else(|| panic!("{name} has no gradient"));
+            let expected = &self.results[&format!("grad.{name}")];
+            let difference = norm(&(here(found) - expected).unwrap()) / norm(expected);
+            if difference > worst.0 || difference.is_nan() {
+                worst = (difference, name);
+            }
+        }
+        close(&format!("gradient of {}", worst.1), worst.0, LUCIDRAINS_GRADIENT);
+    }
+}
+
+/// The allowed difference from denoising-diffusion-pytorch, relative to the largest value or to the norm of a gradient.
+const LUCIDRAINS_OUT: f64 = 1e-5;
+const LUCIDRAINS_GRADIENT: f64 = 1e-4;
+
+#[test]
+fn networks_of_denoising_diffusion_pytorch_agree() {
+    let own = Path::new("tests/data/lucidrains").to_owned();
+    for folder in
+        [Some(own), std::env::var_os("DDPM_LUCIDRAINS").map(PathBuf::from)].into_iter().flatten()
+    {
+        let entries = std::fs::read_dir(&folder).unwrap();
+        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+        paths.retain(|path| path.extension().is_some_and(|e| e == "safetensors"));
+        paths.sort();
+        assert!(!paths.is_empty(), "{} holds no *.safetensors", folder.display());
+        for path in paths {
+            let case = LucidrainsCase::read(&path);
+            case.output();
+            case.sample();
+            case.gradients();
+        }
+    }
+}
+
+#[test]
+fn dropout_of_a_network_of_denoising_diffusion_pytorch_acts_only_in_training() {
+    let case = LucidrainsCase::read("tests/data/lucidrains/trainer.safetensors".as_ref());
+    let config = LucidrainsConfig { dropout: 0.5, ..case.config.clone() };
+    let unet = case.file.weights().build(&config).unwrap();
+    let [x, t] = ["x", "t"].map(|name| there(&case.results[name]));
+    case.check_output("out", &unet.denoise(&x, &t, &Condition::None).unwrap());
+    let train = |seed| {
+        let y = unet.denoise_train(&x, &t, &Condition::None, &Dropout::new(seed, 0)).unwrap();
+        here(&y.prediction)
+    };
+    assert_eq!(max_abs(&train(0), &train(0)), 0.0);
+    for other in [train(1), case.results["out"].clone()] {
+        assert!(max_abs(&train(0), &other) > 0.1);
+    }
+}
+
+#[test]
+fn a_file_of_denoising_diffusion_pytorch_that_the_crate_cannot_compute_is_refused_by_the_reason() {
+    let case = LucidrainsCase::read("tests/data/lucidrains/state.safetensors".as_ref());
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("changed.safetensors");
+    let load = |change: &dyn Fn(&mut BTreeMap<String, Tensor>)| {
+        let mut weights = case.weights();
+        change(&mut weights);
+        let weights: HashMap<String, Tensor> = weights.into_iter().collect();
+        candle_core::safetensors::save(&weights, &path).unwrap();
+        LucidrainsFile::load(&path, DType::F32, &Device::Cpu)
+    };
+    let cut = |weights: &mut BTreeMap<String, Tensor>, name: &str, rows: usize| {
+        let weight = weights[name].narrow(0, 0, rows).unwrap();
+        weights.insert(name.into(), weight);
+    };
+    let size = case.config.image_size;
+    let network = |change: &dyn Fn(&mut BTreeMap<String, Tensor>)| {
+        load(change).and_then(|file| file.network(size))
+    };
+    let config = LucidrainsConfig {
+        sinusoidal_pos_emb_theta: case.config.sinusoidal_pos_emb_theta,
+        ..network(&|_| {}).unwrap()
+    };
+    assert_eq!(config, case.config);
+    type Change<'a> = &'a dyn Fn(&mut BTreeMap<String, Tensor>);
+    let changes: [(Change<'_>, &str); 6] = [
+        (&|weights| drop(weights.remove("init_conv.weight")), "not the weights of a Unet"),
+        (&|weights| weights.retain(|name, _| !name.ends_with("mem_kv")), "before 1.9"),
+        (
+            &|weights| {
+                let weight = &weights["init_conv.weight"];
+                let twice = Tensor::cat(&[weight, weight], 1).unwrap();
+                weights.insert("init_conv.weight".into(), twice);
+            },
+            "2 channels of the input and 1 of the output: a network with self_condition",
+        ),
+        (&|weights| drop(weights.remove("time_mlp.1.weight")), "time_mlp.1.weight is missing"),
+        (&|weights| cut(weights, "downs.1.3.1.weight", 3), "level 1 has 3 channels, and dim is 4"),
+        (
+            &|weights| cut(weights, "time_mlp.1.weight", 8),
+            "dim is 2; it must be even, from 4 to 65536",
+        ),
+    ];
+    for (change, expected) in changes {
+        let message = network(change).unwrap_err().to_string();
+        assert!(message.contains(expected), "{message}");
+    }
+    let message = case.file.network(6).unwrap_err().to_string();
+    assert!(message.contains("image_size is 6; it must be a multiple of 4"), "{message}");
+
+    let with_betas = |betas: &[f32]| {
+        let file = load(&|weights| {
+            let named = |(name, weight)| (format!("model.{name}"), weight);
+            *weights = std::mem::take(weights).into_iter().map(named).collect();
+            weights.insert("betas".into(), Tensor::new(betas, &Device::Cpu).unwrap());
+        });
+        file.unwrap().schedule()
+    };
+    let betas = [0.25, 0.5, 0.75];
+    let schedule = with_betas(&betas.map(|beta| beta as f32)).unwrap();
+    assert_eq!(schedule, NoiseSchedule::from_betas(betas.to_vec()).unwrap());
+    let message = with_betas(&[0.5, 1.5]).unwrap_err().to_string();
+    assert!(message.contains("betas is 1.5 at t = 1"), "{message}");
+
+    let unet = case.unet();
+    let x = Tensor::zeros((1, 1, 8, 6), DType::F32, &device()).unwrap();
+    let message = unet.forward(&x, &there(&Tensor::new(&[0u32], &Device::Cpu).unwrap()));
+    let message = message.unwrap_err().to_string();
+    assert!(message.contains("with sizes that are multiples of 4"), "{message}");
 }
 
 /// The device of all tests. It is a single value, because candle compares devices by their handles.

@@ -9,7 +9,7 @@ use super::network::Network;
 use super::result::Result;
 use crate::denoiser::{Denoiser, Trainable};
 use crate::error::{self, Error};
-use crate::model::{Architecture, LucidrainsConfig, UNet2DConfig, UNetConfig};
+use crate::model::{Architecture, LucidrainsConfig, UNet2DConfig};
 use crate::precision::Precision;
 use crate::process::Diffusion;
 use crate::sample::{DiffusersFolder, SamplerConfig};

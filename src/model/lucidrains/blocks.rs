@@ -7,7 +7,7 @@ use crate::engine::{Autograd, Engine};
 use crate::error::Result;
 use crate::kernels::op::activation::{Activation, VectorActivation};
 use crate::kernels::op::conv::Add;
-use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids, weight, weights_dtype};
+use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids, weight};
 
 /// The normalisation of each pixel by the root mean square of its channels (Zhang and Sennrich 2019), with a factor for
 /// each channel.

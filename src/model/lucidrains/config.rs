@@ -145,7 +145,8 @@ impl LucidrainsConfig {
         let most = MAX_CHANNELS / 3;
         for (heads, of_head) in self.attn_heads.iter().zip(&self.attn_dim_head) {
             if !heads.checked_mul(*of_head).is_some_and(|all| (1..=most).contains(&all)) {
-                let (value, expected) = (format!("{heads} * {of_head}"), format!("from 1 to {most}"));
+                let (value, expected) =
+                    (format!("{heads} * {of_head}"), format!("from 1 to {most}"));
                 return Err(Error::config("attn_heads * attn_dim_head", value, expected));
             }
         }

@@ -120,9 +120,11 @@ impl LucidrainsFile {
             }
             // The last level keeps the size.
             let last = self.tensors.contains_key(&name("3.weight"));
-            let [width, ..] = self.dims::<4>(&name(if last { "3.weight" } else { "3.1.weight" }))?;
+            let [width, ..] =
+                self.dims::<4>(&name(if last { "3.weight" } else { "3.1.weight" }))?;
             if config.dim == 0 || !width.is_multiple_of(config.dim) {
-                let reason = format!("level {level} has {width} channels, and dim is {}", config.dim);
+                let reason =
+                    format!("level {level} has {width} channels, and dim is {}", config.dim);
                 return Err(self.refuse(format!("{reason}; dim must divide the channels")));
             }
             let full = self.tensors.contains_key(&name("2.to_out.weight"));
@@ -146,7 +148,8 @@ impl LucidrainsFile {
     /// [`NoiseSchedule`].
     pub fn schedule(&self) -> Result<NoiseSchedule> {
         let Some(betas) = &self.betas else {
-            let reason = "it has no betas, so it is not a file of the Trainer or of a GaussianDiffusion";
+            let reason =
+                "it has no betas, so it is not a file of the Trainer or of a GaussianDiffusion";
             return Err(self.refuse(reason));
         };
         let betas = betas.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;

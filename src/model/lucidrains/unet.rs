@@ -78,14 +78,26 @@ impl Blocks<'_> {
         ResBlock::new(self.config, channels, self.count - 1, vb)
     }
 
-    fn attention(&self, level: usize, full: bool, channels: usize, vb: VarBuilder) -> Result<Attention> {
+    fn attention(
+        &self,
+        level: usize,
+        full: bool,
+        channels: usize,
+        vb: VarBuilder,
+    ) -> Result<Attention> {
         let LucidrainsConfig { attn_heads, attn_dim_head, num_mem_kv, .. } = self.config;
         let heads = Heads { count: attn_heads[level], dim: attn_dim_head[level], full };
         Attention::new(channels, heads, *num_mem_kv, vb)
     }
 
     /// Creates the part of `level` on a path whose residual blocks have these channels.
-    fn level(&mut self, level: usize, channels: [usize; 2], resize: Conv2d, vb: VarBuilder) -> Result<Level> {
+    fn level(
+        &mut self,
+        level: usize,
+        channels: [usize; 2],
+        resize: Conv2d,
+        vb: VarBuilder,
+    ) -> Result<Level> {
         let blocks = [self.res(channels, vb.pp("0"))?, self.res(channels, vb.pp("1"))?];
         let full = self.config.full_attn[level];
         let attention = self.attention(level, full, channels[1], vb.pp("2"))?;

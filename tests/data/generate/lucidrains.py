@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 CASES = {
     # The file of the trainer, with the package's defaults for all but the sizes.
     "trainer": {
-        "unet": {"dim": 4, "dim_mults": (1, 1), "attn_heads": 2, "attn_dim_head": 3},
-        "size": (8, 8),
+        "unet": {"dim": 4, "dim_mults": (1,), "attn_heads": 2, "attn_dim_head": 3},
+        "size": (5, 3),
         "process": {"timesteps": 100},
     },
     # The state dict of the process. Three levels, not square, and everything differs from level to level.
