@@ -31,7 +31,8 @@ impl Engine<'_> for Autograd<'_> {
         let dims = |map: Option<&Tensor>| map.map(Tensor::dims4).transpose();
         let (per_image, residual) = (dims(add.per_image)?, dims(add.residual)?);
         shapes::conv(conv, x.dims4()?, per_image, residual)?;
-        let mut y = kernels::conv2d(x, &conv.weight, &conv.bias, conv.scale)?;
+        let packed = (!conv.weight.track_op()).then_some(&conv.packed);
+        let mut y = kernels::conv2d(x, &conv.weight, &conv.bias, conv.scale, packed)?;
         if let Some(values) = add.per_image {
             y = y.broadcast_add(values)?;
         }

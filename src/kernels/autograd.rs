@@ -1,11 +1,13 @@
 //! The operations on candle tensors, differentiable by candle. They use a kernel if there is one for the
 //! device and the dtype, and the [reference](mod@super::reference) composition otherwise.
 
+use std::sync::Arc;
+
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
 use super::cpu::conv::algorithm::{Math, Workspace};
 use super::cpu::conv::epilogue::Epilogue;
-use super::cpu::conv::plan::Plan;
+use super::cpu::conv::plan::{PackedOnce, Plan};
 use super::cpu::isa::Isa;
 use super::cpu::linear::{linear_forward, linear_input_gradient, linear_weight_gradient};
 use super::cpu::norm::Normalization;
@@ -19,10 +21,16 @@ use super::slices::{contiguous, on_cpu_in_f32, with_values, zeros};
 pub(crate) use super::reference::attention::attention;
 
 /// Computes a convolution with zero padding of half the kernel. See [`ConvShape`] for the dimensions. `bias`
-/// is (out).
-pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, scale: Scale) -> Result<Tensor> {
+/// is (out). Weights that do not change are `packed` once.
+pub(crate) fn conv2d(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    scale: Scale,
+    packed: Option<&Arc<PackedOnce>>,
+) -> Result<Tensor> {
     if on_cpu_in_f32(x) {
-        apply([x, weight, bias], Conv2d { isa: Isa::detect(), scale })
+        apply([x, weight, bias], Conv2d { isa: Isa::detect(), scale, packed: packed.cloned() })
     } else {
         reference::conv::conv2d(x, weight, bias, scale)
     }
@@ -149,6 +157,8 @@ impl<K: Kernel> CustomOp3 for Differentiable<K> {
 pub(super) struct Conv2d {
     pub isa: Isa,
     pub scale: Scale,
+    /// The packed weights, if they do not change.
+    pub packed: Option<Arc<PackedOnce>>,
 }
 
 impl Conv2d {
@@ -165,9 +175,16 @@ impl Kernel for Conv2d {
     fn forward(&self, [x, weight, bias]: [Values<'_>; 3]) -> Result<(Vec<f32>, Vec<usize>)> {
         let plan = self.plan(x, weight)?;
         let mut y = zeros(plan.output().iter().product())?;
-        let packed = plan.pack(weight.values, &mut Workspace::default());
         let epilogue = Epilogue { bias: Some(bias.values), ..Epilogue::default() };
-        plan.forward(x.values, &packed, epilogue, &mut y);
+        match &self.packed {
+            Some(packed) => {
+                plan.forward(x.values, packed.get(&plan, weight.values), epilogue, &mut y);
+            }
+            None => {
+                let packed = plan.pack(weight.values, &mut Workspace::default());
+                plan.forward(x.values, &packed, epilogue, &mut y);
+            }
+        }
         Ok((y, plan.output().to_vec()))
     }
 
@@ -312,7 +329,9 @@ pub(super) mod tests {
         fn convolution(&self, case: &ConvCase) -> Result<Found> {
             let ConvCase { shape, x, weight, dy, bias, .. } = case;
             let nothing = Tensor::zeros(shape.c_out, DType::F32, &Device::Cpu)?;
-            let conv = |v: [&Tensor; 3]| apply(v, Conv2d { isa: self.0, scale: shape.scale });
+            let conv = |v: [&Tensor; 3]| {
+                apply(v, Conv2d { isa: self.0, scale: shape.scale, packed: None })
+            };
             let mut found = found([x, weight, bias.as_ref().unwrap_or(&nothing)], dy, conv)?;
             let (y_before, dx_before) = match &case.before {
                 Some([y, dx]) => (Some(y), Some(dx)),

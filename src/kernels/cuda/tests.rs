@@ -157,7 +157,7 @@ fn convolution_agrees(
         let per = per_image.then(|| normal(3, &[batch, 1, 1, c_out]));
         let more = residual.then(|| normal(4, &out));
         let dy = normal(5, &out);
-        let f = |v: &[Tensor]| crate::kernels::conv2d(&v[0], &v[1], &v[2], scale);
+        let f = |v: &[Tensor]| crate::kernels::conv2d(&v[0], &v[1], &v[2], scale, None);
         let sums = Sums::of(&[x.clone(), weight, bias.clone()], |_| dy.clone(), f, f)?;
         let Ok([mut y, mut dx, dweight, dbias]) = <[Sums; 4]>::try_from(sums) else {
             unreachable!()

@@ -221,8 +221,8 @@ impl Attention {
         };
         let full = self.out_norm.is_none();
         let q = part(0)?.contiguous()?;
-        let k = Tensor::cat(&[memory(0, full)?, part(1)?.t()?], 3)?;
-        let v = Tensor::cat(&[memory(1, !full)?, part(2)?], 2)?;
+        let k = Tensor::cat(&[memory(0, full)?, part(1)?.t()?], 3)?.contiguous()?;
+        let v = Tensor::cat(&[memory(1, !full)?, part(2)?], 2)?.contiguous()?;
         let scale = (q.dim(3)? as f64).sqrt().recip();
         let y = match full {
             true => softmax(&(q * scale)?.matmul(&k)?, D::Minus1)?.matmul(&v)?,
