@@ -59,11 +59,11 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "NAME", value_enum)]
     solver: Option<SolverName>,
     /// For a file of OpenAI's programs or of denoising-diffusion-pytorch, which does not state it: height and width of
-    /// the images, such as 64, or 64x96; needs --heads or --head-channels for the former, and --objective for the latter
+    /// the images, such as 64 or 64x96; needs --heads or --head-channels for the former, and --objective for the latter
     #[arg(long, value_name = "N|HxW", requires = "program", value_parser = image_size)]
     image_size: Option<ImageSize>,
-    /// For a file of denoising-diffusion-pytorch: the quantity that the network predicts, which no weight depends on;
-    /// with a wrong one, images are wrong without an error. In that package it is pred_v if it was not given in training
+    /// For a file of denoising-diffusion-pytorch, which does not state it: the quantity that the network predicts. With
+    /// a wrong one, images are wrong without an error. In that package it is pred_v if it was not given in training
     #[arg(long, value_name = "NAME", value_enum)]
     objective: Option<Objective>,
     /// For a file of denoising-diffusion-pytorch: sinusoidal_pos_emb_theta of its training
@@ -96,7 +96,8 @@ pub struct ConvertArgs {
     /// For a file of OpenAI's programs: it was trained with use_new_attention_order
     #[arg(long, requires = "image_size", conflicts_with = "objective")]
     new_attention_order: bool,
-    /// For a file of OpenAI's programs or of denoising-diffusion-pytorch: dropout, which matters only for further training
+    /// For a file of OpenAI's programs or of denoising-diffusion-pytorch: dropout, which matters only for further
+    /// training
     #[arg(long, value_name = "P", default_value = "0", requires = "image_size", value_parser = fraction)]
     dropout: f64,
 }

@@ -25,8 +25,8 @@ const SAME_BETA: f64 = 1e-5;
 ///
 /// Names and shapes determine the network, except for the size of the images, `sinusoidal_pos_emb_theta`, and
 /// `resnet_block_groups` before version 2. The last two are assumed to be the package's defaults, and can be changed in
-/// the configuration. Wrong values give wrong images without an error. The same is true of the quantity that the network
-/// predicts, `objective`, which is not in the file, either.
+/// the configuration. The quantity that the network predicts, `objective`, is not in the file, either. Wrong values
+/// give wrong images without an error.
 ///
 /// ```no_run
 /// use candle_core::{DType, Device};

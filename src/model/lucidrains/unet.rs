@@ -20,8 +20,8 @@ use crate::random::Dropout;
 /// the same names. Each level has two residual blocks, and an attention that is linear (Shen et al. 2021, [Efficient
 /// Attention](https://arxiv.org/abs/1812.01243)) or the usual one. Both have learned keys and values.
 ///
-/// The network runs on candle tensors, which differentiate it. Convolutions and linear layers use the crate's kernels on
-/// the CPU. It is slower than a [`Graph`](crate::nn::Graph), and has no half precision.
+/// The network runs on candle tensors, and candle differentiates it. Convolutions and linear layers use the crate's
+/// kernels on the CPU. It is slower than a [`Graph`](crate::nn::Graph), and has no half precision.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -110,8 +110,9 @@ impl LucidrainsUNet {
     /// others are copied, so that later changes to them have no effect.
     ///
     /// # Errors
-    /// Returns an error if the configuration is not [valid](LucidrainsConfig::validate), if the dtype of `vb` is neither
-    /// f32 nor f64, or if `vb` lacks a weight. Returns an error if `DDPM_MAX_CPU_ISA` is set to an unknown value.
+    /// Returns an error if the configuration is not [valid](LucidrainsConfig::validate), if the dtype of `vb` is
+    /// neither f32 nor f64, or if `vb` lacks a weight. Returns an error if `DDPM_MAX_CPU_ISA` is set to an unknown
+    /// value.
     pub fn new(config: &LucidrainsConfig, vb: VarBuilder) -> Result<Self> {
         kernels::check_limit()?;
         config.validate()?;
