@@ -290,6 +290,7 @@ fn small_2d() -> impl Strategy<Value = (UNet2DConfig, usize)> {
                 add_attention: attention.0,
                 num_class_embeds: rest.1,
                 null_class: rest.1.is_some() && layers == 1,
+                time_scale: 1.0,
             };
             (config, rest.3)
         },
