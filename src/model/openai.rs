@@ -370,7 +370,8 @@ impl Weights {
     fn other(&self) -> &'static str {
         let ends_with = |end: &str| self.tensors.keys().any(|name| name.ends_with(end));
         if ends_with("downs.0.0.block1.proj.weight") {
-            return "this is a network of denoising-diffusion-pytorch, which LucidrainsFile reads";
+            return "this is a network of denoising-diffusion-pytorch, which LucidrainsFile reads, and convert with \
+                    --objective";
         }
         if ends_with("input_blocks.0.0.weight") {
             return "without output_blocks, this is a classifier, or the names have a prefix";

@@ -11,7 +11,8 @@ use super::network::SIZE;
 use crate::data::dataset::ImageShape;
 
 /// The description in the identity of an extractor.
-pub(super) const DESCRIPTION: &str = "bilinear to 224 x 224, antialiased, rounded to bytes (Pillow), (byte - 127) / 128";
+pub(super) const DESCRIPTION: &str =
+    "bilinear to 224 x 224, antialiased, rounded to bytes (Pillow), (byte - 127) / 128";
 
 /// The byte that the network takes as 0, and the difference of the bytes that it takes as 0 and 1. These are the
 /// constants of the published training of EfficientNet-lite.
