@@ -460,7 +460,8 @@ fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
     let mut command = example("sample");
     command.args(["--count", "1", "--sampling-steps", "2"]).arg("--out").arg(path("image.png"));
     succeed(command.arg("--checkpoint").arg(path("lucidrains.safetensors")))?;
-    assert_eq!(image::image_dimensions(path("image.png"))?, (3, 5));
+    // Small images are enlarged eight times, with an edge of two pixels.
+    assert_eq!(image::image_dimensions(path("image.png"))?, (3 * 8 + 4, 5 * 8 + 4));
     // A network that learns the variance is sampled with it.
     let learning = openai_network(&path("learning.safetensors"), "unconditional")?;
     let heads_of_16 = ["--image-size", "8", "--head-channels", "16"];
