@@ -269,7 +269,6 @@ fn small_2d() -> impl Strategy<Value = (UNet2DConfig, usize)> {
                 center_input_sample: centered,
                 time_embedding_dim: time.2,
                 freq_shift: time.0,
-                time_scale: 1.0,
                 flip_sin_to_cos: time.1,
                 down_block_types: levels.iter().map(|level| level.1).collect(),
                 up_block_types: levels.iter().map(|level| level.2).collect(),
@@ -291,7 +290,7 @@ fn small_2d() -> impl Strategy<Value = (UNet2DConfig, usize)> {
                 add_attention: attention.0,
                 num_class_embeds: rest.1,
                 null_class: rest.1.is_some() && layers == 1,
-                time_scale: 1.0,
+                time_scale: if time.1 { 0.25 } else { 1.0 },
             };
             (config, rest.3)
         },
