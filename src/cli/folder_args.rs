@@ -80,7 +80,8 @@ fn background(text: &str) -> std::result::Result<[u8; 3], String> {
 impl FolderArgs {
     /// Determines the settings of the images, before any picture is read. `out` is the directory of a run without
     /// `--out`, as in [`Recipe::out`](super::Recipe::out). The folders of the pictures are
-    /// [classes](FolderConfig::classes) if [`TrainArgs::conditional`] is set, or if they are in the run or in `--config`.
+    /// [classes](FolderConfig::classes) if [`TrainArgs::conditional`] is set, or if they are classes of the run or of
+    /// `--config`.
     ///
     /// # Errors
     /// Returns an error if the run cannot begin or continue there, or if options do not fit each other. For a run that
