@@ -182,7 +182,8 @@ pub(crate) fn sum_pixels(
 }
 
 /// Writes the sums of two by two pixels, times `factor`, or adds them to the values there. `sums` are the dimensions of
-/// the result.
+/// the result. Only convolutions by cuDNN need it.
+#[cfg(feature = "cudnn")]
 pub(super) fn sum_pixels_to(
     gpu: &Gpu,
     [x, y]: [Pointer; 2],
