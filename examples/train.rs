@@ -33,7 +33,7 @@ fn defaults() -> String {
 fn main() -> ExitCode {
     cli::main(|Cli { pictures, mut train }| {
         let config = pictures.config(&train, OUT)?;
-        // Also if --config, or the run that is resumed, says so.
+        // The settings of --config, or of the run that is resumed, may have classes without the option.
         train.conditional = config.classes;
         // The channels are known only after the pictures.
         let (height, width) = (config.height as usize, config.width as usize);

@@ -457,6 +457,10 @@ fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
     let velocity = ["--image-size", "5x3", "--objective", "pred_v"];
     let said = succeed(&mut convert(&trainer, "lucidrains.safetensors", &velocity))?;
     assert!(said.contains("process: 100 timesteps, prediction of velocity"), "{said}");
+    let learned = data.join("lucidrains/network.pt");
+    let velocity = ["--image-size", "4x6", "--objective", "pred_v"];
+    let expected = "--objective must be pred_noise for this file";
+    assert_fails(&mut convert(&learned, "x.safetensors", &velocity), &[expected])?;
     let mut command = example("sample");
     command.args(["--count", "1", "--sampling-steps", "2"]).arg("--out").arg(path("image.png"));
     succeed(command.arg("--checkpoint").arg(path("lucidrains.safetensors")))?;
@@ -638,7 +642,7 @@ fn classes_stay(data: &Path, train: impl Fn(&[&str]) -> Command) -> Result<()> {
     assert_fails(&mut train(&["--resume", "--change"]), &[expected])?;
     fs::rename(other.join("0.png"), data.join("lost.png"))?;
     fs::remove_dir(&other)?;
-    let expected = ["lost.png: in no sub-folder", "or begin a run without --conditional"];
+    let expected = ["lost.png: in no sub-folder", "or begin a new run without classes"];
     assert_fails(&mut train(&["--resume"]), &expected)?;
     Ok(fs::remove_file(data.join("lost.png"))?)
 }
@@ -684,8 +688,9 @@ fn the_settings_of_the_images_are_part_of_a_run() -> Result<()> {
     for (args, expected) in [
         (
             &["--channels", "rgb"][..],
-            r#"images.channels is "grey" in the run, but "rgb" was requested; omit --channels or --grey to continue the run, add --change"#,
+            "images of 3 channels were requested, and the network of the run has 1; omit --channels or --grey",
         ),
+        (&["--channels", "rgba", "--change"], "images of 4 channels were requested"),
         (&["--random-crop", "false"], r#"but "centre" was requested; omit --random-crop to"#),
         (&["--background", "0"], "images.background is [10,11,12] in the run, but [0,0,0] was"),
         (&["--image-size", "16", "--change"], "images.height is 8 in the run, but 16 was"),
@@ -720,7 +725,22 @@ fn the_settings_of_the_images_are_part_of_a_run() -> Result<()> {
         &["photos have changed since: from 4 images, sha256 ", ", to 3 images, sha256 "],
     )?;
 
-    // Files of earlier versions have no settings: without options, the defaults hold.
+    // A run of an earlier version has no settings. Its network has the size, and other options are needed again.
+    let begin = ["--image-size", "8", "--random-crop", "--steps", "1"];
+    succeed(&mut train("earlier", &[&SMALL[..], &begin].concat()))?;
+    for (file, field) in [("config.json", "images"), ("data.json", "pictures")] {
+        let file = path("earlier").join(file);
+        let mut content = json(file.clone())?;
+        content.as_object_mut().and_then(|fields| fields.remove(field)).ok_or("no settings")?;
+        fs::write(file, content.to_string())?;
+    }
+    let expected = "(3 images, sha256 ";
+    assert_fails(&mut train("earlier", &resume("2")), &["the run is of", expected])?;
+    succeed(&mut train("earlier", &[&resume("2")[..], &["--random-crop"]].concat()))?;
+    succeed(&mut train("earlier", &resume("3")))?;
+    assert_eq!(json(path("earlier/data.json"))?["pictures"]["height"], 8);
+
+    // A configuration of an earlier version has no settings, either: without options, the defaults hold.
     let mut old = json(path("run/config.json"))?;
     old.as_object_mut().ok_or("an object")?.remove("images");
     fs::write(path("old.json"), old.to_string())?;

@@ -140,7 +140,7 @@ pub(super) fn with_options(error: Error) -> Box<dyn StdError + Send + Sync> {
         }
         Error::Pictures { path, reason, field, .. } => {
             let remedy = match *field {
-                "classes" => "move it into one, or begin a run without --conditional",
+                "classes" => "move it into one, or begin a new run without classes",
                 _ => "--skip-unreadable leaves them out",
             };
             return format!("{}: {reason}; {remedy}", path.display()).into();

@@ -24,7 +24,7 @@ enum ScheduleName {
 }
 
 /// The quantities that a network of denoising-diffusion-pytorch predicts.
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 #[value(rename_all = "snake_case")]
 enum Objective {
     PredV,
@@ -59,18 +59,20 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "NAME", value_enum)]
     solver: Option<SolverName>,
     /// For a file of OpenAI's programs or of denoising-diffusion-pytorch, which does not state it: height and width of
-    /// the images, such as 64 or 64x96; needs --heads or --head-channels for the former, and --objective for the latter
+    /// the images, such as 64 or 64x96; needs --heads or --head-channels for OpenAI's programs, and --objective for
+    /// denoising-diffusion-pytorch
     #[arg(long, value_name = "N|HxW", requires = "program", value_parser = image_size)]
     image_size: Option<ImageSize>,
     /// For a file of denoising-diffusion-pytorch, which does not state it: the quantity that the network predicts. With
-    /// a wrong one, images are wrong without an error. In that package it is pred_v if it was not given in training
+    /// a wrong one, images are wrong without an error. In that package it is pred_v if it was not given in training,
+    /// and pred_noise for LearnedGaussianDiffusion
     #[arg(long, value_name = "NAME", value_enum)]
     objective: Option<Objective>,
     /// For a file of denoising-diffusion-pytorch: sinusoidal_pos_emb_theta of its training
     #[arg(long, value_name = "THETA", default_value = "10000", requires = "objective")]
     sinusoidal_pos_emb_theta: f64,
     /// For a file of OpenAI's programs: number of timesteps of its training, diffusion_steps
-    #[arg(long, value_name = "N", default_value = "1000", requires = "image_size", conflicts_with = "objective", value_parser = whole::<usize>(21..=NoiseSchedule::MAX_STEPS as u64))]
+    #[arg(long, value_name = "N", default_value = "1000", requires = "image_size", conflicts_with = "objective", value_parser = whole::<usize>(21..=1_000_000))]
     timesteps: usize,
     /// For a file of OpenAI's programs with other than 1000 timesteps: rescale_timesteps of its training, which is true
     /// by default in improved-diffusion, and false in guided-diffusion
@@ -220,6 +222,11 @@ impl ConvertArgs {
             dropout: self.dropout,
             ..file.network(image_size)?
         };
+        if network.learned_variance && objective != Objective::PredNoise {
+            return Err("--objective must be pred_noise for this file: the network learns the variance, and the process \
+                        for such networks, LearnedGaussianDiffusion, has no other"
+                .into());
+        }
         let prediction = match objective {
             Objective::PredV => Prediction::Velocity,
             Objective::PredNoise => Prediction::Epsilon,

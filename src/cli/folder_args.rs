@@ -11,7 +11,8 @@ use super::result::Result;
 use super::run_config::read_images;
 use super::run_files::RunFiles;
 use crate::data::folder::{Channels, Crop, Folder, FolderConfig, Unreadable};
-use crate::observe::is_removed;
+use crate::model::{ImageSize, UNetConfig};
+use crate::train::Checkpoint;
 
 /// The zoom of random crops, which vary the size of the part by a quarter.
 const ZOOM: f64 = 1.25;
@@ -86,13 +87,21 @@ impl FolderArgs {
     /// # Errors
     /// Returns an error if the run cannot begin or continue there, or if options do not fit each other. For a run that
     /// is resumed, also returns an error that names the first option with another value than in the run. With
-    /// `--change`, only the size of the images and the classes cannot be changed. `--skip-unreadable` always can.
+    /// `--change`, only the shape of the images and the classes cannot be changed. `--skip-unreadable` always can.
     pub fn config(&self, train: &TrainArgs, out: &str) -> Result<FolderConfig> {
-        let saved = saved(train, out)?;
-        let config = self.replace(saved.clone().unwrap_or_default(), train.conditional)?;
-        if let Some(run) = saved.filter(|_| train.resume) {
-            check_same(&run, &config, train.change)?;
-        }
+        let files = RunFiles::of(train.out.as_deref(), out);
+        let Some(run) = files.find(train.resume)? else {
+            let before = train.config.as_ref().map(|path| read_images(path));
+            let before = before.transpose().map_err(|e| format!("--config {e}"))?.flatten();
+            let config = self.replace(before.unwrap_or_default(), train.conditional)?;
+            config.validate()?;
+            return Ok(config);
+        };
+        let (before, network) = (saved(&files, &run)?, run.architecture().map_err(with_options)?);
+        let known = before.is_some();
+        let before = before.unwrap_or_else(|| of_network(&network));
+        let config = self.replace(before.clone(), train.conditional)?;
+        check_same((&before, known), &config, &network, train.change)?;
         config.validate()?;
         Ok(config)
     }
@@ -158,36 +167,62 @@ impl FolderArgs {
     }
 }
 
-/// Reads the settings of the images of `--config`, or of the run that is resumed. Returns `None` for a new run, and for
-/// the files of earlier versions, which do not have them.
-fn saved(train: &TrainArgs, out: &str) -> Result<Option<FolderConfig>> {
-    if let Some(path) = &train.config {
-        return Ok(read_images(path).map_err(|e| format!("--config {e}"))?);
-    }
-    let files = RunFiles::of(train.out.as_deref(), out);
-    let Some(run) = files.find(train.resume)? else { return Ok(None) };
+/// Reads the settings of the images of a run. Returns `None` for a run of an earlier version, whose files do not have
+/// them.
+fn saved(files: &RunFiles, run: &Checkpoint) -> Result<Option<FolderConfig>> {
     let images = Identity::of_run(&files.identity, run.history())?;
-    match images.and_then(|images| images.pictures) {
-        None if !is_removed(&files.config) => read_images(&files.config),
-        pictures => Ok(pictures),
+    // An error of this file is reported later, with a remedy.
+    let in_config = || read_images(&files.config).ok().flatten();
+    Ok(images.and_then(|images| images.pictures).or_else(in_config))
+}
+
+/// The settings that follow from the network of a run. The others are the defaults.
+fn of_network(network: &UNetConfig) -> FolderConfig {
+    let ImageSize { height, width } = network.image_size;
+    FolderConfig {
+        height: height as u32,
+        width: width as u32,
+        classes: network.classes.is_some(),
+        ..FolderConfig::default()
     }
 }
 
+/// Compares settings with those of the run. Only those of its network count if the others are not `known`.
+///
 /// # Errors
 /// Returns an error that names the first setting that differs from that of the run and cannot change.
-fn check_same(run: &FolderConfig, given: &FolderConfig, change: bool) -> Result<()> {
+fn check_same(
+    (run, known): (&FolderConfig, bool),
+    given: &FolderConfig,
+    network: &UNetConfig,
+    change: bool,
+) -> Result<()> {
+    let channels = match given.channels {
+        // The pictures decide.
+        Channels::Auto => network.channels,
+        Channels::Grey => 1,
+        Channels::Rgb => 3,
+        Channels::Rgba => 4,
+    };
+    if channels != network.channels {
+        return Err(format!(
+            "images of {channels} channels were requested, and the network of the run has {}; omit --channels or --grey \
+             to continue the run, or begin a new run with another --out",
+            network.channels
+        )
+        .into());
+    }
     let (run, given) = (serde_json::to_value(run)?, serde_json::to_value(given)?);
     // The size and the classes belong to the network. Which unreadable files are skipped is a part of the fingerprint.
     for (field, option, changeable) in [
         ("height", "--height or --image-size", false),
         ("width", "--width or --image-size", false),
         ("classes", "--conditional", false),
-        ("channels", "--channels or --grey", true),
         ("background", "--background", true),
         ("crop", "--random-crop", true),
     ] {
         let (found, expected) = (&run[field], &given[field]);
-        if found == expected || (changeable && change) {
+        if found == expected || (changeable && (change || !known)) {
             continue;
         }
         let differs = format!("images.{field} is {found} in the run, but {expected} was requested");

@@ -91,6 +91,12 @@ impl Identity {
         Ok(Self::read(path)?.is_some_and(|run| self.has_images_of(&run)))
     }
 
+    /// Returns whether the file is of an earlier version, which lacks the settings of these pictures.
+    pub(super) fn completes(&self, path: &Path) -> Result<bool> {
+        let lacks = |run: Self| run.pictures.is_none() && self.pictures.is_some();
+        Ok(Self::read(path)?.is_some_and(lacks))
+    }
+
     /// Returns whether these are the images of `run`, with the same number held out.
     pub(super) fn has_images_of(&self, run: &Self) -> bool {
         self.is_of_set(run) && self.held_out == run.held_out
@@ -100,8 +106,8 @@ impl Identity {
         (run.images, &run.checksum) == (self.images, &self.checksum)
     }
 
-    /// Checks that the classes of these images are those of `run`, whose file is `path`. Each class vector of the network
-    /// belongs to a number, which is the position of a folder among the classes.
+    /// Checks that the classes of these images are those of `run`, whose file is `path`. Class `k` of the network is the
+    /// `k`-th folder.
     ///
     /// # Errors
     /// Returns an error that names the first class with another folder.
@@ -115,8 +121,7 @@ impl Identity {
         let (path, name) = (path.display(), &self.name);
         let wrong =
             format!("{path}: the folder of class {k} is {before} in the run, and {now} in {name}");
-        let remedy =
-            "give the folders the names that they had, or begin a new run with another --out";
+        let remedy = "let the folders be those of the run, or begin a new run with another --out";
         Err(format!("{wrong}; {remedy}").into())
     }
 

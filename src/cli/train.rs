@@ -114,6 +114,8 @@ pub fn train<N: NetworkConfig, D: Dataset>(
             files.keep_best()?;
         }
         identity.write(&files.identity)?;
+    } else if identity.completes(&files.identity)? {
+        identity.write(&files.identity)?;
     }
     if let Some(extractor) = extractor {
         let way = Way::of(recipe, trainer.diffusion(), sampling, extractor);

@@ -33,8 +33,8 @@ impl Gaussian {
         Self::named(path, open_regular(path)?.0, "mu", "sigma")
     }
 
-    /// Reads a statistics file, and computes its SHA-256 in hexadecimal, which says in a report of figures which
-    /// statistics they were computed with. Both are of the same bytes, even if another program replaces the file.
+    /// Reads a statistics file, and computes its SHA-256 in hexadecimal, by which a report of figures names the
+    /// statistics. Both are of the same bytes, even if another program replaces the file.
     ///
     /// # Errors
     /// Returns the errors of [`read`](Self::read).

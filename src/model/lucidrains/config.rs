@@ -4,10 +4,13 @@ use crate::error::{Error, Result, check_fraction, list_in_short};
 use crate::layers::MAX_CHANNELS;
 use crate::model::image_size::ImageSize;
 
+/// The largest number of channels of a feature map. A level divides a map into four times as many channels to halve it.
+const MAX_WIDTH: usize = MAX_CHANNELS / 4;
+
 /// The shape of a [`LucidrainsUNet`](crate::nn::LucidrainsUNet).
 ///
 /// The fields have the names and the meaning of the arguments of `Unet` in the Python package
-/// denoising-diffusion-pytorch. [`LucidrainsFile`](crate::nn::LucidrainsFile) derives them from a file of weights.
+/// denoising-diffusion-pytorch, except for `num_mem_kv`, an argument of its attentions. [`LucidrainsFile`](crate::nn::LucidrainsFile) derives them from a file of weights.
 ///
 /// ```
 /// use ddpm::nn::LucidrainsConfig;
@@ -24,12 +27,12 @@ pub struct LucidrainsConfig {
     pub image_size: ImageSize,
     /// Channels of the images: 1 for grey, 3 for colour; at most 65,536.
     pub channels: usize,
-    /// The unit of `dim_mults`, from 4 to 65,536, and even. The time embedding has `4 dim` values.
+    /// The unit of `dim_mults`, from 4 to 16,384, and even. The time embedding has `4 dim` values.
     pub dim: usize,
-    /// Channels of the first feature maps, from 1 to 65,536.
+    /// Channels of the first feature maps, from 1 to 16,384.
     pub init_dim: usize,
     /// Channels of the feature maps after each level, divided by `dim`: 1 to 16 numbers, beginning with the full size.
-    /// The product with `dim` is at most 65,536.
+    /// The product with `dim` is at most 16,384.
     pub dim_mults: Vec<usize>,
     /// If true, the network also outputs the variance of the reverse process.
     pub learned_variance: bool,
@@ -48,8 +51,8 @@ pub struct LucidrainsConfig {
     pub full_attn: Vec<bool>,
     /// Number of learned keys and values of an attention, at most 65,536.
     pub num_mem_kv: usize,
-    /// Number of groups of the normalisations in residual blocks, in versions 1.9 to 1.11 of the package. `None` for
-    /// version 2, which normalises by the root mean square.
+    /// Number of groups of the normalisations in residual blocks, in versions 1.9 to 1.11 of the package. It divides
+    /// the channels of all feature maps. `None` for version 2, which normalises by the root mean square.
     pub resnet_block_groups: Option<usize>,
 }
 
@@ -97,17 +100,17 @@ impl LucidrainsConfig {
             }
             Err(Error::config(field, value, format!("from {least} to {most}")))
         };
-        let even = |field, value: usize, least: usize| {
-            if (least..=MAX_CHANNELS).contains(&value) && value.is_multiple_of(2) {
+        let even = |field, value: usize, [least, most]: [usize; 2]| {
+            if (least..=most).contains(&value) && value.is_multiple_of(2) {
                 return Ok(());
             }
-            Err(Error::config(field, value, format!("even, from {least} to {MAX_CHANNELS}")))
+            Err(Error::config(field, value, format!("even, from {least} to {most}")))
         };
         within("channels", self.channels, [1, MAX_CHANNELS])?;
-        even("dim", self.dim, 4)?;
-        within("init_dim", self.init_dim, [1, MAX_CHANNELS])?;
+        even("dim", self.dim, [4, MAX_WIDTH])?;
+        within("init_dim", self.init_dim, [1, MAX_WIDTH])?;
         let dim = self.learned_sinusoidal_dim;
-        dim.map_or(Ok(()), |dim| even("learned_sinusoidal_dim", dim, 2))?;
+        dim.map_or(Ok(()), |dim| even("learned_sinusoidal_dim", dim, [2, MAX_CHANNELS]))?;
         let theta = self.sinusoidal_pos_emb_theta;
         if !(theta > 0.0 && theta.is_finite()) {
             return Err(Error::config("sinusoidal_pos_emb_theta", theta, "positive and finite"));
@@ -126,11 +129,18 @@ impl LucidrainsConfig {
     }
 
     fn validate_levels(&self) -> Result<()> {
-        let (mults, most) = (&self.dim_mults, MAX_CHANNELS / self.dim);
+        let (mults, most) = (&self.dim_mults, MAX_WIDTH / self.dim);
         let fits = |mult: &usize| (1..=most).contains(mult);
         if !(1..=16).contains(&mults.len()) || !mults.iter().all(fits) {
             let expected = format!("1 to 16 numbers from 1 to {most}");
             return Err(Error::config("dim_mults", list_in_short(mults), expected));
+        }
+        if let Some(groups) = self.resnet_block_groups {
+            let mut widths = [self.init_dim].into_iter().chain(mults.iter().map(|m| m * self.dim));
+            if groups == 0 || !widths.all(|width| width.is_multiple_of(groups)) {
+                let expected = "a divisor of init_dim and of dim times each of dim_mults";
+                return Err(Error::config("resnet_block_groups", groups, expected));
+            }
         }
         for (field, count) in [
             ("number of attn_heads", self.attn_heads.len()),

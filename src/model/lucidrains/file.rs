@@ -14,19 +14,21 @@ use crate::process::NoiseSchedule;
 const PREFIXES: [&str; 2] = ["ema.ema_model.", ""];
 
 /// The largest difference of betas that have the same formula. The package computes the ends of its sigmoid schedule in
-/// f32. With 1000 timesteps, betas are wrong by up to 6.5e-6.
-const SAME_BETA: f64 = 1e-5;
+/// f32. Betas are wrong by up to 6.5e-6 with 1000 timesteps, and by up to 2.6e-5 with 4000.
+fn same_beta(steps: usize) -> f64 {
+    1e-5 * (steps as f64 / 1000.0).max(1.0)
+}
 
 /// A file of the Python package denoising-diffusion-pytorch: the weights of its `Unet`, and its noise schedule.
 ///
-/// The file is one that the `Trainer` of the package wrote (`model-10.pt`), of which the averaged weights are read, or
-/// the state dict of a `GaussianDiffusion` or a `Unet`. Versions 1.9 to 2.3 wrote such files. No code of the file is
-/// run.
+/// The `Trainer` of the package writes such a file (`model-10.pt`). Its averaged weights are read. The state dict of a
+/// `GaussianDiffusion` or of a `Unet` is also such a file. Versions 1.9 to 2.3 wrote these files. No code of the file
+/// is run.
 ///
 /// Names and shapes determine the network, except for the size of the images, `sinusoidal_pos_emb_theta`, and
 /// `resnet_block_groups` before version 2. The last two are assumed to be the package's defaults, and can be changed in
-/// the configuration. The quantity that the network predicts, `objective`, is not in the file, either. Wrong values
-/// give wrong images without an error.
+/// the configuration. The quantity that the network predicts, `objective`, is not in the file, either. Images are
+/// assumed to be from -1 to 1, as with `auto_normalize`. Wrong values give wrong images without an error.
 ///
 /// ```no_run
 /// use candle_core::{DType, Device};
@@ -77,7 +79,8 @@ impl LucidrainsFile {
         let reason = if !has("init_conv.weight") || !has("downs.0.0.block1.proj.weight") {
             "these are not the weights of a Unet of denoising-diffusion-pytorch"
         } else if !has("mid_attn.mem_kv") {
-            "mid_attn.mem_kv is missing: the network of a version before 1.9, which computes another function"
+            "mid_attn.mem_kv is missing: the network of a version before 1.9, or of another module than Unet, such as \
+             classifier_free_guidance; it computes another function"
         } else {
             return Ok(self);
         };
@@ -148,11 +151,11 @@ impl LucidrainsFile {
     /// [`NoiseSchedule`].
     pub fn schedule(&self) -> Result<NoiseSchedule> {
         let Some(betas) = &self.betas else {
-            let reason =
-                "it has no betas, so it is not a file of the Trainer or of a GaussianDiffusion";
+            let reason = "it has no betas, so its process is not a GaussianDiffusion";
             return Err(self.refuse(reason));
         };
-        let betas = betas.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+        let betas =
+            betas.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
         let steps = betas.len();
         let known = [
             NoiseSchedule::sigmoid(steps, -3.0, 3.0, 1.0),
@@ -161,7 +164,7 @@ impl LucidrainsFile {
         ];
         let same = |schedule: &NoiseSchedule| {
             let mut pairs = schedule.betas().iter().zip(&betas);
-            pairs.all(|(a, b)| (a - b).abs() <= SAME_BETA)
+            pairs.all(|(a, b)| (a - b).abs() <= same_beta(steps))
         };
         if let Some(schedule) = known.into_iter().flatten().find(same) {
             return Ok(schedule);
