@@ -143,6 +143,12 @@ impl Conv2d {
     }
 }
 
+/// The dtype of the phases of sinusoids on a device. In half precision they would be wrong by 0.1 rad. Metal has no f64,
+/// not even to cast from.
+pub(crate) fn phase_dtype(device: &Device) -> DType {
+    if device.is_metal() { DType::F32 } else { DType::F64 }
+}
+
 /// Returns the weight of a convolution with a square kernel.
 fn square(input: usize, output: usize, kernel: usize, vb: &VarBuilder) -> Result<Tensor> {
     check_length("input channels", input, MAX_CHANNELS)?;
@@ -351,8 +357,7 @@ impl Sinusoids {
 
     /// Computes `[sin | cos]`, or `[cos | sin]`, of `t` times each frequency: (batch, dim), in `dtype`.
     pub(crate) fn values(&self, t: &Tensor, dtype: DType) -> Result<Tensor> {
-        // In half precision the phase would be wrong by 0.1 rad. Metal has no f64, not even to cast from.
-        let exact = if t.device().is_metal() { DType::F32 } else { DType::F64 };
+        let exact = phase_dtype(t.device());
         let frequency = |k| self.scale * libm::exp(-self.decay * k as f64);
         let frequencies = (0..self.half).map(frequency).collect();
         let frequencies = Tensor::from_vec(frequencies, self.half, &Device::Cpu)?

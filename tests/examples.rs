@@ -574,7 +574,7 @@ fn a_folder_of_pictures_is_trained_on_and_its_configuration_repeats_the_run() ->
     let size = ["--height", "8", "--width", "12"];
     let small = [&SMALL[..], &size, &["--steps", "2", "--conditional"]].concat();
     let said = succeed(&mut train(&run, &small))?;
-    assert!(said.contains("recipe   1 halvings to 4 x 6 pixels"), "{said}");
+    assert!(said.contains("recipe   1 halving to 4 x 6 pixels"), "{said}");
     assert!(said.contains("the pictures of") && said.contains("6 images"), "{said}");
     assert!(said.contains("\nclasses  dark, light\n"), "{said}");
     let network: UNetConfig = Checkpoint::open(run.join("checkpoint"))?.architecture()?;
@@ -688,9 +688,9 @@ fn the_settings_of_the_images_are_part_of_a_run() -> Result<()> {
     for (args, expected) in [
         (
             &["--channels", "rgb"][..],
-            "images of 3 channels were requested, and the network of the run has 1; omit --channels or --grey",
+            "channels of the images: 3 requested, and 1 in the network of the run; omit --channels or --grey",
         ),
-        (&["--channels", "rgba", "--change"], "images of 4 channels were requested"),
+        (&["--channels", "rgba", "--change"], "channels of the images: 4 requested"),
         (&["--random-crop", "false"], r#"but "centre" was requested; omit --random-crop to"#),
         (&["--background", "0"], "images.background is [10,11,12] in the run, but [0,0,0] was"),
         (&["--image-size", "16", "--change"], "images.height is 8 in the run, but 16 was"),
@@ -717,7 +717,7 @@ fn the_settings_of_the_images_are_part_of_a_run() -> Result<()> {
         &["images.crop is \"centre\" in the run"],
     )?;
 
-    // Files that changed are told from settings that differ.
+    // If files changed, the error says so, and does not name settings.
     fs::remove_file(data.join("broken.png"))?;
     fs::remove_file(data.join("3.png"))?;
     assert_fails(

@@ -206,8 +206,8 @@ fn check_same(
     };
     if channels != network.channels {
         return Err(format!(
-            "images of {channels} channels were requested, and the network of the run has {}; omit --channels or --grey \
-             to continue the run, or begin a new run with another --out",
+            "channels of the images: {channels} requested, and {} in the network of the run; omit --channels or --grey to \
+             continue the run, or begin a new run with another --out",
             network.channels
         )
         .into());

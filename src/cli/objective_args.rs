@@ -100,22 +100,13 @@ impl ObjectiveArgs {
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
-
     use super::*;
     use crate::cli::TrainArgs;
     use crate::train::LearningRateSchedule;
 
-    #[derive(Parser)]
-    struct Cli {
-        #[command(flatten)]
-        train: TrainArgs,
-    }
-
     fn applied(config: &TrainConfig, args: &str) -> Result<TrainConfig, String> {
-        let args = ["train"].into_iter().chain(args.split_whitespace());
-        let cli = Cli::try_parse_from(args).map_err(|error| error.to_string())?;
-        cli.train.apply(config).map_err(|error| error.to_string())
+        let args = TrainArgs::parse(args.split_whitespace()).map_err(|error| error.to_string())?;
+        args.apply(config).map_err(|error| error.to_string())
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub struct Recipe<N = UNetConfig> {
     pub diffusion: Diffusion,
     /// The training configuration.
     pub train: TrainConfig,
-    /// Whether the option `--steps` changes the warm-up to that of [`TrainConfig::recommended`] with as many steps.
+    /// If true, the option `--steps` also sets the warm-up, to that of [`TrainConfig::recommended`] with as many steps.
     pub warmup_follows_steps: bool,
     /// The directory of the run.
     pub out: &'static str,
@@ -383,5 +383,21 @@ impl TrainArgs {
             (_, Some(_)) => Err("--reference-steps needs --schedule inverse-sqrt".into()),
             (schedule, None) => Ok(schedule),
         }
+    }
+}
+
+#[cfg(test)]
+impl TrainArgs {
+    /// Parses the options of a program that trains.
+    pub(super) fn parse<'a>(
+        args: impl IntoIterator<Item = &'a str>,
+    ) -> std::result::Result<Self, clap::Error> {
+        #[derive(clap::Parser)]
+        struct Cli {
+            #[command(flatten)]
+            train: TrainArgs,
+        }
+        let args = ["train"].into_iter().chain(args);
+        <Cli as clap::Parser>::try_parse_from(args).map(|cli| cli.train)
     }
 }

@@ -69,8 +69,9 @@ impl Recipe {
         };
         let train = TrainConfig { log_every: 10, ..TrainConfig::recommended(20_000, batch_size) };
         let bottleneck = format!("{} x {}", height >> levels, width >> levels);
+        let halvings = if levels == 1 { "halving" } else { "halvings" };
         let reason = format!(
-            "{levels} halvings to {bottleneck} pixels, {:?} channels, attention at {ATTENTION} pixels and less; velocity \
+            "{levels} {halvings} to {bottleneck} pixels, {:?} channels, attention at {ATTENTION} pixels and less; velocity \
              on the cosine schedule{shifted}; Muon, batches of {batch_size}",
             network.hidden_dims,
         );

@@ -352,7 +352,6 @@ fn listed(names: &[String]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
     use serde_json::json;
     use tempfile::TempDir;
 
@@ -360,18 +359,11 @@ mod tests {
     use crate::model::UNetConfig;
     use crate::process::Diffusion;
 
-    #[derive(Parser)]
-    struct Cli {
-        #[command(flatten)]
-        train: TrainArgs,
-    }
-
     /// The warm-up of a new run.
     fn warmup(recipe: &Recipe, out: &Path, args: &[&str]) -> u64 {
         let out = out.to_str().unwrap();
-        let args = ["train", "--cpu", "--out", out].into_iter().chain(args.iter().copied());
-        let cli = Cli::try_parse_from(args).unwrap();
-        Plan::new(recipe, &cli.train).unwrap().config.warmup_steps
+        let args = ["--cpu", "--out", out].into_iter().chain(args.iter().copied());
+        Plan::new(recipe, &TrainArgs::parse(args).unwrap()).unwrap().config.warmup_steps
     }
 
     #[test]

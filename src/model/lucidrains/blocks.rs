@@ -1,4 +1,4 @@
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, Tensor};
 use candle_nn::ops::softmax;
 use candle_nn::{Init, VarBuilder};
 
@@ -7,7 +7,7 @@ use crate::engine::{Autograd, Engine};
 use crate::error::Result;
 use crate::kernels::op::activation::{Activation, VectorActivation};
 use crate::kernels::op::conv::Add;
-use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids, weight};
+use crate::layers::{Conv2d, GroupNorm, Linear, Sinusoids, phase_dtype, weight};
 
 /// The normalisation of each pixel by the root mean square of its channels (Zhang and Sennrich 2019), with a factor for
 /// each channel.
@@ -108,8 +108,7 @@ impl TimeMlp {
 
 /// Computes `[t | sin | cos]` of `t` times each frequency: (batch, 1, 1, 1 + 2 frequencies).
 fn learned(frequencies: &Tensor, t: &Tensor) -> Result<Tensor> {
-    // As for fixed frequencies, f32 is not exact enough for the phases. Metal has no f64.
-    let exact = if t.device().is_metal() { DType::F32 } else { DType::F64 };
+    let exact = phase_dtype(t.device());
     let t = t.to_dtype(exact)?.unsqueeze(1)?;
     let dtype = frequencies.dtype();
     let frequencies = (frequencies.to_dtype(exact)? * std::f64::consts::TAU)?;
