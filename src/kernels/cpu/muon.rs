@@ -97,7 +97,7 @@ fn orthogonalized(isa: Isa, matrix: &[f32], (rows, cols): (usize, usize)) -> Vec
     let mut factor: Option<Vec<f32>> = None;
     for iteration in 1..=ITERATIONS {
         let mut q = square(&a, &a);
-        q.iter_mut().zip(&a).for_each(|(q, a)| *q = third * *q + second * a);
+        combine(isa, [second, third], &a, &mut q);
         q.iter_mut().step_by(size + 1).for_each(|diagonal| *diagonal += first);
         if iteration < ITERATIONS {
             a = square(&square(&q, &a), &q);
@@ -143,15 +143,28 @@ fn symmetric_product(isa: Isa, a: Mat<'_>, b: Mat<'_>) -> Vec<f32> {
             false,
         );
     });
+    // Few rows at a time: their cache lines are used again for the next columns.
     for first in (ROWS..size).step_by(ROWS) {
         let (above, below) = c.split_at_mut(first * size);
-        for (row, below) in (first..).zip(below.chunks_exact_mut(size).take(ROWS)) {
-            for (value, above) in below[..first].iter_mut().zip(above.chunks_exact(size)) {
-                *value = above[row];
+        for (i, above) in above.chunks_exact(FEW * size).enumerate() {
+            for (row, below) in (first..).zip(below.chunks_exact_mut(size).take(ROWS)) {
+                let values = above[row..].iter().step_by(size);
+                below[i * FEW..][..FEW].iter_mut().zip(values).for_each(|(to, from)| *to = *from);
             }
         }
     }
     c
+}
+
+/// Number of rows that are transposed at a time: a divisor of [`ROWS`].
+const FEW: usize = 16;
+
+simd_fn! {
+    /// Computes `q = second a + third q`.
+    fn combine<S>(factors: [f32; 2], a: &[f32], q: &mut [f32]) {
+        let [second, third] = factors;
+        q.iter_mut().zip(a).for_each(|(q, a)| *q = third * *q + second * a);
+    }
 }
 
 #[cfg(test)]

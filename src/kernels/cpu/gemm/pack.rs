@@ -65,26 +65,44 @@ impl<'a> Mat<'a> {
 
     /// Packs the matrix to the first values of `memory`, which grows if necessary.
     pub(crate) fn packed(self, memory: &mut Vec<f32>) -> Panels<'_> {
-        let Self { data, rows, cols, row_stride, col_stride } = self;
-        pack(data, (rows, cols), |i| i * row_stride, |j| j * col_stride, memory);
+        let Self { rows, cols, .. } = self;
+        let packed = sized(memory, cols.div_ceil(PANEL) * rows * PANEL);
+        let panels = packed.par_chunks_exact_mut((rows * PANEL).max(1)).enumerate();
+        panels.for_each(|(i, panel)| self.pack_panel(i * PANEL, panel));
         Panels::new(memory, rows, cols)
     }
 
     /// Copies [`PANEL`] columns from `first` on to a panel. Columns beyond the last are zero.
     pub(super) fn pack_panel(&self, first: usize, panel: &mut [f32]) {
         let count = PANEL.min(self.cols - first);
-        for (k, row) in panel.chunks_exact_mut(PANEL).enumerate() {
-            let begin = k * self.row_stride + first * self.col_stride;
-            if self.col_stride == 1 {
-                row[..count].copy_from_slice(&self.data[begin..][..count]);
-            } else {
-                let values = self.data[begin..].iter().step_by(self.col_stride);
-                row[..count].iter_mut().zip(values).for_each(|(to, from)| *to = *from);
+        for (block, panel) in panel.chunks_mut(LINE * PANEL).enumerate() {
+            let begin = block * LINE * self.row_stride + first * self.col_stride;
+            if self.row_stride == 1 && self.col_stride != 1 {
+                let rows = panel.len() / PANEL;
+                for j in 0..count {
+                    let values = &self.data[begin + j * self.col_stride..][..rows];
+                    let places = panel[j..].iter_mut().step_by(PANEL);
+                    places.zip(values).for_each(|(to, from)| *to = *from);
+                }
+                panel.chunks_exact_mut(PANEL).for_each(|row| row[count..].fill(0.0));
+                continue;
             }
-            row[count..].fill(0.0);
+            for (k, row) in panel.chunks_exact_mut(PANEL).enumerate() {
+                let begin = begin + k * self.row_stride;
+                if self.col_stride == 1 {
+                    row[..count].copy_from_slice(&self.data[begin..][..count]);
+                } else {
+                    let values = self.data[begin..].iter().step_by(self.col_stride);
+                    row[..count].iter_mut().zip(values).for_each(|(to, from)| *to = *from);
+                }
+                row[count..].fill(0.0);
+            }
         }
     }
 }
+
+/// Values of a transposed column that are copied at a time: a cache line.
+const LINE: usize = 16;
 
 /// A packed right-hand side: panels of columns, each (rows, [`PANEL`]).
 #[derive(Clone, Copy)]
