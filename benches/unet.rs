@@ -41,7 +41,8 @@ struct Args {
     /// The optimiser of matrices.
     #[arg(long, value_enum, default_value = "adamw")]
     optimizer: Optimizer,
-    /// Computes feature maps again in the backward pass instead of keeping them.
+    /// Computes feature maps again in the backward pass instead of keeping them. A forward pass alone packs the weights
+    /// again.
     #[arg(long)]
     recompute: bool,
     /// The number of timed runs. Three runs before them are not timed, ten on a GPU.
@@ -154,10 +155,10 @@ fn time<N: Architecture + Clone>(
         }
     }
     if wanted(What::Forward) {
-        let unet = frozen(config, args.precision, &device)?;
+        let unet = frozen(config, args, &device)?;
         measure("forward", name, args, &device, &mut || unet.forward(&x, &t).map(drop))?;
     } else if args.what == Some(What::Sample) {
-        let unet = frozen(config, args.precision, &device)?;
+        let unet = frozen(config, args, &device)?;
         let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddim(), 10)?.clip_denoised(true);
         measure("sample", name, args, &device, &mut || {
             sampler.sample(&unet, shape, 0, &device).map(drop)
@@ -167,12 +168,13 @@ fn time<N: Architecture + Clone>(
 }
 
 /// Builds a network whose weights take no gradients, as for sampling.
-fn frozen<N: Architecture>(config: &N, precision: Precision, device: &Device) -> Result<N::Model> {
+fn frozen<N: Architecture>(config: &N, args: &Args, device: &Device) -> Result<N::Model> {
     let parameters = Parameters::new(0, DType::F32, device);
     parameters.build(config)?;
     let weights = parameters.vars().into_iter().map(|(k, v)| (k, v.as_detached_tensor())).collect();
     let mut unet = config.build(VarBuilder::from_tensors(weights, DType::F32, device))?;
-    unet.set_precision(precision)?;
+    unet.set_precision(args.precision)?;
+    unet.set_recompute(args.recompute)?;
     Ok(unet)
 }
 

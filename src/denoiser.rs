@@ -280,10 +280,13 @@ pub trait Trainable: Denoiser {
         }
     }
 
-    /// Sets whether [`gradients`](Self::gradients) computes the maps of the network's
-    /// [parts](crate::nn::Engine::recomputable) again in the backward pass, instead of keeping them from the forward
-    /// pass. This takes less memory and more time. The gradients are the same in each bit. Networks that candle
-    /// differentiates keep all maps.
+    /// Sets whether values are computed again instead of being kept. This takes less memory and more time. The results
+    /// are the same in each bit.
+    ///
+    /// [`gradients`](Self::gradients) then computes the maps of the network's
+    /// [parts](crate::nn::Engine::recomputable) again in the backward pass. Networks that candle differentiates keep all
+    /// maps. On the CPU, [`denoise`](Denoiser::denoise) then packs the weights for the kernels in each pass. Otherwise
+    /// it keeps the packed weights, which take up to 1.8 times the memory of the weights.
     ///
     /// The default returns an error for `true`.
     ///

@@ -76,4 +76,4 @@ pub use recipe::{Recipe, RecipeName, TrainArgs};
 pub use result::{Interrupted, Result};
 pub use sampling::SamplingArgs;
 pub use train::{check, train};
-pub use trained::{Trained, Weights};
+pub use trained::{NetworkSettings, Trained, Weights};

@@ -10,7 +10,7 @@ use super::device::{check_speed, describe};
 use super::network::Network;
 use super::print::{grouped, out};
 use super::result::Result;
-use super::trained::{Trained, Weights};
+use super::trained::{NetworkSettings, Trained, Weights};
 use crate::denoiser::{Condition, Denoiser};
 use crate::precision::Precision;
 use crate::sample::{Guidance, SamplerConfig, Solver, Spacing, Variance};
@@ -53,6 +53,10 @@ pub struct SamplingArgs {
     /// Precision of products: highest or high; bf16 or f16 (with the feature f16)
     #[arg(long, value_name = "P", default_value = "highest", value_parser = precision)]
     pub precision: Precision,
+    /// Prepare the weights of convolutions again in each step instead of keeping them: less memory and more time, and
+    /// the same images
+    #[arg(long)]
+    pub recompute: bool,
     /// Do not clip or threshold the predicted image to the range of pixels at each step
     #[arg(long)]
     pub no_clip: bool,
@@ -196,11 +200,12 @@ impl SamplingArgs {
         check_speed(self.precision, device);
     }
 
-    /// The network with the selected weights, in the selected precision.
+    /// The network with the selected weights and settings.
     ///
     /// # Errors
     /// Returns the errors of [`Trained::model`].
     pub fn model(&self, checkpoint: &Trained, device: &Device) -> Result<Box<dyn Denoiser>> {
-        checkpoint.model(self.weights, self.precision, device)
+        let settings = NetworkSettings { precision: self.precision, recompute: self.recompute };
+        checkpoint.model(self.weights, settings, device)
     }
 }

@@ -154,20 +154,20 @@ impl Trained {
         }
     }
 
-    /// Builds the network, with products in this precision. `asked` has an effect only with a checkpoint.
+    /// Builds the network. `asked` has an effect only with a checkpoint.
     ///
     /// # Errors
-    /// Returns the errors of [`Checkpoint::ema`].
+    /// Returns the errors of [`Checkpoint::ema`], and an error if the network does not support a setting.
     pub fn model(
         &self,
         asked: Option<Weights>,
-        precision: Precision,
+        settings: NetworkSettings,
         device: &Device,
     ) -> Result<Box<dyn Denoiser>> {
         match self.architecture()? {
-            Network::UNet(network) => boxed(self.build(&network, asked, device)?, precision),
-            Network::UNet2D(network) => boxed(self.build(&network, asked, device)?, precision),
-            Network::Lucidrains(network) => boxed(self.build(&network, asked, device)?, precision),
+            Network::UNet(network) => settings.applied(self.build(&network, asked, device)?),
+            Network::UNet2D(network) => settings.applied(self.build(&network, asked, device)?),
+            Network::Lucidrains(network) => settings.applied(self.build(&network, asked, device)?),
         }
     }
 
@@ -186,7 +186,19 @@ impl Trained {
     }
 }
 
-fn boxed<T: Trainable + 'static>(mut model: T, precision: Precision) -> Result<Box<dyn Denoiser>> {
-    model.set_precision(precision)?;
-    Ok(Box::new(model))
+/// NetworkSettings of a network's passes, which are not part of its configuration.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NetworkSettings {
+    /// The precision of products.
+    pub precision: Precision,
+    /// True if weights are packed again in each pass. See [`Trainable::set_recompute`].
+    pub recompute: bool,
+}
+
+impl NetworkSettings {
+    fn applied<T: Trainable + 'static>(self, mut model: T) -> Result<Box<dyn Denoiser>> {
+        model.set_precision(self.precision)?;
+        model.set_recompute(self.recompute)?;
+        Ok(Box::new(model))
+    }
 }

@@ -32,7 +32,8 @@ pub struct Model<G> {
     graph: Arc<G>,
     weights: Weights,
     precision: Precision,
-    /// True if the backward pass computes the maps of recomputable parts again.
+    /// True if the backward pass computes the maps of recomputable parts again, and if other passes do not keep packed
+    /// weights.
     recompute: bool,
     /// Memory for maps and gradients, reused from one pass to the next.
     pool: Arc<Pool>,
@@ -150,8 +151,9 @@ impl<G: Graph> Model<G> {
         if x_t.track_op() {
             return Ok(None);
         }
-        let (precision, batch) = (self.precision, x_t.dim(0)?);
-        Ok(Some(Place { device, precision, batch, recording }))
+        let &Self { precision, recompute: repack, .. } = self;
+        let batch = x_t.dim(0)?;
+        Ok(Some(Place { device, precision, batch, recording, repack }))
     }
 }
 

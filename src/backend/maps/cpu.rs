@@ -3,6 +3,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
+use super::dispatch::Place;
 use super::ops::{Maps, Norm};
 use super::pool::{Buffer, Pool};
 use crate::error::Result;
@@ -36,6 +37,8 @@ pub(crate) struct Cpu<'p> {
     math: Math,
     pool: &'p Arc<Pool>,
     workspace: RefCell<Workspace>,
+    /// True if packed weights are not kept.
+    repack: bool,
 }
 
 impl Drop for Cpu<'_> {
@@ -45,8 +48,9 @@ impl Drop for Cpu<'_> {
 }
 
 impl<'p> Cpu<'p> {
-    /// Prepares a pass with this batch size. `recording` states whether a backward pass follows.
-    pub fn new(pool: &'p Arc<Pool>, precision: Precision, batch: usize, recording: bool) -> Self {
+    /// Prepares a pass.
+    pub fn new(pool: &'p Arc<Pool>, place: &Place<'_>) -> Self {
+        let &Place { precision, batch, recording, repack, .. } = place;
         pool.begin(batch, recording);
         let workspace = RefCell::new(pool.workspace());
         let math = match precision {
@@ -55,7 +59,7 @@ impl<'p> Cpu<'p> {
             // Networks return an error for F16 on the CPU.
             Precision::BF16 | Precision::F16 => Math::Bf16,
         };
-        Self { isa: Isa::detect(), math, pool, workspace }
+        Self { isa: Isa::detect(), math, pool, workspace, repack }
     }
 
     /// Copies the values of a tensor to a buffer.
@@ -132,7 +136,7 @@ impl Maps for Cpu<'_> {
                 add: add.map(|values| values.map(|values| &**values)),
                 ..Epilogue::default()
             };
-            if conv.weight.track_op() {
+            if self.repack || conv.weight.track_op() {
                 let mut workspace = self.workspace.borrow_mut();
                 let weights = plan.pack(weight, &mut workspace);
                 plan.forward(x, &weights, epilogue, &mut y);
@@ -363,4 +367,41 @@ impl Maps for Cpu<'_> {
 
 fn activated(f: VectorActivation, x: &[f32]) -> Vec<f32> {
     x.iter().map(|&x| f.value(x)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_are_kept_packed_unless_each_pass_packs_them() -> Result<()> {
+        let pool = Arc::new(Pool::default());
+        let (weight, bias) = (
+            Tensor::rand(-1f32, 1.0, (5, 7, 3, 3), &Device::Cpu)?,
+            Tensor::ones(5, DType::F32, &Device::Cpu)?,
+        );
+        let dims = [2, 6, 5, 7];
+        let mut x = pool.take(dims.iter().product())?;
+        x.iter_mut().zip(1u16..).for_each(|(x, k)| *x = f32::from(k));
+        let pass = |repack| -> Result<(Vec<f32>, bool)> {
+            let conv = Conv2d::with_weights(weight.clone(), bias.clone());
+            let place = Place {
+                device: &Device::Cpu,
+                precision: Precision::Highest,
+                batch: 2,
+                recording: false,
+                repack,
+            };
+            let mut found = Vec::new();
+            for _ in 0..2 {
+                let (_, y) = Cpu::new(&pool, &place).convolve(&conv, dims, &x, Add::NOTHING)?;
+                found.extend_from_slice(&y);
+            }
+            Ok((found, conv.packed.is_empty()))
+        };
+        let (kept, repacked) = (pass(false)?, pass(true)?);
+        assert!(!kept.1 && repacked.1);
+        assert_eq!(kept.0, repacked.0);
+        Ok(())
+    }
 }

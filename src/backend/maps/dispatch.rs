@@ -26,8 +26,10 @@ pub(crate) struct Place<'a> {
     pub precision: Precision,
     /// The number of images.
     pub batch: usize,
-    /// Whether a backward pass follows.
+    /// True if a backward pass follows.
     pub recording: bool,
+    /// True if packed weights are not kept for the next pass.
+    pub repack: bool,
 }
 
 /// Runs a pass with the kernels of its device, and with memory from `pool`.
@@ -36,13 +38,13 @@ where
     P: Pass + Send,
     P::Output: Send,
 {
-    let &Place { device, precision, batch, recording } = place;
+    let &Place { device, .. } = place;
     #[cfg(feature = "cuda")]
     if device.is_cuda() {
-        return pass.run(Cuda::new(Gpu::of(device)?, pool, precision));
+        return pass.run(Cuda::new(Gpu::of(device)?, pool, place.precision));
     }
     let _ = device;
-    Pool::among_threads(|| pass.run(Cpu::new(pool, precision, batch, recording)))
+    Pool::among_threads(|| pass.run(Cpu::new(pool, place)))
 }
 
 /// Returns whether there are kernels for networks whose weights have this dtype on this device.

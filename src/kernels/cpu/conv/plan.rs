@@ -131,4 +131,10 @@ impl PackedOnce {
             }
         }
     }
+
+    /// Returns whether no weights are kept.
+    #[cfg(test)]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.iter().all(|packed| packed.get().is_none())
+    }
 }
