@@ -14,8 +14,9 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor};
-use candle_nn::VarBuilder;
+use candle_core::{DType, Device, Shape, Tensor};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder};
 use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
 use ddpm::nn::{Architecture, Parameters, Trainable, UNet2DConfig};
@@ -169,13 +170,35 @@ fn time<N: Architecture + Clone>(
 
 /// Builds a network whose weights take no gradients, as for sampling.
 fn frozen<N: Architecture>(config: &N, args: &Args, device: &Device) -> Result<N::Model> {
-    let parameters = Parameters::new(0, DType::F32, device);
-    parameters.build(config)?;
-    let weights = parameters.vars().into_iter().map(|(k, v)| (k, v.as_detached_tensor())).collect();
-    let mut unet = config.build(VarBuilder::from_tensors(weights, DType::F32, device))?;
+    let weights = VarBuilder::from_backend(Box::new(Initial), DType::F32, device.clone());
+    let mut unet = config.build(weights)?;
     unet.set_precision(args.precision)?;
     unet.set_recompute(args.recompute)?;
     Ok(unet)
+}
+
+/// Creates random weights, and keeps none of them, so that they are in memory once.
+struct Initial;
+
+impl SimpleBackend for Initial {
+    fn get(
+        &self,
+        shape: Shape,
+        _: &str,
+        init: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        Ok(init.var(shape, dtype, device)?.as_detached_tensor())
+    }
+
+    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
+        candle_core::bail!("weight {name} has no shape")
+    }
+
+    fn contains_tensor(&self, _: &str) -> bool {
+        true
+    }
 }
 
 fn measure(
