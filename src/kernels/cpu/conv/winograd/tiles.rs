@@ -3,11 +3,11 @@
 use std::cell::RefCell;
 
 use super::places::Places;
-use crate::kernels::cpu::memory::sized;
+use crate::kernels::cpu::memory::sized_by_lines;
 use crate::kernels::op::conv::ConvShape;
 
 /// Bytes of the transforms of a block of tiles: half of a usual second-level cache.
-pub(super) const BLOCK_BYTES: usize = 512 << 10;
+const BLOCK_BYTES: usize = 512 << 10;
 
 /// Minimum number of tiles in a block. With fewer, reading the weights would take most of the time.
 pub(super) const MIN_BLOCK_TILES: usize = 28;
@@ -20,7 +20,7 @@ thread_local! {
 
 /// Calls `f` with memory for `len` values.
 pub(super) fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-    SCRATCH.with_borrow_mut(|scratch| f(sized(scratch, len)))
+    SCRATCH.with_borrow_mut(|scratch| f(sized_by_lines(scratch, len)))
 }
 
 /// An image to be divided into tiles.

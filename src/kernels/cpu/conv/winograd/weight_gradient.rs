@@ -7,16 +7,23 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::tiles::{BLOCK_BYTES, MIN_BLOCK_TILES, TileRow, Tiles, place_stride, with_scratch};
+use super::tiles::{MIN_BLOCK_TILES, TileRow, Tiles, place_stride, with_scratch};
 use super::transform_kernels::kernel_gradient;
 use super::transform_maps::{transform_gradient, transform_input};
 use crate::kernels::cpu::gemm::micro::{Left, PANEL, PanelProduct, panel_product};
 use crate::kernels::cpu::isa::Isa;
-use crate::kernels::cpu::memory::sized;
+use crate::kernels::cpu::memory::sized_by_lines;
 
-/// Panels of output channels per task. With more, the sums would not fit in the cache. With fewer, the
-/// input would be transformed more often.
-const GROUP: usize = 2;
+/// Panels of output channels per task. With more, the sums of wide layers take longer to reach. With fewer, the input
+/// is transformed more often.
+const GROUP: usize = 4;
+
+/// Bytes of the transforms of a block of tiles. The sums, one tile of a product at a time, are read and written once per
+/// block, so a block is larger than in the forward pass.
+const BYTES: usize = 3 << 19;
+
+/// Maximum number of tiles in a block: the depth of a product.
+const MAX_BLOCK_TILES: usize = 128;
 
 /// Maximum memory for the sums of parts. One part alone may need more.
 const SUMS_BYTES: usize = 8 << 20;
@@ -44,7 +51,7 @@ pub(super) fn weight_gradient(
     let parts = (SUMS_BYTES / (sums_len * size_of::<f32>())).min(worthwhile).clamp(1, 16);
     let part_rows = tiles.tile_rows().div_ceil(parts);
     let parts = tiles.tile_rows().div_ceil(part_rows);
-    let sums = sized(scratch, parts * sums_len);
+    let sums = sized_by_lines(scratch, parts * sums_len);
 
     sums.par_chunks_mut(sums_len).enumerate().for_each(|(part, sums)| {
         sums.par_chunks_mut(GROUP * panel_len).enumerate().for_each(|(group, sums)| {
@@ -74,7 +81,7 @@ fn sum_transformed(
     let panels = channels.len().div_ceil(PANEL);
     let (places, count) = (tiles.places(), tiles.places().count());
     let bytes = count * (c_in + panels * PANEL) * size_of::<f32>();
-    let most = (BLOCK_BYTES / bytes).clamp(MIN_BLOCK_TILES, 64);
+    let most = (BYTES / bytes).clamp(MIN_BLOCK_TILES, MAX_BLOCK_TILES);
     let step = (most / tiles.tiles_x()).clamp(1, rows.len());
     let most = step * tiles.tiles_x();
     let (v_stride, d_stride) = (place_stride(most * c_in), place_stride(most * PANEL));
