@@ -440,6 +440,21 @@ fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
     assert_eq!(WeightsFile::open(&of_4000)?.architecture::<UNet2DConfig>()?.time_scale, 0.25);
     let lacking = "time_scale is 0.25; it must be 1 in a folder of diffusers";
     assert_fails(&mut convert(&of_4000, "of-4000", &[]), &[lacking])?;
+    // A folder of diffusers has a number of channels per head, so a number of heads needs levels of equal width.
+    let four = ["--image-size", "8", "--heads", "4"];
+    for (case, file) in [("improved", "equal"), ("widths", "widths")] {
+        let openai = openai_network(&path("heads.safetensors"), case)?;
+        let file = path(file).with_extension("safetensors");
+        succeed(&mut convert(&openai, &file.to_string_lossy(), &four))?;
+        let network = WeightsFile::open(&file)?.architecture::<UNet2DConfig>()?;
+        assert_eq!((network.num_attention_heads, network.attention_head_dim), (Some(4), None));
+    }
+    succeed(&mut convert(&path("equal.safetensors"), "equal", &["--solver", "ddpm"]))?;
+    let equal = fs::read_to_string(path("equal/unet/config.json"))?;
+    assert!(equal.contains("\"attention_head_dim\": 16") && !equal.contains("heads"), "{equal}");
+    let lacking = "num_attention_heads is 4; it must be 1 in a folder of diffusers, which has a number of channels per \
+                   head; the levels with attention have [64, 96, 64, 96, 96] channels";
+    assert_fails(&mut convert(&path("widths.safetensors"), "widths", &[]), &[lacking])?;
     let replaced =
         "sampler: DDIM with eta 0 and unclipped noise, leading, instead of DDIM with eta 0, even";
     for (to, args) in [("usual", &[][..]), ("ddim", &["--solver", "ddim"])] {
