@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use ddpm::cli::{self, DataSet, FolderArgs, Recipe, TrainArgs, out};
+use ddpm::cli::{self, DataSet, FolderArgs, Recipe, RunDir, RunPlan, TrainArgs, out};
 use ddpm::data::Dataset;
 
 /// The directory of a run without --out.
@@ -32,15 +32,16 @@ fn defaults() -> String {
 
 fn main() -> ExitCode {
     cli::main(|Cli { pictures, mut train }| {
-        let config = pictures.config(&train, OUT)?;
+        let dir = RunDir::open(&train, OUT)?;
+        let config = pictures.config(&train, &dir)?;
         // The settings of --config, or of the run that is resumed, may have classes without the option.
         train.conditional = config.classes;
         // The channels are known only after the pictures.
         let (height, width) = (config.height as usize, config.width as usize);
-        cli::check(&recipe((3, height, width))?.0, &train)?;
+        let plan = RunPlan::new(dir, &recipe((3, height, width))?.0, &train)?;
         let folder = pictures.open(config)?;
         let (recipe, reason) = recipe(folder.shape().into())?;
         out(format_args!("recipe   {reason}"));
-        cli::train(&recipe, &train, || Ok(DataSet::folder(folder)))
+        plan.with_recipe(&recipe)?.train(|| Ok(DataSet::folder(folder)))
     })
 }

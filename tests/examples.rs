@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
-use ddpm::cli::{FolderArgs, TrainArgs};
+use ddpm::cli::{FolderArgs, RunDir, TrainArgs};
 use ddpm::data::folder::Folder;
 use ddpm::data::{self as sets, Batch, Dataset, Subset};
 use ddpm::eval::{ProbabilityFlow, VariationalBound};
@@ -782,7 +782,7 @@ fn the_options_of_a_folder_choose_channels_background_and_memory() -> ddpm::cli:
         let data = data.to_str().ok_or("a path in UTF-8")?;
         let args = [&["train", "--image-size", "2", "--data", data], args].concat();
         let Cli { pictures, train } = Cli::try_parse_from(args)?;
-        pictures.open(pictures.config(&train, "none")?)
+        pictures.open(pictures.config(&train, &RunDir::open(&train, "none")?)?)
     };
     for (args, expected) in [
         (&[][..], &[255, 255, 255][..]),
