@@ -38,10 +38,14 @@ fn main() -> ExitCode {
         train.conditional = config.classes;
         // The channels are known only after the pictures.
         let (height, width) = (config.height as usize, config.width as usize);
+        let by_recipe = dir.follows_recipe();
         let plan = RunPlan::new(dir, &recipe((3, height, width))?.0, &train)?;
         let folder = pictures.open(config)?;
         let (recipe, reason) = recipe(folder.shape().into())?;
-        out(format_args!("recipe   {reason}"));
-        plan.with_recipe(&recipe)?.train(|| Ok(DataSet::folder(folder)))
+        let plan = plan.with_recipe(&recipe)?;
+        if by_recipe {
+            out(format_args!("recipe   {reason}; {}", plan.training()));
+        }
+        plan.train(|| Ok(DataSet::folder(folder)))
     })
 }

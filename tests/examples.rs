@@ -590,6 +590,7 @@ fn a_folder_of_pictures_is_trained_on_and_its_configuration_repeats_the_run() ->
     let small = [&SMALL[..], &size, &["--steps", "2", "--conditional"]].concat();
     let said = succeed(&mut train(&run, &small))?;
     assert!(said.contains("recipe   1 halving to 4 x 6 pixels"), "{said}");
+    assert!(said.contains("cosine schedule; Muon, batches of 2\n"), "{said}");
     assert!(said.contains("the pictures of") && said.contains("6 images"), "{said}");
     assert!(said.contains("\nclasses  dark, light\n"), "{said}");
     let network: UNetConfig = Checkpoint::open(run.join("checkpoint"))?.architecture()?;

@@ -104,6 +104,12 @@ impl<N: NetworkConfig> RunPlan<N> {
     pub fn config(&self) -> &TrainConfig {
         &self.config
     }
+
+    /// The optimiser and the batch size in words, with the values of the options.
+    pub fn training(&self) -> String {
+        let optimizer = if self.config.muon.is_some() { "Muon" } else { "Adam" };
+        format!("{optimizer}, batches of {}", self.config.batch_size)
+    }
 }
 
 /// The recipe and the training configuration of a run with these options: those of `recipe`, of `--config`, or of the
@@ -212,5 +218,22 @@ mod tests {
         let plan = RunPlan::new(dir, &recipe, &args).unwrap();
         fs::remove_dir_all(&checkpoint).unwrap();
         assert!(plan.with_recipe(&recipe).unwrap().resumed.is_some());
+    }
+
+    #[test]
+    fn the_training_in_force_is_described() {
+        let temp = TempDir::new().unwrap();
+        let recipe = Recipe::new(UNetConfig::mnist(), Diffusion::ddpm(), TrainConfig::mnist());
+        let out = temp.path().to_str().unwrap();
+        for (args, expected) in [
+            (&[][..], "Adam, batches of 64"),
+            (&["--batch-size", "3", "--optimizer", "muon"], "Muon, batches of 3"),
+        ] {
+            let args = ["--cpu", "--out", out].into_iter().chain(args.iter().copied());
+            let args = TrainArgs::parse(args).unwrap();
+            let dir = RunDir::open(&args, recipe.out).unwrap();
+            assert!(dir.follows_recipe());
+            assert_eq!(RunPlan::new(dir, &recipe, &args).unwrap().training(), expected);
+        }
     }
 }

@@ -16,7 +16,8 @@ const ATTENTION: usize = 16;
 const REFERENCE: f64 = 64.0;
 
 impl Recipe {
-    /// Chooses a network and a recipe for images of `shape` (channels, height, width), and explains the choice.
+    /// Chooses a network and a recipe for images of `shape` (channels, height, width), and explains the choice of the
+    /// network and of the process.
     ///
     /// The network halves the images until a side would be less than 7 pixels, at most five times. It has attention on
     /// feature maps with sides of up to 16 pixels. The process predicts velocity on the cosine schedule. For images of
@@ -72,7 +73,7 @@ impl Recipe {
         let halvings = if levels == 1 { "halving" } else { "halvings" };
         let reason = format!(
             "{levels} {halvings} to {bottleneck} pixels, {:?} channels, attention at {ATTENTION} pixels and less; velocity \
-             on the cosine schedule{shifted}; Muon, batches of {batch_size}",
+             on the cosine schedule{shifted}",
             network.hidden_dims,
         );
         let diffusion = Diffusion::new(schedule, Prediction::Velocity);
