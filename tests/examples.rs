@@ -639,6 +639,70 @@ fn a_folder_of_pictures_is_trained_on_and_its_configuration_repeats_the_run() ->
     Ok(())
 }
 
+#[test]
+fn a_folder_of_pictures_is_trained_on_by_the_network_of_ho_et_al() -> Result<()> {
+    let temp = TempDir::new()?;
+    let path = |name: &str| temp.path().join(name);
+    let data = path("photos");
+    for (class, shade) in [("dark", 40), ("light", 200)] {
+        fs::create_dir_all(data.join(class))?;
+        for k in 0..6u32 {
+            let pixel = |x, y| image::Luma([(shade + x * 3 + y * k) as u8]);
+            image::GrayImage::from_fn(8, 8, pixel)
+                .save(data.join(class).join(format!("{k}.png")))?;
+        }
+    }
+    let train = |name: &str, args: &[&str]| {
+        let mut command = example("train");
+        command.arg("--data").arg(&data).args(args).arg("--out").arg(path(name));
+        command
+    };
+    let ho = ["--network", "ho"];
+    let new = [&SMALL[..], &ho, &["--image-size", "8", "--conditional", "--steps", "1"]].concat();
+    let said = succeed(&mut train("run", &new))?;
+    let recipe = "recipe   1 halving to 4 x 4 pixels, [64, 128] channels";
+    // The options, and not the recipe, determine the batch size.
+    assert!(said.contains(recipe) && said.contains("schedule; Adam, batches of 2\n"), "{said}");
+    let run = path("run/checkpoint");
+    let network: UNet2DConfig = Checkpoint::open(&run)?.architecture()?;
+    assert_eq!((network.image_shape(), network.classes()), ((1, 8, 8), Some(2)));
+
+    // The configuration repeats the run, and the run continues, by the same network only.
+    let config = path("run/config.json").to_string_lossy().into_owned();
+    let of_config = ["--config", &config, "--steps", "2"];
+    let said = succeed(&mut train("again", &[&ho[..], &of_config].concat()))?;
+    assert!(!said.contains("recipe"), "{said}");
+    let expected = "config.json: the network is unet2d, not unet; with --network";
+    assert_fails(&mut train("other", &of_config), &["--config ", expected])?;
+    let resume = ["--resume", "--steps", "2"];
+    let expected = ["network.kind is unet2d in the checkpoint", "with --network"];
+    assert_fails(&mut train("run", &resume), &expected)?;
+    let other_size = [&ho[..], &resume, &["--image-size", "16"]].concat();
+    assert_fails(&mut train("run", &other_size), &["images.height is 8 in the run, but 16 was"])?;
+    succeed(&mut train("run", &[&ho[..], &resume].concat()))?;
+    let weights = |name: &str| fs::read(path(name).join("checkpoint/model.safetensors"));
+    assert!(weights("again")? == weights("run")?);
+
+    let mut sample = example("sample");
+    sample.args(["--class", "1", "--count", "1", "--sampling-steps", "2", "--checkpoint"]);
+    succeed(sample.arg(&run).arg("--out").arg(path("image.png")))?;
+    let mut evaluate = example("evaluate");
+    evaluate.args(["--bits", "2", "--bits-terms", "2", "--checkpoint"]).arg(&run);
+    let said = succeed(evaluate.arg("--data").arg(format!("pictures:{}", data.display())))?;
+    assert!(said.contains("bits per dimension  "), "{said}");
+
+    for (size, expected) in [
+        ("33", "the images have 33 x 33 pixels; for the network of Ho et al., 1 to 5 halvings of"),
+        ("1024", "must leave whole numbers from 4 to 16, as for 28, 32, 64, 96, 128, 256 or 512"),
+    ] {
+        let args = [&ho[..], &["--image-size", size]].concat();
+        assert_fails(&mut train("none", &args), &[expected])?;
+    }
+    let help = help("train")?;
+    assert!(help.contains("With --network ho, for images of 64 x 64 pixels"), "{help}");
+    Ok(())
+}
+
 /// Class `k` of a network is always the same folder.
 fn classes_stay(data: &Path, train: impl Fn(&[&str]) -> Command) -> Result<()> {
     let other = data.join("shade");

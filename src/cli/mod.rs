@@ -69,7 +69,7 @@ pub use editing::EditingArgs;
 pub use evaluate::{EvaluateArgs, evaluate};
 pub use folder_args::FolderArgs;
 pub use identity::Identity;
-pub use network::{Network, NetworkConfig};
+pub use network::{Network, NetworkConfig, NetworkName};
 pub use output::{Output, OutputArgs};
 pub use plan::{RunDir, RunPlan};
 pub use print::{err, grouped, out};

@@ -1,8 +1,21 @@
 use std::fmt::Debug;
 
+use clap::ValueEnum;
+
 use crate::error::Result;
 use crate::model::{Architecture, LucidrainsConfig, UNet2DConfig, UNetConfig};
 use crate::train::Checkpoint;
+
+/// The name of a network that a program trains: `unet`, that of this crate, or `ho`, that of Ho et al.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(
+    missing_docs,
+    reason = "clap would print a list of documented variants instead of their names"
+)]
+pub enum NetworkName {
+    Unet,
+    Ho,
+}
 
 /// The configuration of a network that the programs train.
 pub trait NetworkConfig: Architecture + Clone + Debug {
