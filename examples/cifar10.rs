@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, ValueEnum};
-use ddpm::cli::{self, Recipe, RecipeName, TrainArgs, datasets};
+use clap::Parser;
+use ddpm::cli::{self, NetworkName, Recipe, RecipeName, TrainArgs, datasets};
 use ddpm::nn::UNet2DConfig;
 use ddpm::{Diffusion, TrainConfig, UNetConfig};
 
@@ -34,12 +34,6 @@ fn ho() -> Recipe<UNet2DConfig> {
     }
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Network {
-    Unet,
-    Ho,
-}
-
 fn defaults() -> String {
     let [ddpm, recommended] = [RecipeName::Ddpm, RecipeName::Recommended].map(recipe);
     let recommended = recommended.defaults("With --recipe recommended");
@@ -62,14 +56,14 @@ struct Cli {
     recipe: RecipeName,
     /// Network: unet, that of this crate, or ho, that of Ho et al. with their training
     #[arg(long, value_name = "N", value_enum, default_value = "unet")]
-    network: Network,
+    network: NetworkName,
     #[command(flatten)]
     train: TrainArgs,
 }
 
 fn main() -> ExitCode {
     cli::main(|Cli { data, recipe: name, network, train }| match network {
-        Network::Unet => cli::train(&recipe(name), &train, || datasets::cifar10(&data)),
-        Network::Ho => cli::train(&ho(), &train, || datasets::cifar10(&data)),
+        NetworkName::Unet => cli::train(&recipe(name), &train, || datasets::cifar10(&data)),
+        NetworkName::Ho => cli::train(&ho(), &train, || datasets::cifar10(&data)),
     })
 }

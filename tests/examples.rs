@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use clap::Parser;
-use ddpm::cli::{FolderArgs, TrainArgs};
+use ddpm::cli::{FolderArgs, RunDir, TrainArgs};
 use ddpm::data::folder::Folder;
 use ddpm::data::{self as sets, Batch, Dataset, Subset};
 use ddpm::eval::{ProbabilityFlow, VariationalBound};
@@ -440,6 +440,21 @@ fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
     assert_eq!(WeightsFile::open(&of_4000)?.architecture::<UNet2DConfig>()?.time_scale, 0.25);
     let lacking = "time_scale is 0.25; it must be 1 in a folder of diffusers";
     assert_fails(&mut convert(&of_4000, "of-4000", &[]), &[lacking])?;
+    // A folder of diffusers has a number of channels per head, so a number of heads needs levels of equal width.
+    let four = ["--image-size", "8", "--heads", "4"];
+    for (case, file) in [("improved", "equal"), ("widths", "widths")] {
+        let openai = openai_network(&path("heads.safetensors"), case)?;
+        let file = path(file).with_extension("safetensors");
+        succeed(&mut convert(&openai, &file.to_string_lossy(), &four))?;
+        let network = WeightsFile::open(&file)?.architecture::<UNet2DConfig>()?;
+        assert_eq!((network.num_attention_heads, network.attention_head_dim), (Some(4), None));
+    }
+    succeed(&mut convert(&path("equal.safetensors"), "equal", &["--solver", "ddpm"]))?;
+    let equal = fs::read_to_string(path("equal/unet/config.json"))?;
+    assert!(equal.contains("\"attention_head_dim\": 16") && !equal.contains("heads"), "{equal}");
+    let lacking = "num_attention_heads is 4; it must be 1 in a folder of diffusers, which has a number of channels per \
+                   head; the levels with attention have [64, 96, 64, 96, 96] channels";
+    assert_fails(&mut convert(&path("widths.safetensors"), "widths", &[]), &[lacking])?;
     let replaced =
         "sampler: DDIM with eta 0 and unclipped noise, leading, instead of DDIM with eta 0, even";
     for (to, args) in [("usual", &[][..]), ("ddim", &["--solver", "ddim"])] {
@@ -575,6 +590,7 @@ fn a_folder_of_pictures_is_trained_on_and_its_configuration_repeats_the_run() ->
     let small = [&SMALL[..], &size, &["--steps", "2", "--conditional"]].concat();
     let said = succeed(&mut train(&run, &small))?;
     assert!(said.contains("recipe   1 halving to 4 x 6 pixels"), "{said}");
+    assert!(said.contains("cosine schedule; Muon, batches of 2\n"), "{said}");
     assert!(said.contains("the pictures of") && said.contains("6 images"), "{said}");
     assert!(said.contains("\nclasses  dark, light\n"), "{said}");
     let network: UNetConfig = Checkpoint::open(run.join("checkpoint"))?.architecture()?;
@@ -620,6 +636,70 @@ fn a_folder_of_pictures_is_trained_on_and_its_configuration_repeats_the_run() ->
     ] {
         assert_fails(&mut train(out, args), &[expected])?;
     }
+    Ok(())
+}
+
+#[test]
+fn a_folder_of_pictures_is_trained_on_by_the_network_of_ho_et_al() -> Result<()> {
+    let temp = TempDir::new()?;
+    let path = |name: &str| temp.path().join(name);
+    let data = path("photos");
+    for (class, shade) in [("dark", 40), ("light", 200)] {
+        fs::create_dir_all(data.join(class))?;
+        for k in 0..6u32 {
+            let pixel = |x, y| image::Luma([(shade + x * 3 + y * k) as u8]);
+            image::GrayImage::from_fn(8, 8, pixel)
+                .save(data.join(class).join(format!("{k}.png")))?;
+        }
+    }
+    let train = |name: &str, args: &[&str]| {
+        let mut command = example("train");
+        command.arg("--data").arg(&data).args(args).arg("--out").arg(path(name));
+        command
+    };
+    let ho = ["--network", "ho"];
+    let new = [&SMALL[..], &ho, &["--image-size", "8", "--conditional", "--steps", "1"]].concat();
+    let said = succeed(&mut train("run", &new))?;
+    let recipe = "recipe   1 halving to 4 x 4 pixels, [64, 128] channels";
+    // The options, and not the recipe, determine the batch size.
+    assert!(said.contains(recipe) && said.contains("schedule; Adam, batches of 2\n"), "{said}");
+    let run = path("run/checkpoint");
+    let network: UNet2DConfig = Checkpoint::open(&run)?.architecture()?;
+    assert_eq!((network.image_shape(), network.classes()), ((1, 8, 8), Some(2)));
+
+    // The configuration repeats the run, and the run continues, by the same network only.
+    let config = path("run/config.json").to_string_lossy().into_owned();
+    let of_config = ["--config", &config, "--steps", "2"];
+    let said = succeed(&mut train("again", &[&ho[..], &of_config].concat()))?;
+    assert!(!said.contains("recipe"), "{said}");
+    let expected = "config.json: the network is unet2d, not unet; with --network";
+    assert_fails(&mut train("other", &of_config), &["--config ", expected])?;
+    let resume = ["--resume", "--steps", "2"];
+    let expected = ["network.kind is unet2d in the checkpoint", "with --network"];
+    assert_fails(&mut train("run", &resume), &expected)?;
+    let other_size = [&ho[..], &resume, &["--image-size", "16"]].concat();
+    assert_fails(&mut train("run", &other_size), &["images.height is 8 in the run, but 16 was"])?;
+    succeed(&mut train("run", &[&ho[..], &resume].concat()))?;
+    let weights = |name: &str| fs::read(path(name).join("checkpoint/model.safetensors"));
+    assert!(weights("again")? == weights("run")?);
+
+    let mut sample = example("sample");
+    sample.args(["--class", "1", "--count", "1", "--sampling-steps", "2", "--checkpoint"]);
+    succeed(sample.arg(&run).arg("--out").arg(path("image.png")))?;
+    let mut evaluate = example("evaluate");
+    evaluate.args(["--bits", "2", "--bits-terms", "2", "--checkpoint"]).arg(&run);
+    let said = succeed(evaluate.arg("--data").arg(format!("pictures:{}", data.display())))?;
+    assert!(said.contains("bits per dimension  "), "{said}");
+
+    for (size, expected) in [
+        ("33", "the images have 33 x 33 pixels; for the network of Ho et al., 1 to 5 halvings of"),
+        ("1024", "must leave whole numbers from 4 to 16, as for 28, 32, 64, 96, 128, 256 or 512"),
+    ] {
+        let args = [&ho[..], &["--image-size", size]].concat();
+        assert_fails(&mut train("none", &args), &[expected])?;
+    }
+    let help = help("train")?;
+    assert!(help.contains("With --network ho, for images of 64 x 64 pixels"), "{help}");
     Ok(())
 }
 
@@ -767,7 +847,7 @@ fn the_options_of_a_folder_choose_channels_background_and_memory() -> ddpm::cli:
         let data = data.to_str().ok_or("a path in UTF-8")?;
         let args = [&["train", "--image-size", "2", "--data", data], args].concat();
         let Cli { pictures, train } = Cli::try_parse_from(args)?;
-        pictures.open(pictures.config(&train, "none")?)
+        pictures.open(pictures.config(&train, &RunDir::open(&train, "none")?)?)
     };
     for (args, expected) in [
         (&[][..], &[255, 255, 255][..]),

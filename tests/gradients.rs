@@ -249,7 +249,7 @@ fn small_2d() -> impl Strategy<Value = (UNet2DConfig, usize)> {
     let levels = prop::collection::vec((1usize..4, down, up), 1..=3);
     let sizes = (1usize..3, [2usize..5, 2usize..5], 1usize..4, 1usize..3);
     let time = (0usize..2, any::<bool>(), prop::option::of(1usize..9));
-    let attention = (any::<bool>(), 0usize..3, prop::option::of(Just(2usize)));
+    let attention = (any::<bool>(), 0usize..5, prop::option::of(Just(2usize)));
     let rest = (any::<[bool; 4]>(), prop::option::of(2usize..4), 0f64..0.6, 1usize..4);
     (levels, sizes, time, attention, rest).prop_map(
         |(levels, (layers, pixels, channels, groups), time, attention, rest)| {
@@ -279,7 +279,8 @@ fn small_2d() -> impl Strategy<Value = (UNet2DConfig, usize)> {
                 downsample_type: resampling,
                 upsample_type: resampling,
                 dropout: rest.2,
-                attention_head_dim: (attention.1 > 0).then_some(2 * attention.1),
+                attention_head_dim: [Some(2), Some(4), None, None, None][attention.1],
+                num_attention_heads: [None, None, None, Some(2), Some(4)][attention.1],
                 norm_num_groups: 2 * groups,
                 attn_norm_num_groups: attention.2,
                 norm_eps: 1e-6,

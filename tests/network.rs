@@ -83,7 +83,7 @@ fn dropout_of_values_is_that_of_an_image_and_of_training() -> Result<()> {
 #[test]
 fn impossible_networks_of_ho_et_als_kind_are_refused() {
     type Change = fn(&mut UNet2DConfig);
-    let cases: [(Change, &str); 14] = [
+    let cases: [(Change, &str); 17] = [
         (
             |c| c.sample_size = 12.into(),
             "sample_size is 12; it must be a multiple of 8, because the levels halve it 3 times, at most 65536",
@@ -109,6 +109,18 @@ fn impossible_networks_of_ho_et_als_kind_are_refused() {
         (
             |c| c.attention_head_dim = Some(3),
             "attention_head_dim is 3; it must be a divisor of the 16 channels of a level with attention",
+        ),
+        (
+            |c| c.num_attention_heads = Some(3),
+            "num_attention_heads is 3; it must be a divisor of the 16 channels of a level with attention",
+        ),
+        (
+            |c| c.num_attention_heads = Some(0),
+            "num_attention_heads is 0; it must be a divisor of the 16 channels of a level with attention",
+        ),
+        (
+            |c| (c.num_attention_heads, c.attention_head_dim) = (Some(4), Some(8)),
+            "num_attention_heads is 4; it must be none, because attention_head_dim is 8; one of both must be none",
         ),
         (
             |c| c.attn_norm_num_groups = Some(3),

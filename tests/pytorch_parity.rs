@@ -452,7 +452,7 @@ fn networks_of_openai_are_networks_of_the_crate() {
         safetensors::SafeTensors::read_metadata(&std::fs::read(path).unwrap()).unwrap();
     let cases: BTreeMap<String, OpenAiCase> =
         serde_json::from_str(&header.metadata().as_ref().unwrap()["cases"]).unwrap();
-    assert_eq!(cases.len(), 5);
+    assert_eq!(cases.len(), 6);
     let temp = tempfile::tempdir().unwrap();
     for (name, case) in cases {
         let (file, weights) = (temp.path().join(format!("{name}.safetensors")), case.weights());

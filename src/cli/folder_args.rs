@@ -5,13 +5,14 @@ use clap::{Args, ValueEnum};
 
 use super::arguments::{whole, with_options};
 use super::identity::Identity;
+use super::network::Network;
+use super::plan::RunDir;
 use super::print::err;
 use super::recipe::TrainArgs;
 use super::result::Result;
 use super::run_config::read_images;
 use super::run_files::RunFiles;
 use crate::data::folder::{Channels, Crop, Folder, FolderConfig, Unreadable};
-use crate::model::{ImageSize, UNetConfig};
 use crate::train::Checkpoint;
 
 /// The zoom of random crops, which vary the size of the part by a quarter.
@@ -79,25 +80,23 @@ fn background(text: &str) -> std::result::Result<[u8; 3], String> {
 }
 
 impl FolderArgs {
-    /// Determines the settings of the images, before any picture is read. `out` is the directory of a run without
-    /// `--out`, as in [`Recipe::out`](super::Recipe::out). The folders of the pictures are
-    /// [classes](FolderConfig::classes) if [`TrainArgs::conditional`] is set, or if they are classes of the run or of
-    /// `--config`.
+    /// Determines the settings of the images of the run in `dir`, before any picture is read. The folders of the
+    /// pictures are [classes](FolderConfig::classes) if [`TrainArgs::conditional`] is set, or if they are classes of
+    /// the run or of `--config`.
     ///
     /// # Errors
-    /// Returns an error if the run cannot begin or continue there, or if options do not fit each other. For a run that
-    /// is resumed, also returns an error that names the first option with another value than in the run. With
-    /// `--change`, only the shape of the images and the classes cannot be changed. `--skip-unreadable` always can.
-    pub fn config(&self, train: &TrainArgs, out: &str) -> Result<FolderConfig> {
-        let files = RunFiles::of(train.out.as_deref(), out);
-        let Some(run) = files.find(train.resume)? else {
+    /// Returns an error if options do not fit each other. For a run that is resumed, also returns an error that names
+    /// the first option with another value than in the run. With `--change`, only the shape of the images and the
+    /// classes cannot be changed. `--skip-unreadable` always can.
+    pub fn config(&self, train: &TrainArgs, dir: &RunDir) -> Result<FolderConfig> {
+        let Some(run) = &dir.saved else {
             let before = train.config.as_ref().map(|path| read_images(path));
             let before = before.transpose().map_err(|e| format!("--config {e}"))?.flatten();
             let config = self.replace(before.unwrap_or_default(), train.conditional)?;
             config.validate()?;
             return Ok(config);
         };
-        let (before, network) = (saved(&files, &run)?, run.architecture().map_err(with_options)?);
+        let (before, network) = (saved(&dir.files, run)?, Network::of(run).map_err(with_options)?);
         let known = before.is_some();
         let before = before.unwrap_or_else(|| of_network(&network));
         let config = self.replace(before.clone(), train.conditional)?;
@@ -177,12 +176,12 @@ fn saved(files: &RunFiles, run: &Checkpoint) -> Result<Option<FolderConfig>> {
 }
 
 /// The settings that follow from the network of a run. The others are the defaults.
-fn of_network(network: &UNetConfig) -> FolderConfig {
-    let ImageSize { height, width } = network.image_size;
+fn of_network(network: &Network) -> FolderConfig {
+    let (_, height, width) = network.image_shape();
     FolderConfig {
         height: height as u32,
         width: width as u32,
-        classes: network.classes.is_some(),
+        classes: network.classes().is_some(),
         ..FolderConfig::default()
     }
 }
@@ -194,21 +193,21 @@ fn of_network(network: &UNetConfig) -> FolderConfig {
 fn check_same(
     (run, known): (&FolderConfig, bool),
     given: &FolderConfig,
-    network: &UNetConfig,
+    network: &Network,
     change: bool,
 ) -> Result<()> {
+    let (of_network, ..) = network.image_shape();
     let channels = match given.channels {
         // The pictures decide.
-        Channels::Auto => network.channels,
+        Channels::Auto => of_network,
         Channels::Grey => 1,
         Channels::Rgb => 3,
         Channels::Rgba => 4,
     };
-    if channels != network.channels {
+    if channels != of_network {
         return Err(format!(
-            "channels of the images: {channels} requested, and {} in the network of the run; omit --channels or --grey to \
-             continue the run, or begin a new run with another --out",
-            network.channels
+            "channels of the images: {channels} requested, and {of_network} in the network of the run; omit --channels \
+             or --grey to continue the run, or begin a new run with another --out"
         )
         .into());
     }

@@ -1,7 +1,21 @@
 use std::fmt::Debug;
 
+use clap::ValueEnum;
+
 use crate::error::Result;
 use crate::model::{Architecture, LucidrainsConfig, UNet2DConfig, UNetConfig};
+use crate::train::Checkpoint;
+
+/// The name of a network that a program trains: `unet`, that of this crate, or `ho`, that of Ho et al.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(
+    missing_docs,
+    reason = "clap would print a list of documented variants instead of their names"
+)]
+pub enum NetworkName {
+    Unet,
+    Ho,
+}
 
 /// The configuration of a network that the programs train.
 pub trait NetworkConfig: Architecture + Clone + Debug {
@@ -72,6 +86,19 @@ pub enum Network {
 }
 
 impl Network {
+    /// The configuration of the network of a checkpoint.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Checkpoint::architecture`], also if the network is of a kind that the programs do not
+    /// know.
+    pub(super) fn of(saved: &Checkpoint) -> Result<Self> {
+        match saved.network_kind() {
+            UNet2DConfig::KIND => saved.architecture().map(Self::UNet2D),
+            LucidrainsConfig::KIND => saved.architecture().map(Self::Lucidrains),
+            _ => saved.architecture().map(Self::UNet),
+        }
+    }
+
     /// The shape of the images: (channels, height, width).
     pub fn image_shape(&self) -> (usize, usize, usize) {
         match self {

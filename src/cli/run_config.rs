@@ -2,6 +2,7 @@ use std::fs;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::choices::ExtractorChoice;
 use super::network::NetworkConfig;
@@ -10,7 +11,7 @@ use super::result::Result;
 use crate::data::folder::FolderConfig;
 use crate::error::Error;
 use crate::files;
-use crate::model::Architecture;
+use crate::model::{Architecture, UNet2DConfig, UNetConfig};
 use crate::observe::Judge;
 use crate::process::Diffusion;
 use crate::sample::SamplerConfig;
@@ -62,6 +63,22 @@ pub(super) fn read_images(path: &Path) -> Result<Option<FolderConfig>> {
     Ok(config.map_err(|e| format!("{}: {e}", path.display()))?.images)
 }
 
+/// The [kind](Architecture::KIND) of the network in a configuration, if only one kind has these fields.
+fn network_kind(text: &[u8]) -> Option<&'static str> {
+    #[derive(Deserialize)]
+    struct Network {
+        network: Value,
+    }
+    fn is<N: Architecture>(network: &Value) -> Option<&'static str> {
+        N::deserialize(network).is_ok().then_some(N::KIND)
+    }
+    let Network { network } = serde_json::from_slice(text).ok()?;
+    match (is::<UNetConfig>(&network), is::<UNet2DConfig>(&network)) {
+        (Some(kind), None) | (None, Some(kind)) => Some(kind),
+        _ => None,
+    }
+}
+
 fn held_out_every() -> u64 {
     HELD_OUT_EVERY
 }
@@ -96,8 +113,16 @@ impl<N: NetworkConfig> RunConfig<N> {
     /// Returns an error if the file cannot be read, or names the field that is not valid.
     pub fn read(path: &Path) -> Result<Self> {
         let text = fs::read(path).map_err(Error::io(path))?;
-        let config = serde_json::from_slice::<Self>(&text);
-        let config = config.map_err(|e| format!("{}: {e}", path.display()))?;
+        let config = serde_json::from_slice::<Self>(&text).map_err(|e| {
+            let path = path.display();
+            match network_kind(&text) {
+                Some(kind) if kind != N::KIND => format!(
+                    "{path}: the network is {kind}, not {}; with --network, if this program has it",
+                    N::KIND
+                ),
+                _ => format!("{path}: {e}"),
+            }
+        })?;
         for (field, value) in [
             ("save_every", config.save_every),
             ("sample_every", config.sample_every),

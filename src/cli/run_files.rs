@@ -8,6 +8,7 @@ use crate::files;
 use crate::train::Checkpoint;
 
 /// The files of a run's directory.
+#[derive(Debug)]
 pub(super) struct RunFiles {
     pub out: PathBuf,
     pub checkpoint: PathBuf,

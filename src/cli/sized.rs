@@ -1,9 +1,9 @@
 use super::recipe::Recipe;
 use super::result::Result;
-use crate::model::UNetConfig;
+use crate::model::{DownBlockType, ImageSize, UNet2DConfig, UNetConfig, UpBlockType};
 use crate::process::{Diffusion, NoiseSchedule, Prediction};
 use crate::sample::SamplerConfig;
-use crate::train::TrainConfig;
+use crate::train::{AdamConfig, EmaConfig, TrainConfig};
 
 /// The smallest side of the feature maps in the bottleneck, if the size of the images allows it. Fewer pixels would
 /// lose the positions of the parts of an image, which attention relates.
@@ -15,8 +15,128 @@ const ATTENTION: usize = 16;
 /// The side in pixels of the square images for which the cosine schedule was designed. Hoogeboom et al. 2023, section 3.
 const REFERENCE: f64 = 64.0;
 
+/// Number of updates.
+const STEPS: u64 = 20_000;
+
+/// Number of updates from one report of the loss to the next.
+const LOG_EVERY: u64 = 10;
+
+/// The sides in pixels that the smallest feature maps of the network of Ho et al. may have: at least the 4 of the
+/// paper, and at most the 16 of its other maps with attention.
+const HO_BOTTLENECK: std::ops::RangeInclusive<usize> = 4..=ATTENTION;
+
+/// The largest number of halvings of the network of Ho et al., that for their images of 256 x 256 pixels.
+const HO_HALVINGS: u32 = 5;
+
+/// Returns whether the images are small and grey, such as digits. They need less than photographs.
+fn is_simple((channels, height, width): (usize, usize, usize)) -> bool {
+    channels == 1 && height.max(width) <= 32
+}
+
+fn batch_size((_, height, width): (usize, usize, usize)) -> usize {
+    match height.max(width) {
+        ..=32 => 16,
+        33..=64 => 8,
+        _ => 4,
+    }
+}
+
+impl Recipe<UNet2DConfig> {
+    /// Chooses a network of Ho et al. 2020 and their recipe for images of `shape` (channels, height, width), and
+    /// explains the choice of the network and of the process.
+    ///
+    /// The network halves the images at most five times, as long as both sides are whole numbers of at least 4 pixels:
+    /// images of 32 x 32 to 4 x 4 pixels, and of 256 x 256 to 8 x 8 (Ho et al. 2020, appendix B). It has attention on
+    /// feature maps whose larger side is 9 to 16 pixels, for the 16 x 16 of the paper, and on the smallest maps. The
+    /// sides of the smallest maps must therefore be at most 16: the cost of attention grows with the fourth power of
+    /// the side, and the paper has none on larger maps.
+    ///
+    /// The channels are those of the paper for 32 x 32 and 256 x 256 pixels, and those of Song et al. 2021 (DDIM) for
+    /// 64 x 64: 128 at the full size, and half as many for grey images of at most 32 x 32 pixels. For more than 128
+    /// pixels, the learning rate is 2e-5 and there is no dropout, as in the paper for 256 x 256 pixels; otherwise they
+    /// are 2e-4 and 0.1, as for CIFAR-10.
+    ///
+    /// The process, the optimiser and the clipping are those of the paper. As for the network of the crate, there are
+    /// 20,000 updates with a warm-up of a twentieth, at most 500, batches of 4 to 16 images, and no flips, because
+    /// pictures of a folder may not be symmetric. The average has a warm-up: without one, an eighth of it would be the
+    /// initial weights after as few updates.
+    ///
+    /// # Errors
+    /// Returns an error that states the allowed sizes if no number of halvings suits.
+    pub fn ho_for_images(shape: (usize, usize, usize)) -> Result<(Self, String)> {
+        let (channels, height, width) = shape;
+        let suits = |halvings: &u32| {
+            [height, width].iter().all(|side| {
+                side.is_multiple_of(1 << halvings) && HO_BOTTLENECK.contains(&(side >> halvings))
+            })
+        };
+        let Some(halvings) = (1..=HO_HALVINGS).rev().find(suits) else {
+            let [least, most] = [HO_BOTTLENECK.start(), HO_BOTTLENECK.end()];
+            return Err(format!(
+                "the images have {height} x {width} pixels; for the network of Ho et al., 1 to {HO_HALVINGS} halvings \
+                 of height and width must leave whole numbers from {least} to {most}, as for 28, 32, 64, 96, 128, 256 \
+                 or 512"
+            )
+            .into());
+        };
+        let multipliers: &[usize] = match halvings {
+            ..=3 => &[1, 2, 2, 2],
+            4 => &[1, 2, 2, 2, 4],
+            _ => &[1, 1, 2, 2, 4, 4],
+        };
+        let first = if is_simple(shape) { 64 } else { 128 };
+        let levels = 0..=halvings as usize;
+        let attends =
+            |level: &usize| (ATTENTION / 2 + 1..=ATTENTION).contains(&(height.max(width) >> level));
+        let down = |level| match attends(&level) {
+            true => DownBlockType::Attention,
+            false => DownBlockType::Plain,
+        };
+        let up = |level| match attends(&level) {
+            true => UpBlockType::Attention,
+            false => UpBlockType::Plain,
+        };
+        let large = height.max(width) > 128;
+        let network = UNet2DConfig {
+            sample_size: ImageSize { height, width },
+            in_channels: channels,
+            out_channels: channels,
+            down_block_types: levels.clone().map(down).collect(),
+            up_block_types: levels.clone().rev().map(up).collect(),
+            block_out_channels: levels.zip(multipliers).map(|(_, m)| m * first).collect(),
+            dropout: if large { 0.0 } else { 0.1 },
+            ..UNet2DConfig::cifar10()
+        };
+        let train = TrainConfig {
+            steps: STEPS,
+            batch_size: batch_size(shape),
+            optimizer: AdamConfig::adam(if large { 2e-5 } else { 2e-4 }),
+            warmup_steps: TrainConfig::recommended_warmup(STEPS),
+            ema: Some(EmaConfig { decay: 0.9999, warmup: true }),
+            horizontal_flip: false,
+            log_every: LOG_EVERY,
+            ..TrainConfig::ho()
+        };
+        let reason = format!(
+            "{}, {:?} channels, attention at 9 to {ATTENTION} pixels and at the smallest size; noise on the linear \
+             schedule",
+            halved((height, width), halvings),
+            network.block_out_channels,
+        );
+        let recipe = Self::new(network, Diffusion::ddpm(), train);
+        Ok((Self { warmup_follows_steps: true, ..recipe }, reason))
+    }
+}
+
+/// Formats the number of halvings of images, and the size after them.
+fn halved((height, width): (usize, usize), halvings: u32) -> String {
+    let plural = if halvings == 1 { "halving" } else { "halvings" };
+    format!("{halvings} {plural} to {} x {} pixels", height >> halvings, width >> halvings)
+}
+
 impl Recipe {
-    /// Chooses a network and a recipe for images of `shape` (channels, height, width), and explains the choice.
+    /// Chooses a network and a recipe for images of `shape` (channels, height, width), and explains the choice of the
+    /// network and of the process.
     ///
     /// The network halves the images until a side would be less than 7 pixels, at most five times. It has attention on
     /// feature maps with sides of up to 16 pixels. The process predicts velocity on the cosine schedule. For images of
@@ -42,16 +162,10 @@ impl Recipe {
             )
             .into());
         };
-        // Small grey pictures, such as digits, need less than photographs.
-        let first = if channels == 1 && large <= 32 { 32 } else { 64 };
+        let first = if is_simple(shape) { 32 } else { 64 };
         let hidden_dims = (0..=levels).map(|level| (first << level).min(256)).collect::<Vec<_>>();
         let attention_levels: Vec<usize> =
             (1..levels as usize).filter(|level| large >> level <= ATTENTION).collect();
-        let batch_size = match large {
-            ..=32 => 16,
-            33..=64 => 8,
-            _ => 4,
-        };
         let mut schedule = NoiseSchedule::cosine(1000)?;
         let mut shifted = String::new();
         let side = ((height * width) as f64).sqrt();
@@ -61,18 +175,18 @@ impl Recipe {
             shifted = format!(", its log-SNR shifted by {shift:.2} for {height} x {width} pixels");
         }
         let network = UNetConfig {
-            image_size: crate::model::ImageSize { height, width },
+            image_size: ImageSize { height, width },
             channels,
             hidden_dims,
             attention_levels,
             ..UNetConfig::mnist()
         };
-        let train = TrainConfig { log_every: 10, ..TrainConfig::recommended(20_000, batch_size) };
-        let bottleneck = format!("{} x {}", height >> levels, width >> levels);
-        let halvings = if levels == 1 { "halving" } else { "halvings" };
+        let train = TrainConfig::recommended(STEPS, batch_size(shape));
+        let train = TrainConfig { log_every: LOG_EVERY, ..train };
         let reason = format!(
-            "{levels} {halvings} to {bottleneck} pixels, {:?} channels, attention at {ATTENTION} pixels and less; velocity \
-             on the cosine schedule{shifted}; Muon, batches of {batch_size}",
+            "{}, {:?} channels, attention at {ATTENTION} pixels and less; velocity \
+             on the cosine schedule{shifted}",
+            halved((height, width), levels),
             network.hidden_dims,
         );
         let diffusion = Diffusion::new(schedule, Prediction::Velocity);
@@ -122,6 +236,49 @@ mod tests {
         {
             let fall = reference - log_snr(height, width);
             assert!((fall - factor.ln()).abs() < 1e-9, "{height} x {width}: {fall}");
+        }
+    }
+    #[test]
+    fn sizes_that_halve_well_have_a_network_of_ho_et_al() {
+        // The network of the paper for CIFAR-10, and its channels for 256 x 256 pixels.
+        let (cifar10, reason) = Recipe::ho_for_images((3, 32, 32)).unwrap();
+        assert_eq!(cifar10.network, UNet2DConfig::cifar10());
+        assert!(reason.starts_with("3 halvings to 4 x 4 pixels, [128, 256, 256, 256]"), "{reason}");
+        for ((channels, height, width), expected, attention) in [
+            ((3, 64, 64), &[128, 256, 256, 256, 512][..], &[2][..]),
+            ((4, 256, 256), &[128, 128, 256, 256, 512, 512], &[4]),
+            ((3, 512, 512), &[128, 128, 256, 256, 512, 512], &[5]),
+            ((1, 28, 28), &[64, 128, 128], &[1]),
+            ((1, 64, 32), &[128, 256, 256, 256], &[2]),
+            ((3, 8, 12), &[128, 256], &[0]),
+            ((3, 96, 128), &[128, 256, 256, 256, 512], &[3]),
+        ] {
+            let shape = (channels, height, width);
+            let (recipe, reason) = Recipe::ho_for_images(shape).unwrap();
+            let Recipe { network, train, diffusion, .. } = recipe;
+            network.validate().unwrap();
+            train.validate().unwrap();
+            assert_eq!(diffusion, Diffusion::ddpm());
+            assert_eq!(network.image_shape(), shape);
+            assert_eq!(network.block_out_channels, expected, "{reason}");
+            let kinds = network.down_block_types.iter().enumerate();
+            let found = kinds.filter(|(_, kind)| **kind == DownBlockType::Attention);
+            assert_eq!(found.map(|(level, _)| level).collect::<Vec<_>>(), attention, "{shape:?}");
+            let mirrored =
+                network.up_block_types.iter().rev().map(|k| *k == UpBlockType::Attention);
+            let down = network.down_block_types.iter().map(|k| *k == DownBlockType::Attention);
+            assert!(mirrored.eq(down));
+            let large = height.max(width) > 128;
+            assert_eq!(train.optimizer.learning_rate, if large { 2e-5 } else { 2e-4 });
+            assert_eq!(network.dropout, if large { 0.0 } else { 0.1 });
+        }
+        for (height, width) in [(33, 64), (4, 8), (250, 250), (1024, 1024), (32, 256), (2, 2)] {
+            let message = Recipe::ho_for_images((3, height, width)).unwrap_err().to_string();
+            let expected = format!(
+                "the images have {height} x {width} pixels; for the network of Ho et al., 1 to 5 halvings of height \
+                 and width must leave whole numbers from 4 to 16, as for 28, 32, 64, 96, 128, 256 or 512"
+            );
+            assert_eq!(message, expected);
         }
     }
 }

@@ -3,30 +3,29 @@ use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 
-use candle_core::Device;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::arguments::{resume_command, with_options};
 use super::datasets::DataSet;
-use super::device::{check_speed, describe, pick};
+use super::device::{check_speed, describe};
 use super::identity::Identity;
 use super::network::NetworkConfig;
+use super::plan::{RunDir, RunPlan};
 use super::print::{err, grouped, out};
 use super::recipe::{Recipe, TrainArgs};
 use super::result::Result;
 use super::run_config::RunConfig;
 use super::run_files::RunFiles;
 use super::sets::try_out;
-use super::watching::{Watching, Way, extractor};
+use super::watching::{Watching, Way};
 use crate::data::{Dataset, hold_out};
 use crate::error::Error;
-use crate::eval::Extractor;
 use crate::observe::{
     LossCurve, MetricsFile, Progress, SampleGrid, SaveEvery, StopOnSignal, duration, is_removed,
 };
 use crate::sample::Guidance;
-use crate::train::{Checkpoint, TrainConfig, Trainer, on_metrics};
+use crate::train::{Checkpoint, Trainer, on_metrics};
 
 /// Begins or resumes the run of a recipe, trains, saves, and draws samples. `load` reads the images.
 ///
@@ -40,13 +39,26 @@ pub fn train<N: NetworkConfig, D: Dataset>(
     args: &TrainArgs,
     load: impl FnOnce() -> Result<DataSet<D>>,
 ) -> Result<ExitCode> {
-    let Plan { recipe, files, config, device, extractor, resumed } = Plan::new(recipe, args)?;
-    let (recipe, extractor) = (&recipe, extractor.as_deref());
+    RunPlan::new(RunDir::open(args, recipe.out)?, recipe, args)?.train(load)
+}
 
-    let set = load()?;
+impl<N: NetworkConfig> RunPlan<N> {
+    /// Reads the images by `load`, and trains as [`train`] does.
+    ///
+    /// # Errors
+    /// Returns the errors of [`train`].
+    pub fn train<D: Dataset>(self, load: impl FnOnce() -> Result<DataSet<D>>) -> Result<ExitCode> {
+        begin(self, &load()?)
+    }
+}
+
+fn begin<N: NetworkConfig, D: Dataset>(plan: RunPlan<N>, set: &DataSet<D>) -> Result<ExitCode> {
+    let RunPlan { args, recipe, files, config, device, extractor, resumed } = plan;
+    let (args, recipe, extractor) = (&args, &recipe, extractor.as_deref());
+
     let network = resumed.as_ref().map_or(&recipe.network, |(_, run)| run.architecture());
     let mut network = network.clone();
-    let guidance = condition(&mut network, args, &set, resumed.is_none())?;
+    let guidance = condition(&mut network, args, set, resumed.is_none())?;
     set.check_shape(network.image_shape())?;
     extractor.map_or(Ok(()), |extractor| try_out(extractor, network.image_shape()))?;
     let (saved, mut trainer) = match resumed {
@@ -62,7 +74,7 @@ pub fn train<N: NetworkConfig, D: Dataset>(
         None => recipe.held_out,
     };
     let held_out = args.held_out.unwrap_or(held_out);
-    let identity = Identity::of(&set).holding_out(held_out);
+    let identity = Identity::of(set).holding_out(held_out);
     // Also with --change, because each class vector of the network belongs to a folder.
     if let Some(before) = before.as_ref().filter(|_| trainer.architecture().classes().is_some()) {
         identity.check_classes(before, &files.identity)?;
@@ -134,69 +146,12 @@ pub fn train<N: NetworkConfig, D: Dataset>(
     for change in changes.filter(|change| change.field != Identity::FIELD) {
         out(format_args!("changed  {} from {} to {}", change.field, change.from, change.to));
     }
-    announce(&trainer, &set, held_out, &files.out);
+    announce(&trainer, set, held_out, &files.out);
     check_speed(trainer.config().precision, &device);
     let held_out = parts.as_ref().map(|(_, held_out)| held_out as &dyn Dataset);
     let directories = (&*files.best, &*files.tensorboard);
     let watching = Watching::new(recipe, (images, held_out), extractor, directories);
     fit(recipe, &mut trainer, images, watching, (&identity, &files))
-}
-
-/// Performs the checks of [`train`] that need no images: the configuration, the directory of the run, and the run that
-/// is resumed. A program calls this before it reads its images.
-///
-/// # Errors
-/// Returns an error if the run cannot begin or continue there with these options.
-pub fn check<N: NetworkConfig>(recipe: &Recipe<N>, args: &TrainArgs) -> Result<()> {
-    Plan::new(recipe, args).map(drop)
-}
-
-/// The parts of a run that need no images.
-struct Plan<N: NetworkConfig> {
-    recipe: Recipe<N>,
-    files: RunFiles,
-    config: TrainConfig,
-    device: Device,
-    /// The network that judges samples.
-    extractor: Option<Box<dyn Extractor>>,
-    /// The checkpoint and the trainer of a run that is resumed.
-    resumed: Option<(Checkpoint, Trainer<N>)>,
-}
-
-impl<N: NetworkConfig> Plan<N> {
-    fn new(recipe: &Recipe<N>, args: &TrainArgs) -> Result<Self> {
-        let files = RunFiles::of(args.out.as_deref(), recipe.out);
-        let saved = files.find(args.resume)?;
-        // Checked first, because config.json of another network has other fields.
-        if let Some(saved) = &saved {
-            saved.architecture::<N>().map_err(with_options)?;
-        }
-        let recipe = match &args.config {
-            Some(path) => {
-                RunConfig::read(path).map_err(|e| format!("--config {e}"))?.replace(recipe)
-            }
-            None if saved.is_some() && !is_removed(&files.config) => {
-                let remedy = "remove this file to continue with the usual values";
-                let config = RunConfig::read(&files.config);
-                config.map_err(|e| format!("{e}; {remedy}"))?.watch(recipe)
-            }
-            None => args.scale(recipe.clone()),
-        };
-        let recipe = args.watch(recipe);
-        let config = saved.as_ref().map_or(&recipe.train, Checkpoint::train_config);
-        let config = args.apply(config)?;
-        config.validate()?;
-        let device = pick(args.cpu)?;
-        let extractor = extractor(&recipe, args, &device)?;
-        let resumed = match saved {
-            Some(saved) => {
-                let trainer = resume(&saved, args.change, config.clone(), &device)?;
-                Some((saved, trainer))
-            }
-            None => None,
-        };
-        Ok(Self { recipe, files, config, device, extractor, resumed })
-    }
 }
 
 fn value(images: &impl Serialize) -> Result<Value> {
@@ -304,22 +259,6 @@ fn fit<N: NetworkConfig>(
     Ok(ExitCode::SUCCESS)
 }
 
-/// Continues the run of a checkpoint.
-fn resume<N: NetworkConfig>(
-    saved: &Checkpoint,
-    change: bool,
-    config: TrainConfig,
-    device: &Device,
-) -> Result<Trainer<N>> {
-    let builder = Trainer::builder(saved.architecture::<N>()?).config(config).device(device);
-    let builder = builder.diffusion(saved.diffusion().clone());
-    let resumed = match change {
-        true => builder.resume_with_changes(saved.dir()),
-        false => builder.resume(saved.dir()),
-    };
-    resumed.map_err(with_options)
-}
-
 fn announce(
     trainer: &Trainer<impl NetworkConfig>,
     set: &DataSet<impl Dataset>,
@@ -347,55 +286,5 @@ fn listed(names: &[String]) -> String {
     match names.len().saturating_sub(SHOWN) {
         0 => shown,
         more => format!("{shown} and {more} more"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-    use tempfile::TempDir;
-
-    use super::*;
-    use crate::model::UNetConfig;
-    use crate::process::Diffusion;
-
-    /// The warm-up of a new run.
-    fn warmup(recipe: &Recipe, out: &Path, args: &[&str]) -> u64 {
-        let out = out.to_str().unwrap();
-        let args = ["--cpu", "--out", out].into_iter().chain(args.iter().copied());
-        Plan::new(recipe, &TrainArgs::parse(args).unwrap()).unwrap().config.warmup_steps
-    }
-
-    #[test]
-    fn the_warmup_of_a_recommended_recipe_is_a_twentieth_of_the_steps_that_are_asked_for() {
-        let temp = TempDir::new().unwrap();
-        let paper = Recipe::new(UNetConfig::mnist(), Diffusion::ddpm(), TrainConfig::ho());
-        let recommended = paper.clone().recommended(1_875, 16);
-        let (pictures, _) = Recipe::for_images((3, 64, 64)).unwrap();
-        for (recipe, args, expected) in [
-            (&recommended, &[][..], 93),
-            (&recommended, &["--steps", "1875"], 93),
-            (&recommended, &["--steps", "7500"], 375),
-            (&recommended, &["--steps", "500", "--batch-size", "8"], 25),
-            (&recommended, &["--steps", "100000"], 500),
-            (&recommended, &["--steps", "500", "--warmup-steps", "40"], 40),
-            (&pictures, &[], 500),
-            (&pictures, &["--steps", "500"], 25),
-            // The warm-up of the paper is a number of updates.
-            (&paper, &["--steps", "500"], 5_000),
-            (&paper, &["--warmup-steps", "0"], 0),
-        ] {
-            assert_eq!(warmup(recipe, temp.path(), args), expected, "{args:?}");
-        }
-
-        // A configuration states its warm-up.
-        let file = temp.path().join("config.json");
-        let config = json!({
-            "network": recommended.network, "diffusion": recommended.diffusion, "train": recommended.train,
-            "sampling": recommended.sampling, "save_every": 1, "sample_every": 1, "sample_count": 1,
-        });
-        fs::write(&file, config.to_string()).unwrap();
-        let args = ["--config", file.to_str().unwrap(), "--steps", "500"];
-        assert_eq!(warmup(&recommended, temp.path(), &args), 93);
     }
 }

@@ -119,11 +119,7 @@ impl Trained {
     /// know.
     pub fn architecture(&self) -> error::Result<Network> {
         match self {
-            Self::Checkpoint(saved) => match saved.network_kind() {
-                UNet2DConfig::KIND => saved.architecture().map(Network::UNet2D),
-                LucidrainsConfig::KIND => saved.architecture().map(Network::Lucidrains),
-                _ => saved.architecture().map(Network::UNet),
-            },
+            Self::Checkpoint(saved) => Network::of(saved),
             Self::File(file) => match file.network_kind() {
                 UNet2DConfig::KIND => file.architecture().map(Network::UNet2D),
                 LucidrainsConfig::KIND => file.architecture().map(Network::Lucidrains),

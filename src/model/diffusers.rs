@@ -140,6 +140,11 @@ impl UNet2DConfig {
             let expected = "1 in a folder of diffusers, which lacks other values";
             return Err(Error::config("time_scale", self.time_scale, expected));
         }
+        let own = Self {
+            num_attention_heads: None,
+            attention_head_dim: self.head_dim_of_all_levels()?,
+            ..self.clone()
+        };
         let mut options = json!({
             "_class_name": "UNet2DModel",
             "_diffusers_version": VERSION,
@@ -148,7 +153,7 @@ impl UNet2DConfig {
             "mid_block_scale_factor": 1,
             "time_embedding_type": "positional",
         });
-        let own = serde_json::to_value(self).map_err(Error::external)?;
+        let own = serde_json::to_value(own).map_err(Error::external)?;
         if let (Value::Object(options), Value::Object(own)) = (&mut options, own) {
             options.extend(own);
         }
@@ -157,6 +162,25 @@ impl UNet2DConfig {
             options["sample_size"] = json!([height, width]);
         }
         Ok(options)
+    }
+
+    /// The number of channels of a head, which is the same at all levels; `None` for one head.
+    ///
+    /// # Errors
+    /// Returns an error if levels with attention have heads of different numbers of channels.
+    fn head_dim_of_all_levels(&self) -> Result<Option<usize>> {
+        let Some(heads) = self.num_attention_heads.filter(|&heads| heads != 1) else {
+            return Ok(self.attention_head_dim);
+        };
+        let channels = self.attentive_channels();
+        if channels.windows(2).any(|pair| pair[0] != pair[1]) {
+            let expected = format!(
+                "1 in a folder of diffusers, which has a number of channels per head; the levels with attention have \
+                 {channels:?} channels"
+            );
+            return Err(Error::config("num_attention_heads", heads, expected));
+        }
+        Ok(channels.first().map(|channels| channels / heads))
     }
 }
 

@@ -74,8 +74,7 @@ pub struct OpenAi {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum AttentionHeads {
-    /// A number of heads, `num_heads`. With more than one, all levels with attention must have the same number of
-    /// channels, because `UNet2D` has a number of channels per head.
+    /// A number of heads, `num_heads`, which divides the channels of each level with attention.
     Count(usize),
     /// A number of channels per head, `num_head_channels`.
     Channels(usize),
@@ -102,8 +101,8 @@ impl OpenAi {
     ///
     /// # Errors
     /// Returns the errors of [`Parameters::load`]. Returns an error if these are not the weights of such a network, or
-    /// if a `UNet2D` cannot compute the function of the network. These are networks with heads of different numbers of
-    /// channels, and networks whose number of sinusoids differs from the channels of the first level.
+    /// if the heads do not divide the channels of a level with attention. A `UNet2D` cannot compute the function of a
+    /// network whose number of sinusoids differs from the channels of the first level, so this is an error, too.
     pub fn load(
         &self,
         path: impl AsRef<Path>,
@@ -157,24 +156,10 @@ impl OpenAi {
             (false, true) => UpBlockType::Resnet,
             (false, false) => UpBlockType::Plain,
         };
-        let attention_head_dim = match self.heads {
-            AttentionHeads::Channels(channels) => Some(channels),
-            AttentionHeads::Count(1) => None,
-            AttentionHeads::Count(heads) => {
-                let attentive = channels.iter().zip(attends).filter(|(_, attends)| **attends);
-                if attentive.clone().any(|(channels, _)| *channels != last)
-                    || heads == 0
-                    || last % heads != 0
-                {
-                    let all: Vec<_> = attentive.map(|(channels, _)| channels).collect();
-                    let expected = format!(
-                        "1, or a divisor of the channels of all levels with attention, which must be equal; they are \
-                         {all:?}, and {last} at the smallest size"
-                    );
-                    return Err(Error::config("heads", heads, expected));
-                }
-                Some(last / heads)
-            }
+        let (attention_head_dim, num_attention_heads) = match self.heads {
+            AttentionHeads::Channels(channels) => (Some(channels), None),
+            AttentionHeads::Count(1) => (None, None),
+            AttentionHeads::Count(heads) => (None, Some(heads)),
         };
         Ok(UNet2DConfig {
             sample_size: self.image_size,
@@ -192,6 +177,7 @@ impl OpenAi {
             upsample_type: resampling,
             dropout: self.dropout,
             attention_head_dim,
+            num_attention_heads,
             norm_num_groups: GROUPS,
             attn_norm_num_groups: Some(GROUPS),
             norm_eps: 1e-5,

@@ -61,8 +61,13 @@ pub struct UNet2DConfig {
     /// Probability that a value inside a residual block is dropped during training; at least 0 and less than 1.
     pub dropout: f64,
     /// Number of channels of a head of attention, which divides the channels of each level with attention. `None` for
-    /// one head.
+    /// one head, or for `num_attention_heads`.
     pub attention_head_dim: Option<usize>,
+    /// Number of heads of each attention, which divides the channels of each level with attention. `None` for
+    /// `attention_head_dim`, which must be `None` otherwise. `UNet2DModel` of diffusers lacks this field. Networks of
+    /// OpenAI that were trained with `num_heads` have it: their heads have more channels at wider levels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub num_attention_heads: Option<usize>,
     /// Number of groups of a normalisation.
     pub norm_num_groups: usize,
     /// Number of groups of the normalisation before the attention at the smallest size. `None` is `norm_num_groups`.
@@ -186,6 +191,7 @@ impl UNet2DConfig {
             upsample_type: Resampling::Conv,
             dropout: 0.0,
             attention_head_dim: Some(8),
+            num_attention_heads: None,
             norm_num_groups: 32,
             attn_norm_num_groups: None,
             norm_eps: 1e-5,
@@ -219,7 +225,8 @@ impl UNet2DConfig {
 
     /// The number of heads of an attention over maps of this many channels.
     pub(super) fn heads(&self, channels: usize) -> usize {
-        self.attention_head_dim.map_or(1, |head| channels / head)
+        let by_channels = || self.attention_head_dim.map_or(1, |head| channels / head);
+        self.num_attention_heads.unwrap_or_else(by_channels)
     }
 
     /// The number of groups of the normalisation before the attention at the smallest size.
@@ -331,23 +338,38 @@ impl UNet2DConfig {
         Ok(())
     }
 
-    fn validate_attention(&self) -> Result<()> {
+    /// The channels of each level with attention.
+    pub(super) fn attentive_channels(&self) -> Vec<usize> {
         let dims = &self.block_out_channels;
         let down = self.down_block_types.iter().zip(dims);
         let down = down.filter(|(kind, _)| **kind == DownBlockType::Attention);
         let up = self.up_block_types.iter().rev().zip(dims);
         let up = up.filter(|(kind, _)| **kind == UpBlockType::Attention);
         let middle = dims.last().filter(|_| self.add_attention);
-        let attentive: Vec<usize> =
-            down.map(|(_, &d)| d).chain(up.map(|(_, &d)| d)).chain(middle.copied()).collect();
-        if let Some(head) = self.attention_head_dim
-            && let Some(channels) =
-                attentive.iter().find(|&&d| head == 0 || !d.is_multiple_of(head))
-        {
+        down.map(|(_, &d)| d).chain(up.map(|(_, &d)| d)).chain(middle.copied()).collect()
+    }
+
+    fn validate_attention(&self) -> Result<()> {
+        if let (Some(heads), Some(head)) = (self.num_attention_heads, self.attention_head_dim) {
             let expected =
-                format!("a divisor of the {channels} channels of a level with attention");
-            return Err(Error::config("attention_head_dim", head, expected));
+                format!("none, because attention_head_dim is {head}; one of both must be none");
+            return Err(Error::config("num_attention_heads", heads, expected));
         }
+        let attentive = self.attentive_channels();
+        for (field, divisor) in [
+            ("attention_head_dim", self.attention_head_dim),
+            ("num_attention_heads", self.num_attention_heads),
+        ] {
+            if let Some(divisor) = divisor
+                && let Some(channels) =
+                    attentive.iter().find(|&&d| divisor == 0 || !d.is_multiple_of(divisor))
+            {
+                let expected =
+                    format!("a divisor of the {channels} channels of a level with attention");
+                return Err(Error::config(field, divisor, expected));
+            }
+        }
+        let middle = self.block_out_channels.last().filter(|_| self.add_attention);
         if let (Some(groups), Some(&channels)) = (self.attn_norm_num_groups, middle)
             && (groups == 0 || !channels.is_multiple_of(groups))
         {

@@ -103,7 +103,8 @@ impl<N: Architecture> TrainerBuilder<N> {
     /// # Errors
     /// Returns an error if `dir` holds no complete checkpoint, or a checkpoint of another run.
     pub fn resume(self, dir: impl AsRef<Path>) -> Result<Trainer<N>> {
-        self.continued(dir.as_ref(), false)
+        self.config.validate()?;
+        self.resume_opened(&Checkpoint::open(dir)?, false)
     }
 
     /// Continues a run like [`resume`](Self::resume), with changes of its training configuration.
@@ -122,12 +123,21 @@ impl<N: Architecture> TrainerBuilder<N> {
     /// # Errors
     /// Returns the errors of [`resume`](Self::resume). A difference in any other field is one of them.
     pub fn resume_with_changes(self, dir: impl AsRef<Path>) -> Result<Trainer<N>> {
-        self.continued(dir.as_ref(), true)
+        self.config.validate()?;
+        self.resume_opened(&Checkpoint::open(dir)?, true)
     }
 
-    fn continued(mut self, dir: &Path, may_change: bool) -> Result<Trainer<N>> {
+    /// Continues the run of a checkpoint that is open, so that its files are not verified again. `may_change` allows
+    /// the changes of [`resume_with_changes`](Self::resume_with_changes).
+    ///
+    /// # Errors
+    /// Returns the errors of [`resume`](Self::resume).
+    pub(crate) fn resume_opened(
+        mut self,
+        checkpoint: &Checkpoint,
+        may_change: bool,
+    ) -> Result<Trainer<N>> {
         self.config.validate()?;
-        let checkpoint = Checkpoint::open(dir)?;
         // A run that began with the default list of another network keeps it.
         if let Some(muon) = &mut self.config.muon
             && checkpoint.train_config().muon.as_ref().map(|before| &before.adam)

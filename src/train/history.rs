@@ -34,7 +34,11 @@ impl Change {
     pub(super) fn record(history: &mut Vec<Self>, changes: Vec<Self>) -> Result<()> {
         let count = history.len() + changes.len();
         if count > Self::MAX {
-            let expected = format!("at most {}; begin a new run with set_weights", Self::MAX);
+            let expected = format!(
+                "at most {}; continue the run with the configuration and the images of its checkpoint, or begin a new \
+                 run",
+                Self::MAX
+            );
             return Err(Error::config("number of changes of the run", count, expected));
         }
         history.extend(changes);
@@ -61,5 +65,22 @@ impl Change {
                 to => drop(fields.insert(name.into(), to.clone())),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_has_at_most_a_thousand_changes() {
+        let change = Change { step: 1, field: "f".into(), from: Value::Null, to: Value::Null };
+        let mut history = vec![change.clone(); Change::MAX - 1];
+        Change::record(&mut history, vec![change.clone()]).unwrap();
+        let error = Change::record(&mut history, vec![change]).unwrap_err().to_string();
+        let expected = "number of changes of the run is 1001; it must be at most 1000; continue the run with the \
+                        configuration and the images of its checkpoint, or begin a new run";
+        assert_eq!(error, expected);
+        assert_eq!(history.len(), Change::MAX);
     }
 }

@@ -37,6 +37,8 @@ CASES = {
     "classes": {"mult": [1, 1], "heads": 2, "new_attention_order": True, "scale_shift": True, "classes": 5},
     "blocks": {"attention": [], "by_block": True, "heads": 1},
     "rescaled": {"attention": [], "time_scale": 0.25},
+    # Heads of 16 and of 24 channels: levels of different widths, as in improved-diffusion's network for ImageNet-64.
+    "widths": {"mult": [1, 2, 3], "heads": 4, "attention": [2, 4], "scale_shift": True},
 }
 
 
