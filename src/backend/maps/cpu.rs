@@ -49,13 +49,10 @@ impl<'p> Cpu<'p> {
     pub fn new(pool: &'p Arc<Pool>, precision: Precision, batch: usize, recording: bool) -> Self {
         pool.begin(batch, recording);
         let workspace = RefCell::new(pool.workspace());
-        let math = match precision {
-            Precision::Highest => Math::F32,
-            Precision::High => Math::Bf16x3,
-            // Networks return an error for F16 on the CPU.
-            Precision::BF16 | Precision::F16 => Math::Bf16,
-        };
-        Self { isa: Isa::detect(), math, pool, workspace }
+        let isa = Isa::detect();
+        // Networks return an error for F16 on the CPU.
+        let math = Math::of(precision, isa);
+        Self { isa, math, pool, workspace }
     }
 
     /// Copies the values of a tensor to a buffer.

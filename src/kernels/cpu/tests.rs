@@ -30,6 +30,7 @@ pub(crate) fn subjects() -> Vec<Box<dyn Subject>> {
     let mut all: Vec<Box<dyn Subject>> = Vec::new();
     for isa in Isa::available() {
         all.push(Box::new(Kernels(isa)));
+        all.push(Box::new(LargeTiles(isa)));
     }
     for unit in Unit::available() {
         for math in [Math::Bf16, Math::Bf16x3] {
@@ -148,7 +149,7 @@ impl Subject for Kernels {
     }
 
     fn convolution_arithmetic(&self, shape: &ConvShape) -> ConvArithmetic {
-        let winograd = Plan::new(self.0, *shape, Math::F32).is_winograd();
+        let winograd = Plan::new(self.0, *shape, Math::F32).winograd();
         ConvArithmetic { products: Products::PLAIN, operands: DType::F32, winograd }
     }
 
@@ -277,6 +278,24 @@ impl Subject for Kernels {
     }
 }
 
+/// Convolutions in f32, with Winograd's larger tiles.
+struct LargeTiles(Isa);
+
+impl Subject for LargeTiles {
+    fn name(&self) -> String {
+        format!("convolutions with larger tiles in {}", self.0.name())
+    }
+
+    fn convolution_arithmetic(&self, shape: &ConvShape) -> ConvArithmetic {
+        let winograd = Plan::new(self.0, *shape, Math::F32Large).winograd();
+        ConvArithmetic { products: Products::PLAIN, operands: DType::F32, winograd }
+    }
+
+    fn convolution(&self, case: &ConvCase) -> Result<Found> {
+        Ok(convolve(Plan::new(self.0, case.shape, Math::F32Large), case))
+    }
+}
+
 /// Convolutions with bf16 products on one unit.
 struct Bf16Convolutions {
     unit: Unit,
@@ -298,7 +317,7 @@ impl Subject for Bf16Convolutions {
             ),
             _ => (DType::BF16, Products::PLAIN),
         };
-        ConvArithmetic { products, operands, winograd: false }
+        ConvArithmetic { products, operands, winograd: None }
     }
 
     fn convolution(&self, case: &ConvCase) -> Result<Found> {
