@@ -25,6 +25,8 @@ mod transform_maps;
 mod transforms;
 mod weight_gradient;
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use self::tiles::{
@@ -45,8 +47,9 @@ use crate::kernels::op::place::Place;
 /// Channels below which transforming tiles costs more than it saves.
 const MIN_CHANNELS: usize = 8;
 
-/// The least height and width of a map for tiles of 6x6 pixels.
-const MIN_LARGE: usize = 6;
+/// The least height and width of a map for tiles of 6x6 pixels. With 5 or 6 pixels, no products would be saved, and with
+/// fewer, the weights take most of the time.
+const MIN_LARGE: usize = 7;
 
 /// 3x3 convolutions at stride 1.
 #[derive(Debug, Clone, Copy)]
@@ -144,20 +147,23 @@ impl Winograd {
         y: &mut [f32],
     ) {
         let (isa, maps) = (self.isa, self.tiles());
-        let panels = c_out.div_ceil(PANEL);
         let (size, place) = (maps.size, epilogue.place(c_out));
         let count = size.count();
         assert_eq!(x.len(), maps.input_pixels() * c_in);
         assert_eq!(y.len(), maps.batch * maps.h * maps.w * place.of);
-        let rows = block_rows(maps, c_in + PANEL, rayon::current_num_threads());
+        // The products of large tiles are transformed panel by panel. Those of all panels would not fit in the cache.
+        let panels = c_out.div_ceil(PANEL);
+        let at_once = if self.large { 1 } else { panels };
+        let width = at_once * PANEL;
+        let rows = block_rows(maps, c_in + width, rayon::current_num_threads());
         maps.blocks_mut(y, place.of, rows).into_par_iter().for_each(|(first, y)| {
             let last = (first + rows).min(maps.tile_rows());
             let tiles = (last - first) * maps.tiles_x();
-            let (v_stride, m_stride) = (place_stride(tiles * c_in), place_stride(tiles * PANEL));
-            with_scratch(count * (v_stride + m_stride) + PANEL + c_in, |scratch| {
+            let (v_stride, m_stride) = (place_stride(tiles * c_in), place_stride(tiles * width));
+            with_scratch(count * (v_stride + m_stride) + width + c_in, |scratch| {
                 let (v, scratch) = scratch.split_at_mut(count * v_stride);
                 let (m, scratch) = scratch.split_at_mut(count * m_stride);
-                let (shift, zeros) = scratch.split_at_mut(PANEL);
+                let (shift, zeros) = scratch.split_at_mut(width);
                 zeros.fill(0.0);
                 for tile_row in first..last {
                     let (k, top) = maps.place(tile_row);
@@ -165,49 +171,65 @@ impl Winograd {
                     let row = TileRow { first: begin, stride: v_stride, size };
                     transform_input(isa, v, row, maps.input(x, k), top, zeros);
                 }
-                let origin = maps.pixel_row(first) * maps.w * place.of;
-                for panel in 0..panels {
-                    for at in 0..count {
-                        let product = PanelProduct {
-                            c: &mut m[at * m_stride..][..tiles * PANEL],
-                            c_row: PANEL,
-                            rows: tiles,
-                            a: Left::new(&v[at * v_stride..], c_in, 1),
-                            b: &weight[(panel * count + at) * kernel_stride(c_in)..],
-                            depth: c_in,
-                            accumulate: false,
-                        };
-                        panel_product(isa, product);
-                    }
-                    // The output of a panel is written while its products are in the cache.
-                    let channel = panel * PANEL;
-                    let shift = &mut shift[..PANEL.min(c_out - channel)];
-                    let mut shifted = None;
-                    for tile_row in first..last {
-                        let (k, _) = maps.place(tile_row);
-                        if shifted != Some(k) {
-                            epilogue.shift_of(k, c_out, channel, shift);
-                            shifted = Some(k);
+                for begin in (0..panels).step_by(at_once) {
+                    for panel in begin..begin + at_once {
+                        for at in 0..count {
+                            let m = &mut m[at * m_stride + (panel - begin) * PANEL..];
+                            let product = PanelProduct {
+                                c: &mut m[..(tiles - 1) * width + PANEL],
+                                c_row: width,
+                                rows: tiles,
+                                a: Left::new(&v[at * v_stride..], c_in, 1),
+                                b: &weight[(panel * count + at) * kernel_stride(c_in)..],
+                                depth: c_in,
+                                accumulate: false,
+                            };
+                            panel_product(isa, product);
                         }
-                        let line = maps.w * place.of;
-                        let span =
-                            maps.pixel_row(tile_row) * line..maps.pixel_row(tile_row + 1) * line;
-                        let begin = (tile_row - first) * maps.tiles_x();
-                        let pixels = PixelRows {
-                            y: &mut y[span.start - origin..span.end - origin],
-                            place: Place { first: place.first + channel, of: place.of },
-                            w: maps.w,
-                            shift,
-                            residual: epilogue.add.residual.map(|r| &r[span]),
-                            accumulate: epilogue.accumulate,
-                            rectifier: epilogue.rectifier,
-                        };
-                        let row = TileRow { first: begin, stride: m_stride, size };
-                        transform_output(isa, pixels, m, row);
                     }
+                    let channel = begin * PANEL;
+                    let shift = &mut shift[..width.min(c_out - channel)];
+                    let m = (&*m, first..last);
+                    self.finish(m, m_stride, (c_out, channel), epilogue, shift, y);
                 }
             });
         });
+    }
+
+    /// Writes the output of some channels, `shift.len()` from `channel` of `c_out` on, to the pixels `y` of a block of
+    /// rows of tiles. `shift` is memory for the values that are added to each pixel.
+    fn finish(
+        &self,
+        (m, tile_rows): (&[f32], Range<usize>),
+        stride: usize,
+        (c_out, channel): (usize, usize),
+        epilogue: Epilogue<'_>,
+        shift: &mut [f32],
+        y: &mut [f32],
+    ) {
+        let (maps, place) = (self.tiles(), epilogue.place(c_out));
+        let line = maps.w * place.of;
+        let origin = maps.pixel_row(tile_rows.start) * line;
+        let mut shifted = None;
+        for tile_row in tile_rows.clone() {
+            let (k, _) = maps.place(tile_row);
+            if shifted != Some(k) {
+                epilogue.shift_of(k, c_out, channel, shift);
+                shifted = Some(k);
+            }
+            let span = maps.pixel_row(tile_row) * line..maps.pixel_row(tile_row + 1) * line;
+            let first = (tile_row - tile_rows.start) * maps.tiles_x();
+            let pixels = PixelRows {
+                y: &mut y[span.start - origin..span.end - origin],
+                place: Place { first: place.first + channel, of: place.of },
+                w: maps.w,
+                shift,
+                residual: epilogue.add.residual.map(|r| &r[span]),
+                accumulate: epilogue.accumulate,
+                rectifier: epilogue.rectifier,
+            };
+            transform_output(self.isa, pixels, m, TileRow { first, stride, size: maps.size });
+        }
     }
 
     /// Computes the gradient of the pixels that are doubled. Writes it to `dx`, or adds it to the values of

@@ -202,7 +202,7 @@ pub(super) struct PixelRows<'a> {
     pub y: &'a mut [f32],
     pub place: Place,
     pub w: usize,
-    /// Values added to each pixel: (channels), at most a panel.
+    /// Values added to each pixel: (channels).
     pub shift: &'a [f32],
     /// A map added to the output, of the size of `y`.
     pub residual: Option<&'a [f32]>,

@@ -103,9 +103,9 @@ simd_fn! {
         let TileRow { first, stride, .. } = row;
         let channels = shift.len();
         let tiles = w.div_ceil(2);
+        let row = channels.next_multiple_of(PANEL);
         let rows = y.len() / (w * of);
-        assert!(places.count() * stride <= m.len() && (first + tiles) * PANEL <= stride);
-        assert!(channels <= PANEL);
+        assert!(places.count() * stride <= m.len() && (first + tiles) * row <= stride);
         assert!(residual.is_none_or(|r| r.len() == y.len()));
         assert!((1..=2).contains(&rows) && y.len() == rows * w * of && channel + channels <= of);
         for tile in 0..tiles {
@@ -114,7 +114,7 @@ simd_fn! {
             let down = if rows == 2 { Some(w * of) } else { None };
             let right = (columns == 2).then_some(of);
             let out = OutputTile {
-                m: m[(first + tile) * PANEL..].as_ptr(),
+                m: m[(first + tile) * row..].as_ptr(),
                 stride,
                 y: y[begin..].as_mut_ptr(),
                 residual: residual.map(|r| r[begin..].as_ptr()),

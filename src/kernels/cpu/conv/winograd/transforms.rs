@@ -23,8 +23,8 @@ pub(super) fn transform_input(
     }
 }
 
-/// Writes the pixel rows of a row of tiles, for the channels of a panel: `A^T m A` of each tile, plus the values that
-/// are added to it.
+/// Writes the pixel rows of a row of tiles: `A^T m A` of each tile, plus the values that are added to it. The channels of
+/// `m` are those of whole panels.
 pub(super) fn transform_output(isa: Isa, pixels: PixelRows<'_>, m: &[f32], row: TileRow) {
     match row.size {
         Size::Small(places) => small::transform_output(isa, pixels, m, row, places),

@@ -79,13 +79,14 @@ simd_fn! {
         let Place { first: channel, of } = place;
         let TileRow { first, stride, .. } = row;
         let (channels, tiles, rows) = (shift.len(), w.div_ceil(4), y.len() / (w * of));
-        assert!(36 * stride <= m.len() && (first + tiles) * PANEL <= stride && channels <= PANEL);
+        let row = channels.next_multiple_of(PANEL);
+        assert!(36 * stride <= m.len() && (first + tiles) * row <= stride);
         assert!(residual.is_none_or(|r| r.len() == y.len()));
         assert!((1..=4).contains(&rows) && y.len() == rows * w * of && channel + channels <= of);
         for tile in 0..tiles {
             let begin = 4 * tile * of + channel;
             let out = OutputTile {
-                m: m[(first + tile) * PANEL..].as_ptr(),
+                m: m[(first + tile) * row..].as_ptr(),
                 stride,
                 y: y[begin..].as_mut_ptr(),
                 residual: residual.map(|r| r[begin..].as_ptr()),
