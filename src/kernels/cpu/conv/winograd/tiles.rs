@@ -15,6 +15,9 @@ pub(super) const BLOCK_BYTES: usize = 512 << 10;
 /// Minimum number of tiles in a block. With fewer, reading the weights would take most of the time.
 pub(super) const MIN_BLOCK_TILES: usize = 28;
 
+/// Rows of a product that are computed at once, with the most registers.
+const ROWS: usize = 14;
+
 thread_local! {
     /// Transforms, reused from call to call. Nothing may wait for other threads while they are borrowed:
     /// this thread could be given work that borrows them again.
@@ -218,5 +221,14 @@ pub(super) fn block_rows(tiles: Tiles, values: usize, threads: usize) -> usize {
     let count = (BLOCK_BYTES / bytes).max(MIN_BLOCK_TILES);
     // Small batches leave work for every thread.
     let share = tiles.tile_rows().div_ceil(threads);
-    (count / tiles.tiles_x()).clamp(1, share.max(1))
+    let most = (count / tiles.tiles_x()).clamp(1, share.max(1));
+    if tiles.size != Size::Large {
+        return most;
+    }
+    // There are few large tiles, so the last rows of a product that do not fill registers matter.
+    let filled = |rows: usize| {
+        let products = rows * tiles.tiles_x();
+        products as f64 / products.next_multiple_of(ROWS) as f64
+    };
+    (1..=most).max_by(|&a, &b| filled(a).total_cmp(&filled(b))).unwrap_or(most)
 }
