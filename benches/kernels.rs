@@ -45,7 +45,7 @@ mod random_inputs;
 
 use error::{Error, Result};
 use kernels::cpu::attention::Attention;
-use kernels::cpu::conv::algorithm::{Math, Packed, Workspace};
+use kernels::cpu::conv::algorithm::{Math, Workspace};
 use kernels::cpu::conv::epilogue::Epilogue;
 use kernels::cpu::conv::plan::Plan;
 use kernels::cpu::linear::{linear_forward, linear_input_gradient, linear_weight_gradient};
@@ -141,9 +141,6 @@ fn main() {
             }
         },
     };
-    if args.precision == Precision::High && !by_parts(isa) {
-        eprintln!("Without AMX, high is highest.");
-    }
     let bench = Bench {
         isa,
         flops: ceiling::flops(isa),
@@ -201,22 +198,6 @@ fn main() {
 fn refuse(option: &str, value: &str, why: String) -> ! {
     let message = format!("invalid value '{value}' for '{option}': {why}");
     Args::command().error(ErrorKind::InvalidValue, message).exit()
-}
-
-/// Returns whether convolutions in [`Precision::High`] differ from those in [`Precision::Highest`].
-fn by_parts(isa: Isa) -> bool {
-    let shape = ConvShape::new([1, 4, 4, 16], &[16, 16, 3, 3], SAME).expect("sizes that fit");
-    let packed = Plan::new(isa, shape, math(Precision::High))
-        .pack(&[0.0; 16 * 16 * 9], &mut Workspace::default());
-    matches!(packed, Packed::Bf16(_))
-}
-
-fn math(precision: Precision) -> Math {
-    match precision {
-        Precision::Highest => Math::F32,
-        Precision::High => Math::Bf16x3,
-        Precision::BF16 | Precision::F16 => Math::Bf16,
-    }
 }
 
 /// Size of a square map, input and output channels, height and width of the kernel, scale.
@@ -326,7 +307,7 @@ impl Bench<'_> {
         let dims = [batch, size, size, c_in];
         let weight_dims = [c_out, c_in, height, width];
         let shape_of_conv = ConvShape::new(dims, &weight_dims, scale).expect("sizes that fit");
-        let conv = Plan::new(self.isa, shape_of_conv, math(self.args.precision));
+        let conv = Plan::new(self.isa, shape_of_conv, Math::of(self.args.precision, self.isa));
         let (x, weight) = (normal(dims.iter().product()), normal(weight_dims.iter().product()));
         let bias = normal(c_out);
         let mut y = normal(conv.output().iter().product());

@@ -22,7 +22,8 @@ const SLOW: AverageConfig =
     AverageConfig::HalfLife { length: Length::Images(30.0), ramp_up: Some(0.5) };
 const FAST: AverageConfig = AverageConfig::HalfLife { length: Length::Updates(2.0), ramp_up: None };
 
-/// Configurations that have every optimiser, schedule and average, and timesteps by their losses.
+/// Configurations that have every optimiser, schedule and average, both precisions in f32, and timesteps by their
+/// losses.
 fn configs() -> Vec<TrainConfig> {
     let [narrow, wide] = AverageConfig::POST_HOC;
     let base = || TrainConfig { optimizer: AdamConfig::adam(1e-2), ..config(10) };
@@ -30,7 +31,13 @@ fn configs() -> Vec<TrainConfig> {
     let l2 = AdamConfig { weight_decay: WeightDecay::L2(0.1), ..AdamConfig::adam(1e-2) };
     vec![
         base(),
-        TrainConfig { optimizer: l2, clip_norm: Some(0.1), averages: vec![SLOW], ..base() },
+        TrainConfig {
+            optimizer: l2,
+            clip_norm: Some(0.1),
+            averages: vec![SLOW],
+            precision: Precision::High,
+            ..base()
+        },
         TrainConfig {
             optimizer: AdamConfig::adamw(1e-2, 0.1),
             schedule: LearningRateSchedule::Cosine { end: 0.1 },

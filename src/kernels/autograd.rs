@@ -318,7 +318,7 @@ pub(super) mod tests {
         }
 
         fn convolution_arithmetic(&self, shape: &ConvShape) -> ConvArithmetic {
-            let winograd = Plan::new(self.0, *shape, Math::F32).is_winograd();
+            let winograd = Plan::new(self.0, *shape, Math::F32).winograd();
             ConvArithmetic { products: Products::PLAIN, operands: DType::F32, winograd }
         }
 

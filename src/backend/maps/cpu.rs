@@ -28,7 +28,6 @@ use crate::kernels::{
     add_values, to_channels_first, to_channels_last, with_values, with_values_mut,
 };
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
-use crate::precision::Precision;
 use crate::random::Dropout;
 
 /// The f32 kernels of the CPU as a backend of networks.
@@ -53,13 +52,10 @@ impl<'p> Cpu<'p> {
         let &Place { precision, batch, recording, repack, .. } = place;
         pool.begin(batch, recording);
         let workspace = RefCell::new(pool.workspace());
-        let math = match precision {
-            Precision::Highest => Math::F32,
-            Precision::High => Math::Bf16x3,
-            // Networks return an error for F16 on the CPU.
-            Precision::BF16 | Precision::F16 => Math::Bf16,
-        };
-        Self { isa: Isa::detect(), math, pool, workspace, repack }
+        let isa = Isa::detect();
+        // Networks return an error for F16 on the CPU.
+        let math = Math::of(precision, isa);
+        Self { isa, math, pool, workspace, repack }
     }
 
     /// Copies the values of a tensor to a buffer.
@@ -372,6 +368,7 @@ fn activated(f: VectorActivation, x: &[f32]) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::precision::Precision;
 
     #[test]
     fn weights_are_kept_packed_unless_each_pass_packs_them() -> Result<()> {

@@ -6,7 +6,7 @@ use super::attention::Attention;
 use super::bf16::unit::Unit;
 use super::conv::algorithm::{Math, Packed, Workspace};
 use super::conv::epilogue::Epilogue;
-use super::conv::plan::Plan;
+use super::conv::plan::{PackedOnce, Plan};
 use super::depthwise::{self, Depthwise};
 use super::isa::Isa;
 use super::linear::{linear_forward, linear_input_gradient, linear_weight_gradient};
@@ -17,19 +17,20 @@ use super::pool::pool;
 use super::reduce::{sum_over_batch, sums_by_image};
 use crate::kernels::op::activation::Rectifier;
 use crate::kernels::op::attention::AttentionShape;
-use crate::kernels::op::conv::{Addends, ConvShape};
+use crate::kernels::op::conv::{Addends, ConvShape, Scale};
 use crate::kernels::op::place::Place;
 use crate::kernels::op::pool::Pooling;
 use crate::kernels::suite::{
     AttentionCase, ConvArithmetic, ConvCase, DepthwiseCase, Found, LinearCase, MapsCase,
     ModulatedCase, NormCase, PixelsCase, PoolCase, Subject,
 };
-use crate::kernels::tests::{BF16, F32, Products};
+use crate::kernels::tests::{BF16, F32, Normals, Products};
 
 pub(crate) fn subjects() -> Vec<Box<dyn Subject>> {
     let mut all: Vec<Box<dyn Subject>> = Vec::new();
     for isa in Isa::available() {
         all.push(Box::new(Kernels(isa)));
+        all.push(Box::new(LargeTiles(isa)));
     }
     for unit in Unit::available() {
         for math in [Math::Bf16, Math::Bf16x3] {
@@ -148,7 +149,7 @@ impl Subject for Kernels {
     }
 
     fn convolution_arithmetic(&self, shape: &ConvShape) -> ConvArithmetic {
-        let winograd = Plan::new(self.0, *shape, Math::F32).is_winograd();
+        let winograd = Plan::new(self.0, *shape, Math::F32).winograd();
         ConvArithmetic { products: Products::PLAIN, operands: DType::F32, winograd }
     }
 
@@ -277,6 +278,141 @@ impl Subject for Kernels {
     }
 }
 
+/// Convolutions in f32, with Winograd's larger tiles.
+struct LargeTiles(Isa);
+
+impl Subject for LargeTiles {
+    fn name(&self) -> String {
+        format!("convolutions with larger tiles in {}", self.0.name())
+    }
+
+    fn convolution_arithmetic(&self, shape: &ConvShape) -> ConvArithmetic {
+        let winograd = Plan::new(self.0, *shape, Math::F32Large).winograd();
+        ConvArithmetic { products: Products::PLAIN, operands: DType::F32, winograd }
+    }
+
+    fn convolution(&self, case: &ConvCase) -> Result<Found> {
+        Ok(convolve(Plan::new(self.0, case.shape, Math::F32Large), case))
+    }
+}
+
+/// At shapes of the networks, of standard normals. The reference is the definition in f64.
+#[test]
+fn larger_tiles_have_the_documented_errors() {
+    for (batch, size, c_in, c_out) in [(4, 28, 64, 64), (8, 14, 128, 128), (16, 7, 128, 128)] {
+        let shape = [batch, size, size, c_in];
+        let shape = ConvShape::new(shape, &[c_out, c_in, 3, 3], Scale::Stride(1)).unwrap();
+        let normals = Normals(7);
+        let [x, weight, dy] = [
+            normals.values(0, batch * shape.input_len()),
+            normals.values(1, c_out * shape.patch()),
+            normals.values(2, batch * shape.output_len()),
+        ];
+        let exact = in_f64(&shape, [&x, &weight, &dy]);
+        for isa in Isa::available() {
+            for (math, least, most) in [(Math::F32, 1e-7, 7e-7), (Math::F32Large, 5e-7, 2e-6)] {
+                let plan = Plan::new(isa, shape, math);
+                let mut workspace = Workspace::default();
+                let packed = plan.pack(&weight, &mut workspace);
+                let [mut y, mut dx, mut dweight] = [&dy, &x, &weight].map(|v| room(v.len()));
+                plan.forward(&x, &packed, Epilogue::default(), &mut y);
+                plan.input_gradient(&dy, &weight, &mut dx, false, &mut workspace);
+                plan.weight_gradient(&x, &dy, &mut dweight, &mut workspace);
+                for (name, found, exact) in
+                    [("y", y, &exact[0]), ("dx", dx, &exact[1]), ("dweight", dweight, &exact[2])]
+                {
+                    let off = found.iter().zip(exact).map(|(f, e)| (f64::from(*f) - e).powi(2));
+                    let off = off.sum::<f64>() / exact.iter().map(|e| e * e).sum::<f64>();
+                    let off = off.sqrt();
+                    assert!((least..most).contains(&off), "{isa:?}, {math:?}, {name}: {off}");
+                }
+            }
+        }
+    }
+}
+
+/// The output and the gradients of a 3x3 convolution of `x`, `weight` and the gradient of the output, by the definition.
+fn in_f64(shape: &ConvShape, inputs: [&[f32]; 3]) -> [Vec<f64>; 3] {
+    let [x, weight, dy] = inputs.map(|v| v.iter().map(|&v| f64::from(v)).collect::<Vec<_>>());
+    let ConvShape { batch, h, w, c_in, c_out, .. } = *shape;
+    let [mut y, mut dx, mut dweight] = [&dy, &x, &weight].map(|v| vec![0.0; v.len()]);
+    for (ky, kx) in (0..3).flat_map(|ky| (0..3).map(move |kx| (ky, kx))) {
+        let tap = |o: usize, i: usize| (o * c_in + i) * 9 + 3 * ky + kx;
+        let kernel: Vec<f64> =
+            (0..c_in * c_out).map(|k| weight[tap(k % c_out, k / c_out)]).collect();
+        let mut of_kernel = vec![0.0; kernel.len()];
+        for pixel in 0..batch * h * w {
+            let (row, column) = (pixel / w % h + ky, pixel % w + kx);
+            if !(1..=h).contains(&row) || !(1..=w).contains(&column) {
+                continue;
+            }
+            let from = pixel / (h * w) * h * w + (row - 1) * w + column - 1;
+            let (out, dout) = (&mut y[pixel * c_out..][..c_out], &dy[pixel * c_out..][..c_out]);
+            for i in 0..c_in {
+                let (x, dx) = (x[from * c_in + i], &mut dx[from * c_in + i]);
+                let kernel = &kernel[i * c_out..][..c_out];
+                let of_kernel = &mut of_kernel[i * c_out..][..c_out];
+                for o in 0..c_out {
+                    out[o] += x * kernel[o];
+                    *dx += dout[o] * kernel[o];
+                    of_kernel[o] += x * dout[o];
+                }
+            }
+        }
+        (0..kernel.len()).for_each(|k| dweight[tap(k % c_out, k / c_out)] = of_kernel[k]);
+    }
+    [y, dx, dweight]
+}
+
+/// Networks may be trained with one size of tiles and evaluated with the other, so weights packed for one must not be
+/// used for the other.
+#[test]
+fn weights_packed_once_fit_maps_of_every_size() {
+    let weight = Normals(3).values(0, 16 * 24 * 9);
+    let once = PackedOnce::default();
+    for math in [Math::F32, Math::F32Large, Math::F32, Math::F32Large] {
+        for size in [4, 28, 6, 14] {
+            let shape = ConvShape::new([2, size, size, 16], &[24, 16, 3, 3], Scale::Stride(1));
+            let plan = Plan::new(Isa::detect(), shape.unwrap(), math);
+            let x = Normals(3).values(1, 2 * size * size * 16);
+            let [mut found, mut expected] = [0, 1].map(|_| room(2 * size * size * 24));
+            plan.forward(&x, once.get(&plan, &weight), Epilogue::default(), &mut found);
+            let packed = plan.pack(&weight, &mut Workspace::default());
+            plan.forward(&x, &packed, Epilogue::default(), &mut expected);
+            assert_eq!(found, expected, "{math:?}, {size}");
+        }
+    }
+}
+
+/// Sums do not depend on how blocks of tiles are shared by threads.
+#[test]
+fn larger_tiles_have_the_same_bits_for_any_number_of_threads() {
+    let shape = ConvShape::new([3, 22, 17, 40], &[72, 40, 3, 3], Scale::Stride(1)).unwrap();
+    let normals = Normals(11);
+    let [x, weight, dy] = [
+        normals.values(0, 3 * shape.input_len()),
+        normals.values(1, 72 * shape.patch()),
+        normals.values(2, 3 * shape.output_len()),
+    ];
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let plan = Plan::new(Isa::detect(), shape, Math::F32Large);
+            let mut workspace = Workspace::default();
+            let packed = plan.pack(&weight, &mut workspace);
+            let [mut y, mut dx, mut dweight] = [&dy, &x, &weight].map(|v| room(v.len()));
+            plan.forward(&x, &packed, Epilogue::default(), &mut y);
+            plan.input_gradient(&dy, &weight, &mut dx, false, &mut workspace);
+            plan.weight_gradient(&x, &dy, &mut dweight, &mut workspace);
+            [y, dx, dweight]
+        })
+    };
+    let expected = run(1);
+    for threads in [2, 3, 5] {
+        assert_eq!(run(threads), expected, "{threads} threads");
+    }
+}
+
 /// Convolutions with bf16 products on one unit.
 struct Bf16Convolutions {
     unit: Unit,
@@ -298,7 +434,7 @@ impl Subject for Bf16Convolutions {
             ),
             _ => (DType::BF16, Products::PLAIN),
         };
-        ConvArithmetic { products, operands, winograd: false }
+        ConvArithmetic { products, operands, winograd: None }
     }
 
     fn convolution(&self, case: &ConvCase) -> Result<Found> {

@@ -54,7 +54,7 @@ pub(crate) trait Subject {
 
     /// The arithmetic of a convolution.
     fn convolution_arithmetic(&self, _: &ConvShape) -> ConvArithmetic {
-        ConvArithmetic { products: self.products(), operands: self.maps(), winograd: false }
+        ConvArithmetic { products: self.products(), operands: self.maps(), winograd: None }
     }
 
     /// Maximum number of values in an f32 sum of a normalisation, and the relative error of storing its

@@ -3,14 +3,19 @@
 use std::fmt;
 
 use super::epilogue::Epilogue;
+use crate::kernels::cpu::bf16::unit::Unit;
+use crate::kernels::cpu::isa::Isa;
+use crate::precision::Precision;
 
 /// The arithmetic of products. Sums are f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Math {
     /// Products of f32 operands.
     F32,
-    /// Three products of bf16 operands in place of one product, accurate to about 16 bits, if that is
-    /// faster. Otherwise the same as [`F32`](Self::F32).
+    /// Products of f32 operands, and for 3x3 kernels Winograd's method with larger tiles than those of
+    /// [`F32`](Self::F32): fewer products, with a greater rounding error.
+    F32Large,
+    /// Three products of bf16 operands in place of one product, accurate to about 16 bits.
     Bf16x3,
     /// Products of operands rounded to bf16.
     Bf16,
@@ -18,6 +23,18 @@ pub(crate) enum Math {
 
 impl Math {
     pub(crate) const COUNT: usize = Self::Bf16 as usize + 1;
+
+    /// The arithmetic of a precision in this instruction set. `F16` is not for CPUs.
+    pub(crate) fn of(precision: Precision, isa: Isa) -> Self {
+        match precision {
+            Precision::Highest => Self::F32,
+            // Three products in place of one are faster than f32 only with tiles. Tests must not depend on whether the
+            // machine has tiles.
+            Precision::High if cfg!(test) || Unit::detect(isa).has_tiles() => Self::Bf16x3,
+            Precision::High => Self::F32Large,
+            Precision::BF16 | Precision::F16 => Self::Bf16,
+        }
+    }
 }
 
 /// An algorithm for convolutions of one shape, in one instruction set.

@@ -28,13 +28,17 @@ impl Epilogue<'_> {
 
     /// Writes the sum of the values that are added to each pixel of an image.
     pub(crate) fn shift(&self, image: usize, shift: &mut [f32]) {
-        let channels = shift.len();
+        self.shift_of(image, shift.len(), 0, shift);
+    }
+
+    /// Writes the same for the channels of an output of `channels` channels from `first` on.
+    pub(crate) fn shift_of(&self, image: usize, channels: usize, first: usize, shift: &mut [f32]) {
         match self.bias {
-            Some(bias) => shift.copy_from_slice(bias),
+            Some(bias) => shift.copy_from_slice(&bias[first..][..shift.len()]),
             None => shift.fill(0.0),
         }
         if let Some(values) = self.add.per_image {
-            let values = &values[image * channels..][..channels];
+            let values = &values[image * channels + first..][..shift.len()];
             shift.iter_mut().zip(values).for_each(|(shift, value)| *shift += value);
         }
     }

@@ -28,8 +28,8 @@ enum Way {
 /// Returns an algorithm for the convolution, if it supports the shape and the arithmetic.
 type Suits = fn(Isa, &ConvShape, Math) -> Option<Way>;
 
-/// The algorithms, the fastest first. [`Im2col`] handles all other cases. The choice does not depend on
-/// the batch or the size of the map, so all of these share packed weights.
+/// The algorithms, the fastest first. [`Im2col`] handles all other cases. The choice does not depend on the batch. With
+/// [`Math::F32Large`] it depends on the size of the map, and with it the packing of weights: see [`Plan::packing`].
 const WAYS: [Suits; 2] = [
     |isa, shape, math| Bf16::suits(isa, shape, math).map(Way::Bf16),
     |isa, shape, math| Winograd::suits(isa, shape, math).map(Way::Winograd),
@@ -50,10 +50,21 @@ impl Plan {
         }
     }
 
-    /// Returns whether the algorithm is Winograd's.
+    /// Height and width of the output of Winograd's tiles, if the algorithm is Winograd's.
     #[cfg(test)]
-    pub(crate) fn is_winograd(&self) -> bool {
-        matches!(self.way, Way::Winograd(_))
+    pub(crate) fn winograd(&self) -> Option<usize> {
+        let Way::Winograd(winograd) = &self.way else { return None };
+        Some(if winograd.is_large() { 4 } else { 2 })
+    }
+
+    /// The arithmetic that packs weights like this plan. Plans of the same arithmetic, kernel and scale share packed
+    /// weights, except that [`Math::F32Large`] packs those of small maps like [`Math::F32`].
+    pub(crate) fn packing(&self) -> Math {
+        match (&self.way, self.math) {
+            (Way::Winograd(winograd), Math::F32Large) if winograd.is_large() => Math::F32Large,
+            (_, Math::F32Large) => Math::F32,
+            (_, math) => math,
+        }
     }
 
     /// Returns the same plan, with bf16 products on another unit.
@@ -76,7 +87,7 @@ impl Plan {
         self.algorithm().pack(weight, workspace)
     }
 
-    /// Writes `y` from `x`. A plan of another batch or size of map may have packed the weights.
+    /// Writes `y` from `x`. Another plan with the same [`packing`](Self::packing) may have packed the weights.
     pub(crate) fn forward(
         &self,
         x: &[f32],
@@ -113,14 +124,14 @@ impl Plan {
 }
 
 /// The packed weights of a layer whose weights do not change. They are packed at the first use of each
-/// kind of arithmetic.
+/// packing.
 #[derive(Debug, Default)]
 pub(crate) struct PackedOnce([OnceLock<Packed>; Math::COUNT]);
 
 impl PackedOnce {
     /// Returns the packed weights for a plan. The first call packs them.
     pub(crate) fn get(&self, plan: &Plan, weight: &[f32]) -> &Packed {
-        let packed = &self.0[plan.math as usize];
+        let packed = &self.0[plan.packing() as usize];
         // Not packed within `get_or_init`: packing uses the thread pool, and threads that wait there
         // would keep it from ending. In the worst case the weights are packed twice.
         match packed.get() {

@@ -31,20 +31,16 @@ use crate::kernels::op::conv::ConvShape;
 use crate::kernels::op::place::Place;
 
 impl Bf16 {
-    /// Returns the algorithm if `math` uses bf16 products. Three products in place of one are faster
-    /// than f32 only with tiles.
+    /// Returns the algorithm if `math` uses bf16 products.
     pub(super) fn suits(isa: Isa, shape: &ConvShape, math: Math) -> Option<Self> {
         let terms = match math {
             // Returned before the units are detected: AMX is not requested from the system if it is not
             // used.
-            Math::F32 => return None,
+            Math::F32 | Math::F32Large => return None,
             Math::Bf16x3 => Terms::Three,
             Math::Bf16 => Terms::One,
         };
-        let unit = Unit::detect(isa);
-        // Tests must not depend on whether the machine has tiles.
-        let pays = terms == Terms::One || unit.has_tiles() || cfg!(test);
-        pays.then_some(Self { isa, unit, terms, shape: *shape })
+        Some(Self { isa, unit: Unit::detect(isa), terms, shape: *shape })
     }
 
     /// Returns the same algorithm on another unit.

@@ -12,19 +12,28 @@
 //! difference is zero, and so are 7 of the 16 places: 9 products remain. The doubled maps are never
 //! written: tiles are read from the pixels before they are doubled.
 //!
+//! F(4x4, 3x3) has tiles of 6x6 pixels: 36 multiplications instead of 144. Its transforms amplify rounding errors, so it
+//! is used only if the arithmetic allows it.
+//!
 //! On channels-last maps, each transform is arithmetic of whole vectors of channels.
 
+mod large;
 mod places;
 mod tiles;
 mod transform_kernels;
 mod transform_maps;
+mod transforms;
 mod weight_gradient;
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
-use self::tiles::{TileRow, Tiles, block_rows, place_stride, with_scratch};
-use self::transform_kernels::{KERNELS, transform_kernels};
-use self::transform_maps::{PixelRows, transform_input, transform_output};
+use self::tiles::{
+    PixelRows, TileRow, Tiles, block_rows, kernel_stride, place_stride, with_scratch,
+};
+use self::transform_kernels::KERNELS;
+use self::transforms::{transform_input, transform_kernels, transform_output};
 use self::weight_gradient::weight_gradient;
 use super::algorithm::{Algorithm, Math, Packed, Workspace};
 use super::epilogue::Epilogue;
@@ -32,34 +41,49 @@ use super::im2col::Im2col;
 use crate::kernels::cpu::gemm::micro::{Left, PANEL, PanelProduct, panel_product};
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::memory::sized;
-use crate::kernels::op::conv::ConvShape;
+use crate::kernels::op::conv::{ConvShape, Scale};
+use crate::kernels::op::place::Place;
 
 /// Channels below which transforming tiles costs more than it saves.
 const MIN_CHANNELS: usize = 8;
+
+/// The least height and width of a map for tiles of 6x6 pixels. With 5 or 6 pixels, no products would be saved, and with
+/// fewer, the weights take most of the time.
+const MIN_LARGE: usize = 7;
 
 /// 3x3 convolutions at stride 1.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Winograd {
     isa: Isa,
     shape: ConvShape,
+    /// Whether tiles have 6x6 pixels.
+    large: bool,
 }
 
 impl Winograd {
     /// Returns the algorithm for 3x3 kernels at stride 1, if there are enough channels.
-    pub(super) fn suits(isa: Isa, shape: &ConvShape, _: Math) -> Option<Self> {
+    pub(super) fn suits(isa: Isa, shape: &ConvShape, math: Math) -> Option<Self> {
         let suits = shape.kernel == [3, 3]
             && shape.stride() == 1
             && (!shape.begins_at_edge() || shape.stays_within())
             && shape.c_in.min(shape.c_out) >= MIN_CHANNELS;
-        suits.then_some(Self { isa, shape: *shape })
+        let large = math == Math::F32Large
+            && shape.scale == Scale::Stride(1)
+            && shape.h.min(shape.w) >= MIN_LARGE;
+        suits.then_some(Self { isa, shape: *shape, large })
+    }
+
+    /// Returns whether tiles have 6x6 pixels.
+    pub(super) fn is_large(&self) -> bool {
+        self.large
     }
 
     fn tiles(&self) -> Tiles {
-        Tiles::of(&self.shape)
+        Tiles::of(&self.shape, self.large)
     }
 
-    /// Packs the weights (out, in, 3, 3) of the convolution: panels of output channels, each (places, in,
-    /// [`PANEL`]).
+    /// Packs the weights (out, in, 3, 3) of the convolution: panels of output channels, each (places, in, [`PANEL`]),
+    /// with places [`kernel_stride`] apart.
     fn pack_forward(&self, weight: &[f32], memory: &mut Vec<f32>) {
         let ConvShape { c_in, c_out, .. } = self.shape;
         let (weight, _) = weight.as_chunks();
@@ -87,9 +111,9 @@ impl Winograd {
         rotated: Option<[f32; 4]>,
         memory: &mut Vec<f32>,
     ) {
-        let (isa, places) = (self.isa, self.tiles().places());
+        let (isa, size) = (self.isa, self.tiles().size);
         let factors = rotated.unwrap_or([1.0; 4]);
-        let panel_len = places.count() * rows * PANEL;
+        let panel_len = size.count() * kernel_stride(rows);
         let packed = sized(memory, columns.div_ceil(PANEL) * panel_len);
         packed.par_chunks_mut(panel_len).enumerate().for_each(|(panel, values)| {
             let columns = panel * PANEL..columns.min((panel + 1) * PANEL);
@@ -106,7 +130,7 @@ impl Winograd {
                     if rotated.is_some() {
                         taps.reverse();
                     }
-                    transform_kernels(isa, values, rows, first + i, taps, places, factors);
+                    transform_kernels(isa, values, (first + i, rows), taps, size, factors);
                 }
             }
         });
@@ -123,65 +147,89 @@ impl Winograd {
         y: &mut [f32],
     ) {
         let (isa, maps) = (self.isa, self.tiles());
-        let panels = c_out.div_ceil(PANEL);
-        let padded = panels * PANEL;
-        let (places, place) = (maps.places(), epilogue.place(c_out));
+        let (size, place) = (maps.size, epilogue.place(c_out));
+        let count = size.count();
         assert_eq!(x.len(), maps.input_pixels() * c_in);
         assert_eq!(y.len(), maps.batch * maps.h * maps.w * place.of);
-        let rows = block_rows(maps, c_in + padded, rayon::current_num_threads());
+        // The products of large tiles are transformed panel by panel. Those of all panels would not fit in the cache.
+        let panels = c_out.div_ceil(PANEL);
+        let at_once = if self.large { 1 } else { panels };
+        let width = at_once * PANEL;
+        let rows = block_rows(maps, c_in + width, rayon::current_num_threads());
         maps.blocks_mut(y, place.of, rows).into_par_iter().for_each(|(first, y)| {
             let last = (first + rows).min(maps.tile_rows());
             let tiles = (last - first) * maps.tiles_x();
-            let (v_stride, m_stride) = (place_stride(tiles * c_in), place_stride(tiles * padded));
-            with_scratch(places.count() * (v_stride + m_stride) + c_out, |scratch| {
-                let (v, scratch) = scratch.split_at_mut(places.count() * v_stride);
-                let (m, shift) = scratch.split_at_mut(places.count() * m_stride);
+            let (v_stride, m_stride) = (place_stride(tiles * c_in), place_stride(tiles * width));
+            with_scratch(count * (v_stride + m_stride) + width + c_in, |scratch| {
+                let (v, scratch) = scratch.split_at_mut(count * v_stride);
+                let (m, scratch) = scratch.split_at_mut(count * m_stride);
+                let (shift, zeros) = scratch.split_at_mut(width);
+                zeros.fill(0.0);
                 for tile_row in first..last {
                     let (k, top) = maps.place(tile_row);
                     let begin = (tile_row - first) * maps.tiles_x();
-                    let row = TileRow { first: begin, stride: v_stride, places };
-                    transform_input(isa, v, row, maps.input(x, k), top);
+                    let row = TileRow { first: begin, stride: v_stride, size };
+                    transform_input(isa, v, row, maps.input(x, k), top, zeros);
                 }
-                for panel in 0..panels {
-                    for place in 0..places.count() {
-                        let m = &mut m[place * m_stride + panel * PANEL..];
-                        let product = PanelProduct {
-                            c: &mut m[..(tiles - 1) * padded + PANEL],
-                            c_row: padded,
-                            rows: tiles,
-                            a: Left::new(&v[place * v_stride..], c_in, 1),
-                            b: &weight[(panel * places.count() + place) * c_in * PANEL..],
-                            depth: c_in,
-                            accumulate: false,
-                        };
-                        panel_product(isa, product);
+                for begin in (0..panels).step_by(at_once) {
+                    for panel in begin..begin + at_once {
+                        for at in 0..count {
+                            let m = &mut m[at * m_stride + (panel - begin) * PANEL..];
+                            let product = PanelProduct {
+                                c: &mut m[..(tiles - 1) * width + PANEL],
+                                c_row: width,
+                                rows: tiles,
+                                a: Left::new(&v[at * v_stride..], c_in, 1),
+                                b: &weight[(panel * count + at) * kernel_stride(c_in)..],
+                                depth: c_in,
+                                accumulate: false,
+                            };
+                            panel_product(isa, product);
+                        }
                     }
-                }
-                let origin = maps.pixel_row(first) * maps.w * place.of;
-                let mut shifted = None;
-                for tile_row in first..last {
-                    let (k, _) = maps.place(tile_row);
-                    if shifted != Some(k) {
-                        epilogue.shift(k, shift);
-                        shifted = Some(k);
-                    }
-                    let line = maps.w * place.of;
-                    let span = maps.pixel_row(tile_row) * line..maps.pixel_row(tile_row + 1) * line;
-                    let begin = (tile_row - first) * maps.tiles_x();
-                    let pixels = PixelRows {
-                        y: &mut y[span.start - origin..span.end - origin],
-                        place,
-                        w: maps.w,
-                        shift,
-                        residual: epilogue.add.residual.map(|r| &r[span]),
-                        accumulate: epilogue.accumulate,
-                        rectifier: epilogue.rectifier,
-                    };
-                    let row = TileRow { first: begin, stride: m_stride, places };
-                    transform_output(isa, pixels, m, row);
+                    let channel = begin * PANEL;
+                    let shift = &mut shift[..width.min(c_out - channel)];
+                    let m = (&*m, first..last);
+                    self.finish(m, m_stride, (c_out, channel), epilogue, shift, y);
                 }
             });
         });
+    }
+
+    /// Writes the output of some channels, `shift.len()` from `channel` of `c_out` on, to the pixels `y` of a block of
+    /// rows of tiles. `shift` is memory for the values that are added to each pixel.
+    fn finish(
+        &self,
+        (m, tile_rows): (&[f32], Range<usize>),
+        stride: usize,
+        (c_out, channel): (usize, usize),
+        epilogue: Epilogue<'_>,
+        shift: &mut [f32],
+        y: &mut [f32],
+    ) {
+        let (maps, place) = (self.tiles(), epilogue.place(c_out));
+        let line = maps.w * place.of;
+        let origin = maps.pixel_row(tile_rows.start) * line;
+        let mut shifted = None;
+        for tile_row in tile_rows.clone() {
+            let (k, _) = maps.place(tile_row);
+            if shifted != Some(k) {
+                epilogue.shift_of(k, c_out, channel, shift);
+                shifted = Some(k);
+            }
+            let span = maps.pixel_row(tile_row) * line..maps.pixel_row(tile_row + 1) * line;
+            let first = (tile_row - tile_rows.start) * maps.tiles_x();
+            let pixels = PixelRows {
+                y: &mut y[span.start - origin..span.end - origin],
+                place: Place { first: place.first + channel, of: place.of },
+                w: maps.w,
+                shift,
+                residual: epilogue.add.residual.map(|r| &r[span]),
+                accumulate: epilogue.accumulate,
+                rectifier: epilogue.rectifier,
+            };
+            transform_output(self.isa, pixels, m, TileRow { first, stride, size: maps.size });
+        }
     }
 
     /// Computes the gradient of the pixels that are doubled. Writes it to `dx`, or adds it to the values of
@@ -191,7 +239,7 @@ impl Winograd {
         let ConvShape { c_in, c_out, .. } = self.shape;
         let panels = c_in.div_ceil(PANEL);
         let padded = panels * PANEL;
-        let places = maps.places().count();
+        let places = maps.size.count();
         assert_eq!(dx.len(), maps.input_pixels() * c_in);
         assert_eq!(dy.len(), maps.batch * maps.h * maps.w * c_out);
         let rows = block_rows(maps, c_out, rayon::current_num_threads());
@@ -204,8 +252,9 @@ impl Winograd {
                 for (i, begin) in (0..tiles).step_by(maps.tiles_x()).enumerate() {
                     let (k, top) = maps.place(block * rows + i);
                     let dy = maps.output(dy, k);
-                    let row = TileRow { first: begin, stride: v_stride, places: maps.places() };
-                    transform_input(isa, v, row, dy, top);
+                    let row = TileRow { first: begin, stride: v_stride, size: maps.size };
+                    // Small tiles need no zeros.
+                    transform_input(isa, v, row, dy, top, &[]);
                 }
                 for panel in 0..panels {
                     let sums = &mut sums[panel * PANEL..];
@@ -215,7 +264,7 @@ impl Winograd {
                             c_row: padded,
                             rows: tiles,
                             a: Left::new(&v[place * v_stride..], c_out, 1),
-                            b: &weight[(panel * places + place) * c_out * PANEL..],
+                            b: &weight[(panel * places + place) * kernel_stride(c_out)..],
                             depth: c_out,
                             accumulate: place > 0,
                         };

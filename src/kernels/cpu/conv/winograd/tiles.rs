@@ -1,10 +1,13 @@
-//! The division of maps into tiles of 4x4 pixels that overlap by 2, and into blocks of tiles.
+//! The division of maps into tiles of 4x4 or 6x6 pixels that overlap by 2, and into blocks of tiles.
 
 use std::cell::RefCell;
 
 use super::places::Places;
+use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::memory::sized_by_lines;
+use crate::kernels::op::activation::Rectifier;
 use crate::kernels::op::conv::ConvShape;
+use crate::kernels::op::place::Place;
 
 /// Bytes of the transforms of a block of tiles: half of a usual second-level cache.
 const BLOCK_BYTES: usize = 512 << 10;
@@ -12,15 +15,45 @@ const BLOCK_BYTES: usize = 512 << 10;
 /// Minimum number of tiles in a block. With fewer, reading the weights would take most of the time.
 pub(super) const MIN_BLOCK_TILES: usize = 28;
 
+/// Rows of a product that are computed at once, with the most registers.
+const ROWS: usize = 14;
+
 thread_local! {
     /// Transforms, reused from call to call. Nothing may wait for other threads while they are borrowed:
     /// this thread could be given work that borrows them again.
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Calls `f` with memory for `len` values.
+/// Calls `f` with memory for `len` values that begins at a cache line.
 pub(super) fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     SCRATCH.with_borrow_mut(|scratch| f(sized_by_lines(scratch, len)))
+}
+
+/// The size of tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Size {
+    /// F(2x2, 3x3): tiles of 4x4 pixels, with these places.
+    Small(Places),
+    /// F(4x4, 3x3): tiles of 6x6 pixels, with all places.
+    Large,
+}
+
+impl Size {
+    /// Number of places of a tile.
+    pub(super) fn count(self) -> usize {
+        match self {
+            Self::Small(places) => places.count(),
+            Self::Large => 36,
+        }
+    }
+
+    /// Height and width of the output of a tile.
+    pub(super) fn pixels(self) -> usize {
+        match self {
+            Self::Small(_) => 2,
+            Self::Large => 4,
+        }
+    }
 }
 
 /// An image to be divided into tiles.
@@ -33,15 +66,10 @@ pub(super) struct Source<'a> {
     /// Rows and columns of zeros before the map: 0 or 1.
     pub before: usize,
     pub channels: usize,
+    /// The first channel that is read, and their number.
+    pub some: (usize, usize),
     /// Whether each pixel of the image stands for four of the map.
     pub doubled: bool,
-}
-
-impl Source<'_> {
-    /// Tiles in a row.
-    pub(super) fn tiles(&self) -> usize {
-        (self.w + 2 * self.before - 2).div_ceil(2)
-    }
 }
 
 /// The tiles of the maps (batch, h, w, channels) on both sides of a convolution.
@@ -56,16 +84,20 @@ pub(super) struct Tiles {
     pub before: usize,
     /// Whether each pixel of the input is doubled in both directions. The input is passed before doubling.
     pub doubled: bool,
+    pub size: Size,
 }
 
 impl Tiles {
-    pub(super) fn of(shape: &ConvShape) -> Self {
+    /// The tiles of a convolution. Large tiles are for maps that are not doubled.
+    pub(super) fn of(shape: &ConvShape, large: bool) -> Self {
         let ConvShape { batch, h_out: h, w_out: w, .. } = *shape;
-        Self { batch, h, w, before: shape.padding()[0], doubled: shape.upsamples() }
-    }
-
-    pub(super) fn places(self) -> Places {
-        if self.doubled { Places::Outer } else { Places::All }
+        let doubled = shape.upsamples();
+        let size = match (large, doubled) {
+            (true, _) => Size::Large,
+            (false, true) => Size::Small(Places::Outer),
+            (false, false) => Size::Small(Places::All),
+        };
+        Self { batch, h, w, before: shape.padding()[0], doubled, size }
     }
 
     /// Pixels of the input, before they are doubled.
@@ -85,7 +117,15 @@ impl Tiles {
         let image = x.len() / self.batch;
         let channels = x.len() / self.input_pixels();
         let (Self { before, doubled, .. }, [h, w]) = (self, self.map());
-        Source { image: &x[k * image..][..image], h, w, before, channels, doubled }
+        Source {
+            image: &x[k * image..][..image],
+            h,
+            w,
+            before,
+            channels,
+            some: (0, channels),
+            doubled,
+        }
     }
 
     /// Image `k` of the gradient of the output, as the input of a convolution.
@@ -95,12 +135,12 @@ impl Tiles {
 
     /// Tiles in a row.
     pub(super) fn tiles_x(self) -> usize {
-        self.w.div_ceil(2)
+        self.w.div_ceil(self.size.pixels())
     }
 
     /// Rows of tiles in an image.
     fn tiles_y(self) -> usize {
-        self.h.div_ceil(2)
+        self.h.div_ceil(self.size.pixels())
     }
 
     /// Rows of tiles in the whole batch.
@@ -110,7 +150,7 @@ impl Tiles {
 
     /// The image and the first pixel row of a row of tiles.
     pub(super) fn place(self, tile_row: usize) -> (usize, usize) {
-        (tile_row / self.tiles_y(), 2 * (tile_row % self.tiles_y()))
+        (tile_row / self.tiles_y(), self.size.pixels() * (tile_row % self.tiles_y()))
     }
 
     /// Pixel rows before a row of tiles, in the whole batch.
@@ -140,9 +180,14 @@ impl Tiles {
 }
 
 /// Returns the distance between the values of two places of a tile. It is an odd number of cache lines, so
-/// that the 16 places that a transform writes at once do not fall into the same few sets of the cache.
+/// that the places that a transform writes at once do not fall into the same few sets of the cache.
 pub(super) fn place_stride(values: usize) -> usize {
     (values.div_ceil(16) | 1) * 16
+}
+
+/// Returns the distance between the values of two places of the kernels of a panel, for this number of rows.
+pub(super) fn kernel_stride(rows: usize) -> usize {
+    place_stride(rows * PANEL)
 }
 
 /// The position of a row of tiles in the transforms of a block: place p of tile k begins at `p * stride +
@@ -151,14 +196,39 @@ pub(super) fn place_stride(values: usize) -> usize {
 pub(super) struct TileRow {
     pub first: usize,
     pub stride: usize,
-    pub places: Places,
+    pub size: Size,
+}
+
+/// The pixel rows of a row of tiles of the output, and the values that are added to them.
+pub(super) struct PixelRows<'a> {
+    /// The rows of a map, of which the output is some channels.
+    pub y: &'a mut [f32],
+    pub place: Place,
+    pub w: usize,
+    /// Values added to each pixel: (channels).
+    pub shift: &'a [f32],
+    /// A map added to the output, of the size of `y`.
+    pub residual: Option<&'a [f32]>,
+    /// Whether the output is added to the present values.
+    pub accumulate: bool,
+    /// The limits of the output.
+    pub rectifier: Rectifier,
 }
 
 /// Returns the rows of tiles in a block, if each place of a tile has `values` values.
 pub(super) fn block_rows(tiles: Tiles, values: usize, threads: usize) -> usize {
-    let bytes = tiles.places().count() * values * size_of::<f32>();
+    let bytes = tiles.size.count() * values * size_of::<f32>();
     let count = (BLOCK_BYTES / bytes).max(MIN_BLOCK_TILES);
     // Small batches leave work for every thread.
     let share = tiles.tile_rows().div_ceil(threads);
-    (count / tiles.tiles_x()).clamp(1, share.max(1))
+    let most = (count / tiles.tiles_x()).clamp(1, share.max(1));
+    if tiles.size != Size::Large {
+        return most;
+    }
+    // There are few large tiles, so the last rows of a product that do not fill registers matter.
+    let filled = |rows: usize| {
+        let products = rows * tiles.tiles_x();
+        products as f64 / products.next_multiple_of(ROWS) as f64
+    };
+    (1..=most).max_by(|&a, &b| filled(a).total_cmp(&filled(b))).unwrap_or(most)
 }

@@ -1,6 +1,7 @@
-//! The transforms of kernels, and of the gradients of kernels.
+//! The transforms of kernels of F(2x2, 3x3), and of the gradients of kernels.
 
 use super::places::{Places, each, place, with_places};
+use super::tiles::kernel_stride;
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::simd::{Simd, simd_fn};
 
@@ -19,13 +20,13 @@ simd_fn! {
         places: Places,
         factors: [f32; 4],
     ) {
-        assert!(values.len() >= places.count() * rows * PANEL && row < rows);
+        assert!(values.len() >= places.count() * kernel_stride(rows) && row < rows);
         for j in (0..PANEL).step_by(S::WIDTH) {
             // SAFETY: `j` and the vector after it are within PANEL. By the assertion, places are within
             // `values`.
             unsafe {
                 let values = values.as_mut_ptr().add(row * PANEL + j);
-                with_places!(places, kernel_tile::<S>(values, rows * PANEL, taps, j, factors));
+                with_places!(places, kernel_tile::<S>(values, kernel_stride(rows), taps, j, factors));
             }
         }
     }
@@ -75,7 +76,7 @@ simd_fn! {
         c_in: usize,
         places: Places,
     ) {
-        assert!((parts - 1) * part_len + places.count() * c_in * PANEL <= u.len());
+        assert!((parts - 1) * part_len + places.count() * kernel_stride(c_in) <= u.len());
         let count = dweight.len() / (c_in * 9);
         assert!(count <= PANEL);
         let mut taps = [[0f32; PANEL]; 9];
@@ -86,7 +87,7 @@ simd_fn! {
                 // within `u`.
                 unsafe {
                     let u = u.as_ptr().add(i * PANEL + j);
-                    with_places!(places, kernel_gradient_tile::<S>(&mut taps, j, u, c_in * PANEL, parts));
+                    with_places!(places, kernel_gradient_tile::<S>(&mut taps, j, u, kernel_stride(c_in), parts));
                 }
             }
             for (o, dweight) in dweight.chunks_mut(c_in * 9).enumerate().take(count) {

@@ -1,12 +1,11 @@
-//! The transforms of maps: from pixels to the places of tiles, and back.
+//! The transforms of maps of F(2x2, 3x3): from pixels to the places of tiles, and back.
 
 use std::ops::Range;
 
 use super::places::{Places, each, place, with_places};
-use super::tiles::{Source, TileRow};
+use super::tiles::{PixelRows, Source, TileRow};
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::simd::{Simd, simd_fn};
-use crate::kernels::op::activation::Rectifier;
 use crate::kernels::op::place::Place;
 
 simd_fn! {
@@ -15,15 +14,16 @@ simd_fn! {
     pub(super) fn transform_input<S>(
         v: &mut [f32],
         row: TileRow,
+        places: Places,
         source: Source<'_>,
         top: usize,
     ) {
-        let TileRow { first, stride, places } = row;
-        let Source { image, h, w, before, channels, doubled } = source;
-        let tiles = source.tiles();
+        let TileRow { first, stride, .. } = row;
+        let Source { image, h, w, before, channels, some: (begin, count), doubled } = source;
+        let tiles = (w + 2 * before - 2).div_ceil(2);
         let scale = if doubled { 2 } else { 1 };
-        assert!(places.count() * stride <= v.len() && (first + tiles) * channels <= stride);
-        assert_eq!(image.len(), (h / scale) * (w / scale) * channels);
+        assert!(places.count() * stride <= v.len() && (first + tiles) * count <= stride);
+        assert!(image.len() == (h / scale) * (w / scale) * channels && begin + count <= channels);
         let v = v.as_mut_ptr();
         for tile in 0..tiles {
             // Pixel (y, x) of the tile, if it is within the map.
@@ -32,21 +32,21 @@ simd_fn! {
                 let inside = y < h && x < w;
                 inside.then(|| {
                     let pixel = y / scale * (w / scale) + x / scale;
-                    image[pixel * channels..][..channels].as_ptr()
+                    image[pixel * channels + begin..][..count].as_ptr()
                 })
             };
             let pixels: [[Option<*const f32>; 4]; 4] =
                 each!(Y in 0 1 2 3 => each!(X in 0 1 2 3 => pixel(Y, X)));
-            // SAFETY: pixels have `channels` values each, and the loops below end there. By the
+            // SAFETY: pixels have `count` values each, and the loops below end there. By the
             // assertion, the places of tile `first + tile` are within `v`.
             unsafe {
-                let v = v.add((first + tile) * channels);
+                let v = v.add((first + tile) * count);
                 let mut c = 0;
-                while c + S::WIDTH <= channels {
+                while c + S::WIDTH <= count {
                     with_places!(places, input_tile::<S>(v.add(c), stride, &pixels, c));
                     c += S::WIDTH;
                 }
-                while c < channels {
+                while c < count {
                     with_places!(places, input_tile::<f32>(v.add(c), stride, &pixels, c));
                     c += 1;
                 }
@@ -89,35 +89,24 @@ fn input_line<S: Simd>(d: [S; 4]) -> [S; 4] {
     [d[0].sub(d[2]), d[1].add(d[2]), d[2].sub(d[1]), d[1].sub(d[3])]
 }
 
-/// The one or two pixel rows of a row of tiles of the output, and the values that are added to them.
-pub(super) struct PixelRows<'a> {
-    /// The rows of a map, of which the output is some channels.
-    pub y: &'a mut [f32],
-    pub place: Place,
-    pub w: usize,
-    /// Values added to each pixel: (channels).
-    pub shift: &'a [f32],
-    /// A map added to the output, of the size of `y`.
-    pub residual: Option<&'a [f32]>,
-    /// Whether the output is added to the present values.
-    pub accumulate: bool,
-    /// The limits of the output.
-    pub rectifier: Rectifier,
-}
-
 simd_fn! {
     /// Writes the pixel rows of a row of tiles: `A^T m A` of each tile, plus the values that are added to
     /// it.
-    pub(super) fn transform_output<S>(pixels: PixelRows<'_>, m: &[f32], row: TileRow) {
+    pub(super) fn transform_output<S>(
+        pixels: PixelRows<'_>,
+        m: &[f32],
+        row: TileRow,
+        places: Places,
+    ) {
         let PixelRows { y, place, w, shift, residual, accumulate, rectifier } = pixels;
         let Place { first: channel, of } = place;
-        let TileRow { first, stride, places } = row;
+        let TileRow { first, stride, .. } = row;
         let channels = shift.len();
         let tiles = w.div_ceil(2);
-        let row = channels.div_ceil(PANEL) * PANEL;
+        let row = channels.next_multiple_of(PANEL);
         let rows = y.len() / (w * of);
         assert!(places.count() * stride <= m.len() && (first + tiles) * row <= stride);
-        assert!(residual.is_none_or(|r| r.len() == y.len() && of == channels));
+        assert!(residual.is_none_or(|r| r.len() == y.len()));
         assert!((1..=2).contains(&rows) && y.len() == rows * w * of && channel + channels <= of);
         for tile in 0..tiles {
             let columns = (w - 2 * tile).min(2);
@@ -214,11 +203,12 @@ simd_fn! {
     pub(super) fn transform_gradient<S>(
         d: &mut [f32],
         row: TileRow,
+        places: Places,
         dy: &[f32],
         size: (usize, usize),
         some: Range<usize>,
     ) {
-        let TileRow { first, stride, places } = row;
+        let TileRow { first, stride, .. } = row;
         let (w, channels) = size;
         let tiles = w.div_ceil(2);
         let panels = some.len().div_ceil(PANEL);

@@ -7,9 +7,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::tiles::{MIN_BLOCK_TILES, TileRow, Tiles, place_stride, with_scratch};
-use super::transform_kernels::kernel_gradient;
-use super::transform_maps::{transform_gradient, transform_input};
+use super::tiles::{MIN_BLOCK_TILES, TileRow, Tiles, kernel_stride, place_stride, with_scratch};
+use super::transforms::{kernel_gradient, transform_gradient, transform_input};
 use crate::kernels::cpu::gemm::micro::{Left, PANEL, PanelProduct, panel_product};
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::memory::sized_by_lines;
@@ -44,7 +43,7 @@ pub(super) fn weight_gradient(
     let c_in = x.len() / tiles.input_pixels();
     let c_out = dy.len() / (tiles.batch * tiles.h * tiles.w);
     assert_eq!(dweight.len(), c_out * c_in * 9);
-    let panel_len = tiles.places().count() * c_in * PANEL;
+    let panel_len = tiles.size.count() * kernel_stride(c_in);
     let panels = c_out.div_ceil(PANEL);
     let sums_len = panels * panel_len;
     let worthwhile = tiles.tile_rows() * tiles.tiles_x() / MIN_PART_TILES;
@@ -63,12 +62,12 @@ pub(super) fn weight_gradient(
     let sums = &*sums;
     dweight.par_chunks_mut(PANEL * c_in * 9).enumerate().for_each(|(panel, dweight)| {
         let sums = &sums[panel * panel_len..];
-        kernel_gradient(isa, dweight, sums, sums_len, parts, c_in, tiles.places());
+        kernel_gradient(isa, dweight, sums, (parts, sums_len), c_in, tiles.size);
     });
 }
 
 /// Writes the sum of `(A dy A^T) (B^T d B)` over some rows of tiles, for some output channels, to `sums`, panels of
-/// (places, in, PANEL).
+/// (places, in, PANEL), with places [`kernel_stride`] apart.
 fn sum_transformed(
     isa: Isa,
     tiles: Tiles,
@@ -79,29 +78,32 @@ fn sum_transformed(
     sums: &mut [f32],
 ) {
     let panels = channels.len().div_ceil(PANEL);
-    let (places, count) = (tiles.places(), tiles.places().count());
+    let (size, count) = (tiles.size, tiles.size.count());
     let bytes = count * (c_in + panels * PANEL) * size_of::<f32>();
     let most = (BYTES / bytes).clamp(MIN_BLOCK_TILES, MAX_BLOCK_TILES);
     let step = (most / tiles.tiles_x()).clamp(1, rows.len());
     let most = step * tiles.tiles_x();
     let (v_stride, d_stride) = (place_stride(most * c_in), place_stride(most * PANEL));
-    with_scratch(count * (v_stride + panels * d_stride), |scratch| {
-        let (v, d) = scratch.split_at_mut(count * v_stride);
+    let zeros_len = c_in.max(panels * PANEL);
+    with_scratch(count * (v_stride + panels * d_stride) + zeros_len, |scratch| {
+        let (v, scratch) = scratch.split_at_mut(count * v_stride);
+        let (d, zeros) = scratch.split_at_mut(count * panels * d_stride);
+        zeros.fill(0.0);
         for first in rows.clone().step_by(step) {
             let last = (first + step).min(rows.end);
             for tile_row in first..last {
                 let (k, top) = tiles.place(tile_row);
                 let begin = (tile_row - first) * tiles.tiles_x();
-                let row = TileRow { first: begin, stride: v_stride, places };
-                transform_input(isa, v, row, tiles.input(x, k), top);
+                let row = TileRow { first: begin, stride: v_stride, size };
+                transform_input(isa, v, row, tiles.input(x, k), top, zeros);
                 let line = tiles.w * c_out;
                 let dy =
                     &dy[tiles.pixel_row(tile_row) * line..tiles.pixel_row(tile_row + 1) * line];
                 let row = TileRow { stride: d_stride, ..row };
-                transform_gradient(isa, d, row, dy, (tiles.w, c_out), channels.clone());
+                transform_gradient(isa, d, row, (dy, tiles.w, c_out), channels.clone(), zeros);
             }
             let depth = (last - first) * tiles.tiles_x();
-            for (i, sums) in sums.chunks_mut(c_in * PANEL).enumerate() {
+            for (i, sums) in sums.chunks_mut(kernel_stride(c_in)).enumerate() {
                 let product = PanelProduct {
                     c: sums,
                     c_row: PANEL,

@@ -1,0 +1,107 @@
+//! The transforms of kernels, and of the gradients of kernels.
+
+use super::super::places::each;
+use super::super::tiles::kernel_stride;
+use super::{kernel_gradient_line, kernel_line};
+use crate::kernels::cpu::gemm::micro::PANEL;
+use crate::kernels::cpu::simd::{Simd, simd_fn};
+
+simd_fn! {
+    /// Computes `G w G^T` of a panel's kernels for one input channel.
+    pub(in super::super) fn transform_kernels<S>(
+        values: &mut [f32],
+        rows: usize,
+        row: usize,
+        taps: &[[f32; PANEL]; 9],
+    ) {
+        assert!(values.len() >= 36 * kernel_stride(rows) && row < rows);
+        for j in (0..PANEL).step_by(S::WIDTH) {
+            // SAFETY: `j` and the vector after it are within PANEL. By the assertion, places are within `values`.
+            unsafe {
+                let values = values.as_mut_ptr().add(row * PANEL + j);
+                kernel_tile::<S>(values, kernel_stride(rows), taps, j);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// Each place must be writable for a vector, and `taps` readable for one at `j`.
+#[inline(always)]
+unsafe fn kernel_tile<S: Simd>(
+    values: *mut f32,
+    stride: usize,
+    taps: &[[f32; PANEL]; 9],
+    j: usize,
+) {
+    // SAFETY: the caller guarantees the requirements.
+    unsafe {
+        let columns = each!(X in 0 1 2 => {
+            kernel_line(each!(Y in 0 1 2 => S::load(taps[3 * Y + X].as_ptr().add(j))))
+        });
+        each!(Y in 0 1 2 3 4 5 => {
+            let line = kernel_line(each!(X in 0 1 2 => columns[X][Y]));
+            each!(X in 0 1 2 3 4 5 => line[X].store(values.add((6 * Y + X) * stride)));
+        });
+    }
+}
+
+simd_fn! {
+    /// Computes `G^T u G` for a panel of output channels. `u` (places, in, PANEL) is the sum of `parts` arrays that are
+    /// `part_len` apart. Writes to `dweight` (out, in, 9).
+    pub(in super::super) fn kernel_gradient<S>(
+        dweight: &mut [f32],
+        u: &[f32],
+        part_len: usize,
+        parts: usize,
+        c_in: usize,
+    ) {
+        assert!((parts - 1) * part_len + 36 * kernel_stride(c_in) <= u.len());
+        let count = dweight.len() / (c_in * 9);
+        assert!(count <= PANEL);
+        let mut taps = [[0f32; PANEL]; 9];
+        for i in 0..c_in {
+            for j in (0..PANEL).step_by(S::WIDTH) {
+                // SAFETY: `j` and the vector after it are within PANEL. By the assertion, every place is within `u`.
+                unsafe {
+                    let u = u.as_ptr().add(i * PANEL + j);
+                    kernel_gradient_tile::<S>(&mut taps, j, u, kernel_stride(c_in), (parts, part_len));
+                }
+            }
+            for (o, dweight) in dweight.chunks_mut(c_in * 9).enumerate().take(count) {
+                for (tap, value) in dweight[i * 9..][..9].iter_mut().enumerate() {
+                    *value = taps[tap][o];
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// Each place of each part must be readable, and `taps` writable at `j`, for a vector.
+#[inline(always)]
+unsafe fn kernel_gradient_tile<S: Simd>(
+    taps: &mut [[f32; PANEL]; 9],
+    j: usize,
+    u: *const f32,
+    stride: usize,
+    (parts, part_len): (usize, usize),
+) {
+    // SAFETY: the caller guarantees the requirements.
+    unsafe {
+        let columns = each!(X in 0 1 2 3 4 5 => {
+            kernel_gradient_line(each!(Y in 0 1 2 3 4 5 => {
+                let u = u.add((6 * Y + X) * stride);
+                let mut sum = S::load(u);
+                for part in 1..parts {
+                    sum = sum.add(S::load(u.add(part * part_len)));
+                }
+                sum
+            }))
+        });
+        each!(Y in 0 1 2 => {
+            let line = kernel_gradient_line(each!(X in 0 1 2 3 4 5 => columns[X][Y]));
+            each!(X in 0 1 2 => line[X].store(taps[3 * Y + X].as_mut_ptr().add(j)));
+        });
+    }
+}

@@ -1,0 +1,87 @@
+//! The transforms of tiles of either size.
+
+use std::ops::Range;
+
+use super::tiles::{PixelRows, Size, Source, TileRow};
+use super::{large, transform_kernels as small_kernels, transform_maps as small};
+use crate::kernels::cpu::gemm::micro::PANEL;
+use crate::kernels::cpu::isa::Isa;
+
+/// Computes `B^T d B` of each tile in a row of tiles whose first pixel row of the output is `top`. Pixels beyond the
+/// edges of the map are 0: `zeros` has as many zeros as channels are read.
+pub(super) fn transform_input(
+    isa: Isa,
+    v: &mut [f32],
+    row: TileRow,
+    source: Source<'_>,
+    top: usize,
+    zeros: &[f32],
+) {
+    match row.size {
+        Size::Small(places) => small::transform_input(isa, v, row, places, source, top),
+        Size::Large => large::transform_input(isa, v, row, source, top, zeros),
+    }
+}
+
+/// Writes the pixel rows of a row of tiles: `A^T m A` of each tile, plus the values that are added to it. The channels of
+/// `m` are those of whole panels.
+pub(super) fn transform_output(isa: Isa, pixels: PixelRows<'_>, m: &[f32], row: TileRow) {
+    match row.size {
+        Size::Small(places) => small::transform_output(isa, pixels, m, row, places),
+        Size::Large => large::transform_output(isa, pixels, m, row),
+    }
+}
+
+/// Computes `A dy A^T` of some channels of each tile in a row of tiles, in panels. Place p of tile k in panel q begins
+/// at `d[(q * places + p) * stride + (first + k) * PANEL]`. `dy` holds the pixel rows of the row of tiles, of this width
+/// and number of channels. `zeros` has as many zeros as the panels have channels.
+pub(super) fn transform_gradient(
+    isa: Isa,
+    d: &mut [f32],
+    row: TileRow,
+    (dy, w, channels): (&[f32], usize, usize),
+    some: Range<usize>,
+    zeros: &[f32],
+) {
+    let size = (w, channels);
+    match row.size {
+        Size::Small(places) => small::transform_gradient(isa, d, row, places, dy, size, some),
+        Size::Large => large::transform_gradient(isa, d, row, dy, size, some, zeros),
+    }
+}
+
+/// Computes `G w G^T` of a panel's kernels for input channel `row` of `rows`. Place (y, x) is multiplied by the factors
+/// of y and of x. Those of large tiles are 1.
+pub(super) fn transform_kernels(
+    isa: Isa,
+    values: &mut [f32],
+    (row, rows): (usize, usize),
+    taps: &[[f32; PANEL]; 9],
+    size: Size,
+    factors: [f32; 4],
+) {
+    match size {
+        Size::Small(places) => {
+            small_kernels::transform_kernels(isa, values, rows, row, taps, places, factors);
+        }
+        Size::Large => large::transform_kernels(isa, values, rows, row, taps),
+    }
+}
+
+/// Computes `G^T u G` for a panel of output channels. `u` (places, in, PANEL) is the sum of `parts` arrays that are
+/// `part_len` apart. Writes to `dweight` (out, in, 9).
+pub(super) fn kernel_gradient(
+    isa: Isa,
+    dweight: &mut [f32],
+    u: &[f32],
+    (parts, part_len): (usize, usize),
+    c_in: usize,
+    size: Size,
+) {
+    match size {
+        Size::Small(places) => {
+            small_kernels::kernel_gradient(isa, dweight, u, part_len, parts, c_in, places);
+        }
+        Size::Large => large::kernel_gradient(isa, dweight, u, part_len, parts, c_in),
+    }
+}
