@@ -2,7 +2,7 @@
 
 use super::super::places::each;
 use super::super::tiles::kernel_stride;
-use super::{kernel_gradient_line, kernel_line};
+use super::lines::{kernel_gradient_line, kernel_line};
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::simd::{Simd, simd_fn};
 

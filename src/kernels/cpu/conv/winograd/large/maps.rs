@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::super::places::each;
 use super::super::tiles::{PixelRows, Source, TileRow};
-use super::{gradient_line, input_line, output_line};
+use super::lines::{gradient_line, input_line, output_line};
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::simd::{Simd, simd_fn};
 use crate::kernels::op::place::Place;
