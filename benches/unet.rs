@@ -19,7 +19,7 @@ use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
 use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
-use ddpm::nn::{Architecture, Parameters, Trainable, UNet2DConfig};
+use ddpm::nn::{Architecture, Trainable, UNet2DConfig};
 use ddpm::train::{AdamConfig, MuonConfig};
 use ddpm::{
     Denoiser, Diffusion, Precision, Result, Sampler, Solver, TrainConfig, Trainer, UNetConfig,
@@ -254,7 +254,8 @@ fn ran_as(args: &Args) -> Result<Option<Precision>> {
     let t = Tensor::new(&[500u32], &Device::Cpu)?;
     let output = |precision| -> Result<Vec<f32>> {
         // Trainable weights would have a differentiable forward pass, in f32.
-        let y = frozen(&config, precision, &Device::Cpu)?.forward(&x, &t)?;
+        let weights = VarBuilder::from_backend(Box::new(Initial), DType::F32, Device::Cpu);
+        let y = config.build(weights)?.with_precision(precision)?.forward(&x, &t)?;
         Ok(y.flatten_all()?.to_vec1()?)
     };
     let same = output(Precision::High)? == output(Precision::Highest)?;
