@@ -21,7 +21,7 @@ const USUAL: Shape = (3, 64, 64);
 struct Cli {
     #[command(flatten)]
     pictures: FolderArgs,
-    /// Network: unet, that of this crate, or ho, that of Ho et al. with their training; --resume and --config need the
+    /// Network: unet, that of this crate, or ho, that of Ho et al. with their process and optimiser; --resume and --config need the
     /// network with which the run began. For ho, 1 to 5 halvings of height and width must leave whole numbers from 4
     /// to 16
     #[arg(long, value_name = "N", value_enum, default_value = "unet")]
@@ -44,10 +44,12 @@ fn ho(shape: Shape) -> cli::Result<(Recipe<UNet2DConfig>, String)> {
 
 fn defaults() -> String {
     let when = "for images of 64 x 64 pixels (--batch-size depends on the size)";
+    let of_ho =
+        "for images of 64 x 64 pixels (--batch-size and --learning-rate depend on the size)";
     let all = || -> cli::Result<String> {
         let [unet, ho] = [
             unet(USUAL)?.0.defaults(&format!("Defaults {when}")),
-            ho(USUAL)?.0.defaults(&format!("With --network ho, {when}")),
+            ho(USUAL)?.0.defaults(&format!("With --network ho, {of_ho}")),
         ];
         Ok(format!("{unet}\n\n{ho}"))
     };

@@ -280,13 +280,14 @@ pub trait Trainable: Denoiser {
         }
     }
 
-    /// Sets whether values are computed again instead of being kept. This takes less memory and more time. The results
+    /// Sets whether values are computed again instead of being kept, which takes less memory and more time. The results
     /// are the same in each bit.
     ///
-    /// [`gradients`](Self::gradients) then computes the maps of the network's
+    /// With `true`, [`gradients`](Self::gradients) computes the maps of the network's
     /// [parts](crate::nn::Engine::recomputable) again in the backward pass. Networks that candle differentiates keep all
-    /// maps. On the CPU, [`denoise`](Denoiser::denoise) then packs the weights for the kernels in each pass. Otherwise
-    /// it keeps the packed weights, which take up to 1.8 times the memory of the weights.
+    /// maps. On the CPU, [`denoise`](Denoiser::denoise) packs the weights for the kernels in each pass. With `false`,
+    /// `denoise` keeps the packed weights. They take up to 1.8 times the memory of the weights, or 4 times with
+    /// [`Precision::High`] without AMX.
     ///
     /// The default returns an error for `true`.
     ///

@@ -672,7 +672,7 @@ fn a_folder_of_pictures_is_trained_on_by_the_network_of_ho_et_al() -> Result<()>
     let of_config = ["--config", &config, "--steps", "2"];
     let said = succeed(&mut train("again", &[&ho[..], &of_config].concat()))?;
     assert!(!said.contains("recipe"), "{said}");
-    let expected = "config.json: the network is unet2d, not unet; with --network";
+    let expected = "config.json: the network is unet2d, and this run trains unet; select the network by --network";
     assert_fails(&mut train("other", &of_config), &["--config ", expected])?;
     let resume = ["--resume", "--steps", "2"];
     let expected = ["network.kind is unet2d in the checkpoint", "with --network"];

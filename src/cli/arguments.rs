@@ -145,7 +145,9 @@ pub(super) fn with_options(error: Error) -> Box<dyn StdError + Send + Sync> {
             };
             return format!("{}: {reason}; {remedy}", path.display()).into();
         }
-        Error::ConfigMismatch { .. } => "with --network, if this program has it",
+        Error::ConfigMismatch { .. } => {
+            "select the network by --network, if this program has the option"
+        }
         Error::Occupied { .. } => "move it away, or choose another --out",
         Error::Locked { .. } => "wait until it ends, or choose another --out",
         _ => return error.into(),

@@ -185,8 +185,8 @@ pub struct TrainArgs {
     #[arg(long, value_name = "R", allow_negative_numbers = true,
           value_parser = positive_fraction)]
     learning_rate: Option<f64>,
-    /// Updates over which the learning rate rises to its full value; 0 for none. In a new run of a recommended recipe
-    /// the default is a twentieth of --steps, at most 500
+    /// Updates over which the learning rate rises to its full value; 0 for none. In a new run of a recommended recipe,
+    /// or of train, the default is a twentieth of --steps, at most 500
     #[arg(long, value_name = "N", allow_negative_numbers = true,
           value_parser = whole::<u64>(0..=1_000_000_000))]
     warmup_steps: Option<u64>,

@@ -182,7 +182,7 @@ impl Trained {
     }
 }
 
-/// NetworkSettings of a network's passes, which are not part of its configuration.
+/// Settings of a network that are not part of its configuration.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct NetworkSettings {
     /// The precision of products.

@@ -63,9 +63,10 @@ pub struct UNet2DConfig {
     /// Number of channels of a head of attention, which divides the channels of each level with attention. `None` for
     /// one head, or for `num_attention_heads`.
     pub attention_head_dim: Option<usize>,
-    /// Number of heads of each attention, which divides the channels of each level with attention. `None` for
-    /// `attention_head_dim`, which must be `None` otherwise. `UNet2DModel` of diffusers lacks this field. Networks of
-    /// OpenAI that were trained with `num_heads` have it: their heads have more channels at wider levels.
+    /// Number of heads of each attention, which divides the channels of each level with attention. `None` if
+    /// `attention_head_dim` determines the heads. At most one of the two fields is set. `UNet2DModel` of diffusers lacks
+    /// this field. Networks of OpenAI that were trained with `num_heads` need it: their heads have more channels at wider
+    /// levels.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub num_attention_heads: Option<usize>,
     /// Number of groups of a normalisation.
@@ -352,7 +353,7 @@ impl UNet2DConfig {
     fn validate_attention(&self) -> Result<()> {
         if let (Some(heads), Some(head)) = (self.num_attention_heads, self.attention_head_dim) {
             let expected =
-                format!("none, because attention_head_dim is {head}; one of both must be none");
+                format!("none, because attention_head_dim is {head}; one of the two must be none");
             return Err(Error::config("num_attention_heads", heads, expected));
         }
         let attentive = self.attentive_channels();

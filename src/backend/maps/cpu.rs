@@ -3,8 +3,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::dispatch::Place;
 use super::ops::{Maps, Norm};
+use super::place::Place;
 use super::pool::{Buffer, Pool};
 use crate::error::Result;
 use crate::kernels::cpu::attention::Attention;

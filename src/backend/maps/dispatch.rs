@@ -6,11 +6,11 @@ use super::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use super::cuda::Cuda;
 use super::ops::Maps;
+use super::place::Place;
 use super::pool::Pool;
 use crate::error::Result;
 #[cfg(feature = "cuda")]
 use crate::kernels::cuda::Gpu;
-use crate::precision::Precision;
 
 /// A computation that is generic over the backend.
 pub(crate) trait Pass {
@@ -18,18 +18,6 @@ pub(crate) trait Pass {
 
     /// Computes with the kernels of a device.
     fn run<B: Maps>(self, backend: B) -> Result<Self::Output>;
-}
-
-/// The device, the size and the kind of a pass.
-pub(crate) struct Place<'a> {
-    pub device: &'a Device,
-    pub precision: Precision,
-    /// The number of images.
-    pub batch: usize,
-    /// True if a backward pass follows.
-    pub recording: bool,
-    /// True if packed weights are not kept for the next pass.
-    pub repack: bool,
 }
 
 /// Runs a pass with the kernels of its device, and with memory from `pool`.

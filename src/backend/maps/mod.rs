@@ -5,10 +5,12 @@ mod cpu;
 mod cuda;
 mod dispatch;
 mod ops;
+mod place;
 mod pool;
 mod precision;
 
-pub(crate) use dispatch::{Pass, Place, can_capture, dispatch, has_kernels};
+pub(crate) use dispatch::{Pass, can_capture, dispatch, has_kernels};
 pub(crate) use ops::{Maps, Norm};
+pub(crate) use place::Place;
 pub(crate) use pool::{Buffer, Pool};
 pub(crate) use precision::check_precision;

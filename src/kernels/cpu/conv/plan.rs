@@ -29,7 +29,7 @@ enum Way {
 type Suits = fn(Isa, &ConvShape, Math) -> Option<Way>;
 
 /// The algorithms, the fastest first. [`Im2col`] handles all other cases. The choice does not depend on the batch. With
-/// [`Math::F32Large`] it depends on the size of the map, and with it the packing of weights: see [`Plan::packing`].
+/// [`Math::F32Large`], the size of tiles and the packing of weights depend on the size of the map: see [`Plan::packing`].
 const WAYS: [Suits; 2] = [
     |isa, shape, math| Bf16::suits(isa, shape, math).map(Way::Bf16),
     |isa, shape, math| Winograd::suits(isa, shape, math).map(Way::Winograd),

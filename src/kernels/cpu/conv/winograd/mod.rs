@@ -56,7 +56,7 @@ const MIN_LARGE: usize = 7;
 pub(super) struct Winograd {
     isa: Isa,
     shape: ConvShape,
-    /// Whether tiles have 6x6 pixels.
+    /// True if tiles have 6x6 pixels.
     large: bool,
 }
 

@@ -68,7 +68,7 @@ pub(super) struct Source<'a> {
     pub channels: usize,
     /// The first channel that is read, and their number.
     pub some: (usize, usize),
-    /// Whether each pixel of the image stands for four of the map.
+    /// True if each pixel of the image stands for four of the map.
     pub doubled: bool,
 }
 
@@ -82,7 +82,7 @@ pub(super) struct Tiles {
     pub w: usize,
     /// Rows and columns of zeros before the map over which the kernel moves: 1, or 0 if the kernel stays within it.
     pub before: usize,
-    /// Whether each pixel of the input is doubled in both directions. The input is passed before doubling.
+    /// True if each pixel of the input is doubled in both directions. The input is passed before doubling.
     pub doubled: bool,
     pub size: Size,
 }
@@ -209,7 +209,7 @@ pub(super) struct PixelRows<'a> {
     pub shift: &'a [f32],
     /// A map added to the output, of the size of `y`.
     pub residual: Option<&'a [f32]>,
-    /// Whether the output is added to the present values.
+    /// True if the output is added to the present values.
     pub accumulate: bool,
     /// The limits of the output.
     pub rectifier: Rectifier,

@@ -13,8 +13,8 @@ use crate::kernels::cpu::gemm::micro::{Left, PANEL, PanelProduct, panel_product}
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::memory::sized_by_lines;
 
-/// Panels of output channels per task. With more, the sums of wide layers take longer to reach. With fewer, the input
-/// is transformed more often.
+/// Panels of output channels per task. With more, the sums of wide layers would not fit in the caches. With fewer, the
+/// input is transformed more often.
 const GROUP: usize = 4;
 
 /// Bytes of the transforms of a block of tiles. The sums, one tile of a product at a time, are read and written once per
