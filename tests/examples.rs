@@ -409,7 +409,7 @@ fn a_run_becomes_a_folder_of_diffusers_and_a_weights_file() -> Result<()> {
     let ho = path("ho.json");
     let ho = ho.to_str().ok_or("a path in UTF-8")?;
     succeed(&mut cifar10(&["--network", "ho", "--config", ho, "--steps", "1"]))?;
-    let other = ["network.kind is unet2d in the checkpoint", "with --network"];
+    let other = ["network.kind is unet2d in the checkpoint", "by --network"];
     assert_fails(&mut cifar10(&["--resume", "--steps", "2"]), &other)?;
     succeed(&mut cifar10(&["--network", "ho", "--resume", "--steps", "2"]))?;
 
@@ -675,7 +675,7 @@ fn a_folder_of_pictures_is_trained_on_by_the_network_of_ho_et_al() -> Result<()>
     let expected = "config.json: the network is unet2d, and this run trains unet; select the network by --network";
     assert_fails(&mut train("other", &of_config), &["--config ", expected])?;
     let resume = ["--resume", "--steps", "2"];
-    let expected = ["network.kind is unet2d in the checkpoint", "with --network"];
+    let expected = ["network.kind is unet2d in the checkpoint", "by --network"];
     assert_fails(&mut train("run", &resume), &expected)?;
     let other_size = [&ho[..], &resume, &["--image-size", "16"]].concat();
     assert_fails(&mut train("run", &other_size), &["images.height is 8 in the run, but 16 was"])?;
