@@ -21,8 +21,8 @@ const USUAL: Shape = (3, 64, 64);
 struct Cli {
     #[command(flatten)]
     pictures: FolderArgs,
-    /// Network: unet, that of this crate, or ho, that of Ho et al. with their process and optimiser; --resume and --config need the
-    /// network with which the run began. For ho, 1 to 5 halvings of height and width must leave whole numbers from 4
+    /// Network: unet, that of this crate, or ho, that of Ho et al. with their process and optimiser; --resume and
+    /// --config need the network with which the run began. For ho, 1 to 5 halvings of height and width must leave whole numbers from 4
     /// to 16
     #[arg(long, value_name = "N", value_enum, default_value = "unet")]
     network: NetworkName,

@@ -286,8 +286,8 @@ pub trait Trainable: Denoiser {
     /// With `true`, [`gradients`](Self::gradients) computes the maps of the network's
     /// [parts](crate::nn::Engine::recomputable) again in the backward pass. Networks that candle differentiates keep all
     /// maps. On the CPU, [`denoise`](Denoiser::denoise) packs the weights for the kernels in each pass. With `false`,
-    /// `denoise` keeps the packed weights. They take up to 1.8 times the memory of the weights, or 4 times with
-    /// [`Precision::High`] without AMX.
+    /// and when candle differentiates `denoise`, the packed weights are kept. They take about 1.8 times the memory of the
+    /// weights, or 4 times with [`Precision::High`] without AMX. With channels that are no multiples of 32 they take more.
     ///
     /// The default returns an error for `true`.
     ///

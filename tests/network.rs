@@ -120,7 +120,7 @@ fn impossible_networks_of_ho_et_als_kind_are_refused() {
         ),
         (
             |c| (c.num_attention_heads, c.attention_head_dim) = (Some(4), Some(8)),
-            "num_attention_heads is 4; it must be none, because attention_head_dim is 8; one of the two must be none",
+            "num_attention_heads is 4; it must be none, because attention_head_dim is 8 (8 by default); one of the two must be none",
         ),
         (
             |c| c.attn_norm_num_groups = Some(3),

@@ -146,7 +146,7 @@ pub(super) fn with_options(error: Error) -> Box<dyn StdError + Send + Sync> {
             return format!("{}: {reason}; {remedy}", path.display()).into();
         }
         Error::ConfigMismatch { .. } => {
-            "select the network by --network, if this program has the option"
+            "select the network by --network (unet, or ho for unet2d), if this program has the option"
         }
         Error::Occupied { .. } => "move it away, or choose another --out",
         Error::Locked { .. } => "wait until it ends, or choose another --out",

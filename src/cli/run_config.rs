@@ -117,8 +117,8 @@ impl<N: NetworkConfig> RunConfig<N> {
             let path = path.display();
             match network_kind(&text) {
                 Some(kind) if kind != N::KIND => format!(
-                    "{path}: the network is {kind}, and this run trains {}; select the network by --network, if \
-                     this program has the option",
+                    "{path}: the network is {kind}, and this run trains {}; select the network by --network \
+                     (unet, or ho for unet2d), if this program has the option",
                     N::KIND
                 ),
                 _ => format!("{path}: {e}"),

@@ -244,6 +244,17 @@ mod tests {
         let (cifar10, reason) = Recipe::ho_for_images((3, 32, 32)).unwrap();
         assert_eq!(cifar10.network, UNet2DConfig::cifar10());
         assert!(reason.starts_with("3 halvings to 4 x 4 pixels, [128, 256, 256, 256]"), "{reason}");
+        let expected = TrainConfig {
+            steps: 20_000,
+            batch_size: 16,
+            warmup_steps: 500,
+            ema: Some(EmaConfig { decay: 0.9999, warmup: true }),
+            horizontal_flip: false,
+            log_every: cifar10.train.log_every,
+            ..TrainConfig::ho()
+        };
+        assert_eq!(cifar10.train, expected);
+        assert!(cifar10.warmup_follows_steps);
         for ((channels, height, width), expected, attention) in [
             ((3, 64, 64), &[128, 256, 256, 256, 512][..], &[2][..]),
             ((4, 256, 256), &[128, 128, 256, 256, 512, 512], &[4]),

@@ -121,6 +121,11 @@ impl UNet2DConfig {
         let mut options = Options::read(folder.as_ref().join(CONFIG))?;
         options.check(&FIXED)?;
         options.ignore(WITHOUT_EFFECT);
+        // `UNet2DModel` ignores options that it does not know.
+        if let Some(heads) = options.values.get("num_attention_heads").filter(|h| !h.is_null()) {
+            let reason = format!("num_attention_heads is {heads}; UNet2DModel lacks this option");
+            return Err(options.refuse(reason));
+        }
         if let Some(size) = options.values.get_mut("sample_size")
             && let Some([height, width]) = size.as_array().map(Vec::as_slice)
         {

@@ -352,8 +352,9 @@ impl UNet2DConfig {
 
     fn validate_attention(&self) -> Result<()> {
         if let (Some(heads), Some(head)) = (self.num_attention_heads, self.attention_head_dim) {
-            let expected =
-                format!("none, because attention_head_dim is {head}; one of the two must be none");
+            let expected = format!(
+                "none, because attention_head_dim is {head} (8 by default); one of the two must be none"
+            );
             return Err(Error::config("num_attention_heads", heads, expected));
         }
         let attentive = self.attentive_channels();

@@ -337,6 +337,7 @@ impl<N: Architecture> Trainer<N> {
         let weights = Parameters::frozen(Path::new("ema"), weights, DType::F32, &self.device);
         let mut model = weights.build(&self.network)?;
         model.set_precision(self.config.precision)?;
+        model.set_recompute(self.config.recompute)?;
         Ok(model)
     }
 

@@ -183,8 +183,9 @@ fn spread(weight: &Tensor) -> Result<Tensor> {
 /// tap, from the squares of each.
 ///
 /// The terms of F(4x4, 3x3) are so large, and cancel so well, that a bound from their magnitudes would be a few percent of
-/// the result. Their errors are random in sign. The root of this sum is the standard deviation of seven results, and the
-/// measured error is 3 units of it. A wrong coefficient or pixel changes the result by a part of its own size.
+/// the result. Their errors are random in sign. The limit is a multiple of the root of this sum, and the measured error is 3
+/// times the root. The suite therefore finds wrong coefficients and pixels, which change a result by a part of its size.
+/// `larger_tiles_have_the_documented_errors` finds lost accuracy.
 fn of_tiles(squares: &[Tensor]) -> Result<Tensor> {
     let (x, weight) = (&squares[0], &squares[1]);
     let (batch, h, w, channels) = x.dims4()?;

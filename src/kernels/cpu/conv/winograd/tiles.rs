@@ -222,7 +222,8 @@ pub(super) fn block_rows(tiles: Tiles, values: usize, threads: usize) -> usize {
     // Small batches leave work for every thread.
     let share = tiles.tile_rows().div_ceil(threads);
     let most = (count / tiles.tiles_x()).clamp(1, share.max(1));
-    if tiles.size != Size::Large {
+    // With few rows, equal shares of all threads matter more.
+    if tiles.size != Size::Large || share <= count / tiles.tiles_x() {
         return most;
     }
     // There are few large tiles, so the last rows of a product that do not fill registers matter.

@@ -64,7 +64,10 @@ pub(super) fn transform_kernels(
         Size::Small(places) => {
             small_kernels::transform_kernels(isa, values, rows, row, taps, places, factors);
         }
-        Size::Large => large::transform_kernels(isa, values, rows, row, taps),
+        Size::Large => {
+            debug_assert_eq!(factors, [1.0; 4]);
+            large::transform_kernels(isa, values, rows, row, taps);
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 //! The gradient of the weights: `G^T [sum over tiles (A dy A^T) (B^T d B)] G`.
 //!
-//! The division of the batch into parts and of the output channels into groups depends only on their
-//! numbers. The order of sums is therefore the same for any number of threads.
+//! The division of the batch into parts depends only on the shapes. That of the output channels into groups also depends
+//! on the number of threads, but the order of the sums of a channel does not depend on its group. The bits are therefore
+//! the same for any number of threads.
 
 use std::ops::Range;
 
@@ -13,9 +14,9 @@ use crate::kernels::cpu::gemm::micro::{Left, PANEL, PanelProduct, panel_product}
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::memory::sized_by_lines;
 
-/// Panels of output channels per task. With more, the sums of wide layers would not fit in the caches. With fewer, the
-/// input is transformed more often.
-const GROUP: usize = 4;
+/// Panels of output channels per task: the first number that leaves work for every thread. With more, the sums of wide
+/// layers would not fit in the caches. With fewer, the input is transformed more often.
+const GROUPS: [usize; 3] = [4, 2, 1];
 
 /// Bytes of the transforms of a block of tiles. The sums, one tile of a product at a time, are read and written once per
 /// block, so a block is larger than in the forward pass.
@@ -25,10 +26,10 @@ const BYTES: usize = 3 << 19;
 const MAX_BLOCK_TILES: usize = 128;
 
 /// Maximum memory for the sums of parts. One part alone may need more.
-const SUMS_BYTES: usize = 8 << 20;
+const SUMS_BYTES: usize = 9 << 20;
 
-/// Minimum number of tiles in a part. With fewer, a part would cost more time than it saves.
-const MIN_PART_TILES: usize = 256;
+/// Minimum number of output pixels in a part. With fewer, a part would cost more time than it saves.
+const MIN_PART_PIXELS: usize = 1024;
 
 /// Writes the gradient of the weights, (out, in, 3, 3), from `x` (batch, h, w, in), or half that size if it
 /// is doubled, and `dy` (batch, h, w, out).
@@ -46,16 +47,20 @@ pub(super) fn weight_gradient(
     let panel_len = tiles.size.count() * kernel_stride(c_in);
     let panels = c_out.div_ceil(PANEL);
     let sums_len = panels * panel_len;
-    let worthwhile = tiles.tile_rows() * tiles.tiles_x() / MIN_PART_TILES;
+    let pixels = tiles.size.pixels() * tiles.size.pixels();
+    let worthwhile = tiles.tile_rows() * tiles.tiles_x() * pixels / MIN_PART_PIXELS;
     let parts = (SUMS_BYTES / (sums_len * size_of::<f32>())).min(worthwhile).clamp(1, 16);
     let part_rows = tiles.tile_rows().div_ceil(parts);
     let parts = tiles.tile_rows().div_ceil(part_rows);
     let sums = sized_by_lines(scratch, parts * sums_len);
+    let tasks = |group: &usize| parts * panels.div_ceil(*group);
+    let work_for_all = |group: &usize| tasks(group) >= 2 * rayon::current_num_threads();
+    let group = GROUPS.into_iter().find(work_for_all).unwrap_or(1);
 
     sums.par_chunks_mut(sums_len).enumerate().for_each(|(part, sums)| {
-        sums.par_chunks_mut(GROUP * panel_len).enumerate().for_each(|(group, sums)| {
+        sums.par_chunks_mut(group * panel_len).enumerate().for_each(|(i, sums)| {
             let rows = part * part_rows..((part + 1) * part_rows).min(tiles.tile_rows());
-            let channels = group * GROUP * PANEL..((group + 1) * GROUP * PANEL).min(c_out);
+            let channels = i * group * PANEL..((i + 1) * group * PANEL).min(c_out);
             sum_transformed(isa, tiles, (x, c_in), (dy, c_out), rows, channels, sums);
         });
     });
