@@ -57,8 +57,7 @@ use kernels::op::attention::AttentionShape;
 use kernels::op::conv::{ConvShape, Scale};
 use kernels::op::norm::NormConfig;
 use kernels::{
-    AdamStep, Isa, add_values, clamp_values, orthogonalize_all, squared_errors, sum_of_squares,
-    weighted_sum,
+    AdamStep, Isa, MuonStep, add_values, clamp_values, squared_errors, sum_of_squares, weighted_sum,
 };
 use precision::Precision;
 use random::{Noise, Purpose};
@@ -442,18 +441,30 @@ impl Bench<'_> {
         });
     }
 
-    /// Measures the orthogonalisation of the weights of 3x3 convolutions with as many inputs as outputs.
+    /// Measures the update of the weights of 3x3 convolutions with as many inputs as outputs. Nearly all of it is the
+    /// orthogonalisation.
     fn muon(&self, model: &str, count: usize, rows: usize) {
         let cols = 9 * rows;
         let shape = format!("{model} {count} of {rows}x{cols}");
-        if !self.wants_any(&["muon, orthogonalisation"], &shape) {
+        if !self.wants_any(&["muon, update"], &shape) {
             return;
         }
-        let mut matrices = vec![(normal(rows * cols), (rows, cols)); count];
+        let gradient = normal(rows * cols);
+        let mut matrices = vec![(gradient.clone(), gradient.clone()); count];
+        let step = MuonStep {
+            momentum: [0.95, 0.05],
+            nesterov: true,
+            gradient_scale: 1.0,
+            keep: 1.0,
+            learning_rate: 1e-6,
+        };
         // Five iterations, each with products for X X', its square, and the polynomial with X.
         let flops = 5 * count * (4 * rows * rows * cols + 2 * rows * rows * rows);
-        self.measure("muon, orthogonalisation", &shape, Work::Flops(flops), || {
-            orthogonalize_all(self.isa, &mut matrices);
+        let isa = self.isa;
+        self.measure("muon, update", &shape, Work::Flops(flops), || {
+            matrices.par_iter_mut().with_max_len(1).for_each(|(momentum, weight)| {
+                step.update(isa, (rows, cols), &gradient, momentum, weight);
+            });
         });
     }
 

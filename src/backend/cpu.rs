@@ -1,7 +1,10 @@
 //! The operations in f32 on the CPU, computed by kernels on slices. Candle's own operations use a second thread pool
 //! for 65,536 values or more, which competes with the pool of this crate.
 
+use std::cmp::Reverse;
+
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 
 use super::ops::{Backend, Rates};
 use super::reference::{Reference, value_of};
@@ -9,11 +12,9 @@ use super::update::{Factors, UpdateRule, Updater, WeightState};
 use crate::error::Result;
 use crate::kernels::op::counters::Counters;
 use crate::kernels::op::loss::Loss;
-use crate::kernels::op::muon::scale;
 use crate::kernels::{
     AdamStep, Isa, MuonStep, add_values, all_finite, clamp_values, follow, losses, on_cpu_in_f32,
-    orthogonalize_all, same_storage, squared_errors, sum_of_squares, weighted_sum, with_values,
-    with_values_mut,
+    same_storage, squared_errors, sum_of_squares, weighted_sum, with_values, with_values_mut,
 };
 use crate::memory::zeros;
 
@@ -248,26 +249,30 @@ fn muon(
         keep: (1.0 - factors.learning_rate * rule.decoupled) as f32,
         learning_rate: factors.learning_rate,
     };
-    let mut updates = Vec::new();
-    for own in &matrices {
-        let Some(gradient) = own.gradient.as_deref() else { continue };
-        let begin = |[gradient]: [&[f32]; 1]| {
-            with_values_mut(own.mean, |momentum| step.begin(isa, gradient, momentum))
-        };
-        let size = gradient.flatten_from(1)?.dims2()?;
-        updates.push((with_values([gradient], begin)??, size));
+    let mut jobs = Vec::new();
+    for own in matrices {
+        if let Some(gradient) = own.gradient.as_deref() {
+            let size = gradient.flatten_from(1)?.dims2()?;
+            jobs.push((own, size));
+        }
     }
-    orthogonalize_all(isa, &mut updates);
-    for (own, (update, size)) in matrices.into_iter().zip(updates) {
-        with_values_mut(own.weight, |weight| {
-            step.finish(isa, weight, &update, scale(size));
-            match own.average {
-                Some(average) => {
-                    with_values_mut(average, |average| adam.follow(isa, average, weight))
-                }
-                None => Ok(()),
-            }
-        })??;
-    }
-    Ok(())
+    // The largest first, one per job, so that threads end at about the same time.
+    jobs.sort_by_key(|(_, (rows, cols))| Reverse(rows * cols * rows.min(cols)));
+    jobs.into_par_iter().with_max_len(1).try_for_each(|(own, size)| {
+        let Some(gradient) = own.gradient else { return Ok(()) };
+        with_values([&*gradient], |[gradient]| {
+            with_values_mut(own.mean, |momentum| {
+                with_values_mut(own.weight, |weight| {
+                    step.update(isa, size, gradient, momentum, weight);
+                    match own.average {
+                        Some(average) => {
+                            with_values_mut(average, |average| adam.follow(isa, average, weight))
+                        }
+                        None => Ok(()),
+                    }
+                })
+            })
+        })????;
+        Ok(())
+    })
 }

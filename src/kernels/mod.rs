@@ -29,7 +29,7 @@ pub(crate) mod tests;
 pub(crate) use autograd::{attention, conv2d, group_norm, linear, modulated_group_norm};
 pub(crate) use cpu::adam::{AdamStep, follow, sum_of_squares};
 pub(crate) use cpu::isa::{Isa, check_limit};
-pub(crate) use cpu::muon::{MuonStep, orthogonalize_all};
+pub(crate) use cpu::muon::MuonStep;
 pub(crate) use cpu::pixels::{
     add_values, all_finite, clamp_values, losses, squared_errors, weighted_sum,
 };

@@ -1,5 +1,8 @@
 //! Muon: the momentum, the orthogonalisation and the step of matrices.
 
+use std::cell::RefCell;
+use std::ops::{Deref, DerefMut};
+
 use rayon::prelude::*;
 
 use super::adam::sum_of_squares;
@@ -7,7 +10,7 @@ use super::gemm::gemm_packed;
 use super::gemm::pack::Mat;
 use super::isa::Isa;
 use super::simd::simd_fn;
-use crate::kernels::op::muon::{COEFFICIENTS, ITERATIONS, LEAST_NORM};
+use crate::kernels::op::muon::{COEFFICIENTS, ITERATIONS, LEAST_NORM, scale};
 
 /// The factors of one update of Muon. `backend/reference.rs` specifies the update as a composition.
 #[derive(Debug, Clone, Copy)]
@@ -26,21 +29,68 @@ pub(crate) struct MuonStep {
 const CHUNK: usize = 1 << 14;
 
 impl MuonStep {
-    /// Updates the momentum of a gradient. Returns the matrix to be orthogonalised.
-    pub fn begin(&self, isa: Isa, gradient: &[f32], momentum: &mut [f32]) -> Vec<f32> {
-        let mut update = vec![0.0; gradient.len()];
+    /// Updates a matrix (rows, columns) and its momentum.
+    pub fn update(
+        &self,
+        isa: Isa,
+        size: (usize, usize),
+        gradient: &[f32],
+        momentum: &mut [f32],
+        weight: &mut [f32],
+    ) {
+        let mut update = Spare::new(gradient.len());
         let chunks = gradient.par_chunks(CHUNK).zip(momentum.par_chunks_mut(CHUNK));
         chunks.zip(update.par_chunks_mut(CHUNK)).for_each(|((gradient, momentum), update)| {
             accumulate(isa, self, gradient, momentum, update);
         });
-        update
-    }
-
-    /// Updates a weight by `scale` times the orthogonalised matrix.
-    pub fn finish(&self, isa: Isa, weight: &mut [f32], update: &[f32], scale: f64) {
-        let factors = [self.keep, (self.learning_rate * scale) as f32];
+        let update = orthogonalized(isa, &update, size);
+        let factors = [self.keep, (self.learning_rate * scale(size)) as f32];
         let chunks = weight.par_chunks_mut(CHUNK).zip(update.par_chunks(CHUNK));
         chunks.for_each(|(weight, update)| subtract(isa, factors, weight, update));
+    }
+}
+
+thread_local! {
+    /// Memory of earlier updates. New memory would cost a page fault per 4 KiB.
+    static SPARE: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Values with arbitrary content. Their memory is used again.
+struct Spare {
+    values: Vec<f32>,
+    len: usize,
+}
+
+impl Spare {
+    fn new(len: usize) -> Self {
+        let found = SPARE.with_borrow_mut(|spare| {
+            let fits = spare.iter().enumerate().filter(|(_, values)| values.len() >= len);
+            let smallest = fits.min_by_key(|(_, values)| values.len()).map(|(i, _)| i);
+            smallest.map(|i| spare.swap_remove(i))
+        });
+        Self { values: found.unwrap_or_else(|| vec![0.0; len]), len }
+    }
+}
+
+impl Drop for Spare {
+    fn drop(&mut self) {
+        let values = std::mem::take(&mut self.values);
+        // A thread that ends needs no memory.
+        let _ = SPARE.try_with(|spare| spare.borrow_mut().push(values));
+    }
+}
+
+impl Deref for Spare {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.values[..self.len]
+    }
+}
+
+impl DerefMut for Spare {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.values[..self.len]
     }
 }
 
@@ -64,22 +114,12 @@ simd_fn! {
     }
 }
 
-/// Orthogonalises matrices (rows, columns).
-pub(crate) fn orthogonalize_all(isa: Isa, matrices: &mut [(Vec<f32>, (usize, usize))]) {
-    // The largest first, one per job, so that threads end at about the same time.
-    let mut jobs: Vec<_> = matrices.iter_mut().collect();
-    jobs.sort_by_key(|(values, (rows, cols))| std::cmp::Reverse(values.len() * rows.min(cols)));
-    jobs.into_par_iter()
-        .with_max_len(1)
-        .for_each(|(values, size)| *values = orthogonalized(isa, values, *size));
-}
-
-/// Orthogonalises a matrix.
+/// Orthogonalises a matrix (rows, columns).
 ///
 /// The iterations run on the smaller of the two products of the matrix with itself. With `Q = a I + b A + c A²`, an
 /// iteration replaces `X` by `Q X`, and thus `A` by `Q A Q`. The result is the product of all `Q` with the first `X`.
 /// It equals that of the definition up to rounding, and most matrices need less than half of the multiplications.
-fn orthogonalized(isa: Isa, matrix: &[f32], (rows, cols): (usize, usize)) -> Vec<f32> {
+fn orthogonalized(isa: Isa, matrix: &[f32], (rows, cols): (usize, usize)) -> Spare {
     let norm = sum_of_squares(isa, matrix).sqrt();
     let inverse = 1.0 / norm.max(LEAST_NORM);
     let x = Mat::new(matrix, rows, cols);
@@ -94,7 +134,7 @@ fn orthogonalized(isa: Isa, matrix: &[f32], (rows, cols): (usize, usize)) -> Vec
         symmetric_product(isa, Mat::new(left, size, size), Mat::new(right, size, size))
     };
     let [first, second, third] = COEFFICIENTS.map(|coefficient| coefficient as f32);
-    let mut factor: Option<Vec<f32>> = None;
+    let mut factor: Option<Spare> = None;
     for iteration in 1..=ITERATIONS {
         let mut q = square(&a, &a);
         combine(isa, [second, third], &a, &mut q);
@@ -107,7 +147,7 @@ fn orthogonalized(isa: Isa, matrix: &[f32], (rows, cols): (usize, usize)) -> Vec
             None => q,
         });
     }
-    let mut factor = factor.unwrap_or_default();
+    let mut factor = factor.unwrap_or_else(|| Spare::new(0));
     factor.iter_mut().for_each(|value| *value = (f64::from(*value) * inverse) as f32);
     let factor = Mat::new(&factor, size, size);
     if rows <= cols { product(isa, factor, x) } else { product(isa, x, factor) }
@@ -117,10 +157,10 @@ fn orthogonalized(isa: Isa, matrix: &[f32], (rows, cols): (usize, usize)) -> Vec
 const ROWS: usize = 64;
 
 /// Computes `a b`. The result does not depend on the number of threads.
-fn product(isa: Isa, a: Mat<'_>, b: Mat<'_>) -> Vec<f32> {
+fn product(isa: Isa, a: Mat<'_>, b: Mat<'_>) -> Spare {
     let (rows, cols) = (a.rows(), b.cols());
-    let (mut packed, mut c) = (Vec::new(), vec![0.0; rows * cols]);
-    let b = b.packed(&mut packed);
+    let (mut packed, mut c) = (Spare::new(b.packed_len()), Spare::new(rows * cols));
+    let b = b.packed(&mut packed.values);
     c.par_chunks_mut((ROWS * cols).max(1)).enumerate().for_each(|(i, c)| {
         let rows = c.len() / cols;
         gemm_packed(isa, (c, cols), a.rows_from(i * ROWS, rows), b, false);
@@ -129,10 +169,10 @@ fn product(isa: Isa, a: Mat<'_>, b: Mat<'_>) -> Vec<f32> {
 }
 
 /// Computes `a b`, which is symmetric: little more than half of it is computed, and the rest copied.
-fn symmetric_product(isa: Isa, a: Mat<'_>, b: Mat<'_>) -> Vec<f32> {
+fn symmetric_product(isa: Isa, a: Mat<'_>, b: Mat<'_>) -> Spare {
     let size = a.rows();
-    let (mut packed, mut c) = (Vec::new(), vec![0.0; size * size]);
-    let b = b.packed(&mut packed);
+    let (mut packed, mut c) = (Spare::new(b.packed_len()), Spare::new(size * size));
+    let b = b.packed(&mut packed.values);
     c.par_chunks_mut((ROWS * size).max(1)).enumerate().for_each(|(i, c)| {
         let (first, rows) = (i * ROWS, c.len() / size);
         gemm_packed(
@@ -171,6 +211,13 @@ simd_fn! {
 mod tests {
     use super::*;
     use crate::kernels::tests::Normals;
+
+    /// Orthogonalises matrices in parallel.
+    fn orthogonalize(isa: Isa, matrices: &mut [(Vec<f32>, (usize, usize))]) {
+        matrices.par_iter_mut().with_max_len(1).for_each(|(values, size)| {
+            *values = orthogonalized(isa, values, *size).to_vec();
+        });
+    }
 
     /// Computes the definition in f64.
     fn definition(matrix: &[f32], (rows, cols): (usize, usize)) -> Vec<f64> {
@@ -217,7 +264,7 @@ mod tests {
         matrices.push((vec![0.0; 12], (3, 4)));
         for isa in Isa::available() {
             let mut found = matrices.clone();
-            orthogonalize_all(isa, &mut found);
+            orthogonalize(isa, &mut found);
             for ((matrix, size), (found, _)) in matrices.iter().zip(&found) {
                 let expected = definition(matrix, *size);
                 let square: f64 = expected.iter().map(|x| x * x).sum();
@@ -242,7 +289,7 @@ mod tests {
                 .into_iter()
                 .map(|size: (usize, usize)| (Normals(3).values(0, size.0 * size.1), size))
                 .collect();
-            pool.install(|| orthogonalize_all(Isa::detect(), &mut matrices));
+            pool.install(|| orthogonalize(Isa::detect(), &mut matrices));
             matrices
         };
         let one = run(1);

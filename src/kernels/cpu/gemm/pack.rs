@@ -63,10 +63,15 @@ impl<'a> Mat<'a> {
         Self { data: &self.data[first * self.row_stride..], rows: count, ..self }
     }
 
+    /// Number of values of the packed matrix.
+    pub(crate) fn packed_len(&self) -> usize {
+        self.cols.div_ceil(PANEL) * self.rows * PANEL
+    }
+
     /// Packs the matrix to the first values of `memory`, which grows if necessary.
     pub(crate) fn packed(self, memory: &mut Vec<f32>) -> Panels<'_> {
         let Self { rows, cols, .. } = self;
-        let packed = sized(memory, cols.div_ceil(PANEL) * rows * PANEL);
+        let packed = sized(memory, self.packed_len());
         let panels = packed.par_chunks_exact_mut((rows * PANEL).max(1)).enumerate();
         panels.for_each(|(i, panel)| self.pack_panel(i * PANEL, panel));
         Panels::new(memory, rows, cols)
