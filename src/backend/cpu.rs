@@ -251,20 +251,20 @@ fn muon(
     };
     let mut jobs = Vec::new();
     for own in matrices {
-        if let Some(gradient) = own.gradient.as_deref() {
-            let size = gradient.flatten_from(1)?.dims2()?;
-            jobs.push((own, size));
-        }
+        let WeightState { weight, mean, gradient: Some(gradient), average, .. } = own else {
+            continue;
+        };
+        let size = gradient.flatten_from(1)?.dims2()?;
+        jobs.push((size, weight, mean, gradient, average));
     }
     // The largest first, one per job, so that threads end at about the same time.
-    jobs.sort_by_key(|(_, (rows, cols))| Reverse(rows * cols * rows.min(cols)));
-    jobs.into_par_iter().with_max_len(1).try_for_each(|(own, size)| {
-        let Some(gradient) = own.gradient else { return Ok(()) };
+    jobs.sort_by_key(|((rows, cols), ..)| Reverse(rows * cols * rows.min(cols)));
+    jobs.into_par_iter().with_max_len(1).try_for_each(|(size, weight, mean, gradient, average)| {
         with_values([&*gradient], |[gradient]| {
-            with_values_mut(own.mean, |momentum| {
-                with_values_mut(own.weight, |weight| {
+            with_values_mut(mean, |momentum| {
+                with_values_mut(weight, |weight| {
                     step.update(isa, size, gradient, momentum, weight);
-                    match own.average {
+                    match average {
                         Some(average) => {
                             with_values_mut(average, |average| adam.follow(isa, average, weight))
                         }
