@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -10,6 +10,7 @@ use candle_core::{DType, Tensor, TensorId};
 
 use crate::error::{Error, Result};
 use crate::kernels::cpu::conv::algorithm::Workspace;
+use crate::kernels::cpu::memory::{before_line, first_line};
 use crate::memory::filled;
 
 /// Maximum number of issued gradients that are tracked: several times the number of weights of a network.
@@ -117,25 +118,27 @@ impl Pool {
     pub fn take(self: &Arc<Self>, len: usize) -> Result<Buffer> {
         let mut free = self.lock();
         // The smallest block that is large enough, unless most of it would be wasted.
+        let least = len.saturating_add(before_line::<f32>());
         let found =
-            free.by_size.range(len..=len.saturating_mul(2)).find(|(_, free)| !free.is_empty());
+            free.by_size.range(least..=least.saturating_mul(2)).find(|(_, free)| !free.is_empty());
         let values = match found.map(|(&size, _)| size) {
             Some(size) => free.by_size.get_mut(&size).and_then(Vec::pop),
             None => None,
         };
         drop(free);
-        let values = values.or_else(|| filled(&[len], 0.0));
+        let values = values.or_else(|| filled(&[least], 0.0));
         let bytes = len.saturating_mul(size_of::<f32>());
         let values = values.ok_or(Error::OutOfMemory { bytes })?;
-        Ok(Buffer { values, len, pool: self.clone() })
+        let first = first_line(&values);
+        Ok(Buffer { values, span: first..first + len, pool: self.clone() })
     }
 }
 
 /// Values borrowed from a pool.
 pub(crate) struct Buffer {
-    /// At least `len` values.
     values: Vec<f32>,
-    len: usize,
+    /// The borrowed values, which begin at a cache line.
+    span: Range<usize>,
     pool: Arc<Pool>,
 }
 
@@ -143,13 +146,13 @@ impl Deref for Buffer {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        &self.values[..self.len]
+        &self.values[self.span.clone()]
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.values[..self.len]
+        &mut self.values[self.span.clone()]
     }
 }
 

@@ -275,6 +275,28 @@ macro_rules! for_channels {
 }
 pub(crate) use for_channels;
 
+/// Calls a function for groups of several vectors of channels, then for single vectors, then for each remaining channel.
+/// The numbers of vectors of a group, the largest first, are the last generic argument of the function.
+macro_rules! for_channel_groups {
+    ($first:ident in $channels:expr, [$($group:literal),*],
+     $f:ident::<$s:ident> $arguments:tt $(,)?) => {
+        let mut $first = 0;
+        $(while $first + $group * $s::WIDTH <= $channels {
+            $f::<$s, $group> $arguments;
+            $first += $group * $s::WIDTH;
+        })*
+        while $first + $s::WIDTH <= $channels {
+            $f::<$s, 1> $arguments;
+            $first += $s::WIDTH;
+        }
+        while $first < $channels {
+            $f::<f32, 1> $arguments;
+            $first += 1;
+        }
+    };
+}
+pub(crate) use for_channel_groups;
+
 /// Defines a function whose first argument is an [`Isa`](super::isa::Isa) and whose body runs in the
 /// vectors of that instruction set: `fn name<S>(arguments) { body }`, with `S: Simd` within the body.
 macro_rules! simd_fn {

@@ -249,7 +249,8 @@ fn convolutions_at_edges() -> impl Strategy<Value = ConvSizes> {
         [2usize..4, 24usize..34, 24usize..34],
     ];
     // Panels that are full, nearly full, and nearly empty.
-    let channels = prop_oneof![[1usize..71, 1usize..71], [8usize..71, 8usize..71]];
+    let channels =
+        prop_oneof![[1usize..71, 1usize..71], [8usize..71, 8usize..71], [1usize..71, 1usize..5],];
     let kernels = prop_oneof![
         Just(([3usize; 2], Scale::Stride(1))),
         Just(([3; 2], Scale::Stride(1))),

@@ -5,6 +5,7 @@ use std::fmt;
 use super::epilogue::Epilogue;
 use crate::kernels::cpu::bf16::unit::Unit;
 use crate::kernels::cpu::isa::Isa;
+use crate::kernels::cpu::memory::from_line;
 use crate::precision::Precision;
 
 /// The arithmetic of products. Sums are f32.
@@ -99,12 +100,12 @@ pub(crate) enum Packed {
 impl Packed {
     /// The values, if they are f32.
     pub(super) fn f32(&self) -> &[f32] {
-        if let Self::F32(values) = self { values } else { &[] }
+        if let Self::F32(values) = self { from_line(values) } else { &[] }
     }
 
     /// The values, if they are bf16.
     pub(super) fn bf16(&self) -> &[u16] {
-        if let Self::Bf16(values) = self { values } else { &[] }
+        if let Self::Bf16(values) = self { from_line(values) } else { &[] }
     }
 }
 

@@ -13,11 +13,11 @@ use rayon::prelude::*;
 use super::algorithm::{Algorithm, Packed, Workspace};
 use super::epilogue::Epilogue;
 use crate::kernels::cpu::gemm::pack::{Mat, Panels, pack};
-use crate::kernels::cpu::gemm::{Patches, gemm, gemm_packed, gemm_patches};
+use crate::kernels::cpu::gemm::{NARROW, Patches, gemm, gemm_packed, gemm_patches, narrow_patches};
 use crate::kernels::cpu::isa::Isa;
-use crate::kernels::cpu::memory::sized;
+use crate::kernels::cpu::memory::{from_line, sized};
 use crate::kernels::cpu::reduce::PARTS;
-use crate::kernels::op::conv::ConvShape;
+use crate::kernels::op::conv::{ConvShape, Scale};
 use crate::kernels::op::place::Place;
 
 /// Approximate number of pixels whose patches are laid out at a time.
@@ -56,6 +56,24 @@ impl Im2col {
     fn pack_patches(&self, weight: &[f32], memory: &mut Vec<f32>) {
         let (patch, c_out) = (self.shape.patch(), self.shape.c_out);
         pack(weight, (patch, c_out), |k| self.tap(k), |o| o * patch, memory);
+    }
+
+    /// Packs the weights of a convolution to [few channels](Self::is_narrow): for each output channel, the weights of
+    /// the values of a patch.
+    fn pack_columns(&self, weight: &[f32], memory: &mut Vec<f32>) {
+        let patch = self.shape.patch();
+        let columns = sized(memory, weight.len()).chunks_exact_mut(patch);
+        for (column, weight) in columns.zip(weight.chunks_exact(patch)) {
+            column.iter_mut().enumerate().for_each(|(k, value)| *value = weight[self.tap(k)]);
+        }
+    }
+
+    /// Packs the weights for the [transposed](ConvShape::transposed) convolution, whose kernels are rotated.
+    fn pack_rotated(&self, weight: &[f32], memory: &mut Vec<f32>) {
+        let ConvShape { c_in, c_out, .. } = self.shape;
+        let (taps, patch) = (self.shape.taps(), self.shape.patch());
+        let row_at = |k| k % c_out * patch + (taps - 1 - k / c_out);
+        pack(weight, (taps * c_out, c_in), row_at, |i| i * taps, memory);
     }
 
     /// Packs the transpose of [`pack_patches`](Self::pack_patches).
@@ -147,11 +165,84 @@ impl Im2col {
         });
     }
 
+    /// Returns whether the output has so few channels that a panel of them would be mostly empty.
+    fn is_narrow(&self) -> bool {
+        self.shape.c_out <= NARROW
+    }
+
+    /// Returns the convolution from few channels whose output is the gradient of the input, if there is one.
+    fn transposed(&self) -> Option<Self> {
+        let transposed = Self { shape: self.shape.transposed(), ..*self };
+        let suits = self.is_narrow() && self.shape.scale == Scale::Stride(1);
+        (suits && !transposed.is_narrow()).then_some(transposed)
+    }
+
     /// Returns whether products read patches in place. Each line of the output is then a product of its own, which
     /// needs enough pixels to fill tiles.
     fn reads_in_place(&self) -> bool {
         let shape = self.shape;
         !shape.is_pointwise() && !shape.upsamples() && shape.w_out >= MIN_LINE
+    }
+
+    /// Computes the convolution of `x` to `y`, with packed weights.
+    fn convolve(&self, x: &[f32], weight: &[f32], epilogue: Epilogue<'_>, y: &mut [f32]) {
+        let ConvShape { batch, h_out, w_out, c_out, .. } = self.shape;
+        let Place { first, of } = epilogue.place(c_out);
+        let patch = self.shape.patch();
+        let product = |to: (&mut [f32], usize), lines, patches: Patches<'_>| {
+            if self.is_narrow() {
+                narrow_patches(self.isa, to, lines, patches, (&weight[..c_out * patch], patch));
+            } else {
+                gemm_patches(self.isa, to, lines, patches, Panels::new(weight, patch, c_out));
+            }
+        };
+        let (line, y_len) = (w_out * of, h_out * w_out * of);
+        // Small batches leave work for every thread.
+        let share = (batch * h_out).div_ceil(rayon::current_num_threads());
+        let chunk_rows = self.chunk_rows().min(share);
+        let images = y.par_chunks_mut(y_len).zip(x.par_chunks(self.shape.input_len())).enumerate();
+        images.for_each(|(k, (y, x))| {
+            let mut shift = vec![0f32; c_out];
+            epilogue.shift(k, &mut shift);
+            let residual = epilogue.add.residual.map(|r| &r[k * y_len..][..y_len]);
+            let chunks = y.par_chunks_mut(chunk_rows * line).enumerate();
+            chunks.for_each(|(i, y)| {
+                let rows = i * chunk_rows..i * chunk_rows + y.len() / line;
+                for pixel in y.chunks_mut(of) {
+                    let pixel = &mut pixel[first..][..c_out];
+                    if epilogue.accumulate {
+                        pixel.iter_mut().zip(&shift).for_each(|(y, shift)| *y += shift);
+                    } else {
+                        pixel.copy_from_slice(&shift);
+                    }
+                }
+                if let Some(residual) = residual {
+                    let residual = &residual[rows.start * line..];
+                    y.iter_mut().zip(residual).for_each(|(y, residual)| *y += residual);
+                }
+                let to = (&mut y[first..], of);
+                let lines = rows.len();
+                if self.reads_in_place() {
+                    let stride = self.shape.stride();
+                    self.with_lines(x, rows, |data, line| {
+                        let patches = Patches {
+                            data,
+                            line: stride * line,
+                            pixels: w_out,
+                            pixel: stride * self.shape.c_in,
+                            run: self.shape.kernel[1] * self.shape.c_in,
+                            jump: line,
+                        };
+                        product(to, lines, patches);
+                    });
+                } else {
+                    self.with_patches(x, rows, |patches| {
+                        product(to, lines, Patches::laid_out(patches, w_out));
+                    });
+                }
+                epilogue.rectify(y, c_out);
+            });
+        });
     }
 
     /// Adds the contribution of these output rows of `dy` to the gradient of an image. The weights are
@@ -186,60 +277,16 @@ impl Im2col {
 impl Algorithm for Im2col {
     fn pack(&self, weight: &[f32], workspace: &mut Workspace) -> Packed {
         let mut memory = std::mem::take(&mut workspace.values);
-        self.pack_patches(weight, &mut memory);
+        if self.is_narrow() {
+            self.pack_columns(weight, &mut memory);
+        } else {
+            self.pack_patches(weight, &mut memory);
+        }
         Packed::F32(memory)
     }
 
     fn forward(&self, x: &[f32], weight: &Packed, epilogue: Epilogue<'_>, y: &mut [f32]) {
-        let ConvShape { batch, h_out, w_out, c_out, .. } = self.shape;
-        let Place { first, of } = epilogue.place(c_out);
-        let weight = Panels::new(weight.f32(), self.shape.patch(), c_out);
-        let (line, y_len) = (w_out * of, h_out * w_out * of);
-        // Small batches leave work for every thread.
-        let share = (batch * h_out).div_ceil(rayon::current_num_threads());
-        let chunk_rows = self.chunk_rows().min(share);
-        let images = y.par_chunks_mut(y_len).zip(x.par_chunks(self.shape.input_len())).enumerate();
-        images.for_each(|(k, (y, x))| {
-            let mut shift = vec![0f32; c_out];
-            epilogue.shift(k, &mut shift);
-            let residual = epilogue.add.residual.map(|r| &r[k * y_len..][..y_len]);
-            let chunks = y.par_chunks_mut(chunk_rows * line).enumerate();
-            chunks.for_each(|(i, y)| {
-                let rows = i * chunk_rows..i * chunk_rows + y.len() / line;
-                for pixel in y.chunks_mut(of) {
-                    let pixel = &mut pixel[first..][..c_out];
-                    if epilogue.accumulate {
-                        pixel.iter_mut().zip(&shift).for_each(|(y, shift)| *y += shift);
-                    } else {
-                        pixel.copy_from_slice(&shift);
-                    }
-                }
-                if let Some(residual) = residual {
-                    let residual = &residual[rows.start * line..];
-                    y.iter_mut().zip(residual).for_each(|(y, residual)| *y += residual);
-                }
-                let to = (&mut y[first..], of);
-                if self.reads_in_place() {
-                    let (lines, stride) = (rows.len(), self.shape.stride());
-                    self.with_lines(x, rows, |data, line| {
-                        let patches = Patches {
-                            data,
-                            line: stride * line,
-                            pixels: w_out,
-                            pixel: stride * self.shape.c_in,
-                            run: self.shape.kernel[1] * self.shape.c_in,
-                            jump: line,
-                        };
-                        gemm_patches(self.isa, to, lines, patches, weight);
-                    });
-                } else {
-                    self.with_patches(x, rows, |patches| {
-                        gemm_packed(self.isa, to, patches, weight, true);
-                    });
-                }
-                epilogue.rectify(y, c_out);
-            });
-        });
+        self.convolve(x, weight.f32(), epilogue, y);
     }
 
     fn input_gradient(
@@ -250,8 +297,14 @@ impl Algorithm for Im2col {
         accumulate: bool,
         workspace: &mut Workspace,
     ) {
+        if let Some(transposed) = self.transposed() {
+            self.pack_rotated(weight, &mut workspace.values);
+            let epilogue = Epilogue { accumulate, ..Epilogue::default() };
+            return transposed.convolve(dy, from_line(&workspace.values), epilogue, dx);
+        }
         self.pack_transposed(weight, &mut workspace.values);
-        let weight = Panels::new(&workspace.values, self.shape.c_out, self.shape.patch());
+        let weight =
+            Panels::new(from_line(&workspace.values), self.shape.c_out, self.shape.patch());
         let dx = dx.par_chunks_mut(self.shape.input_len());
         dx.zip(dy.par_chunks(self.shape.output_len())).for_each(|(dx, dy)| {
             if !accumulate {
@@ -272,6 +325,17 @@ impl Algorithm for Im2col {
         workspace: &mut Workspace,
     ) {
         let ConvShape { batch, c_in, c_out, .. } = self.shape;
+        if let Some(transposed) = self.transposed() {
+            // Patches of the output have few values, and fit in a panel.
+            let taps = self.shape.taps();
+            let mut turned = vec![0f32; dweight.len()];
+            transposed.weight_gradient(dy, x, &mut turned, workspace);
+            for (at, d) in dweight.iter_mut().enumerate() {
+                let (o, i, tap) = (at / (c_in * taps), at / taps % c_in, at % taps);
+                *d = turned[(i * c_out + o) * taps + taps - 1 - tap];
+            }
+            return;
+        }
         let (patch, x_len, y_len) =
             (self.shape.patch(), self.shape.input_len(), self.shape.output_len());
         let images = batch.div_ceil(PARTS);

@@ -2,11 +2,14 @@
 //! on the calling thread, so the order of sums is always the same.
 
 pub(crate) mod micro;
+mod narrow;
 pub(crate) mod pack;
 
 use std::cell::RefCell;
 
 use self::micro::{Left, PANEL, PanelProduct, panel_product};
+pub(crate) use self::narrow::NARROW;
+use self::narrow::narrow_product;
 use self::pack::{Mat, Panels};
 use super::isa::Isa;
 use super::memory::sized;
@@ -59,6 +62,26 @@ pub(crate) struct Patches<'a> {
     pub jump: usize,
 }
 
+impl<'a> Patches<'a> {
+    /// Patches that do not overlap, of lines of `pixels` pixels.
+    pub(crate) fn laid_out(patches: Mat<'a>, pixels: usize) -> Self {
+        let pixel = patches.row_stride;
+        let (line, run) = (pixels * pixel, usize::MAX);
+        Self { data: patches.data, line, pixels, pixel, run, jump: 0 }
+    }
+
+    /// The patches of some lines, as left-hand sides: for each, its first pixel and its number of pixels.
+    fn lefts(self, lines: usize) -> impl Iterator<Item = (usize, usize, Left<'a>)> {
+        let Self { data, line, pixels, pixel: row, run, jump } = self;
+        // Lines without zeros between them are one long line, which fills tiles better.
+        let (lines, pixels) =
+            if line == pixels * row { (1, lines * pixels) } else { (lines, pixels) };
+        (0..lines).map(move |i| {
+            (i * pixels, pixels, Left { data: &data[i * line..], row, col: 1, run, jump })
+        })
+    }
+}
+
 /// Adds to `c` the product of the patches of its pixels and a packed right-hand side. Pixels of `c` begin `c_row`
 /// values apart.
 pub(crate) fn gemm_patches(
@@ -68,19 +91,28 @@ pub(crate) fn gemm_patches(
     a: Patches<'_>,
     b: Panels,
 ) {
-    let Patches { data, line, pixels, pixel: row, run, jump } = a;
-    // Lines without zeros between them are one long line, which fills tiles better.
-    let (lines, pixels) = if line == pixels * row { (1, lines * pixels) } else { (lines, pixels) };
     PANELS.with_borrow_mut(|(_, rest)| {
         for first in (0..b.cols).step_by(PANEL) {
-            for i in 0..lines {
-                let c = (&mut c[i * pixels * c_row..], c_row);
-                let a = Left { data: &data[i * line..], row, col: 1, run, jump };
+            for (pixel, pixels, a) in a.lefts(lines) {
+                let c = (&mut c[pixel * c_row..], c_row);
                 let place = (first, b.cols, b.rows);
                 multiply(isa, c, (pixels, a), b.panel(first), place, true, rest);
             }
         }
     });
+}
+
+/// Adds to `c` the product of the patches of its pixels and at most [`NARROW`] columns of `depth` values.
+pub(crate) fn narrow_patches(
+    isa: Isa,
+    (c, c_row): (&mut [f32], usize),
+    lines: usize,
+    a: Patches<'_>,
+    (b, depth): (&[f32], usize),
+) {
+    for (pixel, pixels, a) in a.lefts(lines) {
+        narrow_product(isa, &mut c[pixel * c_row..], c_row, pixels, a, b, depth);
+    }
 }
 
 /// Computes the columns of one panel, from `first` on, of a product with `cols` columns and sums of

@@ -68,13 +68,13 @@ impl<'a> Mat<'a> {
         self.cols.div_ceil(PANEL) * self.rows * PANEL
     }
 
-    /// Packs the matrix to the first values of `memory`, which grows if necessary.
+    /// Packs the matrix to [`sized`] memory.
     pub(crate) fn packed(self, memory: &mut Vec<f32>) -> Panels<'_> {
         let Self { rows, cols, .. } = self;
         let packed = sized(memory, self.packed_len());
         let panels = packed.par_chunks_exact_mut((rows * PANEL).max(1)).enumerate();
         panels.for_each(|(i, panel)| self.pack_panel(i * PANEL, panel));
-        Panels::new(memory, rows, cols)
+        Panels::new(packed, rows, cols)
     }
 
     /// Copies [`PANEL`] columns from `first` on to a panel. Columns beyond the last are zero.
@@ -135,8 +135,7 @@ impl<'a> Panels<'a> {
     }
 }
 
-/// Packs the matrix whose element (i, j) is `values[row_at(i) + col_at(j)]` to the first values of
-/// `memory`, which grows if necessary.
+/// Packs the matrix whose element (i, j) is `values[row_at(i) + col_at(j)]` to [`sized`] memory.
 pub(crate) fn pack(
     values: &[f32],
     (rows, cols): (usize, usize),

@@ -1,7 +1,7 @@
 //! The passes of a normalisation over the pixels of an image.
 
 use crate::kernels::cpu::math::sigmoid;
-use crate::kernels::cpu::simd::{Simd, for_channels, simd_fn};
+use crate::kernels::cpu::simd::{Simd, for_channel_groups, for_channels, simd_fn};
 
 /// Number of pixels whose sums are taken in f32.
 pub(crate) const RUN: usize = 32;
@@ -22,28 +22,46 @@ simd_fn! {
         // Short runs in f32, then f64.
         let mut run = vec![0f32; c];
         for x in x.chunks(RUN * c) {
-            run.fill(0.0);
-            for x in x.chunks_exact(c) {
-                let (run, x, mean) = (run.as_mut_ptr(), x.as_ptr(), mean.as_ptr());
-                // SAFETY: all slices have one value per channel.
-                unsafe {
-                    for_channels!(i in c, add_distances::<S>(run.add(i), x.add(i), mean.add(i), squares));
-                }
+            let (pixels, x, mean, run_sums) = (x.len() / c, x.as_ptr(), mean.as_ptr(), run.as_mut_ptr());
+            // SAFETY: `x` has `pixels` times `c` values, and the other slices have one value per channel.
+            unsafe {
+                for_channel_groups!(i in c, [4, 2], sum_distances::<S>(
+                    run_sums.add(i), x.add(i), mean.add(i), (pixels, c), squares,
+                ));
             }
             sums.iter_mut().zip(&run).for_each(|(sum, run)| *sum += f64::from(*run));
         }
     }
 }
 
+/// Writes the sums over pixels that lie `c` values apart, of `N` vectors of channels. A single sum would wait for each
+/// of its additions.
+///
 /// # Safety
-/// Each pointer must be valid for a vector.
+/// Each pointer must be valid for `N` vectors, and `x` for those of each pixel.
 #[inline(always)]
-unsafe fn add_distances<S: Simd>(sums: *mut f32, x: *const f32, mean: *const f32, squares: bool) {
+unsafe fn sum_distances<S: Simd, const N: usize>(
+    sums: *mut f32,
+    x: *const f32,
+    mean: *const f32,
+    (pixels, c): (usize, usize),
+    squares: bool,
+) {
     // SAFETY: the caller guarantees the requirements.
     unsafe {
-        let (sum, n) = (S::load(sums), S::load(x).sub(S::load(mean)));
-        let sum = if squares { n.mul_add(n, sum) } else { sum.add(n) };
-        sum.store(sums);
+        let (mut means, mut total) = ([S::splat(0.0); N], [S::splat(0.0); N]);
+        for (k, value) in means.iter_mut().enumerate() {
+            *value = S::load(mean.add(k * S::WIDTH));
+        }
+        for pixel in 0..pixels {
+            for k in 0..N {
+                let n = S::load(x.add(pixel * c + k * S::WIDTH)).sub(means[k]);
+                total[k] = if squares { n.mul_add(n, total[k]) } else { total[k].add(n) };
+            }
+        }
+        for (k, total) in total.into_iter().enumerate() {
+            total.store(sums.add(k * S::WIDTH));
+        }
     }
 }
 
@@ -124,13 +142,11 @@ simd_fn! {
         // Short runs in f32, then f64.
         let mut run = vec![0f32; 2 * c];
         for (dz, x) in dz.chunks_mut(RUN * c).zip(x.chunks(RUN * c)) {
-            run.fill(0.0);
-            for (dz, x) in dz.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
-                let (dz, x, run) = (dz.as_mut_ptr(), x.as_ptr(), run.as_mut_ptr());
-                // SAFETY: `dz` and `x` have the channels of a pixel, and `run` has twice as many values.
-                unsafe {
-                    for_channels!(i in c, add_gradient::<S>(dz, x, affine, i, silu, run));
-                }
+            let pixels = x.len() / c;
+            let (dz, x, run_sums) = (dz.as_mut_ptr(), x.as_ptr(), run.as_mut_ptr());
+            // SAFETY: `dz` and `x` have `pixels` times `c` values, and `run` has two per channel.
+            unsafe {
+                for_channel_groups!(i in c, [2], sum_gradients::<S>(dz, x, affine, (i, pixels), silu, run_sums));
             }
             for (i, sums) in sums.iter_mut().enumerate() {
                 sums[0] += f64::from(run[i]);
@@ -140,30 +156,43 @@ simd_fn! {
     }
 }
 
+/// Processes `N` vectors of channels from `first` on of each pixel, and writes their two sums.
+///
 /// # Safety
-/// A vector of channels must be left from `first` on.
+/// `N` vectors of channels must be left from `first` on.
 #[inline(always)]
-unsafe fn add_gradient<S: Simd>(
+unsafe fn sum_gradients<S: Simd, const N: usize>(
     dz: *mut f32,
     x: *const f32,
     affine: &Affine<'_>,
-    first: usize,
+    (first, pixels): (usize, usize),
     silu: bool,
     run: *mut f32,
 ) {
+    let (c, one) = (affine.channels(), S::splat(1.0));
     // SAFETY: the caller guarantees the requirements.
     unsafe {
-        let (n, z) = affine.apply(S::load(x.add(first)), first);
-        let mut d = S::load(dz.add(first));
-        if silu {
-            let one = S::splat(1.0);
-            let s = sigmoid(z);
-            d = d.mul(s.mul(one.add(z.mul(one.sub(s)))));
-            d.store(dz.add(first));
+        let mut sums = [[S::splat(0.0); N]; 2];
+        for pixel in 0..pixels {
+            for k in 0..N {
+                let channel = first + k * S::WIDTH;
+                let place = pixel * c + channel;
+                let (n, z) = affine.apply(S::load(x.add(place)), channel);
+                let mut d = S::load(dz.add(place));
+                if silu {
+                    let s = sigmoid(z);
+                    d = d.mul(s.mul(one.add(z.mul(one.sub(s)))));
+                    d.store(dz.add(place));
+                }
+                sums[0][k] = d.mul_add(n, sums[0][k]);
+                sums[1][k] = d.add(sums[1][k]);
+            }
         }
-        let (by_n, plain) = (run.add(first), run.add(affine.channels() + first));
-        d.mul_add(n, S::load(by_n)).store(by_n);
-        d.add(S::load(plain)).store(plain);
+        for (sums, run) in sums.iter().zip([run, run.add(c)]) {
+            for (k, sum) in sums.iter().enumerate() {
+                sum.store(run.add(first + k * S::WIDTH));
+            }
+        }
     }
 }
 

@@ -25,7 +25,7 @@ use crate::kernels::cpu::bf16::operands::{DEPTH, Product, ROWS, Step, round};
 use crate::kernels::cpu::bf16::unit::Unit;
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::isa::Isa;
-use crate::kernels::cpu::memory::{from_line, sized, sized_by_lines};
+use crate::kernels::cpu::memory::{from_line, sized};
 use crate::kernels::cpu::simd::simd_fn;
 use crate::kernels::op::conv::ConvShape;
 use crate::kernels::op::place::Place;
@@ -87,7 +87,7 @@ impl Bf16 {
         let g = &self.shape;
         let Scratch { strips: layout, line, sums, shift, .. } = scratch;
         let strips = Strips { shape: *g, channels: 0..g.c_in, chunk, side: Side::Left };
-        let a = sized_by_lines(layout, self.terms.parts() * strips.len());
+        let a = sized(layout, self.terms.parts() * strips.len());
         strips.fill(self.isa, x, parts_of(a, strips.len()), line);
         let width = strips.width();
         let part_len = g.kernel[0] * width * PANEL;
@@ -102,8 +102,8 @@ impl Bf16 {
         }
         let rows = strips.pixels();
         let c_row = g.c_out.next_multiple_of(PANEL);
-        let sums = sized_by_lines(sums, rows.next_multiple_of(ROWS) * c_row);
-        let panels = from_line(weights).chunks_exact(self.terms.parts() * part_len);
+        let sums = sized(sums, rows.next_multiple_of(ROWS) * c_row);
+        let panels = weights.chunks_exact(self.terms.parts() * part_len);
         for (panel, b) in panels.take(c_row / PANEL).enumerate() {
             for (i, steps) in steps.chunks(self.run()).enumerate() {
                 let (c, a) = (&mut sums[panel * PANEL..], &*a);
@@ -186,6 +186,7 @@ impl Algorithm for Bf16 {
         let transposed = Self { shape: g.transposed(), ..*self };
         let kernels = |i, o| &weight[(o * g.c_in + i) * area..][..area];
         pack_kernels(self.isa, &transposed.shape, self.terms, kernels, true, packed);
+        let packed = from_line(packed);
         if g.upsamples() {
             let doubled = sized(sums, 4 * dx.len());
             transposed.run_forward(dy, packed, Epilogue::default(), doubled);

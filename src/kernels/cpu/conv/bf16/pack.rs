@@ -8,7 +8,7 @@ use super::strips::strip_width;
 use crate::kernels::cpu::bf16::operands::{place, rest, round};
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::isa::Isa;
-use crate::kernels::cpu::memory::sized_by_lines;
+use crate::kernels::cpu::memory::sized;
 use crate::kernels::cpu::simd::simd_fn;
 use crate::kernels::op::conv::ConvShape;
 
@@ -27,7 +27,7 @@ pub(super) fn pack_kernels<'a>(
     let [height, across] = kernel;
     let part_len = height * width * PANEL;
     let panel_len = terms.parts() * part_len;
-    let panels = sized_by_lines(memory, c_out.div_ceil(PANEL) * panel_len);
+    let panels = sized(memory, c_out.div_ceil(PANEL) * panel_len);
     panels.par_chunks_mut(panel_len).enumerate().for_each(|(panel, packed)| {
         let count = PANEL.min(c_out - panel * PANEL);
         if count < PANEL || width > across * c_in {

@@ -12,7 +12,7 @@ use super::rounding::{parts_of, round_pixels, transpose};
 use super::strips::{Chunk, Side, Strips, strip_width};
 use crate::kernels::cpu::bf16::operands::{DEPTH, Product, ROWS, Step};
 use crate::kernels::cpu::gemm::micro::PANEL;
-use crate::kernels::cpu::memory::{sized, sized_by_lines};
+use crate::kernels::cpu::memory::sized;
 use crate::kernels::cpu::reduce::PARTS;
 
 /// Maximum memory for the sums of parts. One part alone may need more.
@@ -49,7 +49,7 @@ impl Bf16 {
         let most = (SUMS_BYTES / (groups * group_len * size_of::<f32>())).clamp(1, PARTS);
         let images = g.batch.div_ceil(most.min(g.batch));
         let parts = g.batch.div_ceil(images);
-        let sums = sized_by_lines(sums, parts * groups * group_len);
+        let sums = sized(sums, parts * groups * group_len);
         sums.par_chunks_mut(group_len).enumerate().for_each(|(task, sums)| {
             let (part, group) = (task / groups, task % groups);
             let (input, output) = (group % in_groups * inputs, group / in_groups * outputs);
@@ -106,13 +106,13 @@ impl Bf16 {
                 let Scratch { strips: layout, line, left, rounded, .. } = scratch;
                 let channels = inputs.clone();
                 let strips = Strips { shape: *g, channels, chunk, side: Side::Right };
-                let b = sized_by_lines(layout, parts * strips.len());
+                let b = sized(layout, parts * strips.len());
                 strips.fill(self.isa, x, parts_of(b, strips.len()), line);
                 let depth = strips.pixels().next_multiple_of(DEPTH);
                 // An odd number of cache lines, so that rows do not all fall into the same few sets of the cache.
                 let a_row = ((depth / DEPTH) | 1) * DEPTH;
                 let a_len = outputs.len().next_multiple_of(ROWS) * a_row;
-                let a = sized_by_lines(left, parts * a_len);
+                let a = sized(left, parts * a_len);
                 let rows = Rows { values: a, pitch: a_row, depth };
                 self.transpose_gradient(dy, &strips, outputs.clone(), rows, rounded);
                 let width = strips.width();

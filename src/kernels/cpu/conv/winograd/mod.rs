@@ -40,7 +40,7 @@ use super::epilogue::Epilogue;
 use super::im2col::Im2col;
 use crate::kernels::cpu::gemm::micro::{Left, PANEL, PanelProduct, panel_product};
 use crate::kernels::cpu::isa::Isa;
-use crate::kernels::cpu::memory::sized;
+use crate::kernels::cpu::memory::{from_line, sized};
 use crate::kernels::op::conv::{ConvShape, Scale};
 use crate::kernels::op::place::Place;
 
@@ -310,7 +310,7 @@ impl Algorithm for Winograd {
             return im2col.input_gradient(dy, weight, dx, accumulate, workspace);
         }
         self.pack_backward(weight, &mut workspace.values);
-        let weight = &workspace.values;
+        let weight = from_line(&workspace.values);
         if self.shape.upsamples() {
             return self.doubled_input_gradient(dy, weight, dx, accumulate);
         }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use super::places::Places;
 use crate::kernels::cpu::gemm::micro::PANEL;
-use crate::kernels::cpu::memory::sized_by_lines;
+use crate::kernels::cpu::memory::sized;
 use crate::kernels::op::activation::Rectifier;
 use crate::kernels::op::conv::ConvShape;
 use crate::kernels::op::place::Place;
@@ -26,7 +26,7 @@ thread_local! {
 
 /// Calls `f` with memory for `len` values that begins at a cache line.
 pub(super) fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-    SCRATCH.with_borrow_mut(|scratch| f(sized_by_lines(scratch, len)))
+    SCRATCH.with_borrow_mut(|scratch| f(sized(scratch, len)))
 }
 
 /// The size of tiles.

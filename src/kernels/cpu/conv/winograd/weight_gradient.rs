@@ -12,7 +12,7 @@ use super::tiles::{MIN_BLOCK_TILES, TileRow, Tiles, kernel_stride, place_stride,
 use super::transforms::{kernel_gradient, transform_gradient, transform_input};
 use crate::kernels::cpu::gemm::micro::{Left, PANEL, PanelProduct, panel_product};
 use crate::kernels::cpu::isa::Isa;
-use crate::kernels::cpu::memory::sized_by_lines;
+use crate::kernels::cpu::memory::sized;
 
 /// Panels of output channels per task: the first number that leaves work for every thread. With more, the sums of wide
 /// layers would not fit in the caches. With fewer, the input is transformed more often.
@@ -52,7 +52,7 @@ pub(super) fn weight_gradient(
     let parts = (SUMS_BYTES / (sums_len * size_of::<f32>())).min(worthwhile).clamp(1, 16);
     let part_rows = tiles.tile_rows().div_ceil(parts);
     let parts = tiles.tile_rows().div_ceil(part_rows);
-    let sums = sized_by_lines(scratch, parts * sums_len);
+    let sums = sized(scratch, parts * sums_len);
     let tasks = |group: &usize| parts * panels.div_ceil(*group);
     let work_for_all = |group: &usize| tasks(group) >= 2 * rayon::current_num_threads();
     let group = GROUPS.into_iter().find(work_for_all).unwrap_or(1);
