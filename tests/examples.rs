@@ -2166,7 +2166,7 @@ fn memory_that_ends_is_an_error_and_a_large_grid_does_not_take_it() -> Result<()
 #[test]
 fn bf16_without_instructions_for_it_is_a_warning() -> Result<()> {
     let temp = TempDir::new()?;
-    let warning = "warning: this CPU has no instructions for bf16 products";
+    let warning = "warning: --precision bf16: this CPU has no bf16 instructions";
     for (precision, warned) in [("bf16", true), ("highest", false)] {
         let (out, size) = (temp.path().join(precision), ["--steps", "1", "--precision", precision]);
         let mut train = example("mnist");

@@ -34,12 +34,9 @@ pub fn describe(device: &Device) -> String {
     }
 }
 
-/// Prints a warning if a precision that is meant to be faster is slower than the exact one.
+/// Prints a warning if a precision is not faster than `highest` on a device.
 pub fn check_speed(precision: Precision, device: &Device) {
-    if !precision.is_accelerated(device) {
-        err(format_args!(
-            "warning: this CPU has no instructions for {precision} products and computes them several \
-             times more slowly than with --precision highest"
-        ));
+    if let Some(warning) = precision.speed_warning(device) {
+        err(format_args!("warning: --precision {precision}: {warning}"));
     }
 }

@@ -9,12 +9,6 @@ use crate::kernels::cpu::isa::Isa;
 #[cfg(target_arch = "x86_64")]
 use crate::kernels::cpu::isa::{self, Limit};
 
-/// Returns whether this machine has instructions for products of bf16 values, within the limit of the
-/// process.
-pub(crate) fn has_bf16_products() -> bool {
-    Unit::detect(Isa::detect()).is_native()
-}
-
 /// A unit of this machine that multiplies bf16 values. A value is created only after the machine's
 /// support was checked, so it is safe to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
