@@ -11,7 +11,7 @@ use super::graph::{Engine, Normed, Sealed};
 use super::map::{Gradient, Kept, Map, Parts};
 use super::pass::Pass;
 use super::shapes;
-use crate::backend::maps::{Maps, Norm};
+use crate::backend::maps::{ConvGradients, Maps, Norm};
 use crate::error::{Result, check_fraction};
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::attention::AttentionShape;
@@ -190,26 +190,19 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
         &self,
         dims: [usize; 4],
         x: &mut B::Buffer,
-        dropout: Option<(f64, u16)>,
+        (p, layer): (f64, u16),
     ) -> Result<()> {
-        match (dropout, self.pass.dropout) {
-            (Some((p, layer)), Some(masks)) => self.backend.drop_values(dims, x, masks, layer, p),
-            _ => Ok(()),
-        }
+        let Some(masks) = self.pass.dropout else { return Ok(()) };
+        self.backend.drop_values(dims, x, masks, layer, p)
     }
 
-    /// Computes a convolution's weight gradients, and the gradient of its addend per image, from `dy`.
-    fn convolve_weight_gradients(
+    /// Records the gradients of a convolution's weights, and adds that of its addend per image.
+    fn record_convolution(
         &self,
         conv: &'n Conv2d,
-        dims: [usize; 4],
-        x: &B::Buffer,
-        dy: &B::Buffer,
+        (gradients, of_images): ConvGradients<B::Buffer>,
         per_image: &Gradient<B>,
     ) -> Result<()> {
-        let wanted = per_image.is_wanted();
-        let (gradients, of_images) =
-            self.backend.convolve_weight_gradients(conv, dims, x, dy, wanted)?;
         self.record([&conv.weight, &conv.bias], gradients);
         of_images.map_or(Ok(()), |d| per_image.add(&self.backend, d))
     }
@@ -238,7 +231,10 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         Ok(self.output(dims, y, move |tape, dy| {
             let backend = &tape.backend;
             let values = x.values(backend)?;
-            tape.convolve_weight_gradients(conv, x.dims, &values, &dy, &added.per_image)?;
+            let of_image = added.per_image.is_wanted();
+            let weights =
+                backend.convolve_weight_gradients(conv, x.dims, &values, &dy, of_image)?;
+            tape.record_convolution(conv, weights, &added.per_image)?;
             drop(values);
             x.gradient.write(backend, |dx, accumulate| {
                 backend.convolve_input_gradient(conv, x.dims, &dy, dx, accumulate)
@@ -258,22 +254,40 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         check(conv, x, &add)?;
         dropout.map_or(Ok(()), |(p, _)| check_fraction("dropout", p))?;
         let own = Norm { layer: norm, by: by.map(|by| &*by.values) };
-        let (mut n, statistics) = self.backend.normalize(own, x.dims, &x.values)?;
-        self.drop_in_place(x.dims, &mut n, dropout)?;
-        let (dims, y) = self.backend.convolve(conv, x.dims, &n, plain(&add))?;
+        let dropped = dropout.filter(|_| self.pass.dropout.is_some());
+        let (dims, y, statistics) = match dropped {
+            None => self.backend.convolve_normed(own, conv, x.dims, &x.values, plain(&add))?,
+            Some(dropout) => {
+                let (mut n, statistics) = self.backend.normalize(own, x.dims, &x.values)?;
+                self.drop_in_place(x.dims, &mut n, dropout)?;
+                let (dims, y) = self.backend.convolve(conv, x.dims, &n, plain(&add))?;
+                (dims, y, statistics)
+            }
+        };
         let (x, by, added) = (x.kept(), by.cloned(), gradients(&add));
         Ok(self.output(dims, y, move |tape, dy| {
             let backend = &tape.backend;
             let values = x.values(backend)?;
-            // Recomputed instead of kept: it is as large as the map, and takes little time.
+            // Normalised again instead of kept: the result is as large as the map, and takes little time.
             let own = Norm { layer: norm, by: by.as_ref().map(|by| &*by.values) };
-            let mut n = backend.normalize_again(own, x.dims, &values, &statistics)?;
-            tape.drop_in_place(x.dims, &mut n, dropout)?;
-            tape.convolve_weight_gradients(conv, x.dims, &n, &dy, &added.per_image)?;
-            // The normalised map is no longer needed, so its gradient overwrites it.
-            let mut dn = n;
+            let of_image = added.per_image.is_wanted();
+            let (weights, mut dn) = match dropped {
+                None => {
+                    let own = (own, &statistics);
+                    backend.normed_weight_gradients(own, conv, x.dims, &values, &dy, of_image)?
+                }
+                Some(dropout) => {
+                    let mut n = backend.normalize_again(own, x.dims, &values, &statistics)?;
+                    tape.drop_in_place(x.dims, &mut n, dropout)?;
+                    let weights =
+                        backend.convolve_weight_gradients(conv, x.dims, &n, &dy, of_image)?;
+                    // The normalised map is no longer needed, so its gradient overwrites it.
+                    (weights, n)
+                }
+            };
+            tape.record_convolution(conv, weights, &added.per_image)?;
             backend.convolve_input_gradient(conv, x.dims, &dy, &mut dn, false)?;
-            tape.drop_in_place(x.dims, &mut dn, dropout)?;
+            dropped.map_or(Ok(()), |dropout| tape.drop_in_place(x.dims, &mut dn, dropout))?;
             added.residual.add(backend, dy)?;
             tape.normalize_backward((norm, by.as_ref()), (&x, &values), &statistics, dn)
         }))

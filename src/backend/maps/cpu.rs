@@ -1,16 +1,16 @@
+mod convolution;
+
 use std::cell::RefCell;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::ops::{Maps, Norm};
+use super::ops::{ConvGradients, Maps, Norm};
 use super::place::Place;
 use super::pool::{Buffer, Pool};
 use crate::error::Result;
 use crate::kernels::cpu::attention::Attention;
-use crate::kernels::cpu::conv::algorithm::{Math, Workspace};
-use crate::kernels::cpu::conv::epilogue::Epilogue;
-use crate::kernels::cpu::conv::plan::Plan;
+use crate::kernels::cpu::conv::algorithm::{Input, Math, Workspace};
 use crate::kernels::cpu::dropout::drop_values;
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::linear::{linear_forward, linear_input_gradient, linear_weight_gradient};
@@ -19,11 +19,10 @@ use crate::kernels::cpu::maps::{
 };
 use crate::kernels::cpu::norm::modulated::Modulated;
 use crate::kernels::cpu::norm::{Normalization, Stats};
-use crate::kernels::cpu::reduce::{sum_over_batch, sums_by_image};
+use crate::kernels::cpu::reduce::sum_over_batch;
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::attention::AttentionShape;
 use crate::kernels::op::conv::Add;
-use crate::kernels::op::conv::ConvShape;
 use crate::kernels::{
     add_values, to_channels_first, to_channels_last, with_values, with_values_mut,
 };
@@ -70,11 +69,6 @@ impl<'p> Cpu<'p> {
         let gradient = self.pool.gradient(weight)?;
         with_values_mut(&gradient, write)?;
         Ok(gradient)
-    }
-
-    fn plan(&self, conv: &Conv2d, x: [usize; 4]) -> Result<Plan> {
-        let shape = ConvShape::new(x, conv.weight.dims(), conv.scale)?;
-        Ok(Plan::new(self.isa, shape, self.math))
     }
 
     /// Calls `f` with the normalisation, and with its scales and shifts.
@@ -125,23 +119,26 @@ impl Maps for Cpu<'_> {
         add: Add<'_, Buffer>,
     ) -> Result<([usize; 4], Buffer)> {
         let plan = self.plan(conv, dims)?;
-        let mut y = self.take(plan.output().iter().product())?;
-        with_values([&conv.weight, &conv.bias], |[weight, bias]| {
-            let epilogue = Epilogue {
-                bias: Some(bias),
-                add: add.map(|values| values.map(|values| &**values)),
-                ..Epilogue::default()
-            };
-            if self.repack || conv.weight.track_op() {
-                let mut workspace = self.workspace.borrow_mut();
-                let weights = plan.pack(weight, &mut workspace);
-                plan.forward(x, &weights, epilogue, &mut y);
-                workspace.unpack(weights);
-            } else {
-                plan.forward(x, conv.packed.get(&plan, weight), epilogue, &mut y);
-            }
-        })?;
-        Ok((plan.output(), y))
+        Ok((plan.output(), self.convolved(conv, &plan, x.into(), add)?))
+    }
+
+    fn convolve_normed(
+        &self,
+        norm: Norm<'_, Buffer>,
+        conv: &Conv2d,
+        dims: [usize; 4],
+        x: &Buffer,
+        add: Add<'_, Buffer>,
+    ) -> Result<([usize; 4], Buffer, Vec<Stats>)> {
+        let plan = self.plan(conv, dims)?;
+        if !plan.normalizes() {
+            let (n, statistics) = self.normalize(norm, dims, x)?;
+            return Ok((plan.output(), self.convolved(conv, &plan, (&n).into(), add)?, statistics));
+        }
+        let statistics = self.normalization(&norm, |norm, _| norm.stats(dims[0], x))?;
+        let known = self.known(&norm, &statistics)?;
+        let y = self.convolved(conv, &plan, Input { map: x, norm: Some(&known) }, add)?;
+        Ok((plan.output(), y, statistics))
     }
 
     fn convolve_weight_gradients(
@@ -151,19 +148,29 @@ impl Maps for Cpu<'_> {
         x: &Buffer,
         dy: &Buffer,
         per_image: bool,
-    ) -> Result<([Tensor; 2], Option<Buffer>)> {
+    ) -> Result<ConvGradients<Buffer>> {
         let plan = self.plan(conv, dims)?;
-        let [batch, _, _, channels] = plan.output();
-        let sums = sums_by_image(dy, batch, channels);
-        let bias = self.weight_gradient(&conv.bias, |d| sum_over_batch(&sums, d))?;
-        let weight = self.weight_gradient(&conv.weight, |d| {
-            plan.weight_gradient(x, dy, d, &mut self.workspace.borrow_mut());
-        })?;
-        let of_images = per_image.then(|| self.take(sums.len())).transpose()?.map(|mut d| {
-            d.iter_mut().zip(&sums).for_each(|(d, sum)| *d = *sum as f32);
-            d
-        });
-        Ok(([weight, bias], of_images))
+        self.weight_gradients(conv, &plan, x.into(), dy, per_image)
+    }
+
+    fn normed_weight_gradients(
+        &self,
+        (norm, statistics): (Norm<'_, Buffer>, &Vec<Stats>),
+        conv: &Conv2d,
+        dims: [usize; 4],
+        x: &Buffer,
+        dy: &Buffer,
+        per_image: bool,
+    ) -> Result<(ConvGradients<Buffer>, Buffer)> {
+        let plan = self.plan(conv, dims)?;
+        if !plan.normalizes() {
+            let n = self.normalize_again(norm, dims, x, statistics)?;
+            return Ok((self.weight_gradients(conv, &plan, (&n).into(), dy, per_image)?, n));
+        }
+        let known = self.known(&norm, statistics)?;
+        let x = Input { map: x, norm: Some(&known) };
+        let gradients = self.weight_gradients(conv, &plan, x, dy, per_image)?;
+        Ok((gradients, self.take(x.map.len())?))
     }
 
     fn convolve_input_gradient(
@@ -203,10 +210,7 @@ impl Maps for Cpu<'_> {
         statistics: &Vec<Stats>,
     ) -> Result<Buffer> {
         let mut n = self.take(x.len())?;
-        self.normalization(&norm, |norm, by| match by {
-            None => norm.forward_again(x, statistics, &mut n),
-            Some(by) => Modulated { norm, by }.forward_again(x, statistics, &mut n),
-        })?;
+        self.known(&norm, statistics)?.write(x, &mut n);
         Ok(n)
     }
 

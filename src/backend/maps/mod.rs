@@ -10,7 +10,7 @@ mod pool;
 mod precision;
 
 pub(crate) use dispatch::{Pass, can_capture, dispatch, has_kernels};
-pub(crate) use ops::{Maps, Norm};
+pub(crate) use ops::{ConvGradients, Maps, Norm};
 pub(crate) use place::Place;
 pub(crate) use pool::{Buffer, Pool};
 pub(crate) use precision::check_precision;

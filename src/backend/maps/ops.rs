@@ -13,6 +13,9 @@ pub(crate) struct Norm<'a, B> {
     pub by: Option<&'a B>,
 }
 
+/// The gradients of a convolution's weight and bias, and of the values that were added to each image.
+pub(crate) type ConvGradients<B> = ([Tensor; 2], Option<B>);
+
 /// The operations of networks on the feature maps of a device, forward and backward, for a
 /// [tape](crate::engine::tape).
 ///
@@ -50,6 +53,21 @@ pub(crate) trait Maps {
         add: Add<'_, Self::Buffer>,
     ) -> Result<([usize; 4], Self::Buffer)>;
 
+    /// Computes the convolution of a map `x` of dimensions `dims` that is [normalised](Self::normalize) first, and adds
+    /// `add` to it.
+    fn convolve_normed(
+        &self,
+        norm: Norm<'_, Self::Buffer>,
+        conv: &Conv2d,
+        dims: [usize; 4],
+        x: &Self::Buffer,
+        add: Add<'_, Self::Buffer>,
+    ) -> Result<([usize; 4], Self::Buffer, Self::Statistics)> {
+        let (n, statistics) = self.normalize(norm, dims, x)?;
+        let (dims, y) = self.convolve(conv, dims, &n, add)?;
+        Ok((dims, y, statistics))
+    }
+
     /// Computes the gradients of a convolution's weight and bias from the gradient `dy` of its output. With
     /// `per_image`, also returns the gradient of the values that were added to each image.
     fn convolve_weight_gradients(
@@ -59,7 +77,23 @@ pub(crate) trait Maps {
         x: &Self::Buffer,
         dy: &Self::Buffer,
         per_image: bool,
-    ) -> Result<([Tensor; 2], Option<Self::Buffer>)>;
+    ) -> Result<ConvGradients<Self::Buffer>>;
+
+    /// Computes the gradients of [`convolve_weight_gradients`](Self::convolve_weight_gradients) for a map `x` that is
+    /// normalised first, with the statistics of [`convolve_normed`](Self::convolve_normed). Also returns memory of the
+    /// size of `x`, with arbitrary content, for the gradient of the normalised map.
+    fn normed_weight_gradients(
+        &self,
+        (norm, statistics): (Norm<'_, Self::Buffer>, &Self::Statistics),
+        conv: &Conv2d,
+        dims: [usize; 4],
+        x: &Self::Buffer,
+        dy: &Self::Buffer,
+        per_image: bool,
+    ) -> Result<(ConvGradients<Self::Buffer>, Self::Buffer)> {
+        let n = self.normalize_again(norm, dims, x, statistics)?;
+        Ok((self.convolve_weight_gradients(conv, dims, &n, dy, per_image)?, n))
+    }
 
     /// Computes the gradient of a convolution's input, of dimensions `dims`, from the gradient `dy` of its
     /// output. With `accumulate` the result is added to `dx`, otherwise it replaces `dx`.

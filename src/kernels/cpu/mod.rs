@@ -20,3 +20,4 @@ pub(crate) mod reduce;
 pub(crate) mod simd;
 #[cfg(test)]
 pub(crate) mod tests;
+pub(crate) mod transpose;

@@ -5,6 +5,9 @@
 //! into it, or it is compiled without the instruction set. Closures passed to `array::map` and similar
 //! functions are not always inlined.
 
+#[cfg(target_arch = "x86_64")]
+mod transpose;
+
 /// A vector of f32, and the operations of the kernels on it.
 ///
 /// A function that is generic over this trait must be inlined into a function that has the instruction
@@ -38,6 +41,28 @@ pub(crate) trait Simd: Copy {
     fn power_of_two(self) -> Self;
     /// `self * other + sum`, rounded once if the machine has a fused instruction.
     fn mul_add(self, other: Self, sum: Self) -> Self;
+
+    /// Transposes a block of [`WIDTH`](Self::WIDTH) rows of as many values. Writes the first `columns` rows of the
+    /// transpose.
+    ///
+    /// # Safety
+    /// The rows of the block, which begin `from_row` values apart, must be readable. `columns` is at most
+    /// [`WIDTH`](Self::WIDTH), and so many rows of as many values, which begin `to_row` values apart, must be writable.
+    #[inline(always)]
+    unsafe fn transpose(
+        from: *const f32,
+        from_row: usize,
+        to: *mut f32,
+        to_row: usize,
+        columns: usize,
+    ) {
+        for row in 0..Self::WIDTH {
+            for column in 0..columns {
+                // SAFETY: the caller guarantees the requirements.
+                unsafe { *to.add(column * to_row + row) = *from.add(row * from_row + column) };
+            }
+        }
+    }
 }
 
 /// The bits of 1.
@@ -49,7 +74,8 @@ macro_rules! vector {
     ($(#[$meta:meta])* $name:ident($register:ty), width $width:literal, rows $rows:literal,
      $load:ident $store:ident $splat:ident $add:ident $sub:ident $mul:ident $div:ident $max:ident
      $min:ident $mul_add:expr,
-     bits $to_bits:ident $shift:path, $add_bits:ident $splat_bits:ident $from_bits:ident) => {
+     bits $to_bits:ident $shift:path, $add_bits:ident $splat_bits:ident $from_bits:ident
+     $(, transpose $transpose:path)?) => {
         $(#[$meta])*
         #[derive(Clone, Copy)]
         pub(crate) struct $name($register);
@@ -128,13 +154,25 @@ macro_rules! vector {
                 // SAFETY: see above.
                 Self(unsafe { $mul_add(self.0, other.0, sum.0) })
             }
+
+            $(#[inline(always)]
+            unsafe fn transpose(
+                from: *const f32,
+                from_row: usize,
+                to: *mut f32,
+                to_row: usize,
+                columns: usize,
+            ) {
+                // SAFETY: see above. The requirements on pointers are passed on.
+                unsafe { $transpose(from, from_row, to, to_row, columns) }
+            })?
         }
     };
 }
 
 #[cfg(target_arch = "x86_64")]
 mod machine {
-    use super::{ONE, Simd};
+    use super::{ONE, Simd, transpose};
     use std::arch::x86_64::*;
 
     vector!(
@@ -143,7 +181,8 @@ mod machine {
         _mm512_add_ps _mm512_sub_ps _mm512_mul_ps _mm512_div_ps _mm512_max_ps
         _mm512_min_ps _mm512_fmadd_ps,
         bits _mm512_castps_si512 _mm512_slli_epi32::<23>, _mm512_add_epi32 _mm512_set1_epi32
-        _mm512_castsi512_ps
+        _mm512_castsi512_ps,
+        transpose transpose::avx512
     );
 
     vector!(
@@ -152,7 +191,8 @@ mod machine {
         _mm256_add_ps _mm256_sub_ps _mm256_mul_ps _mm256_div_ps _mm256_max_ps
         _mm256_min_ps _mm256_fmadd_ps,
         bits _mm256_castps_si256 _mm256_slli_epi32::<23>, _mm256_add_epi32 _mm256_set1_epi32
-        _mm256_castsi256_ps
+        _mm256_castsi256_ps,
+        transpose transpose::avx2
     );
 
     vector!(

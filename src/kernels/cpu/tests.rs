@@ -167,7 +167,7 @@ impl Subject for Kernels {
         let norm = Normalization { isa: self.0, config: *config, weight: &weights, bias: &biases };
         let (mut y, mut again) = (room(xs.len()), room(xs.len()));
         let statistics = norm.forward(x.dim(0)?, &xs, &mut y);
-        norm.forward_again(&xs, &statistics, &mut again);
+        norm.known(&statistics).write(&xs, &mut again);
         let more = more.as_ref().map(values);
         let (dweight, dbias) = norm.backward(&xs, &statistics, &mut dx, more.as_deref());
         Ok(vec![
@@ -186,7 +186,7 @@ impl Subject for Kernels {
         let norm = Modulated { norm, by: &bys };
         let [mut y, mut again, mut dby] = [xs.len(), xs.len(), bys.len()].map(room);
         let statistics = norm.forward(&xs, &mut y);
-        norm.forward_again(&xs, &statistics, &mut again);
+        norm.known(&statistics).write(&xs, &mut again);
         let more = more.as_ref().map(values);
         let (dweight, dbias) = norm.backward(&xs, &statistics, &mut dx, more.as_deref(), &mut dby);
         Ok(vec![

@@ -1,11 +1,13 @@
 //! The interface of convolution algorithms, and the memory that they use.
 
 use std::fmt;
+use std::ops::Deref;
 
 use super::epilogue::Epilogue;
 use crate::kernels::cpu::bf16::unit::Unit;
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::memory::from_line;
+use crate::kernels::cpu::norm::Known;
 use crate::precision::Precision;
 
 /// The arithmetic of products. Sums are f32.
@@ -38,13 +40,37 @@ impl Math {
     }
 }
 
+/// The input of a convolution: a map, or the result of a normalisation of that map.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Input<'a> {
+    pub map: &'a [f32],
+    pub norm: Option<&'a Known>,
+}
+
+impl<'a> From<&'a [f32]> for Input<'a> {
+    fn from(map: &'a [f32]) -> Self {
+        Self { map, norm: None }
+    }
+}
+
+impl<'a, T: Deref<Target = [f32]>> From<&'a T> for Input<'a> {
+    fn from(map: &'a T) -> Self {
+        Self { map, norm: None }
+    }
+}
+
 /// An algorithm for convolutions of one shape, in one instruction set.
 pub(super) trait Algorithm {
     /// Packs the weights (out, in, height, width) for [`forward`](Self::forward), in memory of `workspace`.
     fn pack(&self, weight: &[f32], workspace: &mut Workspace) -> Packed;
 
+    /// Returns whether the algorithm normalises its input as it reads it.
+    fn normalizes(&self) -> bool {
+        false
+    }
+
     /// Writes `y` from `x`.
-    fn forward(&self, x: &[f32], weight: &Packed, epilogue: Epilogue<'_>, y: &mut [f32]);
+    fn forward(&self, x: Input<'_>, weight: &Packed, epilogue: Epilogue<'_>, y: &mut [f32]);
 
     /// Writes the gradient of `x` to `dx`, or adds it to the values of `dx`.
     fn input_gradient(
@@ -59,7 +85,7 @@ pub(super) trait Algorithm {
     /// Writes the gradient of the weights, (out, in, height, width).
     fn weight_gradient(
         &self,
-        x: &[f32],
+        x: Input<'_>,
         dy: &[f32],
         dweight: &mut [f32],
         workspace: &mut Workspace,

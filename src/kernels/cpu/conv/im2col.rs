@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::algorithm::{Algorithm, Packed, Workspace};
+use super::algorithm::{Algorithm, Input, Packed, Workspace};
 use super::epilogue::Epilogue;
 use crate::kernels::cpu::gemm::pack::{Mat, Panels, pack};
 use crate::kernels::cpu::gemm::{NARROW, Patches, gemm, gemm_packed, gemm_patches, narrow_patches};
@@ -285,8 +285,8 @@ impl Algorithm for Im2col {
         Packed::F32(memory)
     }
 
-    fn forward(&self, x: &[f32], weight: &Packed, epilogue: Epilogue<'_>, y: &mut [f32]) {
-        self.convolve(x, weight.f32(), epilogue, y);
+    fn forward(&self, x: Input<'_>, weight: &Packed, epilogue: Epilogue<'_>, y: &mut [f32]) {
+        self.convolve(x.map, weight.f32(), epilogue, y);
     }
 
     fn input_gradient(
@@ -319,17 +319,17 @@ impl Algorithm for Im2col {
     /// Sums over each part of the batch, then adds the parts in order.
     fn weight_gradient(
         &self,
-        x: &[f32],
+        x: Input<'_>,
         dy: &[f32],
         dweight: &mut [f32],
         workspace: &mut Workspace,
     ) {
-        let ConvShape { batch, c_in, c_out, .. } = self.shape;
+        let (x, ConvShape { batch, c_in, c_out, .. }) = (x.map, self.shape);
         if let Some(transposed) = self.transposed() {
             // Patches of the output have few values, and fit in a panel.
             let taps = self.shape.taps();
             let mut turned = vec![0f32; dweight.len()];
-            transposed.weight_gradient(dy, x, &mut turned, workspace);
+            transposed.weight_gradient(dy.into(), x, &mut turned, workspace);
             for (at, d) in dweight.iter_mut().enumerate() {
                 let (o, i, tap) = (at / (c_in * taps), at / taps % c_in, at % taps);
                 *d = turned[(i * c_out + o) * taps + taps - 1 - tap];

@@ -5,4 +5,6 @@ mod bf16;
 pub(crate) mod epilogue;
 mod im2col;
 pub(crate) mod plan;
+#[cfg(test)]
+mod tests;
 mod winograd;

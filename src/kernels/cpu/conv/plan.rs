@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use super::algorithm::{Algorithm, Math, Packed, Workspace};
+use super::algorithm::{Algorithm, Input, Math, Packed, Workspace};
 use super::bf16::Bf16;
 use super::epilogue::Epilogue;
 use super::im2col::Im2col;
@@ -87,16 +87,27 @@ impl Plan {
         self.algorithm().pack(weight, workspace)
     }
 
+    /// Returns whether the convolution normalises its input as it reads it, so that the normalised map is not written.
+    pub(crate) fn normalizes(&self) -> bool {
+        self.algorithm().normalizes()
+    }
+
     /// Writes `y` from `x`. Another plan with the same [`packing`](Self::packing) may have packed the weights.
-    pub(crate) fn forward(
+    pub(crate) fn forward<'a>(
         &self,
-        x: &[f32],
+        x: impl Into<Input<'a>>,
         weight: &Packed,
         epilogue: Epilogue<'_>,
         y: &mut [f32],
     ) {
         assert!(epilogue.place.is_none() || epilogue.add.residual.is_none());
-        self.algorithm().forward(x, weight, epilogue, y);
+        self.algorithm().forward(self.checked(x.into()), weight, epilogue, y);
+    }
+
+    /// Returns the input, which is normalised only if the plan [supports](Self::normalizes) it.
+    fn checked<'a>(&self, x: Input<'a>) -> Input<'a> {
+        assert!(x.norm.is_none() || self.normalizes());
+        x
     }
 
     /// Writes the gradient of `x` to `dx`, or adds it to the values of `dx`.
@@ -112,14 +123,14 @@ impl Plan {
     }
 
     /// Writes the gradient of the weights, (out, in, height, width).
-    pub(crate) fn weight_gradient(
+    pub(crate) fn weight_gradient<'a>(
         &self,
-        x: &[f32],
+        x: impl Into<Input<'a>>,
         dy: &[f32],
         dweight: &mut [f32],
         workspace: &mut Workspace,
     ) {
-        self.algorithm().weight_gradient(x, dy, dweight, workspace);
+        self.algorithm().weight_gradient(self.checked(x.into()), dy, dweight, workspace);
     }
 }
 

@@ -1,10 +1,12 @@
 //! GroupNorm, with the activation that follows it.
 
+mod known;
 pub(crate) mod modulated;
 mod passes;
 
 use rayon::prelude::*;
 
+pub(crate) use self::known::Known;
 #[cfg(test)]
 pub(crate) use self::passes::RUN;
 pub(crate) use self::passes::Stats;
@@ -51,11 +53,11 @@ impl Normalization<'_> {
             .collect()
     }
 
-    /// Writes `y` again, with the statistics of [`forward`](Self::forward).
-    pub(crate) fn forward_again(&self, x: &[f32], stats: &[Stats], y: &mut [f32]) {
-        let image = x.len() / stats.len();
-        let images = y.par_chunks_mut(image).zip(x.par_chunks(image)).zip(stats);
-        images.for_each(|((y, x), stats)| self.normalize(x, stats, y, false));
+    /// Returns the normalisation with the statistics of [`forward`](Self::forward) or [`stats`](Self::stats).
+    pub(crate) fn known(&self, stats: &[Stats]) -> Known {
+        let mut known = Known::new(self.isa, self.silu(), self.weight.len());
+        stats.iter().for_each(|stats| known.push(stats, self.weight, self.bias));
+        known
     }
 
     /// Returns the gradients of `weight` and `bias`, and replaces `dy` by the gradient of `x` plus `more`.
@@ -75,7 +77,8 @@ impl Normalization<'_> {
             .zip(stats)
             .enumerate()
             .for_each(|(k, (((dy, x), sums), stats))| {
-                let affine = Affine::new(stats, self.weight, self.bias);
+                let scale: Vec<f32> = stats.scale(self.weight).collect();
+                let affine = Affine::new(&stats.mean, &scale, self.bias);
                 let silu = self.silu();
                 gradient_sums(self.isa, dy, x, &affine, silu, sums);
                 for (sums, rstd) in sums.iter_mut().zip(&stats.rstd) {
@@ -125,12 +128,14 @@ impl Normalization<'_> {
 
     /// Computes the statistics of each image.
     pub(crate) fn stats(&self, batch: usize, x: &[f32]) -> Vec<Stats> {
-        x.par_chunks(x.len() / batch).map(|x| self.image_stats(x, false)).collect()
+        let shared = batch < rayon::current_num_threads();
+        x.par_chunks(x.len() / batch).map(|x| self.image_stats(x, shared)).collect()
     }
 
     fn normalize(&self, x: &[f32], stats: &Stats, y: &mut [f32], shared: bool) {
         let span = SPAN * self.weight.len();
-        let affine = Affine::new(stats, self.weight, self.bias);
+        let scale: Vec<f32> = stats.scale(self.weight).collect();
+        let affine = Affine::new(&stats.mean, &scale, self.bias);
         let silu = self.silu();
         let spans = y.par_chunks_mut(span).zip(x.par_chunks(span));
         spans.with_min_len(least(shared)).for_each(|(y, x)| {

@@ -1,6 +1,6 @@
 use rayon::prelude::*;
 
-use super::{Normalization, Stats};
+use super::{Known, Normalization, Stats};
 
 /// A normalisation whose weight and bias depend on the image: `weight (1 + scale)` and `bias (1 + scale) + shift`.
 #[derive(Debug, Clone, Copy)]
@@ -36,13 +36,14 @@ impl Modulated<'_> {
         all.flatten_iter().collect()
     }
 
-    /// Writes `y` again, with the statistics of [`forward`](Self::forward).
-    pub(crate) fn forward_again(&self, x: &[f32], stats: &[Stats], y: &mut [f32]) {
-        let (of_image, image) = self.lengths(x);
-        let images = y.par_chunks_mut(image).zip(x.par_chunks(image)).zip(stats.par_chunks(1));
-        images.zip(self.by.par_chunks(of_image)).for_each(|(((y, x), stats), by)| {
-            self.of_image(by, |norm| norm.forward_again(x, stats, y));
-        });
+    /// Returns the normalisation with the statistics of [`forward`](Self::forward), which are those of the plain
+    /// normalisation.
+    pub(crate) fn known(&self, stats: &[Stats]) -> Known {
+        let mut known = Known::new(self.norm.isa, self.norm.silu(), self.channels());
+        for (stats, by) in stats.iter().zip(self.by.chunks(2 * self.channels())) {
+            self.of_image(by, |norm| known.push(stats, norm.weight, norm.bias));
+        }
+        known
     }
 
     /// Returns the gradients of weight and bias, writes that of `by`, and replaces `dy` by the gradient of `x` plus

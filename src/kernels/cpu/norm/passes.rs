@@ -13,6 +13,13 @@ pub(crate) struct Stats {
     pub(super) rstd: Vec<f32>,
 }
 
+impl Stats {
+    /// Returns the factor of each channel, with these weights.
+    pub(super) fn scale<'a>(&'a self, weight: &'a [f32]) -> impl Iterator<Item = f32> + 'a {
+        weight.iter().zip(&self.rstd).map(|(w, r)| w * r)
+    }
+}
+
 simd_fn! {
     /// Writes the sums over the pixels of a span, for each channel, of the differences from its mean, or of
     /// their squares.
@@ -67,17 +74,17 @@ unsafe fn sum_distances<S: Simd, const N: usize>(
 
 /// The normalisation of each channel `x` of an image: `z = (x - mean) scale + bias`. The mean is subtracted
 /// first: as a part of the bias, a large mean would cancel with a loss of accuracy.
+#[derive(Clone, Copy)]
 pub(super) struct Affine<'a> {
     mean: &'a [f32],
-    scale: Vec<f32>,
+    scale: &'a [f32],
     bias: &'a [f32],
 }
 
 impl<'a> Affine<'a> {
-    pub(super) fn new(stats: &'a Stats, weight: &[f32], bias: &'a [f32]) -> Self {
-        let scale: Vec<f32> = weight.iter().zip(&stats.rstd).map(|(w, r)| w * r).collect();
-        assert!(stats.mean.len() == scale.len() && bias.len() == scale.len());
-        Self { mean: &stats.mean, scale, bias }
+    pub(super) fn new(mean: &'a [f32], scale: &'a [f32], bias: &'a [f32]) -> Self {
+        assert!(mean.len() == scale.len() && bias.len() == scale.len());
+        Self { mean, scale, bias }
     }
 
     fn channels(&self) -> usize {
@@ -94,7 +101,7 @@ impl<'a> Affine<'a> {
         unsafe {
             let n = x.sub(S::load(self.mean.as_ptr().add(first)));
             let scale = S::load(self.scale.as_ptr().add(first));
-            (n, n.mul(scale).add(S::load(self.bias.as_ptr().add(first))))
+            (n, n.mul_add(scale, S::load(self.bias.as_ptr().add(first))))
         }
     }
 }

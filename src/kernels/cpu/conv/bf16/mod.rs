@@ -18,7 +18,7 @@ use self::chunks::{SCRATCH, Scratch};
 use self::pack::pack_kernels;
 use self::rounding::{Terms, parts_of};
 use self::strips::{Chunk, Side, Strips, strip_width};
-use super::algorithm::{Algorithm, Math, Packed, Workspace};
+use super::algorithm::{Algorithm, Input, Math, Packed, Workspace};
 use super::epilogue::Epilogue;
 use super::im2col::Im2col;
 use crate::kernels::cpu::bf16::operands::{DEPTH, Product, ROWS, Step, round};
@@ -165,8 +165,8 @@ impl Algorithm for Bf16 {
         Packed::Bf16(memory)
     }
 
-    fn forward(&self, x: &[f32], weight: &Packed, epilogue: Epilogue<'_>, y: &mut [f32]) {
-        self.run_forward(x, weight.bf16(), epilogue, y);
+    fn forward(&self, x: Input<'_>, weight: &Packed, epilogue: Epilogue<'_>, y: &mut [f32]) {
+        self.run_forward(x.map, weight.bf16(), epilogue, y);
     }
 
     fn input_gradient(
@@ -209,12 +209,12 @@ impl Algorithm for Bf16 {
 
     fn weight_gradient(
         &self,
-        x: &[f32],
+        x: Input<'_>,
         dy: &[f32],
         dweight: &mut [f32],
         workspace: &mut Workspace,
     ) {
-        self.sum_weight_gradient(x, dy, dweight, &mut workspace.values);
+        self.sum_weight_gradient(x.map, dy, dweight, &mut workspace.values);
     }
 }
 

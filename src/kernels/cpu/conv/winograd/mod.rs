@@ -19,6 +19,7 @@
 
 mod large;
 mod places;
+mod rows;
 mod tiles;
 mod transform_kernels;
 mod transform_maps;
@@ -29,23 +30,29 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use self::rows::Rows;
 use self::tiles::{
     PixelRows, TileRow, Tiles, block_rows, kernel_stride, place_stride, with_scratch,
 };
-use self::transform_kernels::KERNELS;
+use self::transform_kernels::{KERNELS, Taps};
 use self::transforms::{transform_input, transform_kernels, transform_output};
 use self::weight_gradient::weight_gradient;
-use super::algorithm::{Algorithm, Math, Packed, Workspace};
+use super::algorithm::{Algorithm, Input, Math, Packed, Workspace};
 use super::epilogue::Epilogue;
 use super::im2col::Im2col;
 use crate::kernels::cpu::gemm::micro::{Left, PANEL, PanelProduct, panel_product};
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::memory::{from_line, sized};
+use crate::kernels::cpu::transpose::transpose;
 use crate::kernels::op::conv::{ConvShape, Scale};
 use crate::kernels::op::place::Place;
 
 /// Channels below which transforming tiles costs more than it saves.
 const MIN_CHANNELS: usize = 8;
+
+/// Tasks per thread, if rows of pixels are normalised. The first row of tiles of a task normalises rows that another task
+/// normalises, too.
+const TASKS: usize = 4;
 
 /// The least height and width of a map for tiles of 6x6 pixels. With 5 or 6 pixels, no products would be saved, and with
 /// fewer, the weights take most of the time.
@@ -86,8 +93,7 @@ impl Winograd {
     /// with places [`kernel_stride`] apart.
     fn pack_forward(&self, weight: &[f32], memory: &mut Vec<f32>) {
         let ConvShape { c_in, c_out, .. } = self.shape;
-        let (weight, _) = weight.as_chunks();
-        self.pack_kernels((c_in, c_out), |i, o| &weight[o * c_in + i], None, memory);
+        self.pack_kernels(weight, (c_in, c_out), [9, 9 * c_in], None, memory);
     }
 
     /// Packs the weights for the gradient of the input, which is a convolution of the gradient of the
@@ -97,34 +103,35 @@ impl Winograd {
         // The gradient of a doubled pixel is the sum of the four of a tile, `[1 1] A^T m A [1 1]^T`, and
         // `[1 1] A^T = [1 2 0 -1]`.
         let factors = if self.shape.upsamples() { [1.0, 2.0, 0.0, -1.0] } else { [1.0; 4] };
-        let (weight, _) = weight.as_chunks();
-        let kernels = |o, i| &weight[o * c_in + i];
-        self.pack_kernels((c_out, c_in), kernels, Some(factors), memory);
+        self.pack_kernels(weight, (c_out, c_in), [9 * c_in, 9], Some(factors), memory);
     }
 
-    /// Packs the kernels of a convolution of `rows` channels to `columns`: `kernels(row, column)`. With
-    /// factors, the kernels are rotated by 180 degrees, and their places multiplied.
-    fn pack_kernels<'a>(
+    /// Packs the kernels of a convolution of `rows` channels to `columns`. The kernels of two rows, and of two columns,
+    /// are `distances` apart. With factors, the kernels are rotated by 180 degrees, and their places multiplied.
+    fn pack_kernels(
         &self,
+        weight: &[f32],
         (rows, columns): (usize, usize),
-        kernels: impl Fn(usize, usize) -> &'a [f32; 9] + Sync,
+        distances: [usize; 2],
         rotated: Option<[f32; 4]>,
         memory: &mut Vec<f32>,
     ) {
-        let (isa, size) = (self.isa, self.tiles().size);
+        let (isa, size, [row, column]) = (self.isa, self.tiles().size, distances);
         let factors = rotated.unwrap_or([1.0; 4]);
         let panel_len = size.count() * kernel_stride(rows);
         let packed = sized(memory, columns.div_ceil(PANEL) * panel_len);
         packed.par_chunks_mut(panel_len).enumerate().for_each(|(panel, values)| {
-            let columns = panel * PANEL..columns.min((panel + 1) * PANEL);
-            let mut taps = [[[0f32; PANEL]; 9]; KERNELS];
+            let count = PANEL.min(columns - panel * PANEL);
+            let mut taps: Taps = [[[0f32; PANEL]; 9]; KERNELS];
             for first in (0..rows).step_by(KERNELS) {
                 let taps = &mut taps[..KERNELS.min(rows - first)];
-                for (j, column) in columns.clone().enumerate() {
-                    for (i, taps) in taps.iter_mut().enumerate() {
-                        let kernel = kernels(first + i, column);
-                        taps.iter_mut().zip(kernel).for_each(|(taps, value)| taps[j] = *value);
-                    }
+                let weight = &weight[first * row + panel * PANEL * column..];
+                // The kernels of rows that lie side by side are one matrix.
+                let at_once = if row == 9 { taps.len() } else { 1 };
+                for (i, taps) in taps.chunks_mut(at_once).enumerate() {
+                    let size = (count, 9 * taps.len());
+                    let to = taps.as_flattened_mut().as_flattened_mut();
+                    transpose(isa, &weight[i * row..], column, to, PANEL, size);
                 }
                 for (i, taps) in taps.iter_mut().enumerate() {
                     if rotated.is_some() {
@@ -140,7 +147,7 @@ impl Winograd {
     /// (batch, h, w, c_out).
     fn convolve(
         &self,
-        x: &[f32],
+        x: Input<'_>,
         weight: &[f32],
         [c_in, c_out]: [usize; 2],
         epilogue: Epilogue<'_>,
@@ -149,51 +156,75 @@ impl Winograd {
         let (isa, maps) = (self.isa, self.tiles());
         let (size, place) = (maps.size, epilogue.place(c_out));
         let count = size.count();
-        assert_eq!(x.len(), maps.input_pixels() * c_in);
+        assert_eq!(x.map.len(), maps.input_pixels() * c_in);
         assert_eq!(y.len(), maps.batch * maps.h * maps.w * place.of);
         // The products of large tiles are transformed panel by panel. Those of all panels would not fit in the cache.
         let panels = c_out.div_ceil(PANEL);
         let at_once = if self.large { 1 } else { panels };
         let width = at_once * PANEL;
-        let rows = block_rows(maps, c_in + width, rayon::current_num_threads());
-        maps.blocks_mut(y, place.of, rows).into_par_iter().for_each(|(first, y)| {
-            let last = (first + rows).min(maps.tile_rows());
-            let tiles = (last - first) * maps.tiles_x();
-            let (v_stride, m_stride) = (place_stride(tiles * c_in), place_stride(tiles * width));
-            with_scratch(count * (v_stride + m_stride) + width + c_in, |scratch| {
+        let threads = rayon::current_num_threads();
+        let rows = block_rows(maps, c_in + width, threads);
+        let share = if x.norm.is_some() { maps.tile_rows() / (TASKS * threads) } else { 0 };
+        let task_rows = share.next_multiple_of(rows).max(rows);
+        maps.blocks_mut(y, place.of, task_rows).into_par_iter().for_each(|(begin, y)| {
+            let end = (begin + task_rows).min(maps.tile_rows());
+            let most = rows * maps.tiles_x();
+            let (v_stride, m_stride) = (place_stride(most * c_in), place_stride(most * width));
+            let lines_len = Rows::memory_len(maps, x, c_in);
+            with_scratch(count * (v_stride + m_stride) + width + lines_len + c_in, |scratch| {
                 let (v, scratch) = scratch.split_at_mut(count * v_stride);
                 let (m, scratch) = scratch.split_at_mut(count * m_stride);
-                let (shift, zeros) = scratch.split_at_mut(width);
+                let (shift, scratch) = scratch.split_at_mut(width);
+                let (lines, zeros) = scratch.split_at_mut(lines_len);
                 zeros.fill(0.0);
-                for tile_row in first..last {
-                    let (k, top) = maps.place(tile_row);
-                    let begin = (tile_row - first) * maps.tiles_x();
-                    let row = TileRow { first: begin, stride: v_stride, size };
-                    transform_input(isa, v, row, maps.input(x, k), top, zeros);
-                }
-                for begin in (0..panels).step_by(at_once) {
-                    for panel in begin..begin + at_once {
-                        for at in 0..count {
-                            let m = &mut m[at * m_stride + (panel - begin) * PANEL..];
-                            let product = PanelProduct {
-                                c: &mut m[..(tiles - 1) * width + PANEL],
-                                c_row: width,
-                                rows: tiles,
-                                a: Left::new(&v[at * v_stride..], c_in, 1),
-                                b: &weight[(panel * count + at) * kernel_stride(c_in)..],
-                                depth: c_in,
-                                accumulate: false,
-                            };
-                            panel_product(isa, product);
-                        }
+                let mut x = Rows::new(maps, x, lines);
+                for (first, y) in maps.blocks_between(begin..end, y, place.of, rows) {
+                    let last = (first + rows).min(end);
+                    for tile_row in first..last {
+                        let begin = (tile_row - first) * maps.tiles_x();
+                        let row = TileRow { first: begin, stride: v_stride, size };
+                        transform_input(isa, v, row, x.under(tile_row), zeros);
                     }
-                    let channel = begin * PANEL;
-                    let shift = &mut shift[..width.min(c_out - channel)];
-                    let m = (&*m, first..last);
-                    self.finish(m, m_stride, (c_out, channel), epilogue, shift, y);
+                    let tiles = (last - first) * maps.tiles_x();
+                    for begin in (0..panels).step_by(at_once) {
+                        let panels = begin..begin + at_once;
+                        self.multiply((v, v_stride), weight, (tiles, c_in), panels, (m, m_stride));
+                        let channel = begin * PANEL;
+                        let shift = &mut shift[..width.min(c_out - channel)];
+                        let m = (&*m, first..last);
+                        self.finish(m, m_stride, (c_out, channel), epilogue, shift, y);
+                    }
                 }
             });
         });
+    }
+
+    /// Writes the products of all places of some tiles and of the kernels of some panels, side by side.
+    fn multiply(
+        &self,
+        (v, v_stride): (&[f32], usize),
+        weight: &[f32],
+        (tiles, c_in): (usize, usize),
+        panels: Range<usize>,
+        (m, m_stride): (&mut [f32], usize),
+    ) {
+        let (count, width) = (self.tiles().size.count(), panels.len() * PANEL);
+        // The tiles of one place stay in the first-level cache for all panels.
+        for at in 0..count {
+            for panel in panels.clone() {
+                let m = &mut m[at * m_stride + (panel - panels.start) * PANEL..];
+                let product = PanelProduct {
+                    c: &mut m[..(tiles - 1) * width + PANEL],
+                    c_row: width,
+                    rows: tiles,
+                    a: Left::new(&v[at * v_stride..], c_in, 1),
+                    b: &weight[(panel * count + at) * kernel_stride(c_in)..],
+                    depth: c_in,
+                    accumulate: false,
+                };
+                panel_product(self.isa, product);
+            }
+        }
     }
 
     /// Writes the output of some channels, `shift.len()` from `channel` of `c_out` on, to the pixels `y` of a block of
@@ -249,12 +280,11 @@ impl Winograd {
             let v_stride = place_stride(tiles * c_out);
             with_scratch(places * v_stride + tiles * padded, |scratch| {
                 let (v, sums) = scratch.split_at_mut(places * v_stride);
+                let mut dy = Rows::new(maps.of_output(), dy.into(), &mut []);
                 for (i, begin) in (0..tiles).step_by(maps.tiles_x()).enumerate() {
-                    let (k, top) = maps.place(block * rows + i);
-                    let dy = maps.output(dy, k);
                     let row = TileRow { first: begin, stride: v_stride, size: maps.size };
                     // Small tiles need no zeros.
-                    transform_input(isa, v, row, dy, top, &[]);
+                    transform_input(isa, v, row, dy.under(block * rows + i), &[]);
                 }
                 for panel in 0..panels {
                     let sums = &mut sums[panel * PANEL..];
@@ -290,7 +320,11 @@ impl Algorithm for Winograd {
         Packed::F32(memory)
     }
 
-    fn forward(&self, x: &[f32], weight: &Packed, epilogue: Epilogue<'_>, y: &mut [f32]) {
+    fn normalizes(&self) -> bool {
+        !self.shape.upsamples()
+    }
+
+    fn forward(&self, x: Input<'_>, weight: &Packed, epilogue: Epilogue<'_>, y: &mut [f32]) {
         let ConvShape { c_in, c_out, .. } = self.shape;
         self.convolve(x, weight.f32(), [c_in, c_out], epilogue, y);
     }
@@ -315,12 +349,12 @@ impl Algorithm for Winograd {
             return self.doubled_input_gradient(dy, weight, dx, accumulate);
         }
         let epilogue = Epilogue { accumulate, ..Epilogue::default() };
-        self.convolve(dy, weight, [c_out, c_in], epilogue, dx);
+        self.convolve(dy.into(), weight, [c_out, c_in], epilogue, dx);
     }
 
     fn weight_gradient(
         &self,
-        x: &[f32],
+        x: Input<'_>,
         dy: &[f32],
         dweight: &mut [f32],
         workspace: &mut Workspace,

@@ -1,6 +1,7 @@
 //! The division of maps into tiles of 4x4 or 6x6 pixels that overlap by 2, and into blocks of tiles.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use super::places::Places;
 use crate::kernels::cpu::gemm::micro::PANEL;
@@ -54,22 +55,11 @@ impl Size {
             Self::Large => 4,
         }
     }
-}
 
-/// An image to be divided into tiles.
-#[derive(Clone, Copy)]
-pub(super) struct Source<'a> {
-    pub image: &'a [f32],
-    /// Height of the map that the tiles are on.
-    pub h: usize,
-    pub w: usize,
-    /// Rows and columns of zeros before the map: 0 or 1.
-    pub before: usize,
-    pub channels: usize,
-    /// The first channel that is read, and their number.
-    pub some: (usize, usize),
-    /// True if each pixel of the image stands for four of the map.
-    pub doubled: bool,
+    /// Height and width of a tile.
+    pub(super) fn window(self) -> usize {
+        self.pixels() + 2
+    }
 }
 
 /// The tiles of the maps (batch, h, w, channels) on both sides of a convolution.
@@ -108,29 +98,13 @@ impl Tiles {
     }
 
     /// Height and width of the map over which the kernel moves.
-    fn map(self) -> [usize; 2] {
+    pub(super) fn map(self) -> [usize; 2] {
         [self.h, self.w].map(|size| size + 2 - 2 * self.before)
     }
 
-    /// Image `k` of the input.
-    pub(super) fn input(self, x: &[f32], k: usize) -> Source<'_> {
-        let image = x.len() / self.batch;
-        let channels = x.len() / self.input_pixels();
-        let (Self { before, doubled, .. }, [h, w]) = (self, self.map());
-        Source {
-            image: &x[k * image..][..image],
-            h,
-            w,
-            before,
-            channels,
-            some: (0, channels),
-            doubled,
-        }
-    }
-
-    /// Image `k` of the gradient of the output, as the input of a convolution.
-    pub(super) fn output(self, dy: &[f32], k: usize) -> Source<'_> {
-        Self { doubled: false, ..self }.input(dy, k)
+    /// The same tiles for the gradient of the output, as the input of a convolution.
+    pub(super) fn of_output(self) -> Self {
+        Self { doubled: false, ..self }
     }
 
     /// Tiles in a row.
@@ -163,13 +137,24 @@ impl Tiles {
     /// its first row.
     pub(super) fn blocks_mut(
         self,
+        maps: &mut [f32],
+        channels: usize,
+        rows: usize,
+    ) -> Vec<(usize, &mut [f32])> {
+        self.blocks_between(0..self.tile_rows(), maps, channels, rows)
+    }
+
+    /// Divides the part of maps that has the rows of tiles `all`, like [`blocks_mut`](Self::blocks_mut).
+    pub(super) fn blocks_between(
+        self,
+        all: Range<usize>,
         mut maps: &mut [f32],
         channels: usize,
         rows: usize,
     ) -> Vec<(usize, &mut [f32])> {
-        let mut blocks = Vec::with_capacity(self.tile_rows().div_ceil(rows));
-        for first in (0..self.tile_rows()).step_by(rows) {
-            let last = (first + rows).min(self.tile_rows());
+        let mut blocks = Vec::with_capacity(all.len().div_ceil(rows));
+        for first in all.clone().step_by(rows) {
+            let last = (first + rows).min(all.end);
             let pixels = (self.pixel_row(last) - self.pixel_row(first)) * self.w;
             let (block, rest) = maps.split_at_mut(pixels * channels);
             blocks.push((first, block));

@@ -4,10 +4,13 @@ use super::places::{Places, each, place, with_places};
 use super::tiles::kernel_stride;
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::simd::{Simd, simd_fn};
+use crate::kernels::cpu::transpose::transpose_in;
 
-/// Kernels of an output channel that are read at once: they lie side by side, and those of two output channels far
-/// apart.
-pub(super) const KERNELS: usize = 8;
+/// Kernels of a channel that are transposed at once: they lie side by side, and those of two channels far apart.
+pub(super) const KERNELS: usize = 16;
+
+/// The taps of some kernels of a panel: those of [`PANEL`] kernels side by side.
+pub(super) type Taps = [[[f32; PANEL]; 9]; KERNELS];
 
 simd_fn! {
     /// Computes `G w G^T` of a panel's kernels for one input channel. Place (y, x) is multiplied by the
@@ -79,22 +82,22 @@ simd_fn! {
         assert!((parts - 1) * part_len + places.count() * kernel_stride(c_in) <= u.len());
         let count = dweight.len() / (c_in * 9);
         assert!(count <= PANEL);
-        let mut taps = [[0f32; PANEL]; 9];
+        let mut taps: Taps = [[[0f32; PANEL]; 9]; KERNELS];
         let parts = (parts, part_len);
-        for i in 0..c_in {
-            for j in (0..PANEL).step_by(S::WIDTH) {
-                // SAFETY: `j` and the vector after it are within PANEL. By the assertion, every place is
-                // within `u`.
-                unsafe {
-                    let u = u.as_ptr().add(i * PANEL + j);
-                    with_places!(places, kernel_gradient_tile::<S>(&mut taps, j, u, kernel_stride(c_in), parts));
+        for first in (0..c_in).step_by(KERNELS) {
+            let taps = &mut taps[..KERNELS.min(c_in - first)];
+            for (i, taps) in taps.iter_mut().enumerate() {
+                for j in (0..PANEL).step_by(S::WIDTH) {
+                    // SAFETY: `j` and the vector after it are within PANEL. By the assertion, every place is
+                    // within `u`.
+                    unsafe {
+                        let u = u.as_ptr().add((first + i) * PANEL + j);
+                        with_places!(places, kernel_gradient_tile::<S>(taps, j, u, kernel_stride(c_in), parts));
+                    }
                 }
             }
-            for (o, dweight) in dweight.chunks_mut(c_in * 9).enumerate().take(count) {
-                for (tap, value) in dweight[i * 9..][..9].iter_mut().enumerate() {
-                    *value = taps[tap][o];
-                }
-            }
+            let (from, size) = (taps.as_flattened().as_flattened(), (9 * taps.len(), count));
+            transpose_in::<S>(from, PANEL, &mut dweight[first * 9..], c_in * 9, size);
         }
     }
 }

@@ -2,24 +2,24 @@
 
 use std::ops::Range;
 
-use super::tiles::{PixelRows, Size, Source, TileRow};
+use super::rows::Source;
+use super::tiles::{PixelRows, Size, TileRow};
 use super::{large, transform_kernels as small_kernels, transform_maps as small};
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::isa::Isa;
 
-/// Computes `B^T d B` of each tile in a row of tiles whose first pixel row of the output is `top`. Pixels beyond the
-/// edges of the map are 0: `zeros` has as many zeros as channels are read.
+/// Computes `B^T d B` of each tile in a row of tiles. Pixels beyond the edges of the map are 0: `zeros` has as many
+/// zeros as there are channels.
 pub(super) fn transform_input(
     isa: Isa,
     v: &mut [f32],
     row: TileRow,
     source: Source<'_>,
-    top: usize,
     zeros: &[f32],
 ) {
     match row.size {
-        Size::Small(places) => small::transform_input(isa, v, row, places, source, top),
-        Size::Large => large::transform_input(isa, v, row, source, top, zeros),
+        Size::Small(places) => small::transform_input(isa, v, row, places, source),
+        Size::Large => large::transform_input(isa, v, row, source, zeros),
     }
 }
 

@@ -8,8 +8,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::rows::Rows;
 use super::tiles::{MIN_BLOCK_TILES, TileRow, Tiles, kernel_stride, place_stride, with_scratch};
 use super::transforms::{kernel_gradient, transform_gradient, transform_input};
+use crate::kernels::cpu::conv::algorithm::Input;
 use crate::kernels::cpu::gemm::micro::{Left, PANEL, PanelProduct, panel_product};
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::memory::sized;
@@ -36,12 +38,12 @@ const MIN_PART_PIXELS: usize = 1024;
 pub(super) fn weight_gradient(
     isa: Isa,
     tiles: Tiles,
-    x: &[f32],
+    x: Input<'_>,
     dy: &[f32],
     dweight: &mut [f32],
     scratch: &mut Vec<f32>,
 ) {
-    let c_in = x.len() / tiles.input_pixels();
+    let c_in = x.map.len() / tiles.input_pixels();
     let c_out = dy.len() / (tiles.batch * tiles.h * tiles.w);
     assert_eq!(dweight.len(), c_out * c_in * 9);
     let panel_len = tiles.size.count() * kernel_stride(c_in);
@@ -52,10 +54,21 @@ pub(super) fn weight_gradient(
     let parts = (SUMS_BYTES / (sums_len * size_of::<f32>())).min(worthwhile).clamp(1, 16);
     let part_rows = tiles.tile_rows().div_ceil(parts);
     let parts = tiles.tile_rows().div_ceil(part_rows);
-    let sums = sized(scratch, parts * sums_len);
     let tasks = |group: &usize| parts * panels.div_ceil(*group);
     let work_for_all = |group: &usize| tasks(group) >= 2 * rayon::current_num_threads();
     let group = GROUPS.into_iter().find(work_for_all).unwrap_or(1);
+    // Several groups of channels would each normalise the input.
+    let written = x.norm.filter(|_| group < panels);
+    let written_len = written.map_or(0, |_| x.map.len());
+    let (sums, memory) =
+        sized(scratch, parts * sums_len + written_len).split_at_mut(parts * sums_len);
+    let x = match written {
+        Some(norm) => {
+            norm.write(x.map, memory);
+            Input::from(&*memory)
+        }
+        None => x,
+    };
 
     sums.par_chunks_mut(sums_len).enumerate().for_each(|(part, sums)| {
         sums.par_chunks_mut(group * panel_len).enumerate().for_each(|(i, sums)| {
@@ -76,7 +89,7 @@ pub(super) fn weight_gradient(
 fn sum_transformed(
     isa: Isa,
     tiles: Tiles,
-    (x, c_in): (&[f32], usize),
+    (x, c_in): (Input<'_>, usize),
     (dy, c_out): (&[f32], usize),
     rows: Range<usize>,
     channels: Range<usize>,
@@ -90,17 +103,19 @@ fn sum_transformed(
     let most = step * tiles.tiles_x();
     let (v_stride, d_stride) = (place_stride(most * c_in), place_stride(most * PANEL));
     let zeros_len = c_in.max(panels * PANEL);
-    with_scratch(count * (v_stride + panels * d_stride) + zeros_len, |scratch| {
+    let lines_len = Rows::memory_len(tiles, x, c_in);
+    with_scratch(count * (v_stride + panels * d_stride) + lines_len + zeros_len, |scratch| {
         let (v, scratch) = scratch.split_at_mut(count * v_stride);
-        let (d, zeros) = scratch.split_at_mut(count * panels * d_stride);
+        let (d, scratch) = scratch.split_at_mut(count * panels * d_stride);
+        let (lines, zeros) = scratch.split_at_mut(lines_len);
         zeros.fill(0.0);
+        let mut x = Rows::new(tiles, x, lines);
         for first in rows.clone().step_by(step) {
             let last = (first + step).min(rows.end);
             for tile_row in first..last {
-                let (k, top) = tiles.place(tile_row);
                 let begin = (tile_row - first) * tiles.tiles_x();
                 let row = TileRow { first: begin, stride: v_stride, size };
-                transform_input(isa, v, row, tiles.input(x, k), top, zeros);
+                transform_input(isa, v, row, x.under(tile_row), zeros);
                 let line = tiles.w * c_out;
                 let dy =
                     &dy[tiles.pixel_row(tile_row) * line..tiles.pixel_row(tile_row + 1) * line];
@@ -108,12 +123,15 @@ fn sum_transformed(
                 transform_gradient(isa, d, row, (dy, tiles.w, c_out), channels.clone(), zeros);
             }
             let depth = (last - first) * tiles.tiles_x();
-            for (i, sums) in sums.chunks_mut(kernel_stride(c_in)).enumerate() {
+            // The tiles of one place stay in the first-level cache for all panels.
+            let places = (0..count).flat_map(|at| (0..panels).map(move |panel| (at, panel)));
+            for (at, panel) in places {
+                let i = panel * count + at;
                 let product = PanelProduct {
-                    c: sums,
+                    c: &mut sums[i * kernel_stride(c_in)..][..c_in * PANEL],
                     c_row: PANEL,
                     rows: c_in,
-                    a: Left::new(&v[i % count * v_stride..], 1, c_in),
+                    a: Left::new(&v[at * v_stride..], 1, c_in),
                     b: &d[i * d_stride..],
                     depth,
                     accumulate: first > rows.start,

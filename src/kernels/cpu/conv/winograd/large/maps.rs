@@ -3,34 +3,32 @@
 use std::ops::Range;
 
 use super::super::places::each;
-use super::super::tiles::{PixelRows, Source, TileRow};
+use super::super::rows::Source;
+use super::super::tiles::{PixelRows, TileRow};
 use super::lines::{gradient_line, input_line, output_line};
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::simd::{Simd, simd_fn};
 use crate::kernels::op::place::Place;
 
 simd_fn! {
-    /// Computes `B^T d B` of each tile in a row of tiles whose first pixel row of the output is `top`. Pixels beyond
-    /// the edges of the map are read from `zeros`.
+    /// Computes `B^T d B` of each tile in a row of tiles. Pixels beyond the edges of the map are read from `zeros`.
     pub(in super::super) fn transform_input<S>(
         v: &mut [f32],
         row: TileRow,
         source: Source<'_>,
-        top: usize,
         zeros: &[f32],
     ) {
         let TileRow { first, stride, .. } = row;
-        let Source { image, h, w, before, channels, some: (begin, count), doubled } = source;
+        let Source { rows, w, before, channels: count, doubled } = source;
         let tiles = (w + 2 * before - 2).div_ceil(4);
         assert!(36 * stride <= v.len() && (first + tiles) * count <= stride && !doubled);
-        assert!(image.len() == h * w * channels && begin + count <= channels);
+        assert!(rows.iter().flatten().all(|row| row.len() == w * count));
         let zeros = zeros[..count].as_ptr();
         let v = v.as_mut_ptr();
         for tile in 0..tiles {
             let pixel = |y: usize, x: usize| -> Option<*const f32> {
-                let (y, x) = ((top + y).checked_sub(before)?, (4 * tile + x).checked_sub(before)?);
-                let inside = y < h && x < w;
-                inside.then(|| image[(y * w + x) * channels + begin..][..count].as_ptr())
+                let (row, x) = (rows[y]?, (4 * tile + x).checked_sub(before)?);
+                (x < w).then(|| row[x * count..][..count].as_ptr())
             };
             let pixels: [[*const f32; 6]; 6] = each!(Y in 0 1 2 3 4 5 => {
                 each!(X in 0 1 2 3 4 5 => match pixel(Y, X) {
