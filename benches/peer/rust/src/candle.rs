@@ -21,7 +21,10 @@ pub fn prepare(config: &Config, batch: usize, what: What) -> Result<Run> {
         let fixed = variables.data().lock().expect("one thread").clone();
         let fixed = fixed.into_iter().map(|(name, v)| (name, v.as_detached_tensor())).collect();
         let unet = UNet::new(config, VarBuilder::from_tensors(fixed, DType::F32, &device))?;
-        return Ok(Box::new(move || Ok(drop(unet.forward(&x, &t)?))));
+        return Ok(Box::new(move || {
+            unet.forward(&x, &t)?;
+            Ok(())
+        }));
     }
     let eps = x.randn_like(0.0, 1.0)?;
     let params =
@@ -29,7 +32,8 @@ pub fn prepare(config: &Config, batch: usize, what: What) -> Result<Run> {
     let mut optimizer = AdamW::new(variables.all_vars(), params)?;
     Ok(Box::new(move || {
         // candle-nn has no clipping.
-        Ok(optimizer.backward_step(&loss::mse(&unet.forward(&x, &t)?, &eps)?)?)
+        optimizer.backward_step(&loss::mse(&unet.forward(&x, &t)?, &eps)?)?;
+        Ok(())
     }))
 }
 
