@@ -190,13 +190,15 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
         &self,
         dims: [usize; 4],
         x: &mut B::Buffer,
-        (p, layer): (f64, u16),
+        dropout: Option<(f64, u16)>,
     ) -> Result<()> {
-        let Some(masks) = self.pass.dropout else { return Ok(()) };
-        self.backend.drop_values(dims, x, masks, layer, p)
+        match (dropout, self.pass.dropout) {
+            (Some((p, layer)), Some(masks)) => self.backend.drop_values(dims, x, masks, layer, p),
+            _ => Ok(()),
+        }
     }
 
-    /// Records the gradients of a convolution's weights, and adds that of its addend per image.
+    /// Records the gradients of a convolution's weights, and adds the gradient of the addend per image.
     fn record_convolution(
         &self,
         conv: &'n Conv2d,
@@ -253,13 +255,17 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         shapes::modulated_norm(norm, x.dims.into(), by.map(|by| by.dims.into()))?;
         check(conv, x, &add)?;
         dropout.map_or(Ok(()), |(p, _)| check_fraction("dropout", p))?;
-        let own = Norm { layer: norm, by: by.map(|by| &*by.values) };
+        let own = || Norm { layer: norm, by: by.map(|by| &*by.values) };
         let dropped = dropout.filter(|_| self.pass.dropout.is_some());
-        let (dims, y, statistics) = match dropped {
-            None => self.backend.convolve_normed(own, conv, x.dims, &x.values, plain(&add))?,
-            Some(dropout) => {
-                let (mut n, statistics) = self.backend.normalize(own, x.dims, &x.values)?;
-                self.drop_in_place(x.dims, &mut n, dropout)?;
+        let fused = match dropped {
+            None => self.backend.convolve_normed(own(), conv, x.dims, &x.values, plain(&add))?,
+            Some(_) => None,
+        };
+        let (dims, y, statistics) = match fused {
+            Some(result) => result,
+            None => {
+                let (mut n, statistics) = self.backend.normalize(own(), x.dims, &x.values)?;
+                self.drop_in_place(x.dims, &mut n, dropped)?;
                 let (dims, y) = self.backend.convolve(conv, x.dims, &n, plain(&add))?;
                 (dims, y, statistics)
             }
@@ -268,17 +274,21 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         Ok(self.output(dims, y, move |tape, dy| {
             let backend = &tape.backend;
             let values = x.values(backend)?;
-            // Normalised again instead of kept: the result is as large as the map, and takes little time.
-            let own = Norm { layer: norm, by: by.as_ref().map(|by| &*by.values) };
+            let own = || Norm { layer: norm, by: by.as_ref().map(|by| &*by.values) };
             let of_image = added.per_image.is_wanted();
-            let (weights, mut dn) = match dropped {
+            let fused = match dropped {
                 None => {
-                    let own = (own, &statistics);
+                    let own = (own(), &statistics);
                     backend.normed_weight_gradients(own, conv, x.dims, &values, &dy, of_image)?
                 }
-                Some(dropout) => {
-                    let mut n = backend.normalize_again(own, x.dims, &values, &statistics)?;
-                    tape.drop_in_place(x.dims, &mut n, dropout)?;
+                Some(_) => None,
+            };
+            let (weights, mut dn) = match fused {
+                Some(weights) => (weights, backend.take(x.dims.iter().product())?),
+                None => {
+                    // The normalised map is not kept: it would be as large as `x`. Normalising again takes little time.
+                    let mut n = backend.normalize_again(own(), x.dims, &values, &statistics)?;
+                    tape.drop_in_place(x.dims, &mut n, dropped)?;
                     let weights =
                         backend.convolve_weight_gradients(conv, x.dims, &n, &dy, of_image)?;
                     // The normalised map is no longer needed, so its gradient overwrites it.
@@ -287,7 +297,7 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
             };
             tape.record_convolution(conv, weights, &added.per_image)?;
             backend.convolve_input_gradient(conv, x.dims, &dy, &mut dn, false)?;
-            dropped.map_or(Ok(()), |dropout| tape.drop_in_place(x.dims, &mut dn, dropout))?;
+            tape.drop_in_place(x.dims, &mut dn, dropped)?;
             added.residual.add(backend, dy)?;
             tape.normalize_backward((norm, by.as_ref()), (&x, &values), &statistics, dn)
         }))

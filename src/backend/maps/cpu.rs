@@ -129,16 +129,15 @@ impl Maps for Cpu<'_> {
         dims: [usize; 4],
         x: &Buffer,
         add: Add<'_, Buffer>,
-    ) -> Result<([usize; 4], Buffer, Vec<Stats>)> {
+    ) -> Result<Option<([usize; 4], Buffer, Vec<Stats>)>> {
         let plan = self.plan(conv, dims)?;
         if !plan.normalizes() {
-            let (n, statistics) = self.normalize(norm, dims, x)?;
-            return Ok((plan.output(), self.convolved(conv, &plan, (&n).into(), add)?, statistics));
+            return Ok(None);
         }
         let statistics = self.normalization(&norm, |norm, _| norm.stats(dims[0], x))?;
         let known = self.known(&norm, &statistics)?;
         let y = self.convolved(conv, &plan, Input { map: x, norm: Some(&known) }, add)?;
-        Ok((plan.output(), y, statistics))
+        Ok(Some((plan.output(), y, statistics)))
     }
 
     fn convolve_weight_gradients(
@@ -161,16 +160,14 @@ impl Maps for Cpu<'_> {
         x: &Buffer,
         dy: &Buffer,
         per_image: bool,
-    ) -> Result<(ConvGradients<Buffer>, Buffer)> {
+    ) -> Result<Option<ConvGradients<Buffer>>> {
         let plan = self.plan(conv, dims)?;
-        if !plan.normalizes() {
-            let n = self.normalize_again(norm, dims, x, statistics)?;
-            return Ok((self.weight_gradients(conv, &plan, (&n).into(), dy, per_image)?, n));
+        if !plan.weight_gradient_normalizes() {
+            return Ok(None);
         }
         let known = self.known(&norm, statistics)?;
         let x = Input { map: x, norm: Some(&known) };
-        let gradients = self.weight_gradients(conv, &plan, x, dy, per_image)?;
-        Ok((gradients, self.take(x.map.len())?))
+        self.weight_gradients(conv, &plan, x, dy, per_image).map(Some)
     }
 
     fn convolve_input_gradient(

@@ -54,7 +54,7 @@ pub(crate) trait Maps {
     ) -> Result<([usize; 4], Self::Buffer)>;
 
     /// Computes the convolution of a map `x` of dimensions `dims` that is [normalised](Self::normalize) first, and adds
-    /// `add` to it.
+    /// `add` to it, if one kernel does both. Otherwise returns `None`.
     fn convolve_normed(
         &self,
         norm: Norm<'_, Self::Buffer>,
@@ -62,10 +62,9 @@ pub(crate) trait Maps {
         dims: [usize; 4],
         x: &Self::Buffer,
         add: Add<'_, Self::Buffer>,
-    ) -> Result<([usize; 4], Self::Buffer, Self::Statistics)> {
-        let (n, statistics) = self.normalize(norm, dims, x)?;
-        let (dims, y) = self.convolve(conv, dims, &n, add)?;
-        Ok((dims, y, statistics))
+    ) -> Result<Option<([usize; 4], Self::Buffer, Self::Statistics)>> {
+        let _ = (norm, conv, dims, x, add);
+        Ok(None)
     }
 
     /// Computes the gradients of a convolution's weight and bias from the gradient `dy` of its output. With
@@ -80,8 +79,8 @@ pub(crate) trait Maps {
     ) -> Result<ConvGradients<Self::Buffer>>;
 
     /// Computes the gradients of [`convolve_weight_gradients`](Self::convolve_weight_gradients) for a map `x` that is
-    /// normalised first, with the statistics of [`convolve_normed`](Self::convolve_normed). Also returns memory of the
-    /// size of `x`, with arbitrary content, for the gradient of the normalised map.
+    /// normalised first, with the statistics of its first normalisation, if one kernel does both. Otherwise returns
+    /// `None`.
     fn normed_weight_gradients(
         &self,
         (norm, statistics): (Norm<'_, Self::Buffer>, &Self::Statistics),
@@ -90,9 +89,9 @@ pub(crate) trait Maps {
         x: &Self::Buffer,
         dy: &Self::Buffer,
         per_image: bool,
-    ) -> Result<(ConvGradients<Self::Buffer>, Self::Buffer)> {
-        let n = self.normalize_again(norm, dims, x, statistics)?;
-        Ok((self.convolve_weight_gradients(conv, dims, &n, dy, per_image)?, n))
+    ) -> Result<Option<ConvGradients<Self::Buffer>>> {
+        let _ = (norm, statistics, conv, dims, x, dy, per_image);
+        Ok(None)
     }
 
     /// Computes the gradient of a convolution's input, of dimensions `dims`, from the gradient `dy` of its

@@ -194,6 +194,16 @@ mod tests {
     }
 
     #[test]
+    fn maps_begin_at_a_cache_line() -> Result<()> {
+        let pool = Arc::new(Pool::default());
+        for len in [1, 7, 16, 100, 10_000, 1 << 20, 99] {
+            let map = pool.take(len)?;
+            assert_eq!((map.len(), map.as_ptr() as usize % 64), (len, 0));
+        }
+        Ok(())
+    }
+
+    #[test]
     fn memory_is_that_of_the_last_kind_of_pass() -> Result<()> {
         let config = UNetConfig { hidden_dims: vec![8, 16], ..UNetConfig::mnist() };
         let held = |unet: &Model<UNet>| -> usize {

@@ -9,9 +9,10 @@ use crate::kernels::cuda::Gpu;
 use crate::precision::Precision;
 
 impl Precision {
-    /// Returns why this precision is not faster than [`Highest`](Self::Highest) on a device, for the user, or `None` if
-    /// it is meant to be faster there. [`BF16`](Self::BF16) is not worthwhile on a CPU without AMX: products of bf16
-    /// pairs by AVX-512 take about as long as those of f32, and emulated ones several times as long.
+    /// Returns a warning for the user if [`BF16`](Self::BF16) is not faster than [`Highest`](Self::Highest) on a device,
+    /// and otherwise `None`. A CPU without AMX gives a warning. Products of bf16 pairs by AVX-512 take about as long as
+    /// f32 products. Emulated products take several times as long. [`F16`](Self::F16) is refused on CPUs elsewhere, and
+    /// has the same warning.
     ///
     /// The environment variable `DDPM_MAX_CPU_ISA` limits which instructions are used.
     pub fn speed_warning(self, device: &Device) -> Option<&'static str> {

@@ -1,7 +1,7 @@
 //! Muon: the momentum, the orthogonalisation and the step of matrices.
 
 use std::cell::RefCell;
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 
 use rayon::prelude::*;
 
@@ -9,6 +9,7 @@ use super::adam::sum_of_squares;
 use super::gemm::gemm_packed;
 use super::gemm::pack::Mat;
 use super::isa::Isa;
+use super::memory::{before_line, first_line};
 use super::simd::simd_fn;
 use crate::kernels::op::muon::{COEFFICIENTS, ITERATIONS, LEAST_NORM, scale};
 
@@ -55,20 +56,23 @@ thread_local! {
     static SPARE: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Values with arbitrary content. Their memory is used again.
+/// Values with arbitrary content, which begin at a cache line. Their memory is used again.
 struct Spare {
     values: Vec<f32>,
-    len: usize,
+    span: Range<usize>,
 }
 
 impl Spare {
     fn new(len: usize) -> Self {
+        let least = len + before_line::<f32>();
         let found = SPARE.with_borrow_mut(|spare| {
-            let fits = spare.iter().enumerate().filter(|(_, values)| values.len() >= len);
+            let fits = spare.iter().enumerate().filter(|(_, values)| values.len() >= least);
             let smallest = fits.min_by_key(|(_, values)| values.len()).map(|(i, _)| i);
             smallest.map(|i| spare.swap_remove(i))
         });
-        Self { values: found.unwrap_or_else(|| vec![0.0; len]), len }
+        let values = found.unwrap_or_else(|| vec![0.0; least]);
+        let first = first_line(&values);
+        Self { values, span: first..first + len }
     }
 }
 
@@ -84,13 +88,13 @@ impl Deref for Spare {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        &self.values[..self.len]
+        &self.values[self.span.clone()]
     }
 }
 
 impl DerefMut for Spare {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.values[..self.len]
+        &mut self.values[self.span.clone()]
     }
 }
 

@@ -39,15 +39,14 @@ pub(crate) trait Simd: Copy {
     fn at_most(self, high: Self) -> Self;
     /// 2 to the power of the integer in the last 8 bits.
     fn power_of_two(self) -> Self;
-    /// `self * other + sum`, rounded once if the machine has a fused instruction.
+    /// `self * other + sum`. Vectors round once if the instruction set has a fused instruction. Single values round twice.
     fn mul_add(self, other: Self, sum: Self) -> Self;
 
-    /// Transposes a block of [`WIDTH`](Self::WIDTH) rows of as many values. Writes the first `columns` rows of the
-    /// transpose.
+    /// Transposes a block of [`WIDTH`](Self::WIDTH) x `WIDTH` values. Writes the first `columns` rows of the transpose.
     ///
     /// # Safety
     /// The rows of the block, which begin `from_row` values apart, must be readable. `columns` is at most
-    /// [`WIDTH`](Self::WIDTH), and so many rows of as many values, which begin `to_row` values apart, must be writable.
+    /// [`WIDTH`](Self::WIDTH). `columns` rows of `WIDTH` values, which begin `to_row` values apart, must be writable.
     #[inline(always)]
     unsafe fn transpose(
         from: *const f32,
@@ -315,8 +314,10 @@ macro_rules! for_channels {
 }
 pub(crate) use for_channels;
 
-/// Calls a function for groups of several vectors of channels, then for single vectors, then for each remaining channel.
-/// The numbers of vectors of a group, the largest first, are the last generic argument of the function.
+/// Calls a function for groups of several vectors of channels, whose sums are independent, so that none waits for the
+/// addition before it. Then calls it for single vectors, then for each remaining channel.
+/// The list has the sizes of groups in vectors, the largest first. The size of a group is the last generic argument of the
+/// function.
 macro_rules! for_channel_groups {
     ($first:ident in $channels:expr, [$($group:literal),*],
      $f:ident::<$s:ident> $arguments:tt $(,)?) => {

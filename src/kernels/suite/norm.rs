@@ -104,13 +104,22 @@ fn a_normalisation_whose_gradient_nearly_cancels_agrees() {
         .check();
 }
 
+/// Four vectors of AVX-512, two, one, and single channels.
+#[test]
+fn a_normalisation_of_every_number_of_vectors_agrees() {
+    for silu in [Activation::Silu, Activation::None] {
+        NormCase::new([2, 9, 5], ([5, 23], EPS), (silu, true), 1.0, Normals(115)).check();
+    }
+}
+
 proptest! {
     #![proptest_config(inputs(96))]
 
     #[test]
     fn normalisations_agree(
         map in [1usize..6, 1usize..12, 1usize..12],
-        groups in [1usize..9, 1usize..5],
+        // Groups, and channels of each: up to 160 channels, several groups of vectors.
+        groups in prop_oneof![[1usize..9, 1usize..5], [1usize..9, 1usize..21]],
         eps in prop_oneof![Just(EPS), Just(1e-6), Just(1e-3)],
         silu: bool,
         more: bool,

@@ -32,7 +32,7 @@ pub fn prepare(config: &Config, batch: usize, what: What) -> Run {
         });
     }
     let eps = x.random_like(Distribution::Normal(0.0, 1.0));
-    // This clips each tensor by its own norm; burn has no clipping by the norm of all.
+    // This clips each tensor by its own norm; burn has no clipping by the norm of all gradients.
     let mut optimizer = AdamWConfig::new()
         .with_epsilon(1e-8)
         .with_weight_decay(WEIGHT_DECAY as f32)
@@ -40,7 +40,7 @@ pub fn prepare(config: &Config, batch: usize, what: What) -> Run {
         .init();
     let mut trained = Some(unet);
     Box::new(move || {
-        let unet = trained.take().ok_or("the step before this one failed")?;
+        let unet = trained.take().ok_or("an earlier step failed")?;
         let loss =
             MseLoss::new().forward(unet.forward(x.clone(), &t), eps.clone(), Reduction::Mean);
         let gradients = GradientsParams::from_grads(loss.backward(), &unet);
@@ -101,7 +101,7 @@ impl ResBlock {
         let temb = self.time_emb.forward(silu(temb));
         let mut h = self.block1.forward(x.clone()) + temb.clone().unsqueeze_dims(&[2, 3]);
         if self.dropout.prob > 0.0 {
-            // Of whole feature maps.
+            // Dropout of whole feature maps.
             h = h * self.dropout.forward(temb.ones_like()).unsqueeze_dims(&[2, 3]);
         }
         let h = self.block2.forward(h);

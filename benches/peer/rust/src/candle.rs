@@ -92,7 +92,7 @@ impl ResBlock {
         let temb = self.time_emb.forward(&temb.silu()?)?.unsqueeze(2)?.unsqueeze(3)?;
         let mut h = self.block1.forward(x)?.broadcast_add(&temb)?;
         if self.dropout > 0.0 && h.track_op() {
-            // Of whole feature maps.
+            // Dropout of whole feature maps.
             let (batch, channels, ..) = h.dims4()?;
             let ones = Tensor::ones((batch, channels, 1, 1), h.dtype(), h.device())?;
             h = h.broadcast_mul(&ops::dropout(&ones, self.dropout)?)?;
@@ -131,7 +131,7 @@ impl Module for Attention {
         let qkv = self.qkv.forward(&self.norm.forward(x)?)?.flatten_from(2)?.chunk(3, 1)?;
         let [q, k, v] = [&qkv[0], &qkv[1], &qkv[2]]; // (batch, width, positions)
         let scores = (q.t()?.matmul(k)? / (q.dim(1)? as f64).sqrt())?;
-        // The faster function has no gradient.
+        // `softmax_last_dim` is faster, but has no gradient.
         let scores = match scores.track_op() {
             true => ops::softmax(&scores, D::Minus1)?,
             false => ops::softmax_last_dim(&scores)?,

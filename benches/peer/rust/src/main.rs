@@ -5,7 +5,8 @@
 //!     [--what train_step|forward] --json
 //! ```
 //!
-//! `train_step` is forward, loss, backward and AdamW, and for burn its clipping; `forward` is without gradients.
+//! `train_step` is the forward pass, the loss, the backward pass and AdamW. burn also clips gradients. `forward` computes
+//! no gradients.
 
 use std::error::Error;
 use std::os::unix::process::CommandExt;
@@ -21,12 +22,12 @@ mod candle;
 #[cfg(test)]
 mod tests;
 
-/// Of every group normalisation.
+/// Number of groups of each normalisation.
 const GROUPS: usize = 8;
 const LEARNING_RATE: f64 = 2e-4;
 const WEIGHT_DECAY: f64 = 1e-5;
 
-/// Where both libraries read the number of threads.
+/// The environment variable from which both libraries read the number of threads.
 const THREADS: &str = "RAYON_NUM_THREADS";
 
 /// One run of a measure.
@@ -46,7 +47,7 @@ struct Args {
     /// The number of timed runs. Three runs before them are not timed.
     #[arg(long, default_value_t = 10, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     iters: usize,
-    /// The number of threads; by default that of all cores.
+    /// The number of threads. Default: the number of cores.
     #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     threads: Option<usize>,
     /// The measure; by default train_step, then forward.
@@ -125,7 +126,7 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     if let Some(threads) = args.threads.map(|threads| threads.to_string())
         && std::env::var(THREADS).ok().as_ref() != Some(&threads)
     {
-        // This program again, because a variable of its own cannot be changed safely.
+        // Restarts the program, because a process cannot safely change its own environment.
         let args = std::env::args_os().skip(1);
         return Err(Command::new(std::env::current_exe()?)
             .args(args)

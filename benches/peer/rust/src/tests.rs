@@ -16,7 +16,7 @@ use crate::{Config, burn::UNet as BurnUNet, candle::UNet as CandleUNet};
 
 /// The allowed difference: of outputs, and of gradients relative to the largest of their tensor.
 const TOLERANCE: f32 = 1e-4;
-/// Gradients whose exact value is 0.
+/// The allowed absolute difference of gradients whose exact value is 0.
 const ROUNDING: f32 = 1e-6;
 
 #[test]
@@ -79,7 +79,7 @@ fn burn_agrees() {
     }
 }
 
-/// Compares gradients with the weights that it visits.
+/// Compares the gradients of a network with the expected gradients, which are the weights of the visited network.
 struct Gradients<'a> {
     fixture: &'a str,
     gradients: GradientsParams,
@@ -95,7 +95,7 @@ impl ModuleVisitor for Gradients<'_> {
     }
 }
 
-/// What PyTorch computed with a network.
+/// The outputs and gradients that PyTorch computed with a network.
 struct Fixture {
     name: String,
     config: Config,
@@ -128,7 +128,7 @@ impl Fixture {
         self.tensors["t"].to_dtype(DType::U32).unwrap().to_vec1().unwrap()
     }
 
-    /// Returns the tensors whose names start so, by the rest of their names.
+    /// Returns the tensors whose names begin with `prefix`, with the rest of their names.
     fn part(&self, prefix: &str) -> impl Iterator<Item = (String, &Tensor)> {
         self.tensors
             .iter()

@@ -64,8 +64,13 @@ pub(super) trait Algorithm {
     /// Packs the weights (out, in, height, width) for [`forward`](Self::forward), in memory of `workspace`.
     fn pack(&self, weight: &[f32], workspace: &mut Workspace) -> Packed;
 
-    /// Returns whether the algorithm normalises its input as it reads it.
+    /// Returns whether the algorithm can normalise its input as it reads it.
     fn normalizes(&self) -> bool {
+        false
+    }
+
+    /// Returns whether the gradient of the weights can normalise the input as it reads it.
+    fn weight_gradient_normalizes(&self) -> bool {
         false
     }
 

@@ -1,9 +1,11 @@
-//! Convolutions of any kernel and stride as products of patches (im2col).
+//! Convolutions of any kernel and stride as products of patches (im2col), or as dot products if there are few output
+//! channels.
 //!
 //! The patches of a few rows of an image fit in the cache, and are multiplied by the weights at once. The patch of a
 //! pixel consists of parts of a few lines, and overlaps that of the next pixel. If lines are long enough, the product
-//! reads patches where they are. Only the zeros around the image need a copy of its lines. Otherwise, and always in the
-//! backward pass, patches are laid out.
+//! reads patches where they are. Only the zeros around the image need a copy of its lines. Otherwise patches are laid out.
+//! The backward pass always lays patches out, except for the input gradient of a convolution to a few channels, which is
+//! a forward convolution.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -26,6 +28,9 @@ const CHUNK_PIXELS: usize = 192;
 /// The least number of pixels of a line of which products read patches in place. Lines of 8 pixels, about half of the
 /// rows of the largest tiles, were 9% slower than patches that are laid out.
 const MIN_LINE: usize = 12;
+
+/// The least number of input channels of a convolution to few channels that is computed by dot products.
+const MIN_NARROW: usize = 16;
 
 thread_local! {
     /// Patches, reused from call to call. Nothing may wait for other threads while they are borrowed: this
@@ -165,16 +170,16 @@ impl Im2col {
         });
     }
 
-    /// Returns whether the output has so few channels that a panel of them would be mostly empty.
+    /// Returns whether the output has so few channels that a panel of them would be mostly empty, and patches are long
+    /// enough for vectors.
     fn is_narrow(&self) -> bool {
-        self.shape.c_out <= NARROW
+        self.shape.c_out <= NARROW && self.shape.c_in >= MIN_NARROW
     }
 
     /// Returns the convolution from few channels whose output is the gradient of the input, if there is one.
     fn transposed(&self) -> Option<Self> {
-        let transposed = Self { shape: self.shape.transposed(), ..*self };
         let suits = self.is_narrow() && self.shape.scale == Scale::Stride(1);
-        (suits && !transposed.is_narrow()).then_some(transposed)
+        suits.then(|| Self { shape: self.shape.transposed(), ..*self })
     }
 
     /// Returns whether products read patches in place. Each line of the output is then a product of its own, which

@@ -87,9 +87,14 @@ impl Plan {
         self.algorithm().pack(weight, workspace)
     }
 
-    /// Returns whether the convolution normalises its input as it reads it, so that the normalised map is not written.
+    /// Returns whether the convolution can normalise its input as the input is read.
     pub(crate) fn normalizes(&self) -> bool {
         self.algorithm().normalizes()
+    }
+
+    /// Returns whether the gradient of the weights can normalise the input as the input is read.
+    pub(crate) fn weight_gradient_normalizes(&self) -> bool {
+        self.algorithm().weight_gradient_normalizes()
     }
 
     /// Writes `y` from `x`. Another plan with the same [`packing`](Self::packing) may have packed the weights.
@@ -100,14 +105,10 @@ impl Plan {
         epilogue: Epilogue<'_>,
         y: &mut [f32],
     ) {
+        let x = x.into();
         assert!(epilogue.place.is_none() || epilogue.add.residual.is_none());
-        self.algorithm().forward(self.checked(x.into()), weight, epilogue, y);
-    }
-
-    /// Returns the input, which is normalised only if the plan [supports](Self::normalizes) it.
-    fn checked<'a>(&self, x: Input<'a>) -> Input<'a> {
         assert!(x.norm.is_none() || self.normalizes());
-        x
+        self.algorithm().forward(x, weight, epilogue, y);
     }
 
     /// Writes the gradient of `x` to `dx`, or adds it to the values of `dx`.
@@ -130,7 +131,9 @@ impl Plan {
         dweight: &mut [f32],
         workspace: &mut Workspace,
     ) {
-        self.algorithm().weight_gradient(self.checked(x.into()), dy, dweight, workspace);
+        let x = x.into();
+        assert!(x.norm.is_none() || self.weight_gradient_normalizes());
+        self.algorithm().weight_gradient(x, dy, dweight, workspace);
     }
 }
 

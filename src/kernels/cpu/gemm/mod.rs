@@ -1,5 +1,5 @@
-//! Products of matrices in any layout. The right-hand side is packed into panels first. Everything runs
-//! on the calling thread, so the order of sums is always the same.
+//! Products of matrices in any layout. The right-hand side is packed into panels first, unless it has only a few columns
+//! (`narrow`). Everything runs on the calling thread, so the order of sums is always the same.
 
 pub(crate) mod micro;
 mod narrow;
@@ -65,6 +65,7 @@ pub(crate) struct Patches<'a> {
 impl<'a> Patches<'a> {
     /// Patches that do not overlap, of lines of `pixels` pixels.
     pub(crate) fn laid_out(patches: Mat<'a>, pixels: usize) -> Self {
+        assert_eq!(patches.col_stride, 1);
         let pixel = patches.row_stride;
         let (line, run) = (pixels * pixel, usize::MAX);
         Self { data: patches.data, line, pixels, pixel, run, jump: 0 }

@@ -21,8 +21,9 @@ simd_fn! {
         b: &[f32],
         depth: usize,
     ) {
+        assert!(depth > 0 && a.col == 1);
         let columns = b.len() / depth;
-        assert!(depth > 0 && b.len() == columns * depth && a.col == 1);
+        assert_eq!(b.len(), columns * depth);
         assert!(rows == 0 || (rows - 1) * c_row + columns <= c.len());
         let (run, k) = ((depth - 1) / a.run, (depth - 1).min(a.run - 1));
         assert!(rows == 0 || (rows - 1) * a.row + k + run * a.jump < a.data.len());
@@ -40,7 +41,7 @@ simd_fn! {
 }
 
 /// # Safety
-/// `rows` rows of `a`, each of `depth` values, must be readable.
+/// `rows` rows of `a`, each of `depth` values, must be readable. `b` must have `N` columns of `depth` values.
 #[inline(always)]
 unsafe fn rows_of_width<S: Simd, const N: usize>(
     c: &mut [f32],

@@ -8,6 +8,7 @@ use crate::kernels::cpu::isa::Isa;
 #[derive(Debug)]
 pub(crate) struct Known {
     isa: Isa,
+    /// True if SiLU follows the normalisation.
     silu: bool,
     channels: usize,
     /// For each image, the means of the channels, then their factors, then their biases.

@@ -145,6 +145,7 @@ simd_fn! {
         dz: &mut [f32], x: &[f32], affine: &Affine<'_>, silu: bool, sums: &mut [[f64; 2]],
     ) {
         let c = affine.channels();
+        assert_eq!(dz.len(), x.len());
         sums.fill([0.0; 2]);
         // Short runs in f32, then f64.
         let mut run = vec![0f32; 2 * c];
@@ -166,7 +167,8 @@ simd_fn! {
 /// Processes `N` vectors of channels from `first` on of each pixel, and writes their two sums.
 ///
 /// # Safety
-/// `N` vectors of channels must be left from `first` on.
+/// `N` vectors of channels must be left from `first` on. `dz` and `x` must be valid for `pixels` pixels of all channels,
+/// and `run` for two values per channel.
 #[inline(always)]
 unsafe fn sum_gradients<S: Simd, const N: usize>(
     dz: *mut f32,

@@ -36,7 +36,7 @@ use self::tiles::{
 };
 use self::transform_kernels::{KERNELS, Taps};
 use self::transforms::{transform_input, transform_kernels, transform_output};
-use self::weight_gradient::weight_gradient;
+use self::weight_gradient::{Division, weight_gradient};
 use super::algorithm::{Algorithm, Input, Math, Packed, Workspace};
 use super::epilogue::Epilogue;
 use super::im2col::Im2col;
@@ -50,9 +50,12 @@ use crate::kernels::op::place::Place;
 /// Channels below which transforming tiles costs more than it saves.
 const MIN_CHANNELS: usize = 8;
 
-/// Tasks per thread, if rows of pixels are normalised. The first row of tiles of a task normalises rows that another task
-/// normalises, too.
+/// Tasks per thread, if pixel rows are normalised. Neighbouring tasks both normalise the rows at their border, so more
+/// tasks would take more time.
 const TASKS: usize = 4;
+
+/// Minimum rows of tiles per thread of a convolution that normalises its input.
+const LEAST_ROWS: usize = 4;
 
 /// The least height and width of a map for tiles of 6x6 pixels. With 5 or 6 pixels, no products would be saved, and with
 /// fewer, the weights take most of the time.
@@ -106,17 +109,18 @@ impl Winograd {
         self.pack_kernels(weight, (c_out, c_in), [9 * c_in, 9], Some(factors), memory);
     }
 
-    /// Packs the kernels of a convolution of `rows` channels to `columns`. The kernels of two rows, and of two columns,
-    /// are `distances` apart. With factors, the kernels are rotated by 180 degrees, and their places multiplied.
+    /// Packs the kernels of a convolution of `rows` channels to `columns`. Kernels of successive rows begin
+    /// `strides[0]` values apart, and those of successive columns `strides[1]`. With factors, the kernels are rotated
+    /// by 180 degrees, and their places multiplied.
     fn pack_kernels(
         &self,
         weight: &[f32],
         (rows, columns): (usize, usize),
-        distances: [usize; 2],
+        strides: [usize; 2],
         rotated: Option<[f32; 4]>,
         memory: &mut Vec<f32>,
     ) {
-        let (isa, size, [row, column]) = (self.isa, self.tiles().size, distances);
+        let (isa, size, [row, column]) = (self.isa, self.tiles().size, strides);
         let factors = rotated.unwrap_or([1.0; 4]);
         let panel_len = size.count() * kernel_stride(rows);
         let packed = sized(memory, columns.div_ceil(PANEL) * panel_len);
@@ -126,7 +130,7 @@ impl Winograd {
             for first in (0..rows).step_by(KERNELS) {
                 let taps = &mut taps[..KERNELS.min(rows - first)];
                 let weight = &weight[first * row + panel * PANEL * column..];
-                // The kernels of rows that lie side by side are one matrix.
+                // If the kernels of successive rows are contiguous, they are transposed as one matrix.
                 let at_once = if row == 9 { taps.len() } else { 1 };
                 for (i, taps) in taps.chunks_mut(at_once).enumerate() {
                     let size = (count, 9 * taps.len());
@@ -166,8 +170,8 @@ impl Winograd {
         let rows = block_rows(maps, c_in + width, threads);
         let share = if x.norm.is_some() { maps.tile_rows() / (TASKS * threads) } else { 0 };
         let task_rows = share.next_multiple_of(rows).max(rows);
-        maps.blocks_mut(y, place.of, task_rows).into_par_iter().for_each(|(begin, y)| {
-            let end = (begin + task_rows).min(maps.tile_rows());
+        maps.blocks_mut(y, place.of, task_rows).into_par_iter().for_each(|(task, y)| {
+            let task = task..(task + task_rows).min(maps.tile_rows());
             let most = rows * maps.tiles_x();
             let (v_stride, m_stride) = (place_stride(most * c_in), place_stride(most * width));
             let lines_len = Rows::memory_len(maps, x, c_in);
@@ -178,20 +182,19 @@ impl Winograd {
                 let (lines, zeros) = scratch.split_at_mut(lines_len);
                 zeros.fill(0.0);
                 let mut x = Rows::new(maps, x, lines);
-                for (first, y) in maps.blocks_between(begin..end, y, place.of, rows) {
-                    let last = (first + rows).min(end);
-                    for tile_row in first..last {
-                        let begin = (tile_row - first) * maps.tiles_x();
-                        let row = TileRow { first: begin, stride: v_stride, size };
+                for (first, y) in maps.blocks_between(task.clone(), y, place.of, rows) {
+                    let block = first..(first + rows).min(task.end);
+                    for (i, tile_row) in block.clone().enumerate() {
+                        let row = TileRow { first: i * maps.tiles_x(), stride: v_stride, size };
                         transform_input(isa, v, row, x.under(tile_row), zeros);
                     }
-                    let tiles = (last - first) * maps.tiles_x();
-                    for begin in (0..panels).step_by(at_once) {
-                        let panels = begin..begin + at_once;
-                        self.multiply((v, v_stride), weight, (tiles, c_in), panels, (m, m_stride));
-                        let channel = begin * PANEL;
+                    let tiles = block.len() * maps.tiles_x();
+                    for panel in (0..panels).step_by(at_once) {
+                        let some = panel..panel + at_once;
+                        self.multiply((v, v_stride), weight, (tiles, c_in), some, (m, m_stride));
+                        let channel = panel * PANEL;
                         let shift = &mut shift[..width.min(c_out - channel)];
-                        let m = (&*m, first..last);
+                        let m = (&*m, block.clone());
                         self.finish(m, m_stride, (c_out, channel), epilogue, shift, y);
                     }
                 }
@@ -321,7 +324,14 @@ impl Algorithm for Winograd {
     }
 
     fn normalizes(&self) -> bool {
-        !self.shape.upsamples()
+        // With few rows of tiles per thread, most rows would be normalised twice.
+        let rows = self.tiles().tile_rows() / rayon::current_num_threads();
+        !self.shape.upsamples() && rows >= LEAST_ROWS
+    }
+
+    fn weight_gradient_normalizes(&self) -> bool {
+        let ConvShape { c_in, c_out, .. } = self.shape;
+        !self.shape.upsamples() && Division::of(self.tiles(), c_in, c_out).groups() == 1
     }
 
     fn forward(&self, x: Input<'_>, weight: &Packed, epilogue: Epilogue<'_>, y: &mut [f32]) {

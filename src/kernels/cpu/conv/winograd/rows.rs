@@ -19,7 +19,7 @@ pub(super) struct Source<'a> {
     /// Columns of zeros before the map: 0 or 1.
     pub before: usize,
     pub channels: usize,
-    /// True if each pixel of a row stands for two of the map.
+    /// True if each pixel of a row is two pixels of the map.
     pub doubled: bool,
 }
 
@@ -28,9 +28,10 @@ pub(super) struct Rows<'a> {
     tiles: Tiles,
     input: Input<'a>,
     channels: usize,
-    /// Normalised rows: row y of an image is number `y % count`, where `count` is the number under a row of tiles.
+    /// Normalised rows. Row `y` of an image is at position `y % count`, where `count` is the number of pixel rows under a
+    /// row of tiles.
     memory: &'a mut [f32],
-    /// The image of the rows in memory, and which rows they are.
+    /// The image in memory, and the range of its rows.
     held: (usize, Range<usize>),
 }
 

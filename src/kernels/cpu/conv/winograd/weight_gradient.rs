@@ -33,6 +33,39 @@ const SUMS_BYTES: usize = 9 << 20;
 /// Minimum number of output pixels in a part. With fewer, a part would cost more time than it saves.
 const MIN_PART_PIXELS: usize = 1024;
 
+/// The division of the sums into tasks.
+pub(super) struct Division {
+    /// Number of values of the sums of a panel of output channels.
+    panel_len: usize,
+    panels: usize,
+    /// Number of parts of the batch, each of so many rows of tiles.
+    parts: usize,
+    part_rows: usize,
+    /// Panels per task.
+    group: usize,
+}
+
+impl Division {
+    pub(super) fn of(tiles: Tiles, c_in: usize, c_out: usize) -> Self {
+        let panel_len = tiles.size.count() * kernel_stride(c_in);
+        let panels = c_out.div_ceil(PANEL);
+        let pixels = tiles.size.pixels() * tiles.size.pixels();
+        let worthwhile = tiles.tile_rows() * tiles.tiles_x() * pixels / MIN_PART_PIXELS;
+        let most = SUMS_BYTES / (panels * panel_len * size_of::<f32>());
+        let part_rows = tiles.tile_rows().div_ceil(most.min(worthwhile).clamp(1, 16));
+        let parts = tiles.tile_rows().div_ceil(part_rows);
+        let tasks = |group: &usize| parts * panels.div_ceil(*group);
+        let work_for_all = |group: &usize| tasks(group) >= 2 * rayon::current_num_threads();
+        let group = GROUPS.into_iter().find(work_for_all).unwrap_or(1);
+        Self { panel_len, panels, parts, part_rows, group }
+    }
+
+    /// Number of groups of panels, of which each transforms the input.
+    pub(super) fn groups(&self) -> usize {
+        self.panels.div_ceil(self.group)
+    }
+}
+
 /// Writes the gradient of the weights, (out, in, 3, 3), from `x` (batch, h, w, in), or half that size if it
 /// is doubled, and `dy` (batch, h, w, out).
 pub(super) fn weight_gradient(
@@ -46,29 +79,9 @@ pub(super) fn weight_gradient(
     let c_in = x.map.len() / tiles.input_pixels();
     let c_out = dy.len() / (tiles.batch * tiles.h * tiles.w);
     assert_eq!(dweight.len(), c_out * c_in * 9);
-    let panel_len = tiles.size.count() * kernel_stride(c_in);
-    let panels = c_out.div_ceil(PANEL);
+    let Division { panel_len, panels, parts, part_rows, group } = Division::of(tiles, c_in, c_out);
     let sums_len = panels * panel_len;
-    let pixels = tiles.size.pixels() * tiles.size.pixels();
-    let worthwhile = tiles.tile_rows() * tiles.tiles_x() * pixels / MIN_PART_PIXELS;
-    let parts = (SUMS_BYTES / (sums_len * size_of::<f32>())).min(worthwhile).clamp(1, 16);
-    let part_rows = tiles.tile_rows().div_ceil(parts);
-    let parts = tiles.tile_rows().div_ceil(part_rows);
-    let tasks = |group: &usize| parts * panels.div_ceil(*group);
-    let work_for_all = |group: &usize| tasks(group) >= 2 * rayon::current_num_threads();
-    let group = GROUPS.into_iter().find(work_for_all).unwrap_or(1);
-    // Several groups of channels would each normalise the input.
-    let written = x.norm.filter(|_| group < panels);
-    let written_len = written.map_or(0, |_| x.map.len());
-    let (sums, memory) =
-        sized(scratch, parts * sums_len + written_len).split_at_mut(parts * sums_len);
-    let x = match written {
-        Some(norm) => {
-            norm.write(x.map, memory);
-            Input::from(&*memory)
-        }
-        None => x,
-    };
+    let sums = sized(scratch, parts * sums_len);
 
     sums.par_chunks_mut(sums_len).enumerate().for_each(|(part, sums)| {
         sums.par_chunks_mut(group * panel_len).enumerate().for_each(|(i, sums)| {
