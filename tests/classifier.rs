@@ -10,6 +10,7 @@ mod report;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, Module};
+use ddpm::Denoiser;
 use ddpm::cli::Result;
 use ddpm::data::{Images, normalized};
 use ddpm::eval::{CifarClassifier, Classes, DigitClassifier, Extractor, Features};
@@ -168,6 +169,24 @@ fn features_of_pictures_do_not_depend_on_the_batch() -> Result<()> {
     let alone = Features::extracted(&classifier, &images, 1)?;
     assert_eq!((alone.values(), alone.scores()), (all.values(), all.scores()));
     assert_ne!(all.values()[..256], all.values()[256..512]);
+
+    // A picture and its mirror image have the same features, which are means over both.
+    let row = CifarClassifier::SHAPE.2;
+    let mirrored = (0..images.len()).filter_map(|k| images.get(k)).flat_map(|image| {
+        image.chunks(row).flat_map(|row| row.iter().rev().copied()).collect::<Vec<u8>>()
+    });
+    let mirrored = Images::new(mirrored.collect(), CifarClassifier::SHAPE)?;
+    let of_mirrored = classifier.extract(&mirrored)?;
+    assert_eq!((of_mirrored.values(), of_mirrored.scores()), (all.values(), all.scores()));
+    let t = Tensor::zeros(3, DType::U32, &Device::Cpu)?;
+    let [plain, other] = [&images, &mirrored].map(|images| -> Result<Vec<f32>> {
+        let pixels = (0..3).filter_map(|k| images.get(k)).flatten().map(|&byte| normalized(byte));
+        let x = Tensor::from_iter(pixels, &Device::Cpu)?.reshape((3, 3, row, row))?;
+        Ok(classifier.model().forward(&x, &t)?.narrow(1, 10, 256)?.flatten_all()?.to_vec1()?)
+    });
+    for ((found, a), b) in all.values().iter().zip(plain?).zip(other?) {
+        assert_eq!(*found, (a + b) * 0.5);
+    }
 
     let grey = Images::new(vec![7; SIZE * SIZE], DigitClassifier::SHAPE)?;
     let message = classifier.extract(&grey).unwrap_err().to_string();

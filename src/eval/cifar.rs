@@ -16,16 +16,17 @@ use crate::kernels::op::activation::{Activation, VectorActivation};
 use crate::kernels::op::conv::Add;
 use crate::layers::{Conv2d, GroupNorm, Linear};
 use crate::model::Parameters;
+use crate::precision::Precision;
 
 /// Channels of the maps of 32, 16, 8 and 4 pixels.
 const CHANNELS: [usize; 4] = [32, 64, 192, 256];
 
 /// A classifier of the pictures of CIFAR-10, an [`Extractor`] of 256 features and the logits of 10 classes.
 ///
-/// It is a residual network of ten convolutions of 3 x 3, with group normalisation and SiLU before each convolution
-/// except the first. The features are the means of its last maps. Images are in colour, 32 x 32 pixels. The example
-/// `cifar10-classifier` trains it. Its figures are not comparable with those of Inception, nor with those of other
-/// weights.
+/// It is a residual network of ten convolutions of 3 x 3. Group normalisation and SiLU precede each convolution except
+/// the first, and each halving of the size. The features are the means of its last maps. Features and logits are means over
+/// an image and its mirror image. Images are in colour, 32 x 32 pixels. The example `cifar10-classifier` trains it. Its figures are not comparable with those of Inception, nor with
+/// those of other weights.
 #[derive(Debug, Clone)]
 pub struct CifarClassifier {
     model: Model<CifarNetwork>,
@@ -63,6 +64,14 @@ impl CifarClassifier {
         Ok(Self { sha256: Some(sha256), ..classifier })
     }
 
+    /// Sets the precision of products.
+    ///
+    /// # Errors
+    /// Returns an error if this build or the device does not support the precision.
+    pub fn with_precision(self, precision: Precision) -> Result<Self> {
+        Ok(Self { model: self.model.with_precision(precision)?, ..self })
+    }
+
     /// The network, which can be trained like any other [`Model`]. Its input is images (batch, 3, 32, 32) in [-1, 1],
     /// and its output is (batch, 266, 1, 1): 10 logits, then 256 features. The output does not depend on the
     /// timesteps.
@@ -86,9 +95,11 @@ impl Extractor for CifarClassifier {
         if images.is_empty() {
             return Ok(all);
         }
-        let x = Batch::read(images, 0..images.len(), &self.device)?.images;
-        let t = Tensor::zeros(images.len(), DType::U32, &self.device)?;
-        let output = self.model.forward(&x, &t)?.detach().flatten_from(1)?;
+        let (x, count) = (Batch::read(images, 0..images.len(), &self.device)?.images, images.len());
+        let both = Tensor::cat(&[&x, &x.flip(&[3])?], 0)?;
+        let t = Tensor::zeros(2 * count, DType::U32, &self.device)?;
+        let output = self.model.forward(&both, &t)?.detach().flatten_from(1)?;
+        let output = ((output.narrow(0, 0, count)? + output.narrow(0, count, count)?)? * 0.5)?;
         let values = |first, count| output.narrow(1, first, count)?.flatten_all()?.to_vec1::<f32>();
         all.add_scored(&values(Self::CLASSES, Self::FEATURES)?, &values(0, Self::CLASSES)?)?;
         Ok(all)
@@ -142,10 +153,11 @@ impl Graph for CifarNetwork {
     }
 }
 
-/// A convolution to more channels, the halving of the size, and a residual block.
+/// A convolution to more channels, a normalisation with SiLU, the halving of the size, and a residual block.
 #[derive(Debug, Clone)]
 struct Stage {
     wider: Layer,
+    norm: GroupNorm,
     first: Layer,
     second: Layer,
 }
@@ -154,14 +166,17 @@ impl Stage {
     fn new(input: usize, output: usize, vb: &VarBuilder<'_>) -> Result<Self> {
         Ok(Self {
             wider: Layer::new(input, output, &vb.pp("wider"))?,
+            norm: GroupNorm::new(output, Activation::Silu, vb.pp("norm"))?,
             first: Layer::new(output, output, &vb.pp("first"))?,
             second: Layer::new(output, output, &vb.pp("second"))?,
         })
     }
 
     fn run<'n, E: Engine<'n>>(&'n self, engine: &E, x: &E::Map) -> Result<E::Map> {
-        let Self { wider, first, second } = self;
-        let x = engine.pool(&engine.norm_conv(&wider.norm, &wider.conv, x)?)?;
+        let Self { wider, norm, first, second } = self;
+        let x = engine.norm_conv(&wider.norm, &wider.conv, x)?;
+        // Without the activation, convolution and mean would be one linear function.
+        let x = engine.pool(&engine.norm(norm, &x)?)?;
         let h = engine.norm_conv(&first.norm, &first.conv, &x)?;
         engine.norm_conv_add(&second.norm, &second.conv, &h, Add::residual(&x))
     }
