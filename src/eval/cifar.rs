@@ -95,11 +95,12 @@ impl Extractor for CifarClassifier {
         if images.is_empty() {
             return Ok(all);
         }
-        let (x, count) = (Batch::read(images, 0..images.len(), &self.device)?.images, images.len());
-        let both = Tensor::cat(&[&x, &x.flip(&[3])?], 0)?;
-        let t = Tensor::zeros(2 * count, DType::U32, &self.device)?;
-        let output = self.model.forward(&both, &t)?.detach().flatten_from(1)?;
-        let output = ((output.narrow(0, 0, count)? + output.narrow(0, count, count)?)? * 0.5)?;
+        let x = Batch::read(images, 0..images.len(), &self.device)?.images;
+        let t = Tensor::zeros(images.len(), DType::U32, &self.device)?;
+        let output = |x: &Tensor| -> Result<Tensor> {
+            Ok(self.model.forward(x, &t)?.detach().flatten_from(1)?)
+        };
+        let output = ((output(&x)? + output(&x.flip(&[3])?)?)? * 0.5)?;
         let values = |first, count| output.narrow(1, first, count)?.flatten_all()?.to_vec1::<f32>();
         all.add_scored(&values(Self::CLASSES, Self::FEATURES)?, &values(0, Self::CLASSES)?)?;
         Ok(all)
