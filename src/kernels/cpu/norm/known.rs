@@ -1,7 +1,6 @@
 use rayon::prelude::*;
 
-use super::SPAN;
-use super::passes::{Affine, Stats, normalize};
+use super::passes::{Affine, SPAN, Stats, normalize};
 use crate::kernels::cpu::isa::Isa;
 
 /// A normalisation whose statistics are known, so that each pixel can be normalised by itself.

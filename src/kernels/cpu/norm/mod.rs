@@ -10,13 +10,10 @@ pub(crate) use self::known::Known;
 #[cfg(test)]
 pub(crate) use self::passes::RUN;
 pub(crate) use self::passes::Stats;
-use self::passes::{Affine, gradient_sums, input_gradient, normalize, span_sums};
+use self::passes::{Affine, SPAN, gradient_sums, input_gradient, normalize, span_sums};
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::op::activation::Activation;
 use crate::kernels::op::norm::NormConfig;
-
-/// Pixels per task, if the pixels of an image are divided among threads.
-const SPAN: usize = 64;
 
 /// Returns the minimum number of spans per task.
 fn least(shared: bool) -> usize {

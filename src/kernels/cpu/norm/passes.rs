@@ -3,6 +3,9 @@
 use crate::kernels::cpu::math::sigmoid;
 use crate::kernels::cpu::simd::{Simd, for_channel_groups, for_channels, simd_fn};
 
+/// Pixels per task, if the pixels of an image are divided among threads.
+pub(super) const SPAN: usize = 64;
+
 /// Number of pixels whose sums are taken in f32.
 pub(crate) const RUN: usize = 32;
 
