@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::ops::{ConvGradients, Maps, Norm};
+use super::ops::{ConvGradients, Maps, Norm, NormedConvolution};
 use super::place::Place;
 use super::pool::{Buffer, Pool};
 use crate::error::Result;
@@ -129,7 +129,7 @@ impl Maps for Cpu<'_> {
         dims: [usize; 4],
         x: &Buffer,
         add: Add<'_, Buffer>,
-    ) -> Result<Option<([usize; 4], Buffer, Vec<Stats>)>> {
+    ) -> Result<Option<NormedConvolution<Buffer, Vec<Stats>>>> {
         let plan = self.plan(conv, dims)?;
         if !plan.normalizes() {
             return Ok(None);

@@ -16,6 +16,9 @@ pub(crate) struct Norm<'a, B> {
 /// The gradients of a convolution's weight and bias, and of the values that were added to each image.
 pub(crate) type ConvGradients<B> = ([Tensor; 2], Option<B>);
 
+/// The dimensions and the values of a convolution's output, and the statistics of the normalisation before it.
+pub(crate) type NormedConvolution<B, S> = ([usize; 4], B, S);
+
 /// The operations of networks on the feature maps of a device, forward and backward, for a
 /// [tape](crate::engine::tape).
 ///
@@ -62,7 +65,7 @@ pub(crate) trait Maps {
         dims: [usize; 4],
         x: &Self::Buffer,
         add: Add<'_, Self::Buffer>,
-    ) -> Result<Option<([usize; 4], Self::Buffer, Self::Statistics)>> {
+    ) -> Result<Option<NormedConvolution<Self::Buffer, Self::Statistics>>> {
         let _ = (norm, conv, dims, x, add);
         Ok(None)
     }

@@ -184,9 +184,9 @@ unsafe fn sum_gradients<S: Simd, const N: usize>(
     let (c, one) = (affine.channels(), S::splat(1.0));
     // SAFETY: the caller guarantees the requirements.
     unsafe {
-        let mut sums = [[S::splat(0.0); N]; 2];
+        let (mut by_n, mut plain) = ([S::splat(0.0); N], [S::splat(0.0); N]);
         for pixel in 0..pixels {
-            for k in 0..N {
+            for (k, (by_n, plain)) in by_n.iter_mut().zip(&mut plain).enumerate() {
                 let channel = first + k * S::WIDTH;
                 let place = pixel * c + channel;
                 let (n, z) = affine.apply(S::load(x.add(place)), channel);
@@ -196,11 +196,11 @@ unsafe fn sum_gradients<S: Simd, const N: usize>(
                     d = d.mul(s.mul(one.add(z.mul(one.sub(s)))));
                     d.store(dz.add(place));
                 }
-                sums[0][k] = d.mul_add(n, sums[0][k]);
-                sums[1][k] = d.add(sums[1][k]);
+                *by_n = d.mul_add(n, *by_n);
+                *plain = d.add(*plain);
             }
         }
-        for (sums, run) in sums.iter().zip([run, run.add(c)]) {
+        for (sums, run) in [by_n, plain].iter().zip([run, run.add(c)]) {
             for (k, sum) in sums.iter().enumerate() {
                 sum.store(run.add(first + k * S::WIDTH));
             }
