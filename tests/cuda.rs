@@ -127,12 +127,16 @@ fn networks_and_their_gradients_are_the_cpus() -> Result<()> {
             let error = off(&output, &expected);
             println!("{precision}: output off by {error:.1e}");
             assert!(error < output_limit, "{precision}: output off by {error}");
-            // A bias before a normalisation of single channels has no gradient.
             let all =
                 expected_gradients.values().map(|d| norm(&values(d)).powi(2)).sum::<f64>().sqrt();
             let (mut most, mut sum) = (0f64, 0f64);
             for (name, expected) in &expected_gradients {
-                let error = off_of(&found[name], expected, 1e-3 * all);
+                // A value added to every pixel of a channel has no gradient if the next layer
+                // normalises single channels: both devices find rounding errors of zero, each
+                // its own (measured: 2e-8 of `all`), which are compared with `all` only.
+                let is_zero = norm(&values(expected)) < 1e-6 * all;
+                let beside = if is_zero { 1e-2 * all } else { 1e-3 * all };
+                let error = off_of(&found[name], expected, beside);
                 most = most.max(error);
                 sum += (off(&found[name], expected) * norm(&values(expected))).powi(2);
                 assert!(error < gradient_limit, "{precision}: {name} off by {error}");
