@@ -310,7 +310,7 @@ fn larger_tiles_have_the_documented_errors() {
         ];
         let exact = in_f64(&shape, [&x, &weight, &dy]);
         for isa in Isa::available() {
-            for (math, least, most) in [(Math::F32, 1e-7, 7e-7), (Math::F32Large, 5e-7, 2e-6)] {
+            for (math, least, most) in [(Math::F32, 1e-7, 1e-6), (Math::F32Large, 5e-7, 2e-6)] {
                 let plan = Plan::new(isa, shape, math);
                 let mut workspace = Workspace::default();
                 let packed = plan.pack(&weight, &mut workspace);
@@ -324,6 +324,7 @@ fn larger_tiles_have_the_documented_errors() {
                     let off = found.iter().zip(exact).map(|(f, e)| (f64::from(*f) - e).powi(2));
                     let off = off.sum::<f64>() / exact.iter().map(|e| e * e).sum::<f64>();
                     let off = off.sqrt();
+                    println!("{isa:?}, {size}x{size}, {math:?}, {name}: {off:.1e}");
                     assert!((least..most).contains(&off), "{isa:?}, {math:?}, {name}: {off}");
                 }
             }

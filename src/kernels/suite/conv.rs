@@ -16,7 +16,7 @@ pub(crate) struct ConvArithmetic {
     /// The type to which operands of products are rounded first.
     pub operands: DType,
     /// Height and width of the output of a tile, if the products are those of Winograd's method.
-    pub winograd: Option<usize>,
+    pub winograd: Option<[usize; 2]>,
 }
 
 /// A convolution, and the values that are added to its output and its gradient.
@@ -68,20 +68,21 @@ impl ConvCase {
     }
 
     /// Computes the sums of products. `dtype` is the type of the operands.
-    fn sums(&self, dtype: DType, winograd: Option<usize>) -> Result<ConvSums> {
+    fn sums(&self, dtype: DType, winograd: Option<[usize; 2]>) -> Result<ConvSums> {
         let [x, weight, dy] = [&self.x, &self.weight, &self.dy].map(|t| rounded(t, dtype));
         let scale = self.shape.scale;
         let nothing = Tensor::zeros(self.shape.c_out, DType::F64, &Device::Cpu)?;
         let composed = |v: &[Tensor]| reference::conv::conv2d(&v[0], &v[1], &nothing, scale);
         let inputs = [x, weight];
-        let small = winograd == Some(2);
+        let small = winograd == Some([2, 2]);
         let mut sums = Sums::of(
             &inputs,
             |_| dy.clone(),
             composed,
             |v| if small { composed(&[v[0].clone(), spread(&v[1])?]) } else { composed(v) },
         )?;
-        if winograd == Some(4) {
+        if let Some(tile @ [_, 4]) = winograd {
+            let of_tiles = |v: &[Tensor]| of_tiles(v, tile, scale);
             let dy = dy.to_dtype(DType::F64)?.sqr()?;
             let [x, weight] = inputs.map(|t| t.to_dtype(DType::F64).and_then(|t| t.sqr()));
             let squares = Sums::of(&[x?, weight?], |_| dy.clone(), of_tiles, of_tiles)?;
@@ -148,7 +149,7 @@ impl ConvCase {
             self.shape,
             [&self.bias, &self.per_image, &self.residual].map(Option::is_some)
         );
-        let mut known: Vec<((DType, Option<usize>), ConvSums)> = Vec::new();
+        let mut known: Vec<((DType, Option<[usize; 2]>), ConvSums)> = Vec::new();
         for subject in subjects() {
             let arithmetic = subject.convolution_arithmetic(&self.shape);
             let key = (arithmetic.operands, arithmetic.winograd);
@@ -179,21 +180,25 @@ fn spread(weight: &Tensor) -> Result<Tensor> {
     lines(transposed)?.transpose(2, 3)
 }
 
-/// The sum, over the pixels of every 6x6 tile that holds an output pixel, and over the taps, of the squares of pixel and
-/// tap, from the squares of each.
+/// The sum, over the pixels of every tile that holds an output pixel, and over the taps, of the squares of pixel and tap,
+/// from the squares of each. The output of a tile has this height and width. The stride is 1.
 ///
-/// The terms of F(4x4, 3x3) are so large, and cancel so well, that a bound from their magnitudes would be a few percent of
+/// The terms of F(2x4, 3x3) and F(4x4, 3x3) are so large, and cancel so well, that a bound from their magnitudes would be a few percent of
 /// the result. Their errors are random in sign. The limit is a multiple of the root of this sum, and the measured error is 3
 /// times the root. The suite therefore finds wrong coefficients and pixels, which change a result by a part of its size.
 /// `larger_tiles_have_the_documented_errors` finds lost accuracy.
-fn of_tiles(squares: &[Tensor]) -> Result<Tensor> {
+fn of_tiles(squares: &[Tensor], [height, width]: [usize; 2], scale: Scale) -> Result<Tensor> {
     let (x, weight) = (&squares[0], &squares[1]);
     let (batch, h, w, channels) = x.dims4()?;
     let nothing = |channels| Tensor::zeros(channels, DType::F64, &Device::Cpu);
-    let window = Tensor::ones((1, 1, 7, 7), DType::F64, &Device::Cpu)?;
+    let window = Tensor::ones((1, 1, height + 3, width + 3), DType::F64, &Device::Cpu)?;
     let planes = x.permute((0, 3, 1, 2))?.reshape((batch * channels, h, w, 1))?;
     let planes = reference::conv::conv2d(&planes, &window, &nothing(1)?, Scale::Stride(1))?;
     let x = planes.reshape((batch, channels, h, w))?.permute((0, 2, 3, 1))?.contiguous()?;
+    let x = match scale {
+        Scale::StrideWithin(_) => x.narrow(1, 1, h - 2)?.narrow(2, 1, w - 2)?.contiguous()?,
+        _ => x,
+    };
     let weight = weight.sum((2, 3))?;
     let nothing = nothing(weight.dim(0)?)?;
     reference::conv::conv2d(&x, &weight, &nothing, Scale::Stride(1))

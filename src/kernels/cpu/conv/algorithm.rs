@@ -25,8 +25,6 @@ pub(crate) enum Math {
 }
 
 impl Math {
-    pub(crate) const COUNT: usize = Self::Bf16 as usize + 1;
-
     /// The arithmetic of a precision in this instruction set. `F16` is not for CPUs.
     pub(crate) fn of(precision: Precision, isa: Isa) -> Self {
         match precision {

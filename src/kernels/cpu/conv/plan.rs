@@ -6,7 +6,7 @@ use super::algorithm::{Algorithm, Input, Math, Packed, Workspace};
 use super::bf16::Bf16;
 use super::epilogue::Epilogue;
 use super::im2col::Im2col;
-use super::winograd::Winograd;
+use super::winograd::{Size, Winograd};
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::op::conv::ConvShape;
 
@@ -28,8 +28,8 @@ enum Way {
 /// Returns an algorithm for the convolution, if it supports the shape and the arithmetic.
 type Suits = fn(Isa, &ConvShape, Math) -> Option<Way>;
 
-/// The algorithms, the fastest first. [`Im2col`] handles all other cases. The choice does not depend on the batch. With
-/// [`Math::F32Large`], the size of tiles and the packing of weights depend on the size of the map: see [`Plan::packing`].
+/// The algorithms, the fastest first. [`Im2col`] handles all other cases. The choice does not depend on the batch, but
+/// the size of Winograd's tiles depends on the size of the map: see [`Packing`].
 const WAYS: [Suits; 2] = [
     |isa, shape, math| Bf16::suits(isa, shape, math).map(Way::Bf16),
     |isa, shape, math| Winograd::suits(isa, shape, math).map(Way::Winograd),
@@ -52,18 +52,22 @@ impl Plan {
 
     /// Height and width of the output of Winograd's tiles, if the algorithm is Winograd's.
     #[cfg(test)]
-    pub(crate) fn winograd(&self) -> Option<usize> {
+    pub(crate) fn winograd(&self) -> Option<[usize; 2]> {
         let Way::Winograd(winograd) = &self.way else { return None };
-        Some(if winograd.is_large() { 4 } else { 2 })
+        Some(winograd.size().output())
     }
 
-    /// The arithmetic that packs weights like this plan. Plans of the same arithmetic, kernel and scale share packed
-    /// weights, except that [`Math::F32Large`] packs those of small maps like [`Math::F32`].
-    pub(crate) fn packing(&self) -> Math {
+    /// The packing of the weights.
+    pub(crate) fn packing(&self) -> Packing {
         match (&self.way, self.math) {
-            (Way::Winograd(winograd), Math::F32Large) if winograd.is_large() => Math::F32Large,
-            (_, Math::F32Large) => Math::F32,
-            (_, math) => math,
+            (Way::Bf16(_), Math::Bf16x3) => Packing::Bf16x3,
+            (Way::Bf16(_), _) => Packing::Bf16,
+            (Way::Winograd(winograd), _) => match winograd.size() {
+                Size::Small(_) => Packing::F32,
+                Size::Wide => Packing::F32Wide,
+                Size::Large => Packing::F32Large,
+            },
+            (Way::Im2col(_), _) => Packing::F32,
         }
     }
 
@@ -137,10 +141,25 @@ impl Plan {
     }
 }
 
+/// A layout of packed weights. Plans of the same packing, kernel and scale share packed weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Packing {
+    /// For products of patches, or of small tiles.
+    F32,
+    F32Wide,
+    F32Large,
+    Bf16x3,
+    Bf16,
+}
+
+impl Packing {
+    const COUNT: usize = Self::Bf16 as usize + 1;
+}
+
 /// The packed weights of a layer whose weights do not change. They are packed at the first use of each
 /// packing.
 #[derive(Debug, Default)]
-pub(crate) struct PackedOnce([OnceLock<Packed>; Math::COUNT]);
+pub(crate) struct PackedOnce([OnceLock<Packed>; Packing::COUNT]);
 
 impl PackedOnce {
     /// Returns the packed weights for a plan. The first call packs them.

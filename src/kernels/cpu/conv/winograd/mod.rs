@@ -1,4 +1,4 @@
-//! 3x3 convolutions at stride 1 by Winograd's F(2x2, 3x3): 16 multiplications per tile and pair of channels
+//! 3x3 convolutions at stride 1 by Winograd's method. F(2x2, 3x3) takes 16 multiplications per tile and pair of channels
 //! instead of 36. Winograd 1980; Lavin and Gray 2016.
 //!
 //! With tiles `d` of 4x4 pixels that overlap by 2, `y = A^T [(G w G^T) * (B^T d B)] A`. The inner product
@@ -12,12 +12,13 @@
 //! difference is zero, and so are 7 of the 16 places: 9 products remain. The doubled maps are never
 //! written: tiles are read from the pixels before they are doubled.
 //!
-//! F(4x4, 3x3) has tiles of 6x6 pixels: 36 multiplications instead of 144. Its transforms amplify rounding errors, so it
-//! is used only if the arithmetic allows it.
+//! Maps that are not doubled, and not too small, have larger tiles. F(2x4, 3x3) has tiles of 4 rows by 6 columns: 24
+//! multiplications instead of 72. F(4x4, 3x3) has tiles of 6x6 pixels: 36 multiplications instead of 144. Its transforms
+//! amplify rounding errors, so it is used only if the arithmetic allows it.
 //!
 //! On channels-last maps, each transform is arithmetic of whole vectors of channels.
 
-mod large;
+mod lines;
 mod places;
 mod rows;
 mod tiles;
@@ -25,12 +26,15 @@ mod transform_kernels;
 mod transform_maps;
 mod transforms;
 mod weight_gradient;
+mod wide;
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
+use self::places::Places;
 use self::rows::Rows;
+pub(super) use self::tiles::Size;
 use self::tiles::{
     PixelRows, TileRow, Tiles, block_rows, kernel_stride, place_stride, with_scratch,
 };
@@ -44,7 +48,7 @@ use crate::kernels::cpu::gemm::micro::{Left, PANEL, PanelProduct, panel_product}
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::memory::{from_line, sized};
 use crate::kernels::cpu::transpose::transpose;
-use crate::kernels::op::conv::{ConvShape, Scale};
+use crate::kernels::op::conv::ConvShape;
 use crate::kernels::op::place::Place;
 
 /// Channels below which transforming tiles costs more than it saves.
@@ -57,6 +61,10 @@ const TASKS: usize = 4;
 /// Minimum rows of tiles per thread of a convolution that normalises its input.
 const LEAST_ROWS: usize = 4;
 
+/// The least height and width of a map for tiles of 4 rows by 6 columns. On smaller maps the weights take most of the
+/// time, and there are 1.5 times as many as for tiles of 4x4 pixels.
+const MIN_WIDE: usize = 14;
+
 /// The least height and width of a map for tiles of 6x6 pixels. With 5 or 6 pixels, no products would be saved, and with
 /// fewer, the weights take most of the time.
 const MIN_LARGE: usize = 7;
@@ -66,8 +74,7 @@ const MIN_LARGE: usize = 7;
 pub(super) struct Winograd {
     isa: Isa,
     shape: ConvShape,
-    /// True if tiles have 6x6 pixels.
-    large: bool,
+    size: Size,
 }
 
 impl Winograd {
@@ -77,19 +84,23 @@ impl Winograd {
             && shape.stride() == 1
             && (!shape.begins_at_edge() || shape.stays_within())
             && shape.c_in.min(shape.c_out) >= MIN_CHANNELS;
-        let large = math == Math::F32Large
-            && shape.scale == Scale::Stride(1)
-            && shape.h.min(shape.w) >= MIN_LARGE;
-        suits.then_some(Self { isa, shape: *shape, large })
+        let least = shape.h.min(shape.w);
+        let size = match math {
+            _ if shape.upsamples() => Size::Small(Places::Outer),
+            Math::F32Large if least >= MIN_LARGE => Size::Large,
+            Math::F32 if least >= MIN_WIDE => Size::Wide,
+            _ => Size::Small(Places::All),
+        };
+        suits.then_some(Self { isa, shape: *shape, size })
     }
 
-    /// Returns whether tiles have 6x6 pixels.
-    pub(super) fn is_large(&self) -> bool {
-        self.large
+    /// The size of the tiles.
+    pub(super) fn size(&self) -> Size {
+        self.size
     }
 
     fn tiles(&self) -> Tiles {
-        Tiles::of(&self.shape, self.large)
+        Tiles::of(&self.shape, self.size)
     }
 
     /// Packs the weights (out, in, 3, 3) of the convolution: panels of output channels, each (places, in, [`PANEL`]),
@@ -164,7 +175,7 @@ impl Winograd {
         assert_eq!(y.len(), maps.batch * maps.h * maps.w * place.of);
         // The products of large tiles are transformed panel by panel. Those of all panels would not fit in the cache.
         let panels = c_out.div_ceil(PANEL);
-        let at_once = if self.large { 1 } else { panels };
+        let at_once = if self.size == Size::Large { 1 } else { panels };
         let width = at_once * PANEL;
         let threads = rayon::current_num_threads();
         let rows = block_rows(maps, c_in + width, threads);

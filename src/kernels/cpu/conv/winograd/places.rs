@@ -2,7 +2,7 @@
 
 /// The places of the transform of a tile whose values can differ from zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Places {
+pub(in crate::kernels::cpu::conv) enum Places {
     /// All 4 by 4.
     All,
     /// All except the third place of each direction: the places of doubled pixels.

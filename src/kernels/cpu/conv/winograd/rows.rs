@@ -38,7 +38,7 @@ pub(super) struct Rows<'a> {
 impl<'a> Rows<'a> {
     /// Number of values in memory for the normalised rows of maps of this many channels.
     pub(super) fn memory_len(tiles: Tiles, input: Input<'_>, channels: usize) -> usize {
-        if input.norm.is_some() { tiles.size.window() * tiles.map()[1] * channels } else { 0 }
+        if input.norm.is_some() { tiles.size.rows() * tiles.map()[1] * channels } else { 0 }
     }
 
     /// Reads from `input`. If it is normalised, its pixels are not doubled, and `memory` has
@@ -57,7 +57,7 @@ impl<'a> Rows<'a> {
         let (scale, [h, w]) = (if tiles.doubled { 2 } else { 1 }, tiles.map());
         let (row, image) = (w / scale * channels, input.map.len() / tiles.batch);
         let image = &input.map[k * image..][..image];
-        let count = tiles.size.window();
+        let count = tiles.size.rows();
         let first = top.saturating_sub(tiles.before);
         let needed = first..(top + count - tiles.before).min(h);
         if let Some(norm) = input.norm {

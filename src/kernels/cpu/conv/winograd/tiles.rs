@@ -1,4 +1,4 @@
-//! The division of maps into tiles of 4x4 or 6x6 pixels that overlap by 2, and into blocks of tiles.
+//! The division of maps into tiles that overlap by 2 pixels, and into blocks of tiles.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -32,9 +32,11 @@ pub(super) fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R 
 
 /// The size of tiles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Size {
+pub(in crate::kernels::cpu::conv) enum Size {
     /// F(2x2, 3x3): tiles of 4x4 pixels, with these places.
     Small(Places),
+    /// F(2x4, 3x3): tiles of 4 rows by 6 columns, with all places.
+    Wide,
     /// F(4x4, 3x3): tiles of 6x6 pixels, with all places.
     Large,
 }
@@ -44,21 +46,23 @@ impl Size {
     pub(super) fn count(self) -> usize {
         match self {
             Self::Small(places) => places.count(),
+            Self::Wide => 24,
             Self::Large => 36,
         }
     }
 
     /// Height and width of the output of a tile.
-    pub(super) fn pixels(self) -> usize {
+    pub(in crate::kernels::cpu::conv) fn output(self) -> [usize; 2] {
         match self {
-            Self::Small(_) => 2,
-            Self::Large => 4,
+            Self::Small(_) => [2, 2],
+            Self::Wide => [2, 4],
+            Self::Large => [4, 4],
         }
     }
 
-    /// Height and width of a tile.
-    pub(super) fn window(self) -> usize {
-        self.pixels() + 2
+    /// Pixel rows under a tile.
+    pub(super) fn rows(self) -> usize {
+        self.output()[0] + 2
     }
 }
 
@@ -78,15 +82,11 @@ pub(super) struct Tiles {
 }
 
 impl Tiles {
-    /// The tiles of a convolution. Large tiles are for maps that are not doubled.
-    pub(super) fn of(shape: &ConvShape, large: bool) -> Self {
+    /// The tiles of a convolution. If it doubles pixels, tiles are small, with the outer places.
+    pub(super) fn of(shape: &ConvShape, size: Size) -> Self {
         let ConvShape { batch, h_out: h, w_out: w, .. } = *shape;
         let doubled = shape.upsamples();
-        let size = match (large, doubled) {
-            (true, _) => Size::Large,
-            (false, true) => Size::Small(Places::Outer),
-            (false, false) => Size::Small(Places::All),
-        };
+        debug_assert!(doubled == (size == Size::Small(Places::Outer)));
         Self { batch, h, w, before: shape.padding()[0], doubled, size }
     }
 
@@ -109,12 +109,12 @@ impl Tiles {
 
     /// Tiles in a row.
     pub(super) fn tiles_x(self) -> usize {
-        self.w.div_ceil(self.size.pixels())
+        self.w.div_ceil(self.size.output()[1])
     }
 
     /// Rows of tiles in an image.
     fn tiles_y(self) -> usize {
-        self.h.div_ceil(self.size.pixels())
+        self.h.div_ceil(self.size.output()[0])
     }
 
     /// Rows of tiles in the whole batch.
@@ -124,7 +124,7 @@ impl Tiles {
 
     /// The image and the first pixel row of a row of tiles.
     pub(super) fn place(self, tile_row: usize) -> (usize, usize) {
-        (tile_row / self.tiles_y(), self.size.pixels() * (tile_row % self.tiles_y()))
+        (tile_row / self.tiles_y(), self.size.output()[0] * (tile_row % self.tiles_y()))
     }
 
     /// Pixel rows before a row of tiles, in the whole batch.

@@ -1,5 +1,6 @@
 //! The transforms of kernels of F(2x2, 3x3), and of the gradients of kernels.
 
+use super::lines::{kernel_gradient_line, kernel_line};
 use super::places::{Places, each, place, with_places};
 use super::tiles::kernel_stride;
 use crate::kernels::cpu::gemm::micro::PANEL;
@@ -59,13 +60,6 @@ unsafe fn kernel_tile<S: Simd, const INNER: bool>(
             }
         }
     }
-}
-
-/// `G w`.
-#[inline(always)]
-fn kernel_line<S: Simd>(w: [S; 3]) -> [S; 4] {
-    let (half, ends) = (S::splat(0.5), w[0].add(w[2]));
-    [w[0], ends.add(w[1]).mul(half), ends.sub(w[1]).mul(half), w[2]]
 }
 
 simd_fn! {
@@ -134,12 +128,4 @@ unsafe fn kernel_gradient_tile<S: Simd, const INNER: bool>(
             }
         }
     }
-}
-
-/// `G^T u`.
-#[inline(always)]
-fn kernel_gradient_line<S: Simd>(u: [S; 4]) -> [S; 3] {
-    let half = S::splat(0.5);
-    let (sum, difference) = (u[1].add(u[2]).mul(half), u[1].sub(u[2]).mul(half));
-    [u[0].add(sum), difference, u[3].add(sum)]
 }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::lines::{gradient_line, input_line, output_line};
 use super::places::{Places, each, place, with_places};
 use super::rows::Source;
 use super::tiles::{PixelRows, TileRow};
@@ -71,12 +72,6 @@ unsafe fn input_tile<S: Simd, const INNER: bool>(
             }
         }
     }
-}
-
-/// `B^T d`.
-#[inline(always)]
-fn input_line<S: Simd>(d: [S; 4]) -> [S; 4] {
-    [d[0].sub(d[2]), d[1].add(d[2]), d[2].sub(d[1]), d[1].sub(d[3])]
 }
 
 simd_fn! {
@@ -180,12 +175,6 @@ unsafe fn output_tile<S: Simd, const INNER: bool>(tile: &OutputTile, c: usize) {
     }
 }
 
-/// `A^T m`.
-#[inline(always)]
-fn output_line<S: Simd>(m: [S; 4]) -> [S; 2] {
-    [m[0].add(m[1]).add(m[2]), m[1].sub(m[2]).sub(m[3])]
-}
-
 simd_fn! {
     /// Computes `A dy A^T` of some channels of each tile in a row of tiles, in panels. Place p of tile k in
     /// panel q begins at `d[(q * places + p) * stride + (first + k) * PANEL]`. `dy` holds the pixel rows of
@@ -260,10 +249,4 @@ unsafe fn gradient_tile<S: Simd, const INNER: bool>(
             }
         }
     }
-}
-
-/// `A dy`.
-#[inline(always)]
-fn gradient_line<S: Simd>(d: [S; 2]) -> [S; 4] {
-    [d[0], d[0].add(d[1]), d[0].sub(d[1]), S::splat(0.0).sub(d[1])]
 }

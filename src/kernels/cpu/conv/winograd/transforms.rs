@@ -1,10 +1,10 @@
-//! The transforms of tiles of either size.
+//! The transforms of tiles of every size.
 
 use std::ops::Range;
 
 use super::rows::Source;
 use super::tiles::{PixelRows, Size, TileRow};
-use super::{large, transform_kernels as small_kernels, transform_maps as small};
+use super::{transform_kernels as small_kernels, transform_maps as small, wide};
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::isa::Isa;
 
@@ -19,7 +19,7 @@ pub(super) fn transform_input(
 ) {
     match row.size {
         Size::Small(places) => small::transform_input(isa, v, row, places, source),
-        Size::Large => large::transform_input(isa, v, row, source, zeros),
+        Size::Wide | Size::Large => wide::transform_input(isa, v, row, source, zeros),
     }
 }
 
@@ -28,7 +28,7 @@ pub(super) fn transform_input(
 pub(super) fn transform_output(isa: Isa, pixels: PixelRows<'_>, m: &[f32], row: TileRow) {
     match row.size {
         Size::Small(places) => small::transform_output(isa, pixels, m, row, places),
-        Size::Large => large::transform_output(isa, pixels, m, row),
+        Size::Wide | Size::Large => wide::transform_output(isa, pixels, m, row),
     }
 }
 
@@ -46,12 +46,14 @@ pub(super) fn transform_gradient(
     let size = (w, channels);
     match row.size {
         Size::Small(places) => small::transform_gradient(isa, d, row, places, dy, size, some),
-        Size::Large => large::transform_gradient(isa, d, row, dy, size, some, zeros),
+        Size::Wide | Size::Large => {
+            wide::transform_gradient(isa, d, row, dy, size, some, zeros);
+        }
     }
 }
 
 /// Computes `G w G^T` of a panel's kernels for input channel `row` of `rows`. Place (y, x) is multiplied by the factors
-/// of y and of x. Those of large tiles are 1.
+/// of y and of x. Those of wide and large tiles are 1.
 pub(super) fn transform_kernels(
     isa: Isa,
     values: &mut [f32],
@@ -64,9 +66,9 @@ pub(super) fn transform_kernels(
         Size::Small(places) => {
             small_kernels::transform_kernels(isa, values, rows, row, taps, places, factors);
         }
-        Size::Large => {
+        Size::Wide | Size::Large => {
             debug_assert_eq!(factors, [1.0; 4]);
-            large::transform_kernels(isa, values, rows, row, taps);
+            wide::transform_kernels(isa, values, rows, row, taps, size);
         }
     }
 }
@@ -85,6 +87,8 @@ pub(super) fn kernel_gradient(
         Size::Small(places) => {
             small_kernels::kernel_gradient(isa, dweight, u, part_len, parts, c_in, places);
         }
-        Size::Large => large::kernel_gradient(isa, dweight, u, part_len, parts, c_in),
+        Size::Wide | Size::Large => {
+            wide::kernel_gradient(isa, dweight, u, part_len, parts, c_in, size);
+        }
     }
 }

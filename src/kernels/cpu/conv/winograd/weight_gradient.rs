@@ -49,8 +49,8 @@ impl Division {
     pub(super) fn of(tiles: Tiles, c_in: usize, c_out: usize) -> Self {
         let panel_len = tiles.size.count() * kernel_stride(c_in);
         let panels = c_out.div_ceil(PANEL);
-        let pixels = tiles.size.pixels() * tiles.size.pixels();
-        let worthwhile = tiles.tile_rows() * tiles.tiles_x() * pixels / MIN_PART_PIXELS;
+        let [height, width] = tiles.size.output();
+        let worthwhile = tiles.tile_rows() * tiles.tiles_x() * height * width / MIN_PART_PIXELS;
         let most = SUMS_BYTES / (panels * panel_len * size_of::<f32>());
         let part_rows = tiles.tile_rows().div_ceil(most.min(worthwhile).clamp(1, 16));
         let parts = tiles.tile_rows().div_ceil(part_rows);

@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use super::super::places::each;
 use super::super::rows::Source;
-use super::super::tiles::{PixelRows, TileRow};
+use super::super::tiles::{PixelRows, Size, TileRow};
+use super::columns::{gradient_column, input_column, output_column, with_height};
 use super::lines::{gradient_line, input_line, output_line};
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::simd::{Simd, simd_fn};
@@ -18,10 +19,10 @@ simd_fn! {
         source: Source<'_>,
         zeros: &[f32],
     ) {
-        let TileRow { first, stride, .. } = row;
+        let TileRow { first, stride, size } = row;
         let Source { rows, w, before, channels: count, doubled } = source;
         let tiles = (w + 2 * before - 2).div_ceil(4);
-        assert!(36 * stride <= v.len() && (first + tiles) * count <= stride && !doubled);
+        assert!(size.count() * stride <= v.len() && (first + tiles) * count <= stride && !doubled);
         assert!(rows.iter().flatten().all(|row| row.len() == w * count));
         let zeros = zeros[..count].as_ptr();
         let v = v.as_mut_ptr();
@@ -42,11 +43,11 @@ simd_fn! {
                 let v = v.add((first + tile) * count);
                 let mut c = 0;
                 while c + S::WIDTH <= count {
-                    input_tile::<S>(v.add(c), stride, &pixels, c);
+                    with_height!(size, input_tile::<S>(v.add(c), stride, &pixels, c));
                     c += S::WIDTH;
                 }
                 while c < count {
-                    input_tile::<f32>(v.add(c), stride, &pixels, c);
+                    with_height!(size, input_tile::<f32>(v.add(c), stride, &pixels, c));
                     c += 1;
                 }
             }
@@ -57,13 +58,20 @@ simd_fn! {
 /// # Safety
 /// Each pixel must be readable, and each place writable, for a vector.
 #[inline(always)]
-unsafe fn input_tile<S: Simd>(v: *mut f32, stride: usize, pixels: &[[*const f32; 6]; 6], c: usize) {
+unsafe fn input_tile<S: Simd, const TALL: bool>(
+    v: *mut f32,
+    stride: usize,
+    pixels: &[[*const f32; 6]; 6],
+    c: usize,
+) {
     // SAFETY: the caller guarantees the requirements.
     unsafe {
         let columns = each!(X in 0 1 2 3 4 5 => {
-            input_line(each!(Y in 0 1 2 3 4 5 => S::load(pixels[Y][X].add(c))))
+            input_column::<S, TALL>(each!(Y in 0 1 2 3 4 5 => {
+                if TALL || Y < 4 { S::load(pixels[Y][X].add(c)) } else { S::splat(0.0) }
+            }))
         });
-        each!(Y in 0 1 2 3 4 5 => {
+        each!(Y in 0 1 2 3 4 5 => if TALL || Y < 4 {
             let line = input_line(each!(X in 0 1 2 3 4 5 => columns[X][Y]));
             each!(X in 0 1 2 3 4 5 => line[X].store(v.add((6 * Y + X) * stride)));
         });
@@ -75,12 +83,12 @@ simd_fn! {
     pub(in super::super) fn transform_output<S>(pixels: PixelRows<'_>, m: &[f32], row: TileRow) {
         let PixelRows { y, place, w, shift, residual, accumulate, rectifier } = pixels;
         let Place { first: channel, of } = place;
-        let TileRow { first, stride, .. } = row;
+        let TileRow { first, stride, size } = row;
         let (channels, tiles, rows) = (shift.len(), w.div_ceil(4), y.len() / (w * of));
         let row = channels.next_multiple_of(PANEL);
-        assert!(36 * stride <= m.len() && (first + tiles) * row <= stride);
+        assert!(size.count() * stride <= m.len() && (first + tiles) * row <= stride);
         assert!(residual.is_none_or(|r| r.len() == y.len()));
-        assert!((1..=4).contains(&rows) && y.len() == rows * w * of && channel + channels <= of);
+        assert!((1..=size.output()[0]).contains(&rows) && y.len() == rows * w * of && channel + channels <= of);
         for tile in 0..tiles {
             let begin = 4 * tile * of + channel;
             let out = OutputTile {
@@ -98,11 +106,11 @@ simd_fn! {
             // SAFETY: by the assertions, all pixels of the tile are within `y`, and all of its places within `m`.
             unsafe {
                 while c + S::WIDTH <= channels {
-                    output_tile::<S>(&out, c);
+                    with_height!(size, output_tile::<S>(&out, c));
                     c += S::WIDTH;
                 }
                 while c < channels {
-                    output_tile::<f32>(&out, c);
+                    with_height!(size, output_tile::<f32>(&out, c));
                     c += 1;
                 }
             }
@@ -128,14 +136,18 @@ struct OutputTile {
 /// # Safety
 /// All of the tile must be readable, and its pixels writable, for a vector at `c`.
 #[inline(always)]
-unsafe fn output_tile<S: Simd>(tile: &OutputTile, c: usize) {
+unsafe fn output_tile<S: Simd, const TALL: bool>(tile: &OutputTile, c: usize) {
     // SAFETY: the caller guarantees the requirements.
     unsafe {
         let shift = S::load(tile.shift.add(c));
         let columns = each!(X in 0 1 2 3 4 5 => {
-            output_line(each!(Y in 0 1 2 3 4 5 => S::load(tile.m.add((6 * Y + X) * tile.stride + c))))
+            output_column::<S, TALL>(each!(Y in 0 1 2 3 4 5 => if TALL || Y < 4 {
+                S::load(tile.m.add((6 * Y + X) * tile.stride + c))
+            } else {
+                S::splat(0.0)
+            }))
         });
-        each!(Y in 0 1 2 3 => if Y < tile.size.0 {
+        each!(Y in 0 1 2 3 => if (TALL || Y < 2) && Y < tile.size.0 {
             let line = output_line(each!(X in 0 1 2 3 4 5 => columns[X][Y]));
             each!(X in 0 1 2 3 => if X < tile.size.1 {
                 let place = Y * tile.distances.0 + X * tile.distances.1 + c;
@@ -157,22 +169,22 @@ unsafe fn output_tile<S: Simd>(tile: &OutputTile, c: usize) {
 
 simd_fn! {
     /// Computes `A dy A^T` of some channels of each tile in a row of tiles, in panels. Place p of tile k in panel q
-    /// begins at `d[(q * 36 + p) * stride + (first + k) * PANEL]`. `dy` holds the pixel rows of the row of tiles, of
+    /// begins at `d[(q * places + p) * stride + (first + k) * PANEL]`. `dy` holds the pixel rows of the row of tiles, of
     /// this width and number of channels. Pixels beyond the edges of the map, and channels that fill the last panel, are
     /// read from `zeros`.
     pub(in super::super) fn transform_gradient<S>(
         d: &mut [f32],
         row: TileRow,
         dy: &[f32],
-        size: (usize, usize),
+        dy_size: (usize, usize),
         some: Range<usize>,
         zeros: &[f32],
     ) {
-        let TileRow { first, stride, .. } = row;
-        let (w, channels) = size;
+        let TileRow { first, stride, size } = row;
+        let (w, channels) = dy_size;
         let (tiles, panels) = (w.div_ceil(4), some.len().div_ceil(PANEL));
         let rows = dy.len() / (w * channels);
-        assert!(some.end <= channels && panels * 36 * stride <= d.len());
+        assert!(some.end <= channels && panels * size.count() * stride <= d.len());
         assert!((first + tiles) * PANEL <= stride && dy.len() == rows * w * channels);
         let zeros = zeros[..panels * PANEL].as_ptr();
         let d = d.as_mut_ptr();
@@ -191,14 +203,16 @@ simd_fn! {
                 // SAFETY: pixels have `some.len()` values each, and `zeros` those of all panels. No vector goes
                 // beyond. By the assertions, places are within `d`.
                 unsafe {
-                    let d = d.add(c / PANEL * 36 * stride + (first + tile) * PANEL + c % PANEL);
+                    let panel = c / PANEL * size.count() * stride;
+                    let d = d.add(panel + (first + tile) * PANEL + c % PANEL);
                     if c + S::WIDTH <= some.len() {
-                        gradient_tile::<S>(d, stride, &pixels, c);
+                        with_height!(size, gradient_tile::<S>(d, stride, &pixels, c));
                     } else {
                         for lane in 0..S::WIDTH {
                             let inside = c + lane < some.len();
                             let pixels = if inside { pixels } else { [[zeros; 4]; 4] };
-                            gradient_tile::<f32>(d.add(lane), stride, &pixels, c + lane);
+                            let (d, c) = (d.add(lane), c + lane);
+                            with_height!(size, gradient_tile::<f32>(d, stride, &pixels, c));
                         }
                     }
                 }
@@ -210,7 +224,7 @@ simd_fn! {
 /// # Safety
 /// Each pixel must be readable, and each place writable, for a vector.
 #[inline(always)]
-unsafe fn gradient_tile<S: Simd>(
+unsafe fn gradient_tile<S: Simd, const TALL: bool>(
     d: *mut f32,
     stride: usize,
     pixels: &[[*const f32; 4]; 4],
@@ -219,9 +233,11 @@ unsafe fn gradient_tile<S: Simd>(
     // SAFETY: the caller guarantees the requirements.
     unsafe {
         let columns = each!(X in 0 1 2 3 => {
-            gradient_line(each!(Y in 0 1 2 3 => S::load(pixels[Y][X].add(c))))
+            gradient_column::<S, TALL>(each!(Y in 0 1 2 3 => {
+                if TALL || Y < 2 { S::load(pixels[Y][X].add(c)) } else { S::splat(0.0) }
+            }))
         });
-        each!(Y in 0 1 2 3 4 5 => {
+        each!(Y in 0 1 2 3 4 5 => if TALL || Y < 4 {
             let line = gradient_line(each!(X in 0 1 2 3 => columns[X][Y]));
             each!(X in 0 1 2 3 4 5 => line[X].store(d.add((6 * Y + X) * stride)));
         });

@@ -1,5 +1,6 @@
-//! The transforms of F(4x4, 3x3), with tiles of 6x6 pixels that overlap by 2.
+//! The transforms of tiles of six columns: F(2x4, 3x3), with 4 rows, and F(4x4, 3x3), with 6 rows.
 
+mod columns;
 mod kernels;
 mod lines;
 mod maps;

@@ -1,8 +1,9 @@
 //! The transforms of kernels, and of the gradients of kernels.
 
 use super::super::places::each;
-use super::super::tiles::kernel_stride;
+use super::super::tiles::{Size, kernel_stride};
 use super::super::transform_kernels::{KERNELS, Taps};
+use super::columns::{kernel_column, kernel_gradient_column, with_height};
 use super::lines::{kernel_gradient_line, kernel_line};
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::simd::{Simd, simd_fn};
@@ -15,13 +16,14 @@ simd_fn! {
         rows: usize,
         row: usize,
         taps: &[[f32; PANEL]; 9],
+        size: Size,
     ) {
-        assert!(values.len() >= 36 * kernel_stride(rows) && row < rows);
+        assert!(values.len() >= size.count() * kernel_stride(rows) && row < rows);
         for j in (0..PANEL).step_by(S::WIDTH) {
             // SAFETY: `j` and the vector after it are within PANEL. By the assertion, places are within `values`.
             unsafe {
                 let values = values.as_mut_ptr().add(row * PANEL + j);
-                kernel_tile::<S>(values, kernel_stride(rows), taps, j);
+                with_height!(size, kernel_tile::<S>(values, kernel_stride(rows), taps, j));
             }
         }
     }
@@ -30,7 +32,7 @@ simd_fn! {
 /// # Safety
 /// Each place must be writable for a vector, and `taps` readable for one at `j`.
 #[inline(always)]
-unsafe fn kernel_tile<S: Simd>(
+unsafe fn kernel_tile<S: Simd, const TALL: bool>(
     values: *mut f32,
     stride: usize,
     taps: &[[f32; PANEL]; 9],
@@ -39,9 +41,9 @@ unsafe fn kernel_tile<S: Simd>(
     // SAFETY: the caller guarantees the requirements.
     unsafe {
         let columns = each!(X in 0 1 2 => {
-            kernel_line(each!(Y in 0 1 2 => S::load(taps[3 * Y + X].as_ptr().add(j))))
+            kernel_column::<S, TALL>(each!(Y in 0 1 2 => S::load(taps[3 * Y + X].as_ptr().add(j))))
         });
-        each!(Y in 0 1 2 3 4 5 => {
+        each!(Y in 0 1 2 3 4 5 => if TALL || Y < 4 {
             let line = kernel_line(each!(X in 0 1 2 => columns[X][Y]));
             each!(X in 0 1 2 3 4 5 => line[X].store(values.add((6 * Y + X) * stride)));
         });
@@ -57,11 +59,13 @@ simd_fn! {
         part_len: usize,
         parts: usize,
         c_in: usize,
+        size: Size,
     ) {
-        assert!((parts - 1) * part_len + 36 * kernel_stride(c_in) <= u.len());
+        assert!((parts - 1) * part_len + size.count() * kernel_stride(c_in) <= u.len());
         let count = dweight.len() / (c_in * 9);
         assert!(count <= PANEL);
         let mut taps: Taps = [[[0f32; PANEL]; 9]; KERNELS];
+        let parts = (parts, part_len);
         for first in (0..c_in).step_by(KERNELS) {
             let taps = &mut taps[..KERNELS.min(c_in - first)];
             for (i, taps) in taps.iter_mut().enumerate() {
@@ -69,7 +73,7 @@ simd_fn! {
                     // SAFETY: `j` and the vector after it are within PANEL. By the assertion, every place is within `u`.
                     unsafe {
                         let u = u.as_ptr().add((first + i) * PANEL + j);
-                        kernel_gradient_tile::<S>(taps, j, u, kernel_stride(c_in), (parts, part_len));
+                        with_height!(size, kernel_gradient_tile::<S>(taps, j, u, kernel_stride(c_in), parts));
                     }
                 }
             }
@@ -82,7 +86,7 @@ simd_fn! {
 /// # Safety
 /// Each place of each part must be readable, and `taps` writable at `j`, for a vector.
 #[inline(always)]
-unsafe fn kernel_gradient_tile<S: Simd>(
+unsafe fn kernel_gradient_tile<S: Simd, const TALL: bool>(
     taps: &mut [[f32; PANEL]; 9],
     j: usize,
     u: *const f32,
@@ -92,13 +96,15 @@ unsafe fn kernel_gradient_tile<S: Simd>(
     // SAFETY: the caller guarantees the requirements.
     unsafe {
         let columns = each!(X in 0 1 2 3 4 5 => {
-            kernel_gradient_line(each!(Y in 0 1 2 3 4 5 => {
+            kernel_gradient_column::<S, TALL>(each!(Y in 0 1 2 3 4 5 => if TALL || Y < 4 {
                 let u = u.add((6 * Y + X) * stride);
                 let mut sum = S::load(u);
                 for part in 1..parts {
                     sum = sum.add(S::load(u.add(part * part_len)));
                 }
                 sum
+            } else {
+                S::splat(0.0)
             }))
         });
         each!(Y in 0 1 2 => {
