@@ -1,15 +1,15 @@
 //! The operations of networks with fixed weights and without gradients, on the CPU in f32.
 //!
-//! Weights are packed once, each operation writes to some channels of a map, and maps take memory from a pool.
+//! Weights are packed at their first use, each operation writes to some channels of a map, and maps take memory from a pool.
 
 use std::sync::Arc;
 
 use super::maps::{Buffer, Pool};
 use crate::error::Result;
 use crate::kernels::Isa;
-use crate::kernels::cpu::conv::algorithm::{Math, Packed, Workspace};
+use crate::kernels::cpu::conv::algorithm::Math;
 use crate::kernels::cpu::conv::epilogue::Epilogue;
-use crate::kernels::cpu::conv::plan::Plan;
+use crate::kernels::cpu::conv::plan::{PackedOnce, Plan};
 use crate::kernels::cpu::depthwise::{self, Depthwise};
 use crate::kernels::cpu::pool::pool;
 use crate::kernels::op::activation::Rectifier;
@@ -105,7 +105,8 @@ impl Step {
                         place: Some(place),
                         ..Epilogue::default()
                     };
-                    plan.forward(&x.values, &convolution.packed, epilogue, &mut y.values);
+                    let packed = convolution.packed.get(&plan, &convolution.weight);
+                    plan.forward(&x.values, packed, epilogue, &mut y.values);
                     place.first += plan.output()[3];
                 }
             }
@@ -114,11 +115,13 @@ impl Step {
     }
 }
 
-/// A convolution with packed weights, and the limits of its output.
+/// A convolution, and the limits of its output.
 pub(crate) struct Convolution {
     /// (out, in, height, width)
-    weight: [usize; 4],
-    packed: Packed,
+    weight: Vec<f32>,
+    dims: [usize; 4],
+    /// Packed at the first use, because the packing depends on the size of the map.
+    packed: PackedOnce,
     bias: Vec<f32>,
     scale: Scale,
     rectifier: Rectifier,
@@ -126,23 +129,22 @@ pub(crate) struct Convolution {
 }
 
 impl Convolution {
-    /// Packs the weights of a convolution, (out, in, height, width), with the dimensions `dims`.
+    /// Creates a convolution with weights (out, in, height, width) of the dimensions `dims`.
     ///
     /// # Errors
     /// Returns an error if a convolution cannot have these dimensions.
     pub(crate) fn new(
-        weight: &[f32],
+        weight: Vec<f32>,
         dims: [usize; 4],
         bias: Vec<f32>,
         scale: Scale,
         rectifier: Rectifier,
     ) -> Result<Self> {
-        let packed = Packed::F32(vec![]);
-        let unpacked = Self { weight: dims, packed, bias, scale, rectifier, adds: false };
+        let packed = PackedOnce::default();
+        let convolution = Self { weight, dims, packed, bias, scale, rectifier, adds: false };
         let [_, channels, height, width] = dims;
-        // Packed weights do not depend on the size of the map.
-        let plan = unpacked.plan([1, height, width, channels])?;
-        Ok(Self { packed: plan.pack(weight, &mut Workspace::default()), ..unpacked })
+        convolution.plan([1, height, width, channels])?;
+        Ok(convolution)
     }
 
     /// Adds the output to the values of the map to which it would be written, before limits apply.
@@ -151,7 +153,7 @@ impl Convolution {
     }
 
     fn plan(&self, x: [usize; 4]) -> Result<Plan> {
-        Ok(Plan::new(Isa::detect(), ConvShape::new(x, &self.weight, self.scale)?, Math::F32))
+        Ok(Plan::new(Isa::detect(), ConvShape::new(x, &self.dims, self.scale)?, Math::F32))
     }
 }
 

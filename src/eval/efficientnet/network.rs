@@ -62,7 +62,7 @@ impl Network {
     pub(super) fn new(weights: &Weights<'_>) -> Result<Self> {
         let layer = |[conv, norm]: [&str; 2], dims, scale| {
             let (weight, bias) = weights.normalized(conv, norm, dims)?;
-            let layer = Convolution::new(&weight, dims, bias, scale, Rectifier::Relu6)?;
+            let layer = Convolution::new(weight, dims, bias, scale, Rectifier::Relu6)?;
             Ok::<_, crate::error::Error>(Step::Convolve(vec![layer]))
         };
         // The map has an even size, so all zeros of TensorFlow's padding "same" follow it.
@@ -80,7 +80,7 @@ impl Network {
         let weight = weights.values("_fc.weight", &[CLASSES, FEATURES])?;
         let bias = weights.values("_fc.bias", &[CLASSES])?;
         let dims = [CLASSES, FEATURES, 1, 1];
-        let classifier = Convolution::new(&weight, dims, bias, Scale::Stride(1), Rectifier::None)?;
+        let classifier = Convolution::new(weight, dims, bias, Scale::Stride(1), Rectifier::None)?;
         Ok(Self { stem, blocks, head, classifier: Step::Convolve(vec![classifier]) })
     }
 
@@ -126,7 +126,7 @@ impl Block {
         let pointwise = |layer: &str, norm: &str, [input, output]: [usize; 2], rectifier| {
             let dims = [output, input, 1, 1];
             let (weight, bias) = normalized(layer, norm, dims)?;
-            Convolution::new(&weight, dims, bias, Scale::Stride(1), rectifier)
+            Convolution::new(weight, dims, bias, Scale::Stride(1), rectifier)
         };
         let expand = match expansion {
             1 => None,

@@ -123,7 +123,7 @@ fn convolution(
     let dims = [output, input, height, width];
     let (weight, bias) =
         weights.normalized(&format!("{name}.conv"), &format!("{name}.bn"), dims)?;
-    Convolution::new(&weight, dims, bias, scale, Rectifier::Relu)
+    Convolution::new(weight, dims, bias, scale, Rectifier::Relu)
 }
 
 /// The layer `fc` as a convolution of maps of one pixel, without its bias.
@@ -131,7 +131,7 @@ fn classifier(weights: &Weights<'_>) -> Result<Convolution> {
     let weight = weights.values("fc.weight", &[CLASSES, FEATURES])?;
     weights.allow("fc.bias");
     let dims = [CLASSES, FEATURES, 1, 1];
-    Convolution::new(&weight, dims, vec![0.0; CLASSES], SAME, Rectifier::None)
+    Convolution::new(weight, dims, vec![0.0; CLASSES], SAME, Rectifier::None)
 }
 
 /// The start of the branches of a block.

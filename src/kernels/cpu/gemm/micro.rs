@@ -40,13 +40,16 @@ pub(crate) struct PanelProduct<'a> {
     pub b: &'a [f32],
     pub depth: usize,
     pub accumulate: bool,
+    /// The right-hand side of the next product, or nothing. Packed weights may come from main memory, so they are fetched
+    /// during the product before theirs.
+    pub next: &'a [f32],
 }
 
 simd_fn! {
     /// Computes a product with one panel. Each sum adds its terms in the order of the depth, for any
     /// number of rows.
     pub(crate) fn panel_product<S>(product: PanelProduct<'_>) {
-        let PanelProduct { c, c_row, rows, a, b, depth, accumulate } = product;
+        let PanelProduct { c, c_row, rows, a, b, depth, accumulate, next } = product;
         if rows == 0 {
             return;
         }
@@ -60,6 +63,7 @@ simd_fn! {
         let tiles = rows.div_ceil(S::ROWS);
         for j in (0..PANEL).step_by(2 * S::WIDTH) {
             for tile in 0..tiles {
+                let fetched = if (j, tile) == (0, 0) { next } else { &[] };
                 let (first, last) = (tile * rows / tiles, (tile + 1) * rows / tiles);
                 // SAFETY: by the assertions above, every element that the tile touches is within its
                 // slice: rows are less than `rows`, columns less than `PANEL`.
@@ -77,6 +81,8 @@ simd_fn! {
                             b: b.as_ptr().add(j),
                             depth,
                             accumulate,
+                            // Rows that are fetched already take no time.
+                            next: if fetched.is_empty() { b } else { fetched }.as_ptr(),
                         },
                     );
                 }
@@ -97,6 +103,8 @@ struct Tile {
     b: *const f32,
     depth: usize,
     accumulate: bool,
+    /// Rows that are fetched to the second-level cache.
+    next: *const f32,
 }
 
 /// # Safety
@@ -123,7 +131,19 @@ unsafe fn tile_product<S: Simd>(rows: usize, tile: Tile) {
 /// The requirements of [`tile_product`] apply.
 #[inline(always)]
 unsafe fn fixed_tile<S: Simd, const M: usize>(tile: Tile) {
-    let Tile { c, c_row, a: mut begin, a_row, a_col, run, jump, mut b, depth, accumulate } = tile;
+    let Tile {
+        c,
+        c_row,
+        a: mut begin,
+        a_row,
+        a_col,
+        run,
+        jump,
+        mut b,
+        depth,
+        accumulate,
+        mut next,
+    } = tile;
     // SAFETY: the caller guarantees each of these elements.
     unsafe {
         let mut sums = [[S::splat(0.0); 2]; M];
@@ -138,6 +158,8 @@ unsafe fn fixed_tile<S: Simd, const M: usize>(tile: Tile) {
             let mut a = begin;
             for _ in 0..len {
                 let columns = [S::load(b), S::load(b.add(S::WIDTH))];
+                fetch_row(next);
+                next = next.wrapping_add(PANEL);
                 for (i, sums) in sums.iter_mut().enumerate() {
                     let x = S::splat(*a.add(i * a_row));
                     sums[0] = x.mul_add(columns[0], sums[0]);
@@ -154,4 +176,20 @@ unsafe fn fixed_tile<S: Simd, const M: usize>(tile: Tile) {
             sums[1].store(c.add(i * c_row + S::WIDTH));
         }
     }
+}
+
+/// Fetches a row of [`PANEL`] values, two cache lines, to the second-level cache.
+#[inline(always)]
+fn fetch_row(row: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch has no effect other than on caches, whatever the address.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T1>(row.cast());
+            _mm_prefetch::<_MM_HINT_T1>(row.wrapping_add(PANEL / 2).cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = row;
 }

@@ -45,7 +45,7 @@ pub(crate) fn gemm_packed(
         for first in (0..b.cols).step_by(PANEL) {
             let place = (first, b.cols, b.rows);
             let (c, a) = ((&mut *c, c_row), a.left(b.rows));
-            multiply(isa, c, a, b.panel(first), place, accumulate, rest);
+            multiply(isa, c, a, b.panels_from(first), place, accumulate, rest);
         }
     });
 }
@@ -97,7 +97,7 @@ pub(crate) fn gemm_patches(
             for (pixel, pixels, a) in a.lefts(lines) {
                 let c = (&mut c[pixel * c_row..], c_row);
                 let place = (first, b.cols, b.rows);
-                multiply(isa, c, (pixels, a), b.panel(first), place, true, rest);
+                multiply(isa, c, (pixels, a), b.panels_from(first), place, true, rest);
             }
         }
     });
@@ -117,7 +117,7 @@ pub(crate) fn narrow_patches(
 }
 
 /// Computes the columns of one panel, from `first` on, of a product with `cols` columns and sums of
-/// `depth` terms.
+/// `depth` terms. `b` begins with the panel.
 fn multiply(
     isa: Isa,
     (c, c_row): (&mut [f32], usize),
@@ -130,14 +130,15 @@ fn multiply(
     if rows == 0 {
         return;
     }
+    let next = b.get(depth * PANEL..).unwrap_or_default();
     let count = PANEL.min(cols - first);
     if count == PANEL {
         let c = &mut c[first..];
-        return panel_product(isa, PanelProduct { c, c_row, rows, a, b, depth, accumulate });
+        return panel_product(isa, PanelProduct { c, c_row, rows, a, b, depth, accumulate, next });
     }
     let rest = sized(rest, rows * PANEL);
-    let product = PanelProduct { c: rest, c_row: PANEL, rows, a, b, depth, accumulate: false };
-    panel_product(isa, product);
+    let whole = PanelProduct { c: rest, c_row: PANEL, rows, a, b, depth, accumulate: false, next };
+    panel_product(isa, whole);
     for (i, rest) in rest.chunks_exact(PANEL).enumerate() {
         let c = &mut c[i * c_row + first..][..count];
         if accumulate {

@@ -129,9 +129,9 @@ impl<'a> Panels<'a> {
         Self { values: &self.values[first * self.rows..], cols: self.cols - first, ..self }
     }
 
-    /// Returns the panel that begins with column `first`.
-    pub(super) fn panel(&self, first: usize) -> &'a [f32] {
-        &self.values[first * self.rows..][..self.rows * PANEL]
+    /// Returns the panel that begins with column `first`, and those after it.
+    pub(super) fn panels_from(&self, first: usize) -> &'a [f32] {
+        &self.values[first * self.rows..]
     }
 }
 

@@ -223,18 +223,27 @@ impl Winograd {
         (m, m_stride): (&mut [f32], usize),
     ) {
         let (count, width) = (self.tiles().size.count(), panels.len() * PANEL);
+        let kernels = |panel: usize, at: usize| {
+            weight.get((panel * count + at) * kernel_stride(c_in)..).unwrap_or_default()
+        };
         // The tiles of one place stay in the first-level cache for all panels.
         for at in 0..count {
             for panel in panels.clone() {
+                let next = if panel + 1 < panels.end {
+                    kernels(panel + 1, at)
+                } else {
+                    kernels(panels.start, at + 1)
+                };
                 let m = &mut m[at * m_stride + (panel - panels.start) * PANEL..];
                 let product = PanelProduct {
                     c: &mut m[..(tiles - 1) * width + PANEL],
                     c_row: width,
                     rows: tiles,
                     a: Left::new(&v[at * v_stride..], c_in, 1),
-                    b: &weight[(panel * count + at) * kernel_stride(c_in)..],
+                    b: kernels(panel, at),
                     depth: c_in,
                     accumulate: false,
+                    next,
                 };
                 panel_product(self.isa, product);
             }
@@ -311,6 +320,7 @@ impl Winograd {
                             b: &weight[(panel * places + place) * kernel_stride(c_out)..],
                             depth: c_out,
                             accumulate: place > 0,
+                            next: &[],
                         };
                         panel_product(isa, product);
                     }

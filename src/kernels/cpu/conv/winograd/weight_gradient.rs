@@ -148,6 +148,7 @@ fn sum_transformed(
                     b: &d[i * d_stride..],
                     depth,
                     accumulate: first > rows.start,
+                    next: &[],
                 };
                 panel_product(isa, product);
             }
