@@ -46,6 +46,11 @@ pub(crate) trait Maps {
     /// Adds `more` to `sum`, both maps of `len` values.
     fn add(&self, sum: &mut Self::Buffer, more: &Self::Buffer, len: usize) -> Result<()>;
 
+    /// Completes the gradients of weights that the operations returned. Nothing may read them before.
+    fn finish(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Computes the convolution of a map `x` of dimensions `dims`, and adds `add` to it. Returns the dimensions
     /// and the values of the output.
     fn convolve(

@@ -9,7 +9,7 @@ use candle_core::{Result, Tensor};
 use super::device::Gpu;
 use super::element::Element;
 use super::kernel::{Module, argument};
-use super::maps::{Added, Channels, sum_columns, sums_by_image};
+use super::maps::Channels;
 use super::memory::Memory;
 use crate::kernels::op::conv::ConvShape;
 use crate::precision::Precision;
@@ -77,19 +77,12 @@ impl Convolution {
         Ok(packed)
     }
 
-    /// Computes the output and adds `added` to it.
-    pub fn forward(
-        &self,
-        gpu: &Gpu,
-        x: &Memory,
-        packed: &Memory,
-        added: &Added<'_>,
-    ) -> Result<Memory> {
+    /// Computes the output without a bias.
+    pub fn forward(&self, gpu: &Gpu, x: &Memory, packed: &Memory) -> Result<Memory> {
         let y = gpu.take_for(self.output().iter().product(), self.element)?;
         if !self.forward_by_dnn(gpu, x, packed, &y)? {
             self.forward_by_patches(gpu, x, packed, &y)?;
         }
-        added.add_to(gpu, &y, [self.shape.batch, self.pixels(), self.shape.c_out], self.element)?;
         Ok(y)
     }
 
@@ -107,24 +100,6 @@ impl Convolution {
             None => (self.weight_gradient_by_patches(gpu, x, dy)?, Element::F32),
         };
         own.first(gpu, packed.pointer, gpu.pointer(gradient)?, element)
-    }
-
-    /// Writes the gradient of the bias. If requested, also returns the gradient of the values that were added
-    /// to each image.
-    pub fn bias_gradient(
-        &self,
-        gpu: &Gpu,
-        dy: &Memory,
-        gradient: &Tensor,
-        per_image: bool,
-    ) -> Result<Option<Memory>> {
-        let count = self.shape.batch * self.shape.c_out;
-        let sums = gpu.take_for(count, Element::F32)?;
-        let of_images = per_image.then(|| gpu.take_for(count, self.element)).transpose()?;
-        let (dims, to) = ([self.shape.batch, self.pixels(), self.shape.c_out], sums.pointer);
-        sums_by_image(gpu, dy, dims, (to, of_images.as_ref()), self.element)?;
-        sum_columns(gpu, &sums, gradient, self.shape.batch)?;
-        Ok(of_images)
     }
 
     /// Writes the gradient of the input to `dx`, or adds it to the values of `dx`.
