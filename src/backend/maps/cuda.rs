@@ -266,15 +266,22 @@ impl Maps for Cuda<'_> {
         let (x, dy, activation) = (self.ready(x)?, self.ready(dy)?, number_of(f));
         let [weight, bias] = gradients.clone();
         let own = WeightGradient { x: x.clone(), dy: dy.clone(), activation, weight, bias };
-        let mut deferred = self.linear.borrow_mut();
-        deferred.0 = batch;
-        deferred.1.push(own);
+        if self.linear.borrow().0 != batch {
+            self.finish()?;
+            self.linear.borrow_mut().0 = batch;
+        }
+        self.linear.borrow_mut().1.push(own);
         let (input, layers) = (linear.weight.dim(1)?, vec![(dy, linear.weight.clone())]);
         let dx = InputGradient { x, batch, input, activation, layers };
         Ok((DeviceMap::linear(dx), gradients))
     }
 
-    fn add_class(&self, embedding: &Embedding, classes: &Tensor, x: &DeviceMap) -> Result<DeviceMap> {
+    fn add_class(
+        &self,
+        embedding: &Embedding,
+        classes: &Tensor,
+        x: &DeviceMap,
+    ) -> Result<DeviceMap> {
         let (table, classes) = (&embedding.weight, classes.contiguous()?);
         Ok(cuda::add_class(&self.gpu, table, &classes, &*self.ready(x)?, self.element())?.into())
     }
@@ -335,7 +342,12 @@ impl Maps for Cuda<'_> {
         Ok(cuda::concatenate(&self.gpu, [&a, &b], channels, pixels, self.element())?.into())
     }
 
-    fn split(&self, pixels: usize, channels: [usize; 2], map: &DeviceMap) -> Result<[DeviceMap; 2]> {
+    fn split(
+        &self,
+        pixels: usize,
+        channels: [usize; 2],
+        map: &DeviceMap,
+    ) -> Result<[DeviceMap; 2]> {
         let map = self.ready(map)?;
         let parts = cuda::split(&self.gpu, &map, channels, pixels, self.element())?;
         Ok(parts.map(DeviceMap::from))

@@ -286,12 +286,7 @@ fn normalisation_agrees(
 }
 
 /// Sums the contributions of images to the gradients of vectors of the shape of `like`.
-fn summed(
-    gpu: &Gpu,
-    of_images: [Memory; 2],
-    batch: usize,
-    like: &Tensor,
-) -> Result<[Tensor; 2]> {
+fn summed(gpu: &Gpu, of_images: [Memory; 2], batch: usize, like: &Tensor) -> Result<[Tensor; 2]> {
     let (all, sums) = (ColumnSums::default(), [like.zeros_like()?, like.zeros_like()?]);
     for (of_images, sum) in of_images.into_iter().zip(&sums) {
         all.add(gpu, Rc::new(of_images), batch, sum)?;
@@ -310,7 +305,8 @@ fn check_sums(gpu: &Gpu, sums: &ImageSums, x: &Tensor, precision: Precision) -> 
         Precision::F16 => F16,
         _ => 0.0,
     };
-    let bound = ((magnitude * (stored + (h * w + 8) as f64 * rounding::F32))? + 1e-7 * (h * w) as f64)?;
+    let bound =
+        ((magnitude * (stored + (h * w + 8) as f64 * rounding::F32))? + 1e-7 * (h * w) as f64)?;
     let found = unmap(gpu, &sums.sums, [batch, 1, 1, channels], Precision::Highest)?;
     check("sums by image", &found.reshape((batch, channels))?, &exact, &bound);
     let found = unmap(gpu, &sums.of_maps, [batch, 1, 1, channels], precision)?;
@@ -328,7 +324,7 @@ fn addends_have_the_same_bits_in_each_kernel() -> Result<()> {
     for (groups, group) in [(4, 8), (2, 64), (3, 5), (8, 2), (1, 96)] {
         for (precision, _) in precisions() {
             let (element, dims) = (Element::of(precision), [3, 6, 7, groups * group]);
-            let normal = |k, shape: &[usize]| normal(Normals(k.into()), k, shape, precision);
+            let normal = |k: u32, shape: &[usize]| normal(Normals(9), k, shape, precision);
             let [batch, h, w, channels] = dims;
             let vectors = [batch, 1, 1, channels];
             let [bias, weight] = [1, 2].map(|k| normal(k, &[channels]).to_device(&device(&gpu)));
@@ -337,8 +333,7 @@ fn addends_have_the_same_bits_in_each_kernel() -> Result<()> {
             let [per_image, mask] = [5, 6].map(|k| map(&gpu, &normal(k, &vectors), precision));
             let (per_image, mask) = (per_image?, mask?);
             let config = NormConfig { groups, eps: EPS, activation: Activation::Silu };
-            let norm =
-                Norm { element, dims, config, weight: &weight, bias: &bias, by: None };
+            let norm = Norm { element, dims, config, weight: &weight, bias: &bias, by: None };
             let sizes = [batch, h * w, channels];
             let added = Added {
                 bias: Some(&bias),
