@@ -133,7 +133,7 @@ impl Maps for Cuda<'_> {
             return Ok(());
         }
         let more = self.ready(more)?;
-        let sum = sum.to_write(self.on(), len)?;
+        let sum = sum.writable(self.on(), len)?;
         Ok(cuda::add(&self.gpu, &sum, &more, len, self.element())?)
     }
 
@@ -192,7 +192,7 @@ impl Maps for Cuda<'_> {
     ) -> Result<()> {
         let convolution = self.convolution(conv, dims)?;
         let packed = self.packed(&convolution, &conv.weight)?;
-        let (dy, dx) = (self.ready(dy)?, dx.to_write(self.on(), dims.iter().product())?);
+        let (dy, dx) = (self.ready(dy)?, dx.writable(self.on(), dims.iter().product())?);
         Ok(convolution.input_gradient(&self.gpu, &dy, &packed, &dx, accumulate)?)
     }
 
@@ -231,7 +231,7 @@ impl Maps for Cuda<'_> {
     ) -> Result<([Tensor; 2], Option<DeviceMap>)> {
         let gradients = self.gradients([&norm.layer.weight, &norm.layer.bias])?;
         let more = more.map(|more| self.ready(more)).transpose()?;
-        let (x, to) = (self.ready(x)?, d.to_write(self.on(), dims.iter().product())?);
+        let (x, to) = (self.ready(x)?, d.writable(self.on(), dims.iter().product())?);
         let NormGradients { of_vectors, by, sums } = self.with_norm(&norm, dims, |norm| {
             norm.backward(&self.gpu, (&x, statistics), &to, more.as_deref())
         })?;

@@ -104,7 +104,7 @@ impl DeviceMap {
     }
 
     /// Returns the values, `len` of them, to be changed. They belong to no other map.
-    pub fn to_write(&mut self, on: On<'_>, len: usize) -> Result<Rc<Memory>> {
+    pub fn writable(&mut self, on: On<'_>, len: usize) -> Result<Rc<Memory>> {
         self.sums = RefCell::default();
         drop(self.ready(on)?);
         let state = self.state.get_mut();
