@@ -82,7 +82,7 @@ impl DeviceMap {
         Self::new(State::Linear(gradient))
     }
 
-    /// Replaces the values by others, which `sums` are the sums of.
+    /// States that `sums` are the sums of the values.
     pub fn set_sums(&mut self, sums: Rc<ImageSums>) {
         self.sums = RefCell::new(Some(sums));
     }
