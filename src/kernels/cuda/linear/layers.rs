@@ -10,7 +10,7 @@ use super::super::element::{Element, Pointer};
 use super::super::kernel::{Argument, argument, holds, kernel};
 use super::super::launch::{THREADS, each};
 use super::super::memory::Memory;
-use super::MODULE;
+use super::source::MODULE;
 
 kernel! { MODULE, "linear", Forward {
     x: Pointer, weight: Pointer, bias: Pointer, y: Pointer, f: i32, batch: u32, input: u32,

@@ -1,24 +1,17 @@
 //! Vectors: linear layers with their activations, the sinusoids of timesteps, and tables of vectors.
 
 mod layers;
+mod source;
 
 use candle_core::{Result, Tensor};
 
 use super::device::Gpu;
 use super::element::{Element, Pointer};
-use super::kernel::{Module, kernel};
+use super::kernel::kernel;
 use super::launch::each;
 use super::memory::Memory;
 pub(crate) use layers::{InputGradient, LinearLayer, WeightGradient, weight_gradients};
-
-const MODULE: &Module = &Module {
-    name: "linear",
-    source: concat!(
-        include_str!("../common.cuh"),
-        include_str!("../activation.cuh"),
-        include_str!("linear.cu"),
-    ),
-};
+use source::MODULE;
 
 kernel! { MODULE, "sinusoids", Sinusoids {
     t: Pointer, y: Pointer, half: u32, decay: f64, scale: f64, between: i32, flip: i32, count: u32,

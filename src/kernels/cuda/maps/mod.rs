@@ -1,20 +1,17 @@
 //! Elementwise operations on feature maps: conversion to and from images, sums, concatenation, dropout, scaling by two.
 
+mod source;
 mod sums;
 
 use candle_core::{Result, Tensor};
 
 use super::device::Gpu;
 use super::element::{Element, Pointer};
-use super::kernel::{Launch, Module, kernel};
+use super::kernel::{Launch, kernel};
 use super::launch::{each, each_of};
 use super::memory::Memory;
+use source::MODULE;
 pub(crate) use sums::{ColumnSums, ImageSums};
-
-const MODULE: &Module = &Module {
-    name: "maps",
-    source: concat!(include_str!("../common.cuh"), include_str!("maps.cu")),
-};
 
 kernel! { MODULE, "images_to_map", ImagesToMap {
     x: Pointer, y: Pointer, channels: u32, pixels: u32, count: u32,

@@ -11,7 +11,7 @@ use super::super::element::{Element, Pointer};
 use super::super::kernel::{Argument, argument, holds, kernel};
 use super::super::launch::{THREADS, blocks_of};
 use super::super::memory::Memory;
-use super::MODULE;
+use super::source::MODULE;
 
 kernel! { MODULE, "sums_by_image", SumsByImage {
     x: Pointer, mask: Pointer, sums: Pointer, also: Pointer, channels: u32, pixels: u32, width: u32,
