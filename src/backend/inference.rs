@@ -1,6 +1,7 @@
 //! The operations of networks with fixed weights and without gradients, on the CPU in f32.
 //!
-//! Weights are packed at their first use, each operation writes to some channels of a map, and maps take memory from a pool.
+//! Weights are packed at their first use, each operation writes to some channels of a map, and maps take memory from a
+//! pool.
 
 use std::sync::Arc;
 

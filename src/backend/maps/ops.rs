@@ -46,7 +46,7 @@ pub(crate) trait Maps {
     /// Adds `more` to `sum`, both maps of `len` values.
     fn add(&self, sum: &mut Self::Buffer, more: &Self::Buffer, len: usize) -> Result<()>;
 
-    /// Completes the gradients of weights that the operations returned. Nothing may read them before.
+    /// Completes the gradients of weights that the operations returned. These gradients are undefined before this call.
     fn finish(&self) -> Result<()> {
         Ok(())
     }

@@ -186,10 +186,10 @@ fn spread(weight: &Tensor) -> Result<Tensor> {
 /// The sum, over the pixels of every tile that holds an output pixel, and over the taps, of the squares of pixel and tap,
 /// from the squares of each. The output of a tile has this height and width. The stride is 1.
 ///
-/// The terms of F(2x4, 3x3) and F(4x4, 3x3) are so large, and cancel so well, that a bound from their magnitudes would be a few percent of
-/// the result. Their errors are random in sign. The limit is a multiple of the root of this sum, and the measured error is 3
-/// times the root. The suite therefore finds wrong coefficients and pixels, which change a result by a part of its size.
-/// `larger_tiles_have_the_documented_errors` finds lost accuracy.
+/// The terms of F(2x4, 3x3) and F(4x4, 3x3) are so large, and cancel so well, that a bound from their magnitudes would be
+/// a few percent of the result. Their errors are random in sign. The limit is a multiple of the root of this sum, and the
+/// measured error of F(4x4, 3x3) is 3 times the root. The suite therefore finds wrong coefficients and pixels, which
+/// change a result by a part of its size. `larger_tiles_have_the_documented_errors` finds lost accuracy.
 fn of_tiles(squares: &[Tensor], [height, width]: [usize; 2], scale: Scale) -> Result<Tensor> {
     let (x, weight) = (&squares[0], &squares[1]);
     let (batch, h, w, channels) = x.dims4()?;

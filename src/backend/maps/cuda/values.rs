@@ -6,8 +6,8 @@ use candle_core::Tensor;
 use crate::error::Result;
 use crate::kernels::cuda::{Added, Element, Gpu, ImageSums, InputGradient, Memory};
 
-/// A map in the memory of a device, or what its values will be computed from by the first operation that needs them.
-/// Most operations compute them on their own; some need no pass of their own for it.
+/// A map in the memory of a device, or the operands of its values, which the first operation that reads the map computes.
+/// Most operations compute the values in a separate pass. Some compute them in the pass that reads the map.
 pub(crate) struct DeviceMap {
     state: RefCell<State>,
     /// The sums over the pixels of each image, if an operation computed them together with the values.

@@ -40,8 +40,8 @@ pub(crate) struct PanelProduct<'a> {
     pub b: &'a [f32],
     pub depth: usize,
     pub accumulate: bool,
-    /// The right-hand side of the next product, or nothing. Packed weights may come from main memory, so they are fetched
-    /// during the product before theirs.
+    /// The right-hand side of the next product, or empty. Its rows are prefetched during this product, because packed
+    /// weights may lie in main memory.
     pub next: &'a [f32],
 }
 
@@ -81,7 +81,7 @@ simd_fn! {
                             b: b.as_ptr().add(j),
                             depth,
                             accumulate,
-                            // Rows that are fetched already take no time.
+                            // Rows that are in a cache already cost almost nothing.
                             next: if fetched.is_empty() { b } else { fetched }.as_ptr(),
                         },
                     );

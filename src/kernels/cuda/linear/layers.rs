@@ -113,7 +113,8 @@ pub(crate) struct InputGradient {
 }
 
 impl InputGradient {
-    /// Adds the layers of another gradient. Returns whether both are gradients of the same vectors.
+    /// Adds the layers of another gradient. Returns false, and changes
+    /// nothing, if they are gradients of other vectors, or if one launch cannot hold all layers.
     pub fn join(&mut self, other: &Self) -> bool {
         let same = Rc::ptr_eq(&self.x, &other.x) && self.activation == other.activation;
         let fits = same && self.layers.len() + other.layers.len() <= LAYERS;

@@ -38,7 +38,7 @@ extern "C" __global__ void sums_by_class(
 }
 
 // Products of small matrices in f32: a block of THREADS threads computes a tile of 32 by 32 values. The products of
-// linear layers take little time, and one launch is faster than several with tensor cores.
+// linear layers take little time, and one launch is expected to be faster than several with tensor cores.
 #define TILE 32
 
 // A tile of a factor: by the index of the sum, then by the row or column of the product.
