@@ -15,9 +15,9 @@ use crate::error::{Error, Result};
 pub enum Precision {
     /// f32 throughout.
     ///
-    /// On a CPU, 3x3 convolutions of at least 8 channels at stride 1 use Winograd's method. In two networks of the tests,
-    /// the relative error was 0.8 to 0.9 times that of f32 in PyTorch with channels last, and 1.4 to 2 times that of PyTorch
-    /// with contiguous maps.
+    /// On a CPU, 3x3 convolutions of at least 8 channels at stride 1 use Winograd's method. In two networks of the
+    /// tests, the relative error was 0.8 to 0.9 times that of f32 in PyTorch with channels last, and 1.4 to 2 times that
+    /// of PyTorch with contiguous maps.
     #[default]
     Highest,
     /// f32 in memory, with cheaper products.

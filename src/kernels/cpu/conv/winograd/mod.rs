@@ -12,9 +12,10 @@
 //! difference is zero, and so are 7 of the 16 places: 9 products remain. The doubled maps are never
 //! written: tiles are read from the pixels before they are doubled.
 //!
-//! Maps that are not doubled have larger tiles, from [`MIN_WIDE`] or [`MIN_LARGE`] pixels on. F(2x4, 3x3) has tiles of 4 rows by 6 columns: 24
-//! multiplications instead of 72. F(4x4, 3x3) has tiles of 6x6 pixels: 36 multiplications instead of 144. The
-//! transforms of F(4x4, 3x3) amplify rounding errors more, so this size is used only if the arithmetic allows it.
+//! Maps that are not doubled have larger tiles, from [`MIN_WIDE`] or [`MIN_LARGE`] pixels on. F(2x4, 3x3) has tiles of
+//! 4 rows by 6 columns: 24 multiplications instead of 72. F(4x4, 3x3) has tiles of 6x6 pixels: 36 multiplications instead
+//! of 144. The transforms of F(4x4, 3x3) amplify rounding errors more, so this size is used only if the arithmetic allows
+//! it.
 //!
 //! On channels-last maps, each transform is arithmetic of whole vectors of channels.
 
@@ -61,8 +62,8 @@ const TASKS: usize = 4;
 /// Minimum rows of tiles per thread of a convolution that normalises its input.
 const LEAST_ROWS: usize = 4;
 
-/// The least height and width of a map for tiles of 4 rows by 6 columns. There are 1.5 times as many
-/// transformed weights as for tiles of 4x4 pixels. At maps of 7x7 and 8x8 pixels, they cost as much time as the products save.
+/// The least height and width of a map for tiles of 4 rows by 6 columns. There are 1.5 times as many transformed weights
+/// as for tiles of 4x4 pixels. At maps of 7x7 and 8x8 pixels, reading the weights takes as long as the products save.
 const MIN_WIDE: usize = 14;
 
 /// The least height and width of a map for tiles of 6x6 pixels. With 5 or 6 pixels, no products would be saved, and with
