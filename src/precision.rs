@@ -22,11 +22,12 @@ pub enum Precision {
     Highest,
     /// f32 in memory, with cheaper products.
     ///
-    /// On a CUDA device of compute capability 8.0 or later, all products are TF32 (11 bits). On a CPU with AMX,
+    /// On a CUDA device of compute capability 8.0 or later, the products of convolutions and attention are TF32 (11
+    /// bits), and those of linear layers f32. On a CPU with AMX,
     /// convolutions are three products of bf16 parts, accurate to about 16 bits, whose speed is not yet measured. On any
     /// other CPU, 3x3 convolutions of at least 8 channels, at stride 1 and without upsampling, of maps of at least 7x7
-    /// pixels, use Winograd's F(4x4, 3x3) in f32: 0.75 times as many products as the F(2x4, 3x3) of
-    /// [`Highest`](Self::Highest) at maps of 14x14 pixels and more, and 0.56 times as many as its F(2x2, 3x3) at smaller
+    /// pixels, use Winograd's F(4x4, 3x3) in f32: 0.75 to 0.86 times as many products as the
+    /// F(2x4, 3x3) of [`Highest`](Self::Highest) at maps of 14x14 pixels and more, and 0.56 times as many as its F(2x2, 3x3) at smaller
     /// ones. The relative error of such a convolution is about 1e-6. The error of a network is about 1.5 times that of
     /// `Highest`. All other operations, and other devices, are those of `Highest`.
     High,
@@ -35,7 +36,8 @@ pub enum Precision {
     /// On a CPU this applies to convolutions. Attention and linear layers multiply in f32, and feature maps are f32 in
     /// memory. This precision is meant for CPUs with AMX, on which it is not yet measured. With AVX-512 BF16 a training
     /// step takes about as long as with [`Highest`](Self::Highest). Any other CPU emulates it more slowly. On a CUDA
-    /// device this applies to all products, and feature maps are bf16 in memory.
+    /// device this applies to convolutions and attention, and feature maps are bf16 in memory. Linear layers multiply in
+    /// f32.
     BF16,
     /// The same as [`BF16`](Self::BF16) with f16 (11 bits, numbers up to 65504), on CUDA devices only. Training scales
     /// its gradients by a [`GradScaler`](crate::train::GradScaler). Requires the feature `f16`.

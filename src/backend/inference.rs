@@ -118,7 +118,7 @@ impl Step {
 
 /// A convolution, and the limits of its output.
 pub(crate) struct Convolution {
-    /// (out, in, height, width)
+    /// (out, in, height, width). Kept, because maps of another size may need another packing.
     weight: Vec<f32>,
     dims: [usize; 4],
     /// Packed at the first use, because the packing depends on the size of the map.

@@ -310,7 +310,10 @@ fn larger_tiles_have_the_documented_errors() {
         ];
         let exact = in_f64(&shape, [&x, &weight, &dy]);
         for isa in Isa::available() {
-            for (math, least, most) in [(Math::F32, 1e-7, 1e-6), (Math::F32Large, 5e-7, 2e-6)] {
+            for (math, least, most) in [
+                (Math::F32, 1e-7, if size < 14 { 7e-7 } else { 1e-6 }),
+                (Math::F32Large, 5e-7, 2e-6),
+            ] {
                 let plan = Plan::new(isa, shape, math);
                 let mut workspace = Workspace::default();
                 let packed = plan.pack(&weight, &mut workspace);
@@ -394,10 +397,10 @@ fn larger_tiles_have_the_same_bits_for_any_number_of_threads() {
         normals.values(1, 72 * shape.patch()),
         normals.values(2, 3 * shape.output_len()),
     ];
-    let run = |threads: usize| {
+    let run = |threads: usize, math| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
-            let plan = Plan::new(Isa::detect(), shape, Math::F32Large);
+            let plan = Plan::new(Isa::detect(), shape, math);
             let mut workspace = Workspace::default();
             let packed = plan.pack(&weight, &mut workspace);
             let [mut y, mut dx, mut dweight] = [&dy, &x, &weight].map(|v| room(v.len()));
@@ -407,9 +410,11 @@ fn larger_tiles_have_the_same_bits_for_any_number_of_threads() {
             [y, dx, dweight]
         })
     };
-    let expected = run(1);
-    for threads in [2, 3, 5] {
-        assert_eq!(run(threads), expected, "{threads} threads");
+    for math in [Math::F32, Math::F32Large] {
+        let expected = run(1, math);
+        for threads in [2, 3, 5] {
+            assert_eq!(run(threads, math), expected, "{math:?}, {threads} threads");
+        }
     }
 }
 

@@ -191,8 +191,9 @@ __device__ inline Values with_addends(
     }
     if (mask) {
         Values factors = load(mask, width);
-        // Never joined with an addition that follows: the sum has the same bits in each kernel.
-        EACH(k) sum.at[k] = __fmul_rn(sum.at[k], factors.at[k]);
+        // Rounded to the type of maps, as a sum that was stored before. Never joined with an addition that follows: the sum
+        // has the same bits in each kernel.
+        EACH(k) sum.at[k] = __fmul_rn(get(put(sum.at[k])), factors.at[k]);
     }
     return sum;
 }

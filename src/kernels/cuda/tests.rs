@@ -434,6 +434,8 @@ fn linear_layer_agrees(
 ) -> Result<()> {
     let gpu = gpu();
     for (precision, products) in precisions() {
+        // The products are those of f32 operands. The output is stored in the type of maps.
+        let products = Products { operands: 0.0, ..products };
         let normal = |k, shape: &[usize]| normal(normals, k, shape, precision);
         let name = |what: &str| format!("{precision}, {what}");
         let x = normal(0, &[batch, input]);
@@ -452,11 +454,10 @@ fn linear_layer_agrees(
             |_| dy.clone(),
             |v| linear(&[activated(&v[0])?, v[1].clone(), v[2].clone()]),
         )?;
-        // The activated vectors are rounded to the maps' type.
         let x_64 = x.to_dtype(DType::F64)?;
         let activated = activated(&x_64)?;
         let function = if activation == 0 { 0.0 } else { FUNCTION * rounding::F32 };
-        let x_off = plus([(x_64.abs()? * function)?, products.storing(&activated)]);
+        let x_off = (x_64.abs()? * function)?;
         let inputs = [activated, weight.to_dtype(DType::F64)?, bias.to_dtype(DType::F64)?];
         let sums = Sums::of(&inputs, |_| dy.clone(), linear, linear)?;
         let [weights, d] = [&weight, &dy].map(|t| t.to_dtype(DType::F64).unwrap().abs().unwrap());
@@ -555,6 +556,16 @@ fn a_normalisation_of_one_pixel_is_its_composition() {
     normalisation_agrees((1, 1, 1), (1, 37), (false, false, EPS), Normals(9)).unwrap();
 }
 
+/// Lines of several groups, with more values than a block holds in registers.
+#[test]
+fn normalisations_of_large_maps_are_their_compositions() {
+    for groups in [(16, 4), (64, 1)] {
+        for how in [(false, false, EPS), (true, true, EPS)] {
+            normalisation_agrees((2, 33, 33), groups, how, Normals(5)).unwrap();
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(inputs(24))]
 
@@ -600,8 +611,11 @@ proptest! {
 
     #[test]
     fn linear_layers_are_their_compositions(
-        batch in 1usize..4,
-        (input, output) in prop_oneof![5 => (1usize..20, 1usize..20), 1 => Just((8, 272))],
+        // Sums and tiles of one part, and of several.
+        batch in prop_oneof![4 => 1usize..4, 1 => Just(33), 1 => Just(70)],
+        (input, output) in prop_oneof![
+            4 => (1usize..20, 1usize..20), 1 => Just((8, 272)), 2 => Just((40, 70)),
+        ],
         activation in 0i32..3,
         seed: u64,
     ) {

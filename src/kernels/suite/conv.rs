@@ -183,7 +183,7 @@ fn spread(weight: &Tensor) -> Result<Tensor> {
     lines(transposed)?.transpose(2, 3)
 }
 
-/// The sum, over the pixels of every tile that holds an output pixel, and over the taps, of the squares of pixel and tap,
+/// The sum, over most pixels of every tile that holds an output pixel, and over the taps, of the squares of pixel and tap,
 /// from the squares of each. The output of a tile has this height and width. The stride is 1.
 ///
 /// The terms of F(2x4, 3x3) and F(4x4, 3x3) are so large, and cancel so well, that a bound from their magnitudes would be
@@ -301,6 +301,17 @@ proptest! {
         (map, channels, how) in convolutions_of_small_images(), added: [bool; 4], seed: u64,
     ) {
         ConvCase::new(map, channels, how, added, Normals(seed)).check();
+    }
+
+    /// Maps from the least size of Winograd's wide tiles on, which need not be multiples of the tiles.
+    #[test]
+    fn convolutions_of_medium_maps_agree(
+        map in [1usize..4, 14usize..24, 14usize..40],
+        channels in [8usize..71, 8usize..71],
+        within: bool, added: [bool; 4], seed: u64,
+    ) {
+        let scale = if within { Scale::StrideWithin(1) } else { Scale::Stride(1) };
+        ConvCase::new(map, channels, ([3; 2], scale), added, Normals(seed)).check();
     }
 
     #[test]

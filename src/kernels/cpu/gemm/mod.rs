@@ -14,6 +14,10 @@ use self::pack::{Mat, Panels};
 use super::isa::Isa;
 use super::memory::sized;
 
+/// The greatest depth of a panel that is prefetched during the product with the panel before it. Two of these panels fill a
+/// quarter of a usual second-level cache of 1 MiB.
+const MOST_FETCHED: usize = 1024;
+
 thread_local! {
     /// A panel, and a part of a product that does not fill one, reused from call to call. Nothing may
     /// wait for other threads while they are borrowed: this thread could be given work that borrows them
@@ -130,7 +134,8 @@ fn multiply(
     if rows == 0 {
         return;
     }
-    let next = b.get(depth * PANEL..).unwrap_or_default();
+    // A larger panel would displace this one from the second-level cache.
+    let next = if depth <= MOST_FETCHED { b.get(depth * PANEL..).unwrap_or_default() } else { &[] };
     let count = PANEL.min(cols - first);
     if count == PANEL {
         let c = &mut c[first..];
