@@ -183,7 +183,8 @@ impl DeviceMap {
         Ok(sums)
     }
 
-    /// Adds another map that is not computed yet to this one, if one operation computes both. Returns whether it does.
+    /// Adds another map to this one, if neither is computed yet and one operation can compute both. Returns whether the
+    /// maps were joined.
     pub fn join(&mut self, more: &Self) -> bool {
         match (self.state.get_mut(), &*more.state.borrow()) {
             (State::Linear(sum), State::Linear(more)) => sum.join(more),

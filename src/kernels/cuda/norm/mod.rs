@@ -64,7 +64,7 @@ pub(crate) struct Norm<'a> {
     pub by: Option<&'a Memory>,
 }
 
-/// What the backward pass of a normalisation computes in addition to the gradient of its input.
+/// The results of the backward pass of a normalisation, except the gradient of its input.
 pub(crate) struct NormGradients {
     /// The contributions of the images to the gradients of weight and bias: each (batch, channels) in f32.
     pub of_vectors: [Memory; 2],
