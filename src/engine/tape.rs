@@ -93,6 +93,7 @@ impl<'n, 'p, B: Maps + 'n> Tape<'n, 'p, B> {
                 backward(self, dy)?;
             }
         }
+        self.backend.finish()?;
         // Candle offers no other way to create an empty `GradStore`.
         let mut gradients = Tensor::zeros((), DType::F32, &Device::Cpu)?.backward()?;
         for (weight, mut gradient) in self.weights.take() {

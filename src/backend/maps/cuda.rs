@@ -1,14 +1,14 @@
-use std::cell::RefCell;
-use std::collections::HashMap;
 use std::rc::Rc;
 
-use candle_core::{DType, Tensor, TensorId};
+use candle_core::{DType, Tensor};
 
 use super::ops::{Maps, Norm};
+use super::place::Place;
 use super::pool::Pool;
 use crate::error::{Error, Result};
 use crate::kernels::cuda::{
     self, Added, Attention, Convolution, Element, Gpu, LinearLayer, Memory, NormStatistics,
+    PassWeights,
 };
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::attention::AttentionShape;
@@ -23,13 +23,17 @@ pub(crate) struct Cuda<'p> {
     precision: Precision,
     /// The pool from which only gradients are taken.
     pool: &'p Pool,
-    /// The weights packed for matrix products, during this pass.
-    packed: RefCell<HashMap<TensorId, Rc<Memory>>>,
+    weights: PassWeights,
 }
 
 impl<'p> Cuda<'p> {
-    pub fn new(gpu: Rc<Gpu>, pool: &'p Pool, precision: Precision) -> Self {
-        Self { gpu, precision, pool, packed: RefCell::default() }
+    /// # Errors
+    /// Returns an error if the weights cannot be packed.
+    pub fn new(gpu: Rc<Gpu>, pool: &'p Pool, place: &Place<'_>) -> Result<Self> {
+        let &Place { precision, fixed, repack, .. } = place;
+        let (element, keeps) = (Element::of(precision), fixed && !repack);
+        let weights = PassWeights::begin(gpu.clone(), &pool.network, element, keeps)?;
+        Ok(Self { gpu, precision, pool, weights })
     }
 
     fn element(&self) -> Element {
@@ -46,28 +50,25 @@ impl<'p> Cuda<'p> {
         Ok(Convolution::new(self.precision, shape))
     }
 
-    fn packed(&self, convolution: &Convolution, weight: &Tensor) -> Result<Rc<Memory>> {
-        if let Some(packed) = self.packed.borrow().get(&weight.id()) {
-            return Ok(packed.clone());
-        }
-        let packed = Rc::new(convolution.pack(&self.gpu, weight)?);
-        self.packed.borrow_mut().insert(weight.id(), packed.clone());
-        Ok(packed)
-    }
-
     fn norm<'a>(&self, norm: &Norm<'a, Memory>, dims: [usize; 4]) -> cuda::Norm<'a> {
         let GroupNorm { weight, bias, config } = norm.layer;
         cuda::Norm { element: self.element(), dims, config: *config, weight, bias, by: norm.by }
     }
 
-    fn layer<'a>(&self, f: VectorActivation, linear: &'a Linear, batch: usize) -> LinearLayer<'a> {
+    fn layer<'a>(
+        &self,
+        f: VectorActivation,
+        linear: &'a Linear,
+        batch: usize,
+    ) -> Result<LinearLayer<'a>> {
         let Linear { weight, bias } = linear;
+        let packed = self.weights.of_linear(weight)?;
         let activation = match f {
             VectorActivation::None => 0,
             VectorActivation::Silu => 1,
             VectorActivation::Gelu => 2,
         };
-        LinearLayer { precision: self.precision, batch, weight, bias, activation }
+        Ok(LinearLayer { precision: self.precision, batch, weight, packed, bias, activation })
     }
 
     /// Allocates memory for the gradient of a weight.
@@ -107,6 +108,10 @@ impl Maps for Cuda<'_> {
         Ok(cuda::sinusoids(&self.gpu, &t, half, by, cosines_first, self.element())?)
     }
 
+    fn finish(&self) -> Result<()> {
+        Ok(self.weights.finish()?)
+    }
+
     fn take(&self, len: usize) -> Result<Memory> {
         Ok(self.gpu.take_for(len, self.element())?)
     }
@@ -123,10 +128,10 @@ impl Maps for Cuda<'_> {
         add: Add<'_, Memory>,
     ) -> Result<([usize; 4], Memory)> {
         let convolution = self.convolution(conv, dims)?;
-        let packed = self.packed(&convolution, &conv.weight)?;
+        let packed = self.weights.of_convolution(&convolution, &conv.weight)?;
         let Add { per_image, residual } = add;
         let added = Added { bias: &conv.bias, per_image, residual };
-        Ok((convolution.output(), convolution.forward(&self.gpu, x, &packed, &added)?))
+        Ok((convolution.output(), convolution.forward(&self.gpu, x, packed, &added)?))
     }
 
     fn convolve_weight_gradients(
@@ -139,7 +144,7 @@ impl Maps for Cuda<'_> {
     ) -> Result<([Tensor; 2], Option<Memory>)> {
         let convolution = self.convolution(conv, dims)?;
         let [weight, bias] = self.gradients([&conv.weight, &conv.bias])?;
-        convolution.weight_gradient(&self.gpu, x, dy, &weight)?;
+        self.weights.gradient(&convolution, [x, dy], (&conv.weight, &weight))?;
         let of_images = convolution.bias_gradient(&self.gpu, dy, &bias, per_image)?;
         Ok(([weight, bias], of_images))
     }
@@ -153,8 +158,8 @@ impl Maps for Cuda<'_> {
         accumulate: bool,
     ) -> Result<()> {
         let convolution = self.convolution(conv, dims)?;
-        let packed = self.packed(&convolution, &conv.weight)?;
-        Ok(convolution.input_gradient(&self.gpu, dy, &packed, dx, accumulate)?)
+        let packed = self.weights.of_convolution(&convolution, &conv.weight)?;
+        Ok(convolution.input_gradient(&self.gpu, dy, packed, dx, accumulate)?)
     }
 
     fn normalize(
@@ -199,7 +204,7 @@ impl Maps for Cuda<'_> {
         batch: usize,
         x: &Memory,
     ) -> Result<Memory> {
-        Ok(self.layer(f, linear, batch).forward(&self.gpu, x)?)
+        Ok(self.layer(f, linear, batch)?.forward(&self.gpu, x)?)
     }
 
     fn linear_backward(
@@ -211,7 +216,7 @@ impl Maps for Cuda<'_> {
         dy: &Memory,
     ) -> Result<(Memory, [Tensor; 2])> {
         let [weight, bias] = self.gradients([&linear.weight, &linear.bias])?;
-        let layer = self.layer(f, linear, batch);
+        let layer = self.layer(f, linear, batch)?;
         let dx = layer.backward(&self.gpu, x, dy, [&weight, &bias])?;
         Ok((dx, [weight, bias]))
     }
@@ -290,5 +295,131 @@ impl Maps for Cuda<'_> {
         dy: &Memory,
     ) -> Result<Memory> {
         Ok(self.attention_of(batch, shape).backward(&self.gpu, qkv, dy)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use candle_core::Device;
+
+    use super::*;
+    use crate::denoiser::{Condition, Denoiser, Trainable};
+    use crate::engine::Model;
+    use crate::model::{Parameters, UNet, UNetConfig};
+    use crate::process::Diffusion;
+    use crate::sample::{Guidance, Sampler, Solver};
+
+    fn config() -> UNetConfig {
+        UNetConfig {
+            image_size: 8.into(),
+            hidden_dims: vec![8, 16],
+            time_dim: 12,
+            attention_levels: vec![1],
+            classes: Some(2),
+            ..UNetConfig::mnist()
+        }
+    }
+
+    fn precisions() -> Vec<Precision> {
+        let halves = [Precision::BF16, Precision::F16];
+        [Precision::Highest]
+            .into_iter()
+            .chain(halves.into_iter().filter(|_| cfg!(feature = "f16")))
+            .collect()
+    }
+
+    /// Copies these weights to a network that does not change.
+    fn fixed(
+        parameters: &Parameters,
+        precision: Precision,
+        device: &Device,
+    ) -> Result<Model<UNet>> {
+        let weights: BTreeMap<_, _> =
+            parameters.vars().into_iter().map(|(k, v)| (k, v.as_detached_tensor())).collect();
+        let weights = Parameters::frozen(Path::new("weights"), weights, DType::F32, device);
+        weights.build(&config())?.with_precision(precision)
+    }
+
+    fn bits(x: &Tensor) -> Result<Vec<u32>> {
+        Ok(x.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+    }
+
+    /// Guidance at some of the times needs batches of two sizes.
+    #[test]
+    fn captured_sampling_is_sampling_without_graphs() -> Result<()> {
+        let device = Device::new_cuda(0)?;
+        for precision in precisions() {
+            let parameters = Parameters::new(7, DType::F32, &device);
+            let _: Model<UNet> = parameters.build(&config())?;
+            let graphs = fixed(&parameters, precision, &device)?;
+            let mut plain = fixed(&parameters, precision, &device)?;
+            plain.set_recompute(true)?;
+            let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddpm(), 14)?
+                .condition(Condition::classes(vec![1, 0, 1])?)
+                .guidance(Guidance::new(2.0).interval(200, 600))?;
+            // The second run begins with the graphs of the first.
+            for seed in 0..2 {
+                let sample = |model: &Model<UNet>| -> Result<Vec<u32>> {
+                    bits(&sampler.sample(model, (3, 1, 8, 8), seed, &device)?)
+                };
+                assert!(sample(&graphs)? == sample(&plain)?, "{precision}, seed {seed}");
+            }
+            assert!(cuda::is_captured(&graphs.pool().network));
+            assert!(!cuda::is_captured(&plain.pool().network));
+        }
+        Ok(())
+    }
+
+    /// A pass of a network that was used before equals the first pass of a new network with the same weights.
+    #[test]
+    fn passes_use_the_weights_as_they_are() -> Result<()> {
+        let device = Device::new_cuda(0)?;
+        for precision in precisions() {
+            let parameters = Parameters::new(7, DType::F32, &device);
+            let model: Model<UNet> = parameters.build(&config())?.with_precision(precision)?;
+            let x = Sampler::prior((2, 1, 8, 8), 1, &device)?;
+            let t = Tensor::new(&[3u32, 700], &device)?;
+            let pass = |model: &Model<UNet>| -> Result<Vec<u32>> {
+                let (dropout, mut output) = (Dropout::new(0, 0), None);
+                let condition = Condition::classes(vec![1, 0])?;
+                let gradients = model.gradients(&x, &t, &condition, &dropout, &mut |y| {
+                    output = Some(y.clone());
+                    Ok(y.clone())
+                })?;
+                let output = output.ok_or_else(|| Error::config("outputs", 0, "1"))?;
+                drop(gradients);
+                bits(&output.prediction)
+            };
+            let new = || -> Result<Vec<u32>> {
+                let condition = Condition::classes(vec![1, 0])?;
+                let fixed = fixed(&parameters, precision, &device)?;
+                bits(&fixed.denoise(&x, &t, &condition)?.prediction)
+            };
+            let mut before = Vec::new();
+            for route in 0..3 {
+                for (name, var) in parameters.vars() {
+                    if !name.ends_with("weight") {
+                        continue;
+                    }
+                    let (weight, same) = (var.as_detached_tensor(), var.copy()?);
+                    match route {
+                        0 => {}
+                        1 => var.set(&(same * 1.25)?)?,
+                        // In place, as the updates and averages of the device.
+                        _ => cuda::add_to(&weight, &same)?,
+                    }
+                }
+                let expected = new()?;
+                assert!(expected != before, "{precision}, route {route}: nothing has changed");
+                for k in 0..3 {
+                    assert!(pass(&model)? == expected, "{precision}, route {route}, pass {k}");
+                }
+                before = expected;
+            }
+        }
+        Ok(())
     }
 }

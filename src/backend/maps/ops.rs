@@ -40,6 +40,12 @@ pub(crate) trait Maps {
     /// Computes the sinusoids of the timesteps `t` (batch), a batch of vectors.
     fn sinusoids(&self, sinusoids: &Sinusoids, t: &Tensor) -> Result<Self::Buffer>;
 
+    /// Completes the gradients of weights, after the last operation of a backward pass. Until then they have arbitrary
+    /// values.
+    fn finish(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Takes memory for a map of `len` values, with arbitrary content.
     fn take(&self, len: usize) -> Result<Self::Buffer>;
 

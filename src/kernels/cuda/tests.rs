@@ -1,6 +1,7 @@
 //! Compares each kernel, in each type of map, with its reference composition in f64, on random shapes.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
 use proptest::prelude::*;
@@ -135,6 +136,10 @@ fn cudnn_has_a_plan_for_each_convolution() {
 }
 
 /// Tests a convolution of (batch, height, width), with values added to its output and its gradient.
+fn bits(x: &Tensor) -> Result<Vec<u32>> {
+    Ok(x.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+}
+
 fn convolution_agrees(
     (batch, h, w): (usize, usize, usize),
     (c_in, c_out): (usize, usize),
@@ -171,20 +176,31 @@ fn convolution_agrees(
         let (gx, gdy) = (map(&gpu, &x, precision)?, map(&gpu, &dy, precision)?);
         let on_gpu = |t: &Option<Tensor>| t.as_ref().map(|t| map(&gpu, t, precision)).transpose();
         let (per, more) = (on_gpu(&per)?, on_gpu(&more)?);
-        let packed = convolution.pack(&gpu, &gpu_weight)?;
+        // The second pass packs the weights, and unpacks their gradient, by one launch for all weights.
+        let network = Arc::default();
+        let pass = || PassWeights::begin(gpu.clone(), &network, Element::of(precision), false);
+        let (first, first_gradient) = (pass()?, gpu_weight.ones_like()?);
+        let first_packed = first.of_convolution(&convolution, &gpu_weight)?;
+        first.gradient(&convolution, [&gx, &gdy], (&gpu_weight, &first_gradient))?;
+        first.finish()?;
+        let weights = pass()?;
+        let packed = weights.of_convolution(&convolution, &gpu_weight)?;
+        assert!(packed != first_packed || kernel == 1);
         let added_there = Added {
             bias: &bias.to_device(&device(&gpu))?,
             per_image: per.as_ref(),
             residual: more.as_ref(),
         };
-        let found = convolution.forward(&gpu, &gx, &packed, &added_there)?;
+        let found = convolution.forward(&gpu, &gx, packed, &added_there)?;
         // The products are rounded to the maps' type before anything is added.
         let stored = products.storing(&((y.exact.abs()? * 2.0)? + added)?);
         let bound = plus([products.of(&y), stored]);
         check(&name("y"), &unmap(&gpu, &found, out, precision)?, &y.exact, &bound);
 
         let gradient = gpu_weight.zeros_like()?;
-        convolution.weight_gradient(&gpu, &gx, &gdy, &gradient)?;
+        weights.gradient(&convolution, [&gx, &gdy], (&gpu_weight, &gradient))?;
+        weights.finish()?;
+        assert_eq!(bits(&gradient)?, bits(&first_gradient)?);
         let bound = plus([products.of(&dweight), products.storing(&dweight.exact)]);
         check(&name("gradient of the weight"), &gradient, &dweight.exact, &bound);
 
@@ -202,7 +218,7 @@ fn convolution_agrees(
 
         let there = normal(6, &dims);
         let found = map(&gpu, &there, precision)?;
-        convolution.input_gradient(&gpu, &gdy, &packed, &found, accumulate)?;
+        convolution.input_gradient(&gpu, &gdy, packed, &found, accumulate)?;
         // The gradients of patches, or of doubled pixels, are rounded to the maps' type, and so are their
         // sums.
         let stored = products.storing(&(&dx.magnitude * 2.0)?);
@@ -389,7 +405,11 @@ fn linear_layer_agrees(
 
         let vector = |t: &Tensor| map(&gpu, &t.unsqueeze(1)?.unsqueeze(1)?, precision);
         let (weight, bias) = (weight.to_device(&device(&gpu))?, bias.to_device(&device(&gpu))?);
-        let layer = LinearLayer { precision, batch, weight: &weight, bias: &bias, activation };
+        let weights =
+            PassWeights::begin(gpu.clone(), &Arc::default(), Element::of(precision), false)?;
+        let packed = weights.of_linear(&weight)?;
+        let layer =
+            LinearLayer { precision, batch, weight: &weight, packed, bias: &bias, activation };
         let gx = vector(&x)?;
         let y = layer.forward(&gpu, &gx)?;
         check("linear", &unmap(&gpu, &y, [batch, 1, 1, output], precision)?, 0);
