@@ -55,20 +55,14 @@ impl<'p> Cuda<'p> {
         cuda::Norm { element: self.element(), dims, config: *config, weight, bias, by: norm.by }
     }
 
-    fn layer<'a>(
-        &self,
-        f: VectorActivation,
-        linear: &'a Linear,
-        batch: usize,
-    ) -> Result<LinearLayer<'a>> {
+    fn layer<'a>(&self, f: VectorActivation, linear: &'a Linear, batch: usize) -> LinearLayer<'a> {
         let Linear { weight, bias } = linear;
-        let packed = self.weights.of_linear(weight)?;
         let activation = match f {
             VectorActivation::None => 0,
             VectorActivation::Silu => 1,
             VectorActivation::Gelu => 2,
         };
-        Ok(LinearLayer { precision: self.precision, batch, weight, packed, bias, activation })
+        LinearLayer { precision: self.precision, batch, weight, bias, activation }
     }
 
     /// Allocates memory for the gradient of a weight.
@@ -204,7 +198,7 @@ impl Maps for Cuda<'_> {
         batch: usize,
         x: &Memory,
     ) -> Result<Memory> {
-        Ok(self.layer(f, linear, batch)?.forward(&self.gpu, x)?)
+        Ok(self.layer(f, linear, batch).forward(&self.gpu, x)?)
     }
 
     fn linear_backward(
@@ -216,7 +210,7 @@ impl Maps for Cuda<'_> {
         dy: &Memory,
     ) -> Result<(Memory, [Tensor; 2])> {
         let [weight, bias] = self.gradients([&linear.weight, &linear.bias])?;
-        let layer = self.layer(f, linear, batch)?;
+        let layer = self.layer(f, linear, batch);
         let dx = layer.backward(&self.gpu, x, dy, [&weight, &bias])?;
         Ok((dx, [weight, bias]))
     }

@@ -405,11 +405,7 @@ fn linear_layer_agrees(
 
         let vector = |t: &Tensor| map(&gpu, &t.unsqueeze(1)?.unsqueeze(1)?, precision);
         let (weight, bias) = (weight.to_device(&device(&gpu))?, bias.to_device(&device(&gpu))?);
-        let weights =
-            PassWeights::begin(gpu.clone(), &Arc::default(), Element::of(precision), false)?;
-        let packed = weights.of_linear(&weight)?;
-        let layer =
-            LinearLayer { precision, batch, weight: &weight, packed, bias: &bias, activation };
+        let layer = LinearLayer { precision, batch, weight: &weight, bias: &bias, activation };
         let gx = vector(&x)?;
         let y = layer.forward(&gpu, &gx)?;
         check("linear", &unmap(&gpu, &y, [batch, 1, 1, output], precision)?, 0);

@@ -1,4 +1,9 @@
-// Activations of vectors, sinusoids of timesteps, and tables of vectors.
+// Activations of vectors, sinusoids of timesteps, tables of vectors, and casts of weights.
+
+extern "C" __global__ void cast(const float *x, T *y, u32 count) {
+    u32 i = global_index();
+    if (i < count) y[i] = put(x[i]);
+}
 
 // Computes [sin | cos] of each timestep times `half` geometrically falling frequencies, of which the first is `scale`.
 // With `between`, t holds f32. With `flip`, the cosines come first.

@@ -20,6 +20,7 @@ const MODULE: &Module = &Module {
     ),
 };
 
+kernel! { MODULE, "cast", Cast { x: Pointer, y: Pointer, count: u32 } }
 kernel! { MODULE, "sinusoids", Sinusoids {
     t: Pointer, y: Pointer, half: u32, decay: f64, scale: f64, between: i32, flip: i32, count: u32,
 } }
@@ -105,8 +106,6 @@ pub(crate) struct LinearLayer<'a> {
     pub batch: usize,
     /// (out, in)
     pub weight: &'a Tensor,
-    /// The weights in the maps' type.
-    pub packed: Pointer,
     pub bias: &'a Tensor,
     /// The activation of the input vectors: 0 for none, 1 for SiLU, 2 for GELU.
     pub activation: i32,
@@ -121,9 +120,15 @@ impl LinearLayer<'_> {
         self.weight.dims2()
     }
 
-    fn weights(&self) -> Result<Matrix> {
-        let (output, input) = self.sizes()?;
-        Ok(Matrix::new(self.packed, output, input, self.element()))
+    /// Converts the weights to the maps' type.
+    fn weights(&self, gpu: &Gpu) -> Result<(Memory, Matrix)> {
+        let (element, (output, input)) = (self.element(), self.sizes()?);
+        let count = output * input;
+        let weights = gpu.take_for(count, element)?;
+        let (x, y) = (gpu.pointer(self.weight)?, weights.pointer);
+        gpu.launch(element, each(count)?, Cast { x, y, count: count as u32 })?;
+        let matrix = Matrix::new(weights.pointer, output, input, element);
+        Ok((weights, matrix))
     }
 
     fn activated(&self, gpu: &Gpu, x: &Memory) -> Result<(Memory, Matrix)> {
@@ -142,7 +147,7 @@ impl LinearLayer<'_> {
         let count = self.batch * output;
         let y = gpu.take_for(count, element)?;
         let (_x, x) = self.activated(gpu, x)?;
-        let weights = self.weights()?;
+        let (_weights, weights) = self.weights(gpu)?;
         let d = Matrix::new(y.pointer, self.batch, output, element);
         let (x, weights) = ((x, As::Stored), (weights, As::Transposed));
         gpu.blas.multiply(self.precision, x, weights, d, How::PLAIN)?;
@@ -172,7 +177,7 @@ impl LinearLayer<'_> {
 
         let count = self.batch * input;
         let dx = gpu.take_for(count, element)?;
-        let weights = self.weights()?;
+        let (_weights, weights) = self.weights(gpu)?;
         let to = Matrix::new(dx.pointer, self.batch, input, element);
         gpu.blas.multiply(
             self.precision,

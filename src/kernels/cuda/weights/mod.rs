@@ -146,16 +146,7 @@ impl PassWeights {
 
     /// Returns the packed weights of a convolution: (out, k, k, in) in the maps' type.
     pub fn of_convolution(&self, convolution: &Convolution, weight: &Tensor) -> Result<Pointer> {
-        self.of(weight, convolution.weights())
-    }
-
-    /// Returns the weights of a linear layer (out, in) in the maps' type.
-    pub fn of_linear(&self, weight: &Tensor) -> Result<Pointer> {
-        let count = weight.elem_count();
-        self.of(weight, Channels { channels: count, pixels: 1, count })
-    }
-
-    fn of(&self, weight: &Tensor, layout: Channels) -> Result<Pointer> {
+        let layout = convolution.weights();
         if self.element == Element::F32 && layout.pixels == 1 {
             return self.gpu.pointer(weight);
         }
