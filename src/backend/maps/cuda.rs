@@ -311,7 +311,7 @@ mod tests {
             image_size: 8.into(),
             hidden_dims: vec![8, 16],
             time_dim: 12,
-            attention_levels: vec![1],
+            attention_levels: vec![0],
             classes: Some(2),
             ..UNetConfig::mnist()
         }
@@ -401,7 +401,9 @@ mod tests {
                     let (weight, same) = (var.as_detached_tensor(), var.copy()?);
                     match route {
                         0 => {}
-                        1 => var.set(&(same * 1.25)?)?,
+                        1 => {
+                            var.set(&(same.to_device(&Device::Cpu)? * 1.25)?.to_device(&device)?)?
+                        }
                         // In place, as the updates and averages of the device.
                         _ => cuda::add_to(&weight, &same)?,
                     }

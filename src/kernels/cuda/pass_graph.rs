@@ -11,7 +11,7 @@ use candle_core::{DType, Tensor};
 use super::device::Gpu;
 use super::memory::Release;
 use super::replay::Replay;
-use super::weights::Network;
+use super::weights::{self, Network};
 use crate::error::Result;
 use crate::precision::Precision;
 
@@ -57,6 +57,21 @@ impl Release for Slot {
 thread_local! {
     /// The last ones used are last.
     static PASSES: RefCell<VecDeque<Passes>> = RefCell::default();
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        // Dropped after the borrow has ended, and before the weights that they read.
+        let graphs = PASSES.try_with(|all| {
+            let mut all = all.try_borrow_mut().ok()?;
+            let (own, others): (VecDeque<Passes>, VecDeque<Passes>) =
+                all.drain(..).partition(|passes| passes.kind.network == self.id());
+            *all = others;
+            Some(own)
+        });
+        drop(graphs);
+        weights::forget(self.id());
+    }
 }
 
 /// Computes a pass of a network whose weights do not change: `pass(inputs)`, which is captured as a graph after some

@@ -179,7 +179,7 @@ fn convolution_agrees(
         // The second pass packs the weights, and unpacks their gradient, by one launch for all weights.
         let network = Arc::default();
         let pass = || PassWeights::begin(gpu.clone(), &network, Element::of(precision), false);
-        let (first, first_gradient) = (pass()?, gpu_weight.ones_like()?);
+        let (first, first_gradient) = (pass()?, gpu_weight.zeros_like()?);
         let first_packed = first.of_convolution(&convolution, &gpu_weight)?;
         first.gradient(&convolution, [&gx, &gdy], (&gpu_weight, &first_gradient))?;
         first.finish()?;

@@ -31,8 +31,8 @@ kernel! { MODULE, "unpack_weights", UnpackWeights { weights: Pointer, parts: Poi
 /// The alignment of a weight among the packed ones, in bytes. cuDNN and cuBLASLt select their kernels by it.
 const ALIGNMENT: usize = 256;
 
-/// The identity of a network whose passes share its packed weights. Dropping it frees what this thread keeps for the
-/// network. Other threads free their share when they next begin a pass.
+/// The identity of a network whose passes share its packed weights and its graphs. Dropping it frees what this thread
+/// keeps for the network. Other threads free their share when they next begin a pass.
 #[derive(Debug)]
 pub(crate) struct Network(u64);
 
@@ -49,13 +49,12 @@ impl Network {
     }
 }
 
-impl Drop for Network {
-    fn drop(&mut self) {
-        let own = |key: &Key| key.0 == self.0;
-        // Dropped after the borrow has ended.
-        let _removed =
-            SETS.try_with(|sets| sets.try_borrow_mut().map(|mut sets| take(&mut sets, own)));
-    }
+/// Frees what this thread keeps of the weights of a network.
+pub(super) fn forget(network: u64) {
+    // Dropped after the borrow has ended.
+    let _removed = SETS.try_with(|sets| {
+        sets.try_borrow_mut().map(|mut sets| take(&mut sets, |key| key.0 == network))
+    });
 }
 
 /// The network, the device, and the type of the packed weights.
