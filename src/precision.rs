@@ -14,6 +14,9 @@ use crate::error::{Error, Result};
 #[non_exhaustive]
 pub enum Precision {
     /// f32 throughout.
+    ///
+    /// On a CPU, 3x3 convolutions at stride 1 are computed by Winograd's method. The error of a network is that of f32 in
+    /// PyTorch with channels last, and about twice that of PyTorch with contiguous maps.
     #[default]
     Highest,
     /// f32 in memory, with cheaper products.
@@ -21,10 +24,10 @@ pub enum Precision {
     /// On a CUDA device of compute capability 8.0 or later, all products are TF32 (11 bits). On a CPU with AMX,
     /// convolutions are three products of bf16 parts, accurate to about 16 bits, whose speed is not yet measured. On any
     /// other CPU, 3x3 convolutions of at least 8 channels, at stride 1 and without upsampling, of maps of at least 7x7
-    /// pixels, use Winograd's F(4x4, 3x3) in f32: 0.56 times as many products as the F(2x2, 3x3) of
-    /// [`Highest`](Self::Highest). The relative error of such a convolution is about 1e-6, three times that of
-    /// `Highest`. The error of a network is about twice that of `Highest`. All other operations, and other devices, are
-    /// those of `Highest`.
+    /// pixels, use Winograd's F(4x4, 3x3) in f32: 0.75 times as many products as the F(2x4, 3x3) of
+    /// [`Highest`](Self::Highest) at maps of 14x14 pixels and more, and 0.56 times as many as its F(2x2, 3x3) at smaller
+    /// ones. The relative error of such a convolution is about 1e-6. The error of a network is about 1.5 times that of
+    /// `Highest`. All other operations, and other devices, are those of `Highest`.
     High,
     /// Products of operands rounded to bf16 (8 bits), summed in f32. Requires the feature `f16`.
     ///

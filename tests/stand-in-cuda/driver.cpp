@@ -1,6 +1,8 @@
 // A CUDA driver whose device is this CPU: memory is malloc's, each thread's stream runs what it is given at
 // once, one at a time, and a graph is a list of what a thread gave while it captured. Modules come from the
-// stand-in for NVRTC. What would wait for a device adds a letter to the file that STAND_IN_WAITS names.
+// stand-in for NVRTC. What would wait for a device adds a letter to the file that STAND_IN_WAITS names. Each
+// kernel that a thread launches or captures adds a line with its name to the file that STAND_IN_LAUNCHES names,
+// each product or convolution of a library the line "library", and each launch of a graph the line "graph".
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -26,18 +28,28 @@ static thread_local std::set<Pointer> captured_memory;
 
 typedef std::vector<std::function<void()>> Graph;
 
+static void launches(const char *what) {
+    if (const char *path = getenv("STAND_IN_LAUNCHES")) {
+        FILE *file = fopen(path, "a");
+        fprintf(file, "%s\n", what);
+        fclose(file);
+    }
+}
+
 // Now, or when the graph that is captured is launched.
-API void stand_in_submit(const std::function<void()> *work) {
+static Result submit(const std::function<void()> &work) {
     if (capture) {
-        capture->push_back(*work);
-        return;
+        capture->push_back(work);
+        return SUCCESS;
     }
     std::lock_guard<std::mutex> guard(lock);
-    (*work)();
-}
-static Result submit(const std::function<void()> &work) {
-    stand_in_submit(&work);
+    work();
     return SUCCESS;
+}
+// The same for the libraries.
+API void stand_in_submit(const std::function<void()> *work) {
+    launches("library");
+    submit(*work);
 }
 
 static Result waits(char what) {
@@ -146,6 +158,7 @@ API Result cuGraphInstantiateWithFlags(void **exec, void *graph, unsigned long l
 }
 API Result cuGraphUpload(void *, void *) { return SUCCESS; }
 API Result cuGraphLaunch(void *exec, void *) {
+    launches("graph");
     std::lock_guard<std::mutex> guard(lock);
     for (auto &work : *(Graph *)exec) work();
     return SUCCESS;
@@ -154,6 +167,7 @@ API Result cuGraphExecDestroy(void *exec) { return delete (Graph *)exec, SUCCESS
 API Result cuGraphDestroy(void *graph) { return delete (Graph *)graph, SUCCESS; }
 
 struct Function {
+    std::string name;
     void *(*bind)(void **);
     void (*run)(void *, const unsigned *, const unsigned *);
 };
@@ -172,7 +186,7 @@ API Result cuModuleGetFunction(void **function, void *module, const char *name) 
         fprintf(stderr, "stand-in-cuda: %s is none of the crate's own kernels\n", name);
         return NOT_FOUND;
     }
-    auto *found = new Function;
+    auto *found = new Function{name, nullptr, nullptr};
     found->bind = (void *(*)(void **))dlsym(module, (std::string(name) + "__bind").c_str());
     found->run = (void (*)(void *, const unsigned *, const unsigned *))dlsym(module, "stand_in_run");
     *function = found;
@@ -185,6 +199,7 @@ API Result cuLaunchKernel(
     // A GPU's own limits.
     if (!gx || !gy || !gz || gy > 65535 || gz > 65535 || bx * by * bz > 1024) return INVALID;
     auto *own = (Function *)function;
+    launches(own->name.c_str());
     void *bound = own->bind(arguments);
     return submit([=] {
         unsigned grid[] = {gx, gy, gz}, block[] = {bx, by, bz};

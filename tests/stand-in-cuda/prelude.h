@@ -16,6 +16,7 @@
 #define __global__
 #define __device__
 #define __shared__ static
+#define __launch_bounds__(threads)
 #define DDPM_HALF_CONVERSIONS
 
 struct dim3 {
@@ -33,6 +34,7 @@ static inline unsigned __float_as_uint(float value) {
     memcpy(&bits, &value, 4);
     return bits;
 }
+static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float half_to_float(unsigned short bits) {
     _Float16 value;
     memcpy(&value, &bits, 2);

@@ -1,3 +1,8 @@
+#[cfg(test)]
+mod tests;
+mod values;
+
+use std::cell::RefCell;
 use std::rc::Rc;
 
 use candle_core::{DType, Tensor};
@@ -7,8 +12,8 @@ use super::place::Place;
 use super::pool::Pool;
 use crate::error::{Error, Result};
 use crate::kernels::cuda::{
-    self, Added, Attention, Convolution, Element, Gpu, LinearLayer, Memory, NormStatistics,
-    PassWeights,
+    self, Attention, ColumnSums, Convolution, Element, Gpu, InputGradient, LinearLayer, Memory,
+    NormGradients, NormStatistics, PassWeights, WeightGradient,
 };
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::attention::AttentionShape;
@@ -16,6 +21,7 @@ use crate::kernels::op::conv::{Add, ConvShape};
 use crate::layers::{Conv2d, Embedding, GroupNorm, Linear, Sinusoids};
 use crate::precision::Precision;
 use crate::random::{Dropout, Purpose};
+use values::{Addends, DeviceMap, On};
 
 /// The kernels of CUDA devices as a backend of networks.
 pub(crate) struct Cuda<'p> {
@@ -24,6 +30,11 @@ pub(crate) struct Cuda<'p> {
     /// The pool from which only gradients are taken.
     pool: &'p Pool,
     weights: PassWeights,
+    /// The sums over the batch that [`finish`](Maps::finish) computes: gradients of biases, and of normalisations'
+    /// weights.
+    sums: ColumnSums,
+    /// The gradients of linear layers that `finish` computes, and the batch.
+    linear: RefCell<(usize, Vec<WeightGradient>)>,
 }
 
 impl<'p> Cuda<'p> {
@@ -33,11 +44,21 @@ impl<'p> Cuda<'p> {
         let &Place { precision, fixed, repack, .. } = place;
         let (element, keeps) = (Element::of(precision), fixed && !repack);
         let weights = PassWeights::begin(gpu.clone(), &pool.network, element, keeps)?;
-        Ok(Self { gpu, precision, pool, weights })
+        let (sums, linear) = Default::default();
+        Ok(Self { gpu, precision, pool, weights, sums, linear })
     }
 
     fn element(&self) -> Element {
         Element::of(self.precision)
+    }
+
+    fn on(&self) -> On<'_> {
+        On { gpu: &self.gpu, element: self.element() }
+    }
+
+    /// Returns the values of a map.
+    fn ready(&self, map: &DeviceMap) -> Result<Rc<Memory>> {
+        map.ready(self.on())
     }
 
     fn convolution(&self, conv: &Conv2d, x: [usize; 4]) -> Result<Convolution> {
@@ -50,19 +71,23 @@ impl<'p> Cuda<'p> {
         Ok(Convolution::new(self.precision, shape))
     }
 
-    fn norm<'a>(&self, norm: &Norm<'a, Memory>, dims: [usize; 4]) -> cuda::Norm<'a> {
-        let GroupNorm { weight, bias, config } = norm.layer;
-        cuda::Norm { element: self.element(), dims, config: *config, weight, bias, by: norm.by }
+    /// Computes the gradients of the linear layers so far.
+    fn linear_gradients(&self) -> Result<()> {
+        let (batch, layers) = self.linear.take();
+        Ok(cuda::weight_gradients(&self.gpu, batch, &layers, self.element())?)
     }
 
-    fn layer<'a>(&self, f: VectorActivation, linear: &'a Linear, batch: usize) -> LinearLayer<'a> {
-        let Linear { weight, bias } = linear;
-        let activation = match f {
-            VectorActivation::None => 0,
-            VectorActivation::Silu => 1,
-            VectorActivation::Gelu => 2,
-        };
-        LinearLayer { precision: self.precision, batch, weight, bias, activation }
+    /// Calls `f` with a normalisation of maps of dimensions `dims`.
+    fn with_norm<R>(
+        &self,
+        norm: &Norm<'_, DeviceMap>,
+        dims: [usize; 4],
+        f: impl FnOnce(cuda::Norm<'_>) -> candle_core::Result<R>,
+    ) -> Result<R> {
+        let GroupNorm { weight, bias, config } = norm.layer;
+        let by = norm.by.map(|by| self.ready(by)).transpose()?;
+        let (element, by) = (self.element(), by.as_deref());
+        Ok(f(cuda::Norm { element, dims, config: *config, weight, bias, by })?)
     }
 
     /// Allocates memory for the gradient of a weight.
@@ -83,112 +108,142 @@ impl<'p> Cuda<'p> {
 }
 
 impl Maps for Cuda<'_> {
-    type Buffer = Memory;
+    type Buffer = DeviceMap;
     type Statistics = NormStatistics;
 
-    fn images(&self, x: &Tensor) -> Result<Memory> {
-        Ok(cuda::images_to_map(&self.gpu, &x.to_dtype(DType::F32)?, self.element())?)
+    fn images(&self, x: &Tensor) -> Result<DeviceMap> {
+        Ok(cuda::images_to_map(&self.gpu, &x.to_dtype(DType::F32)?, self.element())?.into())
     }
 
-    fn to_images(&self, dims: [usize; 4], map: &Memory) -> Result<Tensor> {
-        Ok(cuda::map_to_images(&self.gpu, map, dims, self.element())?)
+    fn to_images(&self, dims: [usize; 4], map: &DeviceMap) -> Result<Tensor> {
+        Ok(cuda::map_to_images(&self.gpu, &*self.ready(map)?, dims, self.element())?)
     }
 
-    fn sinusoids(&self, sinusoids: &Sinusoids, t: &Tensor) -> Result<Memory> {
+    fn sinusoids(&self, sinusoids: &Sinusoids, t: &Tensor) -> Result<DeviceMap> {
         let dtype = if t.dtype().is_int() { DType::U32 } else { DType::F32 };
         let t = t.to_dtype(dtype)?.contiguous()?;
         let Sinusoids { decay, scale, cosines_first, .. } = *sinusoids;
         let (half, by) = (sinusoids.dim() / 2, [decay, scale]);
-        Ok(cuda::sinusoids(&self.gpu, &t, half, by, cosines_first, self.element())?)
+        Ok(cuda::sinusoids(&self.gpu, &t, half, by, cosines_first, self.element())?.into())
+    }
+
+    fn take(&self, len: usize) -> Result<DeviceMap> {
+        Ok(self.on().take(len)?.into())
+    }
+
+    fn add(&self, sum: &mut DeviceMap, more: &DeviceMap, len: usize) -> Result<()> {
+        if sum.join(more) {
+            return Ok(());
+        }
+        let more = self.ready(more)?;
+        let sum = sum.writable(self.on(), len)?;
+        Ok(cuda::add(&self.gpu, &sum, &more, len, self.element())?)
     }
 
     fn finish(&self) -> Result<()> {
+        self.sums.compute(&self.gpu)?;
+        self.linear_gradients()?;
         Ok(self.weights.finish()?)
-    }
-
-    fn take(&self, len: usize) -> Result<Memory> {
-        Ok(self.gpu.take_for(len, self.element())?)
-    }
-
-    fn add(&self, sum: &mut Memory, more: &Memory, len: usize) -> Result<()> {
-        Ok(cuda::add(&self.gpu, sum, more, len, self.element())?)
     }
 
     fn convolve(
         &self,
         conv: &Conv2d,
         dims: [usize; 4],
-        x: &Memory,
-        add: Add<'_, Memory>,
-    ) -> Result<([usize; 4], Memory)> {
+        x: &DeviceMap,
+        add: Add<'_, DeviceMap>,
+    ) -> Result<([usize; 4], DeviceMap)> {
         let convolution = self.convolution(conv, dims)?;
         let packed = self.weights.of_convolution(&convolution, &conv.weight)?;
-        let Add { per_image, residual } = add;
-        let added = Added { bias: &conv.bias, per_image, residual };
-        Ok((convolution.output(), convolution.forward(&self.gpu, x, packed, &added)?))
+        let y = convolution.forward(&self.gpu, &*self.ready(x)?, packed)?;
+        let [batch, h, w, channels] = convolution.output();
+        let added = add.map(|map| map.map(|map| self.ready(map)).transpose());
+        let addends = Addends {
+            dims: [batch, h * w, channels],
+            bias: Some(conv.bias.clone()),
+            per_image: added.per_image?,
+            residual: added.residual?,
+            mask: None,
+        };
+        Ok((convolution.output(), DeviceMap::adding(y, addends)))
     }
 
     fn convolve_weight_gradients(
         &self,
         conv: &Conv2d,
         dims: [usize; 4],
-        x: &Memory,
-        dy: &Memory,
+        x: &DeviceMap,
+        dy: &DeviceMap,
         per_image: bool,
-    ) -> Result<([Tensor; 2], Option<Memory>)> {
+    ) -> Result<([Tensor; 2], Option<DeviceMap>)> {
         let convolution = self.convolution(conv, dims)?;
         let [weight, bias] = self.gradients([&conv.weight, &conv.bias])?;
-        self.weights.gradient(&convolution, [x, dy], (&conv.weight, &weight))?;
-        let of_images = convolution.bias_gradient(&self.gpu, dy, &bias, per_image)?;
-        Ok(([weight, bias], of_images))
+        let [batch, h, w, channels] = convolution.output();
+        let sums = dy.image_sums(self.on(), [batch, h * w, channels])?;
+        self.sums.add(&self.gpu, sums.sums.clone(), batch, &bias)?;
+        let maps = [&*self.ready(x)?, &*self.ready(dy)?];
+        self.weights.gradient(&convolution, maps, (&conv.weight, &weight))?;
+        Ok(([weight, bias], per_image.then(|| sums.of_maps.clone().into())))
     }
 
     fn convolve_input_gradient(
         &self,
         conv: &Conv2d,
         dims: [usize; 4],
-        dy: &Memory,
-        dx: &mut Memory,
+        dy: &DeviceMap,
+        dx: &mut DeviceMap,
         accumulate: bool,
     ) -> Result<()> {
         let convolution = self.convolution(conv, dims)?;
         let packed = self.weights.of_convolution(&convolution, &conv.weight)?;
-        Ok(convolution.input_gradient(&self.gpu, dy, packed, dx, accumulate)?)
+        let (dy, dx) = (self.ready(dy)?, dx.writable(self.on(), dims.iter().product())?);
+        Ok(convolution.input_gradient(&self.gpu, &dy, packed, &dx, accumulate)?)
     }
 
     fn normalize(
         &self,
-        norm: Norm<'_, Memory>,
+        norm: Norm<'_, DeviceMap>,
         dims: [usize; 4],
-        x: &Memory,
-    ) -> Result<(Memory, NormStatistics)> {
-        Ok(self.norm(&norm, dims).forward(&self.gpu, x)?)
+        x: &DeviceMap,
+    ) -> Result<(DeviceMap, NormStatistics)> {
+        let [batch, h, w, channels] = dims;
+        let (y, statistics) = x.with_addends(self.on(), [batch, h * w, channels], |x, added| {
+            self.with_norm(&norm, dims, |norm| norm.forward(&self.gpu, x, added))
+        })?;
+        Ok((y.into(), statistics))
     }
 
     fn normalize_again(
         &self,
-        norm: Norm<'_, Memory>,
+        norm: Norm<'_, DeviceMap>,
         dims: [usize; 4],
-        x: &Memory,
+        x: &DeviceMap,
         statistics: &NormStatistics,
-    ) -> Result<Memory> {
-        Ok(self.norm(&norm, dims).again(&self.gpu, x, statistics)?)
+    ) -> Result<DeviceMap> {
+        let x = self.ready(x)?;
+        Ok(self.with_norm(&norm, dims, |norm| norm.again(&self.gpu, &x, statistics))?.into())
     }
 
     fn normalize_backward(
         &self,
-        norm: Norm<'_, Memory>,
+        norm: Norm<'_, DeviceMap>,
         dims: [usize; 4],
-        x: &Memory,
+        x: &DeviceMap,
         statistics: &NormStatistics,
-        d: &mut Memory,
-        more: Option<&Memory>,
-    ) -> Result<([Tensor; 2], Option<Memory>)> {
-        let [weight, bias] = self.gradients([&norm.layer.weight, &norm.layer.bias])?;
-        let gradients = [&weight, &bias];
-        let own = self.norm(&norm, dims);
-        let by = own.backward(&self.gpu, x, statistics, d, more, gradients)?;
-        Ok(([weight, bias], by))
+        d: &mut DeviceMap,
+        more: Option<&DeviceMap>,
+    ) -> Result<([Tensor; 2], Option<DeviceMap>)> {
+        let gradients = self.gradients([&norm.layer.weight, &norm.layer.bias])?;
+        let more = more.map(|more| self.ready(more)).transpose()?;
+        let (x, to) = (self.ready(x)?, d.writable(self.on(), dims.iter().product())?);
+        let NormGradients { of_vectors, by, sums } = self.with_norm(&norm, dims, |norm| {
+            norm.backward(&self.gpu, (&x, statistics), &to, more.as_deref())
+        })?;
+        d.set_sums(Rc::new(sums));
+        for (of_images, gradient) in of_vectors.into_iter().zip(&gradients) {
+            self.sums.add(&self.gpu, Rc::new(of_images), dims[0], gradient)?;
+        }
+        Ok((gradients, by.map(DeviceMap::from)))
     }
 
     fn linear(
@@ -196,9 +251,11 @@ impl Maps for Cuda<'_> {
         f: VectorActivation,
         linear: &Linear,
         batch: usize,
-        x: &Memory,
-    ) -> Result<Memory> {
-        Ok(self.layer(f, linear, batch).forward(&self.gpu, x)?)
+        x: &DeviceMap,
+    ) -> Result<DeviceMap> {
+        let (Linear { weight, bias }, activation) = (linear, number_of(f));
+        let layer = LinearLayer { element: self.element(), batch, weight, bias, activation };
+        Ok(layer.forward(&self.gpu, &*self.ready(x)?)?.into())
     }
 
     fn linear_backward(
@@ -206,45 +263,60 @@ impl Maps for Cuda<'_> {
         f: VectorActivation,
         linear: &Linear,
         batch: usize,
-        x: &Memory,
-        dy: &Memory,
-    ) -> Result<(Memory, [Tensor; 2])> {
-        let [weight, bias] = self.gradients([&linear.weight, &linear.bias])?;
-        let layer = self.layer(f, linear, batch);
-        let dx = layer.backward(&self.gpu, x, dy, [&weight, &bias])?;
-        Ok((dx, [weight, bias]))
+        x: &DeviceMap,
+        dy: &DeviceMap,
+    ) -> Result<(DeviceMap, [Tensor; 2])> {
+        let gradients = self.gradients([&linear.weight, &linear.bias])?;
+        let (x, dy, activation) = (self.ready(x)?, self.ready(dy)?, number_of(f));
+        let [weight, bias] = gradients.clone();
+        let own = WeightGradient { x: x.clone(), dy: dy.clone(), activation, weight, bias };
+        if self.linear.borrow().0 != batch {
+            self.linear_gradients()?;
+            self.linear.borrow_mut().0 = batch;
+        }
+        self.linear.borrow_mut().1.push(own);
+        let (input, layers) = (linear.weight.dim(1)?, vec![(dy, linear.weight.clone())]);
+        let dx = InputGradient { x, batch, input, activation, layers };
+        Ok((DeviceMap::linear(dx), gradients))
     }
 
-    fn add_class(&self, embedding: &Embedding, classes: &Tensor, x: &Memory) -> Result<Memory> {
+    fn add_class(
+        &self,
+        embedding: &Embedding,
+        classes: &Tensor,
+        x: &DeviceMap,
+    ) -> Result<DeviceMap> {
         let (table, classes) = (&embedding.weight, classes.contiguous()?);
-        Ok(cuda::add_class(&self.gpu, table, &classes, x, self.element())?)
+        Ok(cuda::add_class(&self.gpu, table, &classes, &*self.ready(x)?, self.element())?.into())
     }
 
     fn add_class_backward(
         &self,
         embedding: &Embedding,
         classes: &Tensor,
-        dy: &Memory,
+        dy: &DeviceMap,
     ) -> Result<Tensor> {
         let gradient = self.gradient(&embedding.weight)?;
-        cuda::sums_by_class(&self.gpu, &classes.contiguous()?, dy, &gradient, self.element())?;
+        let (classes, dy) = (classes.contiguous()?, self.ready(dy)?);
+        cuda::sums_by_class(&self.gpu, &classes, &dy, &gradient, self.element())?;
         Ok(gradient)
     }
 
-    fn mask(&self, dropout: &Dropout, layer: u16, dims: [usize; 4], p: f64) -> Result<Memory> {
+    fn mask(&self, dropout: &Dropout, layer: u16, dims: [usize; 4], p: f64) -> Result<DeviceMap> {
         let address = dropout.noise.address(Purpose::Dropout, layer, dropout.step);
         let (first, sizes) = (dropout.first_sample, (dims[0], dims[3]));
-        Ok(cuda::dropout_mask(&self.gpu, address, first, sizes, p, self.element())?)
+        Ok(cuda::dropout_mask(&self.gpu, address, first, sizes, p, self.element())?.into())
     }
 
-    fn scale_maps(&self, dims: [usize; 4], x: &Memory, mask: &Memory) -> Result<Memory> {
-        Ok(cuda::scale_maps(&self.gpu, x, mask, dims, self.element())?)
+    fn scale_maps(&self, dims: [usize; 4], x: &DeviceMap, mask: &DeviceMap) -> Result<DeviceMap> {
+        let [batch, h, w, channels] = dims;
+        x.masked(self.on(), [batch, h * w, channels], self.ready(mask)?)
     }
 
     fn drop_values(
         &self,
         [batch, h, w, channels]: [usize; 4],
-        x: &mut Memory,
+        x: &mut DeviceMap,
         dropout: &Dropout,
         layer: u16,
         p: f64,
@@ -256,163 +328,56 @@ impl Maps for Cuda<'_> {
         Ok(())
     }
 
-    fn repeat_pixels(&self, dims: [usize; 4], x: &Memory, factor: f32) -> Result<Memory> {
-        Ok(cuda::repeat_pixels(&self.gpu, x, dims, factor, self.element())?)
+    fn repeat_pixels(&self, dims: [usize; 4], x: &DeviceMap, factor: f32) -> Result<DeviceMap> {
+        Ok(cuda::repeat_pixels(&self.gpu, &*self.ready(x)?, dims, factor, self.element())?.into())
     }
 
-    fn sum_pixels(&self, dims: [usize; 4], x: &Memory, factor: f32) -> Result<Memory> {
-        Ok(cuda::sum_pixels(&self.gpu, x, dims, factor, self.element())?)
+    fn sum_pixels(&self, dims: [usize; 4], x: &DeviceMap, factor: f32) -> Result<DeviceMap> {
+        Ok(cuda::sum_pixels(&self.gpu, &*self.ready(x)?, dims, factor, self.element())?.into())
     }
 
     fn concatenate(
         &self,
         pixels: usize,
         channels: [usize; 2],
-        maps: [&Memory; 2],
-    ) -> Result<Memory> {
-        Ok(cuda::concatenate(&self.gpu, maps, channels, pixels, self.element())?)
+        maps: [&DeviceMap; 2],
+    ) -> Result<DeviceMap> {
+        let [a, b] = [self.ready(maps[0])?, self.ready(maps[1])?];
+        Ok(cuda::concatenate(&self.gpu, [&a, &b], channels, pixels, self.element())?.into())
     }
 
-    fn split(&self, pixels: usize, channels: [usize; 2], map: &Memory) -> Result<[Memory; 2]> {
-        Ok(cuda::split(&self.gpu, map, channels, pixels, self.element())?)
+    fn split(
+        &self,
+        pixels: usize,
+        channels: [usize; 2],
+        map: &DeviceMap,
+    ) -> Result<[DeviceMap; 2]> {
+        let map = self.ready(map)?;
+        let parts = cuda::split(&self.gpu, &map, channels, pixels, self.element())?;
+        Ok(parts.map(DeviceMap::from))
     }
 
-    fn attention(&self, batch: usize, shape: AttentionShape, qkv: &Memory) -> Result<Memory> {
-        Ok(self.attention_of(batch, shape).forward(&self.gpu, qkv)?)
+    fn attention(&self, batch: usize, shape: AttentionShape, qkv: &DeviceMap) -> Result<DeviceMap> {
+        Ok(self.attention_of(batch, shape).forward(&self.gpu, &*self.ready(qkv)?)?.into())
     }
 
     fn attention_backward(
         &self,
         batch: usize,
         shape: AttentionShape,
-        qkv: &Memory,
-        dy: &Memory,
-    ) -> Result<Memory> {
-        Ok(self.attention_of(batch, shape).backward(&self.gpu, qkv, dy)?)
+        qkv: &DeviceMap,
+        dy: &DeviceMap,
+    ) -> Result<DeviceMap> {
+        let (qkv, dy) = (self.ready(qkv)?, self.ready(dy)?);
+        Ok(self.attention_of(batch, shape).backward(&self.gpu, &qkv, &dy)?.into())
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-    use std::path::Path;
-
-    use candle_core::Device;
-
-    use super::*;
-    use crate::denoiser::{Condition, Denoiser, Trainable};
-    use crate::engine::Model;
-    use crate::model::{Parameters, UNet, UNetConfig};
-    use crate::process::Diffusion;
-    use crate::sample::{Sampler, Solver};
-
-    fn config() -> UNetConfig {
-        UNetConfig {
-            image_size: 8.into(),
-            hidden_dims: vec![8, 16],
-            time_dim: 12,
-            attention_levels: vec![0],
-            classes: Some(2),
-            ..UNetConfig::mnist()
-        }
-    }
-
-    fn precisions() -> Vec<Precision> {
-        let halves = [Precision::BF16, Precision::F16];
-        [Precision::Highest]
-            .into_iter()
-            .chain(halves.into_iter().filter(|_| cfg!(feature = "f16")))
-            .collect()
-    }
-
-    /// Copies these weights to a network that does not change.
-    fn fixed(
-        parameters: &Parameters,
-        precision: Precision,
-        device: &Device,
-    ) -> Result<Model<UNet>> {
-        let weights: BTreeMap<_, _> =
-            parameters.vars().into_iter().map(|(k, v)| (k, v.as_detached_tensor())).collect();
-        let weights = Parameters::frozen(Path::new("weights"), weights, DType::F32, device);
-        weights.build(&config())?.with_precision(precision)
-    }
-
-    fn bits(x: &Tensor) -> Result<Vec<u32>> {
-        Ok(x.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
-    }
-
-    #[test]
-    fn captured_sampling_is_sampling_without_graphs() -> Result<()> {
-        let device = Device::new_cuda(0)?;
-        for precision in precisions() {
-            let parameters = Parameters::new(7, DType::F32, &device);
-            let _: Model<UNet> = parameters.build(&config())?;
-            let graphs = fixed(&parameters, precision, &device)?;
-            let mut plain = fixed(&parameters, precision, &device)?;
-            plain.set_recompute(true)?;
-            let sampler = Sampler::new(&Diffusion::ddpm(), Solver::ddpm(), 14)?.clip_denoised(true);
-            // The third run begins with the graph of the first.
-            for (seed, batch) in [(0, 3), (1, 2), (2, 3)] {
-                let sample = |model: &Model<UNet>| -> Result<Vec<u32>> {
-                    bits(&sampler.sample(model, (batch, 1, 8, 8), seed, &device)?)
-                };
-                assert!(sample(&graphs)? == sample(&plain)?, "{precision}, seed {seed}");
-            }
-            assert!(cuda::is_captured(&graphs.pool().network));
-            assert!(!cuda::is_captured(&plain.pool().network));
-        }
-        Ok(())
-    }
-
-    /// A pass of a network that was used before equals the first pass of a new network with the same weights.
-    #[test]
-    fn passes_use_the_weights_as_they_are() -> Result<()> {
-        let device = Device::new_cuda(0)?;
-        for precision in precisions() {
-            let parameters = Parameters::new(7, DType::F32, &device);
-            let model: Model<UNet> = parameters.build(&config())?.with_precision(precision)?;
-            let x = Sampler::prior((2, 1, 8, 8), 1, &device)?;
-            let t = Tensor::new(&[3u32, 700], &device)?;
-            let pass = |model: &Model<UNet>| -> Result<Vec<u32>> {
-                let (dropout, mut output) = (Dropout::new(0, 0), None);
-                let condition = Condition::classes(vec![1, 0])?;
-                let gradients = model.gradients(&x, &t, &condition, &dropout, &mut |y| {
-                    output = Some(y.clone());
-                    Ok(y.clone())
-                })?;
-                let output = output.ok_or_else(|| Error::config("outputs", 0, "1"))?;
-                drop(gradients);
-                bits(&output.prediction)
-            };
-            let new = || -> Result<Vec<u32>> {
-                let condition = Condition::classes(vec![1, 0])?;
-                let fixed = fixed(&parameters, precision, &device)?;
-                bits(&fixed.denoise(&x, &t, &condition)?.prediction)
-            };
-            let mut before = Vec::new();
-            for route in 0..3 {
-                for (name, var) in parameters.vars() {
-                    if !name.ends_with("weight") {
-                        continue;
-                    }
-                    let (weight, same) = (var.as_detached_tensor(), var.copy()?);
-                    match route {
-                        0 => {}
-                        1 => {
-                            var.set(&(same.to_device(&Device::Cpu)? * 1.25)?.to_device(&device)?)?
-                        }
-                        // In place, as the updates and averages of the device.
-                        _ => cuda::add_to(&weight, &same)?,
-                    }
-                }
-                let expected = new()?;
-                assert!(expected != before, "{precision}, route {route}: nothing has changed");
-                for k in 0..3 {
-                    assert!(pass(&model)? == expected, "{precision}, route {route}, pass {k}");
-                }
-                before = expected;
-            }
-        }
-        Ok(())
+/// The number of an activation in the kernels.
+fn number_of(f: VectorActivation) -> i32 {
+    match f {
+        VectorActivation::None => 0,
+        VectorActivation::Silu => 1,
+        VectorActivation::Gelu => 2,
     }
 }

@@ -324,7 +324,6 @@ fn larger_tiles_have_the_documented_errors() {
                     let off = found.iter().zip(exact).map(|(f, e)| (f64::from(*f) - e).powi(2));
                     let off = off.sum::<f64>() / exact.iter().map(|e| e * e).sum::<f64>();
                     let off = off.sqrt();
-                    println!("{isa:?}, {size}x{size}, {math:?}, {name}: {off:.1e}");
                     assert!((least..most).contains(&off), "{isa:?}, {math:?}, {name}: {off}");
                 }
             }

@@ -12,12 +12,21 @@ typedef unsigned long long u64;
 typedef float T;
 __device__ inline float get(T value) { return value; }
 __device__ inline T put(float value) { return value; }
+__device__ inline u32 bits_of(T value) { return __float_as_uint(value); }
+__device__ inline T of_bits(u32 bits) { return __uint_as_float(bits); }
 
-#elif defined(DDPM_BF16)
+#else
 
 struct T {
     unsigned short bits;
 };
+__device__ inline u32 bits_of(T value) { return value.bits; }
+__device__ inline T of_bits(u32 bits) { return {(unsigned short)bits}; }
+
+#endif
+
+#if defined(DDPM_BF16)
+
 __device__ inline float get(T value) { return __uint_as_float((u32)value.bits << 16); }
 __device__ inline T put(float value) {
     T result;
@@ -31,9 +40,6 @@ __device__ inline T put(float value) {
 
 #elif defined(DDPM_F16)
 
-struct T {
-    unsigned short bits;
-};
 #ifndef DDPM_HALF_CONVERSIONS
 __device__ inline float half_to_float(unsigned short bits) {
     float value;
@@ -120,6 +126,34 @@ __device__ inline void store(T *x, const Values &values, u32 width) {
     }
 }
 
+// The same values as they are in memory, in whole registers. Entries from `width` on are zero.
+struct alignas(16) Packed {
+    u32 at[4];
+};
+
+__device__ inline Packed packed(const Values &values) {
+    const u32 bits = 8 * (u32)sizeof(T);
+    Packed pack = {{0, 0, 0, 0}};
+    EACH(k) pack.at[k * bits / 32] |= bits_of(put(values.at[k])) << k * bits % 32;
+    return pack;
+}
+
+__device__ inline Values unpacked(const Packed &pack, u32 width) {
+    const u32 bits = 8 * (u32)sizeof(T);
+    Values values;
+    EACH(k) values.at[k] = k < width ? get(of_bits(pack.at[k * bits / 32] >> k * bits % 32)) : 0.0f;
+    return values;
+}
+
+__device__ inline Packed load_packed(const T *x, u32 width) {
+    return width == WIDTH ? *(const Packed *)x : packed(load(x, width));
+}
+
+__device__ inline void store_packed(T *x, const Packed &pack, u32 width) {
+    if (width == WIDTH) *(Packed *)x = pack;
+    else store(x, unpacked(pack, width), width);
+}
+
 struct alignas(16) Four {
     float at[4];
 };
@@ -136,6 +170,31 @@ __device__ inline Values load_channels(const float *x, u32 width) {
         EACH(k) if (k < width) values.at[k] = x[k];
     }
     return values;
+}
+
+// Adds to values any of: a bias, a vector, and values of another map. Then multiplies them by the factors of a mask.
+// Each pointer is null or that of the first channel.
+__device__ inline Values with_addends(
+    Values sum, const float *bias, const T *vector, const T *residual, const T *mask, u32 width
+) {
+    if (bias) {
+        Values more = load_channels(bias, width);
+        EACH(k) sum.at[k] += more.at[k];
+    }
+    if (vector) {
+        Values more = load(vector, width);
+        EACH(k) sum.at[k] += more.at[k];
+    }
+    if (residual) {
+        Values more = load(residual, width);
+        EACH(k) sum.at[k] += more.at[k];
+    }
+    if (mask) {
+        Values factors = load(mask, width);
+        // Never joined with an addition that follows: the sum has the same bits in each kernel.
+        EACH(k) sum.at[k] = __fmul_rn(sum.at[k], factors.at[k]);
+    }
+    return sum;
 }
 
 // Returns the sum over a block of THREADS threads to each of them. `shared`: THREADS / 32 values.

@@ -45,13 +45,16 @@ pub(crate) use attention::Attention;
 pub(crate) use conv::Convolution;
 pub(crate) use device::{Gpu, upload};
 pub(crate) use element::Element;
-pub(crate) use linear::{LinearLayer, add_class, sinusoids, sums_by_class};
+pub(crate) use linear::{
+    InputGradient, LinearLayer, WeightGradient, add_class, sinusoids, sums_by_class,
+    weight_gradients,
+};
 pub(crate) use maps::{
-    Added, add, concatenate, images_to_map, map_to_images, repeat_pixels, scale_maps, split,
-    sum_pixels,
+    Added, ColumnSums, ImageSums, add, concatenate, images_to_map, map_to_images, repeat_pixels,
+    split, sum_pixels,
 };
 pub(crate) use memory::Memory;
-pub(crate) use norm::{Norm, NormStatistics};
+pub(crate) use norm::{Norm, NormGradients, NormStatistics};
 #[cfg(test)]
 pub(crate) use pass_graph::is_captured;
 pub(crate) use pass_graph::repeated;

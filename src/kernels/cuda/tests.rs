@@ -135,11 +135,11 @@ fn cudnn_has_a_plan_for_each_convolution() {
     }
 }
 
-/// Tests a convolution of (batch, height, width), with values added to its output and its gradient.
 fn bits(x: &Tensor) -> Result<Vec<u32>> {
     Ok(x.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
 }
 
+/// Tests a convolution of (batch, height, width), with values added to its output and its gradient.
 fn convolution_agrees(
     (batch, h, w): (usize, usize, usize),
     (c_in, c_out): (usize, usize),
@@ -187,11 +187,14 @@ fn convolution_agrees(
         let packed = weights.of_convolution(&convolution, &gpu_weight)?;
         assert!(packed != first_packed || kernel == 1);
         let added_there = Added {
-            bias: &bias.to_device(&device(&gpu))?,
+            bias: Some(&bias.to_device(&device(&gpu))?),
             per_image: per.as_ref(),
             residual: more.as_ref(),
+            mask: None,
         };
-        let found = convolution.forward(&gpu, &gx, packed, &added_there)?;
+        let found = convolution.forward(&gpu, &gx, packed)?;
+        let sizes = [batch, out[1] * out[2], c_out];
+        added_there.add_to(&gpu, [&found, &found], sizes, Element::of(precision))?;
         // The products are rounded to the maps' type before anything is added.
         let stored = products.storing(&((y.exact.abs()? * 2.0)? + added)?);
         let bound = plus([products.of(&y), stored]);
@@ -206,7 +209,11 @@ fn convolution_agrees(
 
         let plain = Products { operands: 0.0, ..products };
         let gradient = bias.to_device(&device(&gpu))?.zeros_like()?;
-        let found = convolution.bias_gradient(&gpu, &gdy, &gradient, true)?.expect("sums by image");
+        let found = ImageSums::of(&gpu, &gdy, None, sizes, Element::of(precision))?;
+        let all = ColumnSums::default();
+        all.add(&gpu, found.sums.clone(), batch, &gradient)?;
+        all.compute(&gpu)?;
+        let found = found.of_maps;
         check(&name("gradient of the bias"), &gradient, &dbias.exact, &plain.of(&dbias));
         let by_image =
             |_: &[usize]| Tensor::ones((batch, c_out), DType::F64, &Device::Cpu).unwrap();
@@ -275,19 +282,102 @@ fn normalisation_agrees(
             by: None,
         };
         let gx = map(&gpu, &x, precision)?;
-        let (y, statistics) = norm.forward(&gpu, &gx)?;
+        let (y, statistics) = norm.forward(&gpu, &gx, None)?;
         check("y", &unmap(&gpu, &y, dims, precision)?, 0);
         let again = norm.again(&gpu, &gx, &statistics)?;
         check("y again", &unmap(&gpu, &again, dims, precision)?, 0);
 
         let d = map(&gpu, &dy, precision)?;
         let more = add.then(|| map(&gpu, &more, precision)).transpose()?;
-        let gradients = [weight.zeros_like()?, bias.zeros_like()?];
-        let [for_weight, for_bias] = &gradients;
-        norm.backward(&gpu, &gx, &statistics, &d, more.as_ref(), [for_weight, for_bias])?;
-        check("gradient of x", &unmap(&gpu, &d, dims, precision)?, 1);
-        check("gradient of the weight", for_weight, 2);
-        check("gradient of the bias", for_bias, 3);
+        let NormGradients { of_vectors, sums, .. } =
+            norm.backward(&gpu, (&gx, &statistics), &d, more.as_ref())?;
+        let [for_weight, for_bias] = summed(&gpu, of_vectors, batch, &weight)?;
+        let dx = unmap(&gpu, &d, dims, precision)?;
+        check("gradient of x", &dx, 1);
+        check("gradient of the weight", &for_weight, 2);
+        check("gradient of the bias", &for_bias, 3);
+        check_sums(&gpu, &sums, &dx, precision)?;
+    }
+    Ok(())
+}
+
+/// Sums the contributions of images to the gradients of vectors of the shape of `like`.
+fn summed(gpu: &Gpu, of_images: [Memory; 2], batch: usize, like: &Tensor) -> Result<[Tensor; 2]> {
+    let (all, sums) = (ColumnSums::default(), [like.zeros_like()?, like.zeros_like()?]);
+    for (of_images, sum) in of_images.into_iter().zip(&sums) {
+        all.add(gpu, Rc::new(of_images), batch, sum)?;
+    }
+    all.compute(gpu)?;
+    Ok(sums)
+}
+
+/// Compares sums over the pixels of each image with those of the map `x`, which was rounded after they were computed.
+fn check_sums(gpu: &Gpu, sums: &ImageSums, x: &Tensor, precision: Precision) -> Result<()> {
+    let (batch, h, w, channels) = x.dims4()?;
+    let x = x.to_dtype(DType::F64)?;
+    let (exact, magnitude) = (x.sum((1, 2))?, x.abs()?.sum((1, 2))?);
+    let stored = match precision {
+        Precision::BF16 => BF16,
+        Precision::F16 => F16,
+        _ => 0.0,
+    };
+    let bound =
+        ((magnitude * (stored + (h * w + 8) as f64 * rounding::F32))? + 1e-7 * (h * w) as f64)?;
+    let found = unmap(gpu, &sums.sums, [batch, 1, 1, channels], Precision::Highest)?;
+    check("sums by image", &found.reshape((batch, channels))?, &exact, &bound);
+    let found = unmap(gpu, &sums.of_maps, [batch, 1, 1, channels], precision)?;
+    let bound = (bound + (exact.abs()? * (1.01 * stored))?)?;
+    check("sums by image in the maps' type", &found.reshape((batch, channels))?, &exact, &bound);
+    Ok(())
+}
+
+/// Values are added, and a mask applied, with the same bits by the normalisation, by its own pass, and by the sums of a
+/// gradient.
+#[test]
+fn addends_have_the_same_bits_in_each_kernel() -> Result<()> {
+    let gpu = gpu();
+    // Several groups of a line, one, and lines of other sizes than powers of two.
+    for (groups, group) in [(4, 8), (2, 64), (3, 5), (8, 2), (1, 96)] {
+        for (precision, _) in precisions() {
+            let (element, dims) = (Element::of(precision), [3, 6, 7, groups * group]);
+            let normal = |k: u32, shape: &[usize]| normal(Normals(9), k, shape, precision);
+            let [batch, h, w, channels] = dims;
+            let vectors = [batch, 1, 1, channels];
+            let [bias, weight] = [1, 2].map(|k| normal(k, &[channels]).to_device(&device(&gpu)));
+            let (bias, weight) = (bias?, weight?);
+            let (x, residual) = (normal(3, &dims), map(&gpu, &normal(4, &dims), precision)?);
+            let [per_image, mask] = [5, 6].map(|k| map(&gpu, &normal(k, &vectors), precision));
+            let (per_image, mask) = (per_image?, mask?);
+            let config = NormConfig { groups, eps: EPS, activation: Activation::Silu };
+            let norm = Norm { element, dims, config, weight: &weight, bias: &bias, by: None };
+            let sizes = [batch, h * w, channels];
+            let added = Added {
+                bias: Some(&bias),
+                per_image: Some(&per_image),
+                residual: Some(&residual),
+                mask: Some(&mask),
+            };
+            let values = |m: &Memory| -> Result<Vec<f32>> {
+                unmap(&gpu, m, dims, precision)?.flatten_all()?.to_vec1()
+            };
+            let apart = map(&gpu, &x, precision)?;
+            added.add_to(&gpu, [&apart, &apart], sizes, element)?;
+            let (y, _) = norm.forward(&gpu, &apart, None)?;
+            let together = map(&gpu, &x, precision)?;
+            let to = gpu.take_for(x.elem_count(), element)?;
+            for to in [&to, &together] {
+                let (found, _) = norm.forward(&gpu, &together, Some((&added, to)))?;
+                assert_eq!(values(to)?, values(&apart)?, "{precision}, {groups} of {group}");
+                assert_eq!(values(&found)?, values(&y)?, "{precision}, {groups} of {group}");
+            }
+            let masked = map(&gpu, &x, precision)?;
+            let only = Added { mask: Some(&mask), ..Added::default() };
+            only.add_to(&gpu, [&masked, &masked], sizes, element)?;
+            let found = map(&gpu, &x, precision)?;
+            let sums = ImageSums::of(&gpu, &found, Some(&mask), sizes, element)?;
+            assert_eq!(values(&found)?, values(&masked)?);
+            check_sums(&gpu, &sums, &unmap(&gpu, &found, dims, precision)?, precision)?;
+        }
     }
     Ok(())
 }
@@ -333,22 +423,21 @@ fn modulated_normalisation_agrees(
             by: Some(&by),
         };
         let gx = map(&gpu, x, precision)?;
-        let (y, statistics) = norm.forward(&gpu, &gx)?;
+        let (y, statistics) = norm.forward(&gpu, &gx, None)?;
         check("y", &unmap(&gpu, &y, dims, precision)?);
         let again = norm.again(&gpu, &gx, &statistics)?;
         check("again", &unmap(&gpu, &again, dims, precision)?);
 
         let d = map(&gpu, dy, precision)?;
         let more = more.as_ref().map(|more| map(&gpu, more, precision)).transpose()?;
-        let gradients = [weight.zeros_like()?, bias.zeros_like()?];
-        let [for_weight, for_bias] = &gradients;
-        let of_vectors = [for_weight, for_bias];
-        let d_by = norm.backward(&gpu, &gx, &statistics, &d, more.as_ref(), of_vectors)?;
+        let NormGradients { of_vectors, by: d_by, .. } =
+            norm.backward(&gpu, (&gx, &statistics), &d, more.as_ref())?;
+        let [for_weight, for_bias] = summed(&gpu, of_vectors, batch, &weight)?;
         let d_by = d_by.expect("the gradient of scales and shifts");
         let d_by = unmap(&gpu, &d_by, [batch, 1, 1, 2 * channels], precision)?;
         check("dx", &unmap(&gpu, &d, dims, precision)?);
-        check("dweight", for_weight);
-        check("dbias", for_bias);
+        check("dweight", &for_weight);
+        check("dbias", &for_bias);
         check("dby", &d_by.reshape((batch, 2 * channels))?);
     }
     Ok(())
@@ -405,15 +494,35 @@ fn linear_layer_agrees(
 
         let vector = |t: &Tensor| map(&gpu, &t.unsqueeze(1)?.unsqueeze(1)?, precision);
         let (weight, bias) = (weight.to_device(&device(&gpu))?, bias.to_device(&device(&gpu))?);
-        let layer = LinearLayer { precision, batch, weight: &weight, bias: &bias, activation };
-        let gx = vector(&x)?;
+        let element = Element::of(precision);
+        let layer = LinearLayer { element, batch, weight: &weight, bias: &bias, activation };
+        let gx = Rc::new(vector(&x)?);
         let y = layer.forward(&gpu, &gx)?;
         check("linear", &unmap(&gpu, &y, [batch, 1, 1, output], precision)?, 0);
-        let gradients = [weight.zeros_like()?, bias.zeros_like()?];
-        let dx = layer.backward(&gpu, &gx, &vector(&dy)?, [&gradients[0], &gradients[1]])?;
-        check("linear's gradient of x", &unmap(&gpu, &dx, [batch, 1, 1, input], precision)?, 1);
-        check("linear's gradient of the weight", &gradients[0], 2);
-        check("linear's gradient of the bias", &gradients[1], 3);
+        let dy = Rc::new(vector(&dy)?);
+        let of_layer = |dy: &Rc<Memory>| -> Result<_> {
+            let (weight, bias) = (weight.zeros_like()?, bias.zeros_like()?);
+            Ok(WeightGradient { x: gx.clone(), dy: dy.clone(), activation, weight, bias })
+        };
+        // More layers than one launch handles.
+        let all = (0..66).map(|_| of_layer(&dy)).collect::<Result<Vec<_>>>()?;
+        weight_gradients(&gpu, batch, &all, element)?;
+        for own in [&all[0], &all[65]] {
+            check("linear's gradient of the weight", &own.weight, 2);
+            check("linear's gradient of the bias", &own.bias, 3);
+        }
+        let layers = vec![(dy, weight.clone())];
+        let mut dx = InputGradient { x: gx, batch, input, activation, layers };
+        let of_one = unmap(&gpu, &dx.compute(&gpu, element)?, [batch, 1, 1, input], precision)?;
+        check("linear's gradient of x", &of_one, 1);
+        // Twice the same layer: each result doubles, exactly.
+        let same = dx.clone();
+        assert!(dx.join(&same));
+        let of_two = unmap(&gpu, &dx.compute(&gpu, element)?, [batch, 1, 1, input], precision)?;
+        let twice = held(&(&of_one * 2.0)?, precision);
+        // Of numbers below the normal ones of f16, the double may have a digit more.
+        let more = (of_two - twice)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(more <= 6e-8, "{precision}: {more}");
     }
     Ok(())
 }

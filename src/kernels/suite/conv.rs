@@ -35,6 +35,9 @@ pub(crate) struct ConvCase {
     pub before: Option<[Tensor; 2]>,
 }
 
+/// The type of the operands, and the height and width of the output of Winograd's tiles.
+type Operands = (DType, Option<[usize; 2]>);
+
 /// The sums of a convolution whose operands are rounded to one type.
 #[derive(Clone)]
 struct ConvSums {
@@ -149,7 +152,7 @@ impl ConvCase {
             self.shape,
             [&self.bias, &self.per_image, &self.residual].map(Option::is_some)
         );
-        let mut known: Vec<((DType, Option<[usize; 2]>), ConvSums)> = Vec::new();
+        let mut known: Vec<(Operands, ConvSums)> = Vec::new();
         for subject in subjects() {
             let arithmetic = subject.convolution_arithmetic(&self.shape);
             let key = (arithmetic.operands, arithmetic.winograd);

@@ -4,12 +4,12 @@
 mod by_dnn;
 mod by_patches;
 
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 use super::device::Gpu;
 use super::element::{Element, Pointer};
 use super::kernel::{Module, argument};
-use super::maps::{Added, Channels, sum_columns, sums_by_image};
+use super::maps::Channels;
 use super::memory::Memory;
 use crate::kernels::op::conv::ConvShape;
 use crate::precision::Precision;
@@ -72,19 +72,12 @@ impl Convolution {
         Channels { channels, pixels, count: self.shape.c_out * channels * pixels }
     }
 
-    /// Computes the output from `x` and the packed weights, and adds `added` to it.
-    pub fn forward(
-        &self,
-        gpu: &Gpu,
-        x: &Memory,
-        packed: Pointer,
-        added: &Added<'_>,
-    ) -> Result<Memory> {
+    /// Computes the output without a bias, from `x` and the packed weights.
+    pub fn forward(&self, gpu: &Gpu, x: &Memory, packed: Pointer) -> Result<Memory> {
         let y = gpu.take_for(self.output().iter().product(), self.element)?;
         if !self.forward_by_dnn(gpu, x, packed, &y)? {
             self.forward_by_patches(gpu, x, packed, &y)?;
         }
-        added.add_to(gpu, &y, [self.shape.batch, self.pixels(), self.shape.c_out], self.element)?;
         Ok(y)
     }
 
@@ -124,24 +117,6 @@ impl Convolution {
         to: Pointer,
     ) -> Result<()> {
         self.weight_gradient_by_patches(gpu, x, dy, to)
-    }
-
-    /// Writes the gradient of the bias. If requested, also returns the gradient of the values that were added
-    /// to each image.
-    pub fn bias_gradient(
-        &self,
-        gpu: &Gpu,
-        dy: &Memory,
-        gradient: &Tensor,
-        per_image: bool,
-    ) -> Result<Option<Memory>> {
-        let count = self.shape.batch * self.shape.c_out;
-        let sums = gpu.take_for(count, Element::F32)?;
-        let of_images = per_image.then(|| gpu.take_for(count, self.element)).transpose()?;
-        let (dims, to) = ([self.shape.batch, self.pixels(), self.shape.c_out], sums.pointer);
-        sums_by_image(gpu, dy, dims, (to, of_images.as_ref()), self.element)?;
-        sum_columns(gpu, &sums, gradient, self.shape.batch)?;
-        Ok(of_images)
     }
 
     /// Writes the gradient of the input to `dx`, or adds it to the values of `dx`.

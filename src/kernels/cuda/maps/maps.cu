@@ -28,36 +28,19 @@ extern "C" __global__ void add(T *sum, const T *more, u32 width, u32 count) {
     store(sum + i, values, width);
 }
 
-// Adds to a map any of: a bias, values per image and channel, and another map.
+// Adds values to a map, and multiplies the sum by a mask; see `with_addends`. `y` may be `x`.
 extern "C" __global__ void add_to_map(
-    T *y, const float *bias, const T *per_image, const T *residual, u32 channels, u32 pixels, u32 width,
-    u32 count
+    const T *x, T *y, const float *bias, const T *per_image, const T *residual, const T *mask, u32 channels,
+    u32 pixels, u32 width, u32 count
 ) {
     u32 i = global_index() * width;
     if (i >= count) return;
-    u32 channel = i % channels;
-    Values sum = load(y + i, width), more = load_channels(bias + channel, width);
-    EACH(k) sum.at[k] += more.at[k];
-    if (per_image) {
-        more = load(per_image + i / (channels * pixels) * channels + channel, width);
-        EACH(k) sum.at[k] += more.at[k];
-    }
-    if (residual) {
-        more = load(residual + i, width);
-        EACH(k) sum.at[k] += more.at[k];
-    }
+    u32 channel = i % channels, vector = i / (channels * pixels) * channels + channel;
+    Values sum = with_addends(
+        load(x + i, width), bias ? bias + channel : 0, per_image ? per_image + vector : 0,
+        residual ? residual + i : 0, mask ? mask + vector : 0, width
+    );
     store(y + i, sum, width);
-}
-
-extern "C" __global__ void scale_maps(
-    const T *x, const T *mask, T *y, u32 channels, u32 pixels, u32 width, u32 count
-) {
-    u32 i = global_index() * width;
-    if (i >= count) return;
-    Values values = load(x + i, width);
-    Values factors = load(mask + i / (channels * pixels) * channels + i % channels, width);
-    EACH(k) values.at[k] *= factors.at[k];
-    store(y + i, values, width);
 }
 
 extern "C" __global__ void concatenate(
@@ -113,17 +96,24 @@ extern "C" __global__ void sum_pixels(
 }
 
 // Computes the sums over the pixels of each image: (batch, channels). One block per image (in x) and per 32
-// widths of channels (in y). Its threads are divided over rows of pixels.
+// widths of channels (in y). Its threads are divided over rows of pixels. With a mask, the map is first replaced by
+// its product with the mask.
 extern "C" __global__ void sums_by_image(
-    const T *x, float *sums, T *also, u32 channels, u32 pixels, u32 width
+    T *x, const T *mask, float *sums, T *also, u32 channels, u32 pixels, u32 width
 ) {
     __shared__ Values shared[THREADS];
     u32 first = blockIdx.y * 32 * width, left = (channels - first) / width;
     u32 packs = left < 32 ? left : 32, rows = THREADS / packs;
     u32 row = threadIdx.x / packs, channel = first + threadIdx.x % packs * width;
-    Values sum = zeros();
+    Values sum = zeros(), factors = zeros();
+    if (mask) factors = load(mask + (u64)blockIdx.x * channels + channel, width);
     for (u32 pixel = row; row < rows && pixel < pixels; pixel += rows) {
-        Values more = load(x + ((u64)blockIdx.x * pixels + pixel) * channels + channel, width);
+        T *at = x + ((u64)blockIdx.x * pixels + pixel) * channels + channel;
+        Values more = load(at, width);
+        if (mask) {
+            EACH(k) more.at[k] = __fmul_rn(more.at[k], factors.at[k]);
+            store(at, more, width);
+        }
         EACH(k) sum.at[k] += more.at[k];
     }
     sum_rows(sum, shared, packs, width, [&](u32 own, float total) {
@@ -133,10 +123,25 @@ extern "C" __global__ void sums_by_image(
     });
 }
 
-// Computes the sums over `count` rows of `columns` values. Blocks have 32 columns by 8 rows.
-extern "C" __global__ void column_sums(const float *x, float *sums, u32 columns, u32 count) {
+// Sums over the rows of a matrix (rows, columns) in f32, at the address `x`, to a vector at the address `sums`. Its
+// blocks, one for each 32 columns, begin with number `first`.
+struct Columns {
+    u64 x, sums;
+    u32 rows, columns, first, unused;
+};
+
+struct AllColumns {
+    Columns at[64];
+};
+
+// Computes the sums of `matrices` matrices. Blocks have 32 columns by 8 rows.
+extern "C" __global__ void column_sums(AllColumns all, u32 matrices) {
     __shared__ double rows[8][33];
-    u32 column = blockIdx.x * 32 + threadIdx.x;
+    u32 own = 0;
+    while (own + 1 < matrices && blockIdx.x >= all.at[own + 1].first) ++own;
+    const float *x = (const float *)all.at[own].x;
+    u32 columns = all.at[own].columns, count = all.at[own].rows;
+    u32 column = (blockIdx.x - all.at[own].first) * 32 + threadIdx.x;
     double sum = 0.0;
     if (column < columns) {
         for (u32 row = threadIdx.y; row < count; row += 8) sum += x[(u64)row * columns + column];
@@ -146,5 +151,5 @@ extern "C" __global__ void column_sums(const float *x, float *sums, u32 columns,
     if (threadIdx.y || column >= columns) return;
     sum = 0.0;
     for (int row = 0; row < 8; ++row) sum += rows[row][threadIdx.x];
-    sums[column] = (float)sum;
+    ((float *)all.at[own].sums)[column] = (float)sum;
 }

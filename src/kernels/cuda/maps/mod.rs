@@ -1,17 +1,17 @@
 //! Elementwise operations on feature maps: conversion to and from images, sums, concatenation, dropout, scaling by two.
 
+mod source;
+mod sums;
+
 use candle_core::{Result, Tensor};
 
 use super::device::Gpu;
 use super::element::{Element, Pointer};
-use super::kernel::{Launch, Module, kernel};
-use super::launch::{THREADS, blocks_of, each, each_of};
+use super::kernel::{Launch, kernel};
+use super::launch::{each, each_of};
 use super::memory::Memory;
-
-const MODULE: &Module = &Module {
-    name: "maps",
-    source: concat!(include_str!("../common.cuh"), include_str!("maps.cu")),
-};
+use source::MODULE;
+pub(crate) use sums::{ColumnSums, ImageSums};
 
 kernel! { MODULE, "images_to_map", ImagesToMap {
     x: Pointer, y: Pointer, channels: u32, pixels: u32, count: u32,
@@ -21,11 +21,8 @@ kernel! { MODULE, "map_to_images", MapToImages {
 } }
 kernel! { MODULE, "add", Add { sum: Pointer, more: Pointer, width: u32, count: u32 } }
 kernel! { MODULE, "add_to_map", AddToMap {
-    y: Pointer, bias: Pointer, per_image: Pointer, residual: Pointer, channels: u32, pixels: u32,
-    width: u32, count: u32,
-} }
-kernel! { MODULE, "scale_maps", ScaleMaps {
-    x: Pointer, mask: Pointer, y: Pointer, channels: u32, pixels: u32, width: u32, count: u32,
+    x: Pointer, y: Pointer, bias: Pointer, per_image: Pointer, residual: Pointer, mask: Pointer,
+    channels: u32, pixels: u32, width: u32, count: u32,
 } }
 kernel! { MODULE, "concatenate", Concatenate {
     a: Pointer, b: Pointer, y: Pointer, first: u32, second: u32, width: u32, count: u32,
@@ -39,13 +36,6 @@ kernel! { MODULE, "repeat_pixels", RepeatPixels {
 kernel! { MODULE, "sum_pixels", SumPixels {
     x: Pointer, y: Pointer, w: u32, channels: u32, factor: f32, accumulate: i32, width: u32, count: u32,
 } }
-kernel! { MODULE, "sums_by_image", SumsByImage {
-    x: Pointer, sums: Pointer, also: Pointer, channels: u32, pixels: u32, width: u32,
-} }
-kernel! { MODULE, "column_sums", ColumnSums {
-    x: Pointer, sums: Pointer, columns: u32, count: u32,
-} }
-
 /// A move of the channels of images or weights: `count / (channels pixels)` items, from (channels, pixels) in
 /// f32 to (pixels, channels) of a map, or back.
 #[derive(Debug, Clone, Copy)]
@@ -116,23 +106,6 @@ pub(super) fn add_at(
     let width = element.width(&[count], &[sum, more]);
     let add = Add { sum, more, width, count: count as u32 };
     gpu.launch(element, each_of(count, width)?, add)
-}
-
-/// Multiplies each channel of each image by its factor in `mask` (batch, channels).
-pub(crate) fn scale_maps(
-    gpu: &Gpu,
-    x: &Memory,
-    mask: &Memory,
-    dims: [usize; 4],
-    element: Element,
-) -> Result<Memory> {
-    let [_, h, w, channels] = dims;
-    let (x, mask, pixels) = (x.pointer, mask.pointer, (h * w) as u32);
-    let count = dims.iter().product();
-    new_map(gpu, count, (&[channels], &[x, mask]), element, |y, width| {
-        let (channels, count) = (channels as u32, count as u32);
-        ScaleMaps { x, mask, y, channels, pixels, width, count }
-    })
 }
 
 /// Computes a new map of `count` values by a kernel that reads `inputs`. All of them have multiples of `channels`
@@ -251,31 +224,44 @@ pub(crate) fn split(
     Ok(parts)
 }
 
-/// The values that are added to the output of a convolution or a linear layer.
+/// Values that are added to a map (batch, pixels, channels), and factors by which the sum is multiplied.
+#[derive(Default)]
 pub(crate) struct Added<'a> {
-    pub bias: &'a Tensor,
+    pub bias: Option<&'a Tensor>,
     /// Vectors (batch, channels).
     pub per_image: Option<&'a Memory>,
     pub residual: Option<&'a Memory>,
+    /// Factors (batch, channels).
+    pub mask: Option<&'a Memory>,
 }
 
 impl Added<'_> {
-    /// Adds the values to a map (batch, pixels, channels).
-    pub(super) fn add_to(
+    /// The addresses of bias, vectors, residual and mask, or null.
+    pub(super) fn pointers(&self, gpu: &Gpu) -> Result<[Pointer; 4]> {
+        let bias = self.bias.map_or(Ok(Pointer::NONE), |bias| gpu.pointer(bias))?;
+        let [vectors, residual, mask] =
+            [self.per_image, self.residual, self.mask].map(Memory::pointer_or_none);
+        Ok([bias, vectors, residual, mask])
+    }
+
+    /// Writes the sum to `y`, which may be `x`.
+    pub fn add_to(
         &self,
         gpu: &Gpu,
-        y: &Memory,
+        [x, y]: [&Memory; 2],
         [batch, pixels, channels]: [usize; 3],
         element: Element,
     ) -> Result<()> {
-        let [per_image, residual] = [self.per_image, self.residual].map(Memory::pointer_or_none);
-        let (y, bias, count) = (y.pointer, gpu.pointer(self.bias)?, batch * pixels * channels);
-        let width = element.width(&[channels], &[y, bias, per_image, residual]);
+        let [bias, per_image, residual, mask] = self.pointers(gpu)?;
+        let (x, y, count) = (x.pointer, y.pointer, batch * pixels * channels);
+        let width = element.width(&[channels], &[x, y, bias, per_image, residual, mask]);
         let add = AddToMap {
+            x,
             y,
             bias,
             per_image,
             residual,
+            mask,
             channels: channels as u32,
             pixels: pixels as u32,
             width,
@@ -283,28 +269,4 @@ impl Added<'_> {
         };
         gpu.launch(element, each_of(count, width)?, add)
     }
-}
-
-/// Writes the sums over the pixels of each image, (batch, channels) in f32. If requested, also writes them in
-/// the maps' type.
-pub(super) fn sums_by_image(
-    gpu: &Gpu,
-    x: &Memory,
-    [batch, pixels, channels]: [usize; 3],
-    (sums, also): (Pointer, Option<&Memory>),
-    element: Element,
-) -> Result<()> {
-    let width = element.width(&[channels], &[x.pointer]);
-    let (channels, pixels) = (channels as u32, pixels as u32);
-    let blocks = blocks_of((batch as u32, channels.div_ceil(32 * width)), (THREADS, 1));
-    let also = Memory::pointer_or_none(also);
-    gpu.launch(element, blocks, SumsByImage { x: x.pointer, sums, also, channels, pixels, width })
-}
-
-/// Writes the sums over `rows` rows of f32 to a vector.
-pub(super) fn sum_columns(gpu: &Gpu, x: &Memory, sums: &Tensor, rows: usize) -> Result<()> {
-    let columns = sums.elem_count() as u32;
-    let sums = gpu.pointer(sums)?;
-    let sum = ColumnSums { x: x.pointer, sums, columns, count: rows as u32 };
-    gpu.launch(Element::F32, blocks_of((columns.div_ceil(32), 1), (32, 8)), sum)
 }

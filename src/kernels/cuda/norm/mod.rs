@@ -6,8 +6,8 @@ use candle_core::{Result, Tensor};
 use super::device::Gpu;
 use super::element::{Element, Pointer};
 use super::kernel::{Module, argument, kernel};
-use super::launch::{THREADS, blocks_of, each, each_of};
-use super::maps::sum_columns;
+use super::launch::{blocks_of, each, each_of};
+use super::maps::{Added, ImageSums};
 use super::memory::Memory;
 use crate::kernels::op::activation::Activation;
 use crate::kernels::op::norm::NormConfig;
@@ -22,14 +22,15 @@ const MODULE: &Module = &Module {
 };
 
 kernel! { MODULE, "normalize", Normalize {
-    x: Pointer, y: Pointer, weight: Pointer, bias: Pointer, statistics: Pointer, s: Sizes,
+    x: Pointer, sum: Pointer, y: Pointer, added: Pointer, vectors: Pointer, residual: Pointer,
+    mask: Pointer, weight: Pointer, bias: Pointer, statistics: Pointer, s: Sizes,
 } }
 kernel! { MODULE, "normalize_again", NormalizeAgain {
     x: Pointer, y: Pointer, weight: Pointer, bias: Pointer, statistics: Pointer, s: Sizes,
 } }
 kernel! { MODULE, "normalize_backward", NormalizeBackward {
     x: Pointer, d: Pointer, more: Pointer, weight: Pointer, bias: Pointer, statistics: Pointer,
-    for_weight: Pointer, for_bias: Pointer, s: Sizes,
+    for_weight: Pointer, for_bias: Pointer, sums: Pointer, also: Pointer, s: Sizes,
 } }
 
 kernel! { MODULE, "modulate", Modulate {
@@ -43,8 +44,11 @@ kernel! { MODULE, "modulate_backward", ModulateBackward {
 
 argument! { MODULE, struct Sizes {
     f: i32, channels: u32, pixels: u32, groups: u32, width: u32, count: u32, eps: f32,
-    per_image: u32,
+    per_image: u32, line: u32,
 } }
+
+/// The bytes that a block reads at once of each pixel, if groups have fewer.
+const LINE: usize = 128;
 
 /// The mean and the reciprocal standard deviation of each group.
 pub(crate) struct NormStatistics(Memory);
@@ -58,6 +62,27 @@ pub(crate) struct Norm<'a> {
     pub bias: &'a Tensor,
     /// Scales and shifts (batch, 2 channels).
     pub by: Option<&'a Memory>,
+}
+
+/// What the backward pass of a normalisation computes in addition to the gradient of its input.
+pub(crate) struct NormGradients {
+    /// The contributions of the images to the gradients of weight and bias: each (batch, channels) in f32.
+    pub of_vectors: [Memory; 2],
+    /// The gradient of scales and shifts, if there are any.
+    pub by: Option<Memory>,
+    /// The sums of the input's gradient over the pixels.
+    pub sums: ImageSums,
+}
+
+/// Returns the number of groups, each of `group` channels, that a block handles: as many as fill a line, if the kernel
+/// can divide its threads among them. `width` values of `bytes` each are one pack.
+fn groups_of_line(group: u32, groups: u32, (bytes, width): (usize, u32)) -> u32 {
+    let fits = |line: &u32| {
+        let packs = line * group / width;
+        let even = packs.is_power_of_two() && (group / width).is_power_of_two() && packs <= 32;
+        even && (line * group) as usize * bytes <= LINE && groups.is_multiple_of(*line)
+    };
+    [32, 16, 8, 4, 2].into_iter().find(fits).unwrap_or(1)
 }
 
 /// The weights and biases of a launch.
@@ -82,7 +107,8 @@ impl Norm<'_> {
         let (pixels, groups) = ((h * w) as u32, self.config.groups as u32);
         let (channels, count, eps) = (channels as u32, self.count() as u32, self.config.eps as f32);
         let per_image = self.by.map_or(0, |_| channels);
-        Sizes { f, channels, pixels, groups, width, count, eps, per_image }
+        let line = groups_of_line(channels / groups, groups, (self.element.bytes(), width));
+        Sizes { f, channels, pixels, groups, width, count, eps, per_image, line }
     }
 
     /// Returns weight and bias, computed for each image if there are scales and shifts.
@@ -98,29 +124,56 @@ impl Norm<'_> {
         Ok(Vectors { weight: weights, bias: biases, _own: Some(own) })
     }
 
-    /// Returns weight and bias, and the sizes of a launch for these maps.
-    fn layer(&self, gpu: &Gpu, maps: [Pointer; 3]) -> Result<(Vectors, Sizes)> {
+    /// Returns weight and bias, and the sizes of a launch for these maps and vectors.
+    fn layer(&self, gpu: &Gpu, others: &[Pointer]) -> Result<(Vectors, Sizes)> {
         let vectors = self.vectors(gpu)?;
         let group = self.dims[3] / self.config.groups;
         let width =
-            self.element.width(&[group], &[&[vectors.weight, vectors.bias][..], &maps].concat());
+            self.element.width(&[group], &[&[vectors.weight, vectors.bias][..], others].concat());
         Ok((vectors, self.sizes(width)))
     }
 
-    /// Launches one block for each image and group.
-    fn blocks(&self) -> LaunchConfig {
-        blocks_of((self.dims[0] as u32, self.config.groups as u32), (THREADS, 1))
+    /// Launches one block for each image and line of groups. Each thread handles two packs or more, if there are
+    /// enough.
+    fn blocks(&self, s: &Sizes) -> LaunchConfig {
+        let packs = s.line * (s.channels / s.groups) / s.width;
+        let threads = u64::from(packs).max(u64::from(packs) * u64::from(s.pixels) / 2);
+        let threads = (threads.min(512) as u32).next_power_of_two().max(32);
+        blocks_of((self.dims[0] as u32, s.groups / s.line), (threads, 1))
     }
 
-    /// Computes the normalised and activated map.
-    pub fn forward(&self, gpu: &Gpu, x: &Memory) -> Result<(Memory, NormStatistics)> {
+    /// Computes the normalised and activated map. Adds `added` to `x` first, if it is given with the memory for the
+    /// sum, which may be `x`.
+    pub fn forward(
+        &self,
+        gpu: &Gpu,
+        x: &Memory,
+        added: Option<(&Added<'_>, &Memory)>,
+    ) -> Result<(Memory, NormStatistics)> {
         let y = gpu.take_for(self.count(), self.element)?;
         let own = gpu.take_for(self.dims[0] * self.config.groups * 2, Element::F32)?;
         let (x, y_at, statistics) = (x.pointer, y.pointer, own.pointer);
-        let (vectors, s) = self.layer(gpu, [x, y_at, Pointer::NONE])?;
-        let Vectors { weight, bias, .. } = vectors;
-        let normalize = Normalize { x, y: y_at, weight, bias, statistics, s };
-        gpu.launch(self.element, self.blocks(), normalize)?;
+        let sum = Memory::pointer_or_none(added.map(|(_, sum)| sum));
+        let [to_all, vectors, residual, mask] = match added {
+            Some((added, _)) => added.pointers(gpu)?,
+            None => [Pointer::NONE; 4],
+        };
+        let others = [x, y_at, sum, to_all, vectors, residual, mask];
+        let (Vectors { weight, bias, _own }, s) = self.layer(gpu, &others)?;
+        let normalize = Normalize {
+            x,
+            sum,
+            y: y_at,
+            added: to_all,
+            vectors,
+            residual,
+            mask,
+            weight,
+            bias,
+            statistics,
+            s,
+        };
+        gpu.launch(self.element, self.blocks(&s), normalize)?;
         Ok((y, NormStatistics(own)))
     }
 
@@ -128,30 +181,27 @@ impl Norm<'_> {
     pub fn again(&self, gpu: &Gpu, x: &Memory, statistics: &NormStatistics) -> Result<Memory> {
         let y = gpu.take_for(self.count(), self.element)?;
         let (x, y_at, statistics) = (x.pointer, y.pointer, statistics.0.pointer);
-        let (vectors, s) = self.layer(gpu, [x, y_at, Pointer::NONE])?;
+        let (vectors, s) = self.layer(gpu, &[x, y_at])?;
         let Vectors { weight, bias, .. } = vectors;
         let normalize = NormalizeAgain { x, y: y_at, weight, bias, statistics, s };
         gpu.launch(self.element, each_of(self.count(), s.width)?, normalize)?;
         Ok(y)
     }
 
-    /// Replaces the gradient `d` of the output by that of the input plus `more`. Writes the gradients of
-    /// weight and bias. Returns that of scales and shifts.
+    /// Replaces the gradient `d` of the output by that of the input plus `more`.
     pub fn backward(
         &self,
         gpu: &Gpu,
-        x: &Memory,
-        statistics: &NormStatistics,
+        (x, statistics): (&Memory, &NormStatistics),
         d: &Memory,
         more: Option<&Memory>,
-        [d_weight, d_bias]: [&Tensor; 2],
-    ) -> Result<Option<Memory>> {
+    ) -> Result<NormGradients> {
         let [batch, _, _, channels] = self.dims;
-        let sums = || gpu.take_for(batch * channels, Element::F32);
-        let (for_weight, for_bias) = (sums()?, sums()?);
+        let take = || gpu.take_for(batch * channels, Element::F32);
+        let of_vectors = [take()?, take()?];
+        let sums = ImageSums::take(gpu, batch * channels, self.element)?;
         let (x, d, more) = (x.pointer, d.pointer, Memory::pointer_or_none(more));
-        let (vectors, s) = self.layer(gpu, [x, d, more])?;
-        let Vectors { weight, bias, .. } = vectors;
+        let (Vectors { weight, bias, _own }, s) = self.layer(gpu, &[x, d, more])?;
         let normalize = NormalizeBackward {
             x,
             d,
@@ -159,15 +209,15 @@ impl Norm<'_> {
             weight,
             bias,
             statistics: statistics.0.pointer,
-            for_weight: for_weight.pointer,
-            for_bias: for_bias.pointer,
+            for_weight: of_vectors[0].pointer,
+            for_bias: of_vectors[1].pointer,
+            sums: sums.pointer(),
+            also: sums.also_pointer(),
             s,
         };
-        gpu.launch(self.element, self.blocks(), normalize)?;
-        let d_by = self.modulate_backward(gpu, [&for_weight, &for_bias])?;
-        sum_columns(gpu, &for_weight, d_weight, batch)?;
-        sum_columns(gpu, &for_bias, d_bias, batch)?;
-        Ok(d_by)
+        gpu.launch(self.element, self.blocks(&s), normalize)?;
+        let by = self.modulate_backward(gpu, of_vectors.each_ref())?;
+        Ok(NormGradients { of_vectors, by, sums })
     }
 
     /// Returns the gradient of scales and shifts, from the gradients of the weights and biases of each image. Replaces

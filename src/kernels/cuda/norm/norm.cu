@@ -1,38 +1,85 @@
-// GroupNorm, with the activation that follows it. One block per image (in x) and group (in y).
+// GroupNorm, with the activation that follows it. A block handles one image (in x) and a line of channels (in y): one
+// group, or several whose channels together fill 128 bytes. With several, the packs of a line and of each group are
+// powers of two. Groups often have fewer channels than 128 bytes hold, and memory is read fastest by whole lines.
 
 // The activation, the sizes of the maps, and the number of values that a thread handles at once.
 struct Sizes {
     int f;
     u32 channels, pixels, groups, width, count;
     float eps;
-    // The distance between the weights of two images: 0 if all images have the same.
-    u32 per_image;
+    // The distance between the weights of two images: 0 if all images have the same. The groups of a line.
+    u32 per_image, line;
 };
 
-// The position of a block's group.
-struct Group {
-    u32 first, size, channels, pixels, width;
+// The channels of a block. `packs` is their number in units of `width`.
+struct Line {
+    u32 first, packs, group, of_group;
     u64 image;
-    // Calls `body` for `width` values per thread, with their position and the first channel.
-    template <class F> __device__ void each(F body) const {
-        // A division per iteration would take longer than the memory accesses.
-        u32 packs = size / width, own = threadIdx.x % packs, pixel = threadIdx.x / packs;
-        while (pixel < pixels) {
-            u32 channel = first + own * width;
-            body(image + (u64)pixel * channels + channel, channel);
-            own += THREADS % packs;
-            pixel += THREADS / packs;
-            if (own >= packs) {
-                own -= packs;
-                ++pixel;
-            }
+};
+
+__device__ inline Line line_of_block(Sizes s) {
+    u32 group = s.channels / s.groups, size = s.line * group;
+    return {blockIdx.y * size, size / s.width, blockIdx.y * s.line, group / s.width,
+            (u64)blockIdx.x * s.pixels * s.channels};
+}
+
+// The group of a pack within its line.
+__device__ inline u32 own_group(Line line, u32 pack, Sizes s) { return s.line == 1 ? 0 : pack / line.of_group; }
+
+// Visits the packs of a line, one in each of the block's threads at a time.
+struct Walk {
+    u32 pack, pixel;
+    __device__ Walk(Line line) : pack(threadIdx.x % line.packs), pixel(threadIdx.x / line.packs) {}
+    // A division per step would take longer than the memory accesses.
+    __device__ void next(u32 jump, u32 rows, u32 packs) {
+        pack += jump;
+        pixel += rows;
+        if (pack >= packs) {
+            pack -= packs;
+            ++pixel;
         }
     }
 };
 
-__device__ inline Group group_of_block(Sizes s) {
-    u32 size = s.channels / gridDim.y;
-    return {blockIdx.y * size, size, s.channels, s.pixels, s.width, (u64)blockIdx.x * s.pixels * s.channels};
+// Returns the sum over a group of values, one of each thread, to the threads of this group. `shared`: 32 values for
+// each group of a line.
+__device__ inline float group_sum(float value, u32 own, u32 packs, u32 line, float *shared) {
+    u32 of_group = packs / line, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (u32 other = 16; other > 0; other /= 2) {
+        if (line == 1 || other < of_group || other >= packs) value += __shfl_xor_sync(0xffffffffu, value, other);
+    }
+    __syncthreads();
+    if (line == 1) {
+        if (lane == 0) shared[warp] = value;
+    } else if (lane < packs && lane % of_group == 0) {
+        shared[warp * line + lane / of_group] = value;
+    }
+    __syncthreads();
+    value = 0.0f;
+    for (u32 k = 0; k < blockDim.x / 32; ++k) value += shared[k * line + own];
+    return value;
+}
+
+// Sums values of `packs` packs over the rows of threads of a block. Calls `take(channel, sum)` in one thread for each
+// channel. `shared`: an element for each thread.
+template <class F> __device__ inline void sum_packs(Values own, Values *shared, u32 packs, u32 width, F take) {
+    u32 lane = threadIdx.x % 32, rows = blockDim.x / packs;
+    bool in_warps = packs < 32 && 32 % packs == 0;
+    if (in_warps) {
+        rows = blockDim.x / 32;
+        for (u32 other = 16; other >= packs; other /= 2) {
+            EACH(k) own.at[k] += __shfl_xor_sync(0xffffffffu, own.at[k], other);
+        }
+    }
+    __syncthreads();
+    if (!in_warps) shared[threadIdx.x] = own;
+    else if (lane < packs) shared[threadIdx.x / 32 * packs + lane] = own;
+    __syncthreads();
+    for (u32 channel = threadIdx.x; channel < packs * width; channel += blockDim.x) {
+        float sum = 0.0f;
+        for (u32 row = 0; row < rows; ++row) sum += shared[row * packs + channel / width].at[channel % width];
+        take(channel, sum);
+    }
 }
 
 // Normalises and activates values.
@@ -44,38 +91,88 @@ __device__ inline Values normalized(
     return x;
 }
 
+// The packs that a thread keeps in registers: 128 KiB in a block of 512 threads.
+#define HELD 16
+
 // Computes the normalised and activated map, and each group's mean and reciprocal standard deviation:
-// (batch, groups, 2).
-extern "C" __global__ void normalize(
-    const T *x, T *y, const float *weight, const float *bias, float *statistics, Sizes s
+// (batch, groups, 2). Values may first be added to `x`; see `with_addends`. The sum is then written to `sum`.
+extern "C" __launch_bounds__(512) __global__ void normalize(
+    const T *x, T *sum, T *y, const float *added, const T *vectors, const T *residual, const T *mask,
+    const float *weight, const float *bias, float *statistics, Sizes s
 ) {
-    __shared__ float shared[THREADS / 32];
-    Group group = group_of_block(s);
-    weight += (u64)blockIdx.x * s.per_image;
-    bias += (u64)blockIdx.x * s.per_image;
-    u32 width = s.width, count = group.size * s.pixels;
-    float sum = 0.0f;
-    group.each([&](u64 at, u32) {
-        Values values = load(x + at, width);
-        EACH(k) sum += values.at[k];
-    });
-    float mean = block_sum(sum, shared) / count;
-    // Squares about the mean need a second pass: the difference of two large sums would cancel.
-    sum = 0.0f;
-    group.each([&](u64 at, u32) {
-        Values values = load(x + at, width);
-        EACH(k) if (k < width) sum += (values.at[k] - mean) * (values.at[k] - mean);
-    });
-    float rstd = 1.0f / sqrtf(block_sum(sum, shared) / count + s.eps);
-    if (threadIdx.x == 0) {
-        float *own = statistics + 2 * ((u64)blockIdx.x * gridDim.y + blockIdx.y);
-        own[0] = mean;
-        own[1] = rstd;
+    __shared__ float shared[1024];
+    Line line = line_of_block(s);
+    weight += (u64)blockIdx.x * s.per_image + line.first;
+    bias += (u64)blockIdx.x * s.per_image + line.first;
+    if (added) added += line.first;
+    if (vectors) vectors += (u64)blockIdx.x * s.channels + line.first;
+    if (mask) mask += (u64)blockIdx.x * s.channels + line.first;
+    u32 width = s.width, channels = s.channels, pixels = s.pixels, packs = line.packs;
+    u32 jump = blockDim.x % packs, rows = blockDim.x / packs;
+    u64 image = line.image + line.first;
+    u32 own = own_group(line, threadIdx.x % packs, s), count = line.of_group * width * pixels;
+    bool adds = sum != 0;
+    Packed held[HELD];
+
+    float total = 0.0f;
+    auto first = [&](const Walk &walk) {
+        u64 at = image + (u64)walk.pixel * channels + walk.pack * width;
+        Packed pack = load_packed(x + at, width);
+        if (adds) {
+            u32 channel = walk.pack * width;
+            Values values = with_addends(
+                unpacked(pack, width), added ? added + channel : 0, vectors ? vectors + channel : 0,
+                residual ? residual + at : 0, mask ? mask + channel : 0, width
+            );
+            pack = packed(values);
+            store_packed(sum + at, pack, width);
+        }
+        Values values = unpacked(pack, width);
+        EACH(k) total += values.at[k];
+        return pack;
+    };
+    Walk walk(line);
+    _Pragma("unroll") for (u32 k = 0; k < HELD; ++k) if (walk.pixel < pixels) {
+        held[k] = first(walk);
+        walk.next(jump, rows, packs);
     }
-    group.each([&](u64 at, u32 channel) {
-        Values values = load(x + at, width);
+    for (; walk.pixel < pixels; walk.next(jump, rows, packs)) first(walk);
+    float mean = group_sum(total, own, packs, s.line, shared) / count;
+
+    // Squares about the mean need a second pass: the difference of two large sums would cancel.
+    const T *from = adds ? sum : x;
+    total = 0.0f;
+    auto second = [&](Values values) {
+        EACH(k) if (k < width) total += (values.at[k] - mean) * (values.at[k] - mean);
+    };
+    walk = Walk(line);
+    _Pragma("unroll") for (u32 k = 0; k < HELD; ++k) if (walk.pixel < pixels) {
+        second(unpacked(held[k], width));
+        walk.next(jump, rows, packs);
+    }
+    for (; walk.pixel < pixels; walk.next(jump, rows, packs)) {
+        second(load(from + image + (u64)walk.pixel * channels + walk.pack * width, width));
+    }
+    float rstd = 1.0f / sqrtf(group_sum(total, own, packs, s.line, shared) / count + s.eps);
+    if (threadIdx.x < packs && threadIdx.x % line.of_group == 0) {
+        float *to = statistics + 2 * ((u64)blockIdx.x * s.groups + line.group + own);
+        to[0] = mean;
+        to[1] = rstd;
+    }
+
+    auto third = [&](const Walk &walk, Values values) {
+        u32 channel = walk.pack * width;
+        u64 at = image + (u64)walk.pixel * channels + channel;
         store(y + at, normalized(values, mean, rstd, weight + channel, bias + channel, s), width);
-    });
+    };
+    walk = Walk(line);
+    _Pragma("unroll") for (u32 k = 0; k < HELD; ++k) if (walk.pixel < pixels) {
+        third(walk, unpacked(held[k], width));
+        walk.next(jump, rows, packs);
+    }
+    for (; walk.pixel < pixels; walk.next(jump, rows, packs)) {
+        third(walk, load(from + image + (u64)walk.pixel * channels + walk.pack * width, width));
+    }
 }
 
 // Computes the same map again from its statistics.
@@ -93,32 +190,37 @@ extern "C" __global__ void normalize_again(
     store(y + i, normalized(values, own[0], own[1], weight + channel, bias + channel, s), width);
 }
 
-// Replaces the gradient `d` of the output by that of the input, plus `more` if it is given. Also
-// computes the gradients of weight and bias per image and channel, which are then summed over images.
-extern "C" __global__ void normalize_backward(
+// Replaces the gradient `d` of the output by that of the input, plus `more` if it is given. Also computes, per image
+// and channel, the gradients of weight and bias, and the sums of the new `d` over the pixels: `sums`, and `also` in the
+// type of maps unless it is null.
+extern "C" __launch_bounds__(512) __global__ void normalize_backward(
     const T *x, T *d, const T *more, const float *weight, const float *bias, const float *statistics,
-    float *for_weight, float *for_bias, Sizes s
+    float *for_weight, float *for_bias, float *sums, T *also, Sizes s
 ) {
-    __shared__ float shared[THREADS / 32];
-    __shared__ Values rows_of_sums[THREADS];
-    Group group = group_of_block(s);
-    weight += (u64)blockIdx.x * s.per_image;
-    bias += (u64)blockIdx.x * s.per_image;
-    u32 channels = s.channels, pixels = s.pixels, width = s.width, count = group.size * pixels;
+    __shared__ float shared[1024];
+    __shared__ Values rows_of_sums[512];
+    Line line = line_of_block(s);
+    weight += (u64)blockIdx.x * s.per_image + line.first;
+    bias += (u64)blockIdx.x * s.per_image + line.first;
+    u32 channels = s.channels, pixels = s.pixels, width = s.width, count = line.of_group * width * pixels;
     int f = s.f;
-    const float *own = statistics + 2 * ((u64)blockIdx.x * gridDim.y + blockIdx.y);
-    float mean = own[0], rstd = own[1];
+    u64 vector = (u64)blockIdx.x * channels + line.first;
+    u64 image = line.image + line.first;
+    // With several groups, all packs of a line are visited at a time.
+    u32 own = own_group(line, threadIdx.x % line.packs, s);
+    const float *of_own = statistics + 2 * ((u64)blockIdx.x * s.groups + line.group + own);
+    float mean = of_own[0], rstd = of_own[1];
 
     // Handles as many channels at a time as fit, and divides the threads among them.
     float of_x = 0.0f, of_d = 0.0f;
-    for (u32 begin = 0; begin < group.size; begin += THREADS * width) {
-        u32 left = (group.size - begin) / width, packs = left < THREADS ? left : THREADS;
-        u32 rows = THREADS / packs, row = threadIdx.x / packs;
-        u32 channel = group.first + begin + threadIdx.x % packs * width;
+    for (u32 begin = 0; begin < line.packs; begin += blockDim.x) {
+        u32 left = line.packs - begin, packs = left < blockDim.x ? left : blockDim.x;
+        u32 rows = blockDim.x / packs, row = threadIdx.x / packs;
+        u32 channel = (begin + threadIdx.x % packs) * width;
         Values w = load_channels(weight + channel, width), b = load_channels(bias + channel, width);
         Values sum_weight = zeros(), sum_bias = zeros();
-        for (u32 pixel = row; row < rows && pixel < pixels; pixel += rows) {
-            u64 at = group.image + (u64)pixel * channels + channel;
+        _Pragma("unroll 2") for (u32 pixel = row; row < rows && pixel < pixels; pixel += rows) {
+            u64 at = image + (u64)pixel * channels + channel;
             Values values = load(x + at, width), dy = load(d + at, width);
             EACH(k) {
                 float n = (values.at[k] - mean) * rstd;
@@ -127,32 +229,45 @@ extern "C" __global__ void normalize_backward(
                 sum_bias.at[k] += dz;
             }
         }
-        u32 begins = group.first + begin;
-        sum_rows(sum_weight, rows_of_sums, packs, width, [&](u32 i, float sum) {
-            for_weight[(u64)blockIdx.x * channels + begins + i] = sum;
-            of_x += weight[begins + i] * sum;
+        EACH(k) {
+            of_x += w.at[k] * sum_weight.at[k];
+            of_d += w.at[k] * sum_bias.at[k];
+        }
+        sum_packs(sum_weight, rows_of_sums, packs, width, [&](u32 i, float sum) {
+            for_weight[vector + begin * width + i] = sum;
         });
-        sum_rows(sum_bias, rows_of_sums, packs, width, [&](u32 i, float sum) {
-            for_bias[(u64)blockIdx.x * channels + begins + i] = sum;
-            of_d += weight[begins + i] * sum;
+        sum_packs(sum_bias, rows_of_sums, packs, width, [&](u32 i, float sum) {
+            for_bias[vector + begin * width + i] = sum;
         });
     }
-    of_x = block_sum(of_x, shared) / count;
-    of_d = block_sum(of_d, shared) / count;
-    group.each([&](u64 at, u32 channel) {
-        Values values = load(x + at, width), dx = load(d + at, width);
+    of_x = group_sum(of_x, own, line.packs, s.line, shared) / count;
+    of_d = group_sum(of_d, own, line.packs, s.line, shared) / count;
+    for (u32 begin = 0; begin < line.packs; begin += blockDim.x) {
+        u32 left = line.packs - begin, packs = left < blockDim.x ? left : blockDim.x;
+        u32 rows = blockDim.x / packs, row = threadIdx.x / packs;
+        u32 channel = (begin + threadIdx.x % packs) * width;
         Values w = load_channels(weight + channel, width), b = load_channels(bias + channel, width);
-        EACH(k) {
-            float n = (values.at[k] - mean) * rstd;
-            float dz = dx.at[k] * derivative(f, n * w.at[k] + b.at[k]);
-            dx.at[k] = rstd * (w.at[k] * dz - of_d - n * of_x);
+        Values sum = zeros();
+        _Pragma("unroll 2") for (u32 pixel = row; row < rows && pixel < pixels; pixel += rows) {
+            u64 at = image + (u64)pixel * channels + channel;
+            Values values = load(x + at, width), dx = load(d + at, width);
+            EACH(k) {
+                float n = (values.at[k] - mean) * rstd;
+                float dz = dx.at[k] * derivative(f, n * w.at[k] + b.at[k]);
+                dx.at[k] = rstd * (w.at[k] * dz - of_d - n * of_x);
+            }
+            if (more) {
+                values = load(more + at, width);
+                EACH(k) dx.at[k] += values.at[k];
+            }
+            EACH(k) if (k < width) sum.at[k] += dx.at[k];
+            store(d + at, dx, width);
         }
-        if (more) {
-            values = load(more + at, width);
-            EACH(k) dx.at[k] += values.at[k];
-        }
-        store(d + at, dx, width);
-    });
+        sum_packs(sum, rows_of_sums, packs, width, [&](u32 i, float total) {
+            sums[vector + begin * width + i] = total;
+            if (also) also[vector + begin * width + i] = put(total);
+        });
+    }
 }
 
 // Computes the weight and the bias of each image, (batch, channels), from scales and shifts (batch, 2 channels).

@@ -168,7 +168,8 @@ impl PassWeights {
         Ok(pointer)
     }
 
-    /// Computes the gradient of a convolution's weights from its input and the gradient of its output. [`finish`](Self::finish) completes it.
+    /// Computes the gradient of a convolution's weights from its input and the gradient of its output.
+    /// [`finish`](Self::finish) completes it.
     pub fn gradient(
         &self,
         convolution: &Convolution,

@@ -1,0 +1,12 @@
+//! The source of the kernels.
+
+use super::super::kernel::Module;
+
+pub(super) const MODULE: &Module = &Module {
+    name: "linear",
+    source: concat!(
+        include_str!("../common.cuh"),
+        include_str!("../activation.cuh"),
+        include_str!("linear.cu"),
+    ),
+};
