@@ -17,6 +17,8 @@ pub(super) struct Pool {
     stream: Arc<CudaStream>,
     /// Free blocks by size in bytes.
     free: RefCell<BTreeMap<usize, Vec<CudaSlice<u8>>>>,
+    /// Number of blocks that were allocated so far.
+    allocated: Cell<u64>,
     /// Number of blocks in use.
     on_loan: Cell<usize>,
     /// Number of captured steps and passes. They use free blocks.
@@ -52,8 +54,8 @@ pub(super) struct Held(Rc<Pool>);
 impl Pool {
     pub fn new(device: CudaDevice, stream: Arc<CudaStream>) -> Rc<Self> {
         keep_freed_memory(&stream);
-        let (free, on_loan, captured, releases) = Default::default();
-        Rc::new(Self { device, stream, free, on_loan, captured, releases })
+        let (free, allocated, on_loan, captured, releases) = Default::default();
+        Rc::new(Self { device, stream, free, allocated, on_loan, captured, releases })
     }
 
     /// Takes memory of this many bytes, with arbitrary content.
@@ -73,7 +75,10 @@ impl Pool {
         };
         let slice = match found {
             Some(slice) => slice,
-            None if may_be_allocated => self.allocate::<u8>(bytes)?,
+            None if may_be_allocated => {
+                self.allocated.set(self.allocated.get() + 1);
+                self.allocate::<u8>(bytes)?
+            }
             // Memory allocated during a capture would belong to the graph.
             None => candle_core::bail!("no memory is free to be captured"),
         };
@@ -98,6 +103,12 @@ impl Pool {
             free.clear();
             allocate()
         })
+    }
+
+    /// Returns the number of blocks that were allocated so far. If a pass allocates none, the next pass of the same
+    /// kind takes the same blocks.
+    pub fn allocated(&self) -> u64 {
+        self.allocated.get()
     }
 
     /// Returns whether any block is in use.
