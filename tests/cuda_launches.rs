@@ -33,8 +33,8 @@ fn a_step_launches_few_kernels() -> Result<()> {
     let device = Device::new_cuda(0)?;
     let half = if cfg!(feature = "f16") { Precision::F16 } else { Precision::Highest };
     for (name, network, own, libraries) in [
-        ("CIFAR-10", small(UNetConfig::cifar10(), 8), 320, 160),
-        ("MNIST", small(UNetConfig::mnist(), 8), 210, 104),
+        ("CIFAR-10", small(UNetConfig::cifar10(), 8), 228, 160),
+        ("MNIST", small(UNetConfig::mnist(), 8), 145, 104),
     ] {
         let channels = network.channels;
         let values = (0..channels * 64 * 8).map(|i| (i * 7 % 251) as u8).collect();

@@ -221,6 +221,10 @@ impl Capture for Graphs {
         Ok(are_plain(&[x_0]) && !Gpu::of(&self.0)?.in_a_pass())
     }
 
+    fn allocated(&self) -> Result<u64> {
+        Ok(Gpu::of(&self.0)?.allocated_blocks())
+    }
+
     fn set_step(&self, step: u64) -> Result<()> {
         Gpu::of(&self.0)?.step(step)?;
         Ok(())

@@ -140,6 +140,9 @@ pub(crate) trait Capture {
     /// Returns whether an update of this batch can be recorded or repeated now.
     fn is_possible(&self, x_0: &Tensor) -> Result<bool>;
 
+    /// Returns the number of blocks of memory that this thread has allocated for passes so far.
+    fn allocated(&self) -> Result<u64>;
+
     /// Sets the step for which a repeated update draws its random numbers.
     fn set_step(&self, step: u64) -> Result<()>;
 

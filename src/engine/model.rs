@@ -11,7 +11,7 @@ use super::pass::Pass;
 use super::survey::Weights;
 use super::tape::Tape;
 use crate::backend::maps::{
-    self, Maps, Place, Pool, can_capture, check_precision, dispatch, has_kernels,
+    self, Maps, Place, Pool, can_capture, check_precision, dispatch, has_kernels, repeated,
 };
 use crate::denoiser::{
     Condition, Denoiser, Output, OutputGradient, Trainable, gradients_by_autograd,
@@ -142,6 +142,23 @@ impl<G: Graph> Model<G> {
         Ok(kernels::to_channels_first(&y)?.to_dtype(x_t.dtype())?)
     }
 
+    fn denoise_by_kernels(
+        &self,
+        place: &Place<'_>,
+        x_t: &Tensor,
+        pass: Pass<'_>,
+    ) -> Result<Tensor> {
+        let inputs: Vec<Tensor> =
+            [Some(x_t), pass.t, pass.classes].into_iter().flatten().cloned().collect();
+        repeated(place, &self.pool, &inputs, &mut |inputs| {
+            let mut rest = inputs.iter().skip(1);
+            let t = pass.t.and_then(|_| rest.next());
+            let pass = Pass { t, classes: pass.classes.and_then(|_| rest.next()), ..pass };
+            let x_t = inputs.first().unwrap_or(x_t);
+            dispatch(place, &self.pool, Forward { graph: &*self.graph, x_t, pass })
+        })
+    }
+
     /// Returns the device, size and kind of a pass, if the crate's kernels can compute it.
     fn place(&self, x_t: &Tensor, recording: bool) -> Result<Option<Place<'_>>> {
         let suits = |(dtype, device): &&(DType, Device)| {
@@ -153,7 +170,8 @@ impl<G: Graph> Model<G> {
         }
         let &Self { precision, recompute: repack, .. } = self;
         let batch = x_t.dim(0)?;
-        Ok(Some(Place { device, precision, batch, recording, repack }))
+        let fixed = !self.weights.trainable;
+        Ok(Some(Place { device, precision, batch, recording, fixed, repack }))
     }
 }
 
@@ -237,9 +255,7 @@ impl<G: Graph> Denoiser for Model<G> {
         let pass = Pass { t: Some(t), classes: classes.as_ref(), dropout: None };
         let place = self.place(x_t, false)?.filter(|_| !self.weights.trainable);
         let y = match place {
-            Some(place) => {
-                dispatch(&place, &self.pool, Forward { graph: &*self.graph, x_t, pass })?
-            }
+            Some(place) => self.denoise_by_kernels(&place, x_t, pass)?,
             None => self.denoise_by_autograd(x_t, pass)?,
         };
         output(&*self.graph, x_t, y)

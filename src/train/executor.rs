@@ -40,6 +40,8 @@ pub(super) struct Executor {
     /// The shape of the last batches, and their number.
     shape: Vec<usize>,
     steps: usize,
+    /// Number of blocks of memory that had been allocated before the last update.
+    allocated: Option<u64>,
     failures: usize,
     /// The last error of recording.
     error: Option<String>,
@@ -54,6 +56,7 @@ impl Executor {
             recorded: None,
             shape: Vec::new(),
             steps: 0,
+            allocated: None,
             failures: 0,
             error: None,
         }
@@ -145,6 +148,8 @@ impl Executor {
             self.forget();
             return Ok(None);
         }
+        let allocated = Some(capture.allocated()?);
+        let settled = std::mem::replace(&mut self.allocated, allocated) == allocated;
         let inputs = Inputs { x_0: x_0.clone(), t: t.clone(), classes: batch.classes.clone() };
         let recorded = match recorded.filter(|recorded| recorded.fits(&inputs)) {
             Some(recorded) => recorded,
@@ -155,7 +160,8 @@ impl Executor {
                     && context.config.noise == NoiseConfig::default()
                     && context.objective.is_repeatable()
                     && context.model.is_repeatable(x_0);
-                if !repeatable || !self.is_due(x_0.dims()) {
+                // A recorded update must not need more memory than the last one.
+                if !repeatable || !self.is_due(x_0.dims()) || !settled {
                     return Ok(None);
                 }
                 match record(context, &*capture, &inputs) {

@@ -388,6 +388,7 @@ mod tests {
                 precision: Precision::Highest,
                 batch: 2,
                 recording: false,
+                fixed: false,
                 repack,
             };
             let mut found = Vec::new();

@@ -1,17 +1,19 @@
+#[cfg(test)]
+mod tests;
 mod values;
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::rc::Rc;
 
-use candle_core::{DType, Tensor, TensorId};
+use candle_core::{DType, Tensor};
 
 use super::ops::{Maps, Norm};
+use super::place::Place;
 use super::pool::Pool;
 use crate::error::{Error, Result};
 use crate::kernels::cuda::{
     self, Attention, ColumnSums, Convolution, Element, Gpu, InputGradient, LinearLayer, Memory,
-    NormGradients, NormStatistics, WeightGradient,
+    NormGradients, NormStatistics, PassWeights, WeightGradient,
 };
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::attention::AttentionShape;
@@ -27,8 +29,7 @@ pub(crate) struct Cuda<'p> {
     precision: Precision,
     /// The pool from which only gradients are taken.
     pool: &'p Pool,
-    /// The weights packed for matrix products, during this pass.
-    packed: RefCell<HashMap<TensorId, Rc<Memory>>>,
+    weights: PassWeights,
     /// The sums over the batch that [`finish`](Maps::finish) computes: gradients of biases, and of normalisations'
     /// weights.
     sums: ColumnSums,
@@ -37,9 +38,14 @@ pub(crate) struct Cuda<'p> {
 }
 
 impl<'p> Cuda<'p> {
-    pub fn new(gpu: Rc<Gpu>, pool: &'p Pool, precision: Precision) -> Self {
-        let (packed, sums, linear) = Default::default();
-        Self { gpu, precision, pool, packed, sums, linear }
+    /// # Errors
+    /// Returns an error if the weights cannot be packed.
+    pub fn new(gpu: Rc<Gpu>, pool: &'p Pool, place: &Place<'_>) -> Result<Self> {
+        let &Place { precision, fixed, repack, .. } = place;
+        let (element, keeps) = (Element::of(precision), fixed && !repack);
+        let weights = PassWeights::begin(gpu.clone(), &pool.network, element, keeps)?;
+        let (sums, linear) = Default::default();
+        Ok(Self { gpu, precision, pool, weights, sums, linear })
     }
 
     fn element(&self) -> Element {
@@ -65,13 +71,10 @@ impl<'p> Cuda<'p> {
         Ok(Convolution::new(self.precision, shape))
     }
 
-    fn packed(&self, convolution: &Convolution, weight: &Tensor) -> Result<Rc<Memory>> {
-        if let Some(packed) = self.packed.borrow().get(&weight.id()) {
-            return Ok(packed.clone());
-        }
-        let packed = Rc::new(convolution.pack(&self.gpu, weight)?);
-        self.packed.borrow_mut().insert(weight.id(), packed.clone());
-        Ok(packed)
+    /// Computes the gradients of the linear layers so far.
+    fn linear_gradients(&self) -> Result<()> {
+        let (batch, layers) = self.linear.take();
+        Ok(cuda::weight_gradients(&self.gpu, batch, &layers, self.element())?)
     }
 
     /// Calls `f` with a normalisation of maps of dimensions `dims`.
@@ -139,8 +142,8 @@ impl Maps for Cuda<'_> {
 
     fn finish(&self) -> Result<()> {
         self.sums.compute(&self.gpu)?;
-        let (batch, layers) = self.linear.take();
-        Ok(cuda::weight_gradients(&self.gpu, batch, &layers, self.element())?)
+        self.linear_gradients()?;
+        Ok(self.weights.finish()?)
     }
 
     fn convolve(
@@ -151,8 +154,8 @@ impl Maps for Cuda<'_> {
         add: Add<'_, DeviceMap>,
     ) -> Result<([usize; 4], DeviceMap)> {
         let convolution = self.convolution(conv, dims)?;
-        let packed = self.packed(&convolution, &conv.weight)?;
-        let y = convolution.forward(&self.gpu, &*self.ready(x)?, &packed)?;
+        let packed = self.weights.of_convolution(&convolution, &conv.weight)?;
+        let y = convolution.forward(&self.gpu, &*self.ready(x)?, packed)?;
         let [batch, h, w, channels] = convolution.output();
         let added = add.map(|map| map.map(|map| self.ready(map)).transpose());
         let addends = Addends {
@@ -178,7 +181,8 @@ impl Maps for Cuda<'_> {
         let [batch, h, w, channels] = convolution.output();
         let sums = dy.image_sums(self.on(), [batch, h * w, channels])?;
         self.sums.add(&self.gpu, sums.sums.clone(), batch, &bias)?;
-        convolution.weight_gradient(&self.gpu, &*self.ready(x)?, &*self.ready(dy)?, &weight)?;
+        let maps = [&*self.ready(x)?, &*self.ready(dy)?];
+        self.weights.gradient(&convolution, maps, (&conv.weight, &weight))?;
         Ok(([weight, bias], per_image.then(|| sums.of_maps.clone().into())))
     }
 
@@ -191,9 +195,9 @@ impl Maps for Cuda<'_> {
         accumulate: bool,
     ) -> Result<()> {
         let convolution = self.convolution(conv, dims)?;
-        let packed = self.packed(&convolution, &conv.weight)?;
+        let packed = self.weights.of_convolution(&convolution, &conv.weight)?;
         let (dy, dx) = (self.ready(dy)?, dx.writable(self.on(), dims.iter().product())?);
-        Ok(convolution.input_gradient(&self.gpu, &dy, &packed, &dx, accumulate)?)
+        Ok(convolution.input_gradient(&self.gpu, &dy, packed, &dx, accumulate)?)
     }
 
     fn normalize(
@@ -267,7 +271,7 @@ impl Maps for Cuda<'_> {
         let [weight, bias] = gradients.clone();
         let own = WeightGradient { x: x.clone(), dy: dy.clone(), activation, weight, bias };
         if self.linear.borrow().0 != batch {
-            self.finish()?;
+            self.linear_gradients()?;
             self.linear.borrow_mut().0 = batch;
         }
         self.linear.borrow_mut().1.push(own);

@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 
 use super::cpu::Cpu;
 #[cfg(feature = "cuda")]
@@ -10,7 +10,7 @@ use super::place::Place;
 use super::pool::Pool;
 use crate::error::Result;
 #[cfg(feature = "cuda")]
-use crate::kernels::cuda::Gpu;
+use crate::kernels::cuda::{self, Gpu};
 
 /// A computation that is generic over the backend.
 pub(crate) trait Pass {
@@ -29,10 +29,30 @@ where
     let &Place { device, .. } = place;
     #[cfg(feature = "cuda")]
     if device.is_cuda() {
-        return pass.run(Cuda::new(Gpu::of(device)?, pool, place.precision));
+        return pass.run(Cuda::new(Gpu::of(device)?, pool, place)?);
     }
     let _ = device;
     Pool::among_threads(|| pass.run(Cpu::new(pool, place)))
+}
+
+/// Computes a forward pass, `pass(inputs)`. A device may record the pass and repeat it for other inputs of the same
+/// shapes, if the weights never change.
+///
+/// # Errors
+/// Returns the errors of `pass`.
+pub(crate) fn repeated(
+    place: &Place<'_>,
+    pool: &Arc<Pool>,
+    inputs: &[Tensor],
+    pass: &mut dyn FnMut(&[Tensor]) -> Result<Tensor>,
+) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if place.device.is_cuda() && place.fixed && !place.repack {
+        let gpu = Gpu::of(place.device)?;
+        return cuda::repeated(&gpu, &pool.network, place.precision, inputs, pass);
+    }
+    let _ = (place, pool);
+    pass(inputs)
 }
 
 /// Returns whether there are kernels for networks whose weights have this dtype on this device.

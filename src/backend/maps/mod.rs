@@ -9,7 +9,7 @@ mod place;
 mod pool;
 mod precision;
 
-pub(crate) use dispatch::{Pass, can_capture, dispatch, has_kernels};
+pub(crate) use dispatch::{Pass, can_capture, dispatch, has_kernels, repeated};
 pub(crate) use ops::{ConvGradients, Maps, Norm};
 pub(crate) use place::Place;
 pub(crate) use pool::{Buffer, Pool};

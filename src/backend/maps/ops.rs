@@ -40,16 +40,17 @@ pub(crate) trait Maps {
     /// Computes the sinusoids of the timesteps `t` (batch), a batch of vectors.
     fn sinusoids(&self, sinusoids: &Sinusoids, t: &Tensor) -> Result<Self::Buffer>;
 
+    /// Completes the gradients of weights, after the last operation of a backward pass. These gradients are undefined
+    /// before this call.
+    fn finish(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Takes memory for a map of `len` values, with arbitrary content.
     fn take(&self, len: usize) -> Result<Self::Buffer>;
 
     /// Adds `more` to `sum`, both maps of `len` values.
     fn add(&self, sum: &mut Self::Buffer, more: &Self::Buffer, len: usize) -> Result<()>;
-
-    /// Completes the gradients of weights that the operations returned. These gradients are undefined before this call.
-    fn finish(&self) -> Result<()> {
-        Ok(())
-    }
 
     /// Computes the convolution of a map `x` of dimensions `dims`, and adds `add` to it. Returns the dimensions
     /// and the values of the output.

@@ -10,6 +10,8 @@ pub(crate) struct Place<'a> {
     pub batch: usize,
     /// True if a backward pass follows.
     pub recording: bool,
+    /// True if the weights never change.
+    pub fixed: bool,
     /// True if packed weights are not kept for the next pass.
     pub repack: bool,
 }

@@ -11,6 +11,8 @@ use candle_core::{DType, Tensor, TensorId};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::conv::algorithm::Workspace;
 use crate::kernels::cpu::memory::{before_line, first_line};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::Network;
 use crate::memory::filled;
 
 /// Maximum number of issued gradients that are tracked: several times the number of weights of a network.
@@ -20,6 +22,9 @@ const MAX_ISSUED: usize = 1 << 13;
 #[derive(Default)]
 pub(crate) struct Pool {
     free: Mutex<Free>,
+    /// The network whose passes use the memory.
+    #[cfg(feature = "cuda")]
+    pub network: Arc<Network>,
 }
 
 /// Whether a pass of any network is running [in the thread pool](Pool::among_threads), which all networks share.

@@ -1,6 +1,8 @@
 //! Capture of launches: they become a CUDA graph instead of running.
 
+use std::any::Any;
 use std::cell::{Cell, RefCell};
+use std::rc::Rc;
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -18,6 +20,8 @@ pub(super) struct Capture {
     is_active: Cell<bool>,
     /// Tensors that must stay allocated as long as the graph can be launched.
     kept: RefCell<Vec<Tensor>>,
+    /// What captured launches read, and what must therefore exist as long as the graph.
+    held: RefCell<Vec<Rc<dyn Any>>>,
 }
 
 impl Capture {
@@ -31,6 +35,18 @@ impl Capture {
         if self.is_active() {
             self.kept.borrow_mut().push(tensor.clone());
         }
+    }
+
+    /// Lets the graph hold what captured launches read.
+    pub fn hold(&self, read: Rc<dyn Any>) {
+        if self.is_active() {
+            self.held.borrow_mut().push(read);
+        }
+    }
+
+    /// Returns what the last captured graph must hold.
+    pub fn held(&self) -> Vec<Rc<dyn Any>> {
+        self.held.take()
     }
 
     /// Captures the work that `work` launches on the stream of the device as a graph.
@@ -55,6 +71,7 @@ impl Capture {
         let _no_copies = device.enable_cuda_graph_htod_cache();
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_RELAXED;
         stream.begin_capture(mode).w()?;
+        self.held.borrow_mut().clear();
         self.is_active.set(true);
         // The capture must end even after an error. The error of `work` is reported first.
         let active = Active { capture: self, stream: &stream };

@@ -109,6 +109,11 @@ impl Gpu {
         self.pool.is_in_use()
     }
 
+    /// Returns the number of blocks of memory that passes of this thread have allocated so far.
+    pub fn allocated_blocks(&self) -> u64 {
+        self.pool.allocated()
+    }
+
     /// Keeps a tensor alive while launches are captured: memory allocated before the capture must not be freed
     /// during it.
     pub fn keep(&self, tensor: &Tensor) {

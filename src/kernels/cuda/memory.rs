@@ -2,7 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
 use candle_core::Result;
@@ -17,10 +17,14 @@ pub(super) struct Pool {
     stream: Arc<CudaStream>,
     /// Free blocks by size in bytes.
     free: RefCell<BTreeMap<usize, Vec<CudaSlice<u8>>>>,
+    /// Number of blocks that were allocated so far.
+    allocated: Cell<u64>,
     /// Number of blocks in use.
     on_loan: Cell<usize>,
-    /// Number of captured steps. They use free blocks.
+    /// Number of captured steps and passes. They use free blocks.
     captured: Cell<usize>,
+    /// The captured passes, which can do without the memory.
+    releases: RefCell<Vec<Weak<dyn Release>>>,
 }
 
 /// Memory borrowed from a [`Pool`].
@@ -38,14 +42,20 @@ impl Memory {
     }
 }
 
+/// What holds memory only to be faster.
+pub(super) trait Release {
+    /// Drops what holds the memory.
+    fn release(&self);
+}
+
 /// Prevents a pool from returning memory to the device.
 pub(super) struct Held(Rc<Pool>);
 
 impl Pool {
     pub fn new(device: CudaDevice, stream: Arc<CudaStream>) -> Rc<Self> {
         keep_freed_memory(&stream);
-        let (free, on_loan, captured) = Default::default();
-        Rc::new(Self { device, stream, free, on_loan, captured })
+        let (free, allocated, on_loan, captured, releases) = Default::default();
+        Rc::new(Self { device, stream, free, allocated, on_loan, captured, releases })
     }
 
     /// Takes memory of this many bytes, with arbitrary content.
@@ -65,7 +75,10 @@ impl Pool {
         };
         let slice = match found {
             Some(slice) => slice,
-            None if may_be_allocated => self.allocate::<u8>(bytes)?,
+            None if may_be_allocated => {
+                self.allocated.set(self.allocated.get() + 1);
+                self.allocate::<u8>(bytes)?
+            }
             // Memory allocated during a capture would belong to the graph.
             None => candle_core::bail!("no memory is free to be captured"),
         };
@@ -80,6 +93,9 @@ impl Pool {
         let allocate = || unsafe { self.device.alloc::<T>(len) };
         allocate().or_else(|error| {
             // Freeing blocks of other sizes may make room, but captured steps use these.
+            for holder in self.releases.take() {
+                holder.upgrade().inspect(|holder| holder.release());
+            }
             let mut free = self.free.borrow_mut();
             if free.is_empty() || self.captured.get() > 0 {
                 return Err(error);
@@ -89,9 +105,22 @@ impl Pool {
         })
     }
 
+    /// Returns the number of blocks that were allocated so far. If a pass allocates none, the next pass of the same
+    /// kind takes the same blocks.
+    pub fn allocated(&self) -> u64 {
+        self.allocated.get()
+    }
+
     /// Returns whether any block is in use.
     pub fn is_in_use(&self) -> bool {
         self.on_loan.get() > 0
+    }
+
+    /// Calls `holder` when memory is needed.
+    pub fn releases(&self, holder: Weak<dyn Release>) {
+        let mut all = self.releases.borrow_mut();
+        all.retain(|holder| holder.strong_count() > 0);
+        all.push(holder);
     }
 
     /// Prevents the pool from freeing memory until every returned value has been dropped.

@@ -30,12 +30,15 @@ mod modules;
 mod muon;
 mod norm;
 mod owned;
+mod pass_graph;
 mod pixels;
 mod random;
+mod replay;
 mod staging;
 mod step_graph;
 #[cfg(test)]
 mod tests;
+mod weights;
 
 pub(crate) use adam::{UpdateSettings, Updater, WeightUpdate};
 pub(crate) use attention::Attention;
@@ -52,6 +55,10 @@ pub(crate) use maps::{
 };
 pub(crate) use memory::Memory;
 pub(crate) use norm::{Norm, NormGradients, NormStatistics};
+#[cfg(test)]
+pub(crate) use pass_graph::is_captured;
+pub(crate) use pass_graph::repeated;
 pub(crate) use pixels::{add_to, are_plain, clamp, combine, mix, squared_error};
 pub(crate) use random::{dropout_mask, normals};
 pub(crate) use step_graph::StepGraph;
+pub(crate) use weights::{Network, PassWeights};

@@ -2,15 +2,12 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::Tensor;
-use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::CudaGraph;
 
 use super::device::Gpu;
-use super::memory::Held;
+use super::replay::Replay;
 use crate::error::{Error, Result};
 
 /// A training step that was captured as a CUDA graph. It can be launched for other batches of the same shape: one
@@ -25,20 +22,8 @@ pub(crate) struct StepGraph {
     shapes: Vec<Vec<usize>>,
 }
 
-/// The memory that a graph owns. The trainer owns the weights and the optimiser's state, and drops the graph
-/// before them.
-struct Captured {
-    graph: CudaGraph,
-    gpu: Rc<Gpu>,
-    inputs: Vec<Tensor>,
-    loss: Tensor,
-    norm: Tensor,
-    _gradients: Vec<Tensor>,
-    _memory: Held,
-}
-
 thread_local! {
-    static GRAPHS: RefCell<HashMap<u64, Captured>> = RefCell::default();
+    static GRAPHS: RefCell<HashMap<u64, Replay>> = RefCell::default();
 }
 
 /// The results of a step: the loss, the norm of the gradient, and the gradients.
@@ -66,16 +51,15 @@ impl StepGraph {
         let (gpu, device) = (Gpu::of(first.device())?, first.device().clone());
         let scalar = || Tensor::from_vec(vec![0f32], (), &device);
         let (loss, norm) = (scalar()?, scalar()?);
-        let work = || -> Result<Vec<Tensor>> {
-            let (own_loss, own_norm, gradients) = step()?;
-            gpu.copy(&own_loss, &loss)?;
-            gpu.copy(&own_norm, &norm)?;
-            Ok(gradients)
-        };
-        let _memory = gpu.pool.hold();
-        let (graph, gradients) = gpu.capture.of(&gpu.device, work)?;
         let (id, shapes) = (COUNT.fetch_add(1, Ordering::Relaxed), shapes(&inputs));
-        let captured = Captured { graph, gpu, inputs, loss, norm, _gradients: gradients, _memory };
+        // The trainer owns the weights and the optimiser's state, and drops the graph before them.
+        let mut step = Some(step);
+        let mut work = |_: &[Tensor]| {
+            let step = step.take().ok_or_else(|| Error::config("captures of a step", 2, "1"))?;
+            let (loss, norm, gradients) = step()?;
+            Ok((vec![loss, norm], gradients))
+        };
+        let captured = Replay::capture(gpu, inputs, vec![loss, norm], &mut work)?;
         GRAPHS.with_borrow_mut(|graphs| graphs.insert(id, captured));
         Ok(Self { id, shapes })
     }
@@ -96,15 +80,10 @@ impl StepGraph {
                 let Some(own) = graphs.get(&self.id).filter(|_| fits) else {
                     candle_core::bail!("a captured step was given another batch, or another thread")
                 };
-                if own.gpu.in_a_pass() {
-                    candle_core::bail!("a captured step was launched within another pass")
+                match <[Tensor; 2]>::try_from(own.launch(inputs)?) {
+                    Ok([loss, norm]) => Ok((loss, norm)),
+                    Err(_) => candle_core::bail!("a captured step has two results"),
                 }
-                for (input, own_input) in inputs.iter().zip(&own.inputs) {
-                    own.gpu.copy(input, own_input)?;
-                }
-                own.graph.launch().w()?;
-                // Copied, because the next launch overwrites them.
-                Ok((own.loss.copy()?, own.norm.copy()?))
             })
             .map_err(Error::from)
     }

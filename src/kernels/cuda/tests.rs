@@ -1,6 +1,7 @@
 //! Compares each kernel, in each type of map, with its reference composition in f64, on random shapes.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
 use proptest::prelude::*;
@@ -134,6 +135,10 @@ fn cudnn_has_a_plan_for_each_convolution() {
     }
 }
 
+fn bits(x: &Tensor) -> Result<Vec<u32>> {
+    Ok(x.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+}
+
 /// Tests a convolution of (batch, height, width), with values added to its output and its gradient.
 fn convolution_agrees(
     (batch, h, w): (usize, usize, usize),
@@ -171,14 +176,23 @@ fn convolution_agrees(
         let (gx, gdy) = (map(&gpu, &x, precision)?, map(&gpu, &dy, precision)?);
         let on_gpu = |t: &Option<Tensor>| t.as_ref().map(|t| map(&gpu, t, precision)).transpose();
         let (per, more) = (on_gpu(&per)?, on_gpu(&more)?);
-        let packed = convolution.pack(&gpu, &gpu_weight)?;
+        // The second pass packs the weights, and unpacks their gradient, by one launch for all weights.
+        let network = Arc::default();
+        let pass = || PassWeights::begin(gpu.clone(), &network, Element::of(precision), false);
+        let (first, first_gradient) = (pass()?, gpu_weight.zeros_like()?);
+        let first_packed = first.of_convolution(&convolution, &gpu_weight)?;
+        first.gradient(&convolution, [&gx, &gdy], (&gpu_weight, &first_gradient))?;
+        first.finish()?;
+        let weights = pass()?;
+        let packed = weights.of_convolution(&convolution, &gpu_weight)?;
+        assert!(packed != first_packed || kernel == 1);
         let added_there = Added {
             bias: Some(&bias.to_device(&device(&gpu))?),
             per_image: per.as_ref(),
             residual: more.as_ref(),
             mask: None,
         };
-        let found = convolution.forward(&gpu, &gx, &packed)?;
+        let found = convolution.forward(&gpu, &gx, packed)?;
         let sizes = [batch, out[1] * out[2], c_out];
         added_there.add_to(&gpu, [&found, &found], sizes, Element::of(precision))?;
         // The products are rounded to the maps' type before anything is added.
@@ -187,7 +201,9 @@ fn convolution_agrees(
         check(&name("y"), &unmap(&gpu, &found, out, precision)?, &y.exact, &bound);
 
         let gradient = gpu_weight.zeros_like()?;
-        convolution.weight_gradient(&gpu, &gx, &gdy, &gradient)?;
+        weights.gradient(&convolution, [&gx, &gdy], (&gpu_weight, &gradient))?;
+        weights.finish()?;
+        assert_eq!(bits(&gradient)?, bits(&first_gradient)?);
         let bound = plus([products.of(&dweight), products.storing(&dweight.exact)]);
         check(&name("gradient of the weight"), &gradient, &dweight.exact, &bound);
 
@@ -209,7 +225,7 @@ fn convolution_agrees(
 
         let there = normal(6, &dims);
         let found = map(&gpu, &there, precision)?;
-        convolution.input_gradient(&gpu, &gdy, &packed, &found, accumulate)?;
+        convolution.input_gradient(&gpu, &gdy, packed, &found, accumulate)?;
         // The gradients of patches, or of doubled pixels, are rounded to the maps' type, and so are their
         // sums.
         let stored = products.storing(&(&dx.magnitude * 2.0)?);

@@ -4,10 +4,10 @@ use candle_core::Result;
 
 use super::super::device::Gpu;
 use super::super::dnn::{Direction, Plan, Shape};
-use super::super::element::Pointer;
+use super::super::element::{Element, Pointer};
 use super::super::maps::{repeat_pixels, sum_pixels_to};
 use super::super::memory::Memory;
-use super::Convolution;
+use super::{Convolution, Place};
 use crate::kernels::op::conv::ConvShape;
 use crate::precision::Precision;
 
@@ -75,28 +75,30 @@ impl Convolution {
         &self,
         gpu: &Gpu,
         x: &Memory,
-        packed: &Memory,
+        packed: Pointer,
         y: &Memory,
     ) -> Result<bool> {
         let Some(plan) = self.plan(gpu) else { return Ok(false) };
         let doubled = self.doubled(gpu, x)?;
-        let operands = [doubled.as_ref().unwrap_or(x), packed, y].map(|memory| memory.pointer);
+        let operands = [doubled.as_ref().unwrap_or(x).pointer, packed, y.pointer];
         self.run(gpu, &plan, Direction::Forward, operands, false)
     }
 
-    /// Computes the gradient of the weights (out, k, k, in), in the maps' type. Returns `None` if cuDNN fails.
+    /// Computes the gradient of the weights (out, k, k, in), in the maps' type, at the place that `place` returns for
+    /// this type. Returns `None` if cuDNN fails.
     pub(super) fn weight_gradient_by_dnn(
         &self,
         gpu: &Gpu,
         x: &Memory,
         dy: &Memory,
-    ) -> Result<Option<Memory>> {
+        place: impl FnOnce(Element) -> Result<Place>,
+    ) -> Result<Option<Place>> {
         let Some(plan) = self.plan(gpu) else { return Ok(None) };
         let doubled = self.doubled(gpu, x)?;
-        let packed = gpu.take_for(self.weights().count, self.element)?;
-        let operands = [doubled.as_ref().unwrap_or(x), &packed, dy].map(|memory| memory.pointer);
+        let place = place(self.element)?;
+        let operands = [doubled.as_ref().unwrap_or(x).pointer, place.0, dy.pointer];
         let done = self.run(gpu, &plan, Direction::Weight, operands, false)?;
-        Ok(done.then_some(packed))
+        Ok(done.then_some(place))
     }
 
     /// Writes the gradient of the input to `dx`, or adds it to the values of `dx`. Returns false if cuDNN
@@ -105,14 +107,14 @@ impl Convolution {
         &self,
         gpu: &Gpu,
         dy: &Memory,
-        packed: &Memory,
+        packed: Pointer,
         dx: &Memory,
         accumulate: bool,
     ) -> Result<bool> {
         let Some(plan) = self.plan(gpu) else { return Ok(false) };
         let doubled = self.take_doubled(gpu)?;
         let to = doubled.as_ref().unwrap_or(dx).pointer;
-        let operands = [to, packed.pointer, dy.pointer];
+        let operands = [to, packed, dy.pointer];
         let accumulate_there = accumulate && doubled.is_none();
         if !self.run(gpu, &plan, Direction::Input, operands, accumulate_there)? {
             return Ok(false);

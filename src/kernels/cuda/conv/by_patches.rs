@@ -32,8 +32,8 @@ impl Convolution {
         gpu.take_for(images * self.pixels() * self.shape.patch(), self.element)
     }
 
-    fn packed(&self, packed: &Memory) -> Matrix {
-        Matrix::new(packed.pointer, self.shape.c_out, self.shape.patch(), self.element)
+    fn packed(&self, packed: Pointer) -> Matrix {
+        Matrix::new(packed, self.shape.c_out, self.shape.patch(), self.element)
     }
 
     /// Returns the address of image `first` in a map of the input's dimensions.
@@ -78,7 +78,7 @@ impl Convolution {
         &self,
         gpu: &Gpu,
         x: &Memory,
-        packed: &Memory,
+        packed: Pointer,
         y: &Memory,
     ) -> Result<()> {
         let weights = (self.packed(packed), As::Transposed);
@@ -89,21 +89,20 @@ impl Convolution {
         })
     }
 
-    /// Computes the gradient of the weights (out, k, k, in), in f32.
+    /// Writes the gradient of the weights (out, k, k, in) in f32.
     pub(super) fn weight_gradient_by_patches(
         &self,
         gpu: &Gpu,
         x: &Memory,
         dy: &Memory,
-    ) -> Result<Memory> {
-        let packed = gpu.take_for(self.shape.c_out * self.shape.patch(), Element::F32)?;
-        let sum = Matrix::new(packed.pointer, self.shape.c_out, self.shape.patch(), Element::F32);
+        to: Pointer,
+    ) -> Result<()> {
+        let sum = Matrix::new(to, self.shape.c_out, self.shape.patch(), Element::F32);
         self.for_patches(gpu, x, |patches, first| {
             let dy = (self.rows_of(dy, first, &patches), As::Transposed);
             let (patches, how) = ((patches, As::Stored), How::accumulating(first > 0));
             gpu.blas.multiply(self.precision, dy, patches, sum, how)
-        })?;
-        Ok(packed)
+        })
     }
 
     /// Writes the gradient of the input to `dx`, or adds it to the values of `dx`.
@@ -111,7 +110,7 @@ impl Convolution {
         &self,
         gpu: &Gpu,
         dy: &Memory,
-        packed: &Memory,
+        packed: Pointer,
         dx: &Memory,
         accumulate: bool,
     ) -> Result<()> {

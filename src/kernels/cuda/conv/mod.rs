@@ -4,10 +4,10 @@
 mod by_dnn;
 mod by_patches;
 
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 use super::device::Gpu;
-use super::element::Element;
+use super::element::{Element, Pointer};
 use super::kernel::{Module, argument};
 use super::maps::Channels;
 use super::memory::Memory;
@@ -23,6 +23,9 @@ argument! { MODULE, struct Sizes {
     h: i32, w: i32, channels: i32, h_out: i32, w_out: i32, kernel: i32, stride: i32, pad: i32,
     upsample: i32,
 } }
+
+/// Where a result is written, and the memory there if it was taken for the result.
+type Place = (Pointer, Option<Memory>);
 
 /// A convolution of maps. Its kernel is square.
 #[derive(Debug, Clone, Copy)]
@@ -64,21 +67,13 @@ impl Convolution {
     }
 
     /// The reordering of weights from (out, in, k, k) to (out, k, k, in).
-    fn weights(&self) -> Channels {
+    pub(super) fn weights(&self) -> Channels {
         let (channels, pixels) = (self.shape.c_in, self.shape.taps());
         Channels { channels, pixels, count: self.shape.c_out * channels * pixels }
     }
 
-    /// Packs the weights as (out, k, k, in) in the maps' type.
-    pub fn pack(&self, gpu: &Gpu, weight: &Tensor) -> Result<Memory> {
-        let own = self.weights();
-        let packed = gpu.take_for(own.count, self.element)?;
-        own.last(gpu, gpu.pointer(weight)?, packed.pointer, self.element)?;
-        Ok(packed)
-    }
-
-    /// Computes the output without a bias.
-    pub fn forward(&self, gpu: &Gpu, x: &Memory, packed: &Memory) -> Result<Memory> {
+    /// Computes the output without a bias, from `x` and the packed weights.
+    pub fn forward(&self, gpu: &Gpu, x: &Memory, packed: Pointer) -> Result<Memory> {
         let y = gpu.take_for(self.output().iter().product(), self.element)?;
         if !self.forward_by_dnn(gpu, x, packed, &y)? {
             self.forward_by_patches(gpu, x, packed, &y)?;
@@ -86,20 +81,42 @@ impl Convolution {
         Ok(y)
     }
 
-    /// Writes the gradient of the weights (out, in, k, k).
-    pub fn weight_gradient(
+    /// Returns whether weights and gradients have the same layout, packed and not packed.
+    pub(super) fn is_pointwise(&self) -> bool {
+        self.shape.is_pointwise()
+    }
+
+    /// Computes the packed gradient of the weights, (out, k, k, in), and returns its type. It is written to `slot` if
+    /// there is one of this type, and otherwise to memory that is also returned.
+    pub(super) fn weight_gradient(
         &self,
         gpu: &Gpu,
-        x: &Memory,
-        dy: &Memory,
-        gradient: &Tensor,
-    ) -> Result<()> {
-        let own = self.weights();
-        let (packed, element) = match self.weight_gradient_by_dnn(gpu, x, dy)? {
-            Some(packed) => (packed, self.element),
-            None => (self.weight_gradient_by_patches(gpu, x, dy)?, Element::F32),
+        [x, dy]: [&Memory; 2],
+        slot: Option<(Pointer, Element)>,
+    ) -> Result<(Element, Option<Memory>)> {
+        let place = |element: Element| match slot.filter(|(_, own)| *own == element) {
+            Some((slot, _)) => Ok((slot, None)),
+            None => {
+                let memory = gpu.take_for(self.weights().count, element)?;
+                Ok((memory.pointer, Some(memory)))
+            }
         };
-        own.first(gpu, packed.pointer, gpu.pointer(gradient)?, element)
+        if let Some((_, memory)) = self.weight_gradient_by_dnn(gpu, x, dy, place)? {
+            return Ok((self.element, memory));
+        }
+        let (to, memory) = place(Element::F32)?;
+        self.weight_gradient_by_patches(gpu, x, dy, to)?;
+        Ok((Element::F32, memory))
+    }
+
+    /// Computes the gradient of the weights of a pointwise convolution, in f32.
+    pub(super) fn weight_gradient_of_pixels(
+        &self,
+        gpu: &Gpu,
+        [x, dy]: [&Memory; 2],
+        to: Pointer,
+    ) -> Result<()> {
+        self.weight_gradient_by_patches(gpu, x, dy, to)
     }
 
     /// Writes the gradient of the input to `dx`, or adds it to the values of `dx`.
@@ -107,7 +124,7 @@ impl Convolution {
         &self,
         gpu: &Gpu,
         dy: &Memory,
-        packed: &Memory,
+        packed: Pointer,
         dx: &Memory,
         accumulate: bool,
     ) -> Result<()> {
@@ -121,11 +138,17 @@ impl Convolution {
 /// Stand-ins for a build without cuDNN.
 #[cfg(not(feature = "cudnn"))]
 impl Convolution {
-    fn forward_by_dnn(&self, _: &Gpu, _: &Memory, _: &Memory, _: &Memory) -> Result<bool> {
+    fn forward_by_dnn(&self, _: &Gpu, _: &Memory, _: Pointer, _: &Memory) -> Result<bool> {
         Ok(false)
     }
 
-    fn weight_gradient_by_dnn(&self, _: &Gpu, _: &Memory, _: &Memory) -> Result<Option<Memory>> {
+    fn weight_gradient_by_dnn(
+        &self,
+        _: &Gpu,
+        _: &Memory,
+        _: &Memory,
+        _: impl FnOnce(Element) -> Result<Place>,
+    ) -> Result<Option<Place>> {
         Ok(None)
     }
 
@@ -133,7 +156,7 @@ impl Convolution {
         &self,
         _: &Gpu,
         _: &Memory,
-        _: &Memory,
+        _: Pointer,
         _: &Memory,
         _: bool,
     ) -> Result<bool> {
