@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::super::parts::parts;
 use super::rows::Rows;
 use super::tiles::{MIN_BLOCK_TILES, TileRow, Tiles, kernel_stride, place_stride, with_scratch};
 use super::transforms::{kernel_gradient, transform_gradient, transform_input};
@@ -32,15 +33,6 @@ const BYTES: usize = 3 << 19;
 /// Maximum number of tiles in a block: the depth of a product.
 const MAX_BLOCK_TILES: usize = 128;
 
-/// Maximum memory for the sums of parts. One part alone may need more.
-const SUMS_BYTES: usize = 9 << 20;
-
-/// Minimum number of output pixels in a part. With fewer, a part would cost more time than it saves.
-const MIN_PART_PIXELS: usize = 1024;
-
-/// Maximum number of parts.
-const MAX_PARTS: usize = 16;
-
 /// The division of the sums into tasks. Each has a part of the batch, a group of panels of output channels, and some
 /// input channels.
 pub(super) struct Division {
@@ -62,11 +54,9 @@ impl Division {
     pub(super) fn of(tiles: Tiles, c_in: usize, c_out: usize) -> Self {
         let panels = c_out.div_ceil(PANEL);
         let [height, width] = tiles.size.output();
-        let worthwhile = tiles.tile_rows() * tiles.tiles_x() * height * width / MIN_PART_PIXELS;
+        let pixels = tiles.tile_rows() * tiles.tiles_x() * height * width;
         let sums = panels * tiles.size.count() * kernel_stride(c_in);
-        let most = (SUMS_BYTES / (sums * size_of::<f32>())).min(worthwhile).clamp(1, MAX_PARTS);
-        // Powers of two, so that the threads of usual machines have the same number of parts.
-        let part_rows = tiles.tile_rows().div_ceil(1 << most.ilog2());
+        let part_rows = tiles.tile_rows().div_ceil(parts(pixels, sums));
         let parts = tiles.tile_rows().div_ceil(part_rows);
 
         // Fewer channels make the blocks of tiles longer, which does not matter if there is only one.
@@ -143,6 +133,7 @@ pub(super) fn weight_gradient(
             let panel = task / chunks * group;
             let outputs = panel * PANEL..((panel + group) * PANEL).min(c_out);
             let inputs = division.channels(task % chunks, c_in);
+            let sums = (sums, division.panel_len);
             sum_transformed(isa, tiles, (x, inputs), (dy, c_out, outputs), rows, sums);
         });
     });
@@ -165,14 +156,14 @@ pub(super) fn weight_gradient(
 }
 
 /// Writes the sum of `(A dy A^T) (B^T d B)` over some rows of tiles, for some input and output channels, to `sums`,
-/// panels of (places, in, PANEL), with places [`kernel_stride`] apart.
+/// panels of (places, in, PANEL). Panels are `panel_len` values apart, and places [`kernel_stride`].
 fn sum_transformed(
     isa: Isa,
     tiles: Tiles,
     (x, inputs): (Input<'_>, Range<usize>),
     (dy, c_out, outputs): (&[f32], usize, Range<usize>),
     rows: Range<usize>,
-    sums: &mut [f32],
+    (sums, panel_len): (&mut [f32], usize),
 ) {
     let (c_in, panels) = (inputs.len(), outputs.len().div_ceil(PANEL));
     let (size, count) = (tiles.size, tiles.size.count());
@@ -207,7 +198,7 @@ fn sum_transformed(
             for (at, panel) in places {
                 let i = panel * count + at;
                 let product = PanelProduct {
-                    c: &mut sums[i * kernel_stride(c_in)..][..c_in * PANEL],
+                    c: &mut sums[panel * panel_len + at * kernel_stride(c_in)..][..c_in * PANEL],
                     c_row: PANEL,
                     rows: c_in,
                     a: Left::new(&v[at * v_stride..], 1, c_in),
