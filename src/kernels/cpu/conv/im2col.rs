@@ -7,18 +7,20 @@
 //! The backward pass always lays patches out, except for the input gradient of a convolution to a few channels, which is
 //! a forward convolution.
 
+mod weight_gradient;
+
 use std::cell::RefCell;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
+use self::weight_gradient::weight_gradient;
 use super::algorithm::{Algorithm, Input, Packed, Workspace};
 use super::epilogue::Epilogue;
 use crate::kernels::cpu::gemm::pack::{Mat, Panels, pack};
-use crate::kernels::cpu::gemm::{NARROW, Patches, gemm, gemm_packed, gemm_patches, narrow_patches};
+use crate::kernels::cpu::gemm::{NARROW, Patches, gemm_packed, gemm_patches, narrow_patches};
 use crate::kernels::cpu::isa::Isa;
 use crate::kernels::cpu::memory::{from_line, sized};
-use crate::kernels::cpu::reduce::PARTS;
 use crate::kernels::op::conv::{ConvShape, Scale};
 use crate::kernels::op::place::Place;
 
@@ -321,7 +323,6 @@ impl Algorithm for Im2col {
         });
     }
 
-    /// Sums over each part of the batch, then adds the parts in order.
     fn weight_gradient(
         &self,
         x: Input<'_>,
@@ -329,7 +330,7 @@ impl Algorithm for Im2col {
         dweight: &mut [f32],
         workspace: &mut Workspace,
     ) {
-        let (x, ConvShape { batch, c_in, c_out, .. }) = (x.map, self.shape);
+        let (x, ConvShape { c_in, c_out, .. }) = (x.map, self.shape);
         if let Some(transposed) = self.transposed() {
             // Patches of the output have few values, and fit in a panel.
             let taps = self.shape.taps();
@@ -341,32 +342,6 @@ impl Algorithm for Im2col {
             }
             return;
         }
-        let (patch, x_len, y_len) =
-            (self.shape.patch(), self.shape.input_len(), self.shape.output_len());
-        let images = batch.div_ceil(PARTS);
-        let part_len = c_out * patch;
-        let sums = sized(&mut workspace.values, batch.div_ceil(images) * part_len);
-        let parts = x.par_chunks(images * x_len).zip(dy.par_chunks(images * y_len));
-        sums.par_chunks_mut(part_len).zip(parts).for_each(|(sums, (x, dy))| {
-            sums.fill(0.0);
-            for (x, dy) in x.chunks(x_len).zip(dy.chunks(y_len)) {
-                for rows in self.chunks() {
-                    let dy = self.gradient_rows(dy, &rows).transposed();
-                    self.with_patches(x, rows, |patches| {
-                        gemm(self.isa, (&mut *sums, patch), dy, patches, true);
-                    });
-                }
-            }
-        });
-        // Each output channel, from (height, width, in) to (in, height, width).
-        dweight.par_chunks_mut(patch).enumerate().for_each(|(o, dweight)| {
-            dweight.fill(0.0);
-            for sums in sums.chunks(part_len) {
-                for (tap, sums) in sums[o * patch..][..patch].chunks(c_in).enumerate() {
-                    let dweight = dweight[tap..].iter_mut().step_by(self.shape.taps());
-                    dweight.zip(sums).for_each(|(d, sum)| *d += sum);
-                }
-            }
-        });
+        weight_gradient(self.isa, &self.shape, x, dy, dweight, &mut workspace.values);
     }
 }

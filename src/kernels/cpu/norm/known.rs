@@ -1,3 +1,5 @@
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::passes::{Affine, SPAN, Stats, normalize};
@@ -27,12 +29,20 @@ impl Known {
         self.values.extend_from_slice(bias);
     }
 
-    /// Writes some normalised pixels of an image.
-    pub(crate) fn write_pixels(&self, image: usize, x: &[f32], y: &mut [f32]) {
-        let c = self.channels;
-        let values = &self.values[image * 3 * c..][..3 * c];
-        let affine = Affine::new(&values[..c], &values[c..2 * c], &values[2 * c..]);
-        normalize(self.isa, y, x, &affine, self.silu);
+    /// Writes some channels of some normalised pixels of an image. `x` has all channels of these pixels.
+    pub(crate) fn write_pixels(
+        &self,
+        image: usize,
+        x: &[f32],
+        channels: Range<usize>,
+        y: &mut [f32],
+    ) {
+        let all = self.channels;
+        let of_image = &self.values[image * 3 * all..][..3 * all];
+        let values = |i: usize| &of_image[i * all..][..all][channels.clone()];
+        let affine = Affine::new(values(0), values(1), values(2));
+        let x = x.get(channels.start..).unwrap_or_default();
+        normalize(self.isa, y, x, all, &affine, self.silu);
     }
 
     /// Writes all images of `x` to `y`.
@@ -41,7 +51,7 @@ impl Known {
         let span = SPAN * self.channels;
         y.par_chunks_mut(image).zip(x.par_chunks(image)).enumerate().for_each(|(k, (y, x))| {
             let spans = y.par_chunks_mut(span).zip(x.par_chunks(span));
-            spans.for_each(|(y, x)| self.write_pixels(k, x, y));
+            spans.for_each(|(y, x)| self.write_pixels(k, x, 0..self.channels, y));
         });
     }
 }

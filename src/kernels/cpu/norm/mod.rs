@@ -136,7 +136,7 @@ impl Normalization<'_> {
         let silu = self.silu();
         let spans = y.par_chunks_mut(span).zip(x.par_chunks(span));
         spans.with_min_len(least(shared)).for_each(|(y, x)| {
-            normalize(self.isa, y, x, &affine, silu);
+            normalize(self.isa, y, x, affine.channels(), &affine, silu);
         });
     }
 

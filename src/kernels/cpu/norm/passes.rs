@@ -90,7 +90,7 @@ impl<'a> Affine<'a> {
         Self { mean, scale, bias }
     }
 
-    fn channels(&self) -> usize {
+    pub(super) fn channels(&self) -> usize {
         self.scale.len()
     }
 
@@ -110,11 +110,11 @@ impl<'a> Affine<'a> {
 }
 
 simd_fn! {
-    /// Writes `y = silu(z)`, or `y = z`, from the normalised `z`.
-    pub(super) fn normalize<S>(y: &mut [f32], x: &[f32], affine: &Affine<'_>, silu: bool) {
+    /// Writes `y = silu(z)`, or `y = z`, from the normalised `z`. The pixels of `x` are this far apart.
+    pub(super) fn normalize<S>(y: &mut [f32], x: &[f32], pixel: usize, affine: &Affine<'_>, silu: bool) {
         let c = affine.channels();
-        for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
-            let (y, x) = (y.as_mut_ptr(), x.as_ptr());
+        for (y, x) in y.chunks_exact_mut(c).zip(x.chunks(pixel)) {
+            let (y, x) = (y.as_mut_ptr(), x[..c].as_ptr());
             // SAFETY: `y` and `x` have the channels of a pixel.
             unsafe {
                 for_channels!(i in c, normalize_channels::<S>(y, x, affine, i, silu));

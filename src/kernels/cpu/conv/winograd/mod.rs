@@ -193,7 +193,7 @@ impl Winograd {
                 let (shift, scratch) = scratch.split_at_mut(width);
                 let (lines, zeros) = scratch.split_at_mut(lines_len);
                 zeros.fill(0.0);
-                let mut x = Rows::new(maps, x, lines);
+                let mut x = Rows::new(maps, x, 0..c_in, lines);
                 for (first, y) in maps.blocks_between(task.clone(), y, place.of, rows) {
                     let block = first..(first + rows).min(task.end);
                     for (i, tile_row) in block.clone().enumerate() {
@@ -304,7 +304,7 @@ impl Winograd {
             let v_stride = place_stride(tiles * c_out);
             with_scratch(places * v_stride + tiles * padded, |scratch| {
                 let (v, sums) = scratch.split_at_mut(places * v_stride);
-                let mut dy = Rows::new(maps.of_output(), dy.into(), &mut []);
+                let mut dy = Rows::new(maps.of_output(), dy.into(), 0..c_out, &mut []);
                 for (i, begin) in (0..tiles).step_by(maps.tiles_x()).enumerate() {
                     let row = TileRow { first: begin, stride: v_stride, size: maps.size };
                     // Small tiles need no zeros.

@@ -12,12 +12,16 @@ const MAX_ROWS: usize = 6;
 /// The pixel rows under a row of tiles.
 #[derive(Clone, Copy)]
 pub(super) struct Source<'a> {
-    /// Each (width, channels), before pixels are doubled. `None` is a row beyond the edges of the map.
+    /// Each begins with the first of the channels, before pixels are doubled. `None` is a row beyond the edges of the
+    /// map.
     pub rows: [Option<&'a [f32]>; MAX_ROWS],
+    /// Distance between the pixels of a row.
+    pub pixel: usize,
     /// Width of the map that the tiles are on.
     pub w: usize,
     /// Columns of zeros before the map: 0 or 1.
     pub before: usize,
+    /// Number of channels that are read.
     pub channels: usize,
     /// True if each pixel of a row is two pixels of the map.
     pub doubled: bool,
@@ -27,8 +31,9 @@ pub(super) struct Source<'a> {
 pub(super) struct Rows<'a> {
     tiles: Tiles,
     input: Input<'a>,
-    channels: usize,
-    /// Normalised rows. Row `y` of an image is at position `y % count`, where `count` is the number of pixel rows under a
+    /// The channels that are read.
+    channels: Range<usize>,
+    /// Normalised rows of these channels. Row `y` of an image is at position `y % count`, where `count` is the number of pixel rows under a
     /// row of tiles.
     memory: &'a mut [f32],
     /// The image in memory, and the range of its rows.
@@ -36,26 +41,34 @@ pub(super) struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// Number of values in memory for the normalised rows of maps of this many channels.
+    /// Number of values in memory for the normalised rows of this many channels.
     pub(super) fn memory_len(tiles: Tiles, input: Input<'_>, channels: usize) -> usize {
         if input.norm.is_some() { tiles.size.rows() * tiles.map()[1] * channels } else { 0 }
     }
 
-    /// Reads from `input`. If it is normalised, its pixels are not doubled, and `memory` has
+    /// Reads some channels of `input`. If it is normalised, its pixels are not doubled, and `memory` has
     /// [`memory_len`](Self::memory_len) values.
-    pub(super) fn new(tiles: Tiles, input: Input<'a>, memory: &'a mut [f32]) -> Self {
-        let channels = input.map.len() / tiles.input_pixels();
+    pub(super) fn new(
+        tiles: Tiles,
+        input: Input<'a>,
+        channels: Range<usize>,
+        memory: &'a mut [f32],
+    ) -> Self {
+        assert!(channels.end <= input.map.len() / tiles.input_pixels());
         assert!(input.norm.is_none() || !tiles.doubled);
-        assert!(memory.len() >= Self::memory_len(tiles, input, channels));
+        assert!(memory.len() >= Self::memory_len(tiles, input, channels.len()));
         Self { tiles, input, channels, memory, held: (0, 0..0) }
     }
 
     /// Returns the rows under a row of tiles.
     pub(super) fn under(&mut self, tile_row: usize) -> Source<'_> {
-        let Self { tiles, input, channels, .. } = *self;
+        let Self { tiles, input, .. } = *self;
         let (k, top) = tiles.place(tile_row);
         let (scale, [h, w]) = (if tiles.doubled { 2 } else { 1 }, tiles.map());
-        let (row, image) = (w / scale * channels, input.map.len() / tiles.batch);
+        let all = input.map.len() / tiles.input_pixels();
+        let (row, image) = (w / scale * all, input.map.len() / tiles.batch);
+        let channels = self.channels.clone();
+        let own = w * channels.len();
         let image = &input.map[k * image..][..image];
         let count = tiles.size.rows();
         let first = top.saturating_sub(tiles.before);
@@ -63,8 +76,8 @@ impl<'a> Rows<'a> {
         if let Some(norm) = input.norm {
             let held = if self.held.0 == k { self.held.1.clone() } else { 0..0 };
             for y in needed.clone().filter(|y| !held.contains(y)) {
-                let to = &mut self.memory[y % count * row..][..row];
-                norm.write_pixels(k, &image[y * row..][..row], to);
+                let to = &mut self.memory[y % count * own..][..own];
+                norm.write_pixels(k, &image[y * row..][..row], channels.clone(), to);
             }
             self.held = (k, needed.clone());
         }
@@ -72,10 +85,12 @@ impl<'a> Rows<'a> {
         for (row_of_tile, place) in rows.iter_mut().enumerate() {
             let y = (top + row_of_tile).checked_sub(tiles.before).filter(|y| needed.contains(y));
             *place = y.map(|y| match input.norm {
-                Some(_) => &self.memory[y % count * row..][..row],
-                None => &image[y / scale * row..][..row],
+                Some(_) => &self.memory[y % count * own..][..own],
+                None => &image[y / scale * row..][channels.start..row],
             });
         }
-        Source { rows, w, before: tiles.before, channels, doubled: tiles.doubled }
+        let pixel = if input.norm.is_some() { channels.len() } else { all };
+        let (before, channels, doubled) = (tiles.before, channels.len(), tiles.doubled);
+        Source { rows, pixel, w, before, channels, doubled }
     }
 }

@@ -6,6 +6,7 @@ use super::tiles::kernel_stride;
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::simd::{Simd, simd_fn};
 use crate::kernels::cpu::transpose::transpose_in;
+use crate::kernels::op::place::Place;
 
 /// Kernels of a channel that are transposed at once: they lie side by side, and those of two channels far apart.
 pub(super) const KERNELS: usize = 16;
@@ -68,16 +69,16 @@ simd_fn! {
     pub(super) fn kernel_gradient<S>(
         dweight: &mut [f32],
         u: &[f32],
-        part_len: usize,
-        parts: usize,
+        parts: (usize, usize),
         c_in: usize,
+        place: Place,
         places: Places,
     ) {
-        assert!((parts - 1) * part_len + places.count() * kernel_stride(c_in) <= u.len());
-        let count = dweight.len() / (c_in * 9);
-        assert!(count <= PANEL);
+        assert!((parts.0 - 1) * parts.1 + places.count() * kernel_stride(c_in) <= u.len());
+        let Place { first: channel, of } = place;
+        let count = dweight.len() / (of * 9);
+        assert!(count <= PANEL && channel + c_in <= of);
         let mut taps: Taps = [[[0f32; PANEL]; 9]; KERNELS];
-        let parts = (parts, part_len);
         for first in (0..c_in).step_by(KERNELS) {
             let taps = &mut taps[..KERNELS.min(c_in - first)];
             for (i, taps) in taps.iter_mut().enumerate() {
@@ -91,7 +92,7 @@ simd_fn! {
                 }
             }
             let (from, size) = (taps.as_flattened().as_flattened(), (9 * taps.len(), count));
-            transpose_in::<S>(from, PANEL, &mut dweight[first * 9..], c_in * 9, size);
+            transpose_in::<S>(from, PANEL, &mut dweight[(channel + first) * 9..], of * 9, size);
         }
     }
 }

@@ -14,17 +14,16 @@ simd_fn! {
     /// Computes `B^T d B` of each tile in a row of tiles. Pixels beyond the edges of the map are 0.
     pub(super) fn transform_input<S>(v: &mut [f32], row: TileRow, places: Places, source: Source<'_>) {
         let TileRow { first, stride, .. } = row;
-        let Source { rows, w, before, channels: count, doubled } = source;
+        let Source { rows, pixel: distance, w, before, channels: count, doubled } = source;
         let tiles = (w + 2 * before - 2).div_ceil(2);
         let scale = if doubled { 2 } else { 1 };
         assert!(places.count() * stride <= v.len() && (first + tiles) * count <= stride);
-        assert!(rows.iter().flatten().all(|row| row.len() == w / scale * count));
         let v = v.as_mut_ptr();
         for tile in 0..tiles {
             // Pixel (y, x) of the tile, if it is within the map.
             let pixel = |y: usize, x: usize| -> Option<*const f32> {
                 let (row, x) = (rows[y]?, (2 * tile + x).checked_sub(before)?);
-                (x < w).then(|| row[x / scale * count..][..count].as_ptr())
+                (x < w).then(|| row[x / scale * distance..][..count].as_ptr())
             };
             let pixels: [[Option<*const f32>; 4]; 4] =
                 each!(Y in 0 1 2 3 => each!(X in 0 1 2 3 => pixel(Y, X)));

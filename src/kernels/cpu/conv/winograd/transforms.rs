@@ -7,6 +7,7 @@ use super::tiles::{PixelRows, Size, TileRow};
 use super::{transform_kernels as small_kernels, transform_maps as small, wide};
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::isa::Isa;
+use crate::kernels::op::place::Place;
 
 /// Computes `B^T d B` of each tile in a row of tiles. Pixels beyond the edges of the map are 0: `zeros` has as many
 /// zeros as there are channels.
@@ -73,22 +74,23 @@ pub(super) fn transform_kernels(
     }
 }
 
-/// Computes `G^T u G` for a panel of output channels. `u` (places, in, PANEL) is the sum of `parts` arrays that are
-/// `part_len` apart. Writes to `dweight` (out, in, 9).
+/// Computes `G^T u G` for a panel of output channels and some input channels. `u` (places, in, PANEL) is the sum of
+/// `parts` arrays that are `part_len` apart. Writes to `dweight` (out, all input channels, 9).
 pub(super) fn kernel_gradient(
     isa: Isa,
     dweight: &mut [f32],
     u: &[f32],
     (parts, part_len): (usize, usize),
-    c_in: usize,
+    (c_in, place): (usize, Place),
     size: Size,
 ) {
+    let parts = (parts, part_len);
     match size {
         Size::Small(places) => {
-            small_kernels::kernel_gradient(isa, dweight, u, part_len, parts, c_in, places);
+            small_kernels::kernel_gradient(isa, dweight, u, parts, c_in, place, places);
         }
         Size::Wide | Size::Large => {
-            wide::kernel_gradient(isa, dweight, u, part_len, parts, c_in, size);
+            wide::kernel_gradient(isa, dweight, u, parts, c_in, place, size);
         }
     }
 }

@@ -8,6 +8,7 @@ use super::lines::{kernel_gradient_line, kernel_line};
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::simd::{Simd, simd_fn};
 use crate::kernels::cpu::transpose::transpose_in;
+use crate::kernels::op::place::Place;
 
 simd_fn! {
     /// Computes `G w G^T` of a panel's kernels for one input channel.
@@ -51,21 +52,21 @@ unsafe fn kernel_tile<S: Simd, const TALL: bool>(
 }
 
 simd_fn! {
-    /// Computes `G^T u G` for a panel of output channels. `u` (places, in, PANEL) is the sum of `parts` arrays that are
-    /// `part_len` apart. Writes to `dweight` (out, in, 9).
+    /// Computes `G^T u G` for a panel of output channels. `u` (places, in, PANEL) is the sum of `parts` arrays, which
+    /// are `parts.1` values apart. Writes to `dweight` (out, all input channels, 9).
     pub(in super::super) fn kernel_gradient<S>(
         dweight: &mut [f32],
         u: &[f32],
-        part_len: usize,
-        parts: usize,
+        parts: (usize, usize),
         c_in: usize,
+        place: Place,
         size: Size,
     ) {
-        assert!((parts - 1) * part_len + size.count() * kernel_stride(c_in) <= u.len());
-        let count = dweight.len() / (c_in * 9);
-        assert!(count <= PANEL);
+        assert!((parts.0 - 1) * parts.1 + size.count() * kernel_stride(c_in) <= u.len());
+        let Place { first: channel, of } = place;
+        let count = dweight.len() / (of * 9);
+        assert!(count <= PANEL && channel + c_in <= of);
         let mut taps: Taps = [[[0f32; PANEL]; 9]; KERNELS];
-        let parts = (parts, part_len);
         for first in (0..c_in).step_by(KERNELS) {
             let taps = &mut taps[..KERNELS.min(c_in - first)];
             for (i, taps) in taps.iter_mut().enumerate() {
@@ -78,7 +79,7 @@ simd_fn! {
                 }
             }
             let (from, size) = (taps.as_flattened().as_flattened(), (9 * taps.len(), count));
-            transpose_in::<S>(from, PANEL, &mut dweight[first * 9..], c_in * 9, size);
+            transpose_in::<S>(from, PANEL, &mut dweight[(channel + first) * 9..], of * 9, size);
         }
     }
 }

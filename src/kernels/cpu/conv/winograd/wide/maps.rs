@@ -20,16 +20,15 @@ simd_fn! {
         zeros: &[f32],
     ) {
         let TileRow { first, stride, size } = row;
-        let Source { rows, w, before, channels: count, doubled } = source;
+        let Source { rows, pixel: distance, w, before, channels: count, doubled } = source;
         let tiles = (w + 2 * before - 2).div_ceil(4);
         assert!(size.count() * stride <= v.len() && (first + tiles) * count <= stride && !doubled);
-        assert!(rows.iter().flatten().all(|row| row.len() == w * count));
         let zeros = zeros[..count].as_ptr();
         let v = v.as_mut_ptr();
         for tile in 0..tiles {
             let pixel = |y: usize, x: usize| -> Option<*const f32> {
                 let (row, x) = (rows[y]?, (4 * tile + x).checked_sub(before)?);
-                (x < w).then(|| row[x * count..][..count].as_ptr())
+                (x < w).then(|| row[x * distance..][..count].as_ptr())
             };
             let pixels: [[*const f32; 6]; 6] = each!(Y in 0 1 2 3 4 5 => {
                 each!(X in 0 1 2 3 4 5 => match pixel(Y, X) {
