@@ -208,6 +208,20 @@ fn convolution_agrees(
         check(&name("gradient of the weight"), &gradient, &dweight.exact, &bound);
 
         let plain = Products { operands: 0.0, ..products };
+        // The same bits each time.
+        let mut of_few = None;
+        for _ in 0..2 {
+            let (all, own) = (ColumnSums::default(), gpu_weight.zeros_like()?);
+            let few = convolution.weight_gradient_of_few(&gpu, [&gx, &gdy], &all, &own)?;
+            assert_eq!(few, c_in < 8 && kernel > 1);
+            if few {
+                all.compute(&gpu)?;
+                let what = name("gradient of the weight, few channels");
+                check(&what, &own, &dweight.exact, &plain.of(&dweight));
+                let own = bits(&own)?;
+                assert_eq!(*of_few.get_or_insert_with(|| own.clone()), own, "{what}");
+            }
+        }
         let gradient = bias.to_device(&device(&gpu))?.zeros_like()?;
         let found = ImageSums::of(&gpu, &gdy, None, sizes, Element::of(precision))?;
         let all = ColumnSums::default();
@@ -662,6 +676,19 @@ fn normalisations_of_large_maps_are_their_compositions() {
 #[test]
 fn modulated_normalisations_of_large_maps_are_their_compositions() {
     modulated_normalisation_agrees([2, 33, 33], [16, 4], (true, true), Normals(5)).unwrap();
+}
+
+/// The first and the last convolution of networks, in parts of the output's pixels and with several tiles.
+#[test]
+fn convolutions_of_images_are_their_compositions() {
+    for (c_in, c_out) in [(1, 32), (3, 40), (5, 7), (7, 66), (40, 3), (66, 1), (4, 4)] {
+        for scale in [Scale::Stride(1), Scale::Stride(2), Scale::Upsample] {
+            let added = (false, false, c_in > 4);
+            convolution_agrees((2, 9, 10), (c_in, c_out), 3, scale, added, Normals(7)).unwrap();
+        }
+    }
+    let added = (true, true, true);
+    convolution_agrees((1, 11, 8), (3, 6), 7, Scale::Stride(2), added, Normals(8)).unwrap();
 }
 
 proptest! {
