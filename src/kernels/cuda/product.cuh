@@ -79,7 +79,9 @@ template <class Own, class A, u32 SIZE> struct Loaded {
     }
 
     __device__ Loaded(const A &a, u32 row) {
-        _Pragma("unroll") for (u32 n = 0; n < COUNT; ++n) rows[n] = a.rows_from(row + row_of(threadIdx.x + n * THREADS));
+        _Pragma("unroll") for (u32 n = 0; n < COUNT; ++n) {
+            rows[n] = a.rows_from(row + row_of(threadIdx.x + n * THREADS));
+        }
     }
 
     __device__ void load(const A &a, u32 term) {

@@ -8,7 +8,7 @@ struct Sizes {
     int kernel, stride, pad, upsample;
 };
 
-// Finds the input pixel that a position `tap` of the kernel reads for an output pixel. Returns false if it lies outside.
+// Finds the input pixel that position `tap` of the kernel reads for an output pixel. Returns false if it lies outside.
 __device__ inline bool input_pixel(Sizes s, u32 pixel, int tap, u64 &found) {
     int out_x = pixel % s.w_out, out_y = pixel / s.w_out % s.h_out;
     u32 image = pixel / (s.w_out * s.h_out);

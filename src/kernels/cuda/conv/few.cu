@@ -11,8 +11,8 @@ struct Gathered {
     __device__ float get_at(u32 k) const { return get(of_bits(at[k])); }
 };
 
-// Patches of the input as a factor: a row is a position (kernel, kernel, in) within them, and a term an output pixel, of
-// which `first` is the first.
+// Patches of the input as a factor: a row is a position (kernel, kernel, in) within them, and a term an output pixel.
+// The first one is pixel `first`.
 struct Patches {
     typedef Gathered Quad;
     static constexpr bool ALONG = false;

@@ -1,6 +1,6 @@
 // The backward pass of a normalisation.
 
-// What the backward pass reads. `weight`, `bias` and `for_image`, the position of vectors of (batch, channels), are those
+// What the backward pass reads. `weight`, `bias` and `for_image`, the position in vectors (batch, channels), are those
 // of the line's first channel.
 struct Backward {
     const T *x;
@@ -173,7 +173,7 @@ extern "C" __launch_bounds__(MOST) __global__ void replace_gradient_of_parts(
 }
 
 // Sums vectors (batch, parts, columns) over the parts of each image. The first `channels` columns go to `sums`
-// (batch, channels), and to `also` in the type of maps unless it is null, and any further ones to `more`. Blocks have 32
+// (batch, channels), and to `also` in the type of maps unless it is null. Any further ones go to `more`. Blocks have 32
 // columns (in y) by 8 parts.
 extern "C" __global__ void sum_of_parts(
     const float *of_parts, float *sums, float *more, T *also, u32 parts, u32 channels, u32 columns
