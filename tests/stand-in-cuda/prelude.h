@@ -16,7 +16,7 @@
 #define __global__
 #define __device__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define DDPM_HALF_CONVERSIONS
 
 struct dim3 {

@@ -182,7 +182,9 @@ impl Maps for Cuda<'_> {
         let sums = dy.image_sums(self.on(), [batch, h * w, channels])?;
         self.sums.add(&self.gpu, sums.sums.clone(), batch, &bias)?;
         let maps = [&*self.ready(x)?, &*self.ready(dy)?];
-        self.weights.gradient(&convolution, maps, (&conv.weight, &weight))?;
+        if !convolution.weight_gradient_of_few(&self.gpu, maps, &self.sums, &weight)? {
+            self.weights.gradient(&convolution, maps, (&conv.weight, &weight))?;
+        }
         Ok(([weight, bias], per_image.then(|| sums.of_maps.clone().into())))
     }
 

@@ -208,6 +208,20 @@ fn convolution_agrees(
         check(&name("gradient of the weight"), &gradient, &dweight.exact, &bound);
 
         let plain = Products { operands: 0.0, ..products };
+        // The same bits each time.
+        let mut of_few = None;
+        for _ in 0..2 {
+            let (all, own) = (ColumnSums::default(), gpu_weight.zeros_like()?);
+            let few = convolution.weight_gradient_of_few(&gpu, [&gx, &gdy], &all, &own)?;
+            assert_eq!(few, c_in < 8 && !convolution.is_pointwise());
+            if few {
+                all.compute(&gpu)?;
+                let what = name("gradient of the weight, few channels");
+                check(&what, &own, &dweight.exact, &plain.of(&dweight));
+                let own = bits(&own)?;
+                assert_eq!(*of_few.get_or_insert_with(|| own.clone()), own, "{what}");
+            }
+        }
         let gradient = bias.to_device(&device(&gpu))?.zeros_like()?;
         let found = ImageSums::of(&gpu, &gdy, None, sizes, Element::of(precision))?;
         let all = ColumnSums::default();
@@ -336,10 +350,18 @@ fn check_sums(gpu: &Gpu, sums: &ImageSums, x: &Tensor, precision: Precision) -> 
 #[test]
 fn addends_have_the_same_bits_in_each_kernel() -> Result<()> {
     let gpu = gpu();
-    // Several groups of a line, one, and lines of other sizes than powers of two.
-    for (groups, group) in [(4, 8), (2, 64), (3, 5), (8, 2), (1, 96)] {
+    // Several groups of a line, one, and lines of other sizes than powers of two. Images of one part, and of several.
+    for (h, w, groups, group) in [
+        (6, 7, 4, 8),
+        (6, 7, 2, 64),
+        (6, 7, 3, 5),
+        (6, 7, 8, 2),
+        (6, 7, 1, 96),
+        (33, 34, 4, 16),
+        (33, 34, 1, 37),
+    ] {
         for (precision, _) in precisions() {
-            let (element, dims) = (Element::of(precision), [3, 6, 7, groups * group]);
+            let (element, dims) = (Element::of(precision), [3, h, w, groups * group]);
             let normal = |k: u32, shape: &[usize]| normal(Normals(9), k, shape, precision);
             let [batch, h, w, channels] = dims;
             let vectors = [batch, 1, 1, channels];
@@ -377,6 +399,43 @@ fn addends_have_the_same_bits_in_each_kernel() -> Result<()> {
             let sums = ImageSums::of(&gpu, &found, Some(&mask), sizes, element)?;
             assert_eq!(values(&found)?, values(&masked)?);
             check_sums(&gpu, &sums, &unmap(&gpu, &found, dims, precision)?, precision)?;
+        }
+    }
+    Ok(())
+}
+
+/// The parts of an image do not depend on the batch.
+#[test]
+fn normalised_images_have_the_same_bits_in_each_batch() -> Result<()> {
+    let gpu = gpu();
+    for (h, w, groups, group) in [(5, 6, 4, 16), (34, 33, 4, 16), (34, 33, 2, 15)] {
+        for (precision, _) in precisions() {
+            let normal = |k: u32, shape: &[usize]| normal(Normals(4), k, shape, precision);
+            let (element, channels) = (Element::of(precision), groups * group);
+            let [weight, bias] = [1, 2].map(|k| normal(k, &[channels]).to_device(&device(&gpu)));
+            let (weight, bias) = (weight?, bias?);
+            let [x, dy] = [3, 4].map(|k| normal(k, &[3, h, w, channels]));
+            let of_images = |first: usize, batch: usize| -> Result<[Vec<f32>; 3]> {
+                let dims = [batch, h, w, channels];
+                let config = NormConfig { groups, eps: EPS, activation: Activation::Silu };
+                let norm = Norm { element, dims, config, weight: &weight, bias: &bias, by: None };
+                let values = |m: &Memory, dims: [usize; 4]| -> Result<Vec<f32>> {
+                    unmap(&gpu, m, dims, precision)?.flatten_all()?.to_vec1()
+                };
+                let x = map(&gpu, &x.narrow(0, first, batch)?, precision)?;
+                let d = map(&gpu, &dy.narrow(0, first, batch)?, precision)?;
+                let (y, statistics) = norm.forward(&gpu, &x, None)?;
+                let gradients = norm.backward(&gpu, (&x, &statistics), &d, None)?;
+                let sums = values(&gradients.sums.of_maps, [batch, 1, 1, channels])?;
+                Ok([values(&y, dims)?, values(&d, dims)?, sums])
+            };
+            let all = of_images(0, 3)?;
+            for image in 0..3 {
+                for (of_all, own) in all.iter().zip(of_images(image, 1)?) {
+                    let of_all = &of_all[image * own.len()..][..own.len()];
+                    assert_eq!(of_all, own, "{precision}, {h} x {w}, {groups} of {group}");
+                }
+            }
         }
     }
     Ok(())
@@ -528,6 +587,34 @@ fn linear_layer_agrees(
     Ok(())
 }
 
+/// Blocks compute other tiles of the output if there are few vectors.
+#[test]
+fn vectors_have_the_same_bits_in_each_batch() -> Result<()> {
+    let gpu = gpu();
+    for (input, output) in [(300, 260), (131, 258)] {
+        for (precision, _) in precisions() {
+            let normal = |k: u32, shape: &[usize]| normal(Normals(3), k, shape, precision);
+            let there = |t: Tensor| t.to_device(&device(&gpu));
+            let (weight, bias) =
+                (there(normal(1, &[output, input]))?, there(normal(2, &[output]))?);
+            let x = normal(0, &[70, input]);
+            let of_first = |batch: usize| -> Result<Vec<f32>> {
+                let x = map(&gpu, &x.narrow(0, 0, batch)?.unsqueeze(1)?.unsqueeze(1)?, precision)?;
+                let (element, activation) = (Element::of(precision), 1);
+                let layer =
+                    LinearLayer { element, batch, weight: &weight, bias: &bias, activation };
+                let y = layer.forward(&gpu, &x)?;
+                unmap(&gpu, &y, [batch, 1, 1, output], precision)?.flatten_all()?.to_vec1()
+            };
+            let all = of_first(70)?;
+            for batch in [1, 16, 40] {
+                assert_eq!(of_first(batch)?, all[..batch * output], "{precision}, {batch}");
+            }
+        }
+    }
+    Ok(())
+}
+
 fn attention_agrees(
     (batch, positions, head, heads): (usize, usize, usize, usize),
     normals: Normals,
@@ -572,14 +659,36 @@ fn a_normalisation_of_one_pixel_is_its_composition() {
     normalisation_agrees((1, 1, 1), (1, 37), (false, false, EPS), Normals(9)).unwrap();
 }
 
-/// Lines of several groups, with more values than a block holds in registers.
+/// Images of several parts, whose lines have several groups or one. A group of 1,039 channels has more packs than a
+/// block has threads, and a map of 32x32 pixels has one part although its lines do not fit into registers.
 #[test]
 fn normalisations_of_large_maps_are_their_compositions() {
-    for groups in [(16, 4), (64, 1)] {
+    for ((h, w), groups) in
+        [((33, 33), (16, 4)), ((33, 33), (64, 1)), ((33, 33), (2, 36)), ((32, 32), (1, 80))]
+    {
         for how in [(false, false, EPS), (true, true, EPS)] {
-            normalisation_agrees((2, 33, 33), groups, how, Normals(5)).unwrap();
+            normalisation_agrees((2, h, w), groups, how, Normals(5)).unwrap();
         }
     }
+    normalisation_agrees((1, 33, 33), (1, 1039), (true, false, EPS), Normals(5)).unwrap();
+}
+
+#[test]
+fn modulated_normalisations_of_large_maps_are_their_compositions() {
+    modulated_normalisation_agrees([2, 33, 33], [16, 4], (true, true), Normals(5)).unwrap();
+}
+
+/// The first and the last convolution of networks, in parts of the output's pixels and with several tiles.
+#[test]
+fn convolutions_of_images_are_their_compositions() {
+    for (c_in, c_out) in [(1, 32), (3, 40), (5, 7), (7, 66), (40, 3), (66, 1), (4, 4)] {
+        for scale in [Scale::Stride(1), Scale::Stride(2), Scale::Upsample] {
+            let added = (false, false, c_in > 4);
+            convolution_agrees((2, 9, 10), (c_in, c_out), 3, scale, added, Normals(7)).unwrap();
+        }
+    }
+    let added = (true, true, true);
+    convolution_agrees((1, 11, 8), (3, 6), 7, Scale::Stride(2), added, Normals(8)).unwrap();
 }
 
 proptest! {
@@ -630,7 +739,7 @@ proptest! {
         // Sums and tiles of one part, and of several.
         batch in prop_oneof![4 => 1usize..4, 1 => Just(33), 1 => Just(70)],
         (input, output) in prop_oneof![
-            4 => (1usize..20, 1usize..20), 1 => Just((8, 272)), 2 => Just((40, 70)),
+            4 => (1usize..20, 1usize..20), 1 => Just((8, 272)), 2 => Just((40, 70)), 1 => Just((262, 12)),
         ],
         activation in 0i32..3,
         seed: u64,

@@ -6,7 +6,8 @@ use super::super::element::{Element, Pointer};
 use super::super::kernel::kernel;
 use super::super::launch::each_of;
 use super::super::memory::Memory;
-use super::{Convolution, MODULE, Sizes};
+use super::source::MODULE;
+use super::{Convolution, Sizes};
 
 kernel! { MODULE, "gather_patches", GatherPatches {
     x: Pointer, patches: Pointer, s: Sizes, width: u32, count: u32,

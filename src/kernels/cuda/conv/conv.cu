@@ -8,18 +8,23 @@ struct Sizes {
     int kernel, stride, pad, upsample;
 };
 
+// Finds the input pixel that position `tap` of the kernel reads for an output pixel. Returns false if it lies outside.
+__device__ inline bool input_pixel(Sizes s, u32 pixel, int tap, u64 &found) {
+    int out_x = pixel % s.w_out, out_y = pixel / s.w_out % s.h_out;
+    u32 image = pixel / (s.w_out * s.h_out);
+    int y = out_y * s.stride + tap / s.kernel - s.pad;
+    int x = out_x * s.stride + tap % s.kernel - s.pad;
+    found = ((u64)image * s.h + (y >> s.upsample)) * s.w + (x >> s.upsample);
+    return y >= 0 && x >= 0 && y < s.h << s.upsample && x < s.w << s.upsample;
+}
+
 extern "C" __global__ void gather_patches(const T *x, T *patches, Sizes s, u32 width, u32 count) {
     u32 i = global_index() * width;
     if (i >= count) return;
     int channel = i % s.channels, tap = (i / s.channels) % (s.kernel * s.kernel);
-    u32 pixel = i / (s.channels * s.kernel * s.kernel);
-    int out_x = pixel % s.w_out, out_y = (pixel / s.w_out) % s.h_out;
-    u32 image = pixel / (s.w_out * s.h_out);
-    int y = out_y * s.stride + tap / s.kernel - s.pad;
-    int x_ = out_x * s.stride + tap % s.kernel - s.pad;
-    bool inside = y >= 0 && x_ >= 0 && y < s.h << s.upsample && x_ < s.w << s.upsample;
-    u64 from = (((u64)image * s.h + (y >> s.upsample)) * s.w + (x_ >> s.upsample)) * s.channels + channel;
-    store(patches + i, inside ? load(x + from, width) : zeros(), width);
+    u64 pixel;
+    bool inside = input_pixel(s, i / (s.channels * s.kernel * s.kernel), tap, pixel);
+    store(patches + i, inside ? load(x + pixel * s.channels + channel, width) : zeros(), width);
 }
 
 // Computes the gradient of the map from the gradients of patches: for each value, sums over the

@@ -1,23 +1,22 @@
-//! Convolutions: with cuDNN if it has an algorithm, and otherwise as products of patches.
+//! Convolutions: with cuDNN if it has an algorithm, and otherwise as products of patches. Gradients of convolutions with
+//! few channels have kernels of their own.
 
 #[cfg(feature = "cudnn")]
 mod by_dnn;
 mod by_patches;
+mod few;
+mod source;
 
 use candle_core::Result;
 
 use super::device::Gpu;
 use super::element::{Element, Pointer};
-use super::kernel::{Module, argument};
+use super::kernel::argument;
 use super::maps::Channels;
 use super::memory::Memory;
 use crate::kernels::op::conv::ConvShape;
 use crate::precision::Precision;
-
-const MODULE: &Module = &Module {
-    name: "conv",
-    source: concat!(include_str!("../common.cuh"), include_str!("conv.cu")),
-};
+use source::MODULE;
 
 argument! { MODULE, struct Sizes {
     h: i32, w: i32, channels: i32, h_out: i32, w_out: i32, kernel: i32, stride: i32, pad: i32,
@@ -128,7 +127,9 @@ impl Convolution {
         dx: &Memory,
         accumulate: bool,
     ) -> Result<()> {
-        if self.input_gradient_by_dnn(gpu, dy, packed, dx, accumulate)? {
+        if self.input_gradient_of_few(gpu, dy, packed, dx, accumulate)?
+            || self.input_gradient_by_dnn(gpu, dy, packed, dx, accumulate)?
+        {
             return Ok(());
         }
         self.input_gradient_by_patches(gpu, dy, packed, dx, accumulate)

@@ -13,8 +13,8 @@ use super::super::memory::Memory;
 use super::source::MODULE;
 
 kernel! { MODULE, "linear", Forward {
-    x: Pointer, weight: Pointer, bias: Pointer, y: Pointer, f: i32, batch: u32, input: u32,
-    output: u32,
+    x: Pointer, weight: Pointer, bias: Pointer, y: Pointer, f: i32, narrow: i32, batch: u32,
+    input: u32, output: u32,
 } }
 kernel! { MODULE, "linear_input_gradient", OfInput {
     terms: Terms, x: Pointer, dx: Pointer, parts: Pointer, f: i32, batch: u32, input: u32,
@@ -34,8 +34,15 @@ argument! { MODULE, struct Layer {
 /// The number of layers that one launch handles.
 const LAYERS: usize = 64;
 
-/// Height and width of the tile of a product that a block computes.
-const TILE: usize = 32;
+/// Rows and columns of the tile of the output that a block computes, and of the tile for a few vectors.
+const FORWARD: [usize; 2] = [16, 16];
+const NARROW: [usize; 2] = [16, 4];
+
+/// Rows and columns of the tile of a gradient.
+const BACKWARD: [usize; 2] = [32, 32];
+
+/// The number of blocks that is enough for a layer: with fewer, most of a GPU would wait.
+const ENOUGH: usize = 64;
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -48,7 +55,9 @@ struct Layers([Layer; LAYERS]);
 const _: () = assert!(
     holds(MODULE.source, "struct Terms {\n    Term at[64];\n};")
         && holds(MODULE.source, "struct Layers {\n    Layer at[64];\n};")
-        && holds(MODULE.source, "#define TILE 32\n")
+        && holds(MODULE.source, "typedef Tile<4, 4> Forward;\n")
+        && holds(MODULE.source, "typedef Tile<4, 1> Narrow;\n")
+        && holds(MODULE.source, "typedef Tile<8, 4> Backward;\n")
 );
 
 // SAFETY: the structs consist of plain numbers, with the layout of the source.
@@ -64,10 +73,14 @@ impl Argument for Layers {
     const TYPE: &'static str = "Layers";
 }
 
-/// Launches a block for each tile of matrices (rows, columns), in as many layers.
-fn tiles(rows: usize, columns: usize, layers: usize) -> LaunchConfig {
-    let [rows, columns] = [rows, columns].map(|size| size.div_ceil(TILE).max(1) as u32);
-    let (grid_dim, block_dim) = ((columns, rows, layers as u32), (THREADS, 1, 1));
+/// Returns the number of tiles in each direction of matrices (rows, columns).
+fn tiles([rows, columns]: [usize; 2], tile: [usize; 2]) -> [usize; 2] {
+    [rows.div_ceil(tile[0]).max(1), columns.div_ceil(tile[1]).max(1)]
+}
+
+/// Launches a block for each of these tiles, in as many layers.
+fn blocks([rows, columns]: [usize; 2], layers: usize) -> LaunchConfig {
+    let (grid_dim, block_dim) = ((columns as u32, rows as u32, layers as u32), (THREADS, 1, 1));
     LaunchConfig { grid_dim, block_dim, shared_mem_bytes: 0 }
 }
 
@@ -86,17 +99,21 @@ impl LinearLayer<'_> {
     pub fn forward(&self, gpu: &Gpu, x: &Memory) -> Result<Memory> {
         let (output, input) = self.weight.dims2()?;
         let y = gpu.take_for(self.batch * output, self.element)?;
+        let dims = [self.batch, output];
+        let narrow = tiles(dims, FORWARD).iter().product::<usize>() < ENOUGH;
+        let tiles = tiles(dims, if narrow { NARROW } else { FORWARD });
         let forward = Forward {
             x: x.pointer,
             weight: gpu.pointer(self.weight)?,
             bias: gpu.pointer(self.bias)?,
             y: y.pointer,
             f: self.activation,
+            narrow: i32::from(narrow),
             batch: self.batch as u32,
             input: input as u32,
             output: output as u32,
         };
-        gpu.launch(self.element, tiles(self.batch, output, 1), forward)?;
+        gpu.launch(self.element, blocks(tiles, 1), forward)?;
         Ok(y)
     }
 }
@@ -138,7 +155,7 @@ impl InputGradient {
         let (x, to, parts) = (self.x.pointer, dx.pointer, Memory::pointer_or_none(own.as_ref()));
         let (rows, columns) = (batch as u32, input as u32);
         let of_input = OfInput { terms, x, dx: to, parts, f, batch: rows, input: columns };
-        gpu.launch(element, tiles(batch, input, layers), of_input)?;
+        gpu.launch(element, blocks(tiles([batch, input], BACKWARD), layers), of_input)?;
         if layers > 1 {
             let (layers, values) = (layers as u32, count as u32);
             let sum = SumParts { parts, x, dx: to, f, layers, count: values };
@@ -166,7 +183,7 @@ pub(crate) fn weight_gradients(
 ) -> Result<()> {
     let none = Layer { x: 0, dy: 0, weight: 0, bias: 0, input: 0, output: 0, first: 0, f: 0 };
     for gradients in gradients.chunks(LAYERS) {
-        let (mut layers, mut blocks) = (Layers([none; LAYERS]), 0);
+        let (mut layers, mut count) = (Layers([none; LAYERS]), 0);
         for (layer, own) in layers.0.iter_mut().zip(gradients) {
             let (output, input) = own.weight.dims2()?;
             *layer = Layer {
@@ -176,14 +193,14 @@ pub(crate) fn weight_gradients(
                 bias: gpu.pointer(&own.bias)?.0,
                 input: input as u32,
                 output: output as u32,
-                first: blocks as u32,
+                first: count as u32,
                 f: own.activation,
             };
-            blocks += output.div_ceil(TILE) * input.div_ceil(TILE);
+            count += tiles([output, input], BACKWARD).iter().product::<usize>();
         }
+        let grid = blocks([1, count.max(1)], 1);
         let (batch, count) = (batch as u32, gradients.len() as u32);
-        let of_weights = OfWeights { layers, batch, count };
-        gpu.launch(element, tiles(1, blocks * TILE, 1), of_weights)?;
+        gpu.launch(element, grid, OfWeights { layers, batch, count })?;
     }
     Ok(())
 }

@@ -37,77 +37,30 @@ extern "C" __global__ void sums_by_class(
     sums[i] = (float)sum;
 }
 
-// Products of small matrices in f32: a block of THREADS threads computes a tile of 32 by 32 values. The products of
-// linear layers take little time, and one launch is expected to be faster than several with tensor cores.
-#define TILE 32
+// Products of small matrices in f32. The products of linear layers take little time, and one launch takes less than
+// several with tensor cores.
 
-// A tile of a factor: by the index of the sum, then by the row or column of the product.
-typedef float Factor[TILE][TILE + 1];
-
-// Loads `value(i, k)` for the rows or columns `i` from `first` on, and the indices `k` of the sum from `begin` on, as
-// far as there are `rows` and `inner` of them. In memory, `k` is the faster index if ALONG is true.
-template <bool ALONG, class F>
-__device__ inline void load_factor(Factor &tile, F value, u32 first, u32 rows, u32 begin, u32 inner) {
-    for (u32 i = threadIdx.x; i < TILE * TILE; i += THREADS) {
-        u32 k = ALONG ? i % TILE : i / TILE, row = ALONG ? i / TILE : i % TILE;
-        tile[k][row] = first + row < rows && begin + k < inner ? value(first + row, begin + k) : 0.0f;
-    }
-}
-
-// The values of a tile that belong to a thread: rows threadIdx.x / 16 and 16 below, columns threadIdx.x % 16 and 16
-// to the right.
-struct Quarter {
-    float at[2][2];
-};
-
-// Computes the tile of the product of `a` (rows, inner) and `b` (inner, columns) that begins at row `row` and column
-// `column`. Calls `each()` after each part of the sum was loaded.
-template <bool A_ALONG, bool B_ALONG, class A, class B, class E>
-__device__ inline Quarter product(
-    A a, B b, u32 row, u32 rows, u32 column, u32 columns, u32 inner, Factor &left, Factor &right, E each
-) {
-    Quarter sum = {{{0.0f, 0.0f}, {0.0f, 0.0f}}};
-    u32 y = threadIdx.x / 16, x = threadIdx.x % 16;
-    for (u32 begin = 0; begin < inner; begin += TILE) {
-        __syncthreads();
-        load_factor<A_ALONG>(left, a, row, rows, begin, inner);
-        load_factor<B_ALONG>(right, b, column, columns, begin, inner);
-        __syncthreads();
-        for (u32 k = 0; k < TILE; ++k) {
-            float l[2] = {left[k][y], left[k][y + 16]}, r[2] = {right[k][x], right[k][x + 16]};
-            for (u32 i = 0; i < 2; ++i)
-                for (u32 j = 0; j < 2; ++j) sum.at[i][j] += l[i] * r[j];
-        }
-        each();
-    }
-    return sum;
-}
-
-// Calls `take(row, column, value)` for the values of a thread within the product.
-template <class F>
-__device__ inline void each_of(const Quarter &own, u32 row, u32 rows, u32 column, u32 columns, F take) {
-    for (u32 i = 0; i < 2; ++i)
-        for (u32 j = 0; j < 2; ++j) {
-            u32 y = row + threadIdx.x / 16 + 16 * i, x = column + threadIdx.x % 16 + 16 * j;
-            if (y < rows && x < columns) take(y, x, own.at[i][j]);
-        }
-}
+// Forward, blocks compute small tiles: the time is that of their latency, and more blocks share the work.
+typedef Tile<4, 4> Forward;
+// Of few vectors, they compute a quarter of such a tile.
+typedef Tile<4, 1> Narrow;
+// The gradients of many layers are computed together, so there are enough blocks.
+typedef Tile<8, 4> Backward;
 
 // Applies the activation `f` to vectors `x` (batch, input), then a layer of weights (output, input) and a bias. Blocks
-// are tiles of the output: 32 vectors (in y) by 32 values (in x).
+// are tiles of the output: 16 vectors (in y) by 16 values, or by 4 with `narrow` (in x). Its bits are the same with
+// both.
 extern "C" __global__ void linear(
-    const T *x, const float *weight, const float *bias, T *y, int f, u32 batch, u32 input, u32 output
+    const T *x, const float *weight, const float *bias, T *y, int f, int narrow, u32 batch, u32 input, u32 output
 ) {
-    __shared__ Factor left, right;
-    u32 row = blockIdx.y * TILE, column = blockIdx.x * TILE;
-    auto activations = [=](u32 i, u32 k) { return activated(f, get(x[(u64)i * input + k])); };
-    auto weights = [=](u32 i, u32 k) { return weight[(u64)i * input + k]; };
-    Quarter own = product<true, true>(
-        activations, weights, row, batch, column, output, input, left, right, [] {}
-    );
-    each_of(own, row, batch, column, output, [=](u32 i, u32 j, float sum) {
-        y[(u64)i * output + j] = put(sum + bias[j]);
-    });
+    __shared__ Four shared[Forward::FOURS];
+    Factor<T, true> vectors(x, batch, input, f);
+    Factor<float, true> weights(weight, output, input, 0);
+    auto take = [=](u32 i, u32 j, float sum) { y[(u64)i * output + j] = put(sum + bias[j]); };
+    auto each = [](const float *) {};
+    u32 row = blockIdx.y * Forward::ROWS;
+    if (narrow) product<Narrow>(vectors, weights, row, blockIdx.x * Narrow::COLUMNS, shared, each, take);
+    else product<Forward>(vectors, weights, row, blockIdx.x * Forward::COLUMNS, shared, each, take);
 }
 
 // The gradient `dy` (batch, output) of a layer's output and the layer's weights (output, input), by their addresses.
@@ -126,17 +79,13 @@ struct Terms {
 extern "C" __global__ void linear_input_gradient(
     Terms terms, const T *x, T *dx, float *parts, int f, u32 batch, u32 input
 ) {
-    __shared__ Factor left, right;
-    u32 row = blockIdx.y * TILE, column = blockIdx.x * TILE, output = terms.at[blockIdx.z].output;
-    const T *dy = (const T *)terms.at[blockIdx.z].dy;
-    const float *weight = (const float *)terms.at[blockIdx.z].weight;
-    auto gradients = [=](u32 i, u32 k) { return get(dy[(u64)i * output + k]); };
-    auto weights = [=](u32 i, u32 k) { return weight[(u64)k * input + i]; };
-    Quarter own = product<true, false>(
-        gradients, weights, row, batch, column, input, output, left, right, [] {}
-    );
+    __shared__ Four shared[Backward::FOURS];
+    const Term &own = terms.at[blockIdx.z];
+    Factor<T, true> gradients((const T *)own.dy, batch, own.output, 0);
+    Factor<float, false> weights((const float *)own.weight, input, own.output, 0);
     parts += parts ? (u64)blockIdx.z * batch * input : 0;
-    each_of(own, row, batch, column, input, [=](u32 i, u32 j, float sum) {
+    u32 row = blockIdx.y * Backward::ROWS, column = blockIdx.x * Backward::COLUMNS;
+    product<Backward>(gradients, weights, row, column, shared, [](const float *) {}, [=](u32 i, u32 j, float sum) {
         u64 at = (u64)i * input + j;
         if (parts) parts[at] = sum;
         else dx[at] = put(sum * derivative(f, get(x[at])));
@@ -167,26 +116,26 @@ struct Layers {
 // Computes the gradients of the weights and biases of `count` layers. Blocks are tiles of a weight of 32 outputs by 32
 // inputs; those of 32 outputs follow each other.
 extern "C" __global__ void linear_weight_gradients(Layers layers, u32 batch, u32 count) {
-    __shared__ Factor left, right;
+    __shared__ Four shared[Backward::FOURS];
     u32 which = 0;
     while (which + 1 < count && blockIdx.x >= layers.at[which + 1].first) ++which;
-    const T *x = (const T *)layers.at[which].x, *dy = (const T *)layers.at[which].dy;
-    float *weight = (float *)layers.at[which].weight, *bias = (float *)layers.at[which].bias;
-    u32 input = layers.at[which].input, output = layers.at[which].output, block = blockIdx.x - layers.at[which].first;
-    int f = layers.at[which].f;
-    u32 wide = (input + TILE - 1) / TILE, row = block / wide * TILE, column = block % wide * TILE;
-    auto gradients = [=](u32 i, u32 k) { return get(dy[(u64)k * output + i]); };
-    auto activations = [=](u32 i, u32 k) { return activated(f, get(x[(u64)k * input + i])); };
+    const Layer &own = layers.at[which];
+    u32 input = own.input, output = own.output, block = blockIdx.x - own.first;
+    float *weight = (float *)own.weight, *bias = (float *)own.bias;
+    Factor<T, false> gradients((const T *)own.dy, output, batch, 0), activations((const T *)own.x, input, batch, own.f);
+    u32 wide = (input + Backward::COLUMNS - 1) / Backward::COLUMNS;
+    u32 row = block / wide * Backward::ROWS, column = block % wide * Backward::COLUMNS;
+    bool sums_rows = column == 0 && threadIdx.x < Backward::ROWS && row + threadIdx.x < output;
     float sum = 0.0f;
-    Quarter own = product<false, false>(
-        gradients, activations, row, output, column, input, batch, left, right, [&] {
-            if (column == 0 && threadIdx.x < TILE) {
-                for (u32 k = 0; k < TILE; ++k) sum += left[k][threadIdx.x];
-            }
+    auto each = [&](const float *left) {
+        if (!sums_rows) return;
+        for (u32 term = 0; term < Backward::PART; term += 4) {
+            Four four = *(const Four *)(left + threadIdx.x * Backward::PITCH + term);
+            for (u32 k = 0; k < 4; ++k) sum += four.at[k];
         }
-    );
-    each_of(own, row, output, column, input, [=](u32 i, u32 j, float value) {
+    };
+    product<Backward>(gradients, activations, row, column, shared, each, [=](u32 i, u32 j, float value) {
         weight[(u64)i * input + j] = value;
     });
-    if (column == 0 && threadIdx.x < TILE && row + threadIdx.x < output) bias[row + threadIdx.x] = sum;
+    if (sums_rows) bias[row + threadIdx.x] = sum;
 }

@@ -7,6 +7,7 @@ pub(super) const MODULE: &Module = &Module {
     source: concat!(
         include_str!("../common.cuh"),
         include_str!("../activation.cuh"),
+        include_str!("../product.cuh"),
         include_str!("linear.cu"),
     ),
 };

@@ -1,12 +1,14 @@
 //! GroupNorm, with the activation that follows it.
 
+mod parts;
+
 use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
 use candle_core::{Result, Tensor};
 
 use super::device::Gpu;
 use super::element::{Element, Pointer};
-use super::kernel::{Module, argument, kernel};
-use super::launch::{blocks_of, each, each_of};
+use super::kernel::{Module, argument, holds, kernel};
+use super::launch::{THREADS, blocks_of, each, each_of};
 use super::maps::{Added, ImageSums};
 use super::memory::Memory;
 use crate::kernels::op::activation::Activation;
@@ -18,6 +20,7 @@ const MODULE: &Module = &Module {
         include_str!("../common.cuh"),
         include_str!("../activation.cuh"),
         include_str!("norm.cu"),
+        include_str!("backward.cu"),
     ),
 };
 
@@ -44,7 +47,7 @@ kernel! { MODULE, "modulate_backward", ModulateBackward {
 
 argument! { MODULE, struct Sizes {
     f: i32, channels: u32, pixels: u32, groups: u32, width: u32, count: u32, eps: f32,
-    per_image: u32, line: u32,
+    per_image: u32, line: u32, part: u32,
 } }
 
 /// The bytes that a block reads at once of each pixel, if groups have fewer.
@@ -85,6 +88,39 @@ fn groups_of_line(group: u32, groups: u32, (bytes, width): (usize, u32)) -> u32 
     [32, 16, 8, 4, 2].into_iter().find(fits).unwrap_or(1)
 }
 
+/// The operands of a backward pass.
+struct Backward {
+    x: Pointer,
+    d: Pointer,
+    more: Pointer,
+    weight: Pointer,
+    bias: Pointer,
+    statistics: Pointer,
+    s: Sizes,
+}
+
+/// The packs of a line that a block holds in registers.
+const HELD: u64 = 16 * 512;
+
+const _: () = assert!(
+    holds(MODULE.source, "#define HELD 16\n") && holds(MODULE.source, "#define MOST 512\n")
+);
+
+/// The pixels of an image up to which it has one part in any case: one launch takes less time than four.
+const PIXELS: u32 = 32 * 32;
+
+/// The packs of a part. Each of a block's threads holds eight of them.
+const PART: u32 = 8 * THREADS;
+
+/// The pixels of a part at least: its sums take as much memory as four of its pixels, or fewer.
+const LEAST: u32 = 16;
+
+/// Returns the number of pixels of the parts of an image whose lines have this number of packs.
+fn pixels_of_part(pixels: u32, packs: u32) -> u32 {
+    let fits = pixels <= PIXELS || u64::from(pixels) * u64::from(packs) <= HELD;
+    if fits { pixels } else { (PART / packs).max(LEAST) }
+}
+
 /// The weights and biases of a launch.
 struct Vectors {
     weight: Pointer,
@@ -108,7 +144,8 @@ impl Norm<'_> {
         let (channels, count, eps) = (channels as u32, self.count() as u32, self.config.eps as f32);
         let per_image = self.by.map_or(0, |_| channels);
         let line = groups_of_line(channels / groups, groups, (self.element.bytes(), width));
-        Sizes { f, channels, pixels, groups, width, count, eps, per_image, line }
+        let part = pixels_of_part(pixels, line * (channels / groups) / width);
+        Sizes { f, channels, pixels, groups, width, count, eps, per_image, line, part }
     }
 
     /// Returns weight and bias, computed for each image if there are scales and shifts.
@@ -133,13 +170,17 @@ impl Norm<'_> {
         Ok((vectors, self.sizes(width)))
     }
 
-    /// Launches one block for each image and line of groups. Each thread handles two packs or more, if there are
-    /// enough.
+    /// Launches one block for each part of an image and line of groups. Each thread handles two packs or more, if there
+    /// are enough.
     fn blocks(&self, s: &Sizes) -> LaunchConfig {
+        let images = self.dims[0] as u32;
+        if s.has_parts() {
+            return blocks_of((images * s.parts(), s.groups / s.line), (THREADS, 1));
+        }
         let packs = s.line * (s.channels / s.groups) / s.width;
         let threads = u64::from(packs).max(u64::from(packs) * u64::from(s.pixels) / 2);
         let threads = (threads.min(512) as u32).next_power_of_two().max(32);
-        blocks_of((self.dims[0] as u32, s.groups / s.line), (threads, 1))
+        blocks_of((images, s.groups / s.line), (threads, 1))
     }
 
     /// Computes the normalised and activated map. Adds `added` to `x` first, if it is given with the memory for the
@@ -152,7 +193,7 @@ impl Norm<'_> {
     ) -> Result<(Memory, NormStatistics)> {
         let y = gpu.take_for(self.count(), self.element)?;
         let own = gpu.take_for(self.dims[0] * self.config.groups * 2, Element::F32)?;
-        let (x, y_at, statistics) = (x.pointer, y.pointer, own.pointer);
+        let (x, y_at) = (x.pointer, y.pointer);
         let sum = Memory::pointer_or_none(added.map(|(_, sum)| sum));
         let [to_all, vectors, residual, mask] = match added {
             Some((added, _)) => added.pointers(gpu)?,
@@ -160,6 +201,9 @@ impl Norm<'_> {
         };
         let others = [x, y_at, sum, to_all, vectors, residual, mask];
         let (Vectors { weight, bias, _own }, s) = self.layer(gpu, &others)?;
+        // Of an image in parts, the kernel computes only the sum, and the statistics of the parts.
+        let of_parts = self.take_for_parts(gpu, &s, 2 * self.config.groups)?;
+        let statistics = of_parts.as_ref().unwrap_or(&own).pointer;
         let normalize = Normalize {
             x,
             sum,
@@ -174,6 +218,12 @@ impl Norm<'_> {
             s,
         };
         gpu.launch(self.element, self.blocks(&s), normalize)?;
+        if of_parts.is_some() {
+            self.combine_statistics(gpu, statistics, own.pointer, s)?;
+            let x = if added.is_some() { sum } else { x };
+            let again = NormalizeAgain { x, y: y_at, weight, bias, statistics: own.pointer, s };
+            gpu.launch(self.element, each_of(self.count(), s.width)?, again)?;
+        }
         Ok((y, NormStatistics(own)))
     }
 
@@ -202,20 +252,28 @@ impl Norm<'_> {
         let sums = ImageSums::take(gpu, batch * channels, self.element)?;
         let (x, d, more) = (x.pointer, d.pointer, Memory::pointer_or_none(more));
         let (Vectors { weight, bias, _own }, s) = self.layer(gpu, &[x, d, more])?;
-        let normalize = NormalizeBackward {
-            x,
-            d,
-            more,
-            weight,
-            bias,
-            statistics: statistics.0.pointer,
-            for_weight: of_vectors[0].pointer,
-            for_bias: of_vectors[1].pointer,
-            sums: sums.pointer(),
-            also: sums.also_pointer(),
-            s,
-        };
-        gpu.launch(self.element, self.blocks(&s), normalize)?;
+        let statistics = statistics.0.pointer;
+        let backward = Backward { x, d, more, weight, bias, statistics, s };
+        let [for_weight, for_bias] = of_vectors.each_ref().map(|memory| memory.pointer);
+        if s.has_parts() {
+            self.backward_of_parts(gpu, &backward, [for_weight, for_bias], &sums)?;
+        } else {
+            let (sums, also) = (sums.pointer(), sums.also_pointer());
+            let normalize = NormalizeBackward {
+                x,
+                d,
+                more,
+                weight,
+                bias,
+                statistics,
+                for_weight,
+                for_bias,
+                sums,
+                also,
+                s,
+            };
+            gpu.launch(self.element, self.blocks(&s), normalize)?;
+        }
         let by = self.modulate_backward(gpu, of_vectors.each_ref())?;
         Ok(NormGradients { of_vectors, by, sums })
     }
@@ -238,5 +296,22 @@ impl Norm<'_> {
         };
         gpu.launch(self.element, each(count)?, backward)?;
         Ok(Some(d_by))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_large_images_have_parts() {
+        // The recipes' largest maps, in f16 and f32, and a map of one group of 512 channels.
+        for packs in [8, 16, 64] {
+            assert_eq!(pixels_of_part(32 * 32, packs), 32 * 32);
+        }
+        assert_eq!(pixels_of_part(64 * 64, 2), 64 * 64);
+        assert_eq!(pixels_of_part(64 * 64, 8), 256);
+        assert_eq!(pixels_of_part(33 * 33, 8), 256);
+        assert_eq!(pixels_of_part(33 * 33, 5000), 16);
     }
 }

@@ -1,26 +1,36 @@
-// GroupNorm, with the activation that follows it. A block handles one image (in x) and a line of channels (in y): one
-// group, or several whose channels together fill 128 bytes. With several, the packs of a line and of each group are
-// powers of two. Groups often have fewer channels than 128 bytes hold, and memory is read fastest by whole lines.
+// GroupNorm, with the activation that follows it. A block handles one image, or a part of its pixels (in x), and a line
+// of channels (in y): one group, or several whose channels together fill 128 bytes. With several, the packs of a line
+// and of each group are powers of two. Groups often have fewer channels than 128 bytes hold, and memory is read fastest
+// by whole lines.
+//
+// Images have several parts if a block cannot hold their lines in registers. The sums of the parts are then combined in
+// a launch of its own. The number of parts does not depend on the batch, so an image has the same bits in each batch.
 
 // The activation, the sizes of the maps, and the number of values that a thread handles at once.
 struct Sizes {
     int f;
     u32 channels, pixels, groups, width, count;
     float eps;
-    // The distance between the weights of two images: 0 if all images have the same. The groups of a line.
-    u32 per_image, line;
+    // The distance between the weights of two images: 0 if all images have the same. The groups of a line. The pixels
+    // of a part.
+    u32 per_image, line, part;
 };
 
-// The channels of a block. `packs` is their number in units of `width`.
+__device__ inline u32 parts_of(Sizes s) { return (s.pixels + s.part - 1) / s.part; }
+
+// The channels and pixels of a block. `packs` is the number of channels in units of `width`, and `at` the position of
+// the first one in the image's first pixel.
 struct Line {
-    u32 first, packs, group, of_group;
-    u64 image;
+    u32 first, packs, group, of_group, image, from, to;
+    u64 at;
 };
 
 __device__ inline Line line_of_block(Sizes s) {
-    u32 group = s.channels / s.groups, size = s.line * group;
-    return {blockIdx.y * size, size / s.width, blockIdx.y * s.line, group / s.width,
-            (u64)blockIdx.x * s.pixels * s.channels};
+    u32 group = s.channels / s.groups, size = s.line * group, first = blockIdx.y * size, parts = parts_of(s);
+    u32 image = blockIdx.x / parts, from = blockIdx.x % parts * s.part;
+    u32 to = s.pixels - from < s.part ? s.pixels : from + s.part;
+    return {first, size / s.width, blockIdx.y * s.line, group / s.width, image, from, to,
+            (u64)image * s.pixels * s.channels + first};
 }
 
 // The group of a pack within its line.
@@ -29,7 +39,7 @@ __device__ inline u32 own_group(Line line, u32 pack, Sizes s) { return s.line ==
 // Visits the packs of a line, one in each of the block's threads at a time.
 struct Walk {
     u32 pack, pixel;
-    __device__ Walk(Line line) : pack(threadIdx.x % line.packs), pixel(threadIdx.x / line.packs) {}
+    __device__ Walk(Line line) : pack(threadIdx.x % line.packs), pixel(line.from + threadIdx.x / line.packs) {}
     // A division per step would take longer than the memory accesses.
     __device__ void next(u32 jump, u32 rows, u32 packs) {
         pack += jump;
@@ -41,8 +51,8 @@ struct Walk {
     }
 };
 
-// Returns the sum over a group of values, one of each thread, to the threads of this group. `shared`: 32 values for
-// each group of a line.
+// Returns the sum over a group of values, one of each thread, to the threads of this group. `shared`: a value
+// for each warp and group of a line.
 __device__ inline float group_sum(float value, u32 own, u32 packs, u32 line, float *shared) {
     u32 of_group = packs / line, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (u32 other = 16; other > 0; other /= 2) {
@@ -94,23 +104,28 @@ __device__ inline Values normalized(
 // The packs that a thread keeps in registers: 128 KiB in a block of 512 threads.
 #define HELD 16
 
+// The threads of a block, and the values that all groups of its line need of `group_sum`.
+#define MOST 512
+
 // Computes the normalised and activated map, and each group's mean and reciprocal standard deviation:
-// (batch, groups, 2). Values may first be added to `x`; see `with_addends`. The sum is then written to `sum`.
-extern "C" __launch_bounds__(512) __global__ void normalize(
+// (batch, groups, 2). Values may first be added to `x`; see `with_addends`. The sum is then written to `sum`. Of images
+// in parts, computes only the sum, and the mean of each part and group and the sum of the squares about it:
+// (batch, parts, groups, 2).
+extern "C" __launch_bounds__(MOST) __global__ void normalize(
     const T *x, T *sum, T *y, const float *added, const T *vectors, const T *residual, const T *mask,
     const float *weight, const float *bias, float *statistics, Sizes s
 ) {
-    __shared__ float shared[1024];
+    __shared__ float shared[MOST];
     Line line = line_of_block(s);
-    weight += (u64)blockIdx.x * s.per_image + line.first;
-    bias += (u64)blockIdx.x * s.per_image + line.first;
+    weight += (u64)line.image * s.per_image + line.first;
+    bias += (u64)line.image * s.per_image + line.first;
     if (added) added += line.first;
-    if (vectors) vectors += (u64)blockIdx.x * s.channels + line.first;
-    if (mask) mask += (u64)blockIdx.x * s.channels + line.first;
-    u32 width = s.width, channels = s.channels, pixels = s.pixels, packs = line.packs;
+    if (vectors) vectors += (u64)line.image * s.channels + line.first;
+    if (mask) mask += (u64)line.image * s.channels + line.first;
+    u32 width = s.width, channels = s.channels, to = line.to, packs = line.packs;
     u32 jump = blockDim.x % packs, rows = blockDim.x / packs;
-    u64 image = line.image + line.first;
-    u32 own = own_group(line, threadIdx.x % packs, s), count = line.of_group * width * pixels;
+    u64 image = line.at;
+    u32 own = own_group(line, threadIdx.x % packs, s), count = line.of_group * width * (to - line.from);
     bool adds = sum != 0;
     Packed held[HELD];
 
@@ -132,11 +147,11 @@ extern "C" __launch_bounds__(512) __global__ void normalize(
         return pack;
     };
     Walk walk(line);
-    _Pragma("unroll") for (u32 k = 0; k < HELD; ++k) if (walk.pixel < pixels) {
+    _Pragma("unroll") for (u32 k = 0; k < HELD; ++k) if (walk.pixel < to) {
         held[k] = first(walk);
         walk.next(jump, rows, packs);
     }
-    for (; walk.pixel < pixels; walk.next(jump, rows, packs)) first(walk);
+    for (; walk.pixel < to; walk.next(jump, rows, packs)) first(walk);
     float mean = group_sum(total, own, packs, s.line, shared) / count;
 
     // Squares about the mean need a second pass: the difference of two large sums would cancel.
@@ -146,19 +161,21 @@ extern "C" __launch_bounds__(512) __global__ void normalize(
         EACH(k) if (k < width) total += (values.at[k] - mean) * (values.at[k] - mean);
     };
     walk = Walk(line);
-    _Pragma("unroll") for (u32 k = 0; k < HELD; ++k) if (walk.pixel < pixels) {
+    _Pragma("unroll") for (u32 k = 0; k < HELD; ++k) if (walk.pixel < to) {
         second(unpacked(held[k], width));
         walk.next(jump, rows, packs);
     }
-    for (; walk.pixel < pixels; walk.next(jump, rows, packs)) {
+    for (; walk.pixel < to; walk.next(jump, rows, packs)) {
         second(load(from + image + (u64)walk.pixel * channels + walk.pack * width, width));
     }
-    float rstd = 1.0f / sqrtf(group_sum(total, own, packs, s.line, shared) / count + s.eps);
+    float squares = group_sum(total, own, packs, s.line, shared), rstd = 1.0f / sqrtf(squares / count + s.eps);
+    bool in_parts = s.part < s.pixels;
     if (threadIdx.x < packs && threadIdx.x % line.of_group == 0) {
-        float *to = statistics + 2 * ((u64)blockIdx.x * s.groups + line.group + own);
-        to[0] = mean;
-        to[1] = rstd;
+        float *of_own = statistics + 2 * ((u64)blockIdx.x * s.groups + line.group + own);
+        of_own[0] = mean;
+        of_own[1] = in_parts ? squares : rstd;
     }
+    if (in_parts) return;
 
     auto third = [&](const Walk &walk, Values values) {
         u32 channel = walk.pack * width;
@@ -166,13 +183,35 @@ extern "C" __launch_bounds__(512) __global__ void normalize(
         store(y + at, normalized(values, mean, rstd, weight + channel, bias + channel, s), width);
     };
     walk = Walk(line);
-    _Pragma("unroll") for (u32 k = 0; k < HELD; ++k) if (walk.pixel < pixels) {
+    _Pragma("unroll") for (u32 k = 0; k < HELD; ++k) if (walk.pixel < to) {
         third(walk, unpacked(held[k], width));
         walk.next(jump, rows, packs);
     }
-    for (; walk.pixel < pixels; walk.next(jump, rows, packs)) {
+    for (; walk.pixel < to; walk.next(jump, rows, packs)) {
         third(walk, load(from + image + (u64)walk.pixel * channels + walk.pack * width, width));
     }
+}
+
+// Computes each group's mean and reciprocal standard deviation from those of its parts. One block per image (in x) and
+// group (in y).
+extern "C" __global__ void statistics_of_parts(const float *of_parts, float *statistics, Sizes s) {
+    __shared__ float shared[THREADS / 32];
+    u32 parts = parts_of(s), image = blockIdx.x, group = blockIdx.y;
+    const float *own = of_parts + 2 * ((u64)image * parts * s.groups + group);
+    auto pixels = [=](u32 part) { return (float)(part + 1 < parts ? s.part : s.pixels - part * s.part); };
+    float total = 0.0f, squares = 0.0f;
+    for (u32 part = threadIdx.x; part < parts; part += THREADS) total += pixels(part) * own[2 * part * s.groups];
+    float mean = block_sum(total, shared) / s.pixels, channels = s.channels / s.groups;
+    for (u32 part = threadIdx.x; part < parts; part += THREADS) {
+        const float *of_part = own + 2 * part * s.groups;
+        float off = of_part[0] - mean;
+        squares += of_part[1] + channels * pixels(part) * off * off;
+    }
+    squares = block_sum(squares, shared);
+    if (threadIdx.x) return;
+    statistics += 2 * ((u64)image * s.groups + group);
+    statistics[0] = mean;
+    statistics[1] = 1.0f / sqrtf(squares / (channels * s.pixels) + s.eps);
 }
 
 // Computes the same map again from its statistics.
@@ -188,86 +227,6 @@ extern "C" __global__ void normalize_again(
     const float *own = statistics + 2 * (image * s.groups + channel / (channels / s.groups));
     Values values = load(x + i, width);
     store(y + i, normalized(values, own[0], own[1], weight + channel, bias + channel, s), width);
-}
-
-// Replaces the gradient `d` of the output by that of the input, plus `more` if it is given. Also computes, per image
-// and channel, the gradients of weight and bias, and the sums of the new `d` over the pixels: `sums`, and `also` in the
-// type of maps unless it is null.
-extern "C" __launch_bounds__(512) __global__ void normalize_backward(
-    const T *x, T *d, const T *more, const float *weight, const float *bias, const float *statistics,
-    float *for_weight, float *for_bias, float *sums, T *also, Sizes s
-) {
-    __shared__ float shared[1024];
-    __shared__ Values rows_of_sums[512];
-    Line line = line_of_block(s);
-    weight += (u64)blockIdx.x * s.per_image + line.first;
-    bias += (u64)blockIdx.x * s.per_image + line.first;
-    u32 channels = s.channels, pixels = s.pixels, width = s.width, count = line.of_group * width * pixels;
-    int f = s.f;
-    u64 vector = (u64)blockIdx.x * channels + line.first;
-    u64 image = line.image + line.first;
-    // With several groups, all packs of a line are visited at a time.
-    u32 own = own_group(line, threadIdx.x % line.packs, s);
-    const float *of_own = statistics + 2 * ((u64)blockIdx.x * s.groups + line.group + own);
-    float mean = of_own[0], rstd = of_own[1];
-
-    // Handles as many channels at a time as fit, and divides the threads among them.
-    float of_x = 0.0f, of_d = 0.0f;
-    for (u32 begin = 0; begin < line.packs; begin += blockDim.x) {
-        u32 left = line.packs - begin, packs = left < blockDim.x ? left : blockDim.x;
-        u32 rows = blockDim.x / packs, row = threadIdx.x / packs;
-        u32 channel = (begin + threadIdx.x % packs) * width;
-        Values w = load_channels(weight + channel, width), b = load_channels(bias + channel, width);
-        Values sum_weight = zeros(), sum_bias = zeros();
-        _Pragma("unroll 2") for (u32 pixel = row; row < rows && pixel < pixels; pixel += rows) {
-            u64 at = image + (u64)pixel * channels + channel;
-            Values values = load(x + at, width), dy = load(d + at, width);
-            EACH(k) {
-                float n = (values.at[k] - mean) * rstd;
-                float dz = dy.at[k] * derivative(f, n * w.at[k] + b.at[k]);
-                sum_weight.at[k] += dz * n;
-                sum_bias.at[k] += dz;
-            }
-        }
-        EACH(k) {
-            of_x += w.at[k] * sum_weight.at[k];
-            of_d += w.at[k] * sum_bias.at[k];
-        }
-        sum_packs(sum_weight, rows_of_sums, packs, width, [&](u32 i, float sum) {
-            for_weight[vector + begin * width + i] = sum;
-        });
-        sum_packs(sum_bias, rows_of_sums, packs, width, [&](u32 i, float sum) {
-            for_bias[vector + begin * width + i] = sum;
-        });
-    }
-    of_x = group_sum(of_x, own, line.packs, s.line, shared) / count;
-    of_d = group_sum(of_d, own, line.packs, s.line, shared) / count;
-    for (u32 begin = 0; begin < line.packs; begin += blockDim.x) {
-        u32 left = line.packs - begin, packs = left < blockDim.x ? left : blockDim.x;
-        u32 rows = blockDim.x / packs, row = threadIdx.x / packs;
-        u32 channel = (begin + threadIdx.x % packs) * width;
-        Values w = load_channels(weight + channel, width), b = load_channels(bias + channel, width);
-        Values sum = zeros();
-        _Pragma("unroll 2") for (u32 pixel = row; row < rows && pixel < pixels; pixel += rows) {
-            u64 at = image + (u64)pixel * channels + channel;
-            Values values = load(x + at, width), dx = load(d + at, width);
-            EACH(k) {
-                float n = (values.at[k] - mean) * rstd;
-                float dz = dx.at[k] * derivative(f, n * w.at[k] + b.at[k]);
-                dx.at[k] = rstd * (w.at[k] * dz - of_d - n * of_x);
-            }
-            if (more) {
-                values = load(more + at, width);
-                EACH(k) dx.at[k] += values.at[k];
-            }
-            EACH(k) if (k < width) sum.at[k] += dx.at[k];
-            store(d + at, dx, width);
-        }
-        sum_packs(sum, rows_of_sums, packs, width, [&](u32 i, float total) {
-            sums[vector + begin * width + i] = total;
-            if (also) also[vector + begin * width + i] = put(total);
-        });
-    }
 }
 
 // Computes the weight and the bias of each image, (batch, channels), from scales and shifts (batch, 2 channels).
