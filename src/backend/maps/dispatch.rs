@@ -46,12 +46,13 @@ pub(crate) fn repeated(
     inputs: &[Tensor],
     pass: &mut dyn FnMut(&[Tensor]) -> Result<Tensor>,
 ) -> Result<Tensor> {
+    let weights_are_kept = place.fixed && !place.repack;
     #[cfg(feature = "cuda")]
-    if place.device.is_cuda() && place.fixed && !place.repack {
+    if place.device.is_cuda() && weights_are_kept {
         let gpu = Gpu::of(place.device)?;
         return cuda::repeated(&gpu, &pool.network, place.precision, inputs, pass);
     }
-    let _ = (place, pool);
+    let _ = (weights_are_kept, pool);
     pass(inputs)
 }
 
