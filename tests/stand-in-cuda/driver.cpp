@@ -2,13 +2,17 @@
 // once, one at a time, and a graph is a list of what a thread gave while it captured. Modules come from the
 // stand-in for NVRTC. What would wait for a device adds a letter to the file that STAND_IN_WAITS names. Each
 // kernel that a thread launches or captures adds a line with its name to the file that STAND_IN_LAUNCHES names,
-// each product or convolution of a library the line "library", and each launch of a graph the line "graph".
+// each product or convolution of a library the line "library", and each launch of a graph the line "graph". At the
+// end of the process, the file that STAND_IN_MEMORY names gets the most bytes of the device that were held at a
+// time, and then the blocks of that time: a line with the size in bytes and the number for each size. With
+// STAND_IN_IDLE kernels and libraries do nothing, so that the memory of large batches can be counted.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -36,6 +40,8 @@ static void launches(const char *what) {
     }
 }
 
+static const bool idle = getenv("STAND_IN_IDLE");
+
 // Now, or when the graph that is captured is launched.
 static Result submit(const std::function<void()> &work) {
     if (capture) {
@@ -49,7 +55,7 @@ static Result submit(const std::function<void()> &work) {
 // The same for the libraries.
 API void stand_in_submit(const std::function<void()> *work) {
     launches("library");
-    submit(*work);
+    if (!idle) submit(*work);
 }
 
 static Result waits(char what) {
@@ -83,12 +89,51 @@ API Result cuMemGetInfo_v2(size_t *available, size_t *total) {
     return *available = *total = (size_t)8 << 30, SUCCESS;
 }
 
+// The memory of the device that is held, and was held when it was most.
+static struct Held {
+    std::mutex lock;
+    std::map<Pointer, size_t> blocks;
+    std::map<size_t, size_t> at_most;
+    size_t bytes = 0, most = 0;
+
+    void add(Pointer pointer, size_t size) {
+        std::lock_guard<std::mutex> guard(lock);
+        blocks[pointer] = size;
+        bytes += size;
+    }
+    void remove(Pointer pointer) {
+        std::lock_guard<std::mutex> guard(lock);
+        look();
+        auto block = blocks.find(pointer);
+        if (block == blocks.end()) return;
+        bytes -= block->second;
+        blocks.erase(block);
+    }
+    // Called before less is held, so that each maximum is seen.
+    void look() {
+        if (bytes <= most) return;
+        most = bytes;
+        at_most.clear();
+        for (auto &block : blocks) at_most[block.second]++;
+    }
+    ~Held() {
+        const char *path = getenv("STAND_IN_MEMORY");
+        FILE *file = path ? fopen(path, "w") : nullptr;
+        if (!file) return;
+        look();
+        fprintf(file, "%zu\n", most);
+        for (auto &block : at_most) fprintf(file, "%zu %zu\n", block.first, block.second);
+        fclose(file);
+    }
+} held;
+
 API Result cuMemAlloc_v2(Pointer *pointer, size_t size) {
     void *memory = aligned_alloc(256, (size + 255) / 256 * 256);
     if (!memory) return OUT_OF_MEMORY;
     // Not zeros: what is read before it is written must show. These are NaN in each type.
-    memset(memory, 0xff, size);
+    if (!idle) memset(memory, 0xff, size);
     *pointer = (Pointer)memory;
+    held.add(*pointer, size);
     if (capture) captured_memory.insert(*pointer);
     return SUCCESS;
 }
@@ -96,7 +141,9 @@ API Result cuMemAllocAsync(Pointer *pointer, size_t size, void *) { return cuMem
 // While a graph is captured only what was allocated in it can be freed, and stays for its launches.
 API Result cuMemFreeAsync(Pointer pointer, void *) {
     if (capture) return captured_memory.count(pointer) ? SUCCESS : INVALID;
-    if (!captured_memory.count(pointer)) free((void *)pointer);
+    if (captured_memory.count(pointer)) return SUCCESS;
+    held.remove(pointer);
+    free((void *)pointer);
     return SUCCESS;
 }
 API Result cuMemFree_v2(Pointer pointer) { return waits('f'), cuMemFreeAsync(pointer, nullptr); }
@@ -200,6 +247,7 @@ API Result cuLaunchKernel(
     if (!gx || !gy || !gz || gy > 65535 || gz > 65535 || bx * by * bz > 1024) return INVALID;
     auto *own = (Function *)function;
     launches(own->name.c_str());
+    if (idle) return SUCCESS;
     void *bound = own->bind(arguments);
     return submit([=] {
         unsigned grid[] = {gx, gy, gz}, block[] = {bx, by, bz};
