@@ -396,11 +396,11 @@ impl<'n, B: Maps + 'n> Engine<'n> for Tape<'n, '_, B> {
         shapes::attention(qkv.dims.into(), heads)?;
         let [batch, h, w, c] = qkv.dims;
         let shape = AttentionShape::of_map(qkv.dims, heads);
-        let y = self.backend.attention(batch, shape, &qkv.values)?;
+        let (y, results) = self.backend.attention(batch, shape, &qkv.values)?;
         let qkv = qkv.kept();
         Ok(self.output([batch, h, w, c / 3], y, move |tape, dy| {
             let values = qkv.values(&tape.backend)?;
-            let d = tape.backend.attention_backward(batch, shape, &values, &dy)?;
+            let d = tape.backend.attention_backward(batch, shape, &values, &results, &dy)?;
             qkv.gradient.add(&tape.backend, d)
         }))
     }

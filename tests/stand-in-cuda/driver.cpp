@@ -216,7 +216,9 @@ API Result cuGraphDestroy(void *graph) { return delete (Graph *)graph, SUCCESS; 
 struct Function {
     std::string name;
     void *(*bind)(void **);
-    void (*run)(void *, const unsigned *, const unsigned *);
+    void (*run)(void *, const unsigned *, const unsigned *, unsigned);
+    // Bytes of shared memory that a launch may ask for.
+    unsigned shared;
 };
 
 API Result cuModuleLoadData(void **module, const void *image) {
@@ -233,25 +235,31 @@ API Result cuModuleGetFunction(void **function, void *module, const char *name) 
         fprintf(stderr, "stand-in-cuda: %s is none of the crate's own kernels\n", name);
         return NOT_FOUND;
     }
-    auto *found = new Function{name, nullptr, nullptr};
+    auto *found = new Function{name, nullptr, nullptr, 48 << 10};
     found->bind = (void *(*)(void **))dlsym(module, (std::string(name) + "__bind").c_str());
-    found->run = (void (*)(void *, const unsigned *, const unsigned *))dlsym(module, "stand_in_run");
+    found->run = (decltype(found->run))dlsym(module, "stand_in_run");
     *function = found;
     return found->bind && found->run ? SUCCESS : NOT_FOUND;
 }
+API Result cuFuncSetAttribute(void *function, int attribute, int value) {
+    // The most dynamic shared memory of a launch. Devices of compute capability 8.6 have 99 KiB.
+    if (attribute != 8 || value < 0 || value > 99 << 10) return INVALID;
+    ((Function *)function)->shared = value;
+    return SUCCESS;
+}
 API Result cuLaunchKernel(
-    void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned,
+    void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
     void *, void **arguments, void **
 ) {
-    // A GPU's own limits.
-    if (!gx || !gy || !gz || gy > 65535 || gz > 65535 || bx * by * bz > 1024) return INVALID;
     auto *own = (Function *)function;
+    // A GPU's own limits.
+    if (!gx || !gy || !gz || gy > 65535 || gz > 65535 || bx * by * bz > 1024 || shared > own->shared) return INVALID;
     launches(own->name.c_str());
     if (idle) return SUCCESS;
     void *bound = own->bind(arguments);
     return submit([=] {
         unsigned grid[] = {gx, gy, gz}, block[] = {bx, by, bz};
-        own->run(bound, grid, block);
+        own->run(bound, grid, block, shared);
     });
 }
 API Result cuGetErrorName(int, const char **text) { return *text = "stand-in", SUCCESS; }

@@ -1,6 +1,7 @@
 // What a kernel's source needs of CUDA, on a CPU: stands before the source when it is compiled by a C++
 // compiler. Blocks run one after the other; the threads of a block are fibers, which take turns at its
-// barriers and nowhere else. Where the first block has none, the other blocks' threads are plain calls.
+// barriers and nowhere else. Where the first block has none, the other blocks' threads are plain calls. Warps
+// run one after the other from one barrier of the block to the next.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -18,6 +19,7 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 #define DDPM_HALF_CONVERSIONS
+#define DDPM_TENSOR_CORES
 
 struct dim3 {
     unsigned x, y, z;
@@ -49,6 +51,18 @@ static inline unsigned short float_to_half(float value) {
 
 namespace stand_in {
 
+// What a thread shows the others of its warp in an operation of all of them.
+struct Shown {
+    // Of the first factor, and of the second.
+    float a[8], b[4];
+    const char *row;
+};
+
+struct Copy {
+    void *to;
+    const void *from;
+};
+
 struct Fiber {
     // To begin it; to go on. `swapcontext` would ask the system for signal masks each time.
     ucontext_t begin;
@@ -56,8 +70,15 @@ struct Fiber {
     std::vector<char> stack;
     dim3 thread;
     bool begun = false, done = true, at_barrier = false;
+    // Whether the barrier is one of its warp only.
+    bool with_warp = false;
     // What it waits with: the value that it shows the others of its warp.
     float shown = 0;
+    // By turns: it may come to the next operation while others still read what it showed in this one.
+    Shown operands[2];
+    unsigned operation = 0;
+    // Copies to shared memory that it began.
+    std::vector<Copy> copies;
 };
 
 static std::vector<std::unique_ptr<Fiber>> fibers;
@@ -72,10 +93,11 @@ static void enter() {
     _longjmp(scheduler, 1);
 }
 
-static void wait() {
+static void wait(bool with_warp) {
     Fiber *own = current;
     if (!own) abort(); // No barrier in the first block, but in this one.
     waited = own->at_barrier = true;
+    own->with_warp = with_warp;
     if (!_setjmp(own->on)) _longjmp(scheduler, 1);
 }
 
@@ -107,21 +129,41 @@ static void run_block(const std::function<void()> &kernel) {
                         (unsigned)(i / blockDim.x / blockDim.y)};
         fiber.done = false;
         fiber.at_barrier = false;
+        fiber.operation = 0;
+        fiber.copies.clear();
     }
     // In turn, so that all come to a barrier before one leaves it.
     for (bool left = true; left;) {
         left = false;
-        for (size_t i = 0; i < count; ++i) {
-            if (fibers[i]->done) continue;
-            current = fibers[i].get();
-            threadIdx = current->thread;
-            if (!_setjmp(scheduler)) {
-                if (current->at_barrier) _longjmp(current->on, 1);
-                setcontext(&current->begin);
+        for (size_t warp = 0; warp < count; warp += 32) {
+            for (bool within = true; within;) {
+                within = false;
+                for (size_t i = warp; i < count && i < warp + 32; ++i) {
+                    if (fibers[i]->done) continue;
+                    current = fibers[i].get();
+                    threadIdx = current->thread;
+                    if (!_setjmp(scheduler)) {
+                        if (current->at_barrier) _longjmp(current->on, 1);
+                        setcontext(&current->begin);
+                    }
+                    if (fibers[i]->done) continue;
+                    if (fibers[i]->with_warp) within = true;
+                    else left = true;
+                }
             }
-            left = left || !fibers[i]->done;
         }
     }
+}
+
+// The thread's number in its block.
+static unsigned own_number() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
+
+// Returns what a thread of the warp shows, after all of them called `show`.
+template <class F> static auto shown_by_warp(F show) {
+    unsigned at = current->operation++ % 2, warp = own_number() / 32 * 32;
+    show(current->operands[at]);
+    wait(true);
+    return [=](unsigned lane) -> const Shown & { return fibers[warp + lane]->operands[at]; };
 }
 
 template <class... A, size_t... I>
@@ -136,31 +178,111 @@ template <class... A> std::function<void()> *keep(void (*kernel)(A...), void **a
 
 } // namespace stand_in
 
-static inline void __syncthreads() { stand_in::wait(); }
+static inline void __syncthreads() { stand_in::wait(false); }
 
-// All threads of the block must come here, as those of a warp must on a GPU.
+// All threads of the warp must come here.
 static inline float __shfl_xor_sync(unsigned, float value, int other) {
     stand_in::current->shown = value;
-    stand_in::wait();
-    unsigned own = threadIdx.x + blockDim.x * threadIdx.y;
-    float found = stand_in::fibers[own ^ other]->shown;
-    stand_in::wait();
+    stand_in::wait(true);
+    float found = stand_in::fibers[stand_in::own_number() ^ other]->shown;
+    stand_in::wait(true);
     return found;
+}
+
+// Memory of the launch's size that the threads of a block share: up to what a block has on each device of compute
+// capability 8.0 and later.
+static const unsigned DYNAMIC_SHARED = 99 << 10;
+alignas(128) static unsigned char dynamic_shared[DYNAMIC_SHARED + 16];
+
+// The values arrive no sooner than they are waited for.
+static inline void copy_16(void *to, const void *from, bool there) {
+    if ((uintptr_t)to % 16 || (uintptr_t)from % 16) abort();
+    memset(to, 0xff, 16);
+    stand_in::current->copies.push_back({to, there ? from : nullptr});
+}
+static inline void wait_for_copies() {
+    for (auto &copy : stand_in::current->copies) {
+        if (copy.from) memcpy(copy.to, copy.from, 16);
+        else memset(copy.to, 0, 16);
+    }
+    stand_in::current->copies.clear();
+}
+
+// Values of the type of maps that selects the tensor cores' instructions.
+static inline float factor_to_float(unsigned short bits) {
+#if defined(DDPM_BF16)
+    return __uint_as_float((unsigned)bits << 16);
+#else
+    return half_to_float(bits);
+#endif
+}
+static inline unsigned short float_to_factor(float value) {
+#if defined(DDPM_BF16)
+    unsigned bits = __float_as_uint(value);
+    bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    return nan ? 0x7fff : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+#else
+    return float_to_half(value);
+#endif
+}
+static inline unsigned pair(float first, float second) {
+    return float_to_factor(first) | (unsigned)float_to_factor(second) << 16;
+}
+
+// ldmatrix.m8n8.x4: the registers of the PTX ISA.
+static inline void load_matrices(unsigned (&to)[4], const void *row) {
+    if ((uintptr_t)row % 16) abort();
+    auto of = stand_in::shown_by_warp([=](stand_in::Shown &own) { own.row = (const char *)row; });
+    unsigned lane = stand_in::own_number() % 32;
+    for (unsigned i = 0; i < 4; ++i) memcpy(&to[i], of(8 * i + lane / 4).row + lane % 4 * 4, 4);
+}
+// ldmatrix.m8n8.x4.trans.
+static inline void load_transposed(unsigned (&to)[4], const void *row) {
+    if ((uintptr_t)row % 16) abort();
+    auto of = stand_in::shown_by_warp([=](stand_in::Shown &own) { own.row = (const char *)row; });
+    unsigned lane = stand_in::own_number() % 32;
+    for (unsigned i = 0; i < 4; ++i) {
+        unsigned short values[2];
+        for (unsigned j = 0; j < 2; ++j) memcpy(&values[j], of(8 * i + lane % 4 * 2 + j).row + lane / 4 * 2, 2);
+        to[i] = values[0] | (unsigned)values[1] << 16;
+    }
+}
+// mma.m16n8k16.row.col with sums in f32. Of the first factor, thread t has in register i the values of row
+// t / 4 + 8 (i % 2), columns 2 (t % 4) + 8 (i / 2) and the next; of the second, in register i, those of column t / 4,
+// rows 2 (t % 4) + 8 i and the next; of the sum, in value i, that of row t / 4 + 8 (i / 2), column 2 (t % 4) + i % 2.
+static inline void multiply_add(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    auto of = stand_in::shown_by_warp([&](stand_in::Shown &own) {
+        for (unsigned i = 0; i < 8; ++i) own.a[i] = factor_to_float(a[i / 2] >> i % 2 * 16);
+        for (unsigned i = 0; i < 4; ++i) own.b[i] = factor_to_float((i < 2 ? b0 : b1) >> i % 2 * 16);
+    });
+    unsigned lane = stand_in::own_number() % 32;
+    for (unsigned i = 0; i < 4; ++i) {
+        unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 16; ++k) {
+            unsigned of_a = row / 8 * 2 + k / 8 * 4 + k % 2, of_b = k / 8 * 2 + k % 2;
+            sum[i] += of(row % 8 * 4 + k % 8 / 2).a[of_a] * of(column * 4 + k % 8 / 2).b[of_b];
+        }
+    }
 }
 
 // Copies a launch's arguments; runs it.
 #define STAND_IN_KERNEL(name)                                                                              \
     extern "C" void *name##__bind(void **arguments) { return stand_in::keep(name, arguments); }
-extern "C" void stand_in_run(void *bound, const unsigned *grid, const unsigned *block) {
+extern "C" void stand_in_run(void *bound, const unsigned *grid, const unsigned *block, unsigned shared) {
     gridDim = {grid[0], grid[1], grid[2]};
     blockDim = {block[0], block[1], block[2]};
     for (unsigned z = 0; z < grid[2]; ++z)
         for (unsigned y = 0; y < grid[1]; ++y)
             for (unsigned x = 0; x < grid[0]; ++x) {
                 blockIdx = {x, y, z};
+                // What a block reads before it writes it is NaN.
+                if (shared) memset(dynamic_shared, 0xff, sizeof dynamic_shared);
                 bool first = !x && !y && !z;
                 if (first) stand_in::waited = false;
                 auto run = first || stand_in::waited ? stand_in::run_block : stand_in::run_block_without_barriers;
                 run(*(std::function<void()> *)bound);
+                // Nothing may be written behind it.
+                for (unsigned i = shared; shared && i < sizeof dynamic_shared; ++i)
+                    if (dynamic_shared[i] != 0xff) abort();
             }
 }

@@ -88,6 +88,7 @@ impl<'p> Cpu<'p> {
 impl Maps for Cpu<'_> {
     type Buffer = Buffer;
     type Statistics = Vec<Stats>;
+    type AttentionResults = ();
 
     fn images(&self, x: &Tensor) -> Result<Buffer> {
         self.copied(&to_channels_last(&x.to_dtype(DType::F32)?)?)
@@ -343,10 +344,10 @@ impl Maps for Cpu<'_> {
         Ok([a, b])
     }
 
-    fn attention(&self, _: usize, shape: AttentionShape, qkv: &Buffer) -> Result<Buffer> {
+    fn attention(&self, _: usize, shape: AttentionShape, qkv: &Buffer) -> Result<(Buffer, ())> {
         let mut y = self.take(qkv.len() / 3)?;
         Attention { isa: self.isa, shape }.forward(qkv, &mut y);
-        Ok(y)
+        Ok((y, ()))
     }
 
     fn attention_backward(
@@ -354,6 +355,7 @@ impl Maps for Cpu<'_> {
         _: usize,
         shape: AttentionShape,
         qkv: &Buffer,
+        (): &(),
         dy: &Buffer,
     ) -> Result<Buffer> {
         let mut d = self.take(qkv.len())?;

@@ -12,8 +12,8 @@ use super::place::Place;
 use super::pool::Pool;
 use crate::error::{Error, Result};
 use crate::kernels::cuda::{
-    self, Attention, ColumnSums, Convolution, Element, Gpu, InputGradient, LinearLayer, Memory,
-    NormGradients, NormStatistics, PassWeights, WeightGradient,
+    self, Attention, AttentionResults, ColumnSums, Convolution, Element, Gpu, InputGradient,
+    LinearLayer, Memory, NormGradients, NormStatistics, PassWeights, WeightGradient,
 };
 use crate::kernels::op::activation::VectorActivation;
 use crate::kernels::op::attention::AttentionShape;
@@ -110,6 +110,7 @@ impl<'p> Cuda<'p> {
 impl Maps for Cuda<'_> {
     type Buffer = DeviceMap;
     type Statistics = NormStatistics;
+    type AttentionResults = AttentionResults;
 
     fn images(&self, x: &Tensor) -> Result<DeviceMap> {
         Ok(cuda::images_to_map(&self.gpu, &x.to_dtype(DType::F32)?, self.element())?.into())
@@ -359,8 +360,15 @@ impl Maps for Cuda<'_> {
         Ok(parts.map(DeviceMap::from))
     }
 
-    fn attention(&self, batch: usize, shape: AttentionShape, qkv: &DeviceMap) -> Result<DeviceMap> {
-        Ok(self.attention_of(batch, shape).forward(&self.gpu, &*self.ready(qkv)?)?.into())
+    fn attention(
+        &self,
+        batch: usize,
+        shape: AttentionShape,
+        qkv: &DeviceMap,
+    ) -> Result<(DeviceMap, AttentionResults)> {
+        let qkv = self.ready(qkv)?;
+        let (y, results) = self.attention_of(batch, shape).forward(&self.gpu, &qkv)?;
+        Ok((y.into(), results))
     }
 
     fn attention_backward(
@@ -368,10 +376,11 @@ impl Maps for Cuda<'_> {
         batch: usize,
         shape: AttentionShape,
         qkv: &DeviceMap,
+        results: &AttentionResults,
         dy: &DeviceMap,
     ) -> Result<DeviceMap> {
         let (qkv, dy) = (self.ready(qkv)?, self.ready(dy)?);
-        Ok(self.attention_of(batch, shape).backward(&self.gpu, &qkv, &dy)?.into())
+        Ok(self.attention_of(batch, shape).backward(&self.gpu, &qkv, results, &dy)?.into())
     }
 }
 

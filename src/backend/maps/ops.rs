@@ -31,6 +31,9 @@ pub(crate) trait Maps {
     /// The statistics of a normalisation, which its backward pass reads in addition to the input.
     type Statistics;
 
+    /// Results of the forward pass of an attention, which its backward pass reads in addition to the input.
+    type AttentionResults;
+
     /// Copies images (batch, channels, height, width) in f32 to a map.
     fn images(&self, x: &Tensor) -> Result<Self::Buffer>;
 
@@ -234,7 +237,7 @@ pub(crate) trait Maps {
         batch: usize,
         shape: AttentionShape,
         qkv: &Self::Buffer,
-    ) -> Result<Self::Buffer>;
+    ) -> Result<(Self::Buffer, Self::AttentionResults)>;
 
     /// Computes the gradient of `qkv` from the gradient `dy` of the attention's output.
     fn attention_backward(
@@ -242,6 +245,7 @@ pub(crate) trait Maps {
         batch: usize,
         shape: AttentionShape,
         qkv: &Self::Buffer,
+        results: &Self::AttentionResults,
         dy: &Self::Buffer,
     ) -> Result<Self::Buffer>;
 }

@@ -58,6 +58,14 @@ impl Target {
         }
     }
 
+    /// Returns the architecture: 90 for compute capability 9.0.
+    pub fn architecture(self) -> i32 {
+        match self {
+            Self::Machine(own) => own,
+            Self::Ptx(older) => older,
+        }
+    }
+
     fn option(self) -> String {
         match self {
             Self::Machine(own) => format!("--gpu-architecture=sm_{own}"),

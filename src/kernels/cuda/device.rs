@@ -15,7 +15,7 @@ use super::capture::Capture;
 #[cfg(feature = "cudnn")]
 use super::dnn::Dnn;
 use super::element::{Element, Pointer};
-use super::kernel::{Argument, Launch};
+use super::kernel::{Argument, Kernel, Launch, Module};
 use super::memory::{Memory, Pool};
 use super::modules::Modules;
 use super::staging::{DeviceValue, Staging};
@@ -162,6 +162,12 @@ impl Gpu {
         Ok(first.offset(layout.start_offset() * 4))
     }
 
+    /// Returns whether kernels are compiled for this architecture, such as 80 for compute capability 8.0, or a later
+    /// one.
+    pub(super) fn compiles_for(&self, architecture: i32) -> bool {
+        self.modules.architecture().is_ok_and(|own| own >= architecture)
+    }
+
     /// Launches a kernel for maps of this type.
     ///
     /// The memory behind each pointer among the arguments must be as large as the kernel reads or writes. The
@@ -175,8 +181,23 @@ impl Gpu {
         config: LaunchConfig,
         arguments: L,
     ) -> Result<()> {
+        self.launch_of(L::KERNEL.module, element, config, arguments)
+    }
+
+    /// Launches the kernel of another module whose source differs in its definitions only.
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch).
+    pub(super) fn launch_of<L: Launch>(
+        &self,
+        module: &'static Module,
+        element: Element,
+        config: LaunchConfig,
+        arguments: L,
+    ) -> Result<()> {
         let may_load = !self.capture.is_active();
-        let function = self.modules.function(L::KERNEL, element, may_load)?;
+        let kernel = Kernel { module, ..L::KERNEL };
+        let function = self.modules.function(kernel, element, config.shared_mem_bytes, may_load)?;
         let mut launch = self.stream.launch_builder(&function);
         arguments.push(&mut launch);
         // SAFETY: the declaration of the kernel checks the arguments against the source. They live until this

@@ -1,5 +1,5 @@
 //! The kernels for CUDA devices. They are compiled when the program first uses them, from the sources beside
-//! these files, and cached on disk. Matrix products use cuBLASLt. With the feature `cudnn`, convolutions use
+//! these files, and cached on disk. Matrix products use cuBLASLt, but for those of linear layers, and of attention in bf16 and f16. With the feature `cudnn`, convolutions use
 //! cuDNN.
 //!
 //! The values of maps are f32, bf16 or f16 ([`Element`]). The kernels compute in f32 or f64, and each sum has
@@ -41,7 +41,7 @@ mod tests;
 mod weights;
 
 pub(crate) use adam::{UpdateSettings, Updater, WeightUpdate};
-pub(crate) use attention::Attention;
+pub(crate) use attention::{Attention, AttentionResults};
 pub(crate) use conv::Convolution;
 pub(crate) use device::{Gpu, upload};
 pub(crate) use element::Element;

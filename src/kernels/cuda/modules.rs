@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use candle_core::Result;
 use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute;
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaModule};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 
-use super::compiler::Compilation;
+use super::compiler::{Compilation, Target};
 use super::element::Element;
 use super::kernel::{Kernel, Module};
 use crate::kernels::disk_cache::{self, Cache};
@@ -28,8 +29,16 @@ impl Modules {
         Self { context, capability, loaded: RefCell::default(), functions: RefCell::default() }
     }
 
-    /// Returns the kernel for maps of this type. Loads its module if necessary and if `may_load` is
-    /// true.
+    /// Returns the architecture for which modules are compiled: 90 for compute capability 9.0.
+    ///
+    /// # Errors
+    /// Returns an error if NVRTC supports only newer ones.
+    pub fn architecture(&self) -> Result<i32> {
+        Ok(Target::of(self.capability)?.architecture())
+    }
+
+    /// Returns the kernel for maps of this type, to be launched with at most this many bytes of dynamic shared memory.
+    /// Loads its module if necessary and if `may_load` is true.
     ///
     /// # Errors
     /// Returns an error if the module is not loaded and `may_load` is false, or if loading fails.
@@ -37,6 +46,7 @@ impl Modules {
         &self,
         kernel: Kernel,
         element: Element,
+        shared: u32,
         may_load: bool,
     ) -> Result<CudaFunction> {
         let Kernel { module, name } = kernel;
@@ -49,6 +59,11 @@ impl Modules {
             )
         }
         let function = self.module(module, element)?.load_function(name).w()?;
+        // A launch with more must be permitted once.
+        if shared > 48 << 10 {
+            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(attribute, shared as i32).w()?;
+        }
         self.functions.borrow_mut().insert((element, module.name, name), function.clone());
         Ok(function)
     }

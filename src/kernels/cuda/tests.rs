@@ -8,7 +8,6 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::kernels::op::activation::Activation;
-use crate::kernels::op::attention::AttentionShape;
 use crate::kernels::op::conv::{ConvShape, Scale};
 use crate::kernels::op::norm::{EPS, NormConfig};
 use crate::kernels::suite::{ModulatedCase, NormCase};
@@ -21,7 +20,7 @@ use crate::random_inputs::inputs;
 
 /// The arithmetic of each precision. The tensor cores of a GPU truncate f32 sums instead of rounding them:
 /// an error of up to two units.
-fn precisions() -> Vec<(Precision, Products)> {
+pub(super) fn precisions() -> Vec<(Precision, Products)> {
     // The same operations write sums of one term or of none.
     let plain = Products { sums: 2.0 * rounding::F32, more: 4.0, ..Products::PLAIN };
     let mut all = vec![
@@ -39,7 +38,7 @@ fn plus<const N: usize>(bounds: [Tensor; N]) -> Tensor {
     bounds.into_iter().reduce(|a, b| a.broadcast_add(&b).unwrap()).unwrap()
 }
 
-fn gpu() -> Rc<Gpu> {
+pub(super) fn gpu() -> Rc<Gpu> {
     thread_local! {
         static DEVICE: Device = Device::new_cuda(0).unwrap();
     }
@@ -51,12 +50,12 @@ fn device(gpu: &Gpu) -> Device {
 }
 
 /// Normals that a map of this precision holds exactly, so that only the computation has errors.
-fn normal(normals: Normals, k: u32, shape: &[usize], precision: Precision) -> Tensor {
+pub(super) fn normal(normals: Normals, k: u32, shape: &[usize], precision: Precision) -> Tensor {
     held(&normals.tensor(k, shape), precision)
 }
 
 /// The nearest values that a map of this precision holds.
-fn held(values: &Tensor, precision: Precision) -> Tensor {
+pub(super) fn held(values: &Tensor, precision: Precision) -> Tensor {
     let dtype = match precision {
         Precision::BF16 => DType::BF16,
         Precision::F16 => DType::F16,
@@ -66,12 +65,17 @@ fn held(values: &Tensor, precision: Precision) -> Tensor {
 }
 
 /// Copies a map (batch, height, width, channels) to the device.
-fn map(gpu: &Rc<Gpu>, x: &Tensor, precision: Precision) -> Result<Memory> {
+pub(super) fn map(gpu: &Rc<Gpu>, x: &Tensor, precision: Precision) -> Result<Memory> {
     let images = x.permute((0, 3, 1, 2))?.contiguous()?.to_device(&device(gpu))?;
     images_to_map(gpu, &images, Element::of(precision))
 }
 
-fn unmap(gpu: &Gpu, x: &Memory, dims: [usize; 4], precision: Precision) -> Result<Tensor> {
+pub(super) fn unmap(
+    gpu: &Gpu,
+    x: &Memory,
+    dims: [usize; 4],
+    precision: Precision,
+) -> Result<Tensor> {
     let images = map_to_images(gpu, x, dims, Element::of(precision))?;
     images.to_device(&Device::Cpu)?.permute((0, 2, 3, 1))?.contiguous()
 }
@@ -615,37 +619,6 @@ fn vectors_have_the_same_bits_in_each_batch() -> Result<()> {
     Ok(())
 }
 
-fn attention_agrees(
-    (batch, positions, head, heads): (usize, usize, usize, usize),
-    normals: Normals,
-) -> Result<()> {
-    let gpu = gpu();
-    let channels = head * heads;
-    for (precision, products) in precisions() {
-        let normal = |k, shape: &[usize]| normal(normals, k, shape, precision);
-        let qkv = normal(4, &[batch, positions, 3 * channels]);
-        let dy = normal(5, &[batch, positions, channels]);
-        let bounds = products.attention_bounds(&qkv, &dy, heads)?;
-        let exact = value_and_gradients(
-            DType::F64,
-            std::slice::from_ref(&qkv),
-            |_| dy.clone(),
-            |v| crate::kernels::attention(&v[0], heads),
-        )?;
-        let attention =
-            Attention { precision, batch, shape: AttentionShape { positions, channels, heads } };
-        let line = |t: &Tensor| map(&gpu, &t.unsqueeze(1)?, precision);
-        let qkv = line(&qkv)?;
-        let y = attention.forward(&gpu, &qkv)?;
-        let y = unmap(&gpu, &y, [batch, 1, positions, channels], precision)?;
-        check(&format!("{precision}, attention"), &y, &exact[0], &bounds[0]);
-        let d = attention.backward(&gpu, &qkv, &line(&dy)?)?;
-        let d = unmap(&gpu, &d, [batch, 1, positions, 3 * channels], precision)?;
-        check(&format!("{precision}, attention's gradient"), &d, &exact[1], &bounds[1]);
-    }
-    Ok(())
-}
-
 /// Such groups have a deviation of 0, and gradients that consist of rounding errors.
 #[test]
 fn normalisations_of_one_value_are_their_compositions() {
@@ -745,13 +718,5 @@ proptest! {
         seed: u64,
     ) {
         linear_layer_agrees((batch, input, output), activation, Normals(seed)).unwrap();
-    }
-
-    #[test]
-    fn attention_is_its_composition(
-        sizes in (1usize..4, 1usize..20, 1usize..12, 1usize..4),
-        seed: u64,
-    ) {
-        attention_agrees(sizes, Normals(seed)).unwrap();
     }
 }

@@ -1,4 +1,4 @@
-// The softmax of attention, and its backward pass.
+// The softmax of attention by matrix products, and its backward pass.
 
 // Computes the softmax of each row in place. One block per row.
 extern "C" __global__ void softmax(T *x, u32 columns) {
