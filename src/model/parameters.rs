@@ -141,6 +141,9 @@ impl Parameters {
     }
 
     /// The weights created so far, in the order of their names.
+    ///
+    /// Weights that were loaded for inference must not be changed. A network may have copies of them in another layout,
+    /// which it makes once.
     pub fn vars(&self) -> BTreeMap<String, Var> {
         lock(&self.store.created).clone()
     }

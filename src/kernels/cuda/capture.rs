@@ -77,11 +77,14 @@ impl Capture {
         let active = Active { capture: self, stream: &stream };
         let result = work();
         let graph = active.end();
-        let result = result?;
-        match graph? {
+        let captured = result.and_then(|result| match graph? {
             Some(graph) => Ok((graph, result)),
             None => Err(candle_core::Error::Msg("nothing was captured".into()).into()),
+        });
+        if captured.is_err() {
+            self.held.borrow_mut().clear();
         }
+        captured
     }
 }
 

@@ -92,15 +92,17 @@ impl Pool {
         // SAFETY: users of this memory write it before they read it.
         let allocate = || unsafe { self.device.alloc::<T>(len) };
         allocate().or_else(|error| {
-            // Freeing blocks of other sizes may make room, but captured steps use these.
-            for holder in self.releases.take() {
-                holder.upgrade().inspect(|holder| holder.release());
-            }
+            // Dropping graphs and freeing blocks of other sizes may make room, but captured steps use the blocks.
+            let holders: Vec<_> = self.releases.take().iter().filter_map(Weak::upgrade).collect();
+            holders.iter().for_each(|holder| holder.release());
             let mut free = self.free.borrow_mut();
-            if free.is_empty() || self.captured.get() > 0 {
+            let can_free = !free.is_empty() && self.captured.get() == 0;
+            if holders.is_empty() && !can_free {
                 return Err(error);
             }
-            free.clear();
+            if can_free {
+                free.clear();
+            }
             allocate()
         })
     }

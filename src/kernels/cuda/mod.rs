@@ -1,6 +1,6 @@
 //! The kernels for CUDA devices. They are compiled when the program first uses them, from the sources beside
-//! these files, and cached on disk. Matrix products use cuBLASLt, but for those of linear layers, and of attention in bf16 and f16. With the feature `cudnn`, convolutions use
-//! cuDNN.
+//! these files, and cached on disk. Matrix products use cuBLASLt, except in linear layers, in attention in bf16 and f16,
+//! and in gradients of convolutions with few channels. With the feature `cudnn`, convolutions use cuDNN.
 //!
 //! The values of maps are f32, bf16 or f16 ([`Element`]). The kernels compute in f32 or f64, and each sum has
 //! a fixed order. Everything is launched on candle's stream. Only functions that read from the device wait for

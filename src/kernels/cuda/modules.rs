@@ -1,7 +1,7 @@
 //! Modules of kernels. A module is compiled, or loaded from disk, when the first of its kernels is
 //! needed.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -20,13 +20,15 @@ use crate::kernels::disk_cache::{self, Cache};
 pub(super) struct Modules {
     context: Arc<CudaContext>,
     capability: (i32, i32),
+    architecture: OnceCell<i32>,
     loaded: RefCell<HashMap<(Element, &'static str), Arc<CudaModule>>>,
     functions: RefCell<HashMap<(Element, &'static str, &'static str), CudaFunction>>,
 }
 
 impl Modules {
     pub fn new(context: Arc<CudaContext>, capability: (i32, i32)) -> Self {
-        Self { context, capability, loaded: RefCell::default(), functions: RefCell::default() }
+        let (architecture, loaded, functions) = Default::default();
+        Self { context, capability, architecture, loaded, functions }
     }
 
     /// Returns the architecture for which modules are compiled: 90 for compute capability 9.0.
@@ -34,7 +36,11 @@ impl Modules {
     /// # Errors
     /// Returns an error if NVRTC supports only newer ones.
     pub fn architecture(&self) -> Result<i32> {
-        Ok(Target::of(self.capability)?.architecture())
+        if let Some(&known) = self.architecture.get() {
+            return Ok(known);
+        }
+        let found = Target::of(self.capability)?.architecture();
+        Ok(*self.architecture.get_or_init(|| found))
     }
 
     /// Returns the kernel for maps of this type, to be launched with at most this many bytes of dynamic shared memory.

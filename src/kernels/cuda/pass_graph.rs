@@ -75,11 +75,11 @@ impl Drop for Network {
 }
 
 /// Computes a pass of a network whose weights do not change: `pass(inputs)`, which is captured as a graph after some
-/// passes of the same kind, and launched from then on. The graph belongs to this thread. If capturing fails, passes
-/// continue without a graph.
+/// passes of the same kind, and launched from then on. The graph belongs to this thread. If it cannot be captured
+/// or launched, passes continue without a graph.
 ///
 /// # Errors
-/// Returns the errors of `pass`, and an error if a graph cannot be launched.
+/// Returns the errors of `pass`.
 pub(crate) fn repeated(
     gpu: &Rc<Gpu>,
     network: &Arc<Network>,
@@ -139,8 +139,14 @@ impl Passes {
         inputs: &[Tensor],
         pass: &mut dyn FnMut(&[Tensor]) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        if let Some(output) = self.launched(inputs)? {
-            return Ok(output);
+        match self.launched(inputs) {
+            Ok(Some(output)) => return Ok(output),
+            Ok(None) => {}
+            // For example, no memory is left for a copy of the output.
+            Err(_) => {
+                self.graph.release();
+                self.failures += 1;
+            }
         }
         self.count += 1;
         let due = self.count > PASSES_BEFORE * (1 + 10 * self.failures);
@@ -164,7 +170,7 @@ impl Passes {
         Ok(output)
     }
 
-    fn launched(&self, inputs: &[Tensor]) -> Result<Option<Tensor>> {
+    fn launched(&self, inputs: &[Tensor]) -> candle_core::Result<Option<Tensor>> {
         let graph = self.graph.0.borrow();
         let Some(graph) = &*graph else { return Ok(None) };
         Ok(graph.launch(inputs)?.pop())

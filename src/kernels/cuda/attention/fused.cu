@@ -316,7 +316,8 @@ __device__ inline void gradients(
         UNROLL for (u32 half = 0; half < 2; ++half) {
             u32 row = first + row_of(half);
             if (row < positions) {
-                own[half] = queries[row];
+                own[half].most = queries[row].most;
+                own[half].log = queries[row].log;
                 if (lane() % 4 == 0) queries[row].sum = sum[half];
             }
             own[half].sum = sum[half];

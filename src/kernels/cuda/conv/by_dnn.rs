@@ -34,6 +34,9 @@ impl Convolution {
 
     /// Computes one of input, weight and output from the others, or adds to it. Returns false if cuDNN fails.
     /// A convolution that fails once is not tried again.
+    ///
+    /// # Errors
+    /// Returns an error if cuDNN fails within what is captured: the capture may be the reason.
     fn run(
         &self,
         gpu: &Gpu,
@@ -44,6 +47,9 @@ impl Convolution {
     ) -> Result<bool> {
         let workspace = gpu.take(plan.workspace(direction))?;
         let done = plan.run(direction, operands, workspace.pointer, accumulate);
+        if !done && gpu.capture.is_active() {
+            candle_core::bail!("cuDNN failed within what is captured")
+        }
         if let (false, Some(dnn)) = (done, &gpu.dnn) {
             dnn.forget(&self.shape());
         }

@@ -76,8 +76,8 @@ impl Table {
     pub fn current(gpu: &Gpu, last: &RefCell<Option<Rc<Self>>>, own: &[Own]) -> Result<Rc<Self>> {
         let words: Vec<u64> = own.iter().flat_map(Own::words).collect();
         let mut last = last.borrow_mut();
-        let table = match last.take() {
-            Some(table) if table.words == words => table,
+        let table = match &*last {
+            Some(table) if table.words == words => table.clone(),
             _ if gpu.capture.is_active() => {
                 candle_core::bail!("weights or gradients moved within what is captured")
             }

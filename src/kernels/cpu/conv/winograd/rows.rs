@@ -33,8 +33,8 @@ pub(super) struct Rows<'a> {
     input: Input<'a>,
     /// The channels that are read.
     channels: Range<usize>,
-    /// Normalised rows of these channels. Row `y` of an image is at position `y % count`, where `count` is the number of pixel rows under a
-    /// row of tiles.
+    /// Normalised rows of these channels. Row `y` of an image is at position `y % count`, where `count` is the number of
+    /// pixel rows under a row of tiles.
     memory: &'a mut [f32],
     /// The image in memory, and the range of its rows.
     held: (usize, Range<usize>),

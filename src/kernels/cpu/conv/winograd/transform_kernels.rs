@@ -64,8 +64,8 @@ unsafe fn kernel_tile<S: Simd, const INNER: bool>(
 }
 
 simd_fn! {
-    /// Computes `G^T u G` for a panel of output channels. `u` (places, in, PANEL) is the sum of `parts`
-    /// arrays that are `part_len` apart. Writes to `dweight` (out, in, 9).
+    /// Computes `G^T u G` for a panel of output channels. `u` (places, in, PANEL) is the sum of `parts.0` arrays, which
+    /// are `parts.1` values apart. Writes to `dweight` (out, all input channels, 9).
     pub(super) fn kernel_gradient<S>(
         dweight: &mut [f32],
         u: &[f32],

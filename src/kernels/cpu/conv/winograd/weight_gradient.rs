@@ -72,9 +72,10 @@ impl Division {
         let work_for_all = |&(group, chunks): &(usize, usize)| {
             parts * panels.div_ceil(group) * chunks >= 2 * rayon::current_num_threads()
         };
-        // Of those that leave work for every thread the one that transforms the fewest channels.
+        // Of those that leave work for every thread the one that transforms the fewest channels; otherwise the most tasks.
+        let most = (1, 1 << most_chunks.ilog2());
         let (group, chunks) =
-            divisions.filter(work_for_all).min_by_key(transformed).unwrap_or((1, 1));
+            divisions.filter(work_for_all).min_by_key(transformed).unwrap_or(most);
         // Whole vectors.
         let chunk = c_in.div_ceil(chunks).next_multiple_of(16);
         let chunks = c_in.div_ceil(chunk);

@@ -52,7 +52,7 @@ unsafe fn kernel_tile<S: Simd, const TALL: bool>(
 }
 
 simd_fn! {
-    /// Computes `G^T u G` for a panel of output channels. `u` (places, in, PANEL) is the sum of `parts` arrays, which
+    /// Computes `G^T u G` for a panel of output channels. `u` (places, in, PANEL) is the sum of `parts.0` arrays, which
     /// are `parts.1` values apart. Writes to `dweight` (out, all input channels, 9).
     pub(in super::super) fn kernel_gradient<S>(
         dweight: &mut [f32],
