@@ -7,11 +7,11 @@ Needs the packages of tests/data/generate/requirements.txt. The network `ho` is 
 options of google/ddpm-cifar10-32 and the dropout of Ho et al. `bf16` and `f16` are autocast, `f16` with a gradient
 scaler; `high` is TF32. With --device cuda, a run is ten of what is measured before the device is waited for.
 
-No one way of PyTorch is the fastest everywhere. --compile compiles the network, --compile-step also clipping and
-AdamW, and --graph captures all launches of what is measured, a whole training step or ten steps of sampling, as one
-CUDA graph. The modes reduce-overhead and max-autotune capture the passes of the network as graphs of their own. The
-`value` in the output shows whether two ways compute the same: the loss after equally many steps on the same images, or
-the mean square of the result.
+No single configuration of PyTorch is the fastest everywhere. --compile compiles the network, and --compile-step also
+compiles clipping and AdamW. --graph captures all launches of a whole training step, or of ten steps of sampling, as one
+CUDA graph. The modes reduce-overhead and max-autotune capture the passes of the network as separate graphs. The `value`
+in the output shows whether two configurations compute the same: it is the loss after equally many steps on the same
+images, or the mean square of the result.
 """
 import argparse
 import contextlib
@@ -151,7 +151,7 @@ def main():
         net, x, eps = (v.to(memory_format=torch.channels_last) for v in (net, x, eps))
     autocast = half and not args.cast_weights
     precision = torch.autocast(args.device, half) if autocast else contextlib.nullcontext()
-    # Converts the input inside of what is compiled.
+    # Converts the input within the compiled code.
     cast = (lambda x: x.to(half)) if args.cast_weights else (lambda x: x)
 
     def compiled(f):
@@ -250,7 +250,7 @@ def sample_of(args, net, compiled, new_pass, cast, x, eps, t):
 
 
 def captured(f, before):
-    """One CUDA graph of `f`, after runs on a stream of their own, which compile and choose algorithms."""
+    """One CUDA graph of `f`, after runs on a separate stream, which compile and select algorithms."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -275,14 +275,14 @@ def measure(name, f, args):
     begin = time.perf_counter()
     warm_up, at_once = (10, 10) if cuda else (3, 1)
     if args.graph:
-        # To capture is not to run, so each way has run equally often when it is timed.
+        # Capturing runs nothing, so each configuration has run equally often when it is timed.
         warm_up, before = 5, 5
         f = captured(f, before)
     for _ in range(warm_up):
         f()
     if cuda:
         torch.cuda.synchronize()
-        # Not counted: what only the choice of algorithms needed.
+        # Frees memory that only the selection of algorithms needed, so that it is not counted.
         torch.cuda.empty_cache()
     warm = time.perf_counter() - begin
     ms = []
@@ -305,7 +305,7 @@ def measure(name, f, args):
 
 
 def way(args):
-    """The way of PyTorch, in words."""
+    """The name of the configuration of PyTorch."""
     words = [args.compile or "eager"]
     words += ["compiled step"] if args.compile_step else []
     words += ["foreach"] if args.adamw == "foreach" else []

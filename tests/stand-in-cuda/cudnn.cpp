@@ -50,7 +50,7 @@ API int cudnnSetConvolutionMathType(Convolution *, int) { return 0; }
 static int choose(const Filter *w, int *count, Performance *found, size_t memory) {
     // The first is no use to who wants the same bits each time.
     found[0] = {0, 0, 1, 0, 0, 0, {}};
-    // The real library also has other numbers of channels, whose memory is counted.
+    // The real library also supports other numbers of channels, and their memory is counted.
     bool able = (w->c % 8 == 0 && w->k % 8 == 0) || getenv("STAND_IN_IDLE");
     able = able && !getenv("STAND_IN_WITHOUT_CUDNN");
     found[1] = {1, able ? 0 : 3000, 2, memory, 1, 3, {}};

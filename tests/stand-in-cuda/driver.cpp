@@ -3,9 +3,9 @@
 // stand-in for NVRTC. What would wait for a device adds a letter to the file that STAND_IN_WAITS names. Each
 // kernel that a thread launches or captures adds a line with its name to the file that STAND_IN_LAUNCHES names,
 // each product or convolution of a library the line "library", and each launch of a graph the line "graph". At the
-// end of the process, the file that STAND_IN_MEMORY names gets the most bytes of the device that were held at a
-// time, and then the blocks of that time: a line with the size in bytes and the number for each size. With
-// STAND_IN_IDLE kernels and libraries do nothing, so that the memory of large batches can be counted.
+// end of the process, the file that STAND_IN_MEMORY names receives the largest number of bytes of the device that were
+// allocated at a time, and then the blocks of that time: for each size a line with its bytes and the number of blocks.
+// With STAND_IN_IDLE, kernels and libraries do nothing, so that the memory of large batches can be counted.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -89,7 +89,7 @@ API Result cuMemGetInfo_v2(size_t *available, size_t *total) {
     return *available = *total = (size_t)8 << 30, SUCCESS;
 }
 
-// The memory of the device that is held, and was held when it was most.
+// The memory of the device that is allocated, and that was allocated at the maximum.
 static struct Held {
     std::mutex lock;
     std::map<Pointer, size_t> blocks;
@@ -109,7 +109,7 @@ static struct Held {
         bytes -= block->second;
         blocks.erase(block);
     }
-    // Called before less is held, so that each maximum is seen.
+    // Called before memory is freed, so that each maximum is recorded.
     void look() {
         if (bytes <= most) return;
         most = bytes;
@@ -217,7 +217,7 @@ struct Function {
     std::string name;
     void *(*bind)(void **);
     void (*run)(void *, const unsigned *, const unsigned *, unsigned);
-    // Bytes of shared memory that a launch may ask for.
+    // Maximum number of bytes of shared memory of a launch.
     unsigned shared;
 };
 
@@ -242,7 +242,7 @@ API Result cuModuleGetFunction(void **function, void *module, const char *name) 
     return found->bind && found->run ? SUCCESS : NOT_FOUND;
 }
 API Result cuFuncSetAttribute(void *function, int attribute, int value) {
-    // The most dynamic shared memory of a launch. Devices of compute capability 8.6 have 99 KiB.
+    // The maximum dynamic shared memory of a launch. Devices of compute capability 8.6 have 99 KiB.
     if (attribute != 8 || value < 0 || value > 99 << 10) return INVALID;
     ((Function *)function)->shared = value;
     return SUCCESS;

@@ -51,7 +51,7 @@ static inline unsigned short float_to_half(float value) {
 
 namespace stand_in {
 
-// What a thread shows the others of its warp in an operation of all of them.
+// The operands that a thread shows the others of its warp, in an operation of the whole warp.
 struct Shown {
     // Of the first factor, and of the second.
     float a[8], b[4];
@@ -70,14 +70,14 @@ struct Fiber {
     std::vector<char> stack;
     dim3 thread;
     bool begun = false, done = true, at_barrier = false;
-    // Whether the barrier is one of its warp only.
+    // True if the barrier is one of its warp only.
     bool with_warp = false;
     // What it waits with: the value that it shows the others of its warp.
     float shown = 0;
-    // By turns: it may come to the next operation while others still read what it showed in this one.
+    // Used alternately: the thread may begin the next operation while others still read its operands of this one.
     Shown operands[2];
     unsigned operation = 0;
-    // Copies to shared memory that it began.
+    // Copies to shared memory that the thread has begun.
     std::vector<Copy> copies;
 };
 
@@ -158,7 +158,7 @@ static void run_block(const std::function<void()> &kernel) {
 // The thread's number in its block.
 static unsigned own_number() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
 
-// Returns what a thread of the warp shows, after all of them called `show`.
+// Returns the operands that a thread of the warp shows, after all threads have called `show`.
 template <class F> static auto shown_by_warp(F show) {
     unsigned at = current->operation++ % 2, warp = own_number() / 32 * 32;
     show(current->operands[at]);
@@ -180,7 +180,7 @@ template <class... A> std::function<void()> *keep(void (*kernel)(A...), void **a
 
 static inline void __syncthreads() { stand_in::wait(false); }
 
-// All threads of the warp must come here.
+// All threads of the warp must call this.
 static inline float __shfl_xor_sync(unsigned, float value, int other) {
     stand_in::current->shown = value;
     stand_in::wait(true);
@@ -194,7 +194,7 @@ static inline float __shfl_xor_sync(unsigned, float value, int other) {
 static const unsigned DYNAMIC_SHARED = 99 << 10;
 alignas(128) static unsigned char dynamic_shared[DYNAMIC_SHARED + 16];
 
-// The values arrive no sooner than they are waited for.
+// The values arrive when the thread waits for them, and not before.
 static inline void copy_16(void *to, const void *from, bool there) {
     if ((uintptr_t)to % 16 || (uintptr_t)from % 16) abort();
     memset(to, 0xff, 16);
@@ -275,7 +275,7 @@ extern "C" void stand_in_run(void *bound, const unsigned *grid, const unsigned *
         for (unsigned y = 0; y < grid[1]; ++y)
             for (unsigned x = 0; x < grid[0]; ++x) {
                 blockIdx = {x, y, z};
-                // What a block reads before it writes it is NaN.
+                // Shared memory that a block reads before it writes it is NaN.
                 if (shared) memset(dynamic_shared, 0xff, sizeof dynamic_shared);
                 bool first = !x && !y && !z;
                 if (first) stand_in::waited = false;

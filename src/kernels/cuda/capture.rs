@@ -20,7 +20,7 @@ pub(super) struct Capture {
     is_active: Cell<bool>,
     /// Tensors that must stay allocated as long as the graph can be launched.
     kept: RefCell<Vec<Tensor>>,
-    /// What captured launches read, and what must therefore exist as long as the graph.
+    /// Objects that captured launches read. They must exist as long as the graph.
     held: RefCell<Vec<Rc<dyn Any>>>,
 }
 
@@ -37,14 +37,14 @@ impl Capture {
         }
     }
 
-    /// Lets the graph hold what captured launches read.
+    /// Lets the graph hold an object that captured launches read.
     pub fn hold(&self, read: Rc<dyn Any>) {
         if self.is_active() {
             self.held.borrow_mut().push(read);
         }
     }
 
-    /// Returns what the last captured graph must hold.
+    /// Returns the objects that the last captured graph must hold.
     pub fn held(&self) -> Vec<Rc<dyn Any>> {
         self.held.take()
     }

@@ -23,7 +23,7 @@ pub(super) struct Pool {
     on_loan: Cell<usize>,
     /// Number of captured steps and passes. They use free blocks.
     captured: Cell<usize>,
-    /// The captured passes, which can do without the memory.
+    /// The captured passes, which release their memory if it is needed.
     releases: RefCell<Vec<Weak<dyn Release>>>,
 }
 
@@ -42,9 +42,9 @@ impl Memory {
     }
 }
 
-/// What holds memory only to be faster.
+/// A holder of memory, which can give up the memory if it is needed elsewhere.
 pub(super) trait Release {
-    /// Drops what holds the memory.
+    /// Drops the memory.
     fn release(&self);
 }
 

@@ -2,8 +2,8 @@
 // computes a tile of the product.
 
 // The threads form groups of SIDE by SIDE threads. A thread computes 4 by N values of the tile. Each group takes some
-// of the terms of every sum, four at a time in turn, and the sums of the groups are added in the end. The order of the
-// terms depends on SIDE and on their number, but neither on N nor on the size of the product.
+// of the terms of every sum, four at a time in turn, and the sums of the groups are added at the end. The order of the
+// terms depends on SIDE and on the number of terms, but neither on N nor on the size of the product.
 template <u32 SIDE_, u32 N_> struct Tile {
     static constexpr u32 SIDE = SIDE_, N = N_, SIZE = SIDE * SIDE, GROUPS = THREADS / SIZE;
     static constexpr u32 ROWS = 4 * SIDE, COLUMNS = N * SIDE;
@@ -38,14 +38,14 @@ template <class V_, bool ALONG_> struct Factor {
     const V *at;
     u32 rows, inner;
     int f;
-    // Whether four values can be read at once.
+    // True if four values can be read at once.
     bool whole;
 
     __device__ Factor(const V *at, u32 rows, u32 inner, int f) : at(at), rows(rows), inner(inner), f(f) {
         whole = (ALONG ? inner : rows) % 4 == 0 && (u64)at % sizeof(Raw<V>) == 0;
     }
 
-    // What a thread keeps of the rows that it loads.
+    // The data that a thread keeps about the rows that it loads.
     typedef u32 Rows;
     __device__ u32 rows_from(u32 row) const { return row; }
 

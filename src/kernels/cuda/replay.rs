@@ -22,11 +22,12 @@ pub(super) struct Replay {
     _memory: Held,
 }
 
-/// What is captured: it returns the results, which are copied to the outputs, and tensors that the graph keeps.
+/// The work that is captured. It returns the results, which are copied to the outputs, and tensors that the graph
+/// keeps.
 pub(super) type Work<'a> = &'a mut dyn FnMut(&[Tensor]) -> Result<(Vec<Tensor>, Vec<Tensor>)>;
 
 impl Replay {
-    /// Captures what `work` launches, without running it. `work` reads `inputs`, whose values each launch replaces.
+    /// Captures the launches of `work` without running them. `work` reads `inputs`, whose values each launch replaces.
     ///
     /// # Errors
     /// Returns the error of `work`. Returns an error if `work` waits or uploads, or if it uses memory or a kernel

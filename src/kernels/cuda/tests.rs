@@ -354,7 +354,8 @@ fn check_sums(gpu: &Gpu, sums: &ImageSums, x: &Tensor, precision: Precision) -> 
 #[test]
 fn addends_have_the_same_bits_in_each_kernel() -> Result<()> {
     let gpu = gpu();
-    // Several groups of a line, one, and lines of other sizes than powers of two. Images of one part, and of several.
+    // Lines of several groups and of one, and lines whose size is not a power of two. Images of one part and of
+    // several.
     for (h, w, groups, group) in [
         (6, 7, 4, 8),
         (6, 7, 2, 64),
@@ -591,7 +592,7 @@ fn linear_layer_agrees(
     Ok(())
 }
 
-/// Blocks compute other tiles of the output if there are few vectors.
+/// Blocks compute smaller tiles of the output if there are few vectors.
 #[test]
 fn vectors_have_the_same_bits_in_each_batch() -> Result<()> {
     let gpu = gpu();

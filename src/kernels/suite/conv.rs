@@ -286,7 +286,8 @@ fn a_convolution_whose_gradient_nearly_cancels_agrees() {
     }
 }
 
-/// So many tiles and channels that the sums of the weight gradient are divided by input channels, into unequal numbers.
+/// With this many tiles and channels, the sums of the weight gradient are divided by input channels, into unequal
+/// numbers.
 #[test]
 fn a_convolution_of_many_channels_and_tiles_agrees() {
     for (map, channels) in [([3, 20, 22], [150, 66]), ([8, 14, 14], [200, 40])] {

@@ -9,9 +9,9 @@ const MIN_PART_PIXELS: usize = 1024;
 /// Maximum number of parts.
 const MAX_PARTS: usize = 16;
 
-/// Returns the number of parts of a batch of so many output pixels. Each part has `sums` values in f32. The number does
-/// not depend on that of the threads, so neither do the results. It is a power of two, so that the threads of usual
-/// machines have equally many parts.
+/// Returns the number of parts of a batch with this many output pixels. Each part has `sums` values in f32. The number
+/// of parts does not depend on the number of threads, so the results do not either. It is a power of two, so that the
+/// threads of usual machines have equally many parts.
 pub(super) fn parts(pixels: usize, sums: usize) -> usize {
     let most = SUMS_BYTES / (sums * size_of::<f32>()).max(1);
     1 << most.min(pixels / MIN_PART_PIXELS).clamp(1, MAX_PARTS).ilog2()

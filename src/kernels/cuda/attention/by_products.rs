@@ -21,16 +21,16 @@ const MODULE: &Module = &Module {
 kernel! { MODULE, "softmax", Softmax { x: Pointer, columns: u32 } }
 kernel! { MODULE, "softmax_backward", SoftmaxBackward { y: Pointer, d: Pointer, columns: u32 } }
 
-/// Bytes of scores. 128 images of 16x16 positions have as many in f32.
+/// Maximum number of bytes of scores. 128 images of 16x16 positions have this many in f32.
 pub(super) const MOST: usize = 32 << 20;
 
-/// Attention by matrix products, for all precisions and sizes of heads. The heads are computed one after another, and
-/// of each head several images at once, or a part of the queries of one image. The same memory holds the scores of all.
+/// Attention by matrix products, for all precisions and sizes of heads. The heads are computed one after another, each
+/// for several images at once, or for a part of the queries of one image. The same memory holds the scores of all.
 pub(crate) struct ByProducts {
     pub precision: Precision,
     pub batch: usize,
     pub shape: AttentionShape,
-    /// The largest number of bytes for scores, unless those of a single query need more.
+    /// Maximum number of bytes for scores. The scores of a single query may need more.
     pub most: usize,
 }
 

@@ -34,8 +34,8 @@ __device__ inline void copy_16(void *to, const void *from, bool there) {
 // Waits for the copies that this thread began.
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Loads four matrices of 8 rows of 8 values for the threads of a warp. Thread 8 i + r has the address of row r of matrix
-// i. Thread t receives two values of each: of row t / 4, columns 2 (t % 4) and the next.
+// Loads four matrices of 8 rows of 8 values for the threads of a warp. Thread 8 i + r has the address of row r of
+// matrix i. Thread t receives two values of each: of row t / 4, columns 2 (t % 4) and the next.
 __device__ inline void load_matrices(u32 (&to)[4], const T *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(row)) : "memory");
@@ -75,8 +75,8 @@ __device__ inline void multiply_add(float (&sum)[4], const u32 (&a)[4], u32 b0, 
 
 __device__ inline u32 lane() { return threadIdx.x % 32; }
 
-// The values of a warp's tile of 16 rows by N columns that belong to a thread: of each 8 columns those of columns 2 (t %
-// 4) and the next, in row t / 4 and then in row t / 4 + 8.
+// The values of a warp's tile of 16 rows by N columns that belong to thread t: of each 8 columns,
+// columns 2 (t % 4) and the next, in row t / 4 and then in row t / 4 + 8.
 template <u32 N> struct Fragment {
     float at[N / 8][4];
 };
@@ -186,16 +186,16 @@ __device__ inline float row_max(float x) {
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// Exponentials are those of base 2.
+// Exponentials have base 2.
 #define LOG2_E 1.44269504088896340736f
 
-// Numbers of a query: the largest of its products with keys, the base 2 logarithm of the sum of the exponentials of its
-// scores less the largest, and the product of the rows of dy and y.
+// The values of a query: its largest product with a key, the base 2 logarithm of the sum of the exponentials of its
+// scores minus the largest score, and the product of the rows of dy and y.
 struct alignas(16) Query {
     float most, log, sum, unused;
 };
 
-// Computes y = softmax(scale q k^T) v, and the first two numbers of `queries` (batch, heads, positions). `qkv` (batch,
+// Computes y = softmax(scale q k^T) v, and the first two values of `queries` (batch, heads, positions). `qkv` (batch,
 // positions, 3 channels) holds q, k and v side by side, and `y` is (batch, positions, channels). One block per ROWS
 // queries, of each head, of each image.
 extern "C" __launch_bounds__(BLOCK, BLOCKS) __global__ void attend(
@@ -258,7 +258,7 @@ extern "C" __launch_bounds__(BLOCK, BLOCKS) __global__ void attend(
     store_rows(sum, q, sizes.rows(y, 1, 0), sizes);
 }
 
-// For each of a thread's two rows the sum of the products of dy, in shared memory, and y.
+// Computes, for each of a thread's two rows, the product of the rows of dy (in shared memory) and y.
 __device__ inline void multiply_rows(float (&sum)[2], const T *dy, Rows<const T *> y, const Sizes &sizes) {
     const T *rows[2];
     UNROLL for (u32 half = 0; half < 2; ++half) {
@@ -277,7 +277,7 @@ __device__ inline void multiply_rows(float (&sum)[2], const T *dy, Rows<const T 
     UNROLL for (u32 half = 0; half < 2; ++half) sum[half] = row_sum(sum[half]);
 }
 
-// The numbers of the query whose row of a tile this is are behind its values.
+// Returns the values of the query of a tile's row. They follow the row in shared memory.
 __device__ inline Query *numbers_of(T *tile, u32 row) { return (Query *)(tile + row * STRIDE + HEAD); }
 
 // Computes the block's rows of gradients. With p = softmax(scale q k^T) and ds = p (dy v^T - sums of queries):

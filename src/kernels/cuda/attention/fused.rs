@@ -59,7 +59,7 @@ kernel! {
     }
 }
 
-/// Rows of the result that a block computes, and its threads.
+/// Number of rows of the result that a block computes, and number of its threads.
 const ROWS: usize = 64;
 const BLOCK: u32 = 128;
 
@@ -67,8 +67,8 @@ const _: () = assert!(holds(SOURCE, "#define ROWS 64\n") && holds(SOURCE, "#defi
 const _: () = assert!(holds(SOURCE, "#define STRIDE (HEAD + 8)\n"));
 const _: () = assert!(holds(SOURCE, "if (HEAD <= 128) gradients<true, true, true>"));
 
-/// Rows of tiles in shared memory: queries, and 64 keys and values each; or two tiles of a block's own rows, and 32 of
-/// two others each.
+/// Number of rows in shared memory: 64 queries, 64 keys and 64 values, or two tiles of 64 of a block's own rows, and
+/// two of 32 other rows each.
 const ROWS_OF_TILES: usize = 192;
 
 /// Attention of heads whose channels are a multiple of 8, in f16 or bf16.
@@ -86,11 +86,11 @@ pub(super) struct Fused {
 /// Results of the forward pass.
 pub(super) struct Results {
     pub y: Rc<Memory>,
-    /// The numbers of each image, head and query, `Query` in the source.
+    /// The values of each image, head and query: `Query` in the source.
     queries: Memory,
 }
 
-/// Numbers of a query, of which the last is unused.
+/// The number of values of a query. The last one is unused.
 const NUMBERS: usize = 4;
 
 const _: () = assert!(holds(SOURCE, "    float most, log, sum, unused;\n"));

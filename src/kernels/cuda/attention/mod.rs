@@ -24,7 +24,7 @@ pub(crate) struct Attention {
     pub shape: AttentionShape,
 }
 
-/// Results of the forward pass that the backward pass needs. The kernels without products of a library have them.
+/// Results of the forward pass that the backward pass needs. Attention by matrix products has none.
 pub(crate) struct AttentionResults(Option<fused::Results>);
 
 impl Attention {

@@ -10,7 +10,7 @@ use crate::random_inputs::inputs;
 /// The kernels under test.
 #[derive(Clone, Copy, PartialEq)]
 enum By {
-    /// Those that a network uses.
+    /// The kernels that a network uses.
     Choice,
     /// Products of a library, with at most this many bytes of scores.
     Products(usize),
@@ -121,7 +121,7 @@ fn attention_has_the_same_bits_twice() {
         for (a, b) in run().iter().zip(&run()) {
             assert_eq!(bits(a).unwrap(), bits(b).unwrap(), "{precision}");
         }
-        // An image of a batch has the bits that it has alone.
+        // The output of an image has the same bits in a batch and alone.
         let [qkv_1, dy_1] = [&qkv, &dy].map(|t| t.narrow(0, 1, 1).unwrap());
         let alone = results((precision, 2), By::Choice, &qkv_1, &dy_1).unwrap();
         if Element::of(precision) != Element::F32 {
@@ -133,8 +133,8 @@ fn attention_has_the_same_bits_twice() {
     }
 }
 
-/// Query `i` has the score 40,000 / sqrt(channels) with key `i`, and 0 with the others. Its output is value `i`, exactly,
-/// unless the value is rounded to TF32.
+/// Query `i` has the score 40,000 / sqrt(channels) with key `i`, and 0 with the others. Its output is exactly value
+/// `i`, unless the value is rounded to TF32.
 #[test]
 fn attention_with_large_scores_selects_values() -> Result<()> {
     let (positions, channels) = (100, 128);
@@ -151,7 +151,7 @@ fn attention_with_large_scores_selects_values() -> Result<()> {
         assert_eq!(bits(&y)?, bits(&v)?, "{precision}");
         let part = |i| d.narrow(2, i * channels, channels);
         assert_eq!(bits(&part(2)?.contiguous()?)?, bits(&dy)?, "{precision}");
-        // The gradient of a score is the difference of two equal sums, which have an order each.
+        // The gradient of a score is the difference of two equal sums, whose orders may differ.
         let sums = (dy.abs()? * v.abs()?)?.sum_keepdim(2)?;
         let most = sums.max_all()?.to_scalar::<f32>()? * channels as f32 * 4.0 * f32::EPSILON;
         let most = most * 200.0 / (channels as f32).sqrt();

@@ -1,9 +1,9 @@
-// Gradients of convolutions with few channels, as products in f32 of patches that are gathered while they are read. For
-// these convolutions cuDNN has only kernels that use a small part of a GPU.
+// Gradients of convolutions with few channels, as products in f32 of patches that are gathered while they are read.
+// cuDNN's kernels for these convolutions use a small part of a GPU.
 
 typedef Tile<8, 4> Few;
 
-// Four values as they are in memory, each in a register of its own: nothing waits for them before they are converted.
+// Four values as they are in memory, each in its own register. Nothing waits for them before they are converted.
 struct Gathered {
     u32 at[4];
 

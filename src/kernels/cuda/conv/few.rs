@@ -24,11 +24,10 @@ const TILE: usize = 32;
 
 const _: () = assert!(holds(MODULE.source, "typedef Tile<8, 4> Few;\n"));
 
-/// The largest number of channels for which these kernels are used: with 8, the tensor cores read whole groups of
-/// values.
+/// Maximum number of channels for which these kernels are used. With 8, tensor cores read whole groups of values.
 const FEW: usize = 7;
 
-/// The output pixels from which a block computes its part of a gradient, at least, and the number of parts, at most.
+/// Minimum number of output pixels from which a block computes its part of a gradient, and maximum number of parts.
 const PART: usize = if cfg!(test) { 40 } else { 512 };
 const PARTS: usize = if cfg!(test) { 6 } else { 256 };
 

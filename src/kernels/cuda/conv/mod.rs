@@ -1,5 +1,5 @@
-//! Convolutions: with cuDNN if it has an algorithm, and otherwise as products of patches. Gradients of convolutions with
-//! few channels have kernels of their own.
+//! Convolutions: with cuDNN if it has an algorithm, and otherwise as products of patches. Gradients of convolutions
+//! with few channels have their own kernels.
 
 #[cfg(feature = "cudnn")]
 mod by_dnn;
@@ -23,7 +23,7 @@ argument! { MODULE, struct Sizes {
     upsample: i32,
 } }
 
-/// Where a result is written, and the memory there if it was taken for the result.
+/// The address to which a result is written, and its memory if it was taken for the result.
 type Place = (Pointer, Option<Memory>);
 
 /// A convolution of maps. Its kernel is square.

@@ -41,7 +41,7 @@ const NARROW: [usize; 2] = [16, 4];
 /// Rows and columns of the tile of a gradient.
 const BACKWARD: [usize; 2] = [32, 32];
 
-/// The number of blocks that is enough for a layer: with fewer, most of a GPU would wait.
+/// The number of blocks that is enough for a layer. With fewer, most multiprocessors of a GPU would be idle.
 const ENOUGH: usize = 64;
 
 #[derive(Clone, Copy)]

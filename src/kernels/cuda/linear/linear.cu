@@ -37,19 +37,19 @@ extern "C" __global__ void sums_by_class(
     sums[i] = (float)sum;
 }
 
-// Products of small matrices in f32. The products of linear layers take little time, and one launch takes less than
-// several with tensor cores.
+// Products of small matrices in f32. The products of linear layers take little time: one launch takes less than several
+// launches with tensor cores.
 
-// Forward, blocks compute small tiles: the time is that of their latency, and more blocks share the work.
+// In the forward pass, blocks compute small tiles. Latency limits the time, so more blocks share the work.
 typedef Tile<4, 4> Forward;
-// Of few vectors, they compute a quarter of such a tile.
+// For few vectors, blocks compute a quarter of such a tile.
 typedef Tile<4, 1> Narrow;
 // The gradients of many layers are computed together, so there are enough blocks.
 typedef Tile<8, 4> Backward;
 
 // Applies the activation `f` to vectors `x` (batch, input), then a layer of weights (output, input) and a bias. Blocks
-// are tiles of the output: 16 vectors (in y) by 16 values, or by 4 with `narrow` (in x). Its bits are the same with
-// both.
+// are tiles of the output: 16 vectors (in y) by 16 values, or by 4 with `narrow` (in x). The output has the
+// same bits with both.
 extern "C" __global__ void linear(
     const T *x, const float *weight, const float *bias, T *y, int f, int narrow, u32 batch, u32 input, u32 output
 ) {

@@ -1,7 +1,7 @@
 // The backward pass of a normalisation.
 
-// What the backward pass reads. `weight`, `bias` and `for_image`, the position in vectors (batch, channels), are those
-// of the line's first channel.
+// The operands of the backward pass. `weight`, `bias` and `for_image`, the position in vectors (batch, channels), are
+// those of the line's first channel.
 struct Backward {
     const T *x;
     T *d;
@@ -26,8 +26,8 @@ struct Backward {
     }
 };
 
-// The channels that a block handles at a time, from channel `first` of its line on, and what of them a thread handles:
-// one pack, in every n-th pixel, n being `rows`. Some threads may have none.
+// The channels that a block handles at a time, from channel `first` of its line on. A thread handles one pack of them,
+// in every n-th pixel, where n is `rows`. Some threads may have none.
 struct Run {
     u32 first, packs, rows, pixel, channel;
 };
@@ -42,8 +42,8 @@ template <class F> __device__ inline void each_run(Line line, u32 width, F f) {
     }
 }
 
-// The sums over a group from which the gradient of the input is computed: of the gradient of the normalised values
-// times these values, and of this gradient.
+// The sums over a group from which the gradient of the input is computed. With the gradient of the normalised values:
+// `of_x` is the sum of this gradient times the values, and `of_d` is the sum of this gradient.
 struct GroupSums {
     float of_x, of_d;
 

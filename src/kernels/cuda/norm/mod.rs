@@ -106,13 +106,13 @@ const _: () = assert!(
     holds(MODULE.source, "#define HELD 16\n") && holds(MODULE.source, "#define MOST 512\n")
 );
 
-/// The pixels of an image up to which it has one part in any case: one launch takes less time than four.
+/// Maximum number of pixels of an image that always has one part: one launch takes less time than four.
 const PIXELS: u32 = 32 * 32;
 
 /// The packs of a part. Each of a block's threads holds eight of them.
 const PART: u32 = 8 * THREADS;
 
-/// The pixels of a part at least: its sums take as much memory as four of its pixels, or fewer.
+/// Minimum number of pixels in a part. Its sums take as much memory as four of its pixels, or fewer.
 const LEAST: u32 = 16;
 
 /// Returns the number of pixels of the parts of an image whose lines have this number of packs.
@@ -201,7 +201,7 @@ impl Norm<'_> {
         };
         let others = [x, y_at, sum, to_all, vectors, residual, mask];
         let (Vectors { weight, bias, _own }, s) = self.layer(gpu, &others)?;
-        // Of an image in parts, the kernel computes only the sum, and the statistics of the parts.
+        // For an image in parts, the kernel computes only the sum, and the statistics of the parts.
         let of_parts = self.take_for_parts(gpu, &s, 2 * self.config.groups)?;
         let statistics = of_parts.as_ref().unwrap_or(&own).pointer;
         let normalize = Normalize {

@@ -108,9 +108,9 @@ __device__ inline Values normalized(
 #define MOST 512
 
 // Computes the normalised and activated map, and each group's mean and reciprocal standard deviation:
-// (batch, groups, 2). Values may first be added to `x`; see `with_addends`. The sum is then written to `sum`. Of images
-// in parts, computes only the sum, and the mean of each part and group and the sum of the squares about it:
-// (batch, parts, groups, 2).
+// (batch, groups, 2). Values may first be added to `x`; see `with_addends`. The sum is then written to `sum`. For
+// images in parts, computes only the sum, and for each part and group the mean and the sum of squared deviations from
+// it: (batch, parts, groups, 2).
 extern "C" __launch_bounds__(MOST) __global__ void normalize(
     const T *x, T *sum, T *y, const float *added, const T *vectors, const T *residual, const T *mask,
     const float *weight, const float *bias, float *statistics, Sizes s

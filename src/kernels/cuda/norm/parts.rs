@@ -1,4 +1,4 @@
-//! Images whose pixels several blocks share, because one block cannot hold its line of them in registers.
+//! Images whose pixels several blocks share, because one block cannot hold its line of the pixels in registers.
 
 use candle_core::Result;
 

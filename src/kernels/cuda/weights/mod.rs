@@ -79,7 +79,7 @@ struct Entry {
     gradient: Cell<Option<Element>>,
 }
 
-/// The weights of a network, in the order of their first use, and what is kept from one pass to the next.
+/// The weights of a network, in the order of their first use, and the data that are kept from one pass to the next.
 #[derive(Default)]
 struct Set {
     entries: RefCell<Vec<Entry>>,
@@ -119,8 +119,8 @@ struct Gradients {
 }
 
 impl PassWeights {
-    /// Packs all weights that earlier passes of the network have used. `keeps` states that they never change: then
-    /// they are packed once.
+    /// Packs all weights that earlier passes of the network have used. With `keeps`, the weights never change, and are
+    /// packed once.
     pub fn begin(
         gpu: Rc<Gpu>,
         network: &Arc<Network>,

@@ -49,7 +49,7 @@ extern "C" __global__ void pack_weights(const Weight *weights, const Part *parts
     }
 }
 
-// The inverse, for gradients.
+// Unpacks gradients: the inverse of `pack_weights`.
 extern "C" __global__ void unpack_weights(const Weight *weights, const Part *parts, const T *packed) {
     __shared__ float values[PACK];
     Part part = parts[blockIdx.x];

@@ -1,7 +1,8 @@
 //! The gradient of the weights: the sum over the output's pixels of `dy p^T`, where `p` is the patch of the pixel.
 //!
-//! Some values of the patches of a block of pixels, a panel, are copied from the map, and multiplied by the gradients of
-//! these pixels. A task sums some panels over a part of the batch. The order of the sums depends only on the shapes.
+//! A panel holds some values of the patches of a block of pixels. The values are copied from the map, and multiplied by
+//! the gradients of these pixels. A task sums some panels over a part of the batch. The order of the sums depends only
+//! on the shapes.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -27,7 +28,8 @@ thread_local! {
     static COPIED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Writes the gradient of the weights, (out, in, height, width), from `x` (batch, h, w, in) and `dy` (batch, h, w, out).
+/// Writes the gradient of the weights, (out, in, height, width), from `x` (batch, h, w, in) and
+/// `dy` (batch, h, w, out).
 pub(super) fn weight_gradient(
     isa: Isa,
     shape: &ConvShape,

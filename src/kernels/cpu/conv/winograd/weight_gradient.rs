@@ -1,8 +1,8 @@
 //! The gradient of the weights: `G^T [sum over tiles (A dy A^T) (B^T d B)] G`.
 //!
-//! The division of the batch into parts depends only on the shapes. That of the channels into tasks also depends on the
-//! number of threads, but the order of the sums of a channel does not depend on its task. The bits are therefore the same
-//! for any number of threads.
+//! The division of the batch into parts depends only on the shapes. The division of the channels into tasks also
+//! depends on the number of threads, but the order of the sums of a channel does not depend on its task. The bits are
+//! therefore the same for any number of threads.
 
 use std::ops::Range;
 
@@ -26,8 +26,8 @@ const GROUPS: [usize; 3] = [4, 2, 1];
 /// output for each of them would take longer than the products.
 const MIN_CHANNELS: usize = 64;
 
-/// Bytes of the transforms of a block of tiles. The sums, one tile of a product at a time, are read and written once per
-/// block, so a block is larger than in the forward pass.
+/// Bytes of the transforms of a block of tiles. The sums, one tile of a product at a time, are read and written once
+/// per block, so a block is larger than in the forward pass.
 const BYTES: usize = 3 << 19;
 
 /// Maximum number of tiles in a block: the depth of a product.
@@ -72,7 +72,8 @@ impl Division {
         let work_for_all = |&(group, chunks): &(usize, usize)| {
             parts * panels.div_ceil(group) * chunks >= 2 * rayon::current_num_threads()
         };
-        // Of those that leave work for every thread the one that transforms the fewest channels; otherwise the most tasks.
+        // The division that transforms the fewest channels, among those that leave work for every thread. If there is
+        // none, the division into the most tasks.
         let most = (1, 1 << most_chunks.ilog2());
         let (group, chunks) =
             divisions.filter(work_for_all).min_by_key(transformed).unwrap_or(most);
