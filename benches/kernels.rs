@@ -344,7 +344,7 @@ fn print((name, shape): (&str, &str), ms: f64, (rate, unit): (f64, &str), share:
     let share = share.map_or(String::new(), |share| format!("  {:4.0} %", share * 100.0));
     println!(
         "{}",
-        format!("{name:24}  {shape:32}  {ms:9.3} ms  {rate:9.1} {unit:7}{share}").trim_end()
+        format!("{name:24}  {shape:32}  {ms:10.4} ms  {rate:9.1} {unit:7}{share}").trim_end()
     );
 }
 
