@@ -1,8 +1,10 @@
 //! Times each kernel at the shapes of the two networks, and compares them with the machine's limits.
 //!
 //! ```text cargo bench --bench kernels -- [--filter TEXT] [--threads N] [--isa avx512|avx2|baseline]
-//! [--precision highest|high|bf16] [--seconds S] [--json]
+//! [--device cpu|cuda] [--precision highest|high|bf16|f16] [--seconds S] [--json]
 //! ```
+//!
+//! With `--device cuda`, the kernels are those for CUDA devices; see `kernels/cuda.rs`. On the CPU:
 //!
 //! Each rate is compared with a ceiling that is measured first, with the same threads and instruction
 //! set. Compute-bound kernels are compared with arithmetic in registers. Memory-bound kernels are
@@ -14,6 +16,7 @@
 use std::cell::Cell;
 use std::hint::black_box;
 use std::num::NonZero;
+use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -24,6 +27,9 @@ use rayon::prelude::*;
 
 // The kernels are compiled into the benchmark, together with the modules that their tests need, so
 // that nothing has to become public.
+#[cfg(feature = "cuda")]
+#[path = "kernels/cuda.rs"]
+mod cuda;
 #[allow(dead_code, unused_imports)]
 #[path = "../src/error.rs"]
 mod error;
@@ -43,7 +49,7 @@ mod random;
 #[path = "../src/random_inputs.rs"]
 mod random_inputs;
 
-use error::{Error, Result};
+use error::Result;
 use kernels::cpu::attention::Attention;
 use kernels::cpu::conv::algorithm::{Math, Workspace};
 use kernels::cpu::conv::epilogue::Epilogue;
@@ -67,15 +73,19 @@ struct Args {
     /// Runs only the measures whose name and shape contain this text.
     #[arg(long, default_value = "")]
     filter: String,
-    /// The number of threads; by default that of all cores.
+    /// The device.
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: Where,
+    /// The number of threads; by default that of all cores. Only on the CPU.
     #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     threads: Option<usize>,
-    /// The instruction set; by default the fastest of this machine.
+    /// The instruction set; by default the fastest of this machine. Only on the CPU.
     #[arg(long, value_enum)]
     isa: Option<Set>,
-    /// The precision of convolutions: highest, high or bf16 (with the feature f16).
-    #[arg(long, default_value = "highest", value_parser = precision_of_cpu)]
-    precision: Precision,
+    /// On the CPU, the precision of convolutions: highest (default), high or bf16. On CUDA devices, that of all
+    /// kernels: also f16 (default, if the build has it). The last two are of the feature f16.
+    #[arg(long)]
+    precision: Option<Precision>,
     /// The approximate seconds per measure, from 0 to 3600.
     #[arg(long, default_value = "0.5", value_parser = seconds, allow_negative_numbers = true)]
     seconds: Duration,
@@ -94,12 +104,10 @@ fn seconds(text: &str) -> std::result::Result<Duration, String> {
     }
 }
 
-/// The CPU kernels would compute f16 as bf16.
-fn precision_of_cpu(name: &str) -> Result<Precision> {
-    match name.parse()? {
-        Precision::F16 => Err(Error::config("precision", name, "highest, high or bf16")),
-        precision => Ok(precision),
-    }
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Where {
+    Cpu,
+    Cuda,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -119,8 +127,46 @@ impl Set {
     }
 }
 
-fn main() {
+fn main() -> ExitCode {
     let args = Args::parse();
+    let measured = match args.device {
+        Where::Cpu => Ok(on_cpu(&args)),
+        Where::Cuda => on_cuda(&args),
+    };
+    match measured {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => refuse("--filter", &args.filter, "no measure's name and shape hold it".into()),
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_cuda(_: &Args) -> Result<bool> {
+    refuse("--device", "cuda", "this build lacks the feature `cuda`".into())
+}
+
+#[cfg(feature = "cuda")]
+fn on_cuda(args: &Args) -> Result<bool> {
+    if let Some(set) = args.isa {
+        let asked = set.to_possible_value().expect("none is skipped");
+        refuse("--isa", asked.get_name(), "it is for `--device cpu`".into());
+    }
+    if let Some(threads) = args.threads {
+        refuse("--threads", &threads.to_string(), "it is for `--device cpu`".into());
+    }
+    cuda::run(args)
+}
+
+/// Runs the measures on the CPU. Returns whether any was.
+fn on_cpu(args: &Args) -> bool {
+    let precision = args.precision.unwrap_or_default();
+    if precision == Precision::F16 {
+        // The CPU kernels would compute it as bf16.
+        refuse("--precision", "f16", "on the CPU it must be highest, high or bf16".into());
+    }
     if let Some(threads) = args.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().expect("first use");
     }
@@ -144,8 +190,9 @@ fn main() {
         isa,
         flops: ceiling::flops(isa),
         bytes: ceiling::bytes(),
+        precision,
         measured: Cell::new(false),
-        args: &args,
+        args,
     };
     bench.ceilings();
     for (model, batch, maps) in [("mnist", 32, MNIST), ("cifar10", 8, CIFAR10)] {
@@ -189,9 +236,7 @@ fn main() {
     for (model, dims) in [("mnist", [32, 1, 28, 28]), ("cifar10", [8, 3, 32, 32])] {
         bench.process(model, dims);
     }
-    if !bench.measured.get() {
-        refuse("--filter", &args.filter, "no measure's name and shape hold it".into());
-    }
+    bench.measured.get()
 }
 
 fn refuse(option: &str, value: &str, why: String) -> ! {
@@ -278,11 +323,37 @@ enum Work {
     Bytes(usize),
 }
 
+/// The name of a convolution's shape.
+fn shape_of_map(model: &str, batch: usize, map: Map) -> String {
+    let (size, c_in, c_out, [height, width], scale) = map;
+    let how = match scale {
+        Scale::Stride(stride) | Scale::StrideFromEdge(stride) => format!("/{stride}"),
+        Scale::StrideWithin(stride) => format!("/{stride} within"),
+        Scale::Upsample => " upsampled".to_string(),
+    };
+    format!("{model} {batch}x{size}x{size} {c_in}->{c_out} {height}x{width}{how}")
+}
+
+fn wants(args: &Args, name: &str, shape: &str) -> bool {
+    format!("{name} {shape}").contains(&args.filter)
+}
+
+/// Prints a measure: its milliseconds, its rate in this unit, and its share of the ceiling.
+fn print((name, shape): (&str, &str), ms: f64, (rate, unit): (f64, &str), share: Option<f64>) {
+    let unit = if unit == "gbs" { "GB/s" } else { "GFLOP/s" };
+    let share = share.map_or(String::new(), |share| format!("  {:4.0} %", share * 100.0));
+    println!(
+        "{}",
+        format!("{name:24}  {shape:32}  {ms:10.4} ms  {rate:9.1} {unit:7}{share}").trim_end()
+    );
+}
+
 struct Bench<'a> {
     isa: Isa,
     /// Maximum operations per second.
     flops: f64,
     bytes: f64,
+    precision: Precision,
     /// Whether any kernel was measured.
     measured: Cell<bool>,
     args: &'a Args,
@@ -292,13 +363,8 @@ impl Bench<'_> {
     /// `trained` states whether gradients are measured, too.
     fn convolution(&self, model: &str, batch: usize, map: Map, trained: bool) {
         let (size, c_in, c_out, kernel, scale) = map;
-        let how = match scale {
-            Scale::Stride(stride) | Scale::StrideFromEdge(stride) => format!("/{stride}"),
-            Scale::StrideWithin(stride) => format!("/{stride} within"),
-            Scale::Upsample => " upsampled".to_string(),
-        };
         let [height, width] = kernel;
-        let shape = format!("{model} {batch}x{size}x{size} {c_in}->{c_out} {height}x{width}{how}");
+        let shape = shape_of_map(model, batch, map);
         let names = ["conv pack", "conv forward", "conv d input", "conv d weight"];
         if !self.wants_any(&names[..if trained { 4 } else { 2 }], &shape) {
             return;
@@ -306,7 +372,7 @@ impl Bench<'_> {
         let dims = [batch, size, size, c_in];
         let weight_dims = [c_out, c_in, height, width];
         let shape_of_conv = ConvShape::new(dims, &weight_dims, scale).expect("sizes that fit");
-        let conv = Plan::new(self.isa, shape_of_conv, Math::of(self.args.precision, self.isa));
+        let conv = Plan::new(self.isa, shape_of_conv, Math::of(self.precision, self.isa));
         let (x, weight) = (normal(dims.iter().product()), normal(weight_dims.iter().product()));
         let bias = normal(c_out);
         let mut y = normal(conv.output().iter().product());
@@ -498,7 +564,7 @@ impl Bench<'_> {
     }
 
     fn wants(&self, name: &str, shape: &str) -> bool {
-        format!("{name} {shape}").contains(&self.args.filter)
+        wants(self.args, name, shape)
     }
 
     fn wants_any(&self, names: &[&str], shape: &str) -> bool {
@@ -518,18 +584,13 @@ impl Bench<'_> {
         let (rate, share) = (rate / 1e9, rate / ceiling);
         if self.args.json {
             let line = serde_json::json!({
-                "name": name, "shape": shape, "isa": self.isa.name(), "precision": self.args.precision,
+                "name": name, "shape": shape, "isa": self.isa.name(), "precision": self.precision,
                 "threads": rayon::current_num_threads(), "ms_min": min * 1e3,
                 "ms_median": median * 1e3, unit: rate, "share": share,
             });
             println!("{line}");
         } else {
-            let unit = if unit == "gbs" { "GB/s   " } else { "GFLOP/s" };
-            println!(
-                "{name:24}  {shape:32}  {:9.3} ms  {rate:8.1} {unit}  {:4.0} %",
-                median * 1e3,
-                share * 100.0
-            );
+            print((name, shape), median * 1e3, (rate, unit), Some(share));
         }
     }
 
