@@ -354,7 +354,7 @@ struct Bench<'a> {
     flops: f64,
     bytes: f64,
     precision: Precision,
-    /// Whether any kernel was measured.
+    /// True if any kernel was measured.
     measured: Cell<bool>,
     args: &'a Args,
 }

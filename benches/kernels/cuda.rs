@@ -82,7 +82,7 @@ struct Bench<'a> {
     element: Element,
     /// The bytes per second of the copy.
     bytes: f64,
-    /// Whether any kernel was measured.
+    /// True if any kernel was measured.
     measured: Cell<bool>,
     args: &'a Args,
 }
@@ -175,7 +175,7 @@ impl Bench<'_> {
         self.measure(names[0], &shape, Work::Bytes(2 * bytes), sets, |k| {
             norm.forward(gpu, &x[k], None)
         })?;
-        // As in a residual block: the sum is kept for the backward pass.
+        // A residual block keeps the sum for the backward pass.
         self.measure(names[1], &shape, Work::Bytes(4 * bytes), sets, |k| {
             let added = Added { bias: Some(&bias), residual: Some(&more[k]), ..Added::default() };
             norm.forward(gpu, &x[k], Some((&added, &d[k])))

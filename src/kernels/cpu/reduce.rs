@@ -2,10 +2,6 @@
 
 use rayon::prelude::*;
 
-/// The number of parts of a batch whose sums over images are added in order. It is fixed, so that
-/// results do not depend on the number of threads.
-pub(crate) const PARTS: usize = 8;
-
 /// Returns the sums over the pixels of each image: (batch, channels).
 pub(crate) fn sums_by_image(maps: &[f32], batch: usize, channels: usize) -> Vec<f64> {
     let image = maps.len() / batch;

@@ -4,8 +4,8 @@
 //! The patches of a few rows of an image fit in the cache, and are multiplied by the weights at once. The patch of a
 //! pixel consists of parts of a few lines, and overlaps that of the next pixel. If lines are long enough, the product
 //! reads patches where they are. Only the zeros around the image need a copy of its lines. Otherwise patches are laid out.
-//! The backward pass always lays patches out, except for the input gradient of a convolution to a few channels, which is
-//! a forward convolution.
+//! The gradient of the input lays out the gradients of patches, except for a convolution to a few channels, where it is a
+//! forward convolution. The gradient of the weights copies a few values of each patch at a time.
 
 mod weight_gradient;
 

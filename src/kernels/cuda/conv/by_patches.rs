@@ -91,7 +91,7 @@ impl Convolution {
     }
 
     /// Writes the gradient of the weights (out, k, k, in) in f32.
-    pub(super) fn weight_gradient_by_patches(
+    pub(in super::super) fn weight_gradient_by_patches(
         &self,
         gpu: &Gpu,
         x: &Memory,

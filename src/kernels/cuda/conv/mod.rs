@@ -108,16 +108,6 @@ impl Convolution {
         Ok((Element::F32, memory))
     }
 
-    /// Computes the gradient of the weights of a pointwise convolution, in f32.
-    pub(super) fn weight_gradient_of_pixels(
-        &self,
-        gpu: &Gpu,
-        [x, dy]: [&Memory; 2],
-        to: Pointer,
-    ) -> Result<()> {
-        self.weight_gradient_by_patches(gpu, x, dy, to)
-    }
-
     /// Writes the gradient of the input to `dx`, or adds it to the values of `dx`.
     pub fn input_gradient(
         &self,

@@ -178,7 +178,8 @@ impl PassWeights {
     ) -> Result<()> {
         let gpu = &self.gpu;
         if convolution.is_pointwise() {
-            return convolution.weight_gradient_of_pixels(gpu, maps, gpu.pointer(gradient)?);
+            let ([x, dy], to) = (maps, gpu.pointer(gradient)?);
+            return convolution.weight_gradient_by_patches(gpu, x, dy, to);
         }
         let index = self.set.by_id.borrow().get(&weight.id()).copied();
         let slot = index.map(|index| self.slot(index)).transpose()?.flatten();

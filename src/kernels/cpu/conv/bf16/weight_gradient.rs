@@ -13,10 +13,12 @@ use super::strips::{Chunk, Side, Strips, strip_width};
 use crate::kernels::cpu::bf16::operands::{DEPTH, Product, ROWS, Step};
 use crate::kernels::cpu::gemm::micro::PANEL;
 use crate::kernels::cpu::memory::sized;
-use crate::kernels::cpu::reduce::PARTS;
 
 /// Maximum memory for the sums of parts. One part alone may need more.
 const SUMS_BYTES: usize = if cfg!(test) { 64 << 10 } else { 8 << 20 };
+
+/// Maximum number of parts. It is fixed, so that results do not depend on the number of threads.
+const MAX_PARTS: usize = 8;
 
 /// Channels of the input and of the output per task.
 const GROUP: (usize, usize) = if cfg!(test) { (16, 24) } else { (64, 128) };
@@ -46,7 +48,7 @@ impl Bf16 {
         let group_len = outputs.next_multiple_of(ROWS) * c_row;
         let (in_groups, out_groups) = (g.c_in.div_ceil(inputs), g.c_out.div_ceil(outputs));
         let groups = in_groups * out_groups;
-        let most = (SUMS_BYTES / (groups * group_len * size_of::<f32>())).clamp(1, PARTS);
+        let most = (SUMS_BYTES / (groups * group_len * size_of::<f32>())).clamp(1, MAX_PARTS);
         let images = g.batch.div_ceil(most.min(g.batch));
         let parts = g.batch.div_ceil(images);
         let sums = sized(sums, parts * groups * group_len);
